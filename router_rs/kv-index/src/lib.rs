@@ -1,0 +1,2 @@
+//! Which worker holds which prefix: an exact, bounded index.
+#![forbid(unsafe_code)]

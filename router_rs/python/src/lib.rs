@@ -1,0 +1,1 @@
+//! Bindings: thin, no logic.

@@ -1,0 +1,2 @@
+//! Who exists: workers and routers in etcd.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! Where a request runs: cost in milliseconds, queue, admission.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! State machines of sessions, attempts and generations.
+#![forbid(unsafe_code)]

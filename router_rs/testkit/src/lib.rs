@@ -1,0 +1,2 @@
+//! Mock worker, fault proxy, stream checker and load client.
+#![forbid(unsafe_code)]

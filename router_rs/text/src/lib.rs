@@ -1,0 +1,2 @@
+//! Template, tokenise, detokenise, stop strings.
+#![forbid(unsafe_code)]

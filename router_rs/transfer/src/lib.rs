@@ -1,0 +1,1 @@
+//! KV blocks between workers: one copy on a host, TCP between hosts.

@@ -1,0 +1,1 @@
+"""Batches, blocks, rooms: what all engines of ours share."""

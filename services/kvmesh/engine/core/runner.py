@@ -1,0 +1,96 @@
+"""What the engine core asks of a model: run one batch of token slices.
+
+A runner computes. It knows no requests, queues, routers or rooms; the core
+knows no tensors. `torch` has one that multiplies matrices, `sim` one that
+takes the time of a real one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmesh.v1 import inference_pb2 as inference
+from kvmesh.v1 import worker_pb2 as wire
+
+if TYPE_CHECKING:
+    from kvmesh._router import KvPool
+
+
+@dataclass(slots=True)
+class SampleSpec:
+    """How the token after a slice is drawn (docs/architecture.md, Sampling)."""
+
+    sampling: wire.ResolvedSampling
+    prompt_ids: Sequence[int]
+    """Whole prompt: repetition penalty."""
+    output_ids: Sequence[int]
+    """Output so far: penalties; its length is the seed position."""
+    logprobs: int | None
+    """Alternatives to report; None for none."""
+    banned_ids: Sequence[int] = ()
+    """Ids that must not be drawn now: ends of text before min_tokens."""
+
+
+@dataclass(slots=True)
+class Slice:
+    """Consecutive tokens of one sequence to be computed in a step.
+
+    Decode is a slice of one token; a chunk of prefill a slice of many.
+    """
+
+    ids: npt.NDArray[np.uint32]
+    """[n] token ids to compute."""
+    start: int
+    """Position of ids[0]; everything before lies in the blocks."""
+    blocks: npt.NDArray[np.uint32]
+    """[ceil((start + n) / block_tokens)] pool slots of the sequence."""
+    sample: SampleSpec | None
+    """Draw a token after the last id; None within a prompt."""
+    tag: bytes = b""
+    """Opaque; sim's mode where tokens depend on the attempt."""
+
+
+@dataclass(slots=True)
+class Sampled:
+    """The token drawn after a slice."""
+
+    token_id: int
+    logprobs: inference.TokenLogprobs | None = None
+
+
+class Runner(Protocol):
+    """Runs batches over a KV pool. Used by one thread at a time."""
+
+    @property
+    def block_tokens(self) -> int:
+        """KV block size in tokens; a multiple of 16."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block: all layers, K and V (KvCompatibility.format)."""
+
+    @property
+    def layers(self) -> int:
+        """Pauses that `forward` offers."""
+
+    def compatibility(self) -> wire.KvCompatibility:
+        """What transfer partners must agree on."""
+
+    def bind(self, pool: KvPool) -> None:
+        """Takes the pool whose slots `Slice.blocks` name. Called once."""
+
+    def forward(self, batch: Sequence[Slice]) -> Generator[None, None, list[Sampled | None]]:
+        """Computes a batch, pausing after each layer.
+
+        Between two pauses another batch may be run to its end; the result of
+        this one stays equal to the bit. Dropping the generator abandons the
+        batch. Returns one entry a slice, None where `sample` was None.
+        """
+
+    def close(self) -> None:
+        """Frees what it holds. Idempotent."""

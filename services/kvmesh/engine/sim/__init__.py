@@ -1,0 +1,1 @@
+"""The simulated engine: the timing of a real one, and no weights."""

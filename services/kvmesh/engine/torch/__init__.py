@@ -1,0 +1,1 @@
+"""The reference engine: Llama-family models in torch, written to be read."""

@@ -1,0 +1,1 @@
+"""Generated wire code of package kvmesh.v1 (make wire)."""
