@@ -1,1 +1,47 @@
-"""kvmesh: a gRPC mesh for disaggregated LLM serving."""
+"""kvmesh: a gRPC mesh for disaggregated LLM serving.
+
+`Client` and `AsyncClient` need grpcio and protobuf only; workers and engines
+are extras (`kvmesh[torch]`).
+"""
+
+from kvmesh.client import (
+    Accepted,
+    AsyncClient,
+    Client,
+    Event,
+    FieldViolation,
+    Finished,
+    InvalidRequestError,
+    MeshError,
+    MeshUnavailableError,
+    ModelNotFoundError,
+    OverloadedError,
+    Placed,
+    Result,
+    Timings,
+    TokenLogprobs,
+    Tokens,
+    TraceSpan,
+    Usage,
+)
+
+__all__ = [
+    "Accepted",
+    "AsyncClient",
+    "Client",
+    "Event",
+    "FieldViolation",
+    "Finished",
+    "InvalidRequestError",
+    "MeshError",
+    "MeshUnavailableError",
+    "ModelNotFoundError",
+    "OverloadedError",
+    "Placed",
+    "Result",
+    "Timings",
+    "TokenLogprobs",
+    "Tokens",
+    "TraceSpan",
+    "Usage",
+]

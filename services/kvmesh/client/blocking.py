@@ -1,0 +1,140 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, Unpack
+
+import grpc
+
+from kvmesh.client.channel import call_metadata, channel_options, credentials_for, resolve_target
+from kvmesh.client.errors import error_from_rpc
+from kvmesh.client.events import Event, Result, ResultBuilder, event_from_wire
+from kvmesh.client.request import GenerateOptions, build_chat, build_request
+from kvmesh.v1 import inference_pb2 as wire
+from kvmesh.v1 import inference_pb2_grpc as rpc
+
+
+class Client:
+    """A connection to a mesh; a context manager.
+
+    >>> with kvmesh.Client("127.0.0.1:8000") as client:
+    ...     print(client.complete(prompt="The capital of France is", max_tokens=8).text)
+
+    Args:
+        target: "host:port" or any gRPC target, such as
+            "dns:///router:8000"; KVMESH_ENDPOINT where None.
+        credentials: TLS credentials, True for the system's roots, None for
+            plain text.
+        token: API key or JWT, sent as `authorization: Bearer`.
+        options: further gRPC channel options.
+    """
+
+    def __init__(
+        self,
+        target: str | None = None,
+        *,
+        credentials: grpc.ChannelCredentials | bool | None = None,
+        token: str | None = None,
+        options: Sequence[tuple[str, Any]] | None = None,
+    ) -> None:
+        self.target = resolve_target(target)
+        self._token = token
+        secure = credentials_for(credentials)
+        merged = channel_options(options)
+        self._channel = (
+            grpc.secure_channel(self.target, secure, merged)
+            if secure
+            else grpc.insecure_channel(self.target, merged)
+        )
+        self._stub = rpc.InferenceStub(self._channel)
+
+    def generate(
+        self,
+        *,
+        timeout: float | None = None,
+        request_id: str | None = None,
+        metadata: Sequence[tuple[str, str]] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Iterator[Event]:
+        """Streams a generation as typed events: accepted, tokens …, finished.
+
+        Exactly one of `prompt`, `messages` and `token_ids` is needed. Closing
+        the iterator, or leaving a loop over it for good, cancels. Raises
+        `MeshError` where the call ends with another status than OK.
+        """
+        request = build_request(options)
+        call = self._stub.Generate(
+            request, timeout=timeout, metadata=call_metadata(self._token, request_id, metadata)
+        )
+        return _events(call)
+
+    def complete(
+        self,
+        *,
+        timeout: float | None = None,
+        request_id: str | None = None,
+        metadata: Sequence[tuple[str, str]] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Result:
+        """Runs a generation to its end. Arguments as `generate`."""
+        events = self.generate(timeout=timeout, request_id=request_id, metadata=metadata, **options)
+        return ResultBuilder().extend(events).result()
+
+    def tokenize(
+        self, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> list[int]:
+        """Token ids of `prompt` or `messages`, as `generate` would use them."""
+        request = wire.TokenizeRequest(model=options.get("model", ""))
+        if "messages" in options:
+            request.chat.CopyFrom(build_chat(options["messages"], options))
+        else:
+            request.prompt = options["prompt"]
+        try:
+            response = self._stub.Tokenize(
+                request, timeout=timeout, metadata=call_metadata(self._token, None, None)
+            )
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from error
+        return list(response.ids)
+
+    def models(self, *, timeout: float | None = None) -> list[wire.Model]:
+        """The models that can be asked for."""
+        try:
+            response = self._stub.ListModels(
+                wire.ListModelsRequest(),
+                timeout=timeout,
+                metadata=call_metadata(self._token, None, None),
+            )
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from error
+        return list(response.models)
+
+    def close(self) -> None:
+        """Cancels what runs and closes the connection. Idempotent."""
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _events(call: grpc.Call) -> Iterator[Event]:
+    try:
+        for response in call:
+            event = event_from_wire(response)
+            if event is not None:
+                yield event
+    except grpc.RpcError as error:
+        raise error_from_rpc(error) from error
+    finally:
+        # Also on a loop left early: the worker is not to go on for nobody.
+        call.cancel()
