@@ -2,7 +2,6 @@
 
 import grpc
 import pytest
-from google.protobuf import any_pb2
 
 from kvmesh.client.errors import (
     _KINDS,
@@ -21,11 +20,10 @@ class FakeCall(grpc.RpcError):
         else:
             status = _KINDS["Status"](code=code.value[0], message=message)
             for detail in details:
-                packed = any_pb2.Any(
+                status.details.add(
                     type_url=f"type.googleapis.com/{detail.DESCRIPTOR.full_name}",
                     value=detail.SerializeToString(),
                 )
-                status.details.append(packed)
             self._trailer = status.SerializeToString()
 
     def code(self):
