@@ -456,7 +456,7 @@ class StepModel(_message.Message):
     def __init__(self, a_ms: _Optional[float] = ..., b_ms: _Optional[float] = ..., c_ms: _Optional[float] = ..., d_ms: _Optional[float] = ..., e_ms: _Optional[float] = ..., relative_error: _Optional[float] = ..., saturating_chunk: _Optional[int] = ...) -> None: ...
 
 class StepOutput(_message.Message):
-    __slots__ = ("step", "last", "openings", "tokens", "ends", "found", "sample")
+    __slots__ = ("step", "last", "openings", "tokens", "ends", "found", "sample", "load")
     STEP_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
     OPENINGS_FIELD_NUMBER: _ClassVar[int]
@@ -464,6 +464,7 @@ class StepOutput(_message.Message):
     ENDS_FIELD_NUMBER: _ClassVar[int]
     FOUND_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     step: int
     last: bool
     openings: _containers.RepeatedCompositeFieldContainer[Opening]
@@ -471,7 +472,8 @@ class StepOutput(_message.Message):
     ends: _containers.RepeatedCompositeFieldContainer[StageEnd]
     found: _containers.RepeatedCompositeFieldContainer[Found]
     sample: StepSample
-    def __init__(self, step: _Optional[int] = ..., last: bool = ..., openings: _Optional[_Iterable[_Union[Opening, _Mapping]]] = ..., tokens: _Optional[_Union[TokenRows, _Mapping]] = ..., ends: _Optional[_Iterable[_Union[StageEnd, _Mapping]]] = ..., found: _Optional[_Iterable[_Union[Found, _Mapping]]] = ..., sample: _Optional[_Union[StepSample, _Mapping]] = ...) -> None: ...
+    load: Load
+    def __init__(self, step: _Optional[int] = ..., last: bool = ..., openings: _Optional[_Iterable[_Union[Opening, _Mapping]]] = ..., tokens: _Optional[_Union[TokenRows, _Mapping]] = ..., ends: _Optional[_Iterable[_Union[StageEnd, _Mapping]]] = ..., found: _Optional[_Iterable[_Union[Found, _Mapping]]] = ..., sample: _Optional[_Union[StepSample, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
 
 class TokenRows(_message.Message):
     __slots__ = ("generations", "owners", "attempts", "first_indices", "counts", "ids", "logprobs")
