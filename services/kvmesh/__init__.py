@@ -25,6 +25,8 @@ from kvmesh.client import (
     Usage,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Accepted",
     "AsyncClient",

@@ -138,12 +138,13 @@ class Engine(Protocol):
     def events(self) -> AsyncIterator[CacheBatch]:
         """Cache changes, one batch a step at most. One reader."""
 
-    async def snapshot(self) -> AsyncIterator[tuple[int, Sequence[wire.CacheEvent]]]:
-        """Parts of the cache's content, hottest first, as (as_of_event, stores).
+    def snapshot(self) -> AsyncIterator[tuple[int, Sequence[wire.CacheEvent]]]:
+        """Parts of the cache's content, hottest first, as (last event, stores).
 
-        Never holds an engine step; the parts taken together are the content at
-        the last part's `as_of_event` once the events up to there are applied
-        over them.
+        Never holds an engine step: the parts may be read at different moments.
+        All events after the first part's number are applied over them by the
+        receiver, in order (worker.proto, SnapshotPart). A store's run is at
+        most 4,096 blocks, and so is one of `events`.
         """
 
     def load(self) -> EngineLoad:

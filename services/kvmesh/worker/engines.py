@@ -1,0 +1,40 @@
+"""Which engine a worker runs. The only place that knows their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvmesh.engine.contract import Engine
+from kvmesh.v1 import worker_pb2 as wire
+from kvmesh.worker.settings import SettingError, WorkerSettings
+from kvmesh.worker.tokenizer_files import TokenizerFiles
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """An engine that has its model and is ready to start."""
+
+    engine: Engine
+    model: wire.ModelRecord
+    tokenizer: TokenizerFiles
+
+
+def build_engine(
+    settings: WorkerSettings, worker_id: str, incarnation: int, progress: Callable[[str], None]
+) -> BuiltEngine:
+    """Loads a model and builds its engine. Takes seconds to minutes.
+
+    Imports an engine's packages only when it is asked for: they are extras.
+    """
+    try:
+        if settings.engine == "sim":
+            from kvmesh.engine.sim.build import build
+        else:
+            from kvmesh.engine.torch.build import build
+    except ModuleNotFoundError as error:
+        raise SettingError(
+            f"engine is {settings.engine!r}, which needs the package {error.name}: "
+            f"pip install 'kvmesh[{'worker' if settings.engine == 'sim' else settings.engine}]'"
+        ) from error
+    return build(settings, worker_id, incarnation, progress)

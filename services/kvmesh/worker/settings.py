@@ -1,0 +1,177 @@
+"""Settings of a worker. Every bound has a name and a unit."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import re
+import secrets
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from kvmesh.v1 import worker_pb2 as wire
+
+ROLES: Mapping[str, wire.Role] = {
+    "prefill": wire.ROLE_PREFILL,
+    "decode": wire.ROLE_DECODE,
+    "both": wire.ROLE_BOTH,
+}
+ENGINES = ("torch", "sim")
+
+_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class SettingError(ValueError):
+    """A setting is wrong. The text names the key and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """How a worker runs. Defaults are what ships."""
+
+    role: str = "both"
+    """What it takes: prefill, decode or both. Can be changed at run time."""
+    engine: str = "torch"
+    """What computes: torch or sim."""
+    model: str = "smollm2-135m"
+    """Name of a known model, or a folder in Hugging Face's form."""
+    served_name: str = ""
+    """Name that clients ask for. Empty: the model's own name."""
+    worker_id: str = ""
+    """Name of the worker, stable over restarts. Empty: made from host and role."""
+    listen: str = "127.0.0.1:0"
+    """Address of the gRPC port; port 0 takes a free one."""
+    transfer_listen: str = "127.0.0.1:0"
+    """Address of the transfer port; port 0 takes a free one."""
+    advertise_host: str = ""
+    """Host that others reach this worker by. Empty: the host of `listen`."""
+    insecure: bool = False
+    """Allow plain text on an address that is not loopback."""
+    etcd: tuple[str, ...] = ()
+    """etcd endpoints, "host:port". Empty: not registered; routers must be told."""
+    cluster: str = "default"
+    """Name of the cluster: part of the keys in etcd."""
+    lease_ttl_s: int = 10
+    """How long a record outlives the last sign of life, seconds."""
+    grace_s: float = 30.0
+    """Time for running work after SIGTERM or a drain that stops, seconds."""
+    kv_pool_tokens: int = 32_768
+    """Size of the KV pool, in tokens."""
+    threads: int = 1
+    """Threads that compute."""
+    dtype: str = "float32"
+    """Number type of weights and KV: float32, float16 or bfloat16."""
+    device: str = "cpu"
+    """Where torch computes: cpu, cuda or cuda:N."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Free labels, told to routers."""
+    step_lane_bytes: int = 8 * 1024 * 1024
+    """Step output that may wait for one router, bytes; beyond it the session is closed."""
+    step_lane_age_s: float = 10.0
+    """Age that waiting step output may reach, seconds; beyond it the session is closed."""
+    cache_ring_events: int = 65_536
+    """Cache events kept for routers that come back."""
+    load_interval_ms: float = 250.0
+    """Longest time between two load reports, milliseconds."""
+    load_coalesce_ms: float = 5.0
+    """Shortest time between two load reports, milliseconds."""
+    switch_interval_ms: float = 1.0
+    """Python's thread switch interval: engine thread and event loop share the GIL."""
+    engine_arguments: Mapping[str, str] = field(default_factory=dict)
+    """Further settings of the engine, by name."""
+
+    def __post_init__(self) -> None:
+        self._one_of("role", self.role, ROLES)
+        self._one_of("engine", self.engine, ENGINES)
+        self._one_of("dtype", self.dtype, ("float32", "float16", "bfloat16"))
+        for name in ("worker_id", "cluster"):
+            value = getattr(self, name)
+            if value and not _ID.fullmatch(value):
+                raise SettingError(
+                    f"{name} is {value!r}; allowed are 1 to 128 characters of A-Z a-z 0-9 . _ -"
+                )
+        for name in ("listen", "transfer_listen"):
+            host, _ = split_address(name, getattr(self, name))
+            if not self.insecure and not is_loopback(host):
+                raise SettingError(
+                    f"{name} is {getattr(self, name)!r}, which is not loopback: anyone who "
+                    "reaches it can read prompts and take over generations. Bind to 127.0.0.1, "
+                    "or set insecure if the network is trusted"
+                )
+        positive = (
+            "lease_ttl_s", "kv_pool_tokens", "threads", "step_lane_bytes", "step_lane_age_s",
+            "cache_ring_events", "load_interval_ms", "load_coalesce_ms", "switch_interval_ms",
+        )  # fmt: skip
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise SettingError(f"{name} is {getattr(self, name)}; allowed is more than 0")
+
+    @staticmethod
+    def _one_of(name: str, value: str, allowed: Any) -> None:
+        if value not in allowed:
+            raise SettingError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> WorkerSettings:
+        """Settings from a file, the environment or flags, already merged.
+
+        Text is turned into each setting's type. Raises `SettingError` naming
+        an unknown key or a value that has no place.
+        """
+        hints = get_type_hints(cls)
+        known = {f.name for f in dataclasses.fields(cls)}
+        converted: dict[str, Any] = {}
+        for key, value in values.items():
+            if key not in known:
+                raise SettingError(
+                    f"{key} is no setting of a worker; allowed are {', '.join(sorted(known))}"
+                )
+            converted[key] = _convert(key, value, hints[key])
+        return cls(**converted)
+
+    def resolved_worker_id(self) -> str:
+        """The worker's name; without a given one, one that no other start has."""
+        if self.worker_id:
+            return self.worker_id
+        host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:64]
+        return f"{self.role}-{host}-{secrets.token_hex(3)}"
+
+
+def split_address(name: str, address: str) -> tuple[str, int]:
+    """Host and port of "host:port" or "[v6]:port"."""
+    host, separator, port = address.rpartition(":")
+    if not separator or not port.isdigit() or int(port) > 65_535 or not host:
+        raise SettingError(f'{name} is {address!r}; allowed is "host:port" with port 0 to 65535')
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host names this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _convert(key: str, value: Any, hint: Any) -> Any:
+    text = str(hint)
+    try:
+        if hint is bool:
+            if isinstance(value, str):
+                return {"1": True, "true": True, "0": False, "false": False}[value.lower()]
+            return bool(value)
+        if hint in (int, float):
+            return hint(value)
+        if text.startswith("tuple"):
+            parts = value.split(",") if isinstance(value, str) else value
+            return tuple(str(part).strip() for part in parts if str(part).strip())
+        if "Mapping" in text:
+            if isinstance(value, str):
+                return dict(part.split("=", 1) for part in value.split(",") if part)
+            return {str(k): str(v) for k, v in value.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        allowed = "true or false" if hint is bool else getattr(hint, "__name__", text)
+        raise SettingError(f"{key} is {value!r}; allowed is {allowed}") from error
+    return str(value)
