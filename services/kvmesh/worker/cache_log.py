@@ -33,8 +33,6 @@ class CacheLog:
     def __init__(self, capacity_events: int) -> None:
         self._capacity = capacity_events
         self._frames: deque[_Frame] = deque()
-        self._first_index = 0
-        """How many frames have left the ring."""
         self.last_event = 0
 
     @property
@@ -55,9 +53,8 @@ class CacheLog:
             self._frames.append(_Frame(number, last, message.SerializeToString()))
             number = last + 1
         self.last_event = number - 1
-        while self._frames and self.last_event - self._frames[0].first >= self._capacity:
+        while self._frames and self.last_event - self._frames[0].last >= self._capacity:
             self._frames.popleft()
-            self._first_index += 1
 
     def covers(self, next_event: int) -> bool:
         """Whether everything from this event on is here."""

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
+from typing import Any
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -121,7 +122,7 @@ async def _until_told(
     stop: asyncio.Event, service: WorkerService, failed: asyncio.Future[None]
 ) -> None:
     """Waits for a signal or a Drain that stops; raises what a task raised."""
-    waits = [
+    waits: list[asyncio.Future[Any]] = [
         asyncio.create_task(stop.wait(), name="signal"),
         asyncio.create_task(service.stopping.wait(), name="drain"),
     ]

@@ -1,0 +1,327 @@
+"""The Worker service over real sockets, with an engine that a test drives."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import grpc
+import grpc.aio
+import pytest
+from fake_engine import FakeEngine
+
+from kvmesh.engine.contract import AttemptId, CacheBatch, RouterStep, TokenColumns
+from kvmesh.v1 import worker_pb2 as wire
+from kvmesh.v1 import worker_pb2_grpc as rpc
+from kvmesh.worker.service import WorkerService
+from kvmesh.worker.session import LaneBounds, Session, SessionClosedError
+from kvmesh.worker.settings import WorkerSettings
+from kvmesh.worker.tokenizer_files import TokenizerFiles
+
+GENERATION = bytes(range(16))
+
+
+class Rig:
+    def __init__(self, engine, service, stub) -> None:
+        self.engine, self.service, self.stub = engine, service, stub
+
+
+@asynccontextmanager
+async def running(**settings):
+    engine = FakeEngine()
+    record = wire.WorkerRecord(
+        worker_id="w", incarnation=7, role=wire.ROLE_BOTH, model=wire.ModelRecord(name="m")
+    )
+    files = TokenizerFiles.of({"tokenizer.json": b"{}" * 900_000})
+    service = WorkerService(engine, record, files, WorkerSettings(engine="sim", **settings))
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.add_generic_rpc_handlers((service.handlers(),))
+    await server.start()
+    tasks = [
+        asyncio.create_task(service.distribute_outputs()),
+        asyncio.create_task(service.distribute_events()),
+        asyncio.create_task(service.report_load()),
+    ]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        try:
+            yield Rig(engine, service, rpc.WorkerStub(channel))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await server.stop(None)
+
+
+async def attach(rig, router_id="r", **hello):
+    call = rig.stub.Attach()
+    version = wire.ProtocolVersion(major=1)
+    await call.write(
+        wire.RouterFrame(hello=wire.RouterHello(version=version, router_id=router_id, **hello))
+    )
+    frame = await call.read()
+    assert frame.HasField("hello")
+    return call, frame.hello
+
+
+async def read(call, kind):
+    """The next frame of a lane."""
+    while True:
+        frame = await call.read()
+        assert frame is not grpc.aio.EOF
+        if frame.WhichOneof("frame") == kind:
+            return getattr(frame, kind)
+
+
+def place(number=1, attempt=1, **fields) -> wire.RouterFrame:
+    fields.setdefault("stage", wire.STAGE_WHOLE)
+    fields.setdefault("continuation", wire.Continuation(model="m", prompt_ids=[1, 2]))
+    return wire.RouterFrame(
+        number=number,
+        place=wire.Place(generation=GENERATION, owner=1, attempt=attempt, **fields),
+    )
+
+
+def end(attempt=1) -> wire.StageEnd:
+    return wire.StageEnd(
+        generation=GENERATION, owner=1, attempt=attempt, finished=wire.StageFinished()
+    )
+
+
+async def test_a_placement_runs_and_its_tokens_come_in_order() -> None:
+    async with running() as rig:
+        call, hello = await attach(rig)
+        assert hello.record.incarnation == 7
+        assert hello.step_model.a_ms == 1.0
+        await call.write(place())
+        placed = await rig.engine.placed.get()
+        assert list(placed.continuation.prompt_ids) == [1, 2]
+        rows = TokenColumns(GENERATION, [1], [1], [0], [1], [42])
+        opening = wire.Opening(
+            generation=GENERATION, owner=1, attempt=1, reserved=wire.Reserved(tokens_reserved=66)
+        )
+        rig.engine.emit(placed.router, step=0, openings=[opening])
+        rig.engine.emit(placed.router, step=1, tokens=rows, sample=wire.StepSample(decode_batch=1))
+        rig.engine.emit(placed.router, step=2, ends=[end()])
+        first = await read(call, "step")
+        assert first.openings[0].reserved.tokens_reserved == 66
+        second = await read(call, "step")
+        assert list(second.tokens.ids) == [42]
+        assert second.sample.decode_batch == 1
+        assert (await read(call, "step")).ends[0].HasField("finished")
+        assert rig.service.running() == 0
+
+
+async def test_load_echoes_the_last_command() -> None:
+    async with running() as rig:
+        call, _ = await attach(rig)
+        await call.write(place(number=5))
+        while (await read(call, "load")).last_command != 5:
+            pass
+
+
+async def test_a_router_that_goes_leaves_nothing_running() -> None:
+    async with running() as rig:
+        call, _ = await attach(rig)
+        await call.write(place())
+        await rig.engine.placed.get()
+        call.cancel()
+        assert await rig.engine.cancelled.get() == AttemptId(GENERATION, 1, 1)
+        assert rig.service.running() == 0
+
+
+async def test_cancel_ends_the_attempt_and_those_before_it_only() -> None:
+    async with running() as rig:
+        call, _ = await attach(rig)
+        for number, attempt in enumerate((1, 2, 3), start=1):
+            await call.write(place(number=number, attempt=attempt))
+            await rig.engine.placed.get()
+        cancel = wire.Cancel(generation=GENERATION, owner=1, attempt=2)
+        await call.write(wire.RouterFrame(number=4, cancel=cancel))
+        got = {(await rig.engine.cancelled.get()).attempt for _ in range(2)}
+        assert got == {1, 2}
+        assert rig.engine.cancelled.empty()
+
+
+async def test_the_same_router_attaching_anew_replaces_its_session() -> None:
+    async with running() as rig:
+        first, _ = await attach(rig)
+        await first.write(place())
+        await rig.engine.placed.get()
+        second, _ = await attach(rig)
+        assert await rig.engine.cancelled.get() == AttemptId(GENERATION, 1, 1)
+        with pytest.raises(grpc.aio.AioRpcError, match="attached anew"):
+            await read(first, "none")
+        await second.write(place(attempt=2))
+        assert (await rig.engine.placed.get()).id.attempt == 2
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        (place(), grpc.StatusCode.INVALID_ARGUMENT),
+        (
+            wire.RouterFrame(
+                hello=wire.RouterHello(version=wire.ProtocolVersion(major=9), router_id="r")
+            ),
+            grpc.StatusCode.FAILED_PRECONDITION,
+        ),
+        (
+            wire.RouterFrame(
+                hello=wire.RouterHello(version=wire.ProtocolVersion(major=1), router_id="a b")
+            ),
+            grpc.StatusCode.INVALID_ARGUMENT,
+        ),
+    ],
+)
+async def test_a_wrong_first_frame_is_refused(frame, code) -> None:
+    async with running() as rig:
+        call = rig.stub.Attach()
+        await call.write(frame)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            assert await call.read() is not grpc.aio.EOF
+        assert caught.value.code() is code
+
+
+async def test_a_command_without_an_attempt_closes_the_session() -> None:
+    async with running() as rig:
+        call, _ = await attach(rig)
+        await call.write(wire.RouterFrame(number=1, cancel=wire.Cancel(generation=b"short")))
+        with pytest.raises(grpc.aio.AioRpcError, match="generation is 16 bytes"):
+            await read(call, "none")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"stage": wire.STAGE_UNSPECIFIED}, "stage"),
+        ({"continuation": wire.Continuation(model="m")}, "empty"),
+        ({"continuation": wire.Continuation(model="x", prompt_ids=[1])}, "model x"),
+        ({"continuation": wire.Continuation(model="m", prompt_ids=[1], adapter="a")}, "adapter a"),
+    ],
+)
+async def test_what_cannot_run_here_is_refused_with_a_reason(fields, says) -> None:
+    async with running() as rig:
+        call, _ = await attach(rig)
+        await call.write(place(**fields))
+        opening = (await read(call, "step")).openings[0]
+        assert opening.refused.reason == wire.REFUSAL_REASON_UNSUPPORTED
+        assert says in opening.refused.message
+        assert rig.service.running() == 0
+
+
+async def test_a_draining_worker_refuses_and_finishes_what_runs() -> None:
+    async with running() as rig:
+        call, _ = await attach(rig)
+        await call.write(place())
+        placed = await rig.engine.placed.get()
+        assert (await rig.stub.Drain(wire.DrainRequest())).running == 1
+        await call.write(place(number=2, attempt=2))
+        refused = (await read(call, "step")).openings[0].refused
+        assert refused.reason == wire.REFUSAL_REASON_DRAINING
+        stopping = asyncio.create_task(rig.service.stop(60))
+        rig.engine.emit(placed.router, ends=[end()])
+        await stopping
+        assert rig.engine.cancelled.empty()
+
+
+async def test_what_outlives_the_grace_is_given_back() -> None:
+    async with running() as rig:
+        call, _ = await attach(rig)
+        await call.write(place())
+        await rig.engine.placed.get()
+        await rig.service.stop(0.0)
+        step = await read(call, "step")
+        assert step.ends[0].returned.reason == wire.REFUSAL_REASON_DRAINING
+        assert await rig.engine.cancelled.get() == AttemptId(GENERATION, 1, 1)
+
+
+async def test_a_role_is_changed_and_told() -> None:
+    async with running() as rig:
+        call, _ = await attach(rig)
+        answer = await rig.stub.SetRole(wire.SetRoleRequest(role=wire.ROLE_DECODE))
+        assert answer.role == wire.ROLE_DECODE
+        while (await read(call, "load")).role != wire.ROLE_DECODE:
+            pass
+        with pytest.raises(grpc.aio.AioRpcError, match="ROLE_PREFILL, ROLE_DECODE and ROLE_BOTH"):
+            await rig.stub.SetRole(wire.SetRoleRequest())
+
+
+async def test_tokenizer_files_come_whole_unless_they_are_known() -> None:
+    async with running() as rig:
+        parts = [part async for part in rig.stub.GetTokenizer(wire.GetTokenizerRequest())]
+        header = parts[0].header
+        body = b"".join(part.data for part in parts[1:])
+        assert len(parts) > 2
+        assert TokenizerFiles.of({"tokenizer.json": body}).digest == header.digest
+        known = wire.GetTokenizerRequest(known_digest=header.digest)
+        assert len([part async for part in rig.stub.GetTokenizer(known)]) == 1
+
+
+def stored(*chain: int) -> wire.CacheEvent:
+    return wire.CacheEvent(stored=wire.BlocksStored(chain=chain))
+
+
+async def test_a_new_router_gets_a_snapshot_and_then_the_events() -> None:
+    async with running(cache_ring_events=1) as rig:
+        rig.engine.content = [stored(1, 2), stored(3)]
+        rig.engine.batches.put_nowait(CacheBatch(1, [stored(1, 2)]))
+        rig.engine.batches.put_nowait(CacheBatch(2, [stored(3)]))
+        probe, _ = await attach(rig, "probe")
+        await read(probe, "cache")
+        call, hello = await attach(rig)
+        assert hello.last_event == 2
+        first, last = await read(call, "cache"), await read(call, "cache")
+        assert (first.snapshot.first, first.snapshot.last) == (True, False)
+        assert (last.snapshot.first, last.snapshot.last) == (False, True)
+        assert last.snapshot.as_of_event == 2
+        rig.engine.batches.put_nowait(CacheBatch(3, [stored(9)]))
+        live = await read(call, "cache")
+        assert (live.first_event, live.events[0].stored.chain[0]) == (3, 9)
+
+
+async def test_a_router_that_comes_back_gets_only_what_it_missed() -> None:
+    async with running() as rig:
+        rig.engine.batches.put_nowait(CacheBatch(1, [stored(1)]))
+        first, _ = await attach(rig)
+        await read(first, "cache")
+        rig.engine.batches.put_nowait(CacheBatch(2, [stored(2)]))
+        await read(first, "cache")
+        again, hello = await attach(rig, known_worker_incarnation=7, known_event=1)
+        assert hello.resume_event == 2
+        cache = await read(again, "cache")
+        assert (cache.first_event, cache.HasField("snapshot")) == (2, False)
+
+
+async def test_another_incarnation_is_told_from_the_beginning() -> None:
+    async with running() as rig:
+        rig.engine.content = [stored(1)]
+        rig.engine.batches.put_nowait(CacheBatch(1, [stored(1)]))
+        first, _ = await attach(rig)
+        await read(first, "cache")
+        again, hello = await attach(rig, "other", known_worker_incarnation=6, known_event=1)
+        assert hello.resume_event == 0
+        assert (await read(again, "cache")).snapshot.first
+
+
+def session(step_bytes: int) -> Session:
+    class NoCache:
+        last_event = 0
+
+    return Session(
+        key="r/1",
+        router_id="r",
+        bounds=LaneBounds(step_bytes, 10.0, 0.005, 0.25),
+        cache=NoCache(),
+        next_event=1,
+        read_load=lambda _: wire.Load(),
+        snapshot=lambda: None,
+    )
+
+
+async def test_a_router_that_does_not_read_is_closed_and_nobody_waits_for_it() -> None:
+    slow = session(step_bytes=2_000)
+    rows = TokenColumns(GENERATION, [1], [1], [0], [1], [42])
+    closed = asyncio.create_task(slow.closed())
+    for _ in range(100):
+        slow.push_step(1, RouterStep(tokens=rows), None)
+    with pytest.raises(SessionClosedError, match="allowed are 2000"):
+        await closed
