@@ -1,0 +1,395 @@
+//! One placement of a generation: who takes part, and how far each is.
+//!
+//! ```text
+//!            placed          Reserved           end
+//!  Unsent ──────────▶ Placed ────────▶ Reserved ───▶ Ended
+//!                       │ Refused, no answer   │ session lost
+//!                       └──────────▶ Ended     └──▶ Gone
+//! ```
+//!
+//! Mesh: decode is placed first, prefill when decode has reserved. Engine:
+//! prefill is placed first, decode when prefill has handed off.
+
+use kvmesh_wire::v1;
+
+use super::{Action, Actions, Loss, Plan, PlannedHandOff, Timer};
+use crate::{
+    Fence, Stage, TransferId, Violation, WorkerIndex,
+    parse::{Answer, End},
+};
+
+/// How an attempt runs.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Route {
+    /// On one worker.
+    Whole,
+    /// On two, KV by a mesh transfer.
+    Mesh(TransferId),
+    /// On two, KV by the engine's own connector.
+    Engine {
+        /// Whether prefill's tokens count.
+        prefill_emits: bool,
+        /// What prefill said at its end.
+        payload: Option<v1::EngineHandOff>,
+    },
+}
+
+/// Which of the (at most two) parts of an attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Side {
+    Prefill,
+    /// Also the only one of a whole attempt.
+    Decode,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Attempt {
+    border: u32,
+    route: Route,
+    prefill: Option<Part>,
+    decode: Part,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Part {
+    worker: WorkerIndex,
+    stage: Stage,
+    at: At,
+    /// Next index that this worker will bring.
+    seen: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum At {
+    Unsent,
+    Placed,
+    Reserved,
+    Ended,
+    Gone,
+}
+
+/// What a part was when its session ended.
+pub(super) enum Was {
+    Unsent,
+    Placed(Stage),
+    Reserved,
+    Ended,
+}
+
+impl Attempt {
+    pub(super) fn new(plan: Plan, border: u32) -> Self {
+        let part = |worker, stage| Part {
+            worker,
+            stage,
+            at: At::Unsent,
+            seen: border,
+        };
+        // One worker has nothing to hand to itself.
+        let plan = match plan {
+            Plan::Mesh {
+                prefill, decode, ..
+            }
+            | Plan::Engine {
+                prefill, decode, ..
+            } if prefill == decode => Plan::Whole { on: decode },
+            other => other,
+        };
+        let (route, prefill, decode) = match plan {
+            Plan::Whole { on } => (Route::Whole, None, part(on, Stage::Whole)),
+            Plan::Mesh {
+                prefill,
+                decode,
+                transfer,
+            } => {
+                let decode = part(decode, Stage::Decode);
+                (
+                    Route::Mesh(transfer),
+                    Some(part(prefill, Stage::Prefill)),
+                    decode,
+                )
+            }
+            Plan::Engine {
+                prefill,
+                decode,
+                prefill_emits,
+            } => {
+                let route = Route::Engine {
+                    prefill_emits,
+                    payload: None,
+                };
+                (
+                    route,
+                    Some(part(prefill, Stage::Prefill)),
+                    part(decode, Stage::Decode),
+                )
+            }
+        };
+        Self {
+            border,
+            route,
+            prefill,
+            decode,
+        }
+    }
+
+    /// The part that is placed first.
+    pub(super) fn first_side(&self) -> Side {
+        match self.route {
+            Route::Whole | Route::Mesh(_) => Side::Decode,
+            Route::Engine { .. } => Side::Prefill,
+        }
+    }
+
+    /// The part to be placed once `side` has reserved.
+    pub(super) fn after_reserved(&self, side: Side) -> Option<Side> {
+        let next = matches!(self.route, Route::Mesh(_)) && side == Side::Decode;
+        next.then_some(Side::Prefill)
+    }
+
+    /// The part to be placed once prefill has handed off.
+    pub(super) fn after_handed_off(&mut self, engine: Option<v1::EngineHandOff>) -> Option<Side> {
+        match &mut self.route {
+            Route::Engine { payload, .. } => {
+                *payload = engine;
+                Some(Side::Decode)
+            }
+            Route::Whole | Route::Mesh(_) => None,
+        }
+    }
+
+    pub(super) fn place(&mut self, side: Side, fence: Fence, border: u32, actions: &mut Actions) {
+        let hand_off = match (&self.route, &self.prefill) {
+            (Route::Mesh(transfer), Some(prefill)) => PlannedHandOff::Mesh {
+                transfer: *transfer,
+                sender: prefill.worker,
+            },
+            (
+                Route::Engine {
+                    payload: Some(payload),
+                    ..
+                },
+                _,
+            ) => PlannedHandOff::Engine(payload.clone()),
+            _ => PlannedHandOff::None,
+        };
+        let part = self.part_mut(side);
+        part.at = At::Placed;
+        part.seen = border;
+        let Part {
+            worker: to, stage, ..
+        } = *part;
+        actions.push(Action::Place {
+            to,
+            fence,
+            stage,
+            hand_off,
+        });
+        actions.push(Action::Arm(Timer::Answer {
+            attempt: fence.attempt,
+            stage,
+        }));
+    }
+
+    /// The part that a frame speaks of.
+    pub(super) fn expect(
+        &self,
+        from: WorkerIndex,
+        fence: Fence,
+        stage: Stage,
+    ) -> Result<Side, Violation> {
+        let side = self.side_of(from).ok_or(Violation::UnknownAttempt(fence))?;
+        if self.part(side).stage == stage {
+            Ok(side)
+        } else {
+            Err(Violation::OutOfTurn {
+                what: "a frame",
+                state: "another stage",
+            })
+        }
+    }
+
+    /// Whether an end is one that this part can have.
+    pub(super) fn check_end(&self, side: Side, end: &End) -> Result<(), Violation> {
+        let wrong = |what| {
+            Err(Violation::OutOfTurn {
+                what,
+                state: "not one to end so",
+            })
+        };
+        match (end, side, &self.route) {
+            (End::HandedOff { .. }, Side::Decode, _) => wrong("a hand-off"),
+            (End::HandedOff { engine: None }, _, Route::Engine { .. }) => {
+                wrong("a hand-off without its payload")
+            }
+            (End::TransferFailed, Side::Decode, Route::Whole) => wrong("a failed transfer"),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn side_of(&self, worker: WorkerIndex) -> Option<Side> {
+        if self.decode.worker == worker {
+            return Some(Side::Decode);
+        }
+        let prefill = self.prefill.as_ref()?;
+        (prefill.worker == worker).then_some(Side::Prefill)
+    }
+
+    pub(super) fn side_mut(&mut self, worker: WorkerIndex) -> Option<(Side, &mut Part)> {
+        let side = self.side_of(worker)?;
+        Some((side, self.part_mut(side)))
+    }
+
+    fn part(&self, side: Side) -> &Part {
+        match (side, &self.prefill) {
+            (Side::Prefill, Some(prefill)) => prefill,
+            _ => &self.decode,
+        }
+    }
+
+    pub(super) fn part_mut(&mut self, side: Side) -> &mut Part {
+        match (side, &mut self.prefill) {
+            (Side::Prefill, Some(prefill)) => prefill,
+            _ => &mut self.decode,
+        }
+    }
+
+    /// Whether tokens of this worker are part of the output.
+    pub(super) fn emits(&self, worker: WorkerIndex) -> bool {
+        !matches!(
+            self.route,
+            Route::Engine {
+                prefill_emits: false,
+                ..
+            }
+        ) || self.decode.worker == worker
+    }
+
+    /// Whether decode has brought a token, and so holds the attempt.
+    pub(super) fn decodes(&self) -> bool {
+        self.decode.seen > self.border
+    }
+
+    /// Whether the attempt can go on after a running part's session ended. Only
+    /// a mesh prefill can be spared: by a broken session alone, where decode
+    /// will tell whether the KV came, or by any once decode has brought a token.
+    pub(super) fn goes_on_without(&self, side: Side, loss: Loss) -> bool {
+        side == Side::Prefill
+            && matches!(self.route, Route::Mesh(_))
+            && (loss == Loss::Broken || self.decodes())
+    }
+
+    /// The worker of a part whose session broke while it ran.
+    pub(super) fn gone(&self) -> Option<WorkerIndex> {
+        let prefill = self.prefill.as_ref()?;
+        (prefill.at == At::Gone).then_some(prefill.worker)
+    }
+
+    /// The part of a stage that still owes its answer.
+    pub(super) fn unanswered(&mut self, stage: Stage) -> Option<(WorkerIndex, &mut Part)> {
+        let mut parts = self.prefill.iter_mut().chain([&mut self.decode]);
+        let part = parts.find(|part| part.stage == stage && part.at == At::Placed)?;
+        Some((part.worker, part))
+    }
+
+    /// Cancels what is open.
+    pub(super) fn close(self, fence: Fence, actions: &mut Actions) {
+        if self.gone().is_some() {
+            actions.push(Action::Disarm(Timer::Orphaned {
+                attempt: fence.attempt,
+            }));
+        }
+        for part in self.prefill.into_iter().chain([self.decode]) {
+            if part.at == At::Placed {
+                let timer = Timer::Answer {
+                    attempt: fence.attempt,
+                    stage: part.stage,
+                };
+                actions.push(Action::Disarm(timer));
+            }
+            if matches!(part.at, At::Placed | At::Reserved) {
+                actions.push(Action::Cancel {
+                    to: part.worker,
+                    fence,
+                });
+            }
+        }
+    }
+}
+
+impl Part {
+    /// Takes an answer.
+    pub(super) fn answered(
+        &mut self,
+        what: &'static str,
+        answer: &Answer,
+    ) -> Result<(), Violation> {
+        if self.at != At::Placed {
+            return Err(Violation::OutOfTurn {
+                what,
+                state: self.name(),
+            });
+        }
+        self.at = match answer {
+            Answer::Reserved { .. } => At::Reserved,
+            Answer::Refused(_) => At::Ended,
+        };
+        Ok(())
+    }
+
+    /// Takes tokens; gives the part's next index before and after them.
+    pub(super) fn tokens(&mut self, first: u32, count: u32) -> Result<(u32, u32), Violation> {
+        if self.at != At::Reserved {
+            return Err(Violation::OutOfTurn {
+                what: "tokens",
+                state: self.name(),
+            });
+        }
+        if first != self.seen {
+            return Err(Violation::Hole {
+                expected: self.seen,
+                got: first,
+            });
+        }
+        self.seen = first.saturating_add(count);
+        Ok((first, self.seen))
+    }
+
+    /// Takes the stage's end.
+    pub(super) fn ended(&mut self) -> Result<(), Violation> {
+        if self.at != At::Reserved {
+            return Err(Violation::OutOfTurn {
+                what: "an end",
+                state: self.name(),
+            });
+        }
+        self.at = At::Ended;
+        Ok(())
+    }
+
+    /// Stops waiting for an answer.
+    pub(super) fn give_up(&mut self) {
+        self.at = At::Ended;
+    }
+
+    /// Takes the end of the part's session.
+    pub(super) fn lose(&mut self) -> Was {
+        let was = match self.at {
+            At::Unsent => Was::Unsent,
+            At::Placed => Was::Placed(self.stage),
+            At::Reserved => Was::Reserved,
+            At::Ended | At::Gone => return Was::Ended,
+        };
+        self.at = At::Gone;
+        was
+    }
+
+    fn name(&self) -> &'static str {
+        match self.at {
+            At::Unsent => "not placed",
+            At::Placed => "not answered",
+            At::Reserved => "running",
+            At::Ended => "ended",
+            At::Gone => "gone",
+        }
+    }
+}

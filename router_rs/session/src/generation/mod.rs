@@ -1,0 +1,703 @@
+//! One request's way over its attempts.
+//!
+//! ```text
+//!            plan                     Reserved, tokens, hand-off
+//!  start ──▶ Planning ──────────────▶ Running ─────────────────────▶ Ended
+//!              ▲   │                    │  │                           ▲
+//!              │   └── stopped ─────────│──┼── finished, stopped, ─────┤
+//!              │       no plan          │  │   failed for good         │
+//!              └── refused, returned, ──┘  └── worker lost ────────────┘
+//!                  transfer failed,            (or Planning again, where
+//!                  failed but retryable         the policy says so)
+//! ```
+//!
+//! An attempt (see the module `attempt`) starts from exactly the tokens delivered so
+//! far. Whatever ends it, the machine either ends or asks for a new plan; what
+//! then starts anew is the continuation: the prompt and the output up to
+//! [`Generation::next_index`]. Nothing else moves.
+//!
+//! Promise: indices contiguous, each once; exactly one [`Action::End`]; every
+//! Place answered, or cancelled, or its session lost; no command to a worker
+//! whose part has ended.
+
+mod attempt;
+
+use smallvec::SmallVec;
+
+use crate::{
+    Fence, Stage, TransferId, Violation, WorkerIndex,
+    parse::{Answer, End, Failure, FinishReason, Refusal},
+};
+
+use attempt::Attempt;
+
+/// What a generation does in cases where more than one thing is right.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Policy {
+    /// Refusals after which the request waits for a load frame that shows room.
+    pub refusals: u8,
+    /// Failed attempts that end the request. Refusals and `returned` are none.
+    pub failures: u8,
+    /// Whether a stream goes on elsewhere after its worker was lost; else it
+    /// ends with UNAVAILABLE and the next index.
+    pub survive_loss: bool,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            refusals: 3,
+            failures: 8,
+            survive_loss: false,
+        }
+    }
+}
+
+/// A choice of workers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Plan {
+    /// All on one worker.
+    Whole {
+        /// The worker.
+        on: WorkerIndex,
+    },
+    /// Prefill streams its KV to decode: decode reserves first.
+    Mesh {
+        /// Computes the prompt.
+        prefill: WorkerIndex,
+        /// Produces the output.
+        decode: WorkerIndex,
+        /// Name of the transfer.
+        transfer: TransferId,
+    },
+    /// Prefill first; decode then gets what the engine said at its end.
+    Engine {
+        /// Computes the prompt.
+        prefill: WorkerIndex,
+        /// Produces the output.
+        decode: WorkerIndex,
+        /// Whether prefill's tokens are part of the output.
+        prefill_emits: bool,
+    },
+}
+
+/// What happens to a generation.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// The scheduler chose; answers [`Action::Plan`].
+    Planned(Plan),
+    /// There is no plan and there will be none.
+    NoPlan,
+    /// A worker answered a Place.
+    Opening {
+        /// Who.
+        from: WorkerIndex,
+        /// Of which attempt.
+        fence: Fence,
+        /// Of which stage.
+        stage: Stage,
+        /// The answer.
+        answer: Answer,
+    },
+    /// A stage ended.
+    StageEnd {
+        /// Who.
+        from: WorkerIndex,
+        /// Of which attempt.
+        fence: Fence,
+        /// Which stage.
+        stage: Stage,
+        /// How.
+        end: End,
+    },
+    /// The session with a worker ended.
+    SessionLost {
+        /// Which.
+        worker: WorkerIndex,
+        /// How.
+        loss: Loss,
+    },
+    /// The request is to end now.
+    Stop(Stop),
+    /// A wait is over.
+    Fired(Timer),
+}
+
+/// How a session was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Loss {
+    /// The transport broke: nothing can be sent; the worker may well live.
+    Broken,
+    /// The worker was given up while the transport is still open.
+    Silent,
+}
+
+/// Why a request is to end before its stages do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Stop {
+    /// The client went away.
+    ClientGone,
+    /// The client read nothing for too long.
+    SlowClient,
+    /// A stop string was found in the text.
+    StopString,
+    /// The router is shutting down and the grace time is over.
+    Shutdown,
+}
+
+/// What a generation waits for with a bound in time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Timer {
+    /// The client's deadline.
+    Deadline,
+    /// Reserved or Refused to a Place.
+    Answer {
+        /// The attempt.
+        attempt: u32,
+        /// The stage that was placed.
+        stage: Stage,
+    },
+    /// Decode's first token or end, after prefill's session broke.
+    Orphaned {
+        /// The attempt.
+        attempt: u32,
+    },
+}
+
+/// What the driver has to do.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Action {
+    /// Place a stage, with the continuation as it is now.
+    Place {
+        /// On which worker.
+        to: WorkerIndex,
+        /// Under which attempt.
+        fence: Fence,
+        /// Which stage.
+        stage: Stage,
+        /// How KV passes.
+        hand_off: PlannedHandOff,
+    },
+    /// Cancel an attempt.
+    Cancel {
+        /// On which worker.
+        to: WorkerIndex,
+        /// Which attempt.
+        fence: Fence,
+    },
+    /// Ask the scheduler for a plan; answered by `Planned`, `NoPlan` or `Stop`.
+    Plan(PlanRequest),
+    /// Release the booking of the attempt that is over.
+    Release,
+    /// Start a wait.
+    Arm(Timer),
+    /// Give a wait up.
+    Disarm(Timer),
+    /// Tell the client. The last action of a generation.
+    End(Outcome),
+}
+
+/// How KV passes, as planned; the driver knows the addresses.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum PlannedHandOff {
+    /// It does not.
+    None,
+    /// By a mesh transfer.
+    Mesh {
+        /// Its name.
+        transfer: TransferId,
+        /// The worker that sends.
+        sender: WorkerIndex,
+    },
+    /// By the engine's own connector.
+    Engine(kvmesh_wire::v1::EngineHandOff),
+}
+
+/// What a plan has to heed.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct PlanRequest {
+    /// Workers not to take, and why: `Unsupported` is for good, all else for
+    /// now.
+    pub excluded: SmallVec<[(WorkerIndex, Refusal); 2]>,
+    /// Why there is a need of a plan.
+    pub cause: Cause,
+    /// Whether to wait for a load frame that shows room, instead of trusting
+    /// what is known now.
+    pub wait_for_room: bool,
+}
+
+/// Why a plan is needed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Cause {
+    /// The first one.
+    Start,
+    /// A worker refused.
+    Refused(Refusal),
+    /// A worker gave it back.
+    Returned,
+    /// An attempt failed.
+    Failed,
+}
+
+/// How a generation ended.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Outcome {
+    /// The output is complete.
+    Finished {
+        /// Why.
+        reason: FinishReason,
+        /// The stop token that ended it.
+        stop_token: Option<u32>,
+    },
+    /// Stopped by this router.
+    Stopped(Stop),
+    /// The client's deadline passed.
+    DeadlineExceeded,
+    /// No worker can run it.
+    NoPlan,
+    /// A worker was lost.
+    WorkerLost(WorkerIndex),
+    /// Another router took it over.
+    TakenOver,
+    /// Every worker said that its engine cannot do this.
+    Unsupported,
+    /// The worker's last word.
+    Failed(Failure),
+    /// As many attempts failed as are allowed.
+    Exhausted,
+}
+
+/// What to do with a row of tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Taken {
+    /// The row's ids from `skip` on are new: append them to the output.
+    New {
+        /// Ids at the row's begin that came before, from the other worker.
+        skip: u32,
+    },
+    /// Nothing new: the other worker brought them, or they do not count.
+    Nothing,
+    /// From an attempt that is over.
+    Stale,
+}
+
+/// A list of actions, in the order in which they are to be done.
+pub type Actions = SmallVec<[Action; 4]>;
+
+/// One request's state. See the module's text.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Generation {
+    policy: Policy,
+    fence: Fence,
+    next_index: u32,
+    max_tokens: u32,
+    refusals: u8,
+    failures: u8,
+    deadline: bool,
+    excluded: SmallVec<[(WorkerIndex, Refusal); 2]>,
+    state: State,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum State {
+    Planning,
+    Running(Attempt),
+    Ended,
+}
+
+impl Generation {
+    /// A generation of `max_tokens` tokens at most, owned under number `owner`.
+    /// `deadline` says whether the client gave one.
+    #[must_use]
+    pub fn start(owner: u32, max_tokens: u32, deadline: bool, policy: Policy) -> (Self, Actions) {
+        let mut generation = Self {
+            policy,
+            fence: Fence { owner, attempt: 0 },
+            next_index: 0,
+            max_tokens,
+            refusals: 0,
+            failures: 0,
+            deadline,
+            excluded: SmallVec::new(),
+            state: State::Planning,
+        };
+        let mut actions = Actions::new();
+        if deadline {
+            actions.push(Action::Arm(Timer::Deadline));
+        }
+        generation.plan(Cause::Start, &mut actions);
+        (generation, actions)
+    }
+
+    /// Index of the next token that the client lacks: the border from which a
+    /// new attempt starts.
+    #[must_use]
+    pub fn next_index(&self) -> u32 {
+        self.next_index
+    }
+
+    /// The attempt in force; attempt 0 before the first.
+    #[must_use]
+    pub fn fence(&self) -> Fence {
+        self.fence
+    }
+
+    /// Whether it has ended.
+    #[must_use]
+    pub fn ended(&self) -> bool {
+        matches!(self.state, State::Ended)
+    }
+
+    /// Whether a worker takes part in the attempt that runs.
+    #[must_use]
+    pub fn involves(&self, worker: WorkerIndex) -> bool {
+        matches!(&self.state, State::Running(attempt) if attempt.side_of(worker).is_some())
+    }
+
+    /// Takes a row of `count` tokens from `first_index` on. This is the path of
+    /// every token: no action, no allocation.
+    ///
+    /// # Errors
+    /// A [`Violation`] closes the session that brought the row.
+    pub fn tokens(
+        &mut self,
+        from: WorkerIndex,
+        fence: Fence,
+        first_index: u32,
+        count: u32,
+    ) -> Result<Taken, Violation> {
+        let State::Running(attempt) = &mut self.state else {
+            return self.stale(fence);
+        };
+        if fence != self.fence {
+            return self.stale(fence);
+        }
+        let emits = attempt.emits(from);
+        let (_, part) = attempt
+            .side_mut(from)
+            .ok_or(Violation::UnknownAttempt(fence))?;
+        let (before, seen) = part.tokens(first_index, count)?;
+        if !emits {
+            return Ok(Taken::Nothing);
+        }
+        if seen > self.max_tokens {
+            return Err(Violation::TooManyTokens(self.max_tokens));
+        }
+        if seen <= self.next_index {
+            return Ok(Taken::Nothing);
+        }
+        let skip = self.next_index - before;
+        self.next_index = seen;
+        Ok(Taken::New { skip })
+    }
+
+    /// Takes an event and says what to do.
+    ///
+    /// # Errors
+    /// A [`Violation`] closes the session that brought the event; the machine
+    /// is as before, and hears of the session's end as of any other.
+    pub fn apply(&mut self, event: Event) -> Result<Actions, Violation> {
+        let mut actions = Actions::new();
+        match event {
+            Event::Planned(plan) => self.planned(plan, &mut actions),
+            Event::NoPlan => self.no_plan(&mut actions),
+            Event::Opening {
+                from,
+                fence,
+                stage,
+                answer,
+            } => {
+                if !self.is_current(fence)? {
+                    return Ok(actions);
+                }
+                self.opening(from, fence, stage, answer, &mut actions)?;
+            }
+            Event::StageEnd {
+                from,
+                fence,
+                stage,
+                end,
+            } => {
+                if !self.is_current(fence)? {
+                    return Ok(actions);
+                }
+                self.stage_end(from, fence, stage, end, &mut actions)?;
+            }
+            Event::SessionLost { worker, loss } => self.session_lost(worker, loss, &mut actions),
+            Event::Stop(stop) => {
+                let outcome = match stop {
+                    Stop::StopString => Outcome::Finished {
+                        reason: FinishReason::Stop,
+                        stop_token: None,
+                    },
+                    other => Outcome::Stopped(other),
+                };
+                self.end(outcome, &mut actions);
+            }
+            Event::Fired(timer) => self.fired(timer, &mut actions),
+        }
+        Ok(actions)
+    }
+
+    fn stale(&self, fence: Fence) -> Result<Taken, Violation> {
+        if fence > self.fence {
+            Err(Violation::UnknownAttempt(fence))
+        } else {
+            Ok(Taken::Stale)
+        }
+    }
+
+    fn is_current(&self, fence: Fence) -> Result<bool, Violation> {
+        if fence > self.fence {
+            return Err(Violation::UnknownAttempt(fence));
+        }
+        Ok(fence == self.fence && matches!(self.state, State::Running(_)))
+    }
+
+    fn planned(&mut self, plan: Plan, actions: &mut Actions) {
+        // A plan for a generation that ended meanwhile is no error: the driver
+        // releases its booking with everything else.
+        if !matches!(self.state, State::Planning) {
+            return;
+        }
+        self.fence.attempt += 1;
+        let mut attempt = Attempt::new(plan, self.next_index);
+        let first = attempt.first_side();
+        self.state = State::Running({
+            attempt.place(first, self.fence, self.next_index, actions);
+            attempt
+        });
+    }
+
+    fn no_plan(&mut self, actions: &mut Actions) {
+        if matches!(self.state, State::Planning) {
+            let unsupported = self
+                .excluded
+                .iter()
+                .any(|(_, why)| *why == Refusal::Unsupported);
+            let outcome = if unsupported {
+                Outcome::Unsupported
+            } else {
+                Outcome::NoPlan
+            };
+            self.end(outcome, actions);
+        }
+    }
+
+    fn opening(
+        &mut self,
+        from: WorkerIndex,
+        fence: Fence,
+        stage: Stage,
+        answer: Answer,
+        actions: &mut Actions,
+    ) -> Result<(), Violation> {
+        let State::Running(attempt) = &mut self.state else {
+            return Ok(());
+        };
+        let side = attempt.expect(from, fence, stage)?;
+        attempt.part_mut(side).answered("an answer", &answer)?;
+        actions.push(Action::Disarm(Timer::Answer {
+            attempt: fence.attempt,
+            stage,
+        }));
+        match answer {
+            Answer::Reserved { .. } => {
+                if let Some(next) = attempt.after_reserved(side) {
+                    attempt.place(next, fence, self.next_index, actions);
+                } else {
+                    self.refusals = 0;
+                    self.forget_refusals();
+                }
+            }
+            Answer::Refused(Refusal::TakenOver) => self.end(Outcome::TakenOver, actions),
+            Answer::Refused(why) => self.refused(from, why, actions),
+        }
+        Ok(())
+    }
+
+    fn stage_end(
+        &mut self,
+        from: WorkerIndex,
+        fence: Fence,
+        stage: Stage,
+        end: End,
+        actions: &mut Actions,
+    ) -> Result<(), Violation> {
+        let State::Running(attempt) = &mut self.state else {
+            return Ok(());
+        };
+        let side = attempt.expect(from, fence, stage)?;
+        attempt.check_end(side, &end)?;
+        attempt.part_mut(side).ended()?;
+        match end {
+            End::Finished { reason, stop_token } => {
+                self.end(Outcome::Finished { reason, stop_token }, actions);
+            }
+            End::HandedOff { engine } => {
+                if let Some(next) = attempt.after_handed_off(engine) {
+                    attempt.place(next, fence, self.next_index, actions);
+                }
+            }
+            End::Returned(_) => {
+                self.abandon(actions);
+                self.forget_refusals();
+                self.ask(Cause::Returned, true, actions);
+            }
+            End::TransferFailed | End::Cancelled => self.failed(None, actions),
+            End::Failed(failure) => self.failed(Some(failure), actions),
+        }
+        Ok(())
+    }
+
+    fn session_lost(&mut self, worker: WorkerIndex, loss: Loss, actions: &mut Actions) {
+        let State::Running(attempt) = &mut self.state else {
+            return;
+        };
+        let Some((side, part)) = attempt.side_mut(worker) else {
+            return;
+        };
+        let was = part.lose();
+        let fence = self.fence;
+        match was {
+            attempt::Was::Ended => {}
+            attempt::Was::Unsent => self.refused(worker, Refusal::Unanswered, actions),
+            attempt::Was::Placed(stage) => {
+                let timer = Timer::Answer {
+                    attempt: fence.attempt,
+                    stage,
+                };
+                actions.push(Action::Disarm(timer));
+                if loss == Loss::Silent {
+                    actions.push(Action::Cancel { to: worker, fence });
+                }
+                self.refused(worker, Refusal::Unanswered, actions);
+            }
+            attempt::Was::Reserved => {
+                if loss == Loss::Silent {
+                    actions.push(Action::Cancel { to: worker, fence });
+                }
+                if !attempt.goes_on_without(side, loss) {
+                    self.lost(worker, actions);
+                } else if !attempt.decodes() {
+                    actions.push(Action::Arm(Timer::Orphaned {
+                        attempt: fence.attempt,
+                    }));
+                }
+            }
+        }
+    }
+
+    fn fired(&mut self, timer: Timer, actions: &mut Actions) {
+        match timer {
+            Timer::Deadline => self.end(Outcome::DeadlineExceeded, actions),
+            Timer::Answer {
+                attempt: number,
+                stage,
+            } => {
+                let fence = self.fence;
+                let State::Running(attempt) = &mut self.state else {
+                    return;
+                };
+                if number != fence.attempt {
+                    return;
+                }
+                let Some((worker, part)) = attempt.unanswered(stage) else {
+                    return;
+                };
+                part.give_up();
+                actions.push(Action::Cancel { to: worker, fence });
+                self.refused(worker, Refusal::Unanswered, actions);
+            }
+            Timer::Orphaned { attempt: number } => {
+                let State::Running(attempt) = &self.state else {
+                    return;
+                };
+                if number == self.fence.attempt
+                    && !attempt.decodes()
+                    && let Some(worker) = attempt.gone()
+                {
+                    self.lost(worker, actions);
+                }
+            }
+        }
+    }
+
+    fn refused(&mut self, worker: WorkerIndex, why: Refusal, actions: &mut Actions) {
+        self.abandon(actions);
+        if !self.excluded.iter().any(|(known, _)| *known == worker) {
+            self.excluded.push((worker, why));
+        }
+        self.refusals = self.refusals.saturating_add(1);
+        let wait = self.refusals > self.policy.refusals;
+        if wait {
+            self.refusals = 0;
+            self.forget_refusals();
+        }
+        self.ask(Cause::Refused(why), wait, actions);
+    }
+
+    /// What an engine cannot do it cannot do later either; all else may change.
+    fn forget_refusals(&mut self) {
+        self.excluded
+            .retain(|(_, why)| *why == Refusal::Unsupported);
+    }
+
+    fn failed(&mut self, failure: Option<Failure>, actions: &mut Actions) {
+        self.failures = self.failures.saturating_add(1);
+        match failure {
+            Some(failure) if !failure.retryable => self.end(Outcome::Failed(failure), actions),
+            _ if self.failures >= self.policy.failures => self.end(Outcome::Exhausted, actions),
+            _ => {
+                self.abandon(actions);
+                self.plan(Cause::Failed, actions);
+            }
+        }
+    }
+
+    fn lost(&mut self, worker: WorkerIndex, actions: &mut Actions) {
+        self.failures = self.failures.saturating_add(1);
+        if self.policy.survive_loss && self.failures < self.policy.failures {
+            self.abandon(actions);
+            self.plan(Cause::Failed, actions);
+        } else {
+            self.end(Outcome::WorkerLost(worker), actions);
+        }
+    }
+
+    fn plan(&mut self, cause: Cause, actions: &mut Actions) {
+        self.ask(cause, false, actions);
+    }
+
+    fn ask(&mut self, cause: Cause, wait_for_room: bool, actions: &mut Actions) {
+        let excluded = self.excluded.clone();
+        actions.push(Action::Plan(PlanRequest {
+            excluded,
+            cause,
+            wait_for_room,
+        }));
+    }
+
+    /// Leaves the attempt: every part that is still open is cancelled.
+    fn abandon(&mut self, actions: &mut Actions) {
+        if let State::Running(attempt) = std::mem::replace(&mut self.state, State::Planning) {
+            attempt.close(self.fence, actions);
+            actions.push(Action::Release);
+        }
+    }
+
+    fn end(&mut self, outcome: Outcome, actions: &mut Actions) {
+        if self.ended() {
+            return;
+        }
+        self.abandon(actions);
+        if self.deadline {
+            actions.push(Action::Disarm(Timer::Deadline));
+        }
+        self.state = State::Ended;
+        actions.push(Action::End(outcome));
+    }
+}
+
+#[cfg(test)]
+mod tests;

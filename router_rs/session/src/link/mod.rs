@@ -1,0 +1,456 @@
+//! One router's session with one worker.
+//!
+//! ```text
+//!            dial            opened           hello
+//!  Waiting ───────▶ Dialling ───────▶ Greeting ─────▶ Live ◀────────┐
+//!     ▲                │                 │             │  ▲          │
+//!     │ transport      │                 │      silent │  │ a frame, │ probe
+//!     │ broken, from   │                 │      or     ▼  │ in time  │ answered
+//!     │ any state      │                 │      stuck Suspect        │
+//!     └────────────────┴─────────────────┤             │             │
+//!                                        ▼             ▼   a frame   │
+//!                                     Refused         Lost ───────▶ HalfOpen
+//!                                   (waits, then                     │
+//!                                    dials again)      ◀─────────────┘ silent
+//! ```
+//!
+//! Silence: no frame for 1 s makes a worker suspect (no new placements), for
+//! max(3 s, 8 x the predicted step) lost (its streams end or move). The same
+//! bounds hold for the age of a step that its loads tell of, so that a stuck
+//! engine under a beating event loop is found (DESIGN 5).
+
+use smallvec::SmallVec;
+
+use crate::{
+    HASH_SCHEME, PROTOCOL_VERSION, Violation,
+    generation::Loss,
+    parse::{Hello, LoadReport},
+};
+use kvmesh_wire::v1::WorkerPhase;
+
+/// No frame for so long, in milliseconds: suspect. Loads come every 250 ms, so
+/// three of them are missing.
+pub const SUSPECT_MS: u64 = 1_000;
+/// No frame for so long at least, in milliseconds: lost.
+pub const LOST_MS: u64 = 3_000;
+/// The same while a worker said that it loads or warms up.
+pub const LOST_STARTING_MS: u64 = 30_000;
+/// Time for a connection to open and for the worker's hello, in milliseconds.
+pub const GREETING_MS: u64 = 5_000;
+
+/// State of a session.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum State {
+    /// Until the next try.
+    Waiting,
+    /// A connection is being opened.
+    Dialling,
+    /// Hello is sent; the worker's is awaited.
+    Greeting,
+    /// Works.
+    Live,
+    /// No new placements.
+    Suspect(Suspicion),
+    /// Given up while the transport is open.
+    Lost(Suspicion),
+    /// Back after being lost: one probe at a time; `true` while one runs.
+    HalfOpen {
+        /// Whether the probe is under way.
+        probing: bool,
+    },
+    /// The worker's hello does not fit.
+    Refused(Mismatch),
+}
+
+/// Why a worker is suspect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Suspicion {
+    /// No frame.
+    Silent,
+    /// Its step takes far longer than predicted.
+    Stuck,
+}
+
+/// Why a hello is refused.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+pub enum Mismatch {
+    /// Another protocol.
+    #[error("speaks protocol {0}.{1}, this router {major}.{minor} and one minor less",
+        major = PROTOCOL_VERSION.0, minor = PROTOCOL_VERSION.1)]
+    Version(u32, u32),
+    /// Another worker than the one that the address was told for.
+    #[error("is worker {0}, not the one registered under this address")]
+    Identity(String),
+}
+
+/// What happens to a session.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event<'a> {
+    /// The address became known, or the time to dial has come.
+    Dial,
+    /// The stream is open.
+    Opened,
+    /// The worker's hello.
+    Hello(&'a Hello),
+    /// Any frame; with its load where it carries one.
+    Frame(Option<&'a LoadReport>),
+    /// The transport broke, or was closed after a violation.
+    Broken,
+    /// A request was placed.
+    Placed,
+    /// A worker answered a placement, or ended a stage.
+    Answered,
+    /// A wait is over.
+    Fired(Timer),
+}
+
+/// What a session waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Timer {
+    /// The next try; how long is the driver's (jittered, growing).
+    Redial,
+    /// The worker's hello.
+    Greeting,
+    /// The next frame, before the worker is suspect.
+    Suspect,
+    /// The next frame, before the worker is lost.
+    Lost,
+}
+
+/// What the driver has to do.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Action {
+    /// Open a connection and the stream.
+    Dial,
+    /// Send hello.
+    SendHello {
+        /// Worker incarnation whose cache is known; 0 for none.
+        known_incarnation: u64,
+        /// Last cache event of it; 0 for none.
+        known_event: u64,
+    },
+    /// Start a wait of so many milliseconds, anew if it runs.
+    Arm(Timer, u64),
+    /// Start the wait for the next try: the n-th in a row.
+    ArmRedial(u32),
+    /// Give a wait up.
+    Disarm(Timer),
+    /// The worker's streams end or move.
+    Lose(Loss),
+    /// Drop the transport.
+    Close,
+    /// Start with an empty view of the worker's cache.
+    ForgetCache,
+    /// The worker's cache is not indexed: its hash scheme is another.
+    IndexOff(u32),
+    /// Whether the worker can be placed on may have changed.
+    StateChanged,
+}
+
+/// A list of actions, in order.
+pub type Actions = SmallVec<[Action; 4]>;
+
+/// One session's state. See the module's text.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Link {
+    expected_id: Option<String>,
+    state: State,
+    tries: u32,
+    sent: u64,
+    echoed: u64,
+    incarnation: u64,
+    event: u64,
+    lost_ms: u64,
+    index_off: bool,
+}
+
+impl Link {
+    /// A session that has not begun. `expected_id` is the worker id that the
+    /// address was told for, if one was.
+    #[must_use]
+    pub fn new(expected_id: Option<String>) -> Self {
+        Self {
+            expected_id,
+            state: State::Waiting,
+            tries: 0,
+            sent: 0,
+            echoed: 0,
+            incarnation: 0,
+            event: 0,
+            lost_ms: LOST_MS,
+            index_off: false,
+        }
+    }
+
+    /// Its state.
+    #[must_use]
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Whether a request may be placed now.
+    #[must_use]
+    pub fn placeable(&self) -> bool {
+        matches!(self.state, State::Live | State::HalfOpen { probing: false })
+    }
+
+    /// Whether commands can be sent.
+    #[must_use]
+    pub fn open(&self) -> bool {
+        matches!(
+            self.state,
+            State::Live | State::Suspect(_) | State::Lost(_) | State::HalfOpen { .. }
+        )
+    }
+
+    /// Whether the worker's cache is indexed.
+    #[must_use]
+    pub fn indexed(&self) -> bool {
+        !self.index_off
+    }
+
+    /// Incarnation of the worker's last hello; 0 before the first.
+    #[must_use]
+    pub fn incarnation(&self) -> u64 {
+        self.incarnation
+    }
+
+    /// Number for the next command.
+    pub fn number(&mut self) -> u64 {
+        self.sent += 1;
+        self.sent
+    }
+
+    /// Number of the last command sent, and of the last one echoed.
+    #[must_use]
+    pub fn commands(&self) -> (u64, u64) {
+        (self.sent, self.echoed)
+    }
+
+    /// Remembers the last cache event that was applied.
+    pub fn saw_event(&mut self, event: u64) {
+        self.event = event;
+    }
+
+    /// Last cache event that was applied.
+    #[must_use]
+    pub fn event(&self) -> u64 {
+        self.event
+    }
+
+    /// Takes an event and says what to do.
+    ///
+    /// # Errors
+    /// A [`Violation`]: the driver closes the transport and feeds
+    /// [`Event::Broken`].
+    pub fn apply(&mut self, event: Event<'_>) -> Result<Actions, Violation> {
+        let mut actions = Actions::new();
+        match event {
+            Event::Dial | Event::Fired(Timer::Redial) => self.dial(&mut actions),
+            Event::Opened => self.opened(&mut actions),
+            Event::Hello(hello) => self.hello(hello, &mut actions)?,
+            Event::Frame(load) => self.frame(load, &mut actions)?,
+            Event::Broken => self.broken(&mut actions),
+            Event::Placed => {
+                if let State::HalfOpen { probing } = &mut self.state {
+                    *probing = true;
+                    actions.push(Action::StateChanged);
+                }
+            }
+            Event::Answered => {
+                if self.state == (State::HalfOpen { probing: true }) {
+                    self.become_state(State::Live, &mut actions);
+                }
+            }
+            Event::Fired(Timer::Greeting) => {
+                if matches!(self.state, State::Dialling | State::Greeting) {
+                    actions.push(Action::Close);
+                    self.broken(&mut actions);
+                }
+            }
+            Event::Fired(Timer::Suspect) => {
+                if self.state == State::Live {
+                    self.become_state(State::Suspect(Suspicion::Silent), &mut actions);
+                }
+            }
+            Event::Fired(Timer::Lost) => self.lose(Suspicion::Silent, &mut actions),
+        }
+        Ok(actions)
+    }
+
+    fn dial(&mut self, actions: &mut Actions) {
+        if matches!(self.state, State::Waiting | State::Refused(_)) {
+            actions.push(Action::Dial);
+            actions.push(Action::Arm(Timer::Greeting, GREETING_MS));
+            self.state = State::Dialling;
+        }
+    }
+
+    fn opened(&mut self, actions: &mut Actions) {
+        if self.state == State::Dialling {
+            self.sent = 0;
+            self.echoed = 0;
+            self.state = State::Greeting;
+            actions.push(Action::SendHello {
+                known_incarnation: if self.index_off { 0 } else { self.incarnation },
+                known_event: if self.index_off { 0 } else { self.event },
+            });
+        }
+    }
+
+    fn hello(&mut self, hello: &Hello, actions: &mut Actions) -> Result<(), Violation> {
+        if self.state != State::Greeting {
+            return Err(Violation::Malformed("a hello that was not asked for"));
+        }
+        actions.push(Action::Disarm(Timer::Greeting));
+        if let Some(mismatch) = self.mismatch(hello) {
+            self.tries = self.tries.saturating_add(1);
+            actions.extend([Action::Close, Action::ArmRedial(self.tries)]);
+            self.become_state(State::Refused(mismatch), actions);
+            return Ok(());
+        }
+        self.tries = 0;
+        self.index_off = hello.hash_scheme != HASH_SCHEME;
+        if self.incarnation != hello.record.incarnation || self.index_off {
+            self.event = 0;
+            actions.push(Action::ForgetCache);
+        }
+        if self.index_off {
+            actions.push(Action::IndexOff(hello.hash_scheme));
+        }
+        self.incarnation = hello.record.incarnation;
+        self.lost_ms = LOST_MS;
+        self.listen(actions);
+        self.become_state(State::Live, actions);
+        Ok(())
+    }
+
+    fn mismatch(&self, hello: &Hello) -> Option<Mismatch> {
+        let (major, minor) = hello.version;
+        // A newer minor is the worker's to speak down from; of older ones the
+        // last is understood.
+        if major != PROTOCOL_VERSION.0 || minor + 1 < PROTOCOL_VERSION.1 {
+            return Some(Mismatch::Version(major, minor));
+        }
+        match &self.expected_id {
+            Some(id) if *id != hello.record.worker_id => {
+                Some(Mismatch::Identity(hello.record.worker_id.clone()))
+            }
+            _ => None,
+        }
+    }
+
+    fn frame(&mut self, load: Option<&LoadReport>, actions: &mut Actions) -> Result<(), Violation> {
+        if !self.open() {
+            return Err(Violation::Malformed("a frame before hello"));
+        }
+        if let Some(report) = load {
+            self.echo(report.load.last_command)?;
+        }
+        match load.map(|report| self.step_age(report)) {
+            Some(Age::Stuck) => self.lose(Suspicion::Stuck, actions),
+            Some(Age::Late) if self.state == State::Live => {
+                self.become_state(State::Suspect(Suspicion::Stuck), actions);
+            }
+            Some(Age::Late) => {}
+            Some(Age::Fine) => self.heard(true, actions),
+            // A frame without a load is a sign of life, but says nothing of
+            // the step: what is stuck stays stuck.
+            None => self.heard(false, actions),
+        }
+        self.listen(actions);
+        Ok(())
+    }
+
+    fn heard(&mut self, step_fine: bool, actions: &mut Actions) {
+        match self.state {
+            State::Suspect(Suspicion::Silent) => self.become_state(State::Live, actions),
+            State::Suspect(Suspicion::Stuck) if step_fine => {
+                self.become_state(State::Live, actions);
+            }
+            State::Lost(Suspicion::Silent) => {
+                self.become_state(State::HalfOpen { probing: false }, actions);
+            }
+            State::Lost(Suspicion::Stuck) if step_fine => {
+                self.become_state(State::HalfOpen { probing: false }, actions);
+            }
+            _ => {}
+        }
+    }
+
+    fn listen(&self, actions: &mut Actions) {
+        actions.push(Action::Arm(Timer::Suspect, SUSPECT_MS));
+        actions.push(Action::Arm(Timer::Lost, self.lost_ms));
+    }
+
+    fn echo(&mut self, got: u64) -> Result<(), Violation> {
+        if got > self.sent || got < self.echoed {
+            return Err(Violation::Echo {
+                got,
+                sent: self.sent,
+                before: self.echoed,
+            });
+        }
+        self.echoed = got;
+        Ok(())
+    }
+
+    fn step_age(&mut self, report: &LoadReport) -> Age {
+        let load = &report.load;
+        let predicted = load.step_predicted_ms;
+        self.lost_ms = match report.phase {
+            WorkerPhase::Serving => LOST_MS.max((8.0 * predicted) as u64),
+            _ => LOST_STARTING_MS,
+        };
+        if report.phase != WorkerPhase::Serving {
+            return Age::Fine;
+        }
+        if load.step_age_ms > (LOST_MS as f64).max(8.0 * predicted) {
+            Age::Stuck
+        } else if load.step_age_ms > (SUSPECT_MS as f64).max(4.0 * predicted) {
+            Age::Late
+        } else {
+            Age::Fine
+        }
+    }
+
+    fn lose(&mut self, why: Suspicion, actions: &mut Actions) {
+        if matches!(
+            self.state,
+            State::Live | State::Suspect(_) | State::HalfOpen { .. }
+        ) {
+            actions.push(Action::Lose(Loss::Silent));
+            self.become_state(State::Lost(why), actions);
+        }
+    }
+
+    fn broken(&mut self, actions: &mut Actions) {
+        match self.state {
+            State::Waiting | State::Refused(_) => return,
+            State::Live | State::Suspect(_) | State::HalfOpen { .. } | State::Lost(_) => {
+                actions.push(Action::Lose(Loss::Broken));
+            }
+            State::Dialling | State::Greeting => {}
+        }
+        for timer in [Timer::Greeting, Timer::Suspect, Timer::Lost] {
+            actions.push(Action::Disarm(timer));
+        }
+        self.tries = self.tries.saturating_add(1);
+        actions.push(Action::ArmRedial(self.tries));
+        self.become_state(State::Waiting, actions);
+    }
+
+    fn become_state(&mut self, state: State, actions: &mut Actions) {
+        self.state = state;
+        actions.push(Action::StateChanged);
+    }
+}
+
+enum Age {
+    Fine,
+    Late,
+    Stuck,
+}
+
+#[cfg(test)]
+mod tests;
