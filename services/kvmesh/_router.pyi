@@ -1,0 +1,388 @@
+"""The native module: what Python code of kvmesh asks of Rust.
+
+Checked against the built module by stubtest.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, final
+
+# --- KV pool and transfer -----------------------------------------------------
+
+Reason = Literal[
+    "unknown",
+    "cancelled",
+    "lease_expired",
+    "incompatible",
+    "mismatch",
+    "finished",
+    "failed",
+    "lost",
+]
+"""Why a transfer ended without success (AbortReason in transfer.proto).
+
+`lost`: the connection to the peer broke or could not be made.
+"""
+
+class TransferError(Exception):
+    """A call about a transfer was refused; `args` is (reason, message)."""
+
+@final
+class KvPool:
+    """Block slots of one size in a sealed shared mapping (memfd).
+
+    Offers the buffer protocol (writable, bytes, `blocks * block_bytes`), so
+    `torch.frombuffer(pool, dtype=...)` and `numpy.frombuffer(pool, ...)` see
+    its blocks: block-major, slot i at byte `i * block_bytes`. Fresh memory is
+    zero. The memory lives while this object, a view, a tensor made from it or
+    a transfer holds it.
+    """
+
+    def __new__(cls, blocks: int, block_bytes: int, *, populate: bool = False) -> KvPool:
+        """Maps a pool. `populate`: touch every page now rather than on first use.
+
+        Raises ValueError where a size is zero or does not fit, OSError where
+        the kernel refuses.
+        """
+
+    @property
+    def blocks(self) -> int: ...
+    @property
+    def block_bytes(self) -> int: ...
+    @property
+    def nbytes(self) -> int:
+        """`blocks * block_bytes`."""
+
+    @property
+    def closed(self) -> bool: ...
+    def slot_version(self, slot: int) -> int:
+        """Version of a slot; IndexError where there is no such slot."""
+
+    def raise_versions(self, slots: Sequence[int]) -> None:
+        """Raises the version of slots that are about to be written anew.
+
+        Call it *before* the first write: from then on a peer that still copies
+        the old content discards it. IndexError, and nothing raised, where there
+        is no such slot.
+        """
+
+    def checksum(self, slot: int) -> int:
+        """XXH3-64 of a slot's bytes, as announced to peers. Without the GIL."""
+
+    def close(self) -> None:
+        """No new views and transfers. Memory goes with its last holder."""
+
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def __release_buffer__(self, buffer: memoryview, /) -> None: ...
+
+@final
+class Pulled:
+    """Sender: the receiver has come. Blocks before `from_token` are not sent."""
+
+    @property
+    def transfer_id(self) -> bytes: ...
+    @property
+    def worker_id(self) -> str: ...
+    @property
+    def from_token(self) -> int: ...
+    @property
+    def traceparent(self) -> str: ...
+    @property
+    def request_id(self) -> str: ...
+
+@final
+class PrefixWanted:
+    """Sender: a peer asks for a prefix. Answer with `offer_prefix`."""
+
+    @property
+    def transfer_id(self) -> bytes: ...
+    @property
+    def worker_id(self) -> str: ...
+    @property
+    def adapter(self) -> str: ...
+    @property
+    def cache_salt(self) -> str: ...
+    @property
+    def token_ids(self) -> list[int]:
+        """The whole prefix, from its first token."""
+
+    @property
+    def from_token(self) -> int:
+        """Tokens that the peer has already; a multiple of the block size."""
+
+    @property
+    def traceparent(self) -> str: ...
+    @property
+    def request_id(self) -> str: ...
+
+@final
+class SenderReleased:
+    """Sender: the receiver has everything. The offered blocks may be unpinned."""
+
+    @property
+    def transfer_id(self) -> bytes: ...
+    @property
+    def blocks(self) -> int:
+        """Blocks that were announced to the receiver."""
+
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def seconds(self) -> float:
+        """From the pull to the release."""
+
+@final
+class SenderAborted:
+    """Sender: over without success. The offered blocks may be unpinned."""
+
+    @property
+    def transfer_id(self) -> bytes: ...
+    @property
+    def reason(self) -> Reason: ...
+    @property
+    def message(self) -> str: ...
+    @property
+    def commit_sent(self) -> bool:
+        """True: the receiver may own the sequence; do not go on with it here."""
+
+@final
+class PrefixFound:
+    """Receiver: what the holder of a prefix has."""
+
+    @property
+    def transfer_id(self) -> bytes: ...
+    @property
+    def tokens(self) -> int:
+        """0: nothing; `ReceiveFailed` ("unknown") follows."""
+
+@final
+class Verified:
+    """Receiver: blocks before `upto_block` of the sequence are in the pool."""
+
+    @property
+    def transfer_id(self) -> bytes: ...
+    @property
+    def upto_block(self) -> int: ...
+
+@final
+class Committed:
+    """Receiver: all is copied and verified, and the sender was told so.
+
+    The transfer is over on this side; the destination blocks are the caller's.
+    """
+
+    @property
+    def transfer_id(self) -> bytes: ...
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of the sequence that have KV in the destination blocks."""
+
+    @property
+    def output_ids(self) -> list[int]:
+        """Output tokens after the border of the receiver's continuation."""
+
+    @property
+    def logprobs(self) -> list[bytes]:
+        """Serialised kvmesh.v1.TokenLogprobs, one an output id, or empty."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that were moved."""
+
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def seconds(self) -> float:
+        """From the pull to here."""
+
+    @property
+    def tail_seconds(self) -> float:
+        """From the arrival of the commit to here: what the transfer itself cost."""
+
+    @property
+    def shared_memory(self) -> bool:
+        """Whether blocks were copied from the sender's mapping, not by TCP."""
+
+@final
+class ReceiveFailed:
+    """Receiver: over without success, and no write to the blocks can come now.
+
+    Only from here on may the destination blocks be freed or used. Blocks
+    before `verified_blocks` of the sequence are right and may be kept as prefix.
+    """
+
+    @property
+    def transfer_id(self) -> bytes: ...
+    @property
+    def reason(self) -> Reason: ...
+    @property
+    def message(self) -> str: ...
+    @property
+    def verified_blocks(self) -> int:
+        """Index in the sequence, so `from_token / block_tokens` where none came."""
+
+    @property
+    def seconds(self) -> float: ...
+
+TransferEvent = (
+    Pulled
+    | PrefixWanted
+    | SenderReleased
+    | SenderAborted
+    | PrefixFound
+    | Verified
+    | Committed
+    | ReceiveFailed
+)
+
+@final
+class TransferNode:
+    """Moves KV blocks between this worker's pool and its peers'.
+
+    Nothing here blocks but `wait` and `close`, and nothing big runs under the
+    GIL. Threads start with the object and end with `close`. A transfer id is 16
+    bytes; a wrong length raises ValueError.
+    """
+
+    def __new__(
+        cls,
+        pool: KvPool,
+        *,
+        worker_id: str,
+        incarnation: int,
+        compatibility: bytes,
+        block_tokens: int,
+        listen: str = "127.0.0.1:0",
+        advertise: str = "",
+        shared_memory: bool = True,
+        lease_s: float = 10.0,
+        offer_timeout_s: float = 2.0,
+        aborted_memory_s: float = 10.0,
+        connect_timeout_s: float = 2.0,
+        idle_timeout_s: float = 30.0,
+        max_transfers: int = 4096,
+        max_connections: int = 1024,
+        copy_threads: int = 0,
+        token: bytes = b"",
+    ) -> TransferNode:
+        """Binds `listen` and, with `shared_memory`, an abstract unix socket.
+
+        `compatibility` is a serialised kvmesh.v1.KvCompatibility. `advertise`
+        is the host told in `address` where `listen` is a wildcard.
+        `copy_threads` 0: half of the cores, 1 to 4. Raises OSError, ValueError.
+        """
+
+    @property
+    def address(self) -> str:
+        """ "host:port" for MeshHandOff.sender_address."""
+
+    # Sender.
+    def offer(self, transfer_id: bytes, pins: int = 0) -> None:
+        """Opens a transfer; a pull that waits for it goes on at once.
+
+        `pins` counts in `residue`. Raises TransferError: the id is known, or
+        was aborted in the last `aborted_memory_s`, or there are too many.
+        """
+
+    def ready(self, transfer_id: bytes, first_block: int, slots: Sequence[int]) -> None:
+        """Announces full blocks `first_block` and following of the sequence.
+
+        Calls go in order and without holes, from block 0 or a later one that
+        the receiver is known to have. Versions are read here; checksums are
+        computed, in order, by the node's threads once the receiver has pulled.
+        Raises TransferError: no such transfer now (aborted, or after commit).
+        """
+
+    def commit(
+        self,
+        transfer_id: bytes,
+        kv_tokens: int,
+        partial: tuple[int, int] | None = None,
+        output_ids: Sequence[int] = (),
+        logprobs: Sequence[bytes] = (),
+    ) -> None:
+        """The last word, sent behind all blocks that were announced.
+
+        `partial` is (block of the sequence, slot) of the last block where
+        `kv_tokens` is no whole number of blocks. Ends with `SenderReleased` or
+        `SenderAborted`. Raises TransferError as `ready`.
+        """
+
+    def offer_prefix(self, transfer_id: bytes, tokens: int, slots: Sequence[int]) -> None:
+        """Answers `PrefixWanted`: `tokens` held (whole blocks; 0: none) in `slots`.
+
+        `slots[i]` holds block i of the prefix, from block 0. Pinned until
+        `SenderReleased` or `SenderAborted`; with 0 tokens no event follows.
+        Raises TransferError: the peer has gone.
+        """
+
+    # Receiver.
+    def pull(
+        self,
+        transfer_id: bytes,
+        address: str,
+        worker: str,
+        incarnation: int,
+        from_token: int,
+        slots: Sequence[int],
+        traceparent: str = "",
+        request_id: str = "",
+    ) -> None:
+        """Pulls a named transfer into `slots`: block `from_token / block_tokens`
+        goes to slots[0], and so on. Ends with `Committed` or `ReceiveFailed`.
+
+        Raise the versions of `slots` before. Raises TransferError: the id is
+        pulled already, or there are too many; ValueError: slots out of range.
+        """
+
+    def pull_prefix(
+        self,
+        transfer_id: bytes,
+        address: str,
+        worker: str,
+        incarnation: int,
+        from_token: int,
+        slots: Sequence[int],
+        token_ids: Sequence[int],
+        adapter: str = "",
+        cache_salt: str = "",
+        traceparent: str = "",
+        request_id: str = "",
+    ) -> None:
+        """Pulls a prefix from any holder; `transfer_id` is made up by the caller.
+
+        Brings at most the whole blocks of `token_ids`. Ends as `pull`, with no
+        output ids; `Committed.kv_tokens` says how many tokens came to be there.
+        """
+
+    # Either side.
+    def abort(self, transfer_id: bytes, reason: Reason = "cancelled", message: str = "") -> bool:
+        """Ends a transfer and tells the peer. False: none is known by that id.
+
+        Sending: over on return, no event follows, blocks may be unpinned.
+        Receiving: `ReceiveFailed` follows; only then are its blocks free.
+        """
+
+    def poll(self) -> list[TransferEvent]:
+        """All events that have come, in order. Never blocks."""
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Waits without the GIL for an event or a `wake`. False: timed out."""
+
+    def wake(self) -> None:
+        """Ends a `wait`, or the next one. From any thread; coalesces."""
+
+    def residue(self) -> dict[str, int]:
+        """What is held: `sending`, `receiving`, `awaited` (pulls before their
+        offer), `pins`, `connections`, `mappings`, `jobs`, `remembered`."""
+
+    def figures(self) -> dict[str, int]:
+        """Totals since the start: `sent_blocks`, `sent_bytes`,
+        `received_blocks`, `received_bytes`, `copied_bytes` (shared memory),
+        `mismatches`, `sends_released`, `sends_aborted`, `receives_committed`,
+        `receives_failed`."""
+
+    def close(self) -> None:
+        """Ends all transfers, connections and threads. No event follows. Idempotent."""
+
+    def __enter__(self) -> TransferNode: ...
+    def __exit__(self, *exc: Any) -> None: ...
