@@ -1,1 +1,45 @@
 """Models: where they come from and where they are kept."""
+
+from kvmesh.models.config import SUPPORTED_ARCHITECTURES, ModelConfig, RopeConfig, load_config
+from kvmesh.models.digest import model_digest, tokenizer_digest, tokenizer_files
+from kvmesh.models.errors import (
+    ChecksumError,
+    ModelError,
+    ModelNotFoundError,
+    SourceUnreachableError,
+    UnsupportedModelError,
+)
+from kvmesh.models.progress import Progress, silent
+from kvmesh.models.store import (
+    CachedModel,
+    cache_folder,
+    check,
+    list_cached,
+    pull,
+    resolve,
+    verify,
+)
+
+__all__ = [
+    "SUPPORTED_ARCHITECTURES",
+    "CachedModel",
+    "ChecksumError",
+    "ModelConfig",
+    "ModelError",
+    "ModelNotFoundError",
+    "Progress",
+    "RopeConfig",
+    "SourceUnreachableError",
+    "UnsupportedModelError",
+    "cache_folder",
+    "check",
+    "list_cached",
+    "load_config",
+    "model_digest",
+    "pull",
+    "resolve",
+    "silent",
+    "tokenizer_digest",
+    "tokenizer_files",
+    "verify",
+]

