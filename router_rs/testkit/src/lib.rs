@@ -1,2 +1,8 @@
-//! Mock worker, fault proxy, stream checker and load client.
+//! What tests and benchmarks of kvmesh stand on: a worker without an engine, a
+//! TCP proxy that breaks connections in chosen ways, a checker of client
+//! streams and a load client that costs little itself.
 #![forbid(unsafe_code)]
+
+pub mod mock;
+pub mod tokens;
+pub mod vocabulary;

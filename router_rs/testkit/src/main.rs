@@ -1,1 +1,2 @@
+//! Command line of the testkit.
 fn main() {}

@@ -1,0 +1,69 @@
+//! What a mock worker is told at its start.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use kvmesh_wire::v1::Role;
+
+use crate::vocabulary::Vocabulary;
+
+/// Settings of a mock worker. `Default` is a worker that does both stages,
+/// without pauses, on a free loopback port.
+#[derive(Clone, Debug)]
+pub struct MockConfig {
+    /// Where gRPC is served. Port 0: a free one.
+    pub listen: SocketAddr,
+    /// Name of the worker. Default: `mock-` and its port.
+    pub worker_id: Option<String>,
+    /// Random number of the process start. Default: drawn.
+    pub incarnation: Option<u64>,
+    /// Role at the start.
+    pub role: Role,
+    /// Name of the model.
+    pub model: String,
+    /// Digest of the model: 64 hexadecimal digits.
+    pub model_digest: String,
+    /// Tokeniser that `GetTokenizer` serves and that tokens are taken from.
+    pub vocabulary: Arc<Vocabulary>,
+    /// Context length, tokens.
+    pub context_length: u32,
+    /// Pause between steps. Zero: steps follow each other at once.
+    pub step: Duration,
+    /// From a placement to its first token, or to the end of its prefill.
+    pub prefill: Duration,
+    /// Blocks of 16 tokens in the pretended pool.
+    pub pool_blocks: u64,
+    /// Most requests in a step: those above wait.
+    pub max_batch: u32,
+    /// Whether prefill emits the first token; else only decode does.
+    pub prefill_emits_first_token: bool,
+    /// Name of an engine's connector: hand-offs are then `engine` ones, known
+    /// when prefill ends. Empty: mesh hand-offs.
+    pub engine_connector: String,
+    /// Output index at which an end-of-text token comes. `None`: never.
+    pub end_of_text_at: Option<u32>,
+    /// Protocol version told in hello, as (major, minor).
+    pub version: (u32, u32),
+}
+
+impl Default for MockConfig {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            worker_id: None,
+            incarnation: None,
+            role: Role::Both,
+            model: "mock".to_owned(),
+            model_digest: "0".repeat(64),
+            vocabulary: Arc::new(Vocabulary::built_in()),
+            context_length: 131_072,
+            step: Duration::ZERO,
+            prefill: Duration::ZERO,
+            pool_blocks: 1 << 20,
+            max_batch: 4_096,
+            prefill_emits_first_token: true,
+            engine_connector: String::new(),
+            end_of_text_at: None,
+            version: (1, 0),
+        }
+    }
+}

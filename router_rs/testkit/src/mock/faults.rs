@@ -1,0 +1,104 @@
+//! What a mock worker does wrong, changeable while it runs.
+
+use std::{
+    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use kvmesh_wire::v1::RefusalReason;
+
+/// Faults in force. `Default` is none.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FaultPlan {
+    /// So many placements from now on are refused.
+    pub refuse_next: u32,
+    /// Reason given for them.
+    pub refuse_reason: RefusalReason,
+    /// So many placements from now on get neither `reserved` nor `refused`;
+    /// they run all the same.
+    pub skip_openings: u32,
+    /// Added before the first token of each placement from now on.
+    pub delay_first_token: Duration,
+    /// After so many tokens, over all requests, the worker dies as by kill -9.
+    pub die_after_tokens: Option<u64>,
+    /// Each row is followed by one of the attempt before, with other tokens.
+    pub stale_rows: bool,
+    /// Output index that is left out.
+    pub hole_at: Option<u32>,
+    /// Requests fail when they reach this output index.
+    pub fail_at: Option<u32>,
+    /// So many more requests fail so. Does not count where `fail_at` is unset.
+    pub fail_next: u32,
+    /// Status code (google.rpc.Code) of those failures.
+    pub fail_code: u32,
+    /// Requests are given back (`returned`, NO_ROOM) when they reach this
+    /// output index; once each.
+    pub return_at: Option<u32>,
+    /// So many more requests are given back so.
+    pub return_next: u32,
+    /// No step ends any more, while load frames go on: a stuck engine thread
+    /// under a beating event loop.
+    pub stuck: bool,
+}
+
+impl Default for FaultPlan {
+    fn default() -> Self {
+        Self {
+            refuse_next: 0,
+            refuse_reason: RefusalReason::NoRoom,
+            skip_openings: 0,
+            delay_first_token: Duration::ZERO,
+            die_after_tokens: None,
+            stale_rows: false,
+            hole_at: None,
+            fail_at: None,
+            fail_next: 0,
+            fail_code: 13,
+            return_at: None,
+            return_next: 0,
+            stuck: false,
+        }
+    }
+}
+
+/// The faults of one worker.
+#[derive(Debug, Default)]
+pub struct Faults {
+    plan: Mutex<FaultPlan>,
+    frozen: Mutex<bool>,
+    thawed: Condvar,
+}
+
+impl Faults {
+    /// Changes the plan in place.
+    pub fn set(&self, change: impl FnOnce(&mut FaultPlan)) {
+        change(&mut self.plan());
+    }
+
+    /// The plan in force.
+    #[must_use]
+    pub fn get(&self) -> FaultPlan {
+        self.plan().clone()
+    }
+
+    pub(super) fn plan(&self) -> MutexGuard<'_, FaultPlan> {
+        self.plan.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn set_frozen(&self, frozen: bool) {
+        *self.frozen.lock().unwrap_or_else(PoisonError::into_inner) = frozen;
+        self.thawed.notify_all();
+    }
+
+    /// Blocks the calling thread while frozen: its sockets stay open and
+    /// nothing is read or written, as in a stopped process.
+    pub(super) fn block_while_frozen(&self) {
+        let mut frozen = self.frozen.lock().unwrap_or_else(PoisonError::into_inner);
+        while *frozen {
+            frozen = self
+                .thawed
+                .wait(frozen)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}

@@ -1,0 +1,469 @@
+//! One Attach stream: commands in, a frame a step out.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures_util::FutureExt;
+use kvmesh_wire::v1::{
+    Cancelled, EngineHandOff, Found, HandedOff, LoadShare, Opening, Place, Refused, Reserved,
+    RouterFrame, RouterHello, Stage, StageEnd, StepOutput, StepSample, TransferFailed, WorkerFrame,
+    WorkerHello, opening, router_frame, stage_end::End, worker_frame,
+};
+use tokio::{
+    sync::mpsc,
+    task::JoinSet,
+    time::{Instant, sleep_until},
+};
+use tokio_stream::StreamExt;
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, Streaming};
+
+use super::{
+    hand_off,
+    request::{Phase, Rows, Running},
+    state::{BLOCK_TOKENS, State, protocol_version, step_model},
+};
+
+/// Load frames come at least so often (PROTOCOLS 1).
+const LOAD_EVERY: Duration = Duration::from_millis(250);
+/// Changes of load are gathered for so long.
+const LOAD_COALESCED: Duration = Duration::from_millis(5);
+/// Rows in a frame: some 30 bytes each, so well under 64 KiB.
+const ROWS_PER_FRAME: usize = 1_000;
+/// Commands taken before a step has its turn.
+const COMMANDS_PER_ROUND: usize = 256;
+
+/// What a session sends to.
+pub(super) type Outbound = mpsc::Sender<Result<WorkerFrame, Status>>;
+
+/// Whether the session goes on.
+type Step = Result<(), Closed>;
+
+/// The router is gone, or the session was ended from here.
+#[derive(Debug)]
+struct Closed;
+
+/// A pull that ended.
+struct Pulled {
+    generation: Bytes,
+    attempt: u32,
+    outcome: Result<(), String>,
+}
+
+struct Session {
+    state: Arc<State>,
+    out: Outbound,
+    end: CancellationToken,
+    running: Vec<Running>,
+    /// Answers for the next frame.
+    openings: Vec<Opening>,
+    ends: Vec<StageEnd>,
+    found: Vec<Found>,
+    rows: Rows,
+    pulls: JoinSet<Pulled>,
+    last_command: u64,
+    next_step: Instant,
+    load_sent: Instant,
+    load_changed: bool,
+}
+
+/// Runs one session to its end.
+pub(super) async fn run(state: Arc<State>, mut inbound: Streaming<RouterFrame>, out: Outbound) {
+    let hello = match inbound.next().await {
+        Some(Ok(RouterFrame {
+            frame: Some(router_frame::Frame::Hello(hello)),
+            ..
+        })) => hello,
+        _ => {
+            let status = Status::invalid_argument("the first frame must be hello");
+            let _ = out.send(Err(status)).await;
+            return;
+        }
+    };
+    let major = hello.version.map_or(0, |version| version.major);
+    if major != 1 {
+        let status = Status::failed_precondition("protocol version");
+        let _ = out.send(Err(status)).await;
+        return;
+    }
+    let (number, end) = state.open_session(&hello.router_id);
+    state.counters.sessions.add(1);
+    let now = Instant::now();
+    let mut session = Session {
+        state: Arc::clone(&state),
+        out: out.clone(),
+        end,
+        running: Vec::new(),
+        openings: Vec::new(),
+        ends: Vec::new(),
+        found: Vec::new(),
+        rows: Rows::default(),
+        pulls: JoinSet::new(),
+        last_command: 0,
+        next_step: now,
+        load_sent: now,
+        load_changed: true,
+    };
+    // Any end but the router's own is told as a status.
+    if session.serve(&hello, &mut inbound).await.is_err() {
+        let _ = out.try_send(Err(Status::unavailable("the session was ended")));
+    }
+    state.counters.dropped.add(session.running.len() as u64);
+    state.counters.sessions.sub(1);
+    state.close_session(&hello.router_id, number);
+}
+
+impl Session {
+    async fn serve(&mut self, hello: &RouterHello, inbound: &mut Streaming<RouterFrame>) -> Step {
+        self.send_hello(hello).await?;
+        self.send_load().await?;
+        loop {
+            let due = self.wake();
+            let steps_now = due <= Instant::now();
+            let end = self.end.clone();
+            tokio::select! {
+                biased;
+                () = end.cancelled() => return Err(Closed),
+                frame = inbound.next() => {
+                    if !self.take(frame) {
+                        return Ok(());
+                    }
+                    for _ in 0..COMMANDS_PER_ROUND {
+                        let Some(frame) = inbound.next().now_or_never() else { break };
+                        if !self.take(frame) {
+                            return Ok(());
+                        }
+                    }
+                }
+                Some(Ok(pulled)) = self.pulls.join_next() => self.received(pulled),
+                // Others of this thread have their turn between steps.
+                () = tokio::task::yield_now(), if steps_now => {}
+                () = sleep_until(due), if !steps_now => {}
+            }
+            self.start_ready();
+            self.flush(0, true, None).await?;
+            if self.decoding() > 0 && !self.stuck() && Instant::now() >= self.next_step {
+                self.step().await?;
+            }
+            if Instant::now() >= self.load_due() {
+                self.send_load().await?;
+            }
+        }
+    }
+
+    fn stuck(&self) -> bool {
+        self.state.faults.plan().stuck
+    }
+
+    fn decoding(&self) -> usize {
+        let decodes = |request: &&Running| request.phase() == Phase::Decoding;
+        self.running.iter().filter(decodes).count()
+    }
+
+    /// When there is something to do without a command.
+    fn wake(&self) -> Instant {
+        let mut due = self.load_due();
+        if !self.stuck() {
+            for request in &self.running {
+                match request.phase() {
+                    Phase::Waiting(ready) => due = due.min(ready),
+                    Phase::Decoding => due = due.min(self.next_step),
+                    Phase::Receiving => {}
+                }
+            }
+        }
+        due
+    }
+
+    fn load_due(&self) -> Instant {
+        self.load_sent
+            + if self.load_changed {
+                LOAD_COALESCED
+            } else {
+                LOAD_EVERY
+            }
+    }
+
+    /// Takes one command. False: the router is gone.
+    fn take(&mut self, frame: Option<Result<RouterFrame, Status>>) -> bool {
+        let Some(Ok(frame)) = frame else {
+            return false;
+        };
+        self.last_command = frame.number;
+        self.load_changed = true;
+        match frame.frame {
+            Some(router_frame::Frame::Place(place)) => self.place(place),
+            Some(router_frame::Frame::Cancel(cancel)) => {
+                let (owner, attempt) = (cancel.owner, cancel.attempt);
+                while let Some(at) = self.running.iter().position(|request| {
+                    request.generation == cancel.generation
+                        && (request.owner, request.attempt) <= (owner, attempt)
+                }) {
+                    let request = self.running.swap_remove(at);
+                    self.state.counters.cancelled.add(1);
+                    self.ends.push(request.end(End::Cancelled(Cancelled {})));
+                }
+            }
+            Some(router_frame::Frame::Find(find)) => self.found.push(Found {
+                generation: find.generation,
+                ..Default::default()
+            }),
+            // A mock holds no generations for other routers and hands none
+            // over; frames of a newer minor version are ignored.
+            _ => {}
+        }
+        true
+    }
+
+    fn place(&mut self, place: Place) {
+        let opening = Opening {
+            generation: place.generation.clone(),
+            owner: place.owner,
+            attempt: place.attempt,
+            stage: place.stage,
+            answer: None,
+        };
+        let (refusal, silent) = {
+            let mut plan = self.state.faults.plan();
+            let refuses = plan.refuse_next > 0;
+            plan.refuse_next = plan.refuse_next.saturating_sub(1);
+            let silent = !refuses && plan.skip_openings > 0;
+            plan.skip_openings -= u32::from(silent);
+            (refuses.then_some(plan.refuse_reason), silent)
+        };
+        let accepted = match refusal {
+            Some(reason) => Err((reason, "asked to refuse".to_owned())),
+            None => Running::accept(&self.state, place),
+        };
+        let answer = match accepted {
+            Ok(request) => {
+                let reserved = Reserved {
+                    tokens_held: 0,
+                    tokens_reserved: (request.blocks * BLOCK_TOKENS) as u32,
+                };
+                self.start_pull(&request);
+                self.running.push(request);
+                opening::Answer::Reserved(reserved)
+            }
+            Err((reason, message)) => {
+                self.state.counters.refused.add(1);
+                opening::Answer::Refused(Refused {
+                    reason: reason as i32,
+                    message,
+                })
+            }
+        };
+        if !silent {
+            self.openings.push(Opening {
+                answer: Some(answer),
+                ..opening
+            });
+        }
+    }
+
+    fn start_pull(&mut self, request: &Running) {
+        let (Phase::Receiving, Some(mesh)) = (request.phase(), request.mesh.clone()) else {
+            return;
+        };
+        let (generation, attempt) = (request.generation.clone(), request.attempt);
+        self.pulls.spawn(async move {
+            let outcome = hand_off::pull(&mesh.sender_address, &mesh.transfer_id).await;
+            Pulled {
+                generation,
+                attempt,
+                outcome,
+            }
+        });
+    }
+
+    fn received(&mut self, pulled: Pulled) {
+        let Some(at) = self.running.iter().position(|request| {
+            request.generation == pulled.generation
+                && request.attempt == pulled.attempt
+                && request.phase() == Phase::Receiving
+        }) else {
+            return;
+        };
+        self.load_changed = true;
+        match pulled.outcome {
+            Ok(()) => self.begin(at),
+            Err(message) => {
+                let request = self.running.swap_remove(at);
+                self.state.counters.failed.add(1);
+                let end = End::TransferFailed(TransferFailed { message });
+                self.ends.push(request.end(end));
+            }
+        }
+    }
+
+    /// Starts what has waited long enough.
+    fn start_ready(&mut self) {
+        if self.stuck() {
+            return;
+        }
+        let now = Instant::now();
+        while let Some(at) = self
+            .running
+            .iter()
+            .position(|request| matches!(request.phase(), Phase::Waiting(ready) if ready <= now))
+        {
+            self.begin(at);
+        }
+    }
+
+    /// The prompt's KV is here: brings the first token, or hands off.
+    fn begin(&mut self, at: usize) {
+        self.load_changed = true;
+        let idle = self.decoding() == 0;
+        let request = &mut self.running[at];
+        request.start(Instant::now());
+        let prefill = request.stage == Stage::Prefill;
+        let emits = !prefill || self.state.config.prefill_emits_first_token;
+        let end = if emits {
+            let mut plan = self.state.faults.plan();
+            request.advance(&mut self.rows, &mut plan)
+        } else {
+            None
+        };
+        let end = match end {
+            None if prefill => Some(hand_off_end(&self.state, request, u32::from(emits))),
+            end => end,
+        };
+        if let Some(end) = end {
+            let request = self.running.swap_remove(at);
+            self.ends.push(request.end(end));
+        } else if idle {
+            // An idle engine begins its steps when work comes.
+            self.next_step = Instant::now() + self.state.config.step;
+        }
+    }
+
+    async fn step(&mut self) -> Step {
+        let began = Instant::now();
+        let number = self.state.begin_step();
+        self.next_step = (self.next_step + self.state.config.step).max(began);
+        let mut sample = StepSample::default();
+        let mut at = 0;
+        while at < self.running.len() && sample.decode_batch < self.state.config.max_batch {
+            let request = &mut self.running[at];
+            if request.phase() != Phase::Decoding {
+                at += 1;
+                continue;
+            }
+            sample.decode_batch += 1;
+            sample.decode_context += request.context();
+            let end = request.advance(&mut self.rows, &mut self.state.faults.plan());
+            if let Some(end) = end {
+                let request = self.running.swap_remove(at);
+                self.ends.push(request.end(end));
+                self.load_changed = true;
+            } else {
+                at += 1;
+            }
+            if self.rows.len() >= ROWS_PER_FRAME {
+                self.flush(number, false, None).await?;
+            }
+        }
+        sample.duration_us = began.elapsed().max(self.state.config.step).as_micros() as u64;
+        self.flush(number, true, Some(sample)).await?;
+        self.die_if_due();
+        Ok(())
+    }
+
+    fn die_if_due(&self) {
+        let due = self.state.faults.plan().die_after_tokens;
+        if due.is_some_and(|due| self.state.counters.tokens.get() >= due) {
+            self.state.die();
+        }
+    }
+
+    /// Sends what has gathered. Nothing, if that is nothing.
+    async fn flush(&mut self, step: u64, last: bool, sample: Option<StepSample>) -> Step {
+        let answers = self.openings.len() + self.ends.len() + self.found.len();
+        if answers == 0 && self.rows.is_empty() && sample.is_none() {
+            return Ok(());
+        }
+        let mut frame = StepOutput {
+            step,
+            last,
+            openings: std::mem::take(&mut self.openings),
+            tokens: (!self.rows.is_empty()).then(|| self.rows.take()),
+            ends: std::mem::take(&mut self.ends),
+            found: std::mem::take(&mut self.found),
+            sample,
+            load: None,
+        };
+        if last && Instant::now() >= self.load_due() {
+            frame.load = Some(self.state.load(self.last_command, self.own()));
+            self.load_is_sent();
+        }
+        self.send(worker_frame::Frame::Step(frame)).await
+    }
+
+    async fn send_hello(&mut self, _hello: &RouterHello) -> Step {
+        let hello = WorkerHello {
+            version: Some(protocol_version(&self.state.config)),
+            record: Some(self.state.record.clone()),
+            last_event: 0,
+            resume_event: 1,
+            step_model: Some(step_model(&self.state.config)),
+            reattached: Vec::new(),
+        };
+        self.send(worker_frame::Frame::Hello(hello)).await
+    }
+
+    async fn send_load(&mut self) -> Step {
+        let load = self.state.load(self.last_command, self.own());
+        self.load_is_sent();
+        self.send(worker_frame::Frame::Load(load)).await
+    }
+
+    fn load_is_sent(&mut self) {
+        self.load_sent = Instant::now();
+        self.load_changed = false;
+    }
+
+    fn own(&self) -> LoadShare {
+        let mut own = LoadShare::default();
+        for request in &self.running {
+            match request.phase() {
+                Phase::Waiting(_) => {
+                    own.queued += 1;
+                    own.queued_prefill_tokens += u64::from(request.prompt_tokens());
+                }
+                Phase::Receiving => own.receiving += 1,
+                Phase::Decoding => {
+                    own.decoding += 1;
+                    own.decode_context += request.context();
+                }
+            }
+        }
+        own
+    }
+
+    async fn send(&mut self, frame: worker_frame::Frame) -> Step {
+        let frame = WorkerFrame { frame: Some(frame) };
+        tokio::select! {
+            () = self.end.cancelled() => Err(Closed),
+            sent = self.out.send(Ok(frame)) => sent.map_err(|_| Closed),
+        }
+    }
+}
+
+fn hand_off_end(state: &State, request: &Running, tokens_committed: u32) -> End {
+    let engine = match &request.mesh {
+        Some(mesh) => {
+            state.offers.commit(&mesh.transfer_id);
+            None
+        }
+        None => Some(EngineHandOff {
+            connector: state.config.engine_connector.clone(),
+            payload: request.generation.clone(),
+        }),
+    };
+    state.counters.handed_off.add(1);
+    End::HandedOff(HandedOff {
+        engine,
+        tokens_committed,
+    })
+}
