@@ -386,3 +386,81 @@ class TransferNode:
 
     def __enter__(self) -> TransferNode: ...
     def __exit__(self, *exc: Any) -> None: ...
+
+# --- Registry -----------------------------------------------------------------
+
+RegistrationStateName = Literal["registering", "registered", "refused", "away", "closed"]
+
+class RegistryUnreachableError(Exception):
+    """etcd cannot be reached, or refuses what was asked."""
+
+class WorkerIdTakenError(Exception):
+    """Another live worker is registered under this id; the text names it."""
+
+@final
+class WorkerRegistration:
+    """Keeps a worker's record in etcd, from threads of its own, until closed.
+
+    Losing etcd or the lease is healed by itself: the record is written again
+    under the same key.
+    """
+
+    def __new__(
+        cls,
+        endpoints: Sequence[str],
+        cluster: str,
+        record: bytes,
+        ttl_s: float = 10.0,
+        *,
+        wait_s: float = 5.0,
+        ca_pem: bytes = b"",
+        certificate_pem: bytes = b"",
+        key_pem: bytes = b"",
+        user: str = "",
+        password: str = "",
+    ) -> WorkerRegistration:
+        """Registers `record`, a serialised kvmesh.v1.WorkerRecord.
+
+        Waits up to `wait_s` for the outcome; where etcd is away by then it goes
+        on in the background. Raises WorkerIdTakenError, ValueError.
+        """
+
+    def state(self) -> RegistrationStateName: ...
+    def reason(self) -> str:
+        """Why it is refused or away; else empty."""
+
+    def update(self, record: bytes) -> None:
+        """Writes another record of the same worker and incarnation.
+
+        At once, or as soon as etcd can be reached. Raises ValueError.
+        """
+
+    def wait_registered(self, timeout_s: float) -> bool:
+        """Waits without the GIL until registered. False: not in time."""
+
+    def close(self) -> None:
+        """Revokes the lease and waits for that, for seconds at most. Idempotent."""
+
+def list_workers(
+    endpoints: Sequence[str],
+    cluster: str,
+    *,
+    ca_pem: bytes = b"",
+    certificate_pem: bytes = b"",
+    key_pem: bytes = b"",
+    user: str = "",
+    password: str = "",
+) -> list[bytes]:
+    """Serialised WorkerRecords of a cluster. Raises RegistryUnreachableError."""
+
+def list_routers(
+    endpoints: Sequence[str],
+    cluster: str,
+    *,
+    ca_pem: bytes = b"",
+    certificate_pem: bytes = b"",
+    key_pem: bytes = b"",
+    user: str = "",
+    password: str = "",
+) -> list[tuple[str, str]]:
+    """Routers of a cluster as (id, "host:port"). Raises RegistryUnreachableError."""

@@ -1,1 +1,77 @@
-//! Tests against a real etcd.
+//! Tests against a real etcd, each with its own. They wait on the watch, never
+//! on a clock.
+#![allow(clippy::unwrap_used)]
+
+mod etcd;
+mod register;
+mod survive;
+
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use kvmesh_wire::v1::{Role, WorkerRecord};
+
+use crate::{Probe, Registration, RegistrationState, Registry, Settings};
+use etcd::Etcd;
+
+const CLUSTER: &str = "test";
+
+/// A probe that says what it is told.
+#[derive(Debug, Default)]
+struct Told(AtomicBool);
+
+impl Told {
+    fn alive() -> Arc<Self> {
+        Arc::new(Self(AtomicBool::new(true)))
+    }
+
+    fn dead() -> Arc<Self> {
+        Arc::new(Self::default())
+    }
+}
+
+impl Probe for Told {
+    fn is_alive<'a>(
+        &'a self,
+        _: &'a WorkerRecord,
+    ) -> Pin<Box<dyn Future<Output = bool> + Send + 'a>> {
+        Box::pin(async { self.0.load(Ordering::SeqCst) })
+    }
+}
+
+/// The shortest TTL that etcd gives keeps the tests short.
+fn settings(etcd: &Etcd) -> Settings {
+    let mut settings = Settings::new([etcd.endpoint()], CLUSTER);
+    settings.ttl = Duration::from_secs(2);
+    settings.call_timeout = Duration::from_millis(500);
+    settings.backoff = (Duration::from_millis(20), Duration::from_millis(200));
+    settings
+}
+
+fn registry(etcd: &Etcd) -> Registry {
+    Registry::new(settings(etcd)).unwrap()
+}
+
+fn worker(id: &str, incarnation: u64) -> WorkerRecord {
+    WorkerRecord {
+        worker_id: id.to_owned(),
+        incarnation,
+        address: format!("127.0.0.1:{}", 1000 + incarnation),
+        role: Role::Both.into(),
+        version: "0.1.0".to_owned(),
+        ..WorkerRecord::default()
+    }
+}
+
+async fn register(registry: &Registry, record: WorkerRecord) -> Registration {
+    let registration = registry.register_worker(record, Told::dead()).unwrap();
+    assert_eq!(registration.settled().await, RegistrationState::Registered);
+    registration
+}
