@@ -3,6 +3,8 @@
 //! streams and a load client that costs little itself.
 #![forbid(unsafe_code)]
 
+pub mod load;
 pub mod mock;
+pub mod process;
 pub mod tokens;
 pub mod vocabulary;

@@ -104,6 +104,7 @@ pub(super) struct DirectStream {
     next: Next,
     due: Instant,
     sleep: Pin<Box<Sleep>>,
+    /// Whether the others had their turn since the last token.
     yielded: bool,
 }
 
@@ -196,15 +197,16 @@ impl Stream for DirectStream {
                 std::task::ready!(this.poll_due(cx));
                 this.token(0)
             }
-            // The first token is not held back to be written together with
-            // the next ones.
-            Next::Token(1) if !this.yielded => {
+            // Without a pause, too, a step is one token of every stream: the
+            // others have their turn, and no two tokens are written together.
+            Next::Token(_) if !this.yielded => {
                 this.yielded = true;
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
             Next::Token(index) => {
                 std::task::ready!(this.poll_due(cx));
+                this.yielded = !this.state.config.step.is_zero();
                 this.token(index)
             }
             Next::Finished => {

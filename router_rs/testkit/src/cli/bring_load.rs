@@ -1,0 +1,88 @@
+//! `load` and `attach-load`.
+
+use std::{net::SocketAddr, process::ExitCode, time::Duration};
+
+use clap::Args;
+use kvmesh_testkit::load::{self, AttachConfig, LoadConfig};
+
+use super::Outcome;
+
+/// What both kinds of load take.
+#[derive(Debug, Args)]
+struct Shape {
+    /// Address to bring load to.
+    #[arg(long)]
+    target: SocketAddr,
+    /// Requests at the same time.
+    #[arg(long, default_value_t = 64)]
+    streams: usize,
+    /// Prompt length, tokens.
+    #[arg(long, default_value_t = 32)]
+    prompt_tokens: u32,
+    /// Output length, tokens.
+    #[arg(long, default_value_t = 256)]
+    max_tokens: u32,
+    /// Seconds before anything counts.
+    #[arg(long, default_value_t = 1.0)]
+    warm_up: f64,
+    /// Seconds that count.
+    #[arg(long, default_value_t = 3.0)]
+    window: f64,
+    /// Process whose CPU time is reported.
+    #[arg(long)]
+    watch_pid: Option<u32>,
+}
+
+/// Arguments of `load`.
+#[derive(Debug, Args)]
+pub(crate) struct LoadArguments {
+    #[command(flatten)]
+    shape: Shape,
+    /// One connection for each stream instead of one for all.
+    #[arg(long)]
+    connection_each: bool,
+    /// Model to ask for. Empty: the only one.
+    #[arg(long, default_value = "")]
+    model: String,
+}
+
+/// Arguments of `attach-load`.
+#[derive(Debug, Args)]
+pub(crate) struct AttachArguments {
+    #[command(flatten)]
+    shape: Shape,
+}
+
+pub(crate) async fn load(arguments: LoadArguments) -> Outcome {
+    let shape = arguments.shape;
+    let figures = load::run(LoadConfig {
+        target: shape.target,
+        streams: shape.streams,
+        connection_each: arguments.connection_each,
+        model: arguments.model,
+        prompt_tokens: shape.prompt_tokens,
+        max_tokens: shape.max_tokens,
+        warm_up: Duration::try_from_secs_f64(shape.warm_up)?,
+        window: Duration::try_from_secs_f64(shape.window)?,
+        watch_pid: shape.watch_pid,
+    })
+    .await?;
+    println!("{}", serde_json::to_string(&figures)?);
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) async fn attach(arguments: AttachArguments) -> Outcome {
+    let shape = arguments.shape;
+    let figures = load::attach(AttachConfig {
+        target: shape.target,
+        streams: shape.streams,
+        prompt_tokens: shape.prompt_tokens,
+        max_tokens: shape.max_tokens,
+        warm_up: Duration::try_from_secs_f64(shape.warm_up)?,
+        window: Duration::try_from_secs_f64(shape.window)?,
+        watch_pid: shape.watch_pid,
+    })
+    .await?;
+    println!("{}", serde_json::to_string(&figures)?);
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,43 @@
+//! Subcommands. Each prints JSON on standard output, one object a line.
+
+mod bring_load;
+mod input;
+mod mock_worker;
+
+use std::{error::Error, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+
+/// Result of a subcommand.
+type Outcome = Result<ExitCode, Box<dyn Error + Send + Sync>>;
+
+#[derive(Debug, Parser)]
+#[command(name = "kvmesh-testkit", version, about)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Tools that tests and benchmarks of kvmesh stand on.
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Runs a worker without an engine.
+    MockWorker(mock_worker::Arguments),
+    /// Brings load to an Inference endpoint and prints figures.
+    Load(bring_load::LoadArguments),
+    /// Brings load to a worker over Attach and prints figures.
+    AttachLoad(bring_load::AttachArguments),
+}
+
+pub(crate) fn run() -> Outcome {
+    let arguments = Arguments::parse();
+    // One thread: these tools are pinned to a core in benchmarks.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    match arguments.command {
+        Command::MockWorker(arguments) => runtime.block_on(mock_worker::run(arguments)),
+        Command::Load(arguments) => runtime.block_on(bring_load::load(arguments)),
+        Command::AttachLoad(arguments) => runtime.block_on(bring_load::attach(arguments)),
+    }
+}
