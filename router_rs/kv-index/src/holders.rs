@@ -1,0 +1,202 @@
+//! Who holds a block: sets of (worker, tier), each kept once.
+//!
+//! Neighbouring blocks nearly always have the same holders, so a table entry
+//! names a set by number and a look-up combines sets only where the number
+//! changes. Sets are counted and go when the last block leaves them.
+
+use crate::bits::Bits;
+use crate::worker::Tier;
+use std::collections::HashMap;
+
+/// Number of a set. 0 is the empty one.
+pub(crate) type HolderId = u32;
+
+/// Nobody.
+pub(crate) const NOBODY: HolderId = 0;
+
+/// Who holds a block, by tier.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Holders {
+    pub(crate) tiers: [Bits; 3],
+}
+
+impl Holders {
+    fn any(&self) -> Bits {
+        let [device, host, disk] = &self.tiers;
+        device.union(host).union(disk)
+    }
+
+    fn is_tiered(&self) -> bool {
+        !self.tiers[1].is_empty() || !self.tiers[2].is_empty()
+    }
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    holders: Holders,
+    any: Bits,
+    blocks: u64,
+}
+
+impl Kept {
+    /// Bytes of a set: here, as a key, and its words.
+    fn bytes(&self) -> usize {
+        let words: usize = self.holders.tiers.iter().map(Bits::words).sum();
+        size_of::<Self>() + size_of::<(Holders, HolderId)>() + 8 * (2 * words + self.any.words())
+    }
+}
+
+/// All sets in use.
+#[derive(Debug)]
+pub(crate) struct HolderSets {
+    sets: Vec<Kept>,
+    numbers: HashMap<Holders, HolderId>,
+    unused: Vec<HolderId>,
+    /// Last change made: neighbours change alike.
+    memo: Option<(HolderId, usize, Tier, bool, HolderId)>,
+    /// Bytes that the sets in use take.
+    heap: usize,
+    /// Sets with holders below the device.
+    tiered: usize,
+}
+
+impl HolderSets {
+    pub(crate) fn new() -> Self {
+        Self {
+            sets: vec![Kept::default()],
+            numbers: HashMap::new(),
+            unused: Vec::new(),
+            memo: None,
+            heap: 0,
+            tiered: 0,
+        }
+    }
+
+    /// Workers that hold it in any tier.
+    pub(crate) fn any(&self, id: HolderId) -> &Bits {
+        &self.sets[id as usize].any
+    }
+
+    pub(crate) fn get(&self, id: HolderId) -> &Holders {
+        &self.sets[id as usize].holders
+    }
+
+    /// The set with one (worker, tier) added or taken out. The caller moves
+    /// its block there by [`HolderSets::move_block`] before it asks again.
+    pub(crate) fn changed(
+        &mut self,
+        id: HolderId,
+        worker: usize,
+        tier: Tier,
+        present: bool,
+    ) -> HolderId {
+        if let Some((from, w, t, p, to)) = self.memo
+            && (from, w, t, p) == (id, worker, tier, present)
+        {
+            return to;
+        }
+        let mut holders = self.sets[id as usize].holders.clone();
+        let bits = &mut holders.tiers[tier as usize];
+        if present {
+            bits.set(worker)
+        } else {
+            bits.clear(worker)
+        }
+        let to = self.number(holders);
+        self.memo = Some((id, worker, tier, present, to));
+        to
+    }
+
+    /// The set without a worker, whatever the tier.
+    pub(crate) fn without(&mut self, id: HolderId, worker: usize) -> HolderId {
+        let mut holders = self.sets[id as usize].holders.clone();
+        for bits in &mut holders.tiers {
+            bits.clear(worker);
+        }
+        self.number(holders)
+    }
+
+    fn number(&mut self, holders: Holders) -> HolderId {
+        if holders.tiers.iter().all(Bits::is_empty) {
+            return NOBODY;
+        }
+        if let Some(&id) = self.numbers.get(&holders) {
+            return id;
+        }
+        let kept = Kept {
+            any: holders.any(),
+            holders: holders.clone(),
+            blocks: 0,
+        };
+        self.heap += kept.bytes();
+        self.tiered += usize::from(kept.holders.is_tiered());
+        let id = match self.unused.pop() {
+            Some(id) => {
+                self.sets[id as usize] = kept;
+                id
+            }
+            None => {
+                self.sets.push(kept);
+                (self.sets.len() - 1) as HolderId
+            }
+        };
+        self.numbers.insert(holders, id);
+        id
+    }
+
+    /// A block goes from one set to another.
+    pub(crate) fn move_block(&mut self, from: HolderId, to: HolderId) {
+        if to != NOBODY {
+            self.sets[to as usize].blocks += 1;
+        }
+        if from != NOBODY {
+            let kept = &mut self.sets[from as usize];
+            kept.blocks -= 1;
+            if kept.blocks == 0 {
+                let kept = std::mem::take(kept);
+                self.heap -= kept.bytes();
+                self.tiered -= usize::from(kept.holders.is_tiered());
+                self.numbers.remove(&kept.holders);
+                self.unused.push(from);
+                if self.memo.is_some_and(|(f, .., t)| f == from || t == from) {
+                    self.memo = None;
+                }
+            }
+        }
+    }
+
+    /// Bytes that the sets in use take, about.
+    pub(crate) fn heap(&self) -> usize {
+        self.heap
+    }
+
+    /// Whether any block lies below the device.
+    pub(crate) fn tiered(&self) -> bool {
+        self.tiered > 0
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.numbers.len()
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        let each = size_of::<Kept>();
+        let words: usize = self
+            .sets
+            .iter()
+            .map(|kept| {
+                kept.any.heap_bytes()
+                    + 2 * kept
+                        .holders
+                        .tiers
+                        .iter()
+                        .map(Bits::heap_bytes)
+                        .sum::<usize>()
+            })
+            .sum();
+        self.sets.capacity() * each
+            + words
+            + self.numbers.capacity() * (size_of::<(Holders, HolderId)>() + 1)
+            + self.unused.capacity() * 4
+    }
+}
