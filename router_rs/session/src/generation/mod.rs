@@ -143,6 +143,8 @@ pub enum Stop {
     StopString,
     /// The router is shutting down and the grace time is over.
     Shutdown,
+    /// The queue is full, or the request waited in it for too long.
+    Overloaded,
 }
 
 /// What a generation waits for with a bound in time.

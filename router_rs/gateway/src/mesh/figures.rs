@@ -1,0 +1,156 @@
+//! Where the time of one generation went, and what was counted.
+
+use std::time::{Duration, Instant};
+
+use kvmesh_session::Stage;
+use kvmesh_wire::v1;
+
+use crate::request::AdmittedRequest;
+
+/// Marks of one generation. Instants are for figures only: no decision is
+/// taken by them.
+#[derive(Default)]
+pub(super) struct Figures {
+    dispatched: Option<Instant>,
+    handed_off: Option<Instant>,
+    after_hand_off: Option<Instant>,
+    first_arrival: Option<Instant>,
+    first_taken: Option<Instant>,
+    last_taken: Option<Instant>,
+    longest_gap: Duration,
+    ended: Option<Instant>,
+    decide: Duration,
+    /// Sums over the parts of the attempt that the output came from.
+    sums: Sums,
+    recomputed: u32,
+    attempt: u32,
+    spans: Vec<v1::TraceSpan>,
+}
+
+#[derive(Default)]
+struct Sums {
+    worker_queue_ms: f64,
+    prefill_ms: f64,
+    transfer_ms: f64,
+    transferred_bytes: u64,
+    cached: u32,
+    pulled: u32,
+    computed: u32,
+}
+
+impl Figures {
+    /// An attempt was placed.
+    pub(super) fn dispatched(&mut self, now: Instant, decide: Duration) {
+        self.dispatched.get_or_insert(now);
+        self.decide += decide;
+        self.handed_off = None;
+        self.after_hand_off = None;
+    }
+
+    /// Prefill said that it handed off.
+    pub(super) fn handed_off(&mut self, now: Instant) {
+        self.handed_off = Some(now);
+    }
+
+    /// Tokens came from a worker.
+    pub(super) fn tokens_arrived(&mut self, now: Instant) {
+        self.first_arrival.get_or_insert(now);
+        if self.handed_off.is_some() {
+            self.after_hand_off.get_or_insert(now);
+        }
+    }
+
+    /// Tokens went to the client's stream.
+    pub(super) fn tokens_taken(&mut self, now: Instant) {
+        if let Some(last) = self.last_taken {
+            self.longest_gap = self.longest_gap.max(now.saturating_duration_since(last));
+        }
+        self.first_taken.get_or_insert(now);
+        self.last_taken = Some(now);
+    }
+
+    /// The machine ended.
+    pub(super) fn ended(&mut self, now: Instant) {
+        self.ended.get_or_insert(now);
+    }
+
+    /// A worker told what a stage took. What an earlier attempt computed and a
+    /// later one computes again is counted apart.
+    pub(super) fn stage_ended(&mut self, stage: Stage, attempt: u32, told: &v1::StageTimings) {
+        if attempt != self.attempt {
+            self.recomputed = self.recomputed.saturating_add(self.sums.computed);
+            self.sums = Sums::default();
+            self.attempt = attempt;
+        }
+        let sums = &mut self.sums;
+        sums.transfer_ms += told.transfer_ms;
+        sums.transferred_bytes += told.transferred_bytes;
+        sums.pulled = sums.pulled.saturating_add(told.pulled_tokens);
+        // Of two parts the one that ran the prompt says how it was run; what
+        // decode held already is not computed less by prefill.
+        if stage != Stage::Decode {
+            sums.worker_queue_ms += told.queue_ms;
+            sums.prefill_ms += told.prefill_ms;
+            sums.cached = told.cached_tokens;
+            sums.computed = told.computed_tokens;
+        }
+        self.spans
+            .extend(told.trace.iter().map(|span| v1::TraceSpan {
+                attempt,
+                ..span.clone()
+            }));
+    }
+
+    /// What the client is told of counts.
+    pub(super) fn usage(&self, prompt: u32, output: u32, attempts: u32) -> v1::Usage {
+        v1::Usage {
+            prompt_tokens: prompt,
+            output_tokens: output,
+            cached_tokens: self.sums.cached,
+            pulled_tokens: self.sums.pulled,
+            computed_tokens: self.sums.computed,
+            recomputed_tokens: self.recomputed,
+            attempts,
+        }
+    }
+
+    /// What the client is told of times.
+    pub(super) fn timings(&self, request: &AdmittedRequest) -> v1::Timings {
+        let since = |mark: Option<Instant>, from: Instant| {
+            mark.map_or(0.0, |mark| ms(mark.saturating_duration_since(from)))
+        };
+        let decide_ms = ms(self.decide);
+        let tail = match (self.handed_off, self.after_hand_off) {
+            (Some(from), to) => since(to, from).min(self.sums.transfer_ms),
+            _ => 0.0,
+        };
+        let waited = since(self.dispatched, request.arrived);
+        v1::Timings {
+            queue_ms: (waited - request.tokenize_ms - decide_ms).max(0.0),
+            tokenize_ms: request.tokenize_ms,
+            decide_ms,
+            worker_queue_ms: self.sums.worker_queue_ms,
+            prefill_ms: self.sums.prefill_ms,
+            transfer_ms: self.sums.transfer_ms,
+            transfer_tail_ms: tail,
+            first_token_ms: since(self.first_taken, request.arrived),
+            decode_ms: match self.first_taken {
+                Some(first) => since(self.last_taken, first),
+                None => 0.0,
+            },
+            total_ms: since(Some(Instant::now()), request.arrived),
+            longest_gap_ms: ms(self.longest_gap),
+            transferred_bytes: self.sums.transferred_bytes,
+        }
+    }
+
+    /// What the generation waited for, as its workers told.
+    pub(super) fn trace(&self) -> Vec<v1::TraceSpan> {
+        self.spans.clone()
+    }
+}
+
+/// A duration in milliseconds.
+pub(super) fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}

@@ -1,0 +1,388 @@
+//! The mesh as one router drives it: sessions with workers, the choice of
+//! workers, open generations.
+//!
+//! ```text
+//!  generate ─▶ core.plan ─▶ placer (choose, book) ─▶ open generation ─▶ session ─▶ worker
+//!                 ▲  no room: queue                     │    ▲             │
+//!                 └──── load frame ◀── session ◀────────┼────┼─────────────┘
+//!                                                       ▼    │ rows, ends
+//!                        client ◀── GenerationStream ◀──┘
+//! ```
+//!
+//! Tasks: one a worker ([`session`]), one for timers, one that follows the
+//! registry, one sweep a second, one a tokeniser download. All belong to a
+//! tracker that [`Mesh::shutdown`] waits for.
+
+mod continuation;
+mod counters;
+mod decisions;
+mod dispatch;
+mod figures;
+mod models;
+mod open;
+mod placer;
+mod session;
+mod settings;
+mod stream;
+mod table;
+mod timers;
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use kvmesh_registry::WorkerWatch;
+use kvmesh_rpc::v1::worker_client::WorkerClient;
+use kvmesh_session::{
+    GenerationId,
+    generation::{Event, Stop},
+};
+use kvmesh_text::TextStream;
+use kvmesh_wire::v1;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+pub use counters::{Count, Counters, Gauge, SessionCounts};
+pub use models::ServedModel;
+pub use settings::MeshSettings;
+pub use stream::GenerationStream;
+
+use crate::{error::RequestError, request::AdmittedRequest};
+use decisions::Decisions;
+use dispatch::Dispatcher;
+use models::Models;
+use open::Open;
+use session::{ById, Session};
+use table::{Table, WorkerEntry};
+use timers::Timers;
+
+/// What all parts of the mesh share.
+struct Core {
+    settings: MeshSettings,
+    table: Table,
+    models: Models,
+    dispatcher: Arc<Dispatcher>,
+    timers: Arc<Timers>,
+    counters: Counters,
+    decisions: Decisions,
+    open: Mutex<ById<Arc<Open>>>,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl Core {
+    fn register(&self, open: &Arc<Open>) {
+        self.counters.open_streams.add(1);
+        let mut all = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        all.insert(open.id, Arc::clone(open));
+    }
+
+    fn unregister(&self, id: GenerationId) {
+        let mut all = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.remove(&id).is_some() {
+            self.counters.open_streams.sub(1);
+        }
+    }
+
+    fn all_open(&self) -> Vec<Arc<Open>> {
+        let all = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        all.values().cloned().collect()
+    }
+
+    /// Starts a worker's session.
+    fn spawn_session(self: &Arc<Self>, worker: Arc<WorkerEntry>) {
+        let stop = worker.stop.clone();
+        let all = self.stop.clone();
+        let session = Session::new(Arc::clone(self), worker);
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = session.run(stop) => {}
+                () = all.cancelled() => {}
+            }
+        });
+    }
+
+    /// Follows the registry's list of workers.
+    async fn follow(self: Arc<Self>, watch: WorkerWatch) {
+        let mut changes = watch.changes();
+        loop {
+            let listed: Option<BTreeMap<String, String>> = {
+                let table = changes.borrow_and_update();
+                let address = |(id, worker): (&String, &kvmesh_registry::RegisteredWorker)| {
+                    (id.clone(), worker.record.address.clone())
+                };
+                table
+                    .is_listed()
+                    .then(|| table.workers.iter().map(address).collect())
+            };
+            if let Some(listed) = listed {
+                let difference = self.table.sync(&listed);
+                for worker in difference.added {
+                    self.spawn_session(worker);
+                }
+                for worker in difference.removed {
+                    worker.stop.cancel();
+                    self.worker_gone(&worker);
+                }
+            }
+            tokio::select! {
+                () = self.stop.cancelled() => break,
+                changed = changes.changed() => if changed.is_err() { break },
+            }
+        }
+        watch.close().await;
+    }
+
+    /// Once a second: clients that do not read, requests that wait too long.
+    async fn sweep(self: Arc<Self>) {
+        let mut every = tokio::time::interval(Duration::from_secs(1));
+        loop {
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                _ = every.tick() => {}
+            }
+            let now = Instant::now();
+            let bound = &self.settings;
+            let full = self.counters.undelivered_ids.get() > bound.undelivered_ids;
+            // Over the global bound the streams above their even share go.
+            let open = self.all_open();
+            let share = match full {
+                true => bound.undelivered_ids as usize / open.len().max(1),
+                false => usize::MAX,
+            };
+            if let Some(since) = now.checked_sub(bound.slow_client_timeout) {
+                for open in open.iter().filter(|open| open.starved(since, share)) {
+                    open.give_up_on_client();
+                }
+            }
+            self.expire_queued(now);
+        }
+    }
+}
+
+/// The mesh, seen from the gateway.
+pub struct Mesh {
+    core: Arc<Core>,
+}
+
+impl Mesh {
+    /// Starts sessions with the static workers of the settings and with those
+    /// of the registry, if one is given. Must be called within a tokio runtime.
+    #[must_use]
+    pub fn start(settings: MeshSettings, registry: Option<WorkerWatch>) -> Arc<Self> {
+        let core = Arc::new(Core {
+            table: Table::default(),
+            models: Models::default(),
+            dispatcher: Arc::default(),
+            timers: Arc::default(),
+            counters: Counters::default(),
+            decisions: Decisions::new(settings.decisions_kept),
+            open: Mutex::default(),
+            stop: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+            settings,
+        });
+        core.tasks
+            .spawn(Arc::clone(&core.timers).run(core.stop.clone()));
+        core.tasks.spawn(Arc::clone(&core).sweep());
+        for address in &core.settings.workers {
+            core.spawn_session(core.table.add_static(address));
+        }
+        if let Some(watch) = registry {
+            core.tasks.spawn(Arc::clone(&core).follow(watch));
+        }
+        Arc::new(Self { core })
+    }
+
+    /// Models that can be asked for, sorted by name.
+    #[must_use]
+    pub fn models(&self) -> Vec<v1::Model> {
+        let models = self.core.models.all();
+        models
+            .iter()
+            .map(|model| self.core.describe(model))
+            .collect()
+    }
+
+    /// A model by name; empty where there is one only.
+    ///
+    /// # Errors
+    /// [`RequestError::UnknownModel`], or [`RequestError::NoWorker`] while its
+    /// tokeniser is on its way.
+    pub fn model(&self, name: &str) -> Result<Arc<ServedModel>, RequestError> {
+        let models = self.core.models.all();
+        if name.is_empty() && models.len() == 1 {
+            return Ok(Arc::clone(&models[0]));
+        }
+        if let Some(model) = self.core.models.get(name) {
+            return Ok(model);
+        }
+        if self.core.models.told(name) {
+            return Err(RequestError::NoWorker(format!(
+                "{name}: its tokeniser is on its way"
+            )));
+        }
+        let known = models
+            .iter()
+            .map(|model| model.record.name.clone())
+            .collect();
+        Err(RequestError::UnknownModel {
+            name: name.to_owned(),
+            known,
+        })
+    }
+
+    /// Opens a generation. Its stream begins with `Accepted`; dropping it
+    /// cancels the generation.
+    ///
+    /// # Errors
+    /// Whatever keeps it from being run: no such model, no worker for a stage,
+    /// a prompt that fits no pool, a full queue, a deadline that has passed.
+    pub fn generate(&self, request: AdmittedRequest) -> Result<GenerationStream, RequestError> {
+        let model = self.model(&request.model)?;
+        self.core.admit(&request)?;
+        let text: Option<TextStream> = match &request.text {
+            None => None,
+            Some(settings) => {
+                let stream = model.text.stream(settings);
+                Some(stream.map_err(|error| RequestError::Internal(error.to_string()))?)
+            }
+        };
+        let id = GenerationId(rand::random());
+        let open = Open::start(Arc::clone(&self.core), request, id);
+        Ok(GenerationStream::new(open, text))
+    }
+
+    /// The workers, sorted by id.
+    #[must_use]
+    pub fn workers(&self) -> Vec<v1::WorkerStatus> {
+        let entries = self.core.table.all();
+        let mut rows: Vec<_> = entries
+            .iter()
+            .map(|entry| self.core.status(entry))
+            .collect();
+        let id = |row: &v1::WorkerStatus| row.record.as_ref().map(|r| r.worker_id.clone());
+        rows.sort_by_key(id);
+        rows
+    }
+
+    /// Drains a worker.
+    ///
+    /// # Errors
+    /// [`MeshError`] for an unknown worker, for a drain that would empty a role
+    /// and is not forced, and for what the worker answers.
+    pub async fn drain(&self, ask: &v1::DrainWorkerRequest) -> Result<u32, MeshError> {
+        let worker = self.worker(&ask.worker_id)?;
+        if !ask.force && self.core.would_empty(&worker, None) {
+            return Err(MeshError::EmptiesRole);
+        }
+        let drain = v1::DrainRequest {
+            grace_ms: ask.grace_ms,
+            stop: ask.stop,
+        };
+        let answer = self.client(&worker).await?.drain(drain).await?;
+        Ok(answer.into_inner().running)
+    }
+
+    /// Changes a worker's role.
+    ///
+    /// # Errors
+    /// As [`Mesh::drain`].
+    pub async fn set_role(&self, ask: &v1::SetWorkerRoleRequest) -> Result<v1::Role, MeshError> {
+        let worker = self.worker(&ask.worker_id)?;
+        let role = ask.role();
+        if !ask.force && self.core.would_empty(&worker, Some(role)) {
+            return Err(MeshError::EmptiesRole);
+        }
+        let set = v1::SetRoleRequest { role: role.into() };
+        Ok(self
+            .client(&worker)
+            .await?
+            .set_role(set)
+            .await?
+            .into_inner()
+            .role())
+    }
+
+    fn worker(&self, id: &str) -> Result<Arc<WorkerEntry>, MeshError> {
+        self.core
+            .table
+            .by_name(id)
+            .ok_or_else(|| MeshError::UnknownWorker(id.to_owned()))
+    }
+
+    async fn client(
+        &self,
+        worker: &WorkerEntry,
+    ) -> Result<WorkerClient<tonic::transport::Channel>, MeshError> {
+        let channel = session::connect(&worker.address(), self.core.settings.keep_alive).await?;
+        Ok(WorkerClient::new(channel))
+    }
+
+    /// Why a generation went where it went; `None` for one that is not kept.
+    #[must_use]
+    pub fn explain(&self, id: &str) -> Option<v1::ExplainResponse> {
+        self.core.decisions.explain(GenerationId::from_hex(id)?)
+    }
+
+    /// Counters, for `/metrics`.
+    #[must_use]
+    pub fn counters(&self) -> &Counters {
+        &self.core.counters
+    }
+
+    /// Sessions by state.
+    #[must_use]
+    pub fn sessions(&self) -> SessionCounts {
+        self.core.table.session_counts()
+    }
+
+    /// Requests that wait for room.
+    #[must_use]
+    pub fn queued(&self) -> usize {
+        self.core.dispatcher.queued()
+    }
+
+    /// Bookings that stand.
+    #[must_use]
+    pub fn booked(&self) -> usize {
+        self.core.dispatcher.booked()
+    }
+
+    /// Lets running generations end for up to `grace`, then ends the rest and
+    /// every task.
+    pub async fn shutdown(&self, grace: Duration) {
+        let until = tokio::time::Instant::now() + grace;
+        while self.core.counters.open_streams.get() > 0 && tokio::time::Instant::now() < until {
+            // Streams end by their clients; there is nothing else to wait on.
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        for open in self.core.all_open() {
+            open.apply(Event::Stop(Stop::Shutdown));
+        }
+        self.core.stop.cancel();
+        self.core.tasks.close();
+        self.core.tasks.wait().await;
+    }
+}
+
+/// Why an administrator's wish was not followed.
+#[derive(Debug, thiserror::Error)]
+pub enum MeshError {
+    /// No worker of this id.
+    #[error("no worker {0:?}")]
+    UnknownWorker(String),
+    /// It would leave a role empty.
+    #[error("this would leave a role without a worker; force it if that is meant")]
+    EmptiesRole,
+    /// The worker cannot be reached.
+    #[error("the worker cannot be reached: {0}")]
+    Unreachable(#[from] tonic::transport::Error),
+    /// The worker refused.
+    #[error("{0}")]
+    Worker(#[from] tonic::Status),
+}
+
+#[cfg(test)]
+mod tests;

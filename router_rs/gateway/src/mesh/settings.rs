@@ -1,0 +1,53 @@
+//! Bounds of the mesh; each is a named setting of the router.
+
+use std::{path::PathBuf, time::Duration};
+
+/// Settings of the mesh.
+#[derive(Clone, Debug)]
+pub struct MeshSettings {
+    /// Name of this router, stable over restarts.
+    pub router_id: String,
+    /// Random number of this process start.
+    pub incarnation: u64,
+    /// Workers at fixed addresses, "host:port" each.
+    pub workers: Vec<String>,
+    /// Where tokenisers are kept. `None`: in memory only.
+    pub cache_dir: Option<PathBuf>,
+    /// Pings on worker connections, also idle ones.
+    pub keep_alive: Duration,
+    /// A client that takes nothing for so long is given up.
+    pub slow_client_timeout: Duration,
+    /// Token ids kept for all clients together (4 bytes each). Above it the
+    /// streams that hold more than their even share are given up.
+    pub undelivered_ids: u64,
+    /// Requests that may wait for room.
+    pub queue_length: usize,
+    /// Longest wait for room.
+    pub queue_timeout: Duration,
+    /// A worker has to answer a placement within this.
+    pub answer_timeout: Duration,
+    /// Decode has to bring a token within this after prefill's session broke.
+    pub orphan_timeout: Duration,
+    /// Generations whose decisions are kept.
+    pub decisions_kept: usize,
+}
+
+impl Default for MeshSettings {
+    fn default() -> Self {
+        Self {
+            router_id: "router".to_owned(),
+            incarnation: 1,
+            workers: Vec::new(),
+            cache_dir: None,
+            keep_alive: Duration::from_secs(10),
+            slow_client_timeout: Duration::from_secs(60),
+            // 64 MiB.
+            undelivered_ids: 16 << 20,
+            queue_length: 4_096,
+            queue_timeout: Duration::from_secs(60),
+            answer_timeout: Duration::from_secs(10),
+            orphan_timeout: Duration::from_secs(10),
+            decisions_kept: 4_096,
+        }
+    }
+}

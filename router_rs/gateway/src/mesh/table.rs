@@ -1,0 +1,358 @@
+//! The workers that this router knows of, one entry each.
+//!
+//! Discovery adds entries and addresses, sessions say what works. An entry
+//! whose key vanished under a live session stays; one without key and session
+//! goes.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+    time::Instant,
+};
+
+use kvmesh_session::{
+    WorkerIndex,
+    link::{State, Suspicion},
+    parse::{Hello, LoadReport},
+};
+use kvmesh_wire::v1;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    counters::SessionCounts,
+    session::{SessionHandle, ms_since},
+};
+
+/// One worker.
+pub(super) struct WorkerEntry {
+    pub(super) index: WorkerIndex,
+    /// Worker id that its address was told for; `None` for a static address.
+    pub(super) expected_id: Option<String>,
+    /// Dial now: the registry told something new.
+    pub(super) redial: Notify,
+    /// Ends the worker's session task.
+    pub(super) stop: CancellationToken,
+    view: Mutex<View>,
+}
+
+/// What is known of a worker.
+struct View {
+    address: String,
+    registered: bool,
+    record: Option<v1::WorkerRecord>,
+    state: State,
+    detail: String,
+    index_detail: String,
+    load: Option<v1::Load>,
+    role: v1::Role,
+    draining: bool,
+    heard: Option<Instant>,
+    step_model: Option<v1::StepModel>,
+    session: Option<Arc<SessionHandle>>,
+}
+
+impl WorkerEntry {
+    fn new(index: WorkerIndex, expected_id: Option<String>, address: String) -> Self {
+        let view = View {
+            address,
+            registered: false,
+            record: None,
+            state: State::Waiting,
+            detail: String::new(),
+            index_detail: String::new(),
+            load: None,
+            role: v1::Role::Unspecified,
+            draining: false,
+            heard: None,
+            step_model: None,
+            session: None,
+        };
+        Self {
+            index,
+            expected_id,
+            redial: Notify::new(),
+            stop: CancellationToken::new(),
+            view: Mutex::new(view),
+        }
+    }
+
+    // Fields are set one by one and each is whole: nothing to poison.
+    fn view(&self) -> MutexGuard<'_, View> {
+        self.view.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its gRPC address.
+    pub(super) fn address(&self) -> String {
+        self.view().address.clone()
+    }
+
+    /// Its id, or its address before the first hello.
+    pub(super) fn name(&self) -> String {
+        let view = self.view();
+        match (&view.record, &self.expected_id) {
+            (Some(record), _) => record.worker_id.clone(),
+            (None, Some(id)) => id.clone(),
+            (None, None) => view.address.clone(),
+        }
+    }
+
+    pub(super) fn greeted(&self, hello: &Hello) {
+        let mut view = self.view();
+        view.role = v1::Role::try_from(hello.record.role).unwrap_or_default();
+        view.step_model = hello.step_model.or(hello.record.step_model);
+        view.record = Some(hello.record.clone());
+        view.index_detail.clear();
+        view.detail.clear();
+        view.load = None;
+        view.heard = Some(Instant::now());
+    }
+
+    pub(super) fn loaded(&self, report: &LoadReport) {
+        let mut view = self.view();
+        view.role = report.role;
+        view.draining = report.load.draining || report.phase == v1::WorkerPhase::Stopping;
+        view.load = Some(report.load);
+    }
+
+    pub(super) fn heard(&self, now: Instant) {
+        self.view().heard = Some(now);
+    }
+
+    pub(super) fn attach(&self, session: Arc<SessionHandle>) {
+        self.view().session = Some(session);
+    }
+
+    pub(super) fn detach(&self) {
+        self.view().session = None;
+    }
+
+    /// The session, where one is open.
+    pub(super) fn session(&self) -> Option<Arc<SessionHandle>> {
+        self.view().session.clone()
+    }
+
+    pub(super) fn set_state(&self, state: State) {
+        let mut view = self.view();
+        match &state {
+            State::Suspect(why) | State::Lost(why) => {
+                view.detail = match why {
+                    Suspicion::Silent => "no frame for too long".to_owned(),
+                    Suspicion::Stuck => "a step takes far longer than predicted".to_owned(),
+                };
+            }
+            State::Refused(mismatch) => view.detail = mismatch.to_string(),
+            State::Live => view.detail.clear(),
+            _ => {}
+        }
+        view.state = state;
+    }
+
+    pub(super) fn set_detail(&self, detail: String) {
+        self.view().detail = detail;
+    }
+
+    /// Nothing is placed there, and why.
+    pub(super) fn set_mismatch(&self, detail: String) {
+        let mut view = self.view();
+        view.index_detail.clone_from(&detail);
+        view.detail = detail;
+    }
+
+    pub(super) fn index_off(&self, scheme: u32) {
+        self.view().index_detail = format!(
+            "its hash scheme is {scheme}, this router's {}",
+            kvmesh_session::HASH_SCHEME
+        );
+    }
+
+    /// The record of its last hello.
+    pub(super) fn record(&self) -> Option<v1::WorkerRecord> {
+        self.view().record.clone()
+    }
+
+    /// Role in force, and whether it takes no new work.
+    pub(super) fn role(&self) -> (v1::Role, bool) {
+        let view = self.view();
+        (view.role, view.draining)
+    }
+
+    /// Whether its session works.
+    pub(super) fn live(&self) -> bool {
+        matches!(self.view().state, State::Live | State::HalfOpen { .. })
+    }
+
+    /// The row for `kvmesh workers`.
+    pub(super) fn status(&self) -> v1::WorkerStatus {
+        let name = self.name();
+        let view = self.view();
+        let record = view.record.clone().unwrap_or_else(|| v1::WorkerRecord {
+            worker_id: name,
+            address: view.address.clone(),
+            ..v1::WorkerRecord::default()
+        });
+        v1::WorkerStatus {
+            record: Some(record),
+            state: wire_state(&view.state).into(),
+            state_detail: view.detail.clone(),
+            registered: view.registered,
+            load: view.load,
+            silent_ms: view.heard.map_or(0.0, ms_since),
+            indexed_blocks: 0,
+            index_detail: view.index_detail.clone(),
+            running: view
+                .load
+                .as_ref()
+                .and_then(|load| load.own.as_ref())
+                .map_or(0, |own| own.queued + own.decoding + own.receiving),
+            step_model: view.step_model,
+        }
+    }
+}
+
+fn wire_state(state: &State) -> v1::SessionState {
+    match state {
+        State::Waiting | State::Dialling | State::Greeting => v1::SessionState::Connecting,
+        State::Live => v1::SessionState::Live,
+        State::Suspect(_) => v1::SessionState::Suspect,
+        State::Lost(_) => v1::SessionState::Lost,
+        State::HalfOpen { .. } => v1::SessionState::HalfOpen,
+        State::Refused(_) => v1::SessionState::Refused,
+    }
+}
+
+/// All entries. An index is never given twice.
+#[derive(Default)]
+pub(super) struct Table {
+    entries: RwLock<Vec<Arc<WorkerEntry>>>,
+    next: Mutex<u32>,
+}
+
+/// What a new list of workers changed.
+#[derive(Default)]
+pub(super) struct Difference {
+    /// Entries that need a session task.
+    pub(super) added: Vec<Arc<WorkerEntry>>,
+    /// Entries that are off the table.
+    pub(super) removed: Vec<Arc<WorkerEntry>>,
+}
+
+impl Table {
+    /// All entries.
+    pub(super) fn all(&self) -> Vec<Arc<WorkerEntry>> {
+        self.entries
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// One entry by its number.
+    pub(super) fn get(&self, index: WorkerIndex) -> Option<Arc<WorkerEntry>> {
+        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        entries.iter().find(|entry| entry.index == index).cloned()
+    }
+
+    /// One entry by its id.
+    pub(super) fn by_name(&self, id: &str) -> Option<Arc<WorkerEntry>> {
+        self.all().into_iter().find(|entry| entry.name() == id)
+    }
+
+    /// A worker's id; empty where it is off the table.
+    pub(super) fn name(&self, index: WorkerIndex) -> String {
+        self.get(index)
+            .map(|entry| entry.name())
+            .unwrap_or_default()
+    }
+
+    /// What a transfer's receiver must know of its sender: id, incarnation and
+    /// transfer address.
+    pub(super) fn sender(&self, index: WorkerIndex) -> (String, u64, String) {
+        match self.get(index).and_then(|entry| entry.record()) {
+            Some(record) => (
+                record.worker_id,
+                record.incarnation,
+                record.transfer_address,
+            ),
+            None => Default::default(),
+        }
+    }
+
+    /// Adds a worker at a fixed address.
+    pub(super) fn add_static(&self, address: &str) -> Arc<WorkerEntry> {
+        self.add(None, address)
+    }
+
+    fn add(&self, id: Option<String>, address: &str) -> Arc<WorkerEntry> {
+        let index = {
+            let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+            *next += 1;
+            WorkerIndex(*next - 1)
+        };
+        let entry = Arc::new(WorkerEntry::new(index, id, address.to_owned()));
+        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        entries.push(Arc::clone(&entry));
+        entry
+    }
+
+    /// Takes the registry's list of (worker id, gRPC address).
+    pub(super) fn sync(&self, registered: &BTreeMap<String, String>) -> Difference {
+        let mut difference = Difference::default();
+        for entry in self.all() {
+            let Some(id) = &entry.expected_id else {
+                continue;
+            };
+            let mut view = entry.view();
+            if let Some(address) = registered.get(id) {
+                let changed = view.address != *address || !view.registered;
+                view.registered = true;
+                view.address.clone_from(address);
+                if changed {
+                    entry.redial.notify_one();
+                }
+            } else {
+                view.registered = false;
+                if view.session.is_none() {
+                    difference.removed.push(Arc::clone(&entry));
+                }
+            }
+        }
+        let known: Vec<_> = self
+            .all()
+            .iter()
+            .filter_map(|e| e.expected_id.clone())
+            .collect();
+        for (id, address) in registered {
+            if !known.contains(id) {
+                let entry = self.add(Some(id.clone()), address);
+                entry.view().registered = true;
+                difference.added.push(entry);
+            }
+        }
+        self.remove(&difference.removed);
+        difference
+    }
+
+    fn remove(&self, gone: &[Arc<WorkerEntry>]) {
+        if !gone.is_empty() {
+            let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+            entries.retain(|entry| !gone.iter().any(|gone| gone.index == entry.index));
+        }
+    }
+
+    /// Sessions by state.
+    pub(super) fn session_counts(&self) -> SessionCounts {
+        let mut counts = SessionCounts::default();
+        for entry in self.all() {
+            let count = match wire_state(&entry.view().state) {
+                v1::SessionState::Live => &mut counts.live,
+                v1::SessionState::Suspect => &mut counts.suspect,
+                v1::SessionState::Lost => &mut counts.lost,
+                v1::SessionState::HalfOpen => &mut counts.half_open,
+                v1::SessionState::Refused => &mut counts.refused,
+                _ => &mut counts.connecting,
+            };
+            *count += 1;
+        }
+        counts
+    }
+}
