@@ -6,6 +6,9 @@ Checked against the built module by stubtest.
 from collections.abc import Sequence
 from typing import Any, Literal, final
 
+import numpy as np
+import numpy.typing as npt
+
 # --- KV pool and transfer -----------------------------------------------------
 
 Reason = Literal[
@@ -464,3 +467,61 @@ def list_routers(
     password: str = "",
 ) -> list[tuple[str, str]]:
     """Routers of a cluster as (id, "host:port"). Raises RegistryUnreachableError."""
+
+# --- Attention ----------------------------------------------------------------
+
+@final
+class PagedKv:
+    """float32 K and V in a pool's blocks: kernels that read them where they lie.
+
+    Layout as KvCompatibility.format 1. All arguments offer the buffer protocol,
+    are contiguous and of the type said; ValueError and IndexError where they do
+    not fit. The GIL is released. One thread at a time.
+    """
+
+    def __new__(
+        cls,
+        pool: KvPool | bytearray,
+        *,
+        layers: int,
+        heads: int,
+        kv_heads: int,
+        block_tokens: int,
+        head_size: int,
+    ) -> PagedKv:
+        """`pool`: bytes, writable; held as long as this object."""
+
+    def write(
+        self,
+        layer: int,
+        qkv: npt.NDArray[np.float32],
+        cos: npt.NDArray[np.float32],
+        sin: npt.NDArray[np.float32],
+        slots: npt.NDArray[np.int64],
+        q_out: npt.NDArray[np.float32],
+    ) -> None:
+        """Rotates q and k of n tokens; q goes to `q_out`, k and v into blocks.
+
+        `qkv` float32 [n, (heads + 2 * kv_heads) * head_size], `cos` and `sin`
+        float32 [n, head_size / 2], `slots` int64 [n] (block * block_tokens +
+        place in the block), `q_out` float32 [n, heads * head_size].
+        """
+
+    def attend(
+        self,
+        layer: int,
+        q: npt.NDArray[np.float32],
+        rows: npt.NDArray[np.uint32],
+        begins: npt.NDArray[np.uint32],
+        tables: npt.NDArray[np.uint32],
+        lengths: npt.NDArray[np.uint32],
+        out: npt.NDArray[np.float32],
+        *,
+        threads: int = 1,
+    ) -> None:
+        """Attention of single tokens over their sequences.
+
+        Row `rows[i]` (rising) of `q` over `lengths[i]` tokens that lie in blocks
+        `tables[begins[i]]` and following, into the same row of `out`. `q` and
+        `out` float32 [n, heads * head_size], the others uint32.
+        """

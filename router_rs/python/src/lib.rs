@@ -1,5 +1,6 @@
 //! Bindings: thin, no logic.
 
+mod attention;
 mod pool;
 
 use pyo3::prelude::*;
@@ -8,5 +9,6 @@ use pyo3::prelude::*;
 #[pymodule]
 fn _router(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<pool::PyKvPool>()?;
+    module.add_class::<attention::PyPagedKv>()?;
     Ok(())
 }

@@ -1,0 +1,127 @@
+"""The torch runner: a batch of slices through a model, over a KV pool."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvmesh.engine.core.runner import Sampled, SampleSpec, Slice
+from kvmesh.engine.torch.model import LlamaModel
+from kvmesh.engine.torch.paged_kv import KvShape, NativeKv, PagedKv, TorchKv
+from kvmesh.engine.torch.plan import Plan, make_plan
+from kvmesh.engine.torch.rope import Rope
+from kvmesh.engine.torch.sampling import draw
+from kvmesh.engine.torch.weights import ModelWeights
+from kvmesh.models import ModelConfig
+from kvmesh.v1 import worker_pb2 as wire
+
+if TYPE_CHECKING:
+    from kvmesh._router import KvPool
+
+
+class TorchRunner:
+    """Computes batches of one model (kvmesh.engine.core.runner.Runner).
+
+    Everything of a batch lives in its generator, and K and V of its tokens go
+    to blocks that are its sequences' own. So another batch may run between two
+    layers, and this one ends equal to the bit.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        model_digest: str,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        block_tokens: int,
+        threads: int,
+    ) -> None:
+        self._config = config
+        self._model = LlamaModel(weights, config.norm_epsilon)
+        self._rope = Rope(config.rope, config.head_size, device)
+        self._shape = KvShape.of(config, block_tokens)
+        self._digest = model_digest
+        self._dtype = dtype
+        self._device = device
+        self._threads = threads
+        self._kv: PagedKv | None = None
+
+    @property
+    def block_tokens(self) -> int:
+        """KV block size in tokens."""
+        return self._shape.block_tokens
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block: all layers, K and V."""
+        return self._shape.elements * self._dtype.itemsize
+
+    @property
+    def layers(self) -> int:
+        """Pauses that `forward` offers."""
+        return self._model.layers
+
+    def compatibility(self) -> wire.KvCompatibility:
+        """What transfer partners must agree on."""
+        return wire.KvCompatibility(
+            model_digest=self._digest,
+            dtype=str(self._dtype).removeprefix("torch."),
+            format=1,
+            layers=self._config.layers,
+            kv_heads=self._config.kv_heads,
+            head_size=self._config.head_size,
+        )
+
+    def bind(self, pool: KvPool) -> None:
+        """Takes the pool whose slots `Slice.blocks` name."""
+        if self._kv is not None:
+            raise RuntimeError("a runner is bound to one pool")
+        if self._device.type == "cpu" and self._dtype == torch.float32:
+            self._kv = NativeKv(self._shape, pool, self._threads)
+        else:
+            self._kv = TorchKv(self._shape, pool, self._dtype, self._device)
+
+    def forward(self, batch: Sequence[Slice]) -> Generator[None, None, list[Sampled | None]]:
+        """Computes a batch, pausing after each layer (see Runner.forward)."""
+        if self._kv is None:
+            raise RuntimeError("bind a pool first")
+        if not batch:
+            return []
+        kv = self._kv
+        plan, hidden = self._begin(batch, kv)
+        for index in range(self.layers):
+            self._layer(index, hidden, kv, plan)
+            yield
+        return self._finish(batch, hidden, kv, plan)
+
+    def close(self) -> None:
+        """Gives the pool's memory back. Idempotent."""
+        self._kv = None
+
+    # Inference mode belongs to a thread, not to a generator: entered across a
+    # pause it would hold for whatever else runs there. So each part enters it.
+
+    @torch.inference_mode()
+    def _begin(self, batch: Sequence[Slice], kv: PagedKv) -> tuple[Plan, torch.Tensor]:
+        plan = make_plan(batch, self.block_tokens, self._rope, self._device)
+        kv.begin(plan)
+        return plan, self._model.embed(plan.ids)
+
+    @torch.inference_mode()
+    def _layer(self, index: int, hidden: torch.Tensor, kv: PagedKv, plan: Plan) -> None:
+        self._model.layer(index, hidden, kv, plan)
+
+    @torch.inference_mode()
+    def _finish(
+        self, batch: Sequence[Slice], hidden: torch.Tensor, kv: PagedKv, plan: Plan
+    ) -> list[Sampled | None]:
+        kv.finish(plan)
+        specs: list[SampleSpec] = [piece.sample for piece in batch if piece.sample is not None]
+        if not specs:
+            return [None] * len(batch)
+        drawn = iter(draw(self._model.logits(hidden[plan.sampled]), specs))
+        return [None if piece.sample is None else next(drawn) for piece in batch]
