@@ -1,10 +1,79 @@
 //! Why a request fails: one enum, mapped to gRPC statuses by one function.
 
-use std::time::Duration;
+use std::{collections::HashMap, fmt, time::Duration};
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+
+/// Domain of `google.rpc.ErrorInfo` in every status of ours.
+pub const DOMAIN: &str = "kvmesh";
+/// Longest message that a status carries, in bytes.
+const MAX_MESSAGE: usize = 1024;
+/// Most violations that one status names.
+const MAX_VIOLATIONS: usize = 16;
+
+/// One field that is not as it must be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Violation {
+    /// Path of the field as in the proto, "sampling.top_p".
+    pub field: String,
+    /// What is allowed.
+    pub description: String,
+}
+
+/// Fields that are not as they must be, never none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Violations(pub Vec<Violation>);
+
+impl fmt::Display for Violations {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (at, violation) in self.0.iter().take(MAX_VIOLATIONS).enumerate() {
+            let separator = if at == 0 { "" } else { "; " };
+            write!(
+                f,
+                "{separator}{}: {}",
+                violation.field, violation.description
+            )?;
+        }
+        Ok(())
+    }
+}
 
 /// Why a request fails.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum RequestError {
+    /// Fields that are malformed or out of range.
+    #[error("{0}")]
+    Invalid(Violations),
+    /// The call's bytes are not what the protocol asks for.
+    #[error("malformed message: {0}")]
+    Malformed(String),
+    /// A message above the limit, by its length prefix or while inflating.
+    #[error("message is longer than {limit} bytes")]
+    MessageTooLarge {
+        /// The limit in bytes.
+        limit: u64,
+    },
+    /// The model's template or tokeniser failed.
+    #[error("{0}")]
+    Text(String),
+    /// No generation of this id for this caller. One text for all causes.
+    #[error("no such generation")]
+    UnknownGeneration,
+    /// No worker of this id.
+    #[error("no worker {0:?}")]
+    UnknownWorker(String),
+    /// What was asked is not possible in the present state.
+    #[error("{message}")]
+    Refused {
+        /// Reason for ErrorInfo.
+        reason: &'static str,
+        /// For people.
+        message: String,
+    },
+    /// The caller may not ask this.
+    #[error("permission denied")]
+    PermissionDenied,
     /// No such model; the models that exist.
     #[error("no model {name:?}; there are: {}", known.join(", "))]
     UnknownModel {
@@ -58,7 +127,7 @@ pub enum RequestError {
         /// First index that the client lacks.
         next_index: u32,
     },
-    /// The engine lacks a feature.
+    /// A feature that this model, engine or release lacks; names the field.
     #[error("not supported: {0}")]
     Unsupported(String),
     /// The client's deadline passed.
@@ -82,7 +151,134 @@ pub enum RequestError {
         /// First index that the client lacks.
         next_index: u32,
     },
-    /// A bug of ours.
+    /// A bug of ours; an id to quote.
     #[error("internal error {0}")]
     Internal(String),
+}
+
+impl RequestError {
+    /// One field that is not as it must be.
+    pub fn invalid(field: impl Into<String>, description: impl Into<String>) -> Self {
+        let violation = Violation {
+            field: field.into(),
+            description: description.into(),
+        };
+        Self::Invalid(Violations(vec![violation]))
+    }
+
+    /// Status code and the documented reason (`docs/protocols.md`).
+    #[must_use]
+    pub fn code_and_reason(&self) -> (Code, &str) {
+        match self {
+            Self::Invalid(_) => (Code::InvalidArgument, "INVALID_FIELD"),
+            Self::Malformed(_) => (Code::InvalidArgument, "MALFORMED_MESSAGE"),
+            Self::PromptTooLong { .. } => (Code::InvalidArgument, "PROMPT_TOO_LONG"),
+            Self::MessageTooLarge { .. } => (Code::ResourceExhausted, "MESSAGE_TOO_LARGE"),
+            Self::Unsupported(_) => (Code::Unimplemented, "UNSUPPORTED"),
+            Self::UnknownModel { .. } => (Code::NotFound, "UNKNOWN_MODEL"),
+            Self::UnknownGeneration => (Code::NotFound, "UNKNOWN_GENERATION"),
+            Self::UnknownWorker(_) => (Code::NotFound, "UNKNOWN_WORKER"),
+            Self::Text(_) => (Code::FailedPrecondition, "TEXT_FAILED"),
+            Self::Refused { reason, .. } => (Code::FailedPrecondition, reason),
+            Self::PermissionDenied => (Code::PermissionDenied, "PERMISSION_DENIED"),
+            Self::Overloaded { .. } => (Code::ResourceExhausted, "OVERLOADED"),
+            Self::SlowClient { .. } => (Code::ResourceExhausted, "SLOW_CLIENT"),
+            Self::NoWorker(_) => (Code::Unavailable, "NO_WORKER"),
+            Self::WorkerLost { .. } => (Code::Unavailable, "WORKER_LOST"),
+            Self::ShuttingDown { .. } => (Code::Unavailable, "SHUTTING_DOWN"),
+            Self::WorkerFailed { code, reason, .. } => (worker_code(*code), reason),
+            Self::TakenOver { .. } => (Code::Aborted, "TAKEN_OVER"),
+            Self::DeadlineExceeded { .. } => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
+            Self::Cancelled => (Code::Cancelled, "CANCELLED"),
+            Self::Internal(_) => (Code::Internal, "INTERNAL"),
+        }
+    }
+
+    /// First output index that the client lacks, for ends of a generation that
+    /// may have sent tokens.
+    #[must_use]
+    pub fn next_index(&self) -> Option<u32> {
+        match self {
+            Self::WorkerLost { next_index, .. }
+            | Self::WorkerFailed { next_index, .. }
+            | Self::TakenOver { next_index }
+            | Self::DeadlineExceeded { next_index }
+            | Self::SlowClient { next_index }
+            | Self::ShuttingDown { next_index } => Some(*next_index),
+            _ => None,
+        }
+    }
+
+    /// The status of PROTOCOLS 5, with its details. The only place where an
+    /// error becomes a status.
+    #[must_use]
+    pub fn to_status(&self) -> Status {
+        let (code, reason) = self.code_and_reason();
+        let mut details = ErrorDetails::with_error_info(reason, DOMAIN, self.metadata());
+        match self {
+            Self::Invalid(Violations(all)) => {
+                for violation in all.iter().take(MAX_VIOLATIONS) {
+                    let description = cut(violation.description.clone());
+                    details.add_bad_request_violation(violation.field.as_str(), description);
+                }
+            }
+            Self::PromptTooLong { limit, .. } => {
+                let allowed = format!("at most {limit} tokens with the output");
+                details.add_bad_request_violation("prompt", allowed);
+            }
+            Self::Unsupported(what) => {
+                details.add_bad_request_violation(what.as_str(), "not supported");
+            }
+            Self::Overloaded { retry_after, .. } => {
+                details.set_retry_info(Some(*retry_after));
+            }
+            _ => {}
+        }
+        Status::with_error_details(code, cut(self.to_string()), details)
+    }
+
+    fn metadata(&self) -> HashMap<String, String> {
+        let mut metadata = HashMap::new();
+        if let Some(next) = self.next_index() {
+            metadata.insert("next_index".to_owned(), next.to_string());
+        }
+        match self {
+            Self::MessageTooLarge { limit } | Self::PromptTooLong { limit, .. } => {
+                metadata.insert("limit".to_owned(), limit.to_string());
+            }
+            Self::UnknownModel { known, .. } => {
+                metadata.insert("models".to_owned(), cut(known.join(",")));
+            }
+            Self::Unsupported(field) => {
+                metadata.insert("field".to_owned(), cut(field.clone()));
+            }
+            Self::Internal(id) => {
+                metadata.insert("id".to_owned(), id.clone());
+            }
+            _ => {}
+        }
+        metadata
+    }
+}
+
+/// A worker chooses its code, but not one that means success or says that the
+/// client did something it did not do.
+fn worker_code(code: u32) -> Code {
+    match Code::from(i32::try_from(code).unwrap_or(i32::MAX)) {
+        Code::Ok | Code::Cancelled | Code::Unknown => Code::Internal,
+        code => code,
+    }
+}
+
+/// Cuts at a character border: headers are small, and messages may hold what
+/// a client or a template sent.
+fn cut(mut message: String) -> String {
+    if message.len() > MAX_MESSAGE {
+        let mut end = MAX_MESSAGE;
+        while !message.is_char_boundary(end) {
+            end -= 1;
+        }
+        message.truncate(end);
+    }
+    message
 }
