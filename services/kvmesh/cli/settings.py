@@ -1,0 +1,132 @@
+"""Settings from a file, the environment and flags, in that order of weakness.
+
+A setting has one name, `kv_pool_tokens` say: the key in the file's section of
+the command, the variable KVMESH_KV_POOL_TOKENS and the flag --kv-pool-tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class UsageError(Exception):
+    """What the user gave cannot be. The text names it and says what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting of a command."""
+
+    name: str
+    help: str
+    metavar: str = ""
+    flag_only: bool = False
+    """Neither in the file nor in the environment."""
+    is_switch: bool = False
+    default: str = ""
+    """For `--help`; empty: nothing is said."""
+
+    @property
+    def flag(self) -> str:
+        """As on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        """As in the environment."""
+        return "KVMESH_" + self.name.upper()
+
+    def add_to(self, parser: argparse._ActionsContainer) -> None:
+        """Makes the flag. Absent flags are None, so that they hide nothing."""
+        text = self.help.replace("%", "%%")
+        if self.default:
+            text += f" (default {self.default})".replace("%", "%%")
+        if self.is_switch:
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(self.flag, dest=self.name, action=action, default=None, help=text)
+        else:
+            metavar = self.metavar or self.name.rpartition("_")[2].upper()
+            parser.add_argument(self.flag, dest=self.name, metavar=metavar, help=text)
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: Iterable[Setting]) -> None:
+    """Adds the flags of settings, and --config."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="settings as TOML, a section for each command (also KVMESH_CONFIG)",
+    )
+    group = parser.add_argument_group("settings (each also KVMESH_<NAME> or a key in the file)")
+    for setting in settings:
+        setting.add_to(group)
+
+
+def merged(
+    section: str,
+    settings: Iterable[Setting],
+    args: argparse.Namespace,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The settings that were given, the strongest source of each.
+
+    Raises `UsageError` for a file that cannot be read and for a key that is no
+    setting.
+    """
+    known = {setting.name: setting for setting in settings}
+    values = _from_file(section, known, args, environment)
+    environment = os.environ if environment is None else environment
+    for name, setting in known.items():
+        if not setting.flag_only and environment.get(setting.variable):
+            values[name] = environment[setting.variable]
+    for name in known:
+        value = getattr(args, name, None)
+        if value is not None:
+            values[name] = value
+    return values
+
+
+def _from_file(
+    section: str,
+    known: Mapping[str, Setting],
+    args: argparse.Namespace,
+    environment: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    environment = os.environ if environment is None else environment
+    name = getattr(args, "config", None) or environment.get("KVMESH_CONFIG")
+    if not name:
+        return {}
+    try:
+        content = tomllib.loads(Path(name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"config is {name!r}, which cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"config is {name!r}, which is not TOML: {error}") from error
+    found = content.get(section, {})
+    if not isinstance(found, dict):
+        raise UsageError(f"{name}: {section} is {found!r}; allowed is a section [{section}]")
+    allowed = sorted(key for key, setting in known.items() if not setting.flag_only)
+    for key in found:
+        if key not in allowed:
+            raise UsageError(
+                f"{name}: {key} is no setting of [{section}]{_guess(key, allowed)}; "
+                f"allowed are {', '.join(allowed)}"
+            )
+    return dict(found)
+
+
+def _guess(key: str, allowed: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, list(allowed), n=1)
+    return f" (meant {close[0]}?)" if close else ""
+
+
+def endpoints(value: Any) -> list[str]:
+    """A list of addresses from "a:1,b:2" or a list."""
+    parts = value.split(",") if isinstance(value, str) else value
+    return [str(part).strip() for part in parts if str(part).strip()]
