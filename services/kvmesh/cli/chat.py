@@ -1,55 +1,90 @@
-"""`kvmesh chat`: a conversation in the terminal."""
+"""`kvmesh chat`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from kvmesh.cli.connect import add_connection_flags, told_plainly
-from kvmesh.cli.generate import add_generation_flags, generation_options
+from kvmesh.cli.client import (
+    CONNECTION,
+    DEFAULT_ENDPOINT,
+    SAMPLING,
+    client_settings,
+    connect,
+    explain,
+    print_stream,
+    sampling_options,
+    timings_line,
+)
+from kvmesh.cli.settings import add_settings
+
+_EPILOG = """\
+Type a message and Enter. Ctrl-C ends an answer, Ctrl-D the conversation.
+  /new     begin a new conversation
+  /help    show this
+"""
+_DEFAULT_MAX_TOKENS = 512
 
 
-def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command."""
-    parser = subparsers.add_parser(
-        "chat", help="talk to a model", description=f"{__doc__} Ctrl-D ends it."
-    )
-    add_connection_flags(parser)
-    add_generation_flags(parser)
-    parser.add_argument("--system", help="system message")
-    parser.set_defaults(run=run)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where to, and how to answer."""
+    parser.epilog = _EPILOG
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--timings", action="store_true", help="a line of timings after an answer")
+    add_settings(parser, CONNECTION + SAMPLING)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Talks until the input ends. Ctrl-C ends an answer, or the conversation."""
-    from kvmesh.cli.output import stream_answer, timings_line
-    from kvmesh.client import Client
+def run(args: argparse.Namespace) -> int:
+    """Asks and prints until the input ends."""
+    import kvmesh
 
-    messages: list[dict[str, str]] = []
-    if options.system:
-        messages.append({"role": "system", "content": options.system})
-    with told_plainly(options.endpoint), Client(options.endpoint, token=options.token) as client:
-        names = ", ".join(model.name for model in client.models(timeout=10)) or "none yet"
-        print(f"models: {names}. Ctrl-D ends.", file=sys.stderr)
-        while (text := _ask()) is not None:
-            if not text.strip():
+    values = client_settings(args, CONNECTION + SAMPLING)
+    options = {"max_tokens": _DEFAULT_MAX_TOKENS, **sampling_options(values)}
+    endpoint = values.get("endpoint") or DEFAULT_ENDPOINT
+    start = [{"role": "system", "content": args.system}] if args.system else []
+    messages = list(start)
+    with connect(values) as client:
+        while (line := _read_line()) is not None:
+            if line in ("/new", "/help") or not line:
+                if line == "/new":
+                    messages = list(start)
+                elif line == "/help":
+                    print(_EPILOG, end="")
                 continue
-            messages.append({"role": "user", "content": text})
+            messages.append({"role": "user", "content": line})
             try:
-                events = client.generate(messages=messages, **generation_options(options))
-                result = stream_answer(events)
+                events = client.generate(
+                    messages=messages, timeout=values.get("timeout_s"), **options
+                )
+                answer, finished, _ = print_stream(events)
             except KeyboardInterrupt:
-                print("\n(stopped)", file=sys.stderr)
+                print(" (ended)")
                 messages.pop()
                 continue
-            messages.append({"role": "assistant", "content": result.text})
-            print(timings_line(result), file=sys.stderr)
+            except kvmesh.MeshError as error:
+                print(f"kvmesh chat: {explain(error, endpoint)}", file=sys.stderr)
+                if not sys.stdin.isatty():
+                    return 1
+                messages.pop()
+                continue
+            messages.append({"role": "assistant", "content": answer})
+            if args.timings and finished is not None:
+                print(timings_line(finished), file=sys.stderr)
     return 0
 
 
-def _ask() -> str | None:
-    try:
-        return input("> ")
-    except EOFError:
-        print(file=sys.stderr)
-        return None
+def _read_line() -> str | None:
+    """The next message; None at the end of the input."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        # Gives the prompt line editing and a history.
+        import readline  # noqa: F401
+    while True:
+        try:
+            return input("> " if interactive else "").strip()
+        except EOFError:
+            if interactive:
+                print()
+            return None
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D ends)")

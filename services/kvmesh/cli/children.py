@@ -13,7 +13,7 @@ import selectors
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -154,17 +154,20 @@ class Children:
 
     def stop(self, child: Child, grace_s: float) -> None:
         """Ends one child: asks, waits, kills."""
-        with _only_once(self._children, child):
-            if child.process.poll() is None:
-                child.process.terminate()
-            try:
-                child.process.wait(timeout=grace_s)
-            except subprocess.TimeoutExpired:
-                child.process.kill()
-                child.process.wait()
-            with contextlib.suppress(KeyError, ValueError):
-                self._selector.unregister(child.pipe)
-            os.close(child.pipe)
+        if child not in self._children:
+            return
+        if child.process.poll() is None:
+            child.process.terminate()
+        try:
+            child.process.wait(timeout=grace_s)
+        except subprocess.TimeoutExpired:
+            child.process.kill()
+            child.process.wait()
+        self._children.remove(child)
+        # Not there any more where its end was already read.
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(child.pipe)
+        os.close(child.pipe)
 
     def stop_all(self, grace_s: float = 10.0) -> None:
         """Ends all, the last started first; each within what is left of the grace.
@@ -206,10 +209,3 @@ class Children:
             raise
         finally:
             self._selector.close()
-
-
-@contextlib.contextmanager
-def _only_once(children: list[Child], child: Child) -> Iterator[None]:
-    if child in children:
-        yield
-        children.remove(child)

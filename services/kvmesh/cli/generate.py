@@ -1,4 +1,4 @@
-"""`kvmesh generate`: one answer."""
+"""`kvmesh generate`."""
 
 from __future__ import annotations
 
@@ -7,97 +7,88 @@ import json
 import sys
 from typing import Any
 
-from kvmesh.cli.connect import add_connection_flags, told_plainly
-from kvmesh.cli.errors import CommandError
+from kvmesh.cli.client import (
+    CONNECTION,
+    DEFAULT_ENDPOINT,
+    SAMPLING,
+    client_settings,
+    connect,
+    explain,
+    print_stream,
+    sampling_options,
+    timings_line,
+)
+from kvmesh.cli.settings import UsageError, add_settings
 
-_EXAMPLES = """\
+_EPILOG = """\
 examples:
   kvmesh generate "The capital of France is" --max-tokens 8 --temperature 0
   kvmesh generate --chat "What is the capital of France?"
   kvmesh generate --token-ids 504,3575,282 --json
-  cat prompt.txt | kvmesh generate -
+  cat notes.txt | kvmesh generate - --max-tokens 64
+
+With --json one object is printed: token_ids, text, finish_reason, usage, timings
+and more. Exit status 1: the mesh refused or failed, and said why on standard error.
 """
 
 
-def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command."""
-    parser = subparsers.add_parser(
-        "generate",
-        help="ask for one answer",
-        description=__doc__,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_connection_flags(parser)
-    add_generation_flags(parser)
-    parser.add_argument("prompt", nargs="?", help="the text to continue; - reads standard input")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The prompt, and how to continue it."""
+    parser.epilog = _EPILOG
+    parser.add_argument("prompt", nargs="?", help="text to continue; - reads standard input")
+    parser.add_argument("--chat", action="store_true", help="send the prompt as a chat message")
+    parser.add_argument("--system", metavar="TEXT", help="system message; only with --chat")
+    parser.add_argument("--token-ids", metavar="ID,ID…", help="token ids instead of a prompt")
     parser.add_argument(
-        "--chat", action="store_true", help="the prompt is a user's message, not raw text"
+        "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
     )
-    parser.add_argument("--system", help="system message; needs --chat")
-    parser.add_argument("--token-ids", help="token ids instead of text, with commas")
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print one object: token_ids, text, finish_reason, usage, timings",
-    )
-    parser.set_defaults(run=run)
+    parser.add_argument("--ignore-end-of-text", action="store_true", help="do not end by itself")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    add_settings(parser, CONNECTION + SAMPLING)
 
 
-def add_generation_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds what `chat` takes as well."""
-    parser.add_argument("--model", help="the model; not needed where there is one")
-    parser.add_argument("--max-tokens", type=int, help="most tokens to output")
-    parser.add_argument("--temperature", type=float, help="0 is greedy")
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--min-p", type=float)
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--stop", action="append", help="a text that ends the answer; repeatable")
-    parser.add_argument(
-        "--class", dest="request_class", choices=("interactive", "standard", "batch")
-    )
-    parser.add_argument("--timeout", type=float, help="seconds")
+def run(args: argparse.Namespace) -> int:
+    """Generates once."""
+    import kvmesh
 
-
-def generation_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The flags that were given, as arguments of `Client.generate`."""
-    names = (
-        "model", "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop",
-        "request_class", "timeout",
-    )  # fmt: skip
-    return {n: v for n in names if (v := getattr(options, n, None)) is not None}
-
-
-def run(options: argparse.Namespace) -> int:
-    """Asks once and prints."""
-    from kvmesh.cli.output import stream_answer, timings_line
-    from kvmesh.client import Client
-
-    arguments = {**generation_options(options), **_input(options)}
-    with told_plainly(options.endpoint), Client(options.endpoint, token=options.token) as client:
-        if options.json:
-            print(json.dumps(client.complete(**arguments).to_dict()))
-            return 0
-        result = stream_answer(client.generate(**arguments))
-    print(timings_line(result), file=sys.stderr)
+    values = client_settings(args, CONNECTION + SAMPLING)
+    options = {**sampling_options(values), **_input(args)}
+    if args.stop:
+        options["stop"] = args.stop
+    if args.ignore_end_of_text:
+        options["ignore_end_of_text"] = True
+    timeout = values.get("timeout_s")
+    with connect(values) as client:
+        try:
+            if args.json:
+                result = client.complete(timeout=timeout, **options)
+                print(json.dumps(result.to_dict()))
+                return 0
+            _, finished, _ = print_stream(client.generate(timeout=timeout, **options))
+        except kvmesh.MeshError as error:
+            endpoint = values.get("endpoint") or DEFAULT_ENDPOINT
+            print(f"kvmesh generate: {explain(error, endpoint)}", file=sys.stderr)
+            return 1
+    if finished is not None and sys.stderr.isatty():
+        print(timings_line(finished), file=sys.stderr)
     return 0
 
 
-def _input(options: argparse.Namespace) -> dict[str, Any]:
-    if (options.prompt is None) == (options.token_ids is None):
-        raise CommandError("give a prompt or --token-ids, and not both", status=2)
-    if options.system and not options.chat:
-        raise CommandError("--system needs --chat", status=2)
-    if options.token_ids is not None:
+def _input(args: argparse.Namespace) -> dict[str, Any]:
+    if (args.prompt is None) == (args.token_ids is None):
+        raise UsageError("one of PROMPT and --token-ids is needed")
+    if args.token_ids is not None:
         try:
-            return {"token_ids": [int(part) for part in options.token_ids.split(",")]}
+            return {"token_ids": [int(part) for part in args.token_ids.split(",") if part.strip()]}
         except ValueError as error:
-            raise CommandError(
-                f"--token-ids is {options.token_ids!r}; allowed are numbers with commas", status=2
-            ) from error
-    text = sys.stdin.read() if options.prompt == "-" else options.prompt
-    if not options.chat:
-        return {"prompt": text}
-    system = [{"role": "system", "content": options.system}] if options.system else []
-    return {"messages": [*system, {"role": "user", "content": text}]}
+            text = f"--token-ids is {args.token_ids!r}; allowed are numbers with commas between"
+            raise UsageError(text) from error
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not args.chat:
+        if args.system:
+            raise UsageError("--system needs --chat")
+        return {"prompt": prompt}
+    messages = [{"role": "user", "content": prompt}]
+    if args.system:
+        messages.insert(0, {"role": "system", "content": args.system})
+    return {"messages": messages}

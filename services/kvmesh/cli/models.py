@@ -1,4 +1,4 @@
-"""`kvmesh models`: get models, and see which are here."""
+"""`kvmesh models`."""
 
 from __future__ import annotations
 
@@ -6,96 +6,92 @@ import argparse
 import sys
 import time
 
-from kvmesh.cli.errors import CommandError
+from kvmesh.cli.client import CONNECTION, DEFAULT_ENDPOINT, client_settings, connect, explain
+from kvmesh.cli.settings import UsageError, add_settings
 
-_EXAMPLES = """\
+_EPILOG = """\
 examples:
-  kvmesh models pull smollm2-135m
-  kvmesh models pull ./my-llama
-  kvmesh models pull HuggingFaceTB/SmolLM2-360M-Instruct
+  kvmesh models                         what the mesh at --endpoint serves
+  kvmesh models pull smollm2-135m       a small chat model, 270 MB to 540 MB
+  kvmesh models pull ./my-model         check a folder in Hugging Face form
+  kvmesh models pull owner/model        from the Hugging Face hub
+  kvmesh models cached                  what is in ~/.cache/kvmesh (KVMESH_CACHE)
 """
 
 
-def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command."""
-    parser = subparsers.add_parser(
-        "models",
-        help="get models and list them",
-        description=__doc__,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    actions = parser.add_subparsers(metavar="ACTION", required=True)
-    pull = actions.add_parser("pull", help="get a model into the cache (~/.cache/kvmesh)")
-    pull.add_argument("name", help="a known name, a folder, or a Hugging Face id")
-    pull.set_defaults(run=run_pull)
-    listing = actions.add_parser("list", help="list the cached models")
-    listing.set_defaults(run=run_list)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to do with which model."""
+    parser.epilog = _EPILOG
+    actions = ("served", "cached", "pull")
+    parser.add_argument("action", nargs="?", choices=actions, default="served")
+    parser.add_argument("name", nargs="?", help="with pull: a name, a folder or a hub id")
+    add_settings(parser, CONNECTION)
 
 
-def run_pull(options: argparse.Namespace) -> int:
-    """Gets a model."""
-    from kvmesh.models import ModelError, pull
-
-    progress = ProgressLine()
+def run(args: argparse.Namespace) -> int:
+    """Lists or pulls."""
+    if (args.action == "pull") != (args.name is not None):
+        raise UsageError("pull needs the name of a model; nothing else takes one")
+    if args.action == "served":
+        return _served(args)
     try:
-        path = pull(options.name, progress)
-    except ModelError as error:
-        raise CommandError(str(error)) from error
+        import kvmesh.models
     except ModuleNotFoundError as error:
-        raise CommandError(
-            f"converting a model needs the package {error.name}: pip install 'kvmesh[torch]'"
-        ) from error
-    finally:
-        progress.finish()
-    print(path)
+        text = f"models need the package {error.name}: pip install 'kvmesh[torch]'"
+        raise UsageError(text) from error
+    if args.action == "cached":
+        for model in kvmesh.models.list_cached():
+            print(f"{model.name}  {model.size / 1e6:.0f} MB  {model.source}  {model.path}")
+        return 0
+    try:
+        print(kvmesh.models.pull(args.name, ProgressLine()))
+    except kvmesh.models.ModelError as error:
+        print(f"kvmesh models: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
-def run_list(_options: argparse.Namespace) -> int:
-    """Lists cached models."""
-    from kvmesh.models import cache_folder, list_cached
+def _served(args: argparse.Namespace) -> int:
+    import kvmesh
 
-    cached = list_cached()
-    for model in cached:
-        print(f"{model.name}  {model.size / 1e6:.0f} MB  {model.source}  {model.path}")
-    if not cached:
-        print(f"no models in {cache_folder()}: kvmesh models pull smollm2-135m", file=sys.stderr)
+    values = client_settings(args, CONNECTION)
+    with connect(values) as client:
+        try:
+            models = client.models(timeout=values.get("timeout_s", 10.0))
+        except kvmesh.MeshError as error:
+            endpoint = values.get("endpoint") or DEFAULT_ENDPOINT
+            print(f"kvmesh models: {explain(error, endpoint)}", file=sys.stderr)
+            return 1
+    for model in models:
+        state = "ready" if model.ready else "not ready"
+        print(f"{model.name}  {state}  context {model.context_length} tokens")
     return 0
 
 
 class ProgressLine:
-    """Progress as one line on standard error: redrawn on a terminal, else a
-    line at the start and the end of each step."""
+    """Shows progress on standard error: one line that grows, or a line a step."""
 
     def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
+        self._interactive = sys.stderr.isatty()
         self._step = ""
-        self._drawn_at = 0.0
-        self._open = False
+        self._shown = 0.0
 
     def __call__(self, step: str, done: int, total: int | None) -> None:
-        """See kvmesh.models.Progress."""
+        """As kvmesh.models.Progress."""
+        new, whole = step != self._step, total is not None and done >= total
         now = time.monotonic()
-        finished = total is not None and done >= total
-        changed = step != self._step
-        if changed:
-            self.finish()
-            self._step = step
-        if not changed and not finished and (not self._terminal or now - self._drawn_at < 0.1):
+        if not self._interactive:
+            # A log gets a line at the start of a step, then one every 10 s.
+            if not new and now - self._shown < 10.0:
+                return
+        elif not new and not whole and now - self._shown < 0.1:
             return
-        self._drawn_at = now
-        size = f"{done / 1e6:.1f} MB" + (f" of {total / 1e6:.1f}" if total else "")
-        text = f"{step}: {size}" if done or total else step
-        if self._terminal:
-            sys.stderr.write(f"\r\x1b[K{text}")
-            self._open = True
+        self._step, self._shown = step, now
+        text = f"{step}: {done / 1e6:.0f} MB" if done or total else step
+        if total:
+            text = f"{step}: {done / 1e6:.0f} of {total / 1e6:.0f} MB ({100 * done / total:.0f} %)"
+        if self._interactive:
+            sys.stderr.write(f"\r\x1b[K{text}" + ("\n" if whole or total is None else ""))
         else:
             sys.stderr.write(text + "\n")
         sys.stderr.flush()
-
-    def finish(self) -> None:
-        """Ends the line that is being redrawn."""
-        if self._open:
-            sys.stderr.write("\n")
-            self._open = False

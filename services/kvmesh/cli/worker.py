@@ -1,58 +1,91 @@
-"""`kvmesh worker`: one engine behind the Worker service."""
+"""`kvmesh worker`."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
+import inspect
 import logging
+import textwrap
+from functools import cache
 
-from kvmesh.cli.errors import CommandError
-from kvmesh.cli.layers import add_config_flag, add_setting_flags, merge
-from kvmesh.cli.ready import announcer
-from kvmesh.worker.settings import SettingError, WorkerSettings
+from kvmesh.cli.announce import add_announce, announcer
+from kvmesh.cli.settings import Setting, UsageError, add_settings, merged
 
-_PREFIX = "KVMESH_WORKER_"
-_EXAMPLES = """\
+_EPILOG = """\
 examples:
-  kvmesh worker --role prefill --etcd 127.0.0.1:2379
-  kvmesh worker --role decode --engine sim --etcd 127.0.0.1:2379 --listen 127.0.0.1:9001
-  kvmesh worker --role both --model ./my-llama --threads 8
+  kvmesh worker --role both --model smollm2-135m --etcd 127.0.0.1:2379
+  kvmesh worker --role prefill --engine sim --etcd 127.0.0.1:2379
+  kvmesh worker --config kvmesh.toml      # section [worker]
+
+SIGTERM drains: no new work, what runs has --grace-s to finish.
 """
 
 
-def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command."""
-    parser = subparsers.add_parser(
-        "worker",
-        help="run a worker: an engine that prefills, decodes or both",
-        description=__doc__,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_config_flag(parser)
-    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning"))
-    add_setting_flags(parser, WorkerSettings, _PREFIX)
-    parser.set_defaults(run=run)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A flag for each setting of a worker."""
+    parser.epilog = _EPILOG
+    add_settings(parser, settings())
+    add_announce(parser)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Runs a worker until it is told to stop."""
-    names = [field.name for field in dataclasses.fields(WorkerSettings)]
+    values = merged("worker", settings(), args)
     try:
-        settings = WorkerSettings.from_mapping(merge("worker", _PREFIX, names, options))
-    except SettingError as error:
-        raise CommandError(str(error), status=2) from error
-    logging.basicConfig(
-        level=options.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-    )
-    try:
-        from kvmesh.worker.serve import main as serve
+        from kvmesh.worker.settings import SettingError, WorkerSettings
     except ModuleNotFoundError as error:
-        raise CommandError(
-            f"a worker needs the package {error.name}: pip install 'kvmesh[{settings.engine}]'"
-        ) from error
+        raise _missing(error) from error
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
-        return serve(settings, announcer())
+        chosen = WorkerSettings.from_mapping(values)
+        from kvmesh.worker.serve import main
     except SettingError as error:
-        raise CommandError(str(error), status=2) from error
+        raise UsageError(str(error)) from error
+    except ModuleNotFoundError as error:
+        raise _missing(error) from error
+    try:
+        return main(chosen, announcer(args.announce_fd))
+    except SettingError as error:
+        raise UsageError(str(error)) from error
+
+
+def _missing(error: ModuleNotFoundError) -> UsageError:
+    return UsageError(f"a worker needs the package {error.name}: pip install 'kvmesh[torch]'")
+
+
+@cache
+def settings() -> tuple[Setting, ...]:
+    """The worker's settings, with what their docstrings say."""
+    from kvmesh.worker.settings import WorkerSettings
+
+    source = ast.parse(textwrap.dedent(inspect.getsource(WorkerSettings)))
+    docs = _attribute_docs(source.body[0])
+    found = []
+    for field in dataclasses.fields(WorkerSettings):
+        default = field.default if field.default is not dataclasses.MISSING else ""
+        found.append(
+            Setting(
+                field.name,
+                docs.get(field.name, ""),
+                is_switch=isinstance(default, bool),
+                default="" if default in ("", (), False) else str(default),
+            )
+        )
+    return tuple(found)
+
+
+def _attribute_docs(node: ast.AST) -> dict[str, str]:
+    docs: dict[str, str] = {}
+    if not isinstance(node, ast.ClassDef):
+        return docs
+    for field, following in zip(node.body, node.body[1:], strict=False):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            docs[field.target.id] = " ".join(str(following.value.value).split())
+    return docs

@@ -1,0 +1,170 @@
+"""A cluster of real processes on loopback: etcd, routers and workers.
+
+Children die with the test process, however it ends. Waiting is for events: a
+line that a child announces, its end, or a router's own view of its workers.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+
+from kvmesh.cli import etcd
+from kvmesh.cli.children import Child, Children
+from kvmesh.v1 import admin_pb2, admin_pb2_grpc, worker_pb2, worker_pb2_grpc
+
+START_S = 120.0
+
+
+class Cluster:
+    def __init__(self, folder: Path, *, ttl_s: int = 10) -> None:
+        logs = folder / "logs"
+        logs.mkdir(parents=True)
+        self.folder = folder
+        self.ttl_s = ttl_s
+        self.children = Children(logs, lambda *_: None)
+        self._etcd_ports = etcd.free_ports(2)
+        self.etcd = etcd.start(self.children, folder / "etcd", self._etcd_ports)
+        self.endpoints: list[str] = []
+        self.workers: dict[str, Child] = {}
+        self._channels: dict[str, grpc.Channel] = {}
+
+    # -- starting ----------------------------------------------------------
+
+    def start_router(self, *arguments: str) -> str:
+        """Starts a router; returns its endpoint."""
+        child = self.children.start(
+            f"router-{len(self.endpoints)}",
+            [
+                sys.executable, "-m", "kvmesh", "router",
+                "--listen", "127.0.0.1:0",
+                "--etcd", self.etcd,
+                *arguments,
+            ],
+        )  # fmt: skip
+        endpoint = self._address(child)
+        self.endpoints.append(endpoint)
+        return endpoint
+
+    def start_worker(self, name: str, role: str, *arguments: str, engine: str = "sim") -> Child:
+        """Starts a worker; it is serving on return."""
+        child = self.begin_worker(name, role, *arguments, engine=engine)
+        self._address(child)
+        return child
+
+    def begin_worker(self, name: str, role: str, *arguments: str, engine: str = "sim") -> Child:
+        """Starts a worker without waiting for it."""
+        child = self.children.start(
+            name,
+            [
+                sys.executable, "-m", "kvmesh", "worker",
+                "--worker-id", name,
+                "--role", role,
+                "--engine", engine,
+                "--etcd", self.etcd,
+                "--lease-ttl-s", str(self.ttl_s),
+                *arguments,
+            ],
+        )  # fmt: skip
+        self.workers[name] = child
+        return child
+
+    def _address(self, child: Child) -> str:
+        def serving() -> bool:
+            return any(": serving " in line for line in child.lines)
+
+        self.children.wait_until(serving, START_S, f"starting {child.name}")
+        line = next(line for line in child.lines if ": serving " in line)
+        return line.rpartition(" on ")[2].split()[0]
+
+    def worker_address(self, name: str) -> str:
+        return self._address(self.workers[name])
+
+    # -- looking -----------------------------------------------------------
+
+    def channel(self, address: str) -> grpc.Channel:
+        if address not in self._channels:
+            self._channels[address] = grpc.insecure_channel(address)
+        return self._channels[address]
+
+    def table(self, endpoint: str) -> dict[str, admin_pb2.WorkerStatus]:
+        """The workers as a router sees them."""
+        stub = admin_pb2_grpc.AdminStub(self.channel(endpoint))
+        answer = stub.ListWorkers(admin_pb2.ListWorkersRequest(), timeout=10, wait_for_ready=True)
+        return {worker.record.worker_id: worker for worker in answer.workers}
+
+    def wait_table(
+        self,
+        endpoint: str,
+        holds: Callable[[dict[str, admin_pb2.WorkerStatus]], bool],
+        seconds: float = 60,
+    ) -> dict[str, admin_pb2.WorkerStatus]:
+        """Looks until something holds of the table; fails with the last one seen."""
+        deadline = time.monotonic() + seconds
+        while not holds(table := self.table(endpoint)):
+            assert time.monotonic() < deadline, f"never held of {table}"
+            self.children.handle(0.02)
+        return table
+
+    def wait_live(self, endpoint: str, *names: str) -> None:
+        live = admin_pb2.SESSION_STATE_LIVE
+        self.wait_table(
+            endpoint, lambda table: all(n in table and table[n].state == live for n in names)
+        )
+
+    def wait_router(
+        self,
+        endpoint: str,
+        holds: Callable[[admin_pb2.GetRouterInfoResponse], bool],
+        seconds: float = 60,
+    ) -> None:
+        """Asks a router about itself until something holds."""
+        stub = admin_pb2_grpc.AdminStub(self.channel(endpoint))
+        deadline = time.monotonic() + seconds
+        while not holds(info := stub.GetRouterInfo(admin_pb2.GetRouterInfoRequest(), timeout=10)):
+            assert time.monotonic() < deadline, f"never held of {info}"
+            self.children.handle(0.02)
+
+    def info(self, name: str) -> worker_pb2.GetInfoResponse:
+        stub = worker_pb2_grpc.WorkerStub(self.channel(self.worker_address(name)))
+        return stub.GetInfo(worker_pb2.GetInfoRequest(), timeout=10)
+
+    def wait_empty(self, *names: str, seconds: float = 30) -> None:
+        """Waits until workers hold nothing: requests, transfers, blocks, orphans."""
+        deadline = time.monotonic() + seconds
+        for name in names:
+            while (residue := self.info(name).residue) != worker_pb2.Residue():
+                assert time.monotonic() < deadline, f"{name} still holds {residue}"
+                self.children.handle(0.02)
+
+    # -- breaking ----------------------------------------------------------
+
+    def kill(self, name: str) -> None:
+        """kill -9, and its end is seen."""
+        self._kill(self.workers.pop(name))
+
+    def kill_etcd(self) -> None:
+        """kill -9, and its end is seen."""
+        self._kill(self.children.named("etcd"))
+
+    def restart_etcd(self, *, keep_data: bool) -> None:
+        """Starts it again at the same address, with its data or with none."""
+        data = self.folder / ("etcd" if keep_data else "etcd-anew")
+        etcd.start(self.children, data, self._etcd_ports)
+
+    def _kill(self, child: Child) -> None:
+        os.kill(child.process.pid, signal.SIGKILL)
+        while child.process.returncode is None:
+            self.children.handle(10)
+        self.children.forget(child)
+
+    def close(self) -> None:
+        for channel in self._channels.values():
+            channel.close()
+        self.children.close()
