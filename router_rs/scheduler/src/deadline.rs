@@ -1,0 +1,73 @@
+//! Classes, their targets, and the one key that orders every queue.
+
+use crate::request::Class;
+
+/// What a class is held to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Targets {
+    /// Head start that more urgent classes have over this one (A), ms.
+    pub allowance_ms: f64,
+    /// First token, ms.
+    pub ttft_ms: f64,
+    /// Between tokens, ms. None: no target.
+    pub itl_ms: Option<f64>,
+}
+
+/// Targets of all classes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ClassTargets {
+    /// Interactive.
+    pub interactive: Targets,
+    /// Standard.
+    pub standard: Targets,
+    /// Batch.
+    pub batch: Targets,
+    /// How much a millisecond of predicted work delays (s).
+    pub work_weight: f64,
+}
+
+impl Default for ClassTargets {
+    fn default() -> Self {
+        Self {
+            interactive: Targets {
+                allowance_ms: 0.0,
+                ttft_ms: 1_000.0,
+                itl_ms: Some(50.0),
+            },
+            standard: Targets {
+                allowance_ms: 2_000.0,
+                ttft_ms: 5_000.0,
+                itl_ms: Some(100.0),
+            },
+            batch: Targets {
+                allowance_ms: 30_000.0,
+                ttft_ms: 60_000.0,
+                itl_ms: None,
+            },
+            work_weight: 5.0,
+        }
+    }
+}
+
+impl ClassTargets {
+    /// Targets of a class.
+    pub fn of(&self, class: Class) -> &Targets {
+        match class {
+            Class::Interactive => &self.interactive,
+            Class::Standard => &self.standard,
+            Class::Batch => &self.batch,
+        }
+    }
+}
+
+/// The virtual deadline: arrival + A + work x s. Earliest first is
+/// short-before-long and ageing in one: what arrives more than
+/// `A_old - A_new + s (work_old - work_new)` after a request never passes it.
+pub fn virtual_deadline_ms(
+    targets: &ClassTargets,
+    class: Class,
+    arrival_ms: f64,
+    work_ms: f64,
+) -> f64 {
+    arrival_ms + targets.of(class).allowance_ms + targets.work_weight * work_ms.max(0.0)
+}

@@ -1,0 +1,219 @@
+//! Plans, what they cost, and why there is none.
+
+use crate::booking::Work;
+use crate::request::RequestView;
+use crate::worker::{Cluster, Role};
+use kvmesh_kv_index::WorkerSlot;
+use thiserror::Error;
+
+/// Where an attempt runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Plan {
+    /// Prompt and output on one worker.
+    Whole {
+        /// The worker.
+        worker: WorkerSlot,
+        /// Pull the prompt's prefix from there first.
+        source: Option<WorkerSlot>,
+    },
+    /// Prompt on one worker, output on another.
+    Split {
+        /// Computes the prompt.
+        prefill: WorkerSlot,
+        /// Produces the output.
+        decode: WorkerSlot,
+        /// The prefill worker pulls the prompt's prefix from there first.
+        source: Option<WorkerSlot>,
+    },
+}
+
+impl Plan {
+    /// The worker that computes the prompt.
+    pub fn prefill(&self) -> WorkerSlot {
+        match *self {
+            Self::Whole { worker, .. } => worker,
+            Self::Split { prefill, .. } => prefill,
+        }
+    }
+
+    /// The worker that produces the output.
+    pub fn decode(&self) -> WorkerSlot {
+        match *self {
+            Self::Whole { worker, .. } => worker,
+            Self::Split { decode, .. } => decode,
+        }
+    }
+
+    /// Where the prefix is pulled from.
+    pub fn source(&self) -> Option<WorkerSlot> {
+        match *self {
+            Self::Whole { source, .. } | Self::Split { source, .. } => source,
+        }
+    }
+}
+
+/// What a plan costs, by term, in milliseconds of added delay.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Terms {
+    /// Waiting for the prefill worker: running step and queued prompts.
+    pub wait_ms: f64,
+    /// Pulling a prefix from another worker.
+    pub pull_ms: f64,
+    /// Computing what is not cached.
+    pub prefill_ms: f64,
+    /// KV that arrives after prefill's end.
+    pub transfer_ms: f64,
+    /// Waiting for a place in the decode worker's batch.
+    pub decode_wait_ms: f64,
+    /// The request's own output, slowed by company; weighted.
+    pub own_stretch_ms: f64,
+    /// Other streams, slowed by this request; weighted.
+    pub others_stretch_ms: f64,
+}
+
+impl Terms {
+    /// Predicted time to the first token.
+    pub fn ttft_ms(&self) -> f64 {
+        self.wait_ms + self.pull_ms + self.prefill_ms + self.transfer_ms + self.decode_wait_ms
+    }
+
+    /// The cost: all of it.
+    pub fn total_ms(&self) -> f64 {
+        self.ttft_ms() + self.own_stretch_ms + self.others_stretch_ms
+    }
+}
+
+/// A plan with its cost.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Considered {
+    /// The plan.
+    pub plan: Plan,
+    /// Its cost by term.
+    pub terms: Terms,
+    /// Tokens that the prefill worker has.
+    pub cached_tokens: u32,
+    /// Tokens that it pulls.
+    pub pulled_tokens: u32,
+}
+
+/// The plan chosen.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Decision {
+    /// What was chosen.
+    pub chosen: Considered,
+    /// How many plans tied with it, itself included.
+    pub tied: u32,
+    /// Predicted start of the prompt, in ms from now: what
+    /// `--dispatch-ahead` is held against.
+    pub start_ms: f64,
+    /// What to book, by worker: one entry for a whole, two for a split
+    /// (prefill, decode).
+    pub work: Vec<(WorkerSlot, Work)>,
+}
+
+impl Decision {
+    /// The plan.
+    pub fn plan(&self) -> Plan {
+        self.chosen.plan
+    }
+}
+
+/// What an engine lacks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Feature {
+    /// Output held to a grammar.
+    Grammar,
+    /// A grammar that survives a lost worker.
+    GrammarContinuation,
+    /// Penalties over an output that began elsewhere.
+    PenaltiesOverContinuation,
+    /// So many log-probabilities.
+    Logprobs,
+}
+
+impl std::fmt::Display for Feature {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Grammar => "grammar",
+            Self::GrammarContinuation => "grammar.require_continuation",
+            Self::PenaltiesOverContinuation => "penalties over a continuation",
+            Self::Logprobs => "output.logprobs",
+        })
+    }
+}
+
+/// Why a request cannot be placed now. The first four will not pass by
+/// waiting, as far as this cluster goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum NoPlan {
+    /// No worker has the model.
+    #[error("no worker serves this model")]
+    UnknownModel,
+    /// No worker of the model has the adapter.
+    #[error("no worker has this adapter")]
+    UnknownAdapter,
+    /// No engine can do what is asked.
+    #[error("no worker supports {0}")]
+    Unsupported(Feature),
+    /// No pool can hold it alone.
+    #[error("{tokens} tokens do not fit, the limit is {limit}")]
+    TooLong {
+        /// Tokens asked for.
+        tokens: u64,
+        /// Most that any fitting worker can hold.
+        limit: u64,
+    },
+    /// Nobody takes this role.
+    #[error("no worker for role {0:?}")]
+    NoWorker(Role),
+    /// Those that take this role drain, stop, load or are silent.
+    #[error("no worker for role {role:?} takes new work now")]
+    NotReady {
+        /// The role.
+        role: Role,
+        /// All of them drain or stop.
+        draining: bool,
+    },
+    /// Prefill and decode workers that would do have incompatible KV.
+    #[error("no prefill and decode worker can exchange KV")]
+    NoPair,
+    /// No room at the moment: wait for a load report.
+    #[error("no room for {tokens} tokens at the moment")]
+    NoRoom {
+        /// Tokens asked for.
+        tokens: u64,
+    },
+}
+
+impl NoPlan {
+    /// Whether a load report may change it: the request waits.
+    pub fn passes(&self) -> bool {
+        matches!(self, Self::NoRoom { .. })
+    }
+}
+
+/// Chooses where requests run.
+pub trait Policy: Send {
+    /// Name, as in settings and metrics.
+    fn name(&self) -> &'static str;
+
+    /// Chooses a plan.
+    ///
+    /// # Errors
+    /// [`NoPlan`] where no plan is possible now.
+    fn choose(
+        &mut self,
+        cluster: &Cluster<'_>,
+        request: &RequestView<'_>,
+    ) -> Result<Decision, NoPlan>;
+
+    /// All plans that [`Policy::choose`] would weigh, cheapest first.
+    ///
+    /// # Errors
+    /// As [`Policy::choose`].
+    fn explain(
+        &self,
+        cluster: &Cluster<'_>,
+        request: &RequestView<'_>,
+    ) -> Result<Vec<Considered>, NoPlan>;
+}

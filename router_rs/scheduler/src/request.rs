@@ -1,0 +1,80 @@
+//! A request as the scheduler sees it.
+
+use kvmesh_kv_index::{Matches, WorkerSlot};
+
+/// How urgent a request is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub enum Class {
+    /// A person waits.
+    Interactive,
+    /// The default.
+    #[default]
+    Standard,
+    /// Nobody waits.
+    Batch,
+}
+
+/// What a request asks of an engine beyond plain tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Needs {
+    /// Follows a grammar.
+    pub grammar: bool,
+    /// The grammar must survive a lost worker.
+    pub grammar_continuation: bool,
+    /// Any penalty is set.
+    pub penalties: bool,
+    /// Alternatives with log-probability; none wanted: `None`.
+    pub logprobs: Option<u32>,
+}
+
+/// A request, or what is left of one.
+#[derive(Debug, Clone, Copy)]
+pub struct RequestView<'a> {
+    /// The generation's id.
+    pub id: u128,
+    /// Model by name.
+    pub model: &'a str,
+    /// Digest to keep to, once a first attempt ran. Empty: any.
+    pub digest: &'a str,
+    /// Adapter by name. Empty: the base model.
+    pub adapter: &'a str,
+    /// Prompt tokens.
+    pub prompt_tokens: u32,
+    /// Output tokens so far: part of what must be computed again.
+    pub output_tokens: u32,
+    /// Most output tokens in all.
+    pub max_tokens: u32,
+    /// Output tokens expected in all; at most `max_tokens`.
+    pub expected_output: u32,
+    /// Urgency.
+    pub class: Class,
+    /// What it asks of an engine.
+    pub needs: Needs,
+    /// What each worker holds of prompt and output so far.
+    pub cached: &'a Matches,
+    /// Workers that refused it since their last load report.
+    pub excluded: &'a [WorkerSlot],
+}
+
+impl RequestView<'_> {
+    /// Tokens whose KV must be there before the next one is made.
+    pub fn sequence(&self) -> u64 {
+        u64::from(self.prompt_tokens) + u64::from(self.output_tokens)
+    }
+
+    /// Output tokens expected from now on; at least 1.
+    pub fn expected_left(&self) -> f64 {
+        f64::from(
+            self.expected_output
+                .min(self.max_tokens)
+                .saturating_sub(self.output_tokens)
+                .max(1),
+        )
+    }
+
+    /// Tokens of the sequence that a worker need not compute. The last one is
+    /// always computed: its logits are wanted.
+    pub fn cached_on(&self, worker: WorkerSlot) -> u64 {
+        u64::from(self.cached.tokens(worker)).min(self.sequence().saturating_sub(1))
+    }
+}

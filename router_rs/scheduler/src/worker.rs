@@ -1,0 +1,181 @@
+//! A worker as the scheduler sees it.
+
+use crate::booking::Work;
+use crate::step_model::StepModel;
+use kvmesh_kv_index::WorkerSlot;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+/// What work a worker takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// Computes prompts and hands the KV on.
+    Prefill,
+    /// Takes KV over and produces tokens.
+    Decode,
+    /// Does both.
+    Both,
+}
+
+/// What a worker is doing with its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Phase {
+    /// Loads its model: takes nothing.
+    Loading,
+    /// Times its first steps: placements wait there.
+    WarmingUp,
+    /// Works.
+    Serving,
+    /// Is about to exit: takes nothing.
+    Stopping,
+}
+
+/// The KV pool by state, in blocks. The states are disjoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct KvRoom {
+    /// Never used or given up.
+    pub free: u64,
+    /// Cached prefixes that nobody uses.
+    pub evictable: u64,
+    /// Held by running requests.
+    pub running: u64,
+    /// Held by transfers alone.
+    pub pinned: u64,
+    /// Promised, not yet filled.
+    pub reserved: u64,
+}
+
+/// A share of a worker's work, as its load report gives it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Share {
+    /// Requests in its queue.
+    pub queued: u32,
+    /// Prompt tokens that the queue still has to compute.
+    pub queued_prefill_tokens: u64,
+    /// Prompt tokens that started prefills still have to compute.
+    pub running_prefill_tokens: u64,
+    /// Requests that decode.
+    pub decoding: u32,
+    /// Sum of their context lengths in tokens.
+    pub decode_context: u64,
+    /// Requests that wait for KV from another worker.
+    pub receiving: u32,
+}
+
+/// A worker's last load report.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Load {
+    /// Work of this router.
+    pub own: Share,
+    /// Work of all other routers.
+    pub others: Share,
+    /// Room in the pool.
+    pub kv: KvRoom,
+    /// Milliseconds until the running step should end; 0 when none runs.
+    pub step_left_ms: f64,
+}
+
+/// What a worker's engine can do, as far as placing goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Abilities {
+    /// Mesh hand-off: blocks flow while prefill computes.
+    pub streamed_hand_off: bool,
+    /// Engine hand-off by this connector. Empty: none.
+    pub engine_connector: Arc<str>,
+    /// What transfer partners must agree on, as one text (all fields of
+    /// `KvCompatibility`); only equal ones pair.
+    pub pairing: Arc<str>,
+    /// A prefix can be pulled from and by it.
+    pub prefix_pull: bool,
+    /// Grammars can be followed.
+    pub grammars: bool,
+    /// Grammars can be taken up in the middle of an output.
+    pub grammars_over_continuation: bool,
+    /// Penalties are right over a continuation.
+    pub penalties_over_continuation: bool,
+    /// Most alternatives with log-probability. 0: none at all.
+    pub max_logprobs: u32,
+    /// KV block size in tokens.
+    pub block_tokens: u32,
+    /// KV blocks in the pool.
+    pub pool_blocks: u64,
+    /// Bytes of a block.
+    pub block_bytes: u64,
+    /// Most requests in a step.
+    pub max_batch: u32,
+    /// Longest prompt and output together, in tokens.
+    pub context_length: u32,
+}
+
+/// A worker as it is now.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WorkerView {
+    /// Its number in the index, and the key of all that is kept by worker.
+    pub slot: WorkerSlot,
+    /// Role in force.
+    pub role: Role,
+    /// What it is doing with its life.
+    pub phase: Phase,
+    /// Takes no new work.
+    pub draining: bool,
+    /// Silent or stuck: gets no new work until it speaks.
+    pub suspect: bool,
+    /// Name of its model.
+    pub model: Arc<str>,
+    /// Digest of its model: a request keeps to one digest.
+    pub digest: Arc<str>,
+    /// Adapters that it has, by name.
+    pub adapters: Arc<BTreeSet<String>>,
+    /// What it can do.
+    pub abilities: Arc<Abilities>,
+    /// Its step times.
+    pub step: StepModel,
+    /// Its last load report.
+    pub load: Load,
+    /// Own work that the report does not show yet ([`crate::Bookings::booked`]).
+    pub booked: Work,
+}
+
+impl WorkerView {
+    /// Prompt tokens waiting or being computed, by everyone.
+    pub fn prefill_backlog_tokens(&self) -> u64 {
+        let of = |share: &Share| share.queued_prefill_tokens + share.running_prefill_tokens;
+        of(&self.load.own) + of(&self.load.others) + self.booked.prefill_tokens
+    }
+
+    /// Requests that decode there or will.
+    pub fn decode_batch(&self) -> u32 {
+        let of = |share: &Share| share.decoding + share.receiving;
+        of(&self.load.own) + of(&self.load.others) + self.booked.decodes
+    }
+
+    /// Sum of their context lengths, in tokens.
+    pub fn decode_context(&self) -> u64 {
+        self.load.own.decode_context + self.load.others.decode_context + self.booked.decode_context
+    }
+
+    /// Requests of any kind that are there or on their way.
+    pub fn requests(&self) -> u32 {
+        let of = |share: &Share| share.queued + share.decoding + share.receiving;
+        of(&self.load.own) + of(&self.load.others) + self.booked.prefills + self.booked.decodes
+    }
+
+    /// Blocks that a new request could get.
+    pub fn available_blocks(&self) -> u64 {
+        (self.load.kv.free + self.load.kv.evictable).saturating_sub(self.booked.blocks)
+    }
+
+    /// Blocks of so many tokens.
+    pub fn blocks(&self, tokens: u64) -> u64 {
+        tokens.div_ceil(u64::from(self.abilities.block_tokens.max(1)))
+    }
+}
+
+/// All workers, and who asks.
+#[derive(Debug, Clone, Copy)]
+pub struct Cluster<'a> {
+    /// Hash of this router's id: two routers break ties differently.
+    pub router: u64,
+    /// The workers, each slot once.
+    pub workers: &'a [WorkerView],
+}
