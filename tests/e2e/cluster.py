@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import grpc
+from etcd import free_ports, start_etcd
+from processes import Child, Children
 
-from kvmesh.cli import etcd
-from kvmesh.cli.children import Child, Children
 from kvmesh.v1 import admin_pb2, admin_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 START_S = 120.0
@@ -29,8 +29,8 @@ class Cluster:
         self.folder = folder
         self.ttl_s = ttl_s
         self.children = Children(logs, lambda *_: None)
-        self._etcd_ports = etcd.free_ports(2)
-        self.etcd = etcd.start(self.children, folder / "etcd", self._etcd_ports)
+        self._etcd_ports = free_ports(2)
+        self.etcd = start_etcd(self.children, folder / "etcd", self._etcd_ports)
         self.endpoints: list[str] = []
         self.workers: dict[str, Child] = {}
         self._channels: dict[str, grpc.Channel] = {}
@@ -42,7 +42,7 @@ class Cluster:
         child = self.children.start(
             f"router-{len(self.endpoints)}",
             [
-                sys.executable, "-m", "kvmesh", "router",
+                sys.executable, "-m", "kvmesh.cli", "router",
                 "--listen", "127.0.0.1:0",
                 "--etcd", self.etcd,
                 *arguments,
@@ -63,7 +63,7 @@ class Cluster:
         child = self.children.start(
             name,
             [
-                sys.executable, "-m", "kvmesh", "worker",
+                sys.executable, "-m", "kvmesh.cli", "worker",
                 "--worker-id", name,
                 "--role", role,
                 "--engine", engine,
@@ -156,7 +156,7 @@ class Cluster:
     def restart_etcd(self, *, keep_data: bool) -> None:
         """Starts it again at the same address, with its data or with none."""
         data = self.folder / ("etcd" if keep_data else "etcd-anew")
-        etcd.start(self.children, data, self._etcd_ports)
+        start_etcd(self.children, data, self._etcd_ports)
 
     def _kill(self, child: Child) -> None:
         os.kill(child.process.pid, signal.SIGKILL)
