@@ -3,6 +3,10 @@
 A runner computes. It knows no requests, queues, routers or rooms; the core
 knows no tensors. `torch` has one that multiplies matrices, `sim` one that
 takes the time of a real one.
+
+`Runner` is what every engine has. `ColumnRunner` is for one whose own time a
+step is so short that objects a stream would count: it takes the decoding
+streams as columns that the core keeps from step to step.
 """
 
 from __future__ import annotations
@@ -51,8 +55,33 @@ class Slice:
     """[ceil((start + n) / block_tokens)] pool slots of the sequence."""
     sample: SampleSpec | None
     """Draw a token after the last id; None within a prompt."""
-    tag: bytes = b""
-    """Opaque; sim's mode where tokens depend on the attempt."""
+    tag: int = 0
+    """Opaque u64; sim's mode where tokens depend on the attempt."""
+    key: int = 0
+    """The sequence: never used twice. What is remembered by it may be forgotten
+    at any time; the blocks are the truth."""
+
+
+@dataclass(slots=True)
+class DecodeRows:
+    """Decoding streams by columns: each computes one token and draws the next.
+
+    The same object comes every step while nobody joins or leaves; then
+    `composition` changes and the columns are new. Ids and positions are
+    changed in place between steps. Row i is as a `Slice` of one token.
+    """
+
+    composition: int
+    keys: list[int]
+    """`Slice.key` a row."""
+    tags: list[int]
+    """`Slice.tag` a row."""
+    ids: npt.NDArray[np.uint32]
+    """[rows] token to compute."""
+    positions: npt.NDArray[np.int64]
+    """[rows] its position; everything before lies in the blocks."""
+    tables: npt.NDArray[np.uint32]
+    """[rows, width] pool slots; only those up to the position mean something."""
 
 
 @dataclass(slots=True)
@@ -94,3 +123,16 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Frees what it holds. Idempotent."""
+
+
+class ColumnRunner(Runner, Protocol):
+    """A runner that also takes decoding streams as columns.
+
+    The core gives it streams whose sampling asks for nothing but the token:
+    no log-probabilities, no banned ids. All others come as slices.
+    """
+
+    def forward_columns(
+        self, batch: Sequence[Slice], rows: DecodeRows
+    ) -> Generator[None, None, tuple[list[Sampled | None], list[int]]]:
+        """As `forward`, with the token drawn for each row as second result."""

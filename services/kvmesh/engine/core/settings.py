@@ -1,0 +1,56 @@
+"""Settings of the engine core. Every bound has a name and a unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvmesh.v1 import worker_pb2 as wire
+
+
+@dataclass(frozen=True, slots=True)
+class CoreSettings:
+    """How the core runs requests over a runner."""
+
+    pool_blocks: int
+    """KV blocks in the pool."""
+    context_length: int
+    """Most tokens of a sequence, prompt and output together."""
+    worker_id: str = "worker"
+    """Name of this worker, told to transfer partners."""
+    incarnation: int = 1
+    """Random number of this process start."""
+    max_batch: int = 256
+    """Most requests in a step."""
+    decode_margin_tokens: int = 64
+    """Tokens of output that room is reserved for besides the prompt (DESIGN 4)."""
+    preemption_target_ms: float = 100.0
+    """Longest chunk of an engine that stops only between chunks, milliseconds."""
+    default_itl_target_ms: float = 100.0
+    """Target between tokens of streams that name none, milliseconds."""
+    alone_tokens: int = 32
+    """New tokens after which a suspect shares its steps again (DESIGN 5)."""
+    outbox_steps: int = 256
+    """Steps that may wait for the event loop; then the engine waits."""
+    output_behaviour: OutputBehaviour | None = None
+    """How hand-offs behave; None: streamed, as kvmesh's own engines do."""
+    step_model: wire.StepModel | None = None
+    """Known step times; None: measured at start."""
+
+    @property
+    def behaviour(self) -> OutputBehaviour:
+        """How hand-offs behave."""
+        return self.output_behaviour or OutputBehaviour()
+
+
+@dataclass(frozen=True, slots=True)
+class OutputBehaviour:
+    """What differs between engine families (wire: Capabilities)."""
+
+    streamed_hand_off: bool = True
+    """Blocks flow while prefill computes; else known only when it ends."""
+    engine_connector: str = ""
+    """Name of the on_finish connector; empty: none."""
+    prefill_emits_first_token: bool = True
+    """Prefill draws the first token; else decode does."""
+    layer_preemption: bool = True
+    """A chunk can stop between layers."""

@@ -1,0 +1,48 @@
+"""Work by router session, as load reports tell it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from kvmesh.engine.core.sequence import Sequence, State
+from kvmesh.v1 import worker_pb2 as wire
+
+
+class Shares:
+    """Counts, made anew when something joins or leaves; a decode step only adds.
+
+    Written by the engine thread; `read` may be called from any thread.
+    """
+
+    def __init__(self) -> None:
+        self._shares: dict[str, wire.LoadShare] = {}
+
+    def count(self, sequences: Iterable[Sequence]) -> None:
+        """Counts all there is."""
+        shares: dict[str, wire.LoadShare] = {}
+        for sequence in sequences:
+            share = shares.get(sequence.router)
+            if share is None:
+                share = shares[sequence.router] = wire.LoadShare()
+            left = sequence.length - sequence.computed
+            match sequence.state:
+                case State.QUEUED | State.FETCHING:
+                    share.queued += 1
+                    share.queued_prefill_tokens += left
+                case State.PREFILLING:
+                    share.running_prefill_tokens += left
+                case State.DECODING:
+                    share.decoding += 1
+                    share.decode_context += sequence.length
+                case State.RECEIVING:
+                    share.receiving += 1
+        self._shares = shares
+
+    def stepped(self) -> None:
+        """Each decoding stream has one token more."""
+        for share in self._shares.values():
+            share.decode_context += share.decoding
+
+    def read(self) -> Mapping[str, wire.LoadShare]:
+        """The newest counts. Not to be changed by the reader."""
+        return self._shares

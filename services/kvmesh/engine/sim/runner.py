@@ -1,0 +1,256 @@
+"""A runner without weights: real blocks, real time, made-up tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Generator, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmesh._router import KvPool
+from kvmesh.engine.core.runner import DecodeRows, Sampled, Slice
+from kvmesh.engine.core.step_model import StepLoad, predict_ms
+from kvmesh.engine.sim.content import (
+    FIRST_STATE,
+    U64,
+    Content,
+    K,
+    mix,
+    mix_all,
+    token_numbers,
+)
+from kvmesh.engine.sim.settings import PROFILES, SimSettings
+from kvmesh.engine.sim.vocabulary import end_of_text_ids
+from kvmesh.v1 import worker_pb2 as wire
+
+_REMEMBERED = 4096
+"""Sequences whose running sums are kept; others are read from their blocks."""
+
+
+class SimClock(Protocol):
+    """Time that steps take; tests put another one in."""
+
+    def now(self) -> float:
+        """Now, seconds."""
+
+    def sleep_until(self, moment: float) -> None:
+        """Lets time pass. The time of a step is part of what is simulated."""
+
+
+class WallClock:
+    """Real time."""
+
+    def now(self) -> float:
+        """Now, seconds."""
+        return time.monotonic()
+
+    def sleep_until(self, moment: float) -> None:
+        """Sleeps, without the GIL."""
+        left = moment - time.monotonic()
+        if left > 0:
+            time.sleep(left)
+
+
+class SimRunner:
+    """Implements `ColumnRunner`."""
+
+    def __init__(self, settings: SimSettings, clock: SimClock | None = None) -> None:
+        self._settings = settings
+        self._clock = clock or WallClock()
+        self._profile = PROFILES[settings.profile]
+        self._size = settings.block_tokens
+        self._content = Content(settings.block_bytes // settings.block_tokens // 8)
+        self._ends = end_of_text_ids()
+        self._vocabulary = range(max(self._ends) + 1, settings.vocabulary)
+        self._words: U64 = np.empty((0, 0, 0), np.uint64)
+        # What was computed here, by sequence: (next position, state, reading).
+        self._known: dict[int, tuple[int, int, int]] = {}
+        self._columns = _Columns(0, {})
+
+    @property
+    def block_tokens(self) -> int:
+        """KV block size in tokens."""
+        return self._size
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        return self._settings.block_bytes
+
+    @property
+    def layers(self) -> int:
+        """Pauses of a step."""
+        return self._profile.layers
+
+    @property
+    def vocabulary(self) -> range:
+        """Ids that are drawn, those that end a text apart."""
+        return self._vocabulary
+
+    def compatibility(self) -> wire.KvCompatibility:
+        """What transfer partners must agree on."""
+        name = f"sim {self._settings.vocabulary} {self._settings.block_bytes}"
+        return wire.KvCompatibility(
+            model_digest=hashlib.sha256(name.encode()).hexdigest(),
+            dtype="uint64",
+            format=1,
+            layers=self._profile.layers,
+            kv_heads=1,
+            head_size=self._content.words,
+        )
+
+    def bind(self, pool: KvPool) -> None:
+        """Sees the pool as [block, token, word]."""
+        words = np.frombuffer(pool, dtype=np.uint64)
+        self._words = words.reshape(-1, self._size, self._content.words)
+
+    def close(self) -> None:
+        """Lets the pool go."""
+        self._words = np.empty((0, 0, 0), np.uint64)
+        self._known.clear()
+
+    # -- steps -------------------------------------------------------------
+
+    def forward(self, batch: Sequence[Slice]) -> Generator[None, None, list[Sampled | None]]:
+        """Takes the time of a batch, layer by layer; then writes and draws."""
+        load = StepLoad()
+        for piece in batch:
+            self._count(load, piece)
+        yield from self._take_time(load)
+        return [self._compute(piece) for piece in batch]
+
+    def forward_columns(
+        self, batch: Sequence[Slice], rows: DecodeRows
+    ) -> Generator[None, None, tuple[list[Sampled | None], list[int]]]:
+        """As `forward`, with decoding streams by columns."""
+        positions = rows.positions
+        if not self._settings.instant:
+            load = StepLoad(
+                decode_batch=len(positions), decode_context=int(positions.sum()) + len(positions)
+            )
+            for piece in batch:
+                self._count(load, piece)
+            yield from self._take_time(load)
+        elif batch:
+            yield
+        return [self._compute(piece) for piece in batch], self._decode(rows)
+
+    @staticmethod
+    def _count(load: StepLoad, piece: Slice) -> None:
+        if len(piece.ids) == 1 and piece.sample is not None:
+            load.decode_batch += 1
+            load.decode_context += piece.start + 1
+        else:
+            load.add_chunk(piece.start, len(piece.ids))
+
+    def _take_time(self, load: StepLoad) -> Generator[None, None, None]:
+        if self._settings.instant:
+            yield
+            return
+        layers = self._profile.layers
+        layer_s = predict_ms(self._profile.model, load) / 1000 / self._settings.speed / layers
+        if not load.prefill_tokens:
+            # Nothing can stop it, so its layers are one.
+            layer_s, layers = layer_s * layers, 1
+        for _ in range(layers):
+            self._clock.sleep_until(self._clock.now() + layer_s)
+            yield
+
+    # -- contents ----------------------------------------------------------
+
+    def _before(self, key: int, position: int, blocks: npt.NDArray[np.uint32]) -> tuple[int, int]:
+        """State and reading before a position: remembered, or read from the blocks."""
+        if position == 0:
+            return FIRST_STATE, 0
+        known = self._known.get(key)
+        if key and known is not None and known[0] == position:
+            return known[1], known[2]
+        words = self._words[blocks[: -(-position // self._size)]]
+        words = words.reshape(-1, self._content.words)[:position]
+        return int(words[-1, 0]), self._content.read(words)
+
+    def _remember(self, key: int, position: int, state: int, reading: int) -> None:
+        known = self._known
+        known.pop(key, None)
+        known[key] = (position, state, reading)
+        if len(known) > _REMEMBERED:
+            del known[next(iter(known))]
+
+    def _compute(self, piece: Slice) -> Sampled | None:
+        state, reading = self._before(piece.key, piece.start, piece.blocks)
+        states = self._content.states(state, piece.ids)
+        positions = np.arange(piece.start, piece.start + len(piece.ids))
+        words = states[:, None] * self._content.spread
+        self._words[piece.blocks[positions // self._size], positions % self._size] = words
+        reading = (reading + self._content.read(words, piece.start)) % (1 << 64)
+        state = int(states[-1])
+        end = piece.start + len(piece.ids)
+        self._remember(piece.key, end, state, reading)
+        if piece.sample is None:
+            return None
+        tag = piece.tag if self._settings.attempt_tokens else 0
+        number = mix(state ^ reading ^ tag)
+        token = self._vocabulary.start + number % len(self._vocabulary)
+        if self._settings.end_of_text and mix(number) % self._settings.end_of_text == 0:
+            token = self._ends[-1]
+        if token in piece.sample.banned_ids:
+            token = self._vocabulary.start + number % len(self._vocabulary)
+        return Sampled(token)
+
+    def _decode(self, rows: DecodeRows) -> list[int]:
+        columns, content, positions = self._columns, self._content, rows.positions
+        if columns.composition != rows.composition:
+            columns = self._columns = self._join(rows)
+        states = columns.states * np.uint64(K) + token_numbers(rows.ids)
+        columns.states = states
+        weights = (2 * positions + 1).astype(np.uint64)
+        columns.readings += states * content.gain * weights
+        slots = rows.tables[columns.rows, positions // self._size]
+        self._words[slots, positions % self._size] = states[:, None] * content.spread
+        numbers = mix_all(states ^ columns.readings ^ columns.tags)
+        tokens = numbers % np.uint64(len(self._vocabulary)) + np.uint64(self._vocabulary.start)
+        if self._settings.end_of_text:
+            ends = mix_all(numbers) % np.uint64(self._settings.end_of_text) == 0
+            tokens[ends] = self._ends[-1]
+        columns.positions = positions
+        drawn: list[int] = tokens.tolist()
+        return drawn
+
+    def _join(self, rows: DecodeRows) -> _Columns:
+        """States and readings of the new composition; new streams are read."""
+        old = self._columns
+        for key, row in old.row_of.items():
+            self._remember(
+                key, int(old.positions[row]) + 1, int(old.states[row]), int(old.readings[row])
+            )
+        before = [
+            self._before(key, position, table)
+            for key, position, table in zip(
+                rows.keys, rows.positions.tolist(), rows.tables, strict=True
+            )
+        ]
+        columns = _Columns(rows.composition, {key: row for row, key in enumerate(rows.keys)})
+        columns.rows = np.arange(len(rows.keys))
+        columns.states = np.array([state for state, _ in before], np.uint64)
+        columns.readings = np.array([reading for _, reading in before], np.uint64)
+        tags = rows.tags if self._settings.attempt_tokens else [0] * len(rows.tags)
+        columns.tags = np.array(tags, np.uint64)
+        return columns
+
+
+class _Columns:
+    """What is kept of the decoding streams from step to step."""
+
+    __slots__ = ("composition", "positions", "readings", "row_of", "rows", "states", "tags")
+
+    def __init__(self, composition: int, row_of: dict[int, int]) -> None:
+        self.composition = composition
+        self.row_of = row_of
+        self.rows: npt.NDArray[np.int64] = np.empty(0, np.int64)
+        self.positions: npt.NDArray[np.int64] = np.empty(0, np.int64)
+        self.states: U64 = np.empty(0, np.uint64)
+        self.readings: U64 = np.empty(0, np.uint64)
+        self.tags: U64 = np.empty(0, np.uint64)
