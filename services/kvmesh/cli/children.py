@@ -23,6 +23,11 @@ _TETHER = Path(__file__).with_name("tether.py")
 _TAIL_LINES = 20
 
 
+def tethered(command: Sequence[str]) -> list[str]:
+    """A command line whose process ends when this one does."""
+    return [sys.executable, "-SE", str(_TETHER), str(os.getpid()), *command]
+
+
 class ChildDiedError(Exception):
     """A child ended that should not have. The text has the end of its log."""
 
@@ -87,7 +92,7 @@ class Children:
         """Starts a child. `announce`: it takes --announce-fd and tells its progress."""
         read_end, write_end = os.pipe()
         log = self._logs / f"{name}.log"
-        arguments = [sys.executable, "-SE", str(_TETHER), str(os.getpid()), *command]
+        arguments = tethered(command)
         if announce:
             arguments += ["--announce-fd", str(write_end)]
         try:

@@ -1,17 +1,26 @@
-"""`kvmesh router`: the front of a cluster."""
+"""`kvmesh router`."""
 
 from __future__ import annotations
 
 import argparse
 
+from kvmesh.cli.announce import add_announce, announcer
+from kvmesh.cli.settings import Setting, UsageError, add_settings, merged
 
-def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command."""
-    parser = subparsers.add_parser("router", help="run a router", description=__doc__)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    parser.set_defaults(run=run)
+SETTINGS: tuple[Setting, ...] = (
+    Setting("listen", "address of the port", metavar="HOST:PORT", default="127.0.0.1:8000"),
+    Setting("etcd", "etcd endpoints, host:port, with commas between"),
+    Setting("cluster", "name of the cluster", default="default"),
+    Setting("insecure", "allow plain text on an address that is not loopback", is_switch=True),
+)
 
 
-def run(options: argparse.Namespace) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A flag for each setting of a router."""
+    add_settings(parser, SETTINGS)
+    add_announce(parser)
+
+
+def run(args: argparse.Namespace) -> int:
     """Runs a router until it is told to stop."""
-    return 0
+    raise UsageError("not built yet")

@@ -35,7 +35,12 @@ def main() -> int:
         signal.signal(number, signal.SIG_DFL)
     if sys.platform == "linux":
         _tie_to_parent(parent)
-        os.execvp(command[0], command)
+        try:
+            os.execvp(command[0], command)
+        except OSError as error:
+            # As shells do.
+            print(f"{command[0]}: {error.strerror}", file=sys.stderr)
+            return 127 if isinstance(error, FileNotFoundError) else 126
     return _guard(command)
 
 

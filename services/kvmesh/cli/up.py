@@ -1,260 +1,237 @@
-"""`kvmesh up`: a whole cluster on this machine, until Ctrl-C.
-
-Starts etcd, a router, and prefill and decode workers as child processes, all on
-loopback. They die with this command, however it ends.
-"""
+"""`kvmesh up`."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import shutil
+import signal
 import subprocess
 import sys
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
 
-from kvmesh.cli import etcd
-from kvmesh.cli.children import Child, Children, Interrupted
-from kvmesh.cli.connect import DEFAULT_ENDPOINT
-from kvmesh.cli.errors import CommandError
+from kvmesh.cli.children import ChildDiedError, tethered
+from kvmesh.cli.client import DEFAULT_ENDPOINT, explain, print_stream, timings_line
+from kvmesh.cli.cluster import Cluster, Plan, running
+from kvmesh.cli.settings import Setting, UsageError, add_settings, merged
 
-_EXAMPLES = """\
+_EPILOG = """\
+Starts etcd, a router, and prefill and decode workers as children of this process
+and waits until they serve. Ctrl-C ends them all; so does the end of this process,
+whatever its cause.
+
 examples:
-  kvmesh up
-  kvmesh up --engine sim --prefill 2 --decode 2
-  kvmesh up --both 1
-  kvmesh up --once -- python my_script.py     # runs it with KVMESH_ENDPOINT set
+  kvmesh up                               until Ctrl-C; then, elsewhere: kvmesh chat
+  kvmesh up --engine sim                  no model: tokens that only look like text
+  kvmesh up --ask "Who are you?" --once   one answer
+  kvmesh up --once -- pytest tests        with KVMESH_ENDPOINT set; its exit status
 """
 
-_START_TIMEOUT_S = 600.0
+SETTINGS = (
+    Setting("model", "model that the workers serve", default=Plan.model),
+    Setting("engine", "what computes: torch or sim", default="torch"),
+    Setting("prefill", "prefill workers", metavar="N", default="1"),
+    Setting("decode", "decode workers", metavar="N", default="1"),
+    Setting("both", "workers for both stages", metavar="N", default="0"),
+    Setting(
+        "listen",
+        "address of the router; a port that is taken is replaced",
+        metavar="HOST:PORT",
+        default=f"{DEFAULT_ENDPOINT}, with --once a free port",
+    ),
+    Setting("etcd", "endpoints of a running etcd instead of one of our own"),
+    Setting("etcd_port", "port of our own etcd", default="2379, with --once a free port"),
+    Setting("cluster", "name of the cluster", default="default"),
+    Setting("data", "folder for etcd's data and the logs; as shipped it goes at the end"),
+    Setting("kv_pool_tokens", "size of each worker's KV pool", metavar="N"),
+    Setting("threads", "threads that compute, in each worker", metavar="N"),
+    Setting("insecure", "allow plain text on an address that is not loopback", is_switch=True),
+    Setting("ready_timeout_s", "give up where it takes longer to start", default="600"),
+)
 
 
-@dataclass(slots=True)
-class _Cluster:
-    etcd: str
-    router: Child
-    endpoint: str
+class _Told(BaseException):
+    """A signal told us to end. No Exception, so that nothing on the way takes it."""
+
+    def __init__(self, number: int) -> None:
+        self.status = 128 + number
 
 
-def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command."""
-    parser = subparsers.add_parser(
-        "up",
-        help="start a whole cluster on this machine",
-        description=__doc__,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", default="smollm2-135m", help="model [smollm2-135m]")
-    parser.add_argument("--engine", default="torch", choices=("torch", "sim"), help="[torch]")
-    parser.add_argument("--prefill", type=int, help="prefill workers [1]")
-    parser.add_argument("--decode", type=int, help="decode workers [1]")
-    parser.add_argument("--both", type=int, help="workers that do both [0]")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to start, and what to do then."""
+    parser.epilog = _EPILOG
+    parser.usage = "kvmesh up [settings] [--ask TEXT] [--once] [-- COMMAND ARGS…]"
+    parser.add_argument("--ask", metavar="TEXT", help="ask this once the cluster serves")
     parser.add_argument(
-        "--listen", help=f"the router's address [{DEFAULT_ENDPOINT}; with --once a free port]"
+        "--once", action="store_true", help="end after the answer, or after COMMAND"
     )
-    parser.add_argument("--etcd", help="a running etcd, host:port; else one is started")
-    parser.add_argument("--cluster", default="default", help="name of the cluster [default]")
-    parser.add_argument("--state", help="folder for data and logs [a temporary one]")
-    parser.add_argument("--kv-pool-tokens", default="16384", help="KV pool a worker [16384]")
-    parser.add_argument(
-        "--worker-arg",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a further setting of all workers; repeatable",
-    )
-    parser.add_argument("--ask", metavar="TEXT", help="ask this first, and print the answer")
-    parser.add_argument("--max-tokens", type=int, default=64, help="for --ask [64]")
-    parser.add_argument(
-        "--once", action="store_true", help="end after --ask, or after COMMAND with its status"
-    )
-    parser.add_argument("command", nargs="*", metavar="COMMAND", help="with --once, after --")
-    parser.set_defaults(run=run)
+    parser.add_argument("program", nargs="*", metavar="COMMAND", help=argparse.SUPPRESS)
+    add_settings(parser, SETTINGS)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Runs a cluster. Returns COMMAND's status, or 0."""
-    if options.command and not options.once:
-        raise CommandError("COMMAND needs --once: kvmesh up --once -- COMMAND", status=2)
-    if options.once and not (options.command or options.ask):
-        raise CommandError("--once needs COMMAND (after --) or --ask TEXT", status=2)
-    model = _fetch_model(options)
-    temporary = None if options.state else tempfile.mkdtemp(prefix="kvmesh-")
-    state = Path(options.state or temporary or "")
-    logs = state / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    failed = False
+def run(args: argparse.Namespace) -> int:
+    """Runs a cluster."""
+    if args.program and not args.once:
+        raise UsageError("a COMMAND needs --once: the cluster ends with it")
+    if args.once and not args.program and args.ask is None:
+        raise UsageError("--once needs something to do: --ask TEXT or -- COMMAND ARGS…")
+    plan = _plan(merged("up", SETTINGS, args), args.once)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _told)
     try:
-        with Children(logs, _say) as children:
-            try:
-                return _run_cluster(children, options, model, state)
-            except Interrupted as stop:
-                _say("up", f"{stop}: stopping")
-                return 0 if not options.command else 128 + stop.number
-    except CommandError:
-        failed = True
-        raise
-    finally:
-        if temporary and failed:
-            _say("up", f"logs are kept in {logs}")
-        elif temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if plan.engine == "torch":
+            _get_model(plan.model)
+        with running(plan, _say) as cluster:
+            return _serve(cluster, args)
+    except ChildDiedError as error:
+        print(f"kvmesh up: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0 if not args.once else 130
+    except _Told as told:
+        return told.status
 
 
-def _run_cluster(children: Children, options: argparse.Namespace, model: str, state: Path) -> int:
-    cluster = _start(children, options, model, state)
-    _say("up", f"serving on {cluster.endpoint}; logs in {state / 'logs'}")
-    if options.ask:
-        _ask(children, cluster, options)
-    if options.command:
-        return _run_command(children, options.command, cluster)
-    if options.once:
-        return 0
+def _told(number: int, _: FrameType | None) -> NoReturn:
+    # Told once more while ending: the default ends at once, and the kernel
+    # takes the children.
+    signal.signal(number, signal.SIG_DFL)
+    raise _Told(number)
+
+
+def _plan(values: dict[str, Any], once: bool) -> Plan:
+    from kvmesh.worker.settings import SettingError, split_address
+
+    def number(name: str, default: int, low: int = 0) -> int:
+        try:
+            found = int(values.get(name, default))
+        except (TypeError, ValueError):
+            found = low - 1
+        if found < low:
+            raise UsageError(f"{name} is {values[name]!r}; allowed is {low} or more")
+        return found
+
+    counts = {"prefill": 1, "decode": 1, "both": 0}
+    if "both" in values:
+        # Asked for workers of both stages: the split ones only on demand.
+        counts = {"prefill": 0, "decode": 0, "both": 0}
+    workers = {role: number(role, count) for role, count in counts.items()}
+    if not workers["both"] and not workers["decode"]:
+        raise UsageError("decode and both are 0; somebody has to decode")
+    engine = str(values.get("engine", "torch"))
+    if engine not in ("torch", "sim"):
+        raise UsageError(f"engine is {engine!r}; allowed are torch, sim")
+    listen = values.get("listen") or ("127.0.0.1:0" if once else DEFAULT_ENDPOINT)
+    try:
+        host, port = split_address("listen", listen)
+    except SettingError as error:
+        raise UsageError(str(error)) from error
+    extra: list[str] = []
+    for name in ("kv_pool_tokens", "threads"):
+        if name in values:
+            extra += [f"--{name.replace('_', '-')}", str(number(name, 0, 1))]
+    return Plan(
+        model=str(values.get("model") or ("sim" if engine == "sim" else Plan.model)),
+        engine=engine,
+        workers=workers,
+        host=f"[{host}]" if ":" in host else host,
+        port=port,
+        etcd_port=number("etcd_port", 0 if once else 2379),
+        etcd=str(values.get("etcd", "")),
+        cluster=str(values.get("cluster", "default")),
+        data=Path(values["data"]).expanduser().resolve() if values.get("data") else None,
+        worker_arguments=tuple(extra),
+        insecure=str(values.get("insecure", "")).lower() in ("1", "true"),
+        ready_timeout_s=float(number("ready_timeout_s", 600, 1)),
+    )
+
+
+def _say(child: str, line: str) -> None:
+    print(f"[{child}] {line}", file=sys.stderr, flush=True)
+
+
+def _get_model(model: str) -> None:
+    """Gets the model once, before several workers ask for it."""
+    command = [sys.executable, "-m", "kvmesh.cli", "models", "pull", model]
+    done = subprocess.run(tethered(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    if done.returncode != 0:
+        raise UsageError(f"model is {model!r}, which cannot be had (see above)")
+
+
+def _serve(cluster: Cluster, args: argparse.Namespace) -> int:
+    if args.program:
+        return _run_program(cluster, args.program)
+    if args.ask is not None:
+        status = _ask(cluster, args.ask)
+        if args.once or status:
+            return status
+    where = cluster.endpoint
+    flag = "" if where == DEFAULT_ENDPOINT else f" --endpoint {where}"
     print(
-        f"\nask more, in another terminal:  kvmesh chat --endpoint {cluster.endpoint}\n"
-        "Ctrl-C ends the cluster.",
+        f"\nThe cluster serves at {where} (etcd {cluster.etcd}, logs {cluster.logs}).\n"
+        f"Ask more in another terminal: {_command()} chat{flag}\n"
+        "Ctrl-C ends it.",
         flush=True,
     )
     while True:
-        children.handle(None)
-        children.check_alive()
+        try:
+            cluster.children.wait()
+        except ChildDiedError as error:
+            # The mesh lives on without a worker; not without its router.
+            print(f"kvmesh up: {error}", file=sys.stderr, flush=True)
+            if cluster.router.process.poll() is not None:
+                return 1
 
 
-def _start(children: Children, options: argparse.Namespace, model: str, state: Path) -> _Cluster:
-    python = sys.executable
-    address = options.etcd
-    if not address:
-        _say("up", "starting etcd")
-        address = etcd.start(children, state / "etcd")
-    listen = options.listen or ("127.0.0.1:0" if options.once else DEFAULT_ENDPOINT)
-    router = children.start(
-        "router",
-        [python, "-m", "kvmesh", "router", "--listen", listen, "--etcd", address,
-         "--cluster", options.cluster],
-    )  # fmt: skip
-    workers = []
-    for role, count in _roles(options):
-        for number in range(1, count + 1):
-            command = [
-                python, "-m", "kvmesh", "worker",
-                "--role", role,
-                "--worker-id", f"{role}-{number}",
-                "--engine", options.engine,
-                "--model", model,
-                "--served-name", options.model if "/" not in options.model else "",
-                "--etcd", address,
-                "--cluster", options.cluster,
-                "--kv-pool-tokens", options.kv_pool_tokens,
-            ]  # fmt: skip
-            for pair in options.worker_arg:
-                key, separator, value = pair.partition("=")
-                if not separator:
-                    raise CommandError(f"--worker-arg is {pair!r}; allowed is KEY=VALUE", status=2)
-                command += ["--" + key.replace("_", "-"), value]
-            workers.append(children.start(f"{role}-{number}", command))
-
-    def serving(child: Child) -> bool:
-        return any(": serving " in line for line in child.lines)
-
-    children.wait_until(lambda: serving(router), _START_TIMEOUT_S, "starting the router")
-    children.wait_until(
-        lambda: all(map(serving, workers)), _START_TIMEOUT_S, "starting the workers"
-    )
-    endpoint = next(line for line in router.lines if ": serving " in line).rpartition(" on ")[2]
-    cluster = _Cluster(address, router, endpoint.split()[0])
-    _wait_ready(children, cluster.endpoint, len(workers))
-    return cluster
+def _command() -> str:
+    """How the user would call us again."""
+    return sys.argv[0] if sys.argv[0].endswith("/kvmesh") else f"{sys.executable} -m kvmesh.cli"
 
 
-def _roles(options: argparse.Namespace) -> list[tuple[str, int]]:
-    prefill, decode, both = options.prefill, options.decode, options.both
-    if both is None:
-        prefill = 1 if prefill is None else prefill
-        decode = 1 if decode is None else decode
-    counts = [("prefill", prefill or 0), ("decode", decode or 0), ("both", both or 0)]
-    if any(count < 0 for _, count in counts):
-        raise CommandError("--prefill, --decode and --both count workers: 0 or more", status=2)
-    if not (both or (decode and decode > 0)):
-        raise CommandError("nobody would decode: --decode or --both is at least 1", status=2)
-    return counts
+def _ask(cluster: Cluster, question: str) -> int:
+    import kvmesh
+
+    print(f"\n> {question}", flush=True)
+    with kvmesh.Client(cluster.endpoint) as client:
+        try:
+            events = client.generate(
+                messages=[{"role": "user", "content": question}], max_tokens=128, temperature=0.0
+            )
+            _, finished, _ = print_stream(events)
+        except kvmesh.MeshError as error:
+            print(f"kvmesh up: {explain(error, cluster.endpoint)}", file=sys.stderr)
+            return 1
+    if finished is None:
+        return 1
+    print(timings_line(finished), flush=True)
+    return 0
 
 
-def _wait_ready(children: Children, endpoint: str, workers: int) -> None:
-    """Waits until the router has a live session with every worker."""
-    import grpc
-
-    from kvmesh.v1 import admin_pb2 as wire
-    from kvmesh.v1 import admin_pb2_grpc as rpc
-
-    with grpc.insecure_channel(endpoint) as channel:
-        stub = rpc.AdminStub(channel)
-
-        def ready() -> bool:
-            request = wire.ListWorkersRequest()
-            answer = stub.ListWorkers(request, timeout=10, wait_for_ready=True)
-            live = [w for w in answer.workers if w.state == wire.SESSION_STATE_LIVE]
-            return len(live) >= workers
-
-        for _ in range(600):
-            children.check_alive()
-            if ready():
-                return
-            # News of a child or a signal; else the next question.
-            children.handle(0.05)
-    raise CommandError("the router has no session with every worker; see the logs")
-
-
-def _ask(children: Children, cluster: _Cluster, options: argparse.Namespace) -> None:
-    print(f"\n> {options.ask}", flush=True)
-    command = [
-        sys.executable, "-m", "kvmesh", "generate", "--chat", options.ask,
-        "--max-tokens", str(options.max_tokens), "--temperature", "0",
-    ]  # fmt: skip
-    status = _run_command(children, command, cluster)
-    if status != 0:
-        raise CommandError("the question was not answered", status=status)
-
-
-def _run_command(children: Children, command: list[str], cluster: _Cluster) -> int:
-    program = shutil.which(command[0])
-    if program is None:
-        raise CommandError(f"{command[0]}: no such command", status=127)
+def _run_program(cluster: Cluster, program: list[str]) -> int:
+    """Runs a command against the cluster; its exit status, as shells have it."""
     environment = {
         **os.environ,
         "KVMESH_ENDPOINT": cluster.endpoint,
         "KVMESH_ETCD": cluster.etcd,
+        "KVMESH_CLUSTER": cluster.plan.cluster,
     }
-    child = children.start(
-        "command", [program, *command[1:]], env=environment, announces=False, foreground=True
-    )
-    while child.process.returncode is None:
-        children.handle(None)
-        if child.process.returncode is None:
-            children.check_alive()
-    children.forget(child)
-    status = child.process.returncode
+    process = subprocess.Popen(tethered(program), env=environment)
+    try:
+        status = _wait_out(process)
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
     return status if status >= 0 else 128 - status
 
 
-def _fetch_model(options: argparse.Namespace) -> str:
-    """The model's folder; fetched in a process of its own, with progress."""
-    if options.engine == "sim":
-        return str(options.model)
-    if Path(options.model).is_dir():
-        return str(Path(options.model).resolve())
-    fetched = subprocess.run(
-        [sys.executable, "-m", "kvmesh", "models", "pull", options.model],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    if fetched.returncode != 0:
-        raise CommandError(f"model {options.model} could not be fetched")
-    return fetched.stdout.strip().splitlines()[-1]
-
-
-def _say(_source: str, line: str) -> None:
-    print(line if _source != "up" else f"kvmesh: {line}", file=sys.stderr, flush=True)
+def _wait_out(process: subprocess.Popen[bytes]) -> int:
+    """Waits; a Ctrl-C is the command's own matter, the second one ends it."""
+    for _ in range(2):
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
+    process.kill()
+    return process.wait()
