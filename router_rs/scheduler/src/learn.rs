@@ -169,8 +169,8 @@ impl Learner {
         let spread: [f64; N] =
             std::array::from_fn(|i| (0..N).map(|j| self.covariance[i][j] * features[j]).sum());
         let certain: f64 = NOISE + (0..N).map(|i| features[i] * spread[i]).sum::<f64>();
-        for i in 0..N {
-            self.weights[i] = (self.weights[i] + spread[i] / certain * residual).max(0.0);
+        for (weight, gain) in self.weights.iter_mut().zip(&spread) {
+            *weight = (*weight + gain / certain * residual).max(0.0);
         }
         for (row, left) in self.covariance.iter_mut().zip(&spread) {
             for (cell, right) in row.iter_mut().zip(&spread) {
