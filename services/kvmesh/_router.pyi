@@ -379,7 +379,7 @@ class TransferNode:
         offer), `pins`, `connections`, `mappings`, `jobs`, `remembered`."""
 
     def figures(self) -> dict[str, int]:
-        """Totals since the start: `sent_blocks`, `sent_bytes`,
+        """Totals since the start: `sent_blocks`, `sent_bytes`, `sent_tcp_bytes`,
         `received_blocks`, `received_bytes`, `copied_bytes` (shared memory),
         `mismatches`, `sends_released`, `sends_aborted`, `receives_committed`,
         `receives_failed`."""

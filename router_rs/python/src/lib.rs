@@ -2,6 +2,8 @@
 
 mod attention;
 mod pool;
+mod registry;
+mod transfer;
 
 use pyo3::prelude::*;
 
@@ -9,6 +11,8 @@ use pyo3::prelude::*;
 #[pymodule]
 fn _router(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<pool::PyKvPool>()?;
+    transfer::add(module)?;
+    registry::register(module)?;
     module.add_class::<attention::PyPagedKv>()?;
     Ok(())
 }

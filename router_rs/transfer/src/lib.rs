@@ -1,10 +1,34 @@
 //! KV blocks between workers: one copy on a host, TCP between hosts.
+//!
+//! Reading order: `pool` (where blocks lie), `checksum` (copy and hash in one
+//! pass), `sender` and `receiver` (the rules, pure), `node` (the face), `drive`
+//! (does what the rules say), `peers` (threads), `connection` and `attach`
+//! (bytes and descriptors).
 
+mod attach;
 pub mod checksum;
+mod connection;
+mod drive;
 mod error;
+mod event;
+mod frame;
+mod gate;
 mod id;
+mod jobs;
+mod node;
+mod peers;
 mod pool;
+pub mod receiver;
+pub mod sender;
+mod settings;
+mod state;
+mod timer;
 
+pub use crate::state::{Figures, Residue};
 pub use error::{PoolError, Refused};
+pub use event::Event;
 pub use id::{Reason, TransferId};
+pub use node::{PullRequest, TransferNode, check_logprobs};
 pub use pool::{KvPool, PeerPool, PoolId};
+pub use settings::Settings;
+pub use timer::Timer;

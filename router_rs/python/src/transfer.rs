@@ -1,0 +1,554 @@
+//! `TransferNode` and its events as Python sees them.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use kvmesh_transfer::{
+    Event, PullRequest, Reason, Refused, Settings, TransferId, TransferNode, check_logprobs,
+    sender::Tail,
+};
+use kvmesh_wire::v1::{KvCompatibility, PrefixKey};
+use prost::Message;
+use pyo3::{
+    exceptions::PyValueError,
+    prelude::*,
+    types::{PyBytes, PyDict, PyTuple},
+};
+
+use crate::pool::PyKvPool;
+
+pyo3::create_exception!(
+    kvmesh._router,
+    TransferError,
+    pyo3::exceptions::PyException,
+    "A call about a transfer was refused; `args` is (reason, message)."
+);
+
+fn refused(error: Refused) -> PyErr {
+    TransferError::new_err((error.reason.name(), error.message))
+}
+
+fn transfer_id(bytes: &[u8]) -> PyResult<TransferId> {
+    TransferId::parse(bytes).ok_or_else(|| PyValueError::new_err("a transfer id has 16 bytes"))
+}
+
+fn seconds(name: &str, value: f64) -> PyResult<Duration> {
+    Duration::try_from_secs_f64(value)
+        .ok()
+        .filter(|time| *time <= Duration::from_secs(86_400))
+        .ok_or_else(|| PyValueError::new_err(format!("{name}: 0 to 86400 seconds, not {value}")))
+}
+
+/// A class of events: its name, its fields, and how an `Event` fills them.
+macro_rules! event_class {
+    ($(#[$doc:meta])* $name:ident { $($field:ident: $kind:ty),* $(,)? }) => {
+        $(#[$doc])*
+        #[pyclass(module = "kvmesh._router", frozen, get_all)]
+        pub(crate) struct $name {
+            transfer_id: Py<PyBytes>,
+            $($field: $kind),*
+        }
+    };
+}
+
+event_class!(
+    /// Sender: the receiver has come.
+    Pulled { worker_id: String, from_token: u32, traceparent: String, request_id: String }
+);
+event_class!(
+    /// Sender: a peer asks for a prefix.
+    PrefixWanted {
+        worker_id: String,
+        adapter: String,
+        cache_salt: String,
+        token_ids: Vec<u32>,
+        from_token: u32,
+        traceparent: String,
+        request_id: String,
+    }
+);
+event_class!(
+    /// Sender: the receiver has everything.
+    SenderReleased { blocks: u64, bytes: u64, seconds: f64 }
+);
+event_class!(
+    /// Sender: over without success.
+    SenderAborted { reason: &'static str, message: String, commit_sent: bool }
+);
+event_class!(
+    /// Receiver: what the holder of a prefix has.
+    PrefixFound { tokens: u32 }
+);
+event_class!(
+    /// Receiver: blocks before `upto_block` of the sequence are in the pool.
+    Verified { upto_block: u32 }
+);
+event_class!(
+    /// Receiver: all is copied and verified.
+    Committed {
+        kv_tokens: u32,
+        output_ids: Vec<u32>,
+        logprobs: Vec<Py<PyBytes>>,
+        blocks: u64,
+        bytes: u64,
+        seconds: f64,
+        tail_seconds: f64,
+        shared_memory: bool,
+    }
+);
+event_class!(
+    /// Receiver: over without success, and no write to the blocks can come now.
+    ReceiveFailed { reason: &'static str, message: String, verified_blocks: u32, seconds: f64 }
+);
+
+fn to_python(py: Python<'_>, event: Event) -> PyResult<Py<PyAny>> {
+    let name = |id: TransferId| PyBytes::new(py, &id.0).unbind();
+    Ok(match event {
+        Event::Pulled {
+            id,
+            worker_id,
+            from_token,
+            traceparent,
+            request_id,
+        } => {
+            let transfer_id = name(id);
+            Py::new(
+                py,
+                Pulled {
+                    transfer_id,
+                    worker_id,
+                    from_token,
+                    traceparent,
+                    request_id,
+                },
+            )?
+            .into_any()
+        }
+        Event::PrefixWanted {
+            id,
+            worker_id,
+            adapter,
+            cache_salt,
+            token_ids,
+            from_token,
+            traceparent,
+            request_id,
+        } => Py::new(
+            py,
+            PrefixWanted {
+                transfer_id: name(id),
+                worker_id,
+                adapter,
+                cache_salt,
+                token_ids,
+                from_token,
+                traceparent,
+                request_id,
+            },
+        )?
+        .into_any(),
+        Event::SenderReleased {
+            id,
+            blocks,
+            bytes,
+            seconds,
+        } => Py::new(
+            py,
+            SenderReleased {
+                transfer_id: name(id),
+                blocks,
+                bytes,
+                seconds,
+            },
+        )?
+        .into_any(),
+        Event::SenderAborted {
+            id,
+            reason,
+            message,
+            commit_sent,
+        } => {
+            let (transfer_id, reason) = (name(id), reason.name());
+            Py::new(
+                py,
+                SenderAborted {
+                    transfer_id,
+                    reason,
+                    message,
+                    commit_sent,
+                },
+            )?
+            .into_any()
+        }
+        Event::PrefixFound { id, tokens } => Py::new(
+            py,
+            PrefixFound {
+                transfer_id: name(id),
+                tokens,
+            },
+        )?
+        .into_any(),
+        Event::Verified { id, upto_block } => Py::new(
+            py,
+            Verified {
+                transfer_id: name(id),
+                upto_block,
+            },
+        )?
+        .into_any(),
+        Event::Committed {
+            id,
+            kv_tokens,
+            output_ids,
+            logprobs,
+            blocks,
+            bytes,
+            seconds,
+            tail_seconds,
+            shared_memory,
+        } => Py::new(
+            py,
+            Committed {
+                transfer_id: name(id),
+                kv_tokens,
+                output_ids,
+                logprobs: logprobs
+                    .iter()
+                    .map(|l| PyBytes::new(py, l).unbind())
+                    .collect(),
+                blocks,
+                bytes,
+                seconds,
+                tail_seconds,
+                shared_memory,
+            },
+        )?
+        .into_any(),
+        Event::ReceiveFailed {
+            id,
+            reason,
+            message,
+            verified_blocks,
+            seconds,
+        } => {
+            let (transfer_id, reason) = (name(id), reason.name());
+            Py::new(
+                py,
+                ReceiveFailed {
+                    transfer_id,
+                    reason,
+                    message,
+                    verified_blocks,
+                    seconds,
+                },
+            )?
+            .into_any()
+        }
+    })
+}
+
+/// Moves KV blocks between this worker's pool and its peers'.
+#[pyclass(name = "TransferNode", module = "kvmesh._router", frozen)]
+pub(crate) struct PyTransferNode {
+    node: TransferNode,
+}
+
+#[pymethods]
+impl PyTransferNode {
+    #[new]
+    #[pyo3(signature = (
+        pool, *, worker_id, incarnation, compatibility, block_tokens, listen="127.0.0.1:0",
+        advertise="", shared_memory=true, lease_s=10.0, offer_timeout_s=2.0,
+        aborted_memory_s=10.0, connect_timeout_s=2.0, idle_timeout_s=30.0, max_transfers=4096,
+        max_connections=1024, copy_threads=0, token=Vec::new(),
+    ))]
+    #[allow(clippy::too_many_arguments, reason = "keyword arguments in Python")]
+    fn new(
+        py: Python<'_>,
+        pool: &PyKvPool,
+        worker_id: String,
+        incarnation: u64,
+        compatibility: &[u8],
+        block_tokens: u32,
+        listen: &str,
+        advertise: &str,
+        shared_memory: bool,
+        lease_s: f64,
+        offer_timeout_s: f64,
+        aborted_memory_s: f64,
+        connect_timeout_s: f64,
+        idle_timeout_s: f64,
+        max_transfers: usize,
+        max_connections: usize,
+        copy_threads: usize,
+        token: Vec<u8>,
+    ) -> PyResult<Self> {
+        let settings = Settings {
+            worker_id,
+            incarnation,
+            compatibility: KvCompatibility::decode(compatibility)
+                .map_err(|error| PyValueError::new_err(format!("compatibility: {error}")))?,
+            block_tokens,
+            listen: listen.to_owned(),
+            advertise: advertise.to_owned(),
+            shared_memory,
+            lease: seconds("lease_s", lease_s)?,
+            offer_timeout: seconds("offer_timeout_s", offer_timeout_s)?,
+            aborted_memory: seconds("aborted_memory_s", aborted_memory_s)?,
+            connect_timeout: seconds("connect_timeout_s", connect_timeout_s)?,
+            idle_timeout: seconds("idle_timeout_s", idle_timeout_s)?,
+            max_transfers,
+            max_connections,
+            copy_threads,
+            token,
+        };
+        let pool = Arc::clone(pool.open()?);
+        let node = py.detach(|| TransferNode::start(pool, settings))?;
+        Ok(Self { node })
+    }
+
+    #[getter]
+    fn address(&self) -> &str {
+        self.node.address()
+    }
+
+    #[pyo3(signature = (transfer_id, pins=0))]
+    fn offer(&self, py: Python<'_>, transfer_id: &[u8], pins: u64) -> PyResult<()> {
+        let id = self::transfer_id(transfer_id)?;
+        py.detach(|| self.node.offer(id, pins)).map_err(refused)
+    }
+
+    fn ready(
+        &self,
+        py: Python<'_>,
+        transfer_id: &[u8],
+        first_block: u32,
+        slots: Vec<u32>,
+    ) -> PyResult<()> {
+        let id = self::transfer_id(transfer_id)?;
+        py.detach(|| self.node.ready(id, first_block, &slots))
+            .map_err(refused)
+    }
+
+    #[pyo3(signature = (transfer_id, kv_tokens, partial=None, output_ids=Vec::new(), logprobs=Vec::new()))]
+    fn commit(
+        &self,
+        py: Python<'_>,
+        transfer_id: &[u8],
+        kv_tokens: u32,
+        partial: Option<(u32, u32)>,
+        output_ids: Vec<u32>,
+        logprobs: Vec<Vec<u8>>,
+    ) -> PyResult<()> {
+        let id = self::transfer_id(transfer_id)?;
+        let logprobs: Vec<Bytes> = logprobs.into_iter().map(Bytes::from).collect();
+        check_logprobs(&logprobs).map_err(refused)?;
+        let tail = Tail {
+            kv_tokens,
+            output_ids,
+            logprobs,
+        };
+        py.detach(|| self.node.commit(id, tail, partial))
+            .map_err(refused)
+    }
+
+    fn offer_prefix(
+        &self,
+        py: Python<'_>,
+        transfer_id: &[u8],
+        tokens: u32,
+        slots: Vec<u32>,
+    ) -> PyResult<()> {
+        let id = self::transfer_id(transfer_id)?;
+        py.detach(|| self.node.offer_prefix(id, tokens, &slots))
+            .map_err(refused)
+    }
+
+    #[pyo3(signature = (
+        transfer_id, address, worker, incarnation, from_token, slots, traceparent=String::new(),
+        request_id=String::new(),
+    ))]
+    #[allow(clippy::too_many_arguments, reason = "arguments in Python")]
+    fn pull(
+        &self,
+        py: Python<'_>,
+        transfer_id: &[u8],
+        address: String,
+        worker: String,
+        incarnation: u64,
+        from_token: u32,
+        slots: Vec<u32>,
+        traceparent: String,
+        request_id: String,
+    ) -> PyResult<()> {
+        let request = PullRequest {
+            id: self::transfer_id(transfer_id)?,
+            address,
+            worker,
+            incarnation,
+            from_token,
+            slots,
+            prefix: None,
+            traceparent,
+            request_id,
+        };
+        py.detach(|| self.node.pull(request)).map_err(refused)
+    }
+
+    #[pyo3(signature = (
+        transfer_id, address, worker, incarnation, from_token, slots, token_ids,
+        adapter=String::new(), cache_salt=String::new(), traceparent=String::new(),
+        request_id=String::new(),
+    ))]
+    #[allow(clippy::too_many_arguments, reason = "arguments in Python")]
+    fn pull_prefix(
+        &self,
+        py: Python<'_>,
+        transfer_id: &[u8],
+        address: String,
+        worker: String,
+        incarnation: u64,
+        from_token: u32,
+        slots: Vec<u32>,
+        token_ids: Vec<u32>,
+        adapter: String,
+        cache_salt: String,
+        traceparent: String,
+        request_id: String,
+    ) -> PyResult<()> {
+        let request = PullRequest {
+            id: self::transfer_id(transfer_id)?,
+            address,
+            worker,
+            incarnation,
+            from_token,
+            slots,
+            prefix: Some(PrefixKey {
+                adapter,
+                cache_salt,
+                token_ids,
+            }),
+            traceparent,
+            request_id,
+        };
+        py.detach(|| self.node.pull(request)).map_err(refused)
+    }
+
+    #[pyo3(signature = (transfer_id, reason="cancelled", message=""))]
+    fn abort(
+        &self,
+        py: Python<'_>,
+        transfer_id: &[u8],
+        reason: &str,
+        message: &str,
+    ) -> PyResult<bool> {
+        let id = self::transfer_id(transfer_id)?;
+        let reason = Reason::by_name(reason)
+            .ok_or_else(|| PyValueError::new_err(format!("no reason is called {reason:?}")))?;
+        Ok(py.detach(|| self.node.abort(id, reason, message)))
+    }
+
+    fn poll(&self, py: Python<'_>) -> PyResult<Vec<Py<PyAny>>> {
+        let events = py.detach(|| self.node.poll());
+        events
+            .into_iter()
+            .map(|event| to_python(py, event))
+            .collect()
+    }
+
+    #[pyo3(signature = (timeout_s=None))]
+    fn wait(&self, py: Python<'_>, timeout_s: Option<f64>) -> PyResult<bool> {
+        let timeout = timeout_s
+            .map(|value| seconds("timeout_s", value))
+            .transpose()?;
+        Ok(py.detach(|| self.node.wait(timeout)))
+    }
+
+    fn wake(&self, py: Python<'_>) {
+        py.detach(|| self.node.wake());
+    }
+
+    fn residue<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let held = py.detach(|| self.node.residue());
+        let dict = PyDict::new(py);
+        for (name, value) in [
+            ("sending", held.sending),
+            ("receiving", held.receiving),
+            ("awaited", held.awaited),
+            ("pins", held.pins),
+            ("connections", held.connections),
+            ("mappings", held.mappings),
+            ("jobs", held.jobs),
+            ("remembered", held.remembered),
+        ] {
+            dict.set_item(name, value)?;
+        }
+        Ok(dict)
+    }
+
+    fn figures<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let figures = py.detach(|| self.node.figures());
+        let dict = PyDict::new(py);
+        for (name, value) in [
+            ("sent_blocks", figures.sent_blocks),
+            ("sent_bytes", figures.sent_bytes),
+            ("sent_tcp_bytes", figures.sent_tcp_bytes),
+            ("received_blocks", figures.received_blocks),
+            ("received_bytes", figures.received_bytes),
+            ("copied_bytes", figures.copied_bytes),
+            ("mismatches", figures.mismatches),
+            ("sends_released", figures.sends_released),
+            ("sends_aborted", figures.sends_aborted),
+            ("receives_committed", figures.receives_committed),
+            ("receives_failed", figures.receives_failed),
+        ] {
+            dict.set_item(name, value)?;
+        }
+        Ok(dict)
+    }
+
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.node.close());
+    }
+
+    fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    #[pyo3(signature = (*_exc))]
+    fn __exit__(&self, py: Python<'_>, _exc: &Bound<'_, PyTuple>) {
+        self.close(py);
+    }
+}
+
+/// Adds the classes of this file, and the two names that stubs need at run
+/// time: `Reason` and `TransferEvent`.
+pub(crate) fn add(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    let py = module.py();
+    module.add("TransferError", py.get_type::<TransferError>())?;
+    module.add_class::<PyTransferNode>()?;
+    module.add_class::<Pulled>()?;
+    module.add_class::<PrefixWanted>()?;
+    module.add_class::<SenderReleased>()?;
+    module.add_class::<SenderAborted>()?;
+    module.add_class::<PrefixFound>()?;
+    module.add_class::<Verified>()?;
+    module.add_class::<Committed>()?;
+    module.add_class::<ReceiveFailed>()?;
+    let mut union = py.get_type::<Pulled>().into_any();
+    for other in [
+        py.get_type::<PrefixWanted>(),
+        py.get_type::<SenderReleased>(),
+        py.get_type::<SenderAborted>(),
+        py.get_type::<PrefixFound>(),
+        py.get_type::<Verified>(),
+        py.get_type::<Committed>(),
+        py.get_type::<ReceiveFailed>(),
+    ] {
+        union = union.bitor(other)?;
+    }
+    module.add("TransferEvent", union)?;
+    let names = PyTuple::new(py, Reason::ALL.map(Reason::name))?;
+    let literal = py.import("typing")?.getattr("Literal")?.get_item(names)?;
+    module.add("Reason", literal)
+}

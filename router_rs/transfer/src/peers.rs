@@ -1,0 +1,689 @@
+//! The threads of a node: accepting, connecting, reading, copying, timers.
+
+use std::{
+    io::{self, Write},
+    net::{TcpListener, TcpStream, ToSocketAddrs},
+    os::unix::net::UnixListener,
+    sync::{Arc, PoisonError, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use kvmesh_wire::v1::{
+    BlockData, BlocksReady, Commit, FetchBlocks, ProtocolVersion, Pull, TransferHello,
+    transfer_frame::Frame,
+};
+use prost::Message;
+use socket2::{SockRef, TcpKeepalive};
+
+use crate::{
+    attach,
+    connection::{self, Connection, Fetched},
+    drive::abort_frame,
+    event::Event,
+    frame,
+    gate::Gate,
+    id::{Reason, TransferId},
+    jobs::Job,
+    node::Shared,
+    receiver::{self, Copied},
+    sender::{self, Announced, Tail},
+    state::Core,
+};
+
+/// Version of transfer.proto spoken here.
+const MAJOR: u32 = 1;
+
+fn invalid(message: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, message.to_owned())
+}
+
+impl Shared {
+    pub(crate) fn accept_loop(self: Arc<Self>, listener: &TcpListener) {
+        while !self.is_closed() {
+            let stream = match listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    if self.is_closed() {
+                        return;
+                    }
+                    // Out of descriptors, say: the next try must not spin.
+                    tracing::warn!(%error, "transfer: accept failed");
+                    self.pause(Duration::from_millis(50));
+                    continue;
+                }
+            };
+            let mut core = self.lock();
+            if core.inbound() >= self.settings.max_connections {
+                continue;
+            }
+            let connection = core.new_connection(true);
+            drop(core);
+            let made = Arc::clone(&connection);
+            let started = self.spawn("serve", move |shared| shared.inbound_loop(&made, stream));
+            if started.is_err() {
+                self.lock().connections.remove(&connection.number);
+            }
+        }
+    }
+
+    /// Waits, or less where the node closes.
+    fn pause(&self, time: Duration) {
+        let core = self.lock();
+        drop(self.rearmed.wait_timeout(core, time));
+    }
+
+    pub(crate) fn attach_loop(self: Arc<Self>, listener: &UnixListener) {
+        while !self.is_closed() {
+            match listener.accept() {
+                Ok((stream, _)) => {
+                    if let Err(error) = attach::give(&stream, &self.pool) {
+                        tracing::warn!(%error, "transfer: pool not given");
+                    }
+                }
+                Err(_) if self.is_closed() => return,
+                Err(error) => {
+                    tracing::warn!(%error, "transfer: accept failed");
+                    self.pause(Duration::from_millis(50));
+                }
+            }
+        }
+    }
+
+    pub(crate) fn timer_loop(self: Arc<Self>) {
+        let mut core = self.lock();
+        while !self.is_closed() {
+            let now = Instant::now();
+            while let Some((id, timer)) = core.timers.fire(now) {
+                if core.sending.contains_key(&id) {
+                    // A timer's event is never refused.
+                    let _ = self.sender_event(&mut core, id, sender::Event::Fired(timer));
+                }
+                self.receiver_event(&mut core, id, receiver::Event::Fired(timer));
+            }
+            let idle = core.close_idle(now, self.settings.idle_timeout);
+            let next = match (core.timers.next(), idle) {
+                (Some(a), Some(b)) => Some(a.min(b)),
+                (a, b) => a.or(b),
+            };
+            core = match next {
+                Some(next) => {
+                    let left = next.saturating_duration_since(now);
+                    let waited = self.rearmed.wait_timeout(core, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+                None => self
+                    .rearmed
+                    .wait(core)
+                    .unwrap_or_else(PoisonError::into_inner),
+            };
+        }
+    }
+
+    pub(crate) fn job_loop(self: Arc<Self>) {
+        while let Some(batch) = self.jobs.take(self.pool.block_bytes()) {
+            let mut hashed = Vec::new();
+            let mut copied = Vec::new();
+            let mut owner = None;
+            let mut last = None;
+            for job in batch {
+                match job {
+                    Job::Hash { id, block, slot } => {
+                        owner = Some(id);
+                        // The slot was checked when it was announced.
+                        if let Ok(checksum) = self.pool.checksum(slot) {
+                            hashed.push((block, checksum));
+                        }
+                    }
+                    Job::Copy {
+                        id,
+                        block,
+                        slot,
+                        target,
+                        connection,
+                        gate,
+                    } => {
+                        owner = Some(id);
+                        copied.extend(self.copy_block(id, block, slot, target, &connection, &gate));
+                        last = Some(gate);
+                    }
+                }
+            }
+            let Some(id) = owner else { continue };
+            let mut core = self.lock();
+            if !hashed.is_empty() && core.sending.contains_key(&id) {
+                // Checksums are never refused.
+                let _ = self.sender_event(&mut core, id, sender::Event::Hashed(hashed));
+            }
+            if let Some(gate) = last {
+                self.copied(&mut core, id, &gate, copied);
+            }
+        }
+    }
+
+    fn copy_block(
+        &self,
+        id: TransferId,
+        block: u32,
+        slot: u32,
+        target: u32,
+        connection: &Connection,
+        gate: &Arc<Gate>,
+    ) -> Option<Copied> {
+        let peer = connection.pool.get()?;
+        if !gate.enter() {
+            return None;
+        }
+        let result = peer.copy(slot, &self.pool, target);
+        if gate.leave() {
+            self.quiet(&mut self.lock(), id, gate);
+        }
+        let bytes = self.pool.block_bytes() as u64;
+        self.copied_bytes.fetch_add(bytes, Ordering::Relaxed);
+        Some(match result {
+            Ok((checksum, version)) => Copied {
+                block,
+                checksum,
+                version: Some(version),
+            },
+            // A slot that the peer does not have: no version is like it.
+            Err(_) => Copied {
+                block,
+                checksum: 0,
+                version: Some(u64::MAX),
+            },
+        })
+    }
+
+    fn copied(&self, core: &mut Core, id: TransferId, gate: &Arc<Gate>, copied: Vec<Copied>) {
+        let same = |gate| {
+            core.receiving
+                .get(&id)
+                .is_some_and(|r| Arc::ptr_eq(&r.gate, gate))
+        };
+        if !copied.is_empty() && same(gate) {
+            self.receiver_event(core, id, receiver::Event::Taken(copied));
+        }
+    }
+
+    fn hello(&self) -> Frame {
+        Frame::Hello(TransferHello {
+            version: Some(ProtocolVersion {
+                major: MAJOR,
+                minor: 0,
+            }),
+            worker_id: self.settings.worker_id.clone(),
+            incarnation: self.settings.incarnation,
+            kv: Some(self.settings.compatibility.clone()),
+            block_tokens: self.settings.block_tokens,
+            block_bytes: self.pool.block_bytes() as u64,
+            shared_memory_name: self.unix_name.clone(),
+            pool_blocks: u64::from(self.pool.blocks()),
+            token: self.settings.token.clone().into(),
+        })
+    }
+
+    /// Reads the peer's hello; the socket has a time limit meanwhile.
+    fn meet(&self, connection: &Connection, stream: &TcpStream) -> io::Result<()> {
+        let Some(Frame::Hello(hello)) = frame::read(stream)? else {
+            return Err(invalid("no hello"));
+        };
+        if hello.version.as_ref().map(|version| version.major) != Some(MAJOR) {
+            return Err(invalid("another major version of the transfer protocol"));
+        }
+        if !same_token(&hello.token, &self.settings.token) {
+            return Err(invalid("another cluster's token"));
+        }
+        if let Some(misfit) = self.misfit(&hello) {
+            let _ = connection.misfit.set(misfit);
+        }
+        let _ = connection.hello.set(hello);
+        Ok(())
+    }
+
+    /// What keeps a pair from exchanging blocks.
+    fn misfit(&self, hello: &TransferHello) -> Option<String> {
+        let own = &self.settings.compatibility;
+        if hello.kv.as_ref() != Some(own) {
+            return Some("model, number type or format of KV differ".into());
+        }
+        let geometry = (self.settings.block_tokens, self.pool.block_bytes() as u64);
+        let theirs = (hello.block_tokens, hello.block_bytes);
+        (geometry != theirs)
+            .then(|| format!("blocks of {theirs:?} beside {geometry:?} (tokens, bytes)"))
+    }
+
+    fn prepare(&self, stream: &TcpStream) -> io::Result<()> {
+        stream.set_nodelay(true)?;
+        let socket = SockRef::from(stream);
+        socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(self.settings.lease))?;
+        socket.set_tcp_user_timeout(Some(self.settings.lease))?;
+        stream.set_read_timeout(Some(self.settings.connect_timeout))
+    }
+
+    pub(crate) fn inbound_loop(self: Arc<Self>, connection: &Arc<Connection>, stream: TcpStream) {
+        let result = self.serve(connection, stream);
+        self.lost(connection, result);
+    }
+
+    fn serve(self: &Arc<Self>, connection: &Arc<Connection>, stream: TcpStream) -> io::Result<()> {
+        self.prepare(&stream)?;
+        let Some(stream) = connection.attach(stream) else {
+            return Ok(());
+        };
+        self.meet(connection, stream)?;
+        // Ahead of whatever is queued.
+        (&*stream).write_all(&frame::encode(self.hello()))?;
+        self.start_writer(connection)?;
+        stream.set_read_timeout(None)?;
+        loop {
+            if let Some(frame) = frame::read(stream)? {
+                self.receiver_frame(connection, frame)?;
+            }
+        }
+    }
+
+    fn start_writer(self: &Arc<Self>, connection: &Arc<Connection>) -> io::Result<()> {
+        let connection = Arc::clone(connection);
+        self.spawn("write", move |shared| {
+            connection.write_loop(&shared.pool, &shared.sent_bytes)
+        })
+    }
+
+    pub(crate) fn outbound_loop(self: Arc<Self>, connection: &Arc<Connection>, address: &str) {
+        let result = self.reach(connection, address);
+        self.lost(connection, result);
+    }
+
+    fn reach(self: &Arc<Self>, connection: &Arc<Connection>, address: &str) -> io::Result<()> {
+        let mut last = invalid("the address names no host");
+        let mut reached = None;
+        for to in address.to_socket_addrs()? {
+            match TcpStream::connect_timeout(&to, self.settings.connect_timeout) {
+                Ok(stream) => {
+                    reached = Some(stream);
+                    break;
+                }
+                Err(error) => last = error,
+            }
+        }
+        let stream = reached.ok_or(last)?;
+        self.prepare(&stream)?;
+        let Some(stream) = connection.attach(stream) else {
+            return Ok(());
+        };
+        // Ahead of whatever is queued: an abort may wait there already.
+        (&*stream).write_all(&frame::encode(self.hello()))?;
+        self.start_writer(connection)?;
+        self.meet(connection, stream)?;
+        if let Some(hello) = connection.hello.get() {
+            self.map_peer(connection, hello);
+        }
+        stream.set_read_timeout(None)?;
+        let mut core = self.lock();
+        if let Some(outbound) = core.outbound.get_mut(address) {
+            outbound.open = true;
+        }
+        for id in received_over(&core, connection) {
+            self.opened(&mut core, id);
+        }
+        drop(core);
+        loop {
+            if let Some(frame) = frame::read(stream)? {
+                self.sender_frame(connection, stream, frame)?;
+            }
+        }
+    }
+
+    /// Opens the sender's pool. That it can be opened is the proof of one host.
+    fn map_peer(&self, connection: &Connection, hello: &TransferHello) {
+        let fits = connection.misfit.get().is_none();
+        if !self.settings.shared_memory || hello.shared_memory_name.is_empty() || !fits {
+            return;
+        }
+        match attach::take(
+            &hello.shared_memory_name,
+            hello.pool_blocks,
+            hello.block_bytes,
+        ) {
+            Ok(pool) => drop(connection.pool.set(pool)),
+            Err(error) => tracing::info!(
+                %error, peer = hello.worker_id, "transfer: no shared memory, blocks go by TCP"
+            ),
+        }
+    }
+
+    /// The connection is over: so is what went over it.
+    fn lost(&self, connection: &Arc<Connection>, result: io::Result<()>) {
+        connection.close();
+        let why = result
+            .err()
+            .map(|error| error.to_string())
+            .unwrap_or_default();
+        let mut core = self.lock();
+        core.connections.remove(&connection.number);
+        core.outbound
+            .retain(|_, outbound| outbound.connection.number != connection.number);
+        for id in received_over(&core, connection) {
+            core.say(id, &why);
+            self.receiver_event(&mut core, id, receiver::Event::PeerLost);
+        }
+        let sent: Vec<TransferId> = core.sending.keys().copied().collect();
+        for id in sent {
+            let ours =
+                core.sending.get(&id).and_then(|s| s.machine.peer()) == Some(connection.number);
+            if ours {
+                core.say(id, &why);
+                // A loss is never refused.
+                let _ =
+                    self.sender_event(&mut core, id, sender::Event::PeerLost(connection.number));
+            }
+        }
+        // Whoever waits for a free descriptor or for the end may look again.
+        self.rearmed.notify_all();
+    }
+
+    /// A frame from a peer that receives from us.
+    fn receiver_frame(&self, connection: &Arc<Connection>, frame: Frame) -> io::Result<()> {
+        let peer = connection.number;
+        match frame {
+            Frame::Pull(pull) => self.on_pull(connection, pull),
+            Frame::Fetch(fetch) => self.on_fetch(connection, &fetch),
+            Frame::Released(released) => {
+                self.on_sender(&released.transfer_id, sender::Event::Released(peer))
+            }
+            Frame::Abort(abort) => {
+                let id = transfer(&abort.transfer_id)?;
+                let mut core = self.lock();
+                let event = sender::Event::PeerAbort(peer, Reason::from_wire(abort.reason));
+                core.say(id, &abort.message);
+                // Too many ids to remember: then it is not remembered.
+                let _ = self.sender_event(&mut core, id, event);
+                Ok(())
+            }
+            Frame::Heartbeat(heartbeat) => {
+                let mut core = self.lock();
+                let mut known = Vec::new();
+                for bytes in heartbeat.transfer_ids {
+                    let id = transfer(&bytes)?;
+                    if core.sends(id) {
+                        let _ = self.sender_event(&mut core, id, sender::Event::Alive(peer));
+                        known.push(bytes);
+                    } else {
+                        connection.send(abort_frame(id, Reason::Unknown, String::new()));
+                    }
+                }
+                // The answer tells the receiver that we are still there.
+                connection.send(Frame::Heartbeat(kvmesh_wire::v1::Heartbeat {
+                    transfer_ids: known,
+                }));
+                Ok(())
+            }
+            _ => Err(invalid("a frame that receivers do not send")),
+        }
+    }
+
+    fn on_sender(&self, id: &[u8], event: sender::Event) -> io::Result<()> {
+        let id = transfer(id)?;
+        let mut core = self.lock();
+        if core.sending.contains_key(&id) {
+            let _ = self.sender_event(&mut core, id, event);
+        }
+        Ok(())
+    }
+
+    fn on_pull(&self, connection: &Arc<Connection>, pull: Pull) -> io::Result<()> {
+        let id = transfer(&pull.transfer_id)?;
+        let mut core = self.lock();
+        let kv = &self.settings.compatibility;
+        let part = pull.first_layer > 0
+            || pull.first_kv_head > 0
+            || !(pull.layer_count == 0 || pull.layer_count == kv.layers)
+            || !(pull.kv_head_count == 0 || pull.kv_head_count == kv.kv_heads)
+            || !pull.from_token.is_multiple_of(self.settings.block_tokens);
+        if part || connection.misfit.get().is_some() {
+            let why = connection
+                .misfit
+                .get()
+                .cloned()
+                .unwrap_or("parts of a block".into());
+            connection.send(abort_frame(id, Reason::Incompatible, why));
+            let event = sender::Event::PeerAbort(connection.number, Reason::Incompatible);
+            let _ = self.sender_event(&mut core, id, event);
+            return Ok(());
+        }
+        let from_block = pull.from_token / self.settings.block_tokens;
+        let event = sender::Event::Pull {
+            peer: connection.number,
+            from_block,
+        };
+        let known = core.sending.contains_key(&id);
+        if let Some(sending) = core.sending.get_mut(&id)
+            && sending.machine.peer().is_none()
+        {
+            sending.pull = Some(pull.clone());
+        }
+        if let Err(refused) = self.sender_event(&mut core, id, event) {
+            connection.send(abort_frame(id, refused.reason, refused.message));
+            return Ok(());
+        }
+        if known {
+            return Ok(());
+        }
+        if let Some(sending) = core.sending.get_mut(&id) {
+            sending.pull = Some(pull.clone());
+        }
+        if let Some(prefix) = pull.prefix {
+            core.push(Event::PrefixWanted {
+                id,
+                worker_id: connection.peer_worker(),
+                adapter: prefix.adapter,
+                cache_salt: prefix.cache_salt,
+                token_ids: prefix.token_ids,
+                from_token: pull.from_token,
+                traceparent: pull.traceparent,
+                request_id: pull.request_id,
+            });
+            self.told.notify_all();
+        }
+        Ok(())
+    }
+
+    fn on_fetch(&self, connection: &Arc<Connection>, fetch: &FetchBlocks) -> io::Result<()> {
+        let id = transfer(&fetch.transfer_id)?;
+        if !(1..=64).contains(&fetch.count) {
+            return Err(invalid("a fetch of 0 or more than 64 blocks"));
+        }
+        let mut core = self.lock();
+        let blocks = core
+            .sending
+            .get(&id)
+            .and_then(|s| {
+                s.machine
+                    .fetch(connection.number, fetch.first_block, fetch.count)
+            })
+            .unwrap_or_default();
+        connection.send_blocks(Fetched {
+            id,
+            first: fetch.first_block,
+            blocks,
+        });
+        if core.sending.contains_key(&id) {
+            let _ = self.sender_event(&mut core, id, sender::Event::Alive(connection.number));
+        }
+        Ok(())
+    }
+
+    /// A frame from a peer that sends to us.
+    fn sender_frame(
+        &self,
+        connection: &Arc<Connection>,
+        stream: &TcpStream,
+        frame: Frame,
+    ) -> io::Result<()> {
+        match frame {
+            Frame::Ready(ready) => {
+                let id = transfer(&ready.transfer_id)?;
+                let event = announced(ready)?;
+                self.on_receiver(connection, id, event);
+            }
+            Frame::Data(data) => self.on_data(connection, stream, &data)?,
+            Frame::Commit(commit) => {
+                let id = transfer(&commit.transfer_id)?;
+                self.on_receiver(connection, id, committed(commit));
+            }
+            Frame::Abort(abort) => {
+                let id = transfer(&abort.transfer_id)?;
+                self.lock().say(id, &abort.message);
+                let reason = Reason::from_wire(abort.reason);
+                self.on_receiver(connection, id, receiver::Event::PeerAbort(reason));
+            }
+            Frame::Heartbeat(heartbeat) => {
+                for id in heartbeat.transfer_ids {
+                    self.on_receiver(connection, transfer(&id)?, receiver::Event::Alive);
+                }
+            }
+            Frame::PrefixFound(found) => {
+                let id = transfer(&found.transfer_id)?;
+                let mut core = self.lock();
+                if core
+                    .receiving
+                    .get(&id)
+                    .is_some_and(|r| r.connection.number == connection.number)
+                {
+                    core.push(Event::PrefixFound {
+                        id,
+                        tokens: found.tokens,
+                    });
+                    self.told.notify_all();
+                }
+                drop(core);
+                if found.tokens == 0 {
+                    self.on_receiver(connection, id, receiver::Event::NoPrefix);
+                }
+            }
+            _ => return Err(invalid("a frame that senders do not send")),
+        }
+        Ok(())
+    }
+
+    /// Only for a receive that goes over this connection: another peer has no say.
+    fn on_receiver(&self, connection: &Connection, id: TransferId, event: receiver::Event) {
+        let mut core = self.lock();
+        if core
+            .receiving
+            .get(&id)
+            .is_some_and(|r| r.connection.number == connection.number)
+        {
+            self.receiver_event(&mut core, id, event);
+        }
+    }
+
+    /// Block bytes follow on the socket.
+    fn on_data(
+        &self,
+        connection: &Connection,
+        stream: &TcpStream,
+        data: &BlockData,
+    ) -> io::Result<()> {
+        let id = transfer(&data.transfer_id)?;
+        if data.count == 0 {
+            self.on_receiver(connection, id, receiver::Event::Gone);
+            return Ok(());
+        }
+        if data.count > 64 {
+            return Err(invalid("more than 64 blocks in one piece"));
+        }
+        let core = self.lock();
+        let wanted = core
+            .receiving
+            .get(&id)
+            .filter(|r| r.connection.number == connection.number)
+            .and_then(|r| {
+                let start = data.first_block.checked_sub(r.from_block)? as usize;
+                let slots = r.slots.get(start..start + data.count as usize)?;
+                let targets: Result<Vec<_>, _> =
+                    slots.iter().map(|s| self.pool.block(*s)).collect();
+                Some((targets.ok()?, Arc::clone(&r.gate)))
+            });
+        drop(core);
+        let block_bytes = self.pool.block_bytes();
+        let Some((targets, gate)) = wanted else {
+            return connection::discard(stream, data.count as usize * block_bytes);
+        };
+        let quiet = || self.quiet(&mut self.lock(), id, &gate);
+        let checksums = connection::receive_blocks(stream, &targets, block_bytes, &gate, quiet)?;
+        let copied = (data.first_block..)
+            .zip(checksums)
+            .map(|(block, checksum)| Copied {
+                block,
+                checksum,
+                version: None,
+            })
+            .collect();
+        self.copied(&mut self.lock(), id, &gate, copied);
+        Ok(())
+    }
+}
+
+/// Receives that go over a connection.
+fn received_over(core: &Core, connection: &Connection) -> Vec<TransferId> {
+    let over = core
+        .receiving
+        .iter()
+        .filter(|(_, r)| r.connection.number == connection.number);
+    over.map(|(id, _)| *id).collect()
+}
+
+fn transfer(bytes: &[u8]) -> io::Result<TransferId> {
+    TransferId::parse(bytes).ok_or_else(|| invalid("a transfer id that is not 16 bytes"))
+}
+
+/// Compares in a time that does not depend on where the two differ.
+fn same_token(given: &[u8], own: &[u8]) -> bool {
+    own.is_empty()
+        || (given.len() == own.len()
+            && given.iter().zip(own).fold(0, |sum, (a, b)| sum | (a ^ b)) == 0)
+}
+
+fn announced(ready: BlocksReady) -> io::Result<receiver::Event> {
+    let count = ready.slots.len();
+    if ready.slot_versions.len() != count || ready.checksums.len() != count {
+        return Err(invalid("columns of unequal length"));
+    }
+    let sums = ready.slot_versions.into_iter().zip(ready.checksums);
+    let blocks = ready
+        .slots
+        .into_iter()
+        .zip(sums)
+        .map(|(slot, (version, checksum))| Announced {
+            slot,
+            version,
+            checksum,
+        })
+        .collect();
+    Ok(receiver::Event::Announced {
+        first: ready.first_block,
+        blocks,
+    })
+}
+
+fn committed(commit: Commit) -> receiver::Event {
+    let partial = commit.partial.map(|last| {
+        let announced = Announced {
+            slot: last.slot,
+            version: last.slot_version,
+            checksum: last.checksum,
+        };
+        (last.block, announced)
+    });
+    let tail = Tail {
+        kv_tokens: commit.kv_tokens,
+        output_ids: commit.output_ids,
+        logprobs: commit
+            .logprobs
+            .iter()
+            .map(|l| l.encode_to_vec().into())
+            .collect(),
+    };
+    receiver::Event::Commit { tail, partial }
+}
