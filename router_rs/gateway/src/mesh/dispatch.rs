@@ -12,7 +12,7 @@ use std::{
 use kvmesh_session::{
     TransferId, WorkerIndex,
     generation::{Cause, Event, Plan, PlanRequest, Stop},
-    parse::{Hello, LoadReport},
+    parse::{Hello, LoadReport, Refusal},
 };
 use kvmesh_wire::v1;
 use smallvec::SmallVec;
@@ -152,10 +152,13 @@ impl Core {
         if !request.wait_for_room && !behind && self.try_plan(open, request) {
             return;
         }
-        let request = PlanRequest {
-            wait_for_room: false,
-            ..request.clone()
-        };
+        // Whoever refused may have room when the next load comes; what an
+        // engine cannot do it cannot do then either.
+        let mut request = request.clone();
+        request.wait_for_room = false;
+        request
+            .excluded
+            .retain(|(_, why)| *why == Refusal::Unsupported);
         self.dispatcher.wait(open, request);
     }
 

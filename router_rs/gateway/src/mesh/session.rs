@@ -213,9 +213,6 @@ impl Session {
                 return Ended::Transport("no hello within its time".to_owned());
             }
         };
-        if let State::Refused(mismatch) = self.link.state() {
-            return Ended::Transport(mismatch.to_string());
-        }
         let (handle, mut commands) = SessionHandle::new();
         self.worker.attach(Arc::clone(&handle));
         self.publish();
@@ -258,12 +255,17 @@ impl Session {
             .into_inner();
         let first = next_frame(&mut inbound).await?;
         let hello = parse::hello(first).map_err(Ended::Violation)?;
-        self.worker.greeted(&hello);
-        self.core.worker_greeted(&self.worker, &hello);
         let actions = self
             .link
             .apply(Event::Hello(&hello))
             .map_err(Ended::Violation)?;
+        if let State::Refused(mismatch) = self.link.state() {
+            let why = mismatch.to_string();
+            self.perform(actions);
+            return Err(Ended::Transport(why));
+        }
+        self.worker.greeted(&hello);
+        self.core.worker_greeted(&self.worker, &hello);
         self.perform(actions);
         self.redial = REDIAL.0;
         Ok(Transport { inbound, outbound })
