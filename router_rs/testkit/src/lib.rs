@@ -3,6 +3,8 @@
 //! streams and a load client that costs little itself.
 #![forbid(unsafe_code)]
 
+pub mod checker;
+pub mod fault_proxy;
 pub mod load;
 pub mod mock;
 pub mod process;

@@ -1,6 +1,7 @@
 //! Subcommands. Each prints JSON on standard output, one object a line.
 
 mod bring_load;
+mod fault_proxy;
 mod input;
 mod mock_worker;
 
@@ -23,6 +24,8 @@ struct Arguments {
 enum Command {
     /// Runs a worker without an engine.
     MockWorker(mock_worker::Arguments),
+    /// Passes TCP connections on and breaks them as it is told.
+    FaultProxy(fault_proxy::Arguments),
     /// Brings load to an Inference endpoint and prints figures.
     Load(bring_load::LoadArguments),
     /// Brings load to a worker over Attach and prints figures.
@@ -37,6 +40,7 @@ pub(crate) fn run() -> Outcome {
         .build()?;
     match arguments.command {
         Command::MockWorker(arguments) => runtime.block_on(mock_worker::run(arguments)),
+        Command::FaultProxy(arguments) => runtime.block_on(fault_proxy::run(arguments)),
         Command::Load(arguments) => runtime.block_on(bring_load::load(arguments)),
         Command::AttachLoad(arguments) => runtime.block_on(bring_load::attach(arguments)),
     }
