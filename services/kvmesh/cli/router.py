@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from kvmesh.cli.announce import add_announce, announcer
-from kvmesh.cli.settings import Setting, UsageError, add_settings, merged
+from kvmesh.cli.announce import add_announce
+from kvmesh.cli.settings import Setting, UsageError, add_settings
 
 SETTINGS: tuple[Setting, ...] = (
     Setting("listen", "address of the port", metavar="HOST:PORT", default="127.0.0.1:8000"),

@@ -40,7 +40,8 @@ SETTINGS = (
         metavar="HOST:PORT",
         default=f"{DEFAULT_ENDPOINT}, with --once a free port",
     ),
-    Setting("etcd", "endpoints of a running etcd instead of one of our own"),
+    # Not from KVMESH_ETCD: a COMMAND of `up` that starts a cluster means its own.
+    Setting("etcd", "endpoints of a running etcd instead of one of our own", flag_only=True),
     Setting("etcd_port", "port of our own etcd", default="2379, with --once a free port"),
     Setting("cluster", "name of the cluster", default="default"),
     Setting("data", "folder for etcd's data and the logs; as shipped it goes at the end"),

@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([MessageToDict(record) for record in records], indent=1))
         return 0
-    rows = [("WORKER", "ROLE", "MODEL", "ENGINE", "ADDRESS", "TRANSFER", "VERSION")]
-    rows += [_row(record, wire) for record in records]
+    head = ("WORKER", "ROLE", "MODEL", "ENGINE", "ADDRESS", "TRANSFER", "VERSION")
+    rows = [head, *(_row(record, wire) for record in records)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print(

