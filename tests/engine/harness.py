@@ -1,0 +1,171 @@
+"""Drives an engine as the worker service does, and collects what it says."""
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from kvmesh.engine.contract import AttemptId, Placement, Stage
+from kvmesh.engine.core.engine import TransferSettings
+from kvmesh.engine.sim.build import build_engine
+from kvmesh.engine.sim.settings import SimSettings
+from kvmesh.v1 import worker_pb2 as wire
+
+VOCABULARY = range(3, 2000)
+_numbers = itertools.count(1)
+
+
+@dataclass
+class Attempt:
+    """What an engine said of one attempt."""
+
+    id: AttemptId
+    stage: Stage
+    border: int
+    tokens: list[int] = field(default_factory=list)
+    opening: wire.Opening | None = None
+    end: wire.StageEnd | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def until(self, condition):
+        async with asyncio.timeout(30):
+            while not condition(self):
+                self.changed.clear()
+                await self.changed.wait()
+        return self
+
+    async def opened(self):
+        await self.until(lambda a: a.opening is not None)
+        return self.opening
+
+    async def ended(self):
+        """The end's name; for a refused placement "refused"."""
+        await self.until(lambda a: a.end is not None or a.refused)
+        return "refused" if self.end is None else self.end.WhichOneof("end")
+
+    @property
+    def refused(self):
+        return self.opening is not None and self.opening.HasField("refused")
+
+
+class Driver:
+    """One engine and its outputs."""
+
+    def __init__(self, engine) -> None:
+        self.engine = engine
+        self.attempts: dict[AttemptId, Attempt] = {}
+        self.samples = []
+        self.changed = asyncio.Event()
+
+    async def read(self) -> None:
+        async for output in self.engine.outputs():
+            if output.sample is not None:
+                self.samples.append(output.sample)
+            for router, step in output.routers.items():
+                assert router == "router"
+                self.take(step)
+            self.changed.set()
+
+    def take(self, step) -> None:
+        for opening in step.openings:
+            attempt = self._of(opening)
+            assert attempt.opening is None
+            attempt.opening = opening
+            attempt.changed.set()
+        rows = step.tokens
+        if rows is not None:
+            at = 0
+            for row, count in enumerate(rows.counts):
+                generation = rows.generations[16 * row : 16 * row + 16]
+                attempt = self.attempts[AttemptId(generation, rows.owners[row], rows.attempts[row])]
+                assert attempt.end is None, "tokens after the end"
+                assert rows.first_indices[row] == attempt.border + len(attempt.tokens)
+                attempt.tokens += rows.ids[at : at + count]
+                at += count
+                attempt.changed.set()
+            assert at == len(rows.ids)
+        for end in step.ends:
+            attempt = self._of(end)
+            assert attempt.opening is not None
+            assert attempt.end is None, "two ends"
+            attempt.end = end
+            attempt.changed.set()
+
+    def _of(self, message):
+        return self.attempts[AttemptId(message.generation, message.owner, message.attempt)]
+
+    def place(self, prompt, stage=Stage.WHOLE, *, id=None, output=(), hand_off=None, prefix_from=None,
+              alone=False, deadline_ms=0.0, **continuation) -> Attempt:  # fmt: skip
+        continuation.setdefault("max_tokens", 16)
+        continuation = wire.Continuation(
+            model="m", prompt_ids=prompt, output_ids=output,
+            virtual_deadline_ms=deadline_ms, **continuation,
+        )  # fmt: skip
+        id = id or AttemptId(next(_numbers).to_bytes(16, "big"), 1, 1)
+        attempt = self.attempts[id] = Attempt(id, stage, len(output))
+        self.engine.submit(
+            Placement(
+                id=id, router="router", stage=stage, continuation=continuation,
+                received_at=time.monotonic(), hand_off=hand_off, prefix_from=prefix_from,
+                alone=alone,
+            )
+        )  # fmt: skip
+        return attempt
+
+    async def idle(self) -> None:
+        """Until the engine holds nothing, which it has to reach."""
+        async with asyncio.timeout(20):
+            while (residue := self.engine.residue()) != wire.Residue():
+                assert residue.held_blocks >= 0
+                # Transfers end by events of other threads that nothing tells of here.
+                await asyncio.sleep(0.005)
+        assert sum_of(self.engine.load().kv) == self.engine.capabilities().pool_blocks
+
+
+def sum_of(room) -> int:
+    return room.free + room.evictable + room.running + room.pinned + room.reserved
+
+
+@asynccontextmanager
+async def running(engine) -> AsyncIterator[Driver]:
+    driver = Driver(engine)
+    await asyncio.to_thread(engine.start)
+    reader = asyncio.create_task(driver.read())
+    try:
+        yield driver
+        if reader.done():
+            await reader
+    finally:
+        await engine.close()
+        async with asyncio.timeout(10):
+            await reader
+
+
+def sim(like="kvmesh", blocks=512, transfer=False, worker_id="w", incarnation=1, clock=None, **settings):
+    settings.setdefault("speed", float("inf"))
+    return build_engine(
+        SimSettings(like=like, **settings),
+        pool_blocks=blocks,
+        worker_id=worker_id,
+        incarnation=incarnation,
+        transfer=TransferSettings() if transfer else None,
+        clock=clock,
+    )
+
+
+def mesh_from(engine, worker_id="w", incarnation=1, transfer_id=None) -> wire.HandOff:
+    transfer_id = transfer_id or next(_numbers).to_bytes(16, "big")
+    return wire.HandOff(
+        mesh=wire.MeshHandOff(
+            transfer_id=transfer_id,
+            sender_worker=worker_id,
+            sender_incarnation=incarnation,
+            sender_address=engine.transfer_address,
+        )
+    )
+
+
+def prompt(length, seed=0) -> list[int]:
+    return [(seed * 7919 + i * (i + 3) * 31) % 1900 + 50 for i in range(length)]
