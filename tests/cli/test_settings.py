@@ -1,0 +1,88 @@
+"""Where settings come from, and what a wrong one says."""
+
+import argparse
+
+import pytest
+
+from kvmesh.cli.commands import main
+from kvmesh.cli.settings import Setting, UsageError, add_settings, merged
+
+SETTINGS = (
+    Setting("role", "what it takes"),
+    Setting("kv_pool_tokens", "size"),
+    Setting("insecure", "plain text", is_switch=True),
+    Setting("etcd", "endpoints", flag_only=True),
+)
+
+
+def values(arguments=(), environment=None, config=None, tmp_path=None):
+    parser = argparse.ArgumentParser()
+    add_settings(parser, SETTINGS)
+    arguments = list(arguments)
+    if config is not None:
+        file = tmp_path / "kvmesh.toml"
+        file.write_text(config)
+        arguments += ["--config", str(file)]
+    return merged("worker", SETTINGS, parser.parse_args(arguments), environment or {})
+
+
+def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path):
+    config = '[worker]\nrole = "a"\nkv_pool_tokens = 1\n[router]\nlisten = "x"\n'
+    environment = {"KVMESH_ROLE": "b"}
+    assert values(config=config, tmp_path=tmp_path)["role"] == "a"
+    found = values(config=config, tmp_path=tmp_path, environment=environment)
+    assert found == {"role": "b", "kv_pool_tokens": 1}
+    found = values(["--role", "c"], environment, config, tmp_path)
+    assert found["role"] == "c"
+
+
+def test_what_is_not_given_is_not_there():
+    assert values() == {}
+    assert values(["--insecure"]) == {"insecure": True}
+    assert values(["--no-insecure"]) == {"insecure": False}
+    assert values(environment={"KVMESH_ETCD": "a:1"}) == {}
+    assert values(["--etcd", "a:1"]) == {"etcd": "a:1"}
+
+
+def test_a_wrong_key_is_named_with_the_nearest_and_the_allowed(tmp_path):
+    with pytest.raises(UsageError, match=r"rolle is no setting of \[worker\] \(meant role\?\)"):
+        values(config='[worker]\nrolle = "a"', tmp_path=tmp_path)
+
+
+def test_a_broken_or_missing_file_is_named(tmp_path):
+    with pytest.raises(UsageError, match="not TOML"):
+        values(config="[worker", tmp_path=tmp_path)
+    with pytest.raises(UsageError, match=r"nowhere\.toml"):
+        values(["--config", "nowhere.toml"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["worker", "--role", "cook"], "role is 'cook'; allowed are prefill, decode, both"),
+        (["worker", "--listen", "0.0.0.0:1"], "not loopback"),
+        (["worker", "--threads", "many"], "threads is 'many'"),
+        (["up", "--prefill", "-1"], "prefill is '-1'; allowed is 0 or more"),
+        (["up", "--decode", "0"], "somebody has to decode"),
+        (["up", "--engine", "steam"], "engine is 'steam'; allowed are torch, sim"),
+        (["up", "--", "true"], "needs --once"),
+        (["up", "--once"], "--ask TEXT or -- COMMAND"),
+        (["generate"], "one of PROMPT and --token-ids"),
+        (["generate", "--token-ids", "1,x"], "allowed are numbers"),
+        (["generate", "x", "--max-tokens", "x"], "max_tokens is 'x'; allowed is a whole number"),
+        (["models", "pull"], "needs the name"),
+    ],
+)
+def test_wrong_usage_ends_with_2_and_a_sentence(arguments, said, capsys):
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", ["up", "router", "worker", "chat", "generate", "workers", "models", "version"]
+)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert f"kvmesh {command}" in capsys.readouterr().out
