@@ -9,6 +9,17 @@ from typing import Any, Literal, final
 import numpy as np
 import numpy.typing as npt
 
+# --- Names of prompt prefixes ---------------------------------------------------
+
+def chain_root(model_digest: str, adapter: str, cache_salt: str) -> int:
+    """Chain value that first blocks of a namespace have as parent (hash scheme 1)."""
+
+def chain_values(parent: int, ids: bytes) -> list[int]:
+    """Chain value after each whole unit of 16 ids; a rest of fewer has none.
+
+    `ids` are u32, little-endian. ValueError where a part of an id is left.
+    """
+
 # --- KV pool and transfer -----------------------------------------------------
 
 Reason = Literal[
@@ -265,7 +276,7 @@ class TransferNode:
         max_transfers: int = 4096,
         max_connections: int = 1024,
         copy_threads: int = 0,
-        token: bytes = b"",
+        token: bytes = ...,
     ) -> TransferNode:
         """Binds `listen` and, with `shared_memory`, an abstract unix socket.
 
@@ -300,8 +311,8 @@ class TransferNode:
         transfer_id: bytes,
         kv_tokens: int,
         partial: tuple[int, int] | None = None,
-        output_ids: Sequence[int] = (),
-        logprobs: Sequence[bytes] = (),
+        output_ids: Sequence[int] = ...,
+        logprobs: Sequence[bytes] = ...,
     ) -> None:
         """The last word, sent behind all blocks that were announced.
 

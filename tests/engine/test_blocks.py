@@ -24,8 +24,8 @@ class Slots:
         self.raised += slots
 
 
-def chain(parent, ids):
-    values = []
+def chain(parent, raw):
+    values, ids = [], array("I", raw)
     for i in range(0, len(ids) // BT * BT, BT):
         parent = hash((parent, *ids[i : i + BT])) & (1 << 64) - 1
         values.append(parent)
@@ -188,7 +188,7 @@ def test_two_that_compute_the_same_block_share_one() -> None:
 
 
 def test_a_hash_that_collides_finds_no_wrong_block() -> None:
-    pool = BlockPool(Slots(4), BT, lambda parent, ids: [5] * (len(ids) // BT), lambda a, s: 5)
+    pool = BlockPool(Slots(4), BT, lambda parent, ids: [5] * (len(ids) // BT // 4), lambda a, s: 5)
     root = pool.open_root("", "")
     blocks = pool.allocate(1, Hold.RUNNING)
     pool.store(root, blocks, 0, ids_of([1]))

@@ -1,6 +1,7 @@
 //! Bindings: thin, no logic.
 
 mod attention;
+mod chain;
 mod pool;
 mod registry;
 mod transfer;
@@ -12,6 +13,7 @@ use pyo3::prelude::*;
 fn _router(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<pool::PyKvPool>()?;
     transfer::add(module)?;
+    chain::add(module)?;
     registry::register(module)?;
     module.add_class::<attention::PyPagedKv>()?;
     Ok(())

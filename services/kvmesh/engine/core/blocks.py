@@ -251,8 +251,9 @@ class BlockPool:
         count = len(ids) // self.block_tokens
         parent = blocks[first - 1] if first else root.id
         value = self.chain[parent] if first else root.chain
-        links = self._chain_hashes(value, ids)
-        step, size, raw = self.block_tokens // UNIT_TOKENS, 4 * self.block_tokens, ids.tobytes()
+        raw = ids.tobytes()
+        links = self._chain_hashes(value, raw)
+        step, size = self.block_tokens // UNIT_TOKENS, 4 * self.block_tokens
         for i in range(count):
             key = (parent, raw[i * size : (i + 1) * size])
             slot = blocks[first + i]

@@ -10,8 +10,8 @@ from kvmesh.v1 import worker_pb2 as wire
 RUN_BLOCKS = 4096
 """Most blocks of one event (contract.Engine.snapshot)."""
 
-ChainHashes = Callable[[int, Sequence[int]], Sequence[int]]
-"""(parent value, token ids) -> chain value after each 16 ids (hash scheme 1)."""
+ChainHashes = Callable[[int, bytes], Sequence[int]]
+"""(parent value, ids as u32 little-endian) -> value after each 16 ids (hash scheme 1)."""
 
 ChainRoot = Callable[[str, str], int]
 """(adapter, cache salt) -> chain value that first blocks have as parent."""

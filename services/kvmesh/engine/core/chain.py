@@ -20,6 +20,6 @@ class Chain:
         """Parent value of first blocks in a namespace."""
         return chain_root(self._digest, adapter, cache_salt)
 
-    def hashes(self, parent: int, ids: Sequence[int]) -> Sequence[int]:
-        """Value after each whole unit of 16 ids."""
+    def hashes(self, parent: int, ids: bytes) -> Sequence[int]:
+        """Value after each whole unit of 16 ids; these as u32, little-endian."""
         return chain_values(parent, ids)
