@@ -383,6 +383,11 @@ impl Part {
         was
     }
 
+    /// Whether its session was given up: what still comes from there is stale.
+    pub(super) fn is_gone(&self) -> bool {
+        self.at == At::Gone
+    }
+
     fn name(&self) -> &'static str {
         match self.at {
             At::Unsent => "not placed",

@@ -117,6 +117,12 @@ pub enum Event {
         /// How.
         loss: Loss,
     },
+    /// The output so far is complete: its last token is a stop token, though
+    /// the word that it was the last is lost. The driver knows the tokens.
+    Complete {
+        /// The stop token.
+        stop_token: u32,
+    },
     /// The request is to end now.
     Stop(Stop),
     /// A wait is over.
@@ -283,6 +289,11 @@ pub enum Taken {
     Stale,
 }
 
+const LENGTH: Outcome = Outcome::Finished {
+    reason: FinishReason::Length,
+    stop_token: None,
+};
+
 /// A list of actions, in the order in which they are to be done.
 pub type Actions = SmallVec<[Action; 4]>;
 
@@ -338,6 +349,12 @@ impl Generation {
         self.next_index
     }
 
+    /// Most output tokens.
+    #[must_use]
+    pub fn max_tokens(&self) -> u32 {
+        self.max_tokens
+    }
+
     /// The attempt in force; attempt 0 before the first.
     #[must_use]
     pub fn fence(&self) -> Fence {
@@ -378,6 +395,9 @@ impl Generation {
         let (_, part) = attempt
             .side_mut(from)
             .ok_or(Violation::UnknownAttempt(fence))?;
+        if part.is_gone() {
+            return Ok(Taken::Stale);
+        }
         let (before, seen) = part.tokens(first_index, count)?;
         if !emits {
             return Ok(Taken::Nothing);
@@ -435,6 +455,11 @@ impl Generation {
                     other => Outcome::Stopped(other),
                 };
                 self.end(outcome, &mut actions);
+            }
+            Event::Complete { stop_token } => {
+                let reason = FinishReason::Stop;
+                let stop_token = Some(stop_token);
+                self.end(Outcome::Finished { reason, stop_token }, &mut actions);
             }
             Event::Fired(timer) => self.fired(timer, &mut actions),
         }
@@ -498,6 +523,9 @@ impl Generation {
             return Ok(());
         };
         let side = attempt.expect(from, fence, stage)?;
+        if attempt.part_mut(side).is_gone() {
+            return Ok(());
+        }
         attempt.part_mut(side).answered("an answer", &answer)?;
         actions.push(Action::Disarm(Timer::Answer {
             attempt: fence.attempt,
@@ -530,6 +558,9 @@ impl Generation {
             return Ok(());
         };
         let side = attempt.expect(from, fence, stage)?;
+        if attempt.part_mut(side).is_gone() {
+            return Ok(());
+        }
         attempt.check_end(side, &end)?;
         attempt.part_mut(side).ended()?;
         match end {
@@ -657,7 +688,14 @@ impl Generation {
         }
     }
 
+    fn complete(&self) -> bool {
+        self.next_index >= self.max_tokens
+    }
+
     fn lost(&mut self, worker: WorkerIndex, actions: &mut Actions) {
+        if self.complete() {
+            return self.end(LENGTH, actions);
+        }
         self.failures = self.failures.saturating_add(1);
         if self.policy.survive_loss && self.failures < self.policy.failures {
             self.abandon(actions);
@@ -671,7 +709,12 @@ impl Generation {
         self.ask(cause, false, actions);
     }
 
+    /// Asks for a plan, unless nothing is left to be done: the last token may
+    /// be here while the word that it was the last is lost.
     fn ask(&mut self, cause: Cause, wait_for_room: bool, actions: &mut Actions) {
+        if self.complete() {
+            return self.end(LENGTH, actions);
+        }
         let excluded = self.excluded.clone();
         actions.push(Action::Plan(PlanRequest {
             excluded,

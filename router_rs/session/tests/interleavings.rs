@@ -1,0 +1,665 @@
+//! One generation and two workers under every order of events: checked whole
+//! for a small world by Stateright, at random for larger ones by proptest.
+//!
+//! Sessions are ordered queues; between the two anything may overtake
+//! anything. The world refuses, fails transfers, gives back, loses a session
+//! and stops the client, each within a budget.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeSet;
+
+use kvmesh_session::{
+    Fence, Generation, Stage, Taken, TransferId, WorkerIndex,
+    generation::{Action, Actions, Event, Loss, Plan, PlannedHandOff, Policy, Stop, Timer},
+    parse::{Answer, End, FinishReason, Refusal},
+};
+use kvmesh_wire::v1;
+use proptest::prelude::*;
+use stateright::{Checker, Model, Property};
+
+const WORKERS: [WorkerIndex; 2] = [WorkerIndex(0), WorkerIndex(1)];
+
+/// What may happen how often, and how long the output is.
+#[derive(Clone, Copy, Debug)]
+struct World {
+    max_tokens: u32,
+    plans: u8,
+    refusals: u8,
+    failures: u8,
+    returns: u8,
+    losses: u8,
+    stops: u8,
+    timeouts: u8,
+    survive_loss: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Command {
+    Place {
+        fence: Fence,
+        stage: Stage,
+        border: u32,
+        mesh: bool,
+    },
+    Cancel {
+        fence: Fence,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Frame {
+    Opening {
+        fence: Fence,
+        stage: Stage,
+        answer: Answer,
+    },
+    Tokens {
+        fence: Fence,
+        first: u32,
+        count: u32,
+    },
+    End {
+        fence: Fence,
+        stage: Stage,
+        end: End,
+    },
+}
+
+/// A stage that a worker runs.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Job {
+    fence: Fence,
+    stage: Stage,
+    mesh: bool,
+    border: u32,
+    next: u32,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+struct Worker {
+    broken: bool,
+    inbox: Vec<Command>,
+    outbox: Vec<Frame>,
+    job: Option<Job>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Sim {
+    generation: Generation,
+    workers: [Worker; 2],
+    planning: bool,
+    timers: BTreeSet<Timer>,
+    /// Attempts whose KV prefill has committed, and the index after it.
+    committed: BTreeSet<(u32, u32)>,
+    aborted: BTreeSet<u32>,
+    /// Attempts in which prefill's tokens count.
+    emits: BTreeSet<u32>,
+    /// (worker, attempt) pairs whose part the router knows to be over.
+    over: BTreeSet<(u32, u32)>,
+    delivered: u32,
+    ends: u8,
+    booked: bool,
+    wrong: Option<&'static str>,
+    plans: u8,
+    refusals: u8,
+    failures: u8,
+    returns: u8,
+    losses: u8,
+    stops: u8,
+    timeouts: u8,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Move {
+    Plan(u8),
+    ToWorker { worker: usize, refuse: bool },
+    ToRouter(usize),
+    Step(usize),
+    FailTransfer(usize),
+    GiveBack(usize),
+    Lose(usize, Loss),
+    Stop,
+    Fire(Timer),
+}
+
+impl Sim {
+    fn new(world: &World) -> Self {
+        let policy = Policy {
+            refusals: 1,
+            failures: 3,
+            survive_loss: world.survive_loss,
+        };
+        let (generation, actions) = Generation::start(1, world.max_tokens, true, policy);
+        let mut sim = Self {
+            generation,
+            workers: Default::default(),
+            planning: false,
+            timers: BTreeSet::new(),
+            committed: BTreeSet::new(),
+            aborted: BTreeSet::new(),
+            emits: BTreeSet::new(),
+            over: BTreeSet::new(),
+            delivered: 0,
+            ends: 0,
+            booked: false,
+            wrong: None,
+            plans: world.plans,
+            refusals: world.refusals,
+            failures: world.failures,
+            returns: world.returns,
+            losses: world.losses,
+            stops: world.stops,
+            timeouts: world.timeouts,
+        };
+        sim.perform(actions);
+        sim
+    }
+
+    fn moves(&self) -> Vec<Move> {
+        let mut moves = Vec::new();
+        if self.planning {
+            moves.extend((0..6).map(Move::Plan));
+        }
+        for (w, worker) in self.workers.iter().enumerate() {
+            if !worker.inbox.is_empty() {
+                moves.push(Move::ToWorker {
+                    worker: w,
+                    refuse: false,
+                });
+                if self.refusals > 0 && matches!(worker.inbox[0], Command::Place { .. }) {
+                    moves.push(Move::ToWorker {
+                        worker: w,
+                        refuse: true,
+                    });
+                }
+            }
+            if !worker.outbox.is_empty() {
+                moves.push(Move::ToRouter(w));
+            }
+            if let Some(job) = &worker.job {
+                let waits = job.stage == Stage::Decode
+                    && job.mesh
+                    && !self
+                        .committed
+                        .iter()
+                        .any(|(attempt, _)| *attempt == job.fence.attempt);
+                if !waits {
+                    moves.push(Move::Step(w));
+                    if self.returns > 0 && job.stage != Stage::Prefill {
+                        moves.push(Move::GiveBack(w));
+                    }
+                } else if self.aborted.contains(&job.fence.attempt) || self.failures > 0 {
+                    moves.push(Move::FailTransfer(w));
+                }
+            }
+            if self.losses > 0 && !worker.broken {
+                moves.push(Move::Lose(w, Loss::Broken));
+                moves.push(Move::Lose(w, Loss::Silent));
+            }
+        }
+        if self.stops > 0 {
+            moves.push(Move::Stop);
+        }
+        for timer in &self.timers {
+            // Time passes only where someone has a reason to wait: a bound
+            // that fires is a fault of its own, except where all else is still.
+            if self.timeouts > 0 || moves.is_empty() {
+                moves.push(Move::Fire(*timer));
+            }
+        }
+        moves
+    }
+
+    fn make(&mut self, made: Move) {
+        match made {
+            Move::Plan(n) => self.plan(n),
+            Move::ToWorker { worker, refuse } => self.to_worker(worker, refuse),
+            Move::ToRouter(worker) => self.to_router(worker),
+            Move::Step(worker) => self.step(worker),
+            Move::FailTransfer(worker) => {
+                self.failures = self.failures.saturating_sub(1);
+                if let Some(job) = self.workers[worker].job.take() {
+                    self.aborted.insert(job.fence.attempt);
+                    self.say_end(worker, &job, End::TransferFailed);
+                }
+            }
+            Move::GiveBack(worker) => {
+                self.returns -= 1;
+                if let Some(job) = self.workers[worker].job.take() {
+                    self.say_end(worker, &job, End::Returned(Refusal::NoRoom));
+                }
+            }
+            Move::Lose(worker, loss) => {
+                self.losses -= 1;
+                let index = WORKERS[worker];
+                if loss == Loss::Broken {
+                    // The worker ends what a broken session left.
+                    if let Some(job) = &self.workers[worker].job {
+                        self.aborted.insert(job.fence.attempt);
+                    }
+                    self.workers[worker] = Worker {
+                        broken: true,
+                        ..Worker::default()
+                    };
+                }
+                self.apply(Event::SessionLost {
+                    worker: index,
+                    loss,
+                });
+            }
+            Move::Stop => {
+                self.stops -= 1;
+                self.apply(Event::Stop(Stop::ClientGone));
+            }
+            Move::Fire(timer) => {
+                self.timeouts = self.timeouts.saturating_sub(1);
+                self.timers.remove(&timer);
+                self.apply(Event::Fired(timer));
+            }
+        }
+    }
+
+    fn plan(&mut self, n: u8) {
+        self.planning = false;
+        if self.plans == 0 {
+            return self.apply(Event::NoPlan);
+        }
+        self.plans -= 1;
+        self.booked = true;
+        let on = WORKERS[usize::from(n % 2)];
+        let prefill = WORKERS[usize::from(1 - n % 2)];
+        let prefill_emits = self.plans % 2 == 0;
+        let plan = match n / 2 {
+            0 => Plan::Whole { on },
+            1 => Plan::Mesh {
+                prefill,
+                decode: on,
+                transfer: TransferId([n; 16]),
+            },
+            _ => Plan::Engine {
+                prefill,
+                decode: on,
+                prefill_emits,
+            },
+        };
+        if n / 2 == 1 || prefill_emits {
+            self.emits.insert(self.generation.fence().attempt + 1);
+        }
+        self.apply(Event::Planned(plan));
+    }
+
+    fn to_worker(&mut self, w: usize, refuse: bool) {
+        let worker = &mut self.workers[w];
+        match worker.inbox.remove(0) {
+            Command::Place {
+                fence,
+                stage,
+                border,
+                mesh,
+            } => {
+                let answer = if refuse {
+                    self.refusals -= 1;
+                    Answer::Refused(Refusal::NoRoom)
+                } else {
+                    worker.job = Some(Job {
+                        fence,
+                        stage,
+                        mesh,
+                        border,
+                        next: border,
+                    });
+                    Answer::Reserved {
+                        held: 0,
+                        reserved: 1,
+                    }
+                };
+                worker.outbox.push(Frame::Opening {
+                    fence,
+                    stage,
+                    answer,
+                });
+            }
+            Command::Cancel { fence } => {
+                if let Some(job) = worker.job.take_if(|job| job.fence <= fence) {
+                    self.aborted.insert(job.fence.attempt);
+                    self.say_end(w, &job, End::Cancelled);
+                }
+            }
+        }
+    }
+
+    fn say_end(&mut self, w: usize, job: &Job, end: End) {
+        let (fence, stage) = (job.fence, job.stage);
+        self.workers[w]
+            .outbox
+            .push(Frame::End { fence, stage, end });
+    }
+
+    /// One engine step of a worker.
+    fn step(&mut self, w: usize) {
+        let Some(mut job) = self.workers[w].job.take() else {
+            return;
+        };
+        let max = self.max_tokens();
+        let first = job.next;
+        // Decode's first frame repeats what prefill committed.
+        let count = match self.committed.iter().find(|(a, _)| *a == job.fence.attempt) {
+            Some((_, after)) if job.stage == Stage::Decode && job.mesh && first < *after => {
+                after - first
+            }
+            _ => 1,
+        };
+        let fence = job.fence;
+        self.workers[w].outbox.push(Frame::Tokens {
+            fence,
+            first,
+            count,
+        });
+        job.next += count;
+        if job.stage == Stage::Prefill {
+            if job.next >= max && self.emits.contains(&fence.attempt) {
+                // The first token ends the request: the transfer is aborted.
+                self.aborted.insert(fence.attempt);
+                self.say_end(w, &job, finished());
+            } else if job.mesh {
+                self.committed.insert((fence.attempt, job.next));
+                self.say_end(w, &job, End::HandedOff { engine: None });
+            } else {
+                let engine = Some(v1::EngineHandOff::default());
+                self.say_end(w, &job, End::HandedOff { engine });
+            }
+        } else if job.next >= max {
+            self.say_end(w, &job, finished());
+        } else {
+            self.workers[w].job = Some(job);
+        }
+    }
+
+    fn max_tokens(&self) -> u32 {
+        self.generation.max_tokens()
+    }
+
+    fn to_router(&mut self, w: usize) {
+        let from = WORKERS[w];
+        match self.workers[w].outbox.remove(0) {
+            Frame::Opening {
+                fence,
+                stage,
+                answer,
+            } => {
+                if matches!(answer, Answer::Refused(_)) {
+                    self.over.insert((from.0, fence.attempt));
+                }
+                self.apply(Event::Opening {
+                    from,
+                    fence,
+                    stage,
+                    answer,
+                });
+            }
+            Frame::End { fence, stage, end } => {
+                self.over.insert((from.0, fence.attempt));
+                self.apply(Event::StageEnd {
+                    from,
+                    fence,
+                    stage,
+                    end,
+                });
+            }
+            Frame::Tokens {
+                fence,
+                first,
+                count,
+            } => match self.generation.tokens(from, fence, first, count) {
+                Ok(Taken::New { skip }) => {
+                    if self.ends > 0 {
+                        self.wrong = Some("a token after the end");
+                    }
+                    if first + skip != self.delivered || skip >= count {
+                        self.wrong = Some("a hole or a repetition");
+                    }
+                    self.delivered = first + count;
+                }
+                Ok(Taken::Nothing | Taken::Stale) => {}
+                Err(_) => self.wrong = Some("a violation that is none"),
+            },
+        }
+    }
+
+    fn apply(&mut self, event: Event) {
+        match self.generation.apply(event) {
+            Ok(actions) => self.perform(actions),
+            Err(_) => self.wrong = Some("a violation that is none"),
+        }
+    }
+
+    fn perform(&mut self, actions: Actions) {
+        for action in actions {
+            if self.ends > 0 {
+                self.wrong = Some("an action after the end");
+            }
+            match action {
+                Action::Place {
+                    to,
+                    fence,
+                    stage,
+                    hand_off,
+                } => {
+                    let border = self.generation.next_index();
+                    if border != self.delivered {
+                        self.wrong = Some("an attempt that does not start from the output");
+                    }
+                    let mesh = matches!(hand_off, PlannedHandOff::Mesh { .. });
+                    self.send(
+                        to,
+                        fence,
+                        Command::Place {
+                            fence,
+                            stage,
+                            border,
+                            mesh,
+                        },
+                    );
+                }
+                Action::Cancel { to, fence } => self.send(to, fence, Command::Cancel { fence }),
+                Action::Plan(_) => self.planning = true,
+                Action::Release if self.booked => self.booked = false,
+                Action::Release => self.wrong = Some("a second release"),
+                Action::Arm(timer) => {
+                    self.timers.insert(timer);
+                }
+                Action::Disarm(timer) => {
+                    self.timers.remove(&timer);
+                }
+                Action::End(_) => {
+                    self.ends += 1;
+                    self.planning = false;
+                }
+            }
+        }
+    }
+
+    fn send(&mut self, to: WorkerIndex, fence: Fence, command: Command) {
+        if self.over.contains(&(to.0, fence.attempt)) {
+            self.wrong = Some("a command to a part that is over");
+        }
+        let worker = &mut self.workers[to.0 as usize];
+        if worker.broken {
+            // The driver finds the session closed; it tells the machine.
+            if matches!(command, Command::Place { .. }) {
+                self.apply(Event::SessionLost {
+                    worker: to,
+                    loss: Loss::Broken,
+                });
+            }
+        } else {
+            worker.inbox.push(command);
+        }
+    }
+
+    /// What has to hold when nothing more can happen.
+    fn settled(&self) -> Result<(), &'static str> {
+        if self.ends != 1 {
+            return Err("not exactly one end");
+        }
+        if self.booked {
+            return Err("a booking is left");
+        }
+        if !self.timers.is_empty() {
+            return Err("a timer is left");
+        }
+        if self.workers.iter().any(|worker| worker.job.is_some()) {
+            return Err("a worker still runs it");
+        }
+        Ok(())
+    }
+}
+
+fn finished() -> End {
+    End::Finished {
+        reason: FinishReason::Length,
+        stop_token: None,
+    }
+}
+
+impl Model for World {
+    type State = Sim;
+    type Action = Move;
+
+    fn init_states(&self) -> Vec<Sim> {
+        vec![Sim::new(self)]
+    }
+
+    fn actions(&self, state: &Sim, actions: &mut Vec<Move>) {
+        actions.extend(state.moves());
+    }
+
+    fn next_state(&self, state: &Sim, action: Move) -> Option<Sim> {
+        let mut next = state.clone();
+        next.make(action);
+        Some(next)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        vec![
+            Property::always("nothing goes wrong", |_, sim: &Sim| sim.wrong.is_none()),
+            Property::always("one end at most", |_, sim: &Sim| sim.ends <= 1),
+            Property::always("what rests is settled", |_, sim: &Sim| {
+                !sim.moves().is_empty() || sim.settled().is_ok()
+            }),
+            Property::sometimes("an output is complete", |world: &World, sim: &Sim| {
+                sim.ends == 1 && sim.delivered == world.max_tokens
+            }),
+            Property::sometimes(
+                "a second attempt goes on inside the output",
+                |_, sim: &Sim| sim.generation.fence().attempt > 1 && sim.delivered > 1,
+            ),
+        ]
+    }
+}
+
+fn check(world: World) {
+    let checker = world.checker().threads(2).spawn_bfs().join();
+    checker.assert_properties();
+}
+
+const QUIET: World = World {
+    max_tokens: 2,
+    plans: 2,
+    refusals: 0,
+    failures: 0,
+    returns: 0,
+    losses: 0,
+    stops: 0,
+    timeouts: 0,
+    survive_loss: false,
+};
+
+#[test]
+fn every_order_with_refusals_returns_and_failed_transfers() {
+    check(World {
+        refusals: 1,
+        returns: 1,
+        failures: 1,
+        ..QUIET
+    });
+}
+
+#[test]
+fn every_order_with_a_client_that_leaves() {
+    check(World {
+        stops: 1,
+        returns: 1,
+        ..QUIET
+    });
+}
+
+#[test]
+fn every_order_with_a_lost_session() {
+    check(World {
+        losses: 1,
+        returns: 1,
+        ..QUIET
+    });
+}
+
+#[test]
+fn every_order_with_a_lost_session_that_streams_survive() {
+    check(World {
+        losses: 1,
+        survive_loss: true,
+        ..QUIET
+    });
+}
+
+#[test]
+fn every_order_with_timers_that_fire() {
+    check(World {
+        timeouts: 1,
+        returns: 1,
+        ..QUIET
+    });
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+    #[test]
+    fn any_order_keeps_the_promise(
+        choices in prop::collection::vec(any::<u16>(), 0..120),
+        survive_loss: bool,
+    ) {
+        let world = World {
+            max_tokens: 6,
+            plans: 8,
+            refusals: 3,
+            failures: 2,
+            returns: 2,
+            losses: 2,
+            stops: 1,
+            timeouts: 1,
+            survive_loss,
+        };
+        let mut sim = Sim::new(&world);
+        for choice in choices {
+            let moves = sim.moves();
+            if moves.is_empty() {
+                break;
+            }
+            sim.make(moves[usize::from(choice) % moves.len()]);
+            prop_assert_eq!(sim.wrong, None);
+        }
+        // From wherever that led, the rest of the way without new trouble.
+        sim.refusals = 0;
+        sim.returns = 0;
+        sim.losses = 0;
+        sim.stops = 0;
+        sim.timeouts = 0;
+        for _ in 0..1_000 {
+            let Some(next) = sim.moves().into_iter().next() else { break };
+            sim.make(next);
+            prop_assert_eq!(sim.wrong, None);
+        }
+        prop_assert_eq!(sim.settled(), Ok(()));
+    }
+}
