@@ -36,14 +36,14 @@ pub struct Limits {
 }
 
 impl Default for Limits {
-    /// The largest published tokenisers are some 35 MiB; ten million units of
+    /// The largest published tokenisers are some 35 MiB; four million units of
     /// fuel are well under a second.
     fn default() -> Self {
         Self {
             tokenizer_bytes: 64 << 20,
             config_bytes: 8 << 20,
             template_bytes: 1 << 20,
-            template_fuel: 10_000_000,
+            template_fuel: 4_000_000,
             rendered_bytes: 64 << 20,
         }
     }
