@@ -160,7 +160,13 @@ impl PyWorkerRegistration {
                     .register_worker(record, Arc::new(GetInfoProbe::default()))
                     .map_err(to_python)?;
                 // etcd away is no reason not to serve: it registers later.
-                let settled = tokio::time::timeout(wait, registration.settled()).await;
+                let decided = registration.wait_for(|state| {
+                    matches!(
+                        state,
+                        RegistrationState::Registered | RegistrationState::Refused(_)
+                    )
+                });
+                let settled = tokio::time::timeout(wait, decided).await;
                 if let Ok(RegistrationState::Refused(reason)) = settled {
                     registration.close().await;
                     return Err(WorkerIdTakenError::new_err(reason));
