@@ -1,0 +1,161 @@
+//! The index against a naive model of it, over many histories.
+#![allow(clippy::unwrap_used)]
+
+use kvmesh_kv_index::{CacheChange, IndexSettings, Knowledge, KvIndex, Tier, WorkerSlot};
+use proptest::prelude::*;
+use std::collections::{BTreeMap, BTreeSet};
+
+const UNITS: usize = 12;
+
+/// Block sizes of the workers, in tokens.
+const SIZES: [u32; 4] = [16, 32, 16, 64];
+
+/// One worker: the blocks that it holds, by (value, tier).
+type Held = BTreeSet<(u64, Tier)>;
+
+#[derive(Debug, Clone)]
+enum Action {
+    Store(usize, Vec<u64>, Tier),
+    Remove(usize, Vec<u64>, Tier),
+    Clear(usize),
+    Snapshot(usize, Vec<(u64, Tier)>),
+    Replace(usize),
+}
+
+/// Two prompts that share their first half, as chain values; small numbers, so
+/// that histories meet.
+fn prompt(which: usize) -> Vec<u64> {
+    (0..UNITS as u64)
+        .map(|at| {
+            if at < 6 || which == 0 {
+                at + 1
+            } else {
+                at + 101
+            }
+        })
+        .collect()
+}
+
+fn values() -> impl Strategy<Value = Vec<u64>> {
+    // Mostly runs of a prompt, as engines store them, in any order.
+    (0usize..2, 0usize..UNITS, 1usize..=UNITS)
+        .prop_map(|(which, from, count)| prompt(which).into_iter().skip(from).take(count).collect())
+}
+
+fn tier() -> impl Strategy<Value = Tier> {
+    prop_oneof![4 => Just(Tier::Device), 1 => Just(Tier::Host), 1 => Just(Tier::Disk)]
+}
+
+fn action() -> impl Strategy<Value = Action> {
+    let worker = 0usize..SIZES.len();
+    prop_oneof![
+        8 => (worker.clone(), values(), tier()).prop_map(|(w, v, t)| Action::Store(w, v, t)),
+        4 => (worker.clone(), values(), tier()).prop_map(|(w, v, t)| Action::Remove(w, v, t)),
+        1 => worker.clone().prop_map(Action::Clear),
+        1 => (worker.clone(), prop::collection::vec((1u64..13, tier()), 0..20)).prop_map(|(w, v)| Action::Snapshot(w, v)),
+        1 => worker.prop_map(Action::Replace),
+    ]
+}
+
+/// Longest prefix without a hole, and how much of it lies below the device.
+fn naive(held: &Held, chain: &[u64], block_tokens: u32) -> (u32, u32, u32) {
+    let units = block_tokens as usize / 16;
+    let (mut tokens, mut host, mut disk) = (0, 0, 0);
+    for end in (units..=chain.len()).step_by(units) {
+        let value = chain[end - 1];
+        let Some(tier) = [Tier::Device, Tier::Host, Tier::Disk]
+            .into_iter()
+            .find(|tier| held.contains(&(value, *tier)))
+        else {
+            break;
+        };
+        tokens += block_tokens;
+        match tier {
+            Tier::Device => {}
+            Tier::Host => host += block_tokens,
+            Tier::Disk => disk += block_tokens,
+        }
+    }
+    (tokens, host, disk)
+}
+
+fn check(index: &KvIndex, slots: &[WorkerSlot], model: &BTreeMap<usize, Held>) {
+    for which in 0..2 {
+        for length in 0..=UNITS {
+            let chain = &prompt(which)[..length];
+            let found = index.lookup(chain);
+            for (w, slot) in slots.iter().enumerate() {
+                let got = (
+                    found.tokens(*slot),
+                    found.host_tokens(*slot),
+                    found.disk_tokens(*slot),
+                );
+                assert_eq!(
+                    got,
+                    naive(&model[&w], chain, SIZES[w]),
+                    "worker {w}, {chain:?}"
+                );
+            }
+        }
+    }
+    let stats = index.stats();
+    assert_eq!(
+        stats.entries,
+        model.values().map(|held| held.len() as u64).sum::<u64>()
+    );
+    let distinct: BTreeSet<u64> = model.values().flatten().map(|(value, _)| *value).collect();
+    assert_eq!(stats.blocks, distinct.len());
+}
+
+/// Histories in CI; `KVMESH_HISTORIES` asks for more.
+fn histories() -> u32 {
+    std::env::var("KVMESH_HISTORIES")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(100_000)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: histories(), ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_history_gives_the_exact_longest_prefix(actions in prop::collection::vec(action(), 0..24)) {
+        let index = KvIndex::new(IndexSettings::default());
+        let mut slots: Vec<WorkerSlot> =
+            SIZES.iter().map(|size| index.add_worker(*size, Knowledge::Events).unwrap()).collect();
+        let mut model: BTreeMap<usize, Held> = (0..SIZES.len()).map(|w| (w, Held::new())).collect();
+        for action in &actions {
+            match action {
+                Action::Store(w, chain, tier) => {
+                    index.apply(slots[*w], &[CacheChange::Stored { chain, tier: *tier }]).unwrap();
+                    model.get_mut(w).unwrap().extend(chain.iter().map(|value| (*value, *tier)));
+                }
+                Action::Remove(w, chain, tier) => {
+                    index.apply(slots[*w], &[CacheChange::Removed { chain, tier: *tier }]).unwrap();
+                    model.get_mut(w).unwrap().retain(|(value, t)| t != tier || !chain.contains(value));
+                }
+                Action::Clear(w) => {
+                    index.apply(slots[*w], &[CacheChange::Cleared]).unwrap();
+                    model.get_mut(w).unwrap().clear();
+                }
+                Action::Snapshot(w, blocks) => {
+                    let last = blocks.len().saturating_sub(1);
+                    if blocks.is_empty() {
+                        index.snapshot(slots[*w], &[], true, true).unwrap();
+                    }
+                    for (at, (value, tier)) in blocks.iter().enumerate() {
+                        let part = [CacheChange::Stored { chain: &[*value], tier: *tier }];
+                        index.snapshot(slots[*w], &part, at == 0, at == last).unwrap();
+                    }
+                    *model.get_mut(w).unwrap() = blocks.iter().copied().collect();
+                }
+                Action::Replace(w) => {
+                    index.remove_worker(slots[*w]).unwrap();
+                    slots[*w] = index.add_worker(SIZES[*w], Knowledge::Events).unwrap();
+                    model.get_mut(w).unwrap().clear();
+                }
+            }
+        }
+        check(&index, &slots, &model);
+    }
+}
