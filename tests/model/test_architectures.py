@@ -1,0 +1,207 @@
+"""Every variant that config.json can ask for, on tiny random weights, against transformers."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from driver import Driver, logits_of
+
+from kvmesh import models
+from kvmesh.engine.torch import TorchSettings, build
+from kvmesh.engine.torch.paged_kv import KvShape, TorchKv
+from kvmesh.models import UnsupportedModelError
+
+BASE = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+STRETCHED = {"factor": 4.0, "rope_theta": 10000.0}
+VARIANTS = {
+    "gqa, tied": {},
+    "one KV head a query head": {"num_key_value_heads": 8},
+    "one KV head": {"num_key_value_heads": 1},
+    "untied head": {"tie_word_embeddings": False},
+    "head size of its own": {"head_dim": 24},
+    "attention bias": {"attention_bias": True},
+    "mlp bias": {"mlp_bias": True},
+    "other epsilon": {"rms_norm_eps": 1e-3},
+    "rope theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    "rope linear": {"rope_parameters": {"rope_type": "linear", **STRETCHED}},
+    "rope dynamic": {"rope_parameters": {"rope_type": "dynamic", **STRETCHED}},
+    "rope llama3": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+            **STRETCHED,
+        }
+    },
+    "rope yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "original_max_position_embeddings": 128,
+            **STRETCHED,
+        }
+    },
+    "rope yarn, own amplitude": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "original_max_position_embeddings": 128,
+            "beta_fast": 16,
+            "beta_slow": 2,
+            "attention_factor": 0.8,
+            **STRETCHED,
+        }
+    },
+}
+
+
+def make(kind, folder, shard_size="5GB", **changes):
+    """A model with random weights, saved in `folder`; biases are not zero."""
+    config = transformers.AutoConfig.for_model(kind, **(BASE | changes))
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+            else:
+                parameter.mul_(3)
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    (folder / "tokenizer.json").write_text("{}")
+    return model
+
+
+def compare(model, driver, length=300):
+    prompt = np.random.default_rng(2).integers(0, 320, length).tolist()
+    with logits_of() as seen:
+        stream = driver.stream(prompt, 6)
+        driver.generate([stream], 6, 128)
+    with torch.inference_mode():
+        wanted = model(torch.tensor([prompt + stream.output[:-1]])).logits[0, length - 1 :]
+    assert (torch.cat(seen) - wanted).abs().max() < 2e-4 * wanted.abs().max()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVMESH_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_llama_variant(variant, tmp_path):
+    model = make("llama", tmp_path, **VARIANTS[variant])
+    compare(model, Driver(build(TorchSettings(str(tmp_path), threads=1)).runner, 64))
+
+
+def test_mistral(tmp_path):
+    model = make("mistral", tmp_path, sliding_window=None)
+    compare(model, Driver(build(TorchSettings(str(tmp_path), threads=1)).runner, 64))
+
+
+def test_qwen2(tmp_path):
+    model = make("qwen2", tmp_path, use_sliding_window=False)
+    compare(model, Driver(build(TorchSettings(str(tmp_path), threads=1)).runner, 64))
+
+
+def test_larger_blocks(tmp_path):
+    model = make("llama", tmp_path)
+    built = build(TorchSettings(str(tmp_path), threads=1, block_tokens=32))
+    compare(model, Driver(built.runner, 64))
+
+
+def test_several_shards_are_the_same_model(tmp_path):
+    one, many = tmp_path / "one", tmp_path / "many"
+    model = make("llama", one)
+    make("llama", many, shard_size="50KB")
+    assert len(list(many.glob("*.safetensors"))) > 2
+    compare(model, Driver(build(TorchSettings(str(many), threads=1)).runner, 64))
+    cache = models.cache_folder()
+    assert models.model_digest(one, cache) == models.model_digest(many, cache)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_torch_attention_equals_the_kernels(tmp_path, mirror):
+    """The path of other devices and dtypes, run on the CPU in float32."""
+    model = make("llama", tmp_path)
+    runner = build(TorchSettings(str(tmp_path), threads=1)).runner
+    driver = Driver(runner, 64)
+    config = models.load_config(tmp_path)
+    device = torch.device("cpu")
+    shape = KvShape.of(config, 16)
+    runner._kv = TorchKv(shape, driver.pool, torch.float32, device, mirror=mirror)
+    compare(model, driver)
+
+
+def test_a_mirror_sees_blocks_that_came_from_elsewhere(tmp_path):
+    make("llama", tmp_path)
+    runner = build(TorchSettings(str(tmp_path), threads=1)).runner
+    driver = Driver(runner, 64)
+    shape = KvShape.of(models.load_config(tmp_path), 16)
+    kv = TorchKv(shape, driver.pool, torch.float32, torch.device("cpu"), mirror=True)
+    prompt = list(range(50))
+    here, there = driver.stream(prompt, 9), driver.stream(prompt, 9)
+    driver.generate([here], 1, 64)
+    runner._kv = kv
+    # The other stream's slots were mirrored with old content before.
+    driver.generate([driver_stream_at(there, prompt[::-1])], 1, 64)
+    driver.pool.raise_versions(there.blocks.tolist())
+    blocks = np.frombuffer(driver.pool, dtype=np.uint8).reshape(-1, runner.block_bytes)
+    blocks[there.blocks] = blocks[here.blocks]
+    there.done, there.output = here.done, list(here.output)
+    driver.generate([there], 9, 64)
+    driver.generate([here], 9, 64)
+    assert there.output == here.output
+
+
+def driver_stream_at(stream, prompt):
+    """Another sequence in the same blocks."""
+    return type(stream)(prompt, stream.blocks)
+
+
+def test_half_precision_runs(tmp_path):
+    make("llama", tmp_path)
+    built = build(TorchSettings(str(tmp_path), threads=1, dtype="bfloat16"))
+    assert built.runner.compatibility().dtype == "bfloat16"
+    driver = Driver(built.runner, 64)
+    (output,) = driver.generate([driver.stream(list(range(40)), 5)], 5, 16)
+    assert len(output) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"rope_scaling": {"type": "longrope"}, "rope_parameters": None}, "longrope"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"hidden_size": None}, "hidden_size"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused_by_name(tmp_path, change, said):
+    make("llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | change
+    config = {name: value for name, value in config.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match=said):
+        models.pull(str(tmp_path))
+
+
+def test_weights_of_unknown_use_are_refused(tmp_path):
+    make("qwen2", tmp_path, use_sliding_window=False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architectures"] = ["LlamaForCausalLM"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match="bias"):
+        build(TorchSettings(str(tmp_path), threads=1))
