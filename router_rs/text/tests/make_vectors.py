@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Writes tests/data: small tokenisers, and what transformers makes of chats.
 
 Run it with transformers and tokenizers installed; its output is committed, so
@@ -66,9 +67,7 @@ def byte_fallback() -> Tokenizer:
         limit_alphabet=60,
         show_progress=False,
     )
-    tok.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
+    tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tok.train_from_iterator(TEXT, trainer)
     # The trainer drops the settings that make unknown characters bytes.
     data = json.loads(tok.to_str())
@@ -274,7 +273,10 @@ WEATHER = {
 CALL = {
     "id": "call00001",
     "type": "function",
-    "function": {"name": "get_weather", "arguments": {"place": "Köln", "days": 3, "x": [1e22, 0.1, True, None]}},
+    "function": {
+        "name": "get_weather",
+        "arguments": {"place": "Köln", "days": 3, "x": [1e22, 0.1, True, None]},
+    },
 }
 
 CHATS: list[dict[str, Any]] = [
@@ -297,12 +299,20 @@ CHATS: list[dict[str, Any]] = [
             {"role": "system", "content": "S"},
             {"role": "user", "content": "weather?"},
             {"role": "assistant", "content": "", "tool_calls": [CALL]},
-            {"role": "tool", "content": '{"t": 3}', "tool_call_id": "call00001", "name": "get_weather"},
+            {
+                "role": "tool",
+                "content": '{"t": 3}',
+                "tool_call_id": "call00001",
+                "name": "get_weather",
+            },
             {"role": "tool", "content": "4", "tool_call_id": "call00001"},
         ],
         "tools": [WEATHER],
     },
-    {"messages": [{"role": "user", "content": "x"}], "arguments": {"enable_thinking": False, "date_string": "1 Jan 2000"}},
+    {
+        "messages": [{"role": "user", "content": "x"}],
+        "arguments": {"enable_thinking": False, "date_string": "1 Jan 2000"},
+    },
     {"messages": [{"role": "assistant", "content": "out of turn"}]},
 ]
 
@@ -310,8 +320,20 @@ CHATS: list[dict[str, Any]] = [
 def main() -> None:
     """Writes all files."""
     DATA.mkdir(exist_ok=True)
-    tokenizers = {"byte_level": byte_level(), "byte_fallback": byte_fallback(), "metaspace": metaspace()}
-    texts = [*TEXT[:5], "", " ", "  two", "<s>Hi<|im_end|>\n<tool_call>x", "tail \u00e9\u0301 \ud7ff 𝔘", "a\u0000b\r\n"]
+    tokenizers = {
+        "byte_level": byte_level(),
+        "byte_fallback": byte_fallback(),
+        "metaspace": metaspace(),
+    }
+    texts = [
+        *TEXT[:5],
+        "",
+        " ",
+        "  two",
+        "<s>Hi<|im_end|>\n<tool_call>x",
+        "tail \u00e9\u0301 \ud7ff 𝔘",
+        "a\u0000b\r\n",
+    ]
     encoded = {}
     for name, tok in tokenizers.items():
         (DATA / f"{name}.json").write_text(tok.to_str(pretty=False), "utf-8")
@@ -324,7 +346,9 @@ def main() -> None:
             }
             for text in texts
         ]
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizers["byte_level"], bos_token="<s>", eos_token="<|im_end|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers["byte_level"], bos_token="<s>", eos_token="<|im_end|>"
+    )
     rendered = []
     for name, template in TEMPLATES.items():
         for chat in CHATS:
@@ -343,7 +367,9 @@ def main() -> None:
                 outcome = {"error": type(error).__name__, "message": str(error)}
             rendered.append({"template": name, "chat": {**chat, "arguments": arguments}, **outcome})
     vectors = {"templates": TEMPLATES, "rendered": rendered, "encoded": encoded}
-    (DATA / "vectors.json").write_text(json.dumps(vectors, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    (DATA / "vectors.json").write_text(
+        json.dumps(vectors, ensure_ascii=False, indent=1) + "\n", "utf-8"
+    )
 
 
 if __name__ == "__main__":
