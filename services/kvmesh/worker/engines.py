@@ -31,7 +31,7 @@ def build_engine(
         if settings.engine == "sim":
             from kvmesh.engine.sim.build import build
         else:
-            from kvmesh.engine.torch.build import build
+            from kvmesh.engine.torch.served import build
     except ModuleNotFoundError as error:
         raise SettingError(
             f"engine is {settings.engine!r}, which needs the package {error.name}: "

@@ -9,7 +9,7 @@ import secrets
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from kvmesh.v1 import worker_pb2 as wire
 
@@ -19,6 +19,7 @@ ROLES: Mapping[str, wire.Role] = {
     "both": wire.ROLE_BOTH,
 }
 ENGINES = ("torch", "sim")
+DType = Literal["float32", "float16", "bfloat16"]
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -61,7 +62,7 @@ class WorkerSettings:
     """Size of the KV pool, in tokens."""
     threads: int = 1
     """Threads that compute."""
-    dtype: str = "float32"
+    dtype: DType = "float32"
     """Number type of weights and KV: float32, float16 or bfloat16."""
     device: str = "cpu"
     """Where torch computes: cpu, cuda or cuda:N."""
@@ -85,7 +86,7 @@ class WorkerSettings:
     def __post_init__(self) -> None:
         self._one_of("role", self.role, ROLES)
         self._one_of("engine", self.engine, ENGINES)
-        self._one_of("dtype", self.dtype, ("float32", "float16", "bfloat16"))
+        self._one_of("dtype", self.dtype, get_args(DType))
         for name in ("worker_id", "cluster"):
             value = getattr(self, name)
             if value and not _ID.fullmatch(value):

@@ -1,0 +1,84 @@
+"""From a worker's settings to the torch engine, ready to start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvmesh import models
+from kvmesh.engine.core.engine import CoreEngine, TransferSettings
+from kvmesh.engine.core.settings import CoreSettings
+from kvmesh.engine.torch.build import TorchSettings
+from kvmesh.engine.torch.build import build as build_runner
+from kvmesh.v1 import worker_pb2 as wire
+from kvmesh.worker.engines import BuiltEngine
+from kvmesh.worker.settings import SettingError, WorkerSettings
+from kvmesh.worker.tokenizer_files import TokenizerFiles
+
+MAX_LOGPROBS = 20
+"""Most alternatives with log-probability, as inference.proto allows."""
+
+_ARGUMENTS = ("block_tokens", "max_batch")
+
+
+def build(
+    settings: WorkerSettings, worker_id: str, incarnation: int, progress: Callable[[str], None]
+) -> BuiltEngine:
+    """Loads the model and builds its engine. Raises SettingError."""
+    arguments = settings.engine_arguments
+    unknown = set(arguments) - set(_ARGUMENTS)
+    if unknown:
+        raise SettingError(
+            f"engine_arguments: {', '.join(sorted(unknown))} is no argument of torch; "
+            f"allowed are {', '.join(_ARGUMENTS)}"
+        )
+    try:
+        block_tokens = int(arguments.get("block_tokens", 16))
+        max_batch = int(arguments.get("max_batch", 256))
+        built = build_runner(
+            TorchSettings(
+                model=settings.model,
+                served_name=settings.served_name,
+                device=settings.device,
+                dtype=settings.dtype,
+                threads=settings.threads,
+                block_tokens=block_tokens,
+            ),
+            _Steps(progress),
+        )
+    except (models.ModelError, ValueError) as error:
+        raise SettingError(f"model {settings.model}: {error}") from error
+    progress(f"model: {built.record.name}, {built.record.context_length} tokens of context")
+    exact = settings.dtype == "float32"
+    engine = CoreEngine(
+        built.runner,
+        CoreSettings(
+            pool_blocks=max(1, settings.kv_pool_tokens // block_tokens),
+            context_length=built.record.context_length,
+            worker_id=worker_id,
+            incarnation=incarnation,
+            max_batch=max_batch,
+        ),
+        wire.Capabilities(
+            engine="torch",
+            # Batch-mates change the last bits only; in float32 no token hangs on them.
+            reproducible=exact,
+            penalties_over_continuation=True,
+            max_logprobs=MAX_LOGPROBS,
+        ),
+        TransferSettings(listen=settings.transfer_listen, advertise=settings.advertise_host),
+    )
+    return BuiltEngine(engine, built.record, TokenizerFiles.read(built.folder))
+
+
+class _Steps:
+    """One line a step of loading: a worker's log is no terminal."""
+
+    def __init__(self, progress: Callable[[str], None]) -> None:
+        self._progress = progress
+        self._step = ""
+
+    def __call__(self, step: str, done: int, total: int | None) -> None:
+        """See kvmesh.models.Progress."""
+        if step != self._step:
+            self._step = step
+            self._progress(f"model: {step}")
