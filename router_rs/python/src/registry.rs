@@ -75,30 +75,29 @@ fn decode(record: &[u8]) -> PyResult<WorkerRecord> {
 }
 
 /// How etcd is reached; shared by all that is here.
-struct Reach {
-    ca_pem: Vec<u8>,
-    certificate_pem: Vec<u8>,
-    key_pem: Vec<u8>,
-    user: String,
-    password: String,
+struct Reach<'a> {
+    ca_pem: Option<&'a [u8]>,
+    certificate_pem: Option<&'a [u8]>,
+    key_pem: Option<&'a [u8]>,
+    user: &'a str,
+    password: &'a str,
 }
 
-impl Reach {
+impl Reach<'_> {
     fn settings(self, endpoints: Vec<String>, cluster: String) -> Settings {
         let mut settings = Settings::new(endpoints, cluster);
-        if !self.ca_pem.is_empty() {
-            let identity =
-                (!self.certificate_pem.is_empty()).then_some((self.certificate_pem, self.key_pem));
+        if let Some(ca_pem) = self.ca_pem {
+            let identity = self.certificate_pem.zip(self.key_pem);
             settings.tls = Some(Tls {
-                ca_pem: self.ca_pem,
-                identity_pem: identity,
+                ca_pem: ca_pem.to_vec(),
+                identity_pem: identity.map(|(chain, key)| (chain.to_vec(), key.to_vec())),
                 server_name: None,
             });
         }
         if !self.user.is_empty() {
             settings.credentials = Some(Credentials {
-                user: self.user,
-                password: self.password,
+                user: self.user.to_owned(),
+                password: self.password.to_owned(),
             });
         }
         settings
@@ -125,8 +124,8 @@ impl PyWorkerRegistration {
     #[new]
     #[pyo3(signature = (
         endpoints, cluster, record, ttl_s=10.0, *, wait_s=5.0,
-        ca_pem=Vec::new(), certificate_pem=Vec::new(), key_pem=Vec::new(),
-        user=String::new(), password=String::new(),
+        ca_pem=None, certificate_pem=None, key_pem=None,
+        user="", password="",
     ))]
     #[allow(clippy::too_many_arguments)]
     fn new(
@@ -136,11 +135,11 @@ impl PyWorkerRegistration {
         record: &[u8],
         ttl_s: f64,
         wait_s: f64,
-        ca_pem: Vec<u8>,
-        certificate_pem: Vec<u8>,
-        key_pem: Vec<u8>,
-        user: String,
-        password: String,
+        ca_pem: Option<&[u8]>,
+        certificate_pem: Option<&[u8]>,
+        key_pem: Option<&[u8]>,
+        user: &str,
+        password: &str,
     ) -> PyResult<Self> {
         let record = decode(record)?;
         let reach = Reach {
@@ -226,19 +225,19 @@ fn seconds(name: &str, value: f64) -> PyResult<Duration> {
 /// The workers of a cluster, each a serialised WorkerRecord.
 #[pyfunction]
 #[pyo3(signature = (
-    endpoints, cluster, *, ca_pem=Vec::new(), certificate_pem=Vec::new(), key_pem=Vec::new(),
-    user=String::new(), password=String::new(),
+    endpoints, cluster, *, ca_pem=None, certificate_pem=None, key_pem=None,
+    user="", password="",
 ))]
 #[allow(clippy::too_many_arguments)]
 fn list_workers<'py>(
     py: Python<'py>,
     endpoints: Vec<String>,
     cluster: String,
-    ca_pem: Vec<u8>,
-    certificate_pem: Vec<u8>,
-    key_pem: Vec<u8>,
-    user: String,
-    password: String,
+    ca_pem: Option<&[u8]>,
+    certificate_pem: Option<&[u8]>,
+    key_pem: Option<&[u8]>,
+    user: &str,
+    password: &str,
 ) -> PyResult<Vec<Bound<'py, PyBytes>>> {
     let reach = Reach {
         ca_pem,
@@ -260,19 +259,19 @@ fn list_workers<'py>(
 /// The routers of a cluster, as (id, address).
 #[pyfunction]
 #[pyo3(signature = (
-    endpoints, cluster, *, ca_pem=Vec::new(), certificate_pem=Vec::new(), key_pem=Vec::new(),
-    user=String::new(), password=String::new(),
+    endpoints, cluster, *, ca_pem=None, certificate_pem=None, key_pem=None,
+    user="", password="",
 ))]
 #[allow(clippy::too_many_arguments)]
 fn list_routers(
     py: Python<'_>,
     endpoints: Vec<String>,
     cluster: String,
-    ca_pem: Vec<u8>,
-    certificate_pem: Vec<u8>,
-    key_pem: Vec<u8>,
-    user: String,
-    password: String,
+    ca_pem: Option<&[u8]>,
+    certificate_pem: Option<&[u8]>,
+    key_pem: Option<&[u8]>,
+    user: &str,
+    password: &str,
 ) -> PyResult<Vec<(String, String)>> {
     let reach = Reach {
         ca_pem,
