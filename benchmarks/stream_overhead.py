@@ -279,7 +279,15 @@ def start_router(bench: Bench, router: Path, mock_port: int) -> Target:
     """Starts a router in front of a mock worker."""
     port = free_port()
     process = bench.start(
-        [router, "--listen", f"127.0.0.1:{port}", "--worker", f"127.0.0.1:{mock_port}"],
+        [
+            router,
+            "--listen",
+            f"127.0.0.1:{port}",
+            "--workers",
+            f"127.0.0.1:{mock_port}",
+            "--threads",
+            "1",
+        ],
         bench.router_core,
     )
     target = Target(port, process.pid)
@@ -302,6 +310,14 @@ def start_envoy(bench: Bench, envoy: Path, mock_port: int, folder: Path) -> Targ
     target = Target(port, process.pid)
     bench.wait_ready(target, process)
     return target
+
+
+def build(*packages: str) -> list[Path]:
+    """Builds binaries of the workspace; gives where they are."""
+    names = [word for package in packages for word in ("-p", package)]
+    subprocess.run(["cargo", "build", "--release", *names], cwd=ROOT, check=True)
+    folder = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
+    return [folder / package for package in packages]
 
 
 def find_envoy(named: Path | None) -> Path | None:
@@ -416,13 +432,12 @@ def measure_worker(bench: Bench, command: Sequence[str], rounds: int) -> list[di
 
 def arguments() -> argparse.Namespace:
     """Reads the command line."""
-    target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
     parser = argparse.ArgumentParser(description="What does a router cost a stream?")
     parser.add_argument("--quick", action="store_true", help="under a minute; not evidence")
     parser.add_argument("--rounds", type=int, help="blocks of each case (default 3, quick 1)")
     parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--testkit", type=Path, default=target / "kvmesh-testkit")
-    parser.add_argument("--router", type=Path, default=target / "kvmesh-router")
+    parser.add_argument("--testkit", type=Path, help="binary; default: built from here")
+    parser.add_argument("--router", type=Path, help="binary; default: built from here")
     parser.add_argument("--envoy", type=Path, help="Envoy's binary")
     parser.add_argument("--without", action="append", default=[], choices=CASES, help="leave out")
     parser.add_argument(
@@ -442,14 +457,16 @@ def main() -> None:
     options = arguments()
     rounds = options.rounds or (1 if options.quick else 3)
     seconds = Seconds(0.8, 1.0, 0.4) if options.quick else Seconds(3.0, 3.0, 1.0)
-    if not options.testkit.exists():
-        raise SystemExit(f"{options.testkit}: build it with cargo build --release")
+    testkit = options.testkit or build("kvmesh-testkit")[0]
+    router = options.router
+    if router is None and "router" not in options.without:
+        router = build("kvmesh-router")[0]
     envoy = None if "envoy" in options.without else find_envoy(options.envoy)
     if envoy is None:
         print("Envoy is left out" if "envoy" in options.without else "Envoy is not installed")
     with (
         tempfile.TemporaryDirectory() as folder,
-        Bench(options.testkit.resolve(), seconds) as bench,
+        Bench(testkit.resolve(), seconds) as bench,
     ):
         targets: dict[tuple[str, int], Target] = {}
         for step in (10, 0):
@@ -457,7 +474,7 @@ def main() -> None:
             targets["direct", step] = Target(mock, None)
             bench.wait_ready(targets["direct", step])
             if "router" not in options.without:
-                targets["router", step] = start_router(bench, options.router, mock)
+                targets["router", step] = start_router(bench, router, mock)
             if envoy is not None:
                 targets["envoy", step] = start_envoy(bench, envoy, mock, Path(folder))
         results: dict[Cell, Blocks[Reading]] = {}

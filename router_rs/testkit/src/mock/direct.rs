@@ -34,6 +34,9 @@ impl Inference for DirectService {
         request: Request<GenerateRequest>,
     ) -> Result<Response<DirectStream>, Status> {
         let request = request.into_inner();
+        if !request.model.is_empty() && request.model != self.0.config.model {
+            return Err(Status::not_found("no such model"));
+        }
         let Some(Input::TokenIds(prompt)) = request.input else {
             return Err(Status::unimplemented("token_ids only"));
         };

@@ -1,0 +1,116 @@
+"""Clients in other languages, and what they are run against."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE.parent / "e2e"))
+
+# A client: options by name in, the JSON object that it printed out.
+Run = Callable[..., dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Something that serves kvmesh.v1.Inference and is registered in etcd."""
+
+    etcd: str
+    cluster: str
+    target: str
+    model: str
+
+
+@pytest.fixture(scope="session", params=["worker", "mesh"])
+def endpoint(request, tmp_path_factory) -> Iterator[Endpoint]:
+    """A mock worker that answers by itself, and a router with a worker behind it."""
+    from cluster import Cluster
+
+    cluster = Cluster(tmp_path_factory.mktemp(request.param))
+    try:
+        if request.param == "worker":
+            with mock_worker() as target:
+                register(cluster.etcd, target)
+                yield Endpoint(cluster.etcd, "default", target, "mock")
+        else:
+            target = cluster.start_router()
+            cluster.start_worker("w", "both")
+            cluster.wait_live(target, "w")
+            model = cluster.table(target)["w"].record.model.name
+            yield Endpoint(cluster.etcd, "default", target, model)
+    finally:
+        cluster.close()
+
+
+@contextmanager
+def mock_worker() -> Iterator[str]:
+    """A mock worker; it ends with its standard input."""
+    command = [testkit(), "mock-worker", "--until-stdin-closes"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        yield json.loads(process.stdout.readline())["address"]
+
+
+def register(etcd: str, target: str) -> None:
+    """Puts an address where routers put theirs."""
+    etcdctl = Path(os.environ.get("KVMESH_ETCD_BIN") or etcd_binary()).with_name("etcdctl")
+    key = f"kvmesh/v1/default/routers/{target}"
+    subprocess.run(
+        [etcdctl, f"--endpoints={etcd}", "put", key, json.dumps({"Addr": target})],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "ETCDCTL_API": "3"},
+    )
+
+
+def etcd_binary() -> str:
+    from etcd import binary
+
+    return binary()
+
+
+def testkit() -> str:
+    """The testkit's binary, built here."""
+    subprocess.run(["cargo", "build", "--release", "-p", "kvmesh-testkit"], cwd=ROOT, check=True)
+    target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+    return str(target / "release" / "kvmesh-testkit")
+
+
+def run(*command: str | Path) -> dict[str, Any]:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+@pytest.fixture(scope="session")
+def go_client() -> Run:
+    """The Go client, built."""
+    if shutil.which("go") is None:
+        pytest.skip("Go is not installed")
+    binary = HERE / "go" / "bin" / "interop"
+    subprocess.run(["go", "build", "-o", binary, "."], cwd=HERE / "go", check=True)
+    return lambda **options: run(binary, *(f"-{name}={value}" for name, value in options.items()))
+
+
+@pytest.fixture(scope="session")
+def node_client() -> Run:
+    """The Node client, its packages installed."""
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("Node is not installed")
+    folder = HERE / "node"
+    subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=folder, check=True)
+    main = folder / "main.js"
+    return lambda **options: run(
+        "node", main, *(f"--{name}={value}" for name, value in options.items())
+    )

@@ -1,0 +1,57 @@
+"""Stubs that others make from proto/ get what our own client gets."""
+
+import pytest
+
+import kvmesh
+
+TOKENS = [20, 21, 22, 23]
+TEXT_TOKENS = ",".join(map(str, TOKENS))
+
+
+@pytest.fixture
+def expected(endpoint):
+    with kvmesh.Client(endpoint.target) as client:
+        return client.complete(token_ids=TOKENS, max_tokens=24, ignore_end_of_text=True)
+
+
+def check(answer, expected):
+    assert answer["code"] == "OK", answer
+    assert answer["accepted"]
+    assert answer["token_ids"] == list(expected.token_ids)
+    assert answer["text"] == expected.text
+    assert answer["finish_reason"] == "FINISH_REASON_LENGTH"
+    assert answer["output_tokens"] == 24
+
+
+def test_go_finds_a_router_through_etcds_resolver_and_streams(endpoint, go_client, expected):
+    answer = go_client(etcd=endpoint.etcd, cluster=endpoint.cluster, tokens=TEXT_TOKENS, max=24)
+    check(answer, expected)
+
+
+def test_go_sees_the_status_of_an_unknown_model(endpoint, go_client):
+    answer = go_client(target=endpoint.target, model="no-such-model")
+    assert answer["code"] == "NotFound"
+    assert answer["token_ids"] == []
+
+
+def test_go_keeps_the_tokens_that_came_before_its_deadline(endpoint, go_client):
+    answer = go_client(etcd=endpoint.etcd, cluster=endpoint.cluster, max=2000, timeout="1s")
+    assert answer["code"] == "DeadlineExceeded"
+    assert answer["accepted"]
+
+
+def test_node_streams_with_a_stub_made_from_the_proto_files(endpoint, node_client, expected):
+    answer = node_client(target=endpoint.target, tokens=TEXT_TOKENS, max=24)
+    check(answer, expected)
+
+
+def test_node_sees_the_status_of_an_unknown_model(endpoint, node_client):
+    answer = node_client(target=endpoint.target, model="no-such-model")
+    assert answer["code"] == "NOT_FOUND"
+    assert answer["token_ids"] == []
+
+
+def test_node_keeps_the_tokens_that_came_before_its_deadline(endpoint, node_client):
+    answer = node_client(target=endpoint.target, max=2000, timeout=1)
+    assert answer["code"] == "DEADLINE_EXCEEDED"
+    assert answer["accepted"]
