@@ -53,7 +53,9 @@ class PoolMachine(RuleBasedStateMachine):
         self.index: set[int] = set()
         self.written: dict[int, tuple] = {}
 
-    @rule(words=st.lists(st.integers(0, 2), min_size=1, max_size=6), salt=st.sampled_from(["", "s"]))
+    @rule(
+        words=st.lists(st.integers(0, 2), min_size=1, max_size=6), salt=st.sampled_from(["", "s"])
+    )
     def start(self, words, salt) -> None:
         pool = self.pool
         root = pool.open_root("", salt)
@@ -130,7 +132,11 @@ class PoolMachine(RuleBasedStateMachine):
         used, parent = np.frombuffer(pool.last_used[:], np.uint64), np.array(pool.parent)
         order = _hottest_first(used, parent)
         assert all(a >= b for a, b in zip(used[order], used[order][1:], strict=False))
-        events = _runs(order, np.frombuffer(pool.chain[:], np.uint64), parent, pool) if len(order) else []
+        events = (
+            _runs(order, np.frombuffer(pool.chain[:], np.uint64), parent, pool)
+            if len(order)
+            else []
+        )
         told = [value for event in events for value in event.stored.chain]
         assert len(told) == len(set(told))
         assert set(told) == self.index

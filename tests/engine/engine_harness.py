@@ -114,6 +114,15 @@ class Driver:
         )  # fmt: skip
         return attempt
 
+    async def room_for(self, tokens) -> None:
+        """Until load shows room, as a router waits for it."""
+        async with asyncio.timeout(30):
+            while True:
+                room = self.engine.load().kv
+                if (room.free + room.evictable) * 16 >= tokens:
+                    return
+                await asyncio.sleep(0.005)
+
     async def idle(self) -> None:
         """Until the engine holds nothing, which it has to reach."""
         async with asyncio.timeout(20):
@@ -143,7 +152,9 @@ async def running(engine) -> AsyncIterator[Driver]:
             await reader
 
 
-def sim(like="kvmesh", blocks=512, transfer=False, worker_id="w", incarnation=1, clock=None, **settings):
+def sim(
+    like="kvmesh", blocks=512, transfer=False, worker_id="w", incarnation=1, clock=None, **settings
+):
     settings.setdefault("speed", float("inf"))
     return build_engine(
         SimSettings(like=like, **settings),

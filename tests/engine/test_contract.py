@@ -1,0 +1,303 @@
+"""What every engine promises (engine/contract.py), and what kvmesh's own add."""
+
+import asyncio
+
+import pytest
+from engine_harness import VOCABULARY, mesh_from, prompt, running, sim
+
+from kvmesh.engine.contract import AttemptId, Stage
+from kvmesh.engine.sim.content import reference_tokens
+from kvmesh.v1 import inference_pb2 as inference
+from kvmesh.v1 import worker_pb2 as wire
+
+LIKES = ("kvmesh", "vllm")
+
+
+@pytest.fixture(params=LIKES)
+def like(request) -> str:
+    return request.param
+
+
+async def test_a_whole_request_gives_every_token_once(like) -> None:
+    async with running(sim(like)) as driver:
+        attempt = driver.place(prompt(100), max_tokens=40)
+        assert await attempt.ended() == "finished"
+        assert attempt.end.finished.reason == inference.FINISH_REASON_LENGTH
+        assert attempt.tokens == reference_tokens(prompt(100), 40, VOCABULARY)
+        await driver.idle()
+
+
+async def test_batched_requests_are_as_if_alone(like) -> None:
+    async with running(sim(like, blocks=2048)) as driver:
+        prompts = [prompt(3 + 37 * i, seed=i) for i in range(20)]
+        attempts = [driver.place(p, max_tokens=5 + 3 * i) for i, p in enumerate(prompts)]
+        for i, attempt in enumerate(attempts):
+            assert await attempt.ended() == "finished"
+            assert attempt.tokens == reference_tokens(prompts[i], 5 + 3 * i, VOCABULARY)
+        await driver.idle()
+
+
+async def test_a_continuation_goes_on_where_it_was(like) -> None:
+    whole = reference_tokens(prompt(50), 30, VOCABULARY)
+    async with running(sim(like)) as driver:
+        attempt = driver.place(prompt(50), output=whole[:11], max_tokens=30)
+        await attempt.ended()
+        assert attempt.tokens == whole[11:]
+
+
+async def test_a_cached_prefix_is_used_and_changes_nothing(like) -> None:
+    async with running(sim(like)) as driver:
+        await driver.place(prompt(100)).ended()
+        again = driver.place(prompt(100))
+        await again.ended()
+        assert again.opening.reserved.tokens_held == 96
+        assert again.end.timings.cached_tokens == 96
+        assert again.end.timings.computed_tokens == 4
+        assert again.tokens == reference_tokens(prompt(100), 16, VOCABULARY)
+
+
+async def test_another_salt_shares_nothing(like) -> None:
+    async with running(sim(like)) as driver:
+        await driver.place(prompt(64), cache_salt="a").ended()
+        other = driver.place(prompt(64), cache_salt="b")
+        await other.ended()
+        assert other.end.timings.cached_tokens == 0
+
+
+async def test_a_corrupted_block_gives_wrong_tokens(like) -> None:
+    """So that tests which compare tokens can fail."""
+    import numpy as np
+
+    engine = sim(like)
+    async with running(engine) as driver:
+        await driver.place(prompt(100)).ended()
+        await driver.idle()
+        memory = np.frombuffer(engine._memory, np.uint8)
+        cached = [s for s in range(engine._pool.blocks) if engine._pool.parent[s] != -1]
+        memory[cached[0] * 1024 + 777] ^= 1
+        del memory
+        again = driver.place(prompt(100))
+        await again.ended()
+        assert again.end.timings.cached_tokens == 96
+        assert again.tokens != reference_tokens(prompt(100), 16, VOCABULARY)
+
+
+async def test_a_stop_id_ends_the_output(like) -> None:
+    expected = reference_tokens(prompt(20), 16, VOCABULARY)
+    async with running(sim(like)) as driver:
+        attempt = driver.place(prompt(20), stop_token_ids=[expected[6]], max_tokens=16)
+        await attempt.ended()
+        assert attempt.tokens == expected[: expected.index(expected[6]) + 1]
+        assert attempt.end.finished.reason == inference.FINISH_REASON_STOP
+        assert attempt.end.finished.stop_token_id == expected[6]
+
+
+async def test_ends_of_text_wait_for_min_tokens(like) -> None:
+    async with running(sim(like, end_of_text=3)) as driver:
+        attempts = [
+            driver.place(prompt(20, i), stop_token_ids=[0, 2], min_tokens=20, max_tokens=200)
+            for i in range(8)
+        ]
+        for attempt in attempts:
+            await attempt.ended()
+            assert len(attempt.tokens) >= 20
+            assert not {0, 2} & set(attempt.tokens[:-1])
+            assert attempt.end.finished.reason == inference.FINISH_REASON_STOP
+
+
+async def test_the_context_ends_the_output(like) -> None:
+    async with running(sim(like, context_length=64)) as driver:
+        attempt = driver.place(prompt(50), max_tokens=100)
+        await attempt.ended()
+        assert len(attempt.tokens) == 14
+        assert attempt.end.finished.reason == inference.FINISH_REASON_LENGTH
+
+
+@pytest.mark.parametrize("length", [33 * 16, 600])
+async def test_what_can_never_fit_is_refused(like, length) -> None:
+    async with running(sim(like, blocks=33)) as driver:
+        attempt = driver.place(prompt(length))
+        assert await attempt.ended() == "refused"
+        assert attempt.opening.refused.reason == wire.REFUSAL_REASON_UNSUPPORTED
+        assert "528" in attempt.opening.refused.message
+        await driver.idle()
+
+
+async def test_an_attempt_can_be_told_apart_by_its_tokens(like) -> None:
+    async with running(sim(like, attempt_tokens=True)) as driver:
+        first = driver.place(prompt(30), id=AttemptId(b"a" * 16, 1, 1))
+        second = driver.place(prompt(30), id=AttemptId(b"a" * 16, 1, 2))
+        await first.ended()
+        await second.ended()
+        assert first.tokens == reference_tokens(prompt(30), 16, VOCABULARY, tag=1 << 32 | 1)
+        assert second.tokens == reference_tokens(prompt(30), 16, VOCABULARY, tag=1 << 32 | 2)
+
+
+async def test_cancel_ends_a_queued_and_a_running_request(like) -> None:
+    async with running(sim(like, blocks=400, profile="step-10ms", speed=10)) as driver:
+        running_one = driver.place(prompt(40), max_tokens=5000)
+        await running_one.until(lambda a: len(a.tokens) > 3)
+        waiting = driver.place(prompt(6000), max_tokens=2)
+        await waiting.opened()
+        driver.engine.cancel([running_one.id, waiting.id])
+        assert await running_one.ended() == "cancelled"
+        assert await waiting.ended() == "cancelled"
+        await driver.idle()
+
+
+async def test_cancelling_what_is_not_there_is_ignored(like) -> None:
+    async with running(sim(like)) as driver:
+        driver.engine.cancel([AttemptId(b"x" * 16, 1, 1)])
+        assert await driver.place(prompt(5)).ended() == "finished"
+
+
+async def test_a_full_pool_returns_streams_and_finishes_the_others(like) -> None:
+    """Streams that are returned are placed anew by their router, as here."""
+    async with running(sim(like, blocks=40)) as driver:
+        work = [(prompt(100, i), [], i) for i in range(8)]
+        done = {}
+        returned = 0
+        while work:
+            placed = [
+                (p, out, i, driver.place(p, output=out, max_tokens=150)) for p, out, i in work
+            ]
+            work = []
+            for p, out, i, attempt in placed:
+                end = await attempt.ended()
+                out = out + attempt.tokens
+                if end == "returned":
+                    returned += 1
+                    work.append((p, out, i))
+                else:
+                    assert end == "finished"
+                    done[i] = out
+        assert returned
+        for i, out in done.items():
+            assert out == reference_tokens(prompt(100, i), 150, VOCABULARY)
+        await driver.idle()
+
+
+async def test_the_lowest_class_gives_way(like) -> None:
+    async with running(sim(like, blocks=30)) as driver:
+        fast = [
+            driver.place(
+                prompt(60, i), max_tokens=200, request_class=inference.REQUEST_CLASS_INTERACTIVE
+            )
+            for i in range(1)
+        ]
+        slow = driver.place(
+            prompt(60, 9), max_tokens=200, request_class=inference.REQUEST_CLASS_BATCH
+        )
+        assert await slow.ended() == "returned"
+        assert await fast[0].ended() == "finished"
+
+
+async def test_an_urgent_prompt_does_not_wait_for_a_long_one(like) -> None:
+    async with running(sim(like, blocks=2000, profile="cpu-135m", speed=200)) as driver:
+        long = driver.place(prompt(20_000), deadline_ms=1e9, max_tokens=1)
+        await asyncio.to_thread(_until_busy, driver.engine)
+        urgent = driver.place(prompt(30), deadline_ms=0, max_tokens=1)
+        await urgent.ended()
+        assert long.end is None
+        assert long.tokens == []
+        await long.ended()
+        assert long.tokens == reference_tokens(prompt(20_000), 1, VOCABULARY)
+
+
+def _until_busy(engine) -> None:
+    while not engine.load().step_age_ms:
+        pass
+
+
+async def test_streams_go_on_beside_a_long_prompt(like) -> None:
+    async with running(sim(like, blocks=2000, profile="cpu-135m", speed=200)) as driver:
+        stream = driver.place(prompt(30), max_tokens=400, itl_target_ms=1)
+        await stream.until(lambda a: len(a.tokens) > 2)
+        long = driver.place(prompt(8_000, 5), max_tokens=1)
+        await long.ended()
+        assert len(stream.tokens) > 5
+        mixed = [s for s in driver.samples if s.prefill_tokens and s.decode_batch]
+        assert mixed, "no step held both"
+        driver.engine.cancel([stream.id])
+        await stream.ended()
+
+
+async def test_a_suspect_shares_its_steps_with_nobody(like) -> None:
+    async with running(sim(like)) as driver:
+        others = [driver.place(prompt(30, i), max_tokens=300) for i in range(4)]
+        suspect = driver.place(prompt(40, 9), alone=True, max_tokens=20)
+        await suspect.ended()
+        assert suspect.tokens == reference_tokens(prompt(40, 9), 20, VOCABULARY)
+        for other in others:
+            await other.ended()
+        lonely = [s for s in driver.samples if (s.prefill_tokens > 0) + s.decode_batch == 1]
+        assert len(lonely) >= 20
+
+
+async def test_samples_tell_what_steps_held(like) -> None:
+    async with running(sim(like)) as driver:
+        attempt = driver.place(prompt(100), max_tokens=10)
+        await attempt.ended()
+        assert sum(s.prefill_tokens for s in driver.samples) == 100
+        assert sum(s.prefill_context for s in driver.samples) == sum(range(1, 101))
+        assert sum(s.decode_batch for s in driver.samples) == 9
+        assert sum(s.decode_context for s in driver.samples) == sum(range(101, 110))
+
+
+async def test_events_and_snapshot_tell_the_same_cache(like) -> None:
+    engine = sim(like, blocks=30)
+    told: set[int] = set()
+
+    async def follow() -> None:
+        async for batch in engine.events():
+            for event in batch.events:
+                told.update(event.stored.chain)
+                told.difference_update(event.removed.chain)
+
+    async with running(engine) as driver:
+        follower = asyncio.create_task(follow())
+        for i in range(9):
+            await driver.place(prompt(100, i)).ended()
+        await driver.idle()
+        parts = [part async for part in engine.snapshot()]
+    await follower
+    chains = [value for _, stores in parts for s in stores for value in s.stored.chain]
+    assert set(chains) == told
+    assert len(chains) == len(told) == engine.load().kv.evictable
+
+
+async def test_load_counts_what_runs(like) -> None:
+    async with running(sim(like, profile="step-10ms", speed=5)) as driver:
+        attempt = driver.place(prompt(100), max_tokens=1000)
+        await attempt.until(lambda a: len(a.tokens) >= 5)
+        share = driver.engine.load().shares["router"]
+        assert share.decoding == 1
+        assert 104 <= share.decode_context <= 1100
+        driver.engine.cancel([attempt.id])
+        await attempt.ended()
+        await driver.idle()
+        assert "router" not in driver.engine.load().shares
+
+
+async def test_unsupported_features_are_refused(like) -> None:
+    async with running(sim(like, transfer=True)) as driver:
+        grammar = driver.place(prompt(9), grammar=wire.Continuation().grammar.__class__())
+        assert await grammar.ended() == "refused"
+        no_hand_off = driver.place(prompt(9), Stage.DECODE)
+        assert await no_hand_off.ended() == "refused"
+        foreign = driver.place(prompt(9), Stage.PREFILL, hand_off=mesh_from(driver.engine))
+        if like == "vllm":
+            assert await foreign.ended() == "refused"
+        else:
+            assert not (await foreign.opened()).HasField("refused")
+            driver.engine.cancel([foreign.id])
+        await driver.idle()
+
+
+async def test_closing_ends_everything(like) -> None:
+    engine = sim(like, profile="step-10ms")
+    async with running(engine) as driver:
+        for i in range(5):
+            driver.place(prompt(100, i), max_tokens=10_000)
+        await driver.place(prompt(7), max_tokens=2).opened()
+    await engine.close()
