@@ -11,6 +11,8 @@ use crate::worker::{CacheChange, Matches, Tier};
 /// them go.
 const SAMPLE: usize = 64;
 const VICTIMS: usize = 8;
+/// Values whose cache lines are fetched together.
+const WARM: usize = 32;
 
 /// Workers of one block size.
 #[derive(Debug, Clone)]
@@ -82,13 +84,19 @@ impl Core {
         for change in changes {
             match *change {
                 CacheChange::Stored { chain, tier } => {
-                    for &value in chain {
-                        self.store(value, worker, tier);
+                    for part in chain.chunks(WARM) {
+                        std::hint::black_box(self.table.warm(part));
+                        for &value in part {
+                            self.store(value, worker, tier);
+                        }
                     }
                 }
                 CacheChange::Removed { chain, tier } => {
-                    for &value in chain {
-                        self.remove(value, worker, tier);
+                    for part in chain.chunks(WARM) {
+                        std::hint::black_box(self.table.warm(part));
+                        for &value in part {
+                            self.remove(value, worker, tier);
+                        }
                     }
                 }
                 CacheChange::Cleared => self.clear(worker),
@@ -212,7 +220,14 @@ impl Core {
             return;
         }
         let mut last = None;
+        // Most prompts match nothing or much: the first few values tell.
+        let (mut warm, mut warmed) = (4, 0);
         for at in (step..=chain.len()).step_by(step) {
+            if at > warmed {
+                let end = chain.len().min(at + warm * step);
+                std::hint::black_box(self.table.warm(&chain[at - 1..end]));
+                (warm, warmed) = ((warm * 2).min(WARM), end);
+            }
             let holders = self.table.touch(chain[at - 1], self.now);
             // The same holders over the same workers change nothing.
             if self.classes.len() == 1 {

@@ -92,6 +92,16 @@ impl Table {
         }
     }
 
+    /// Reads the home places of some keys, so that their cache lines are on
+    /// the way together: probing ends in branches that wait for memory one
+    /// after the other. Returns nothing of meaning.
+    pub(crate) fn warm(&self, keys: &[u64]) -> u32 {
+        keys.iter().fold(0, |sum, key| {
+            let home = self.home(*key);
+            sum ^ self.entries[home].low ^ u32::from(self.heat[home].load(Ordering::Relaxed))
+        })
+    }
+
     /// Holders of a block; [`NOBODY`] for an unknown one.
     pub(crate) fn holders(&self, key: u64) -> HolderId {
         self.entries[self.place(key)].holders

@@ -92,18 +92,20 @@ impl KvCost {
                 .iter()
                 .map(|worker| decode_side(worker, request)),
         );
-        for p in &prefills {
-            for d in decodes.iter().filter(|d| pairs(p.worker, d.worker)) {
-                let mut terms = p.terms;
-                terms.transfer_ms = terms::transfer_ms(p.worker, d.worker, request);
-                add_decode(&mut terms, d.worker, request);
-                let plan = Plan::Split {
-                    prefill: p.worker.slot,
-                    decode: d.worker.slot,
-                    source: p.pull.map(|(source, _)| source),
-                };
-                plans.push(considered(plan, terms, p));
-            }
+        pair(&prefills, &decodes, request, &mut plans);
+        if plans.is_empty() {
+            // The best of each side may all be of kinds that do not pair.
+            let prefills: Vec<_> = sides
+                .prefill
+                .iter()
+                .map(|worker| self.prefill_side(worker, request, holder))
+                .collect();
+            let decodes: Vec<_> = sides
+                .decode
+                .iter()
+                .map(|worker| decode_side(worker, request))
+                .collect();
+            pair(&prefills, &decodes, request, &mut plans);
         }
         if plans.is_empty() {
             return Err(NoPlan::NoPair);
@@ -199,6 +201,29 @@ impl Policy for KvCost {
         request: &RequestView<'_>,
     ) -> Result<Vec<Considered>, NoPlan> {
         self.plans(cluster, request)
+    }
+}
+
+/// Appends every pair that can exchange KV.
+fn pair(
+    prefills: &[Side<'_>],
+    decodes: &[Side<'_>],
+    request: &RequestView<'_>,
+    plans: &mut Vec<Considered>,
+) {
+    for p in prefills {
+        for d in decodes.iter().filter(|d| pairs(p.worker, d.worker)) {
+            let mut terms = p.terms;
+            terms.transfer_ms = terms::transfer_ms(p.worker, d.worker, request);
+            add_decode(&mut terms, d.worker, request);
+            let source = p.pull.map(|(source, _)| source);
+            let plan = Plan::Split {
+                prefill: p.worker.slot,
+                decode: d.worker.slot,
+                source,
+            };
+            plans.push(considered(plan, terms, p));
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-# ruff: noqa: E501
+# ruff: noqa: E501, RUF001
 """Writes tests/data: small tokenisers, and what transformers makes of chats.
 
 Run it with transformers and tokenizers installed; its output is committed, so

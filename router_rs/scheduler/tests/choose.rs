@@ -1,0 +1,451 @@
+//! What policies choose, and what they say where they cannot.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::{cached, request, worker};
+use kvmesh_kv_index::{Matches, WorkerSlot};
+use kvmesh_scheduler::{
+    Cluster, CostSettings, Decision, Feature, FixedPolicy, KvCost, LocalPrefill, Needs, NoPlan,
+    Phase, Plan, Policy, RequestView, Role, Rule, WorkerView,
+};
+use proptest::prelude::*;
+use std::sync::Arc;
+
+fn choose(workers: &[WorkerView], request: &RequestView<'_>) -> Result<Decision, NoPlan> {
+    KvCost::default().choose(&Cluster { router: 7, workers }, request)
+}
+
+fn pd(prefill: u32, decode: u32) -> Vec<WorkerView> {
+    let roles = (0..prefill)
+        .map(|_| Role::Prefill)
+        .chain((0..decode).map(|_| Role::Decode));
+    roles
+        .enumerate()
+        .map(|(slot, role)| worker(slot as u32, role))
+        .collect()
+}
+
+fn every_policy() -> Vec<Box<dyn Policy>> {
+    let fixed = [
+        Rule::RoundRobin,
+        Rule::Random { seed: 1 },
+        Rule::LeastLoaded,
+        Rule::PowerOfTwo { seed: 1 },
+        Rule::PrefixGreedy,
+    ];
+    let mut policies: Vec<Box<dyn Policy>> = fixed
+        .into_iter()
+        .map(|rule| Box::new(FixedPolicy::new(rule)) as Box<dyn Policy>)
+        .collect();
+    policies.push(Box::new(KvCost::default()));
+    policies
+}
+
+#[test]
+fn every_policy_pairs_prefill_and_decode_workers() {
+    let (workers, none) = (pd(2, 2), Matches::default());
+    for mut policy in every_policy() {
+        for id in 0..20 {
+            let decision = policy
+                .choose(
+                    &Cluster {
+                        router: 1,
+                        workers: &workers,
+                    },
+                    &request(&none, id),
+                )
+                .unwrap();
+            let Plan::Split {
+                prefill,
+                decode,
+                source: None,
+            } = decision.plan()
+            else {
+                panic!("{}", policy.name())
+            };
+            assert!(prefill.0 < 2 && decode.0 >= 2, "{}", policy.name());
+            let booked: Vec<WorkerSlot> = decision.work.iter().map(|(slot, _)| *slot).collect();
+            assert_eq!(booked, [prefill, decode]);
+        }
+    }
+}
+
+#[test]
+fn every_policy_serves_a_cluster_of_workers_that_do_both() {
+    let workers: Vec<WorkerView> = (0..3).map(|slot| worker(slot, Role::Both)).collect();
+    let none = Matches::default();
+    for mut policy in every_policy() {
+        let mut seen = [0; 3];
+        for id in 0..300 {
+            let decision = policy
+                .choose(
+                    &Cluster {
+                        router: 1,
+                        workers: &workers,
+                    },
+                    &request(&none, id),
+                )
+                .unwrap();
+            let Plan::Whole {
+                worker,
+                source: None,
+            } = decision.plan()
+            else {
+                panic!("{}", policy.name())
+            };
+            seen[worker.0 as usize] += 1;
+        }
+        let spreads = !matches!(policy.name(), "least-loaded" | "prefix-greedy");
+        assert!(
+            !spreads || seen.iter().all(|count| *count > 60),
+            "{}: {seen:?}",
+            policy.name()
+        );
+    }
+}
+
+#[test]
+fn decode_workers_compute_prompts_where_no_prefill_worker_is() {
+    let none = Matches::default();
+    let plan = choose(&pd(0, 2), &request(&none, 1)).unwrap().plan();
+    assert!(matches!(plan, Plan::Whole { .. }));
+    let mut workers = pd(1, 1);
+    workers[0].draining = true;
+    assert!(matches!(
+        choose(&workers, &request(&none, 1)).unwrap().plan(),
+        Plan::Whole { .. }
+    ));
+    // One that is only full will have room: wait for it.
+    workers[0].draining = false;
+    workers[0].load.kv.free = 3;
+    assert_eq!(
+        choose(&workers, &request(&none, 1)),
+        Err(NoPlan::NoRoom { tokens: 1_088 })
+    );
+}
+
+#[test]
+fn the_cached_prefix_wins_until_the_queue_is_longer_than_it_saves() {
+    let mut workers: Vec<WorkerView> = (0..2).map(|slot| worker(slot, Role::Both)).collect();
+    for worker in &mut workers {
+        Arc::make_mut(&mut worker.abilities).prefix_pull = false;
+    }
+    let held = cached(&[(1, 1_008)]);
+    assert_eq!(
+        choose(&workers, &request(&held, 1))
+            .unwrap()
+            .plan()
+            .prefill(),
+        WorkerSlot(1)
+    );
+    workers[1].load.others.queued_prefill_tokens = 500;
+    assert_eq!(
+        choose(&workers, &request(&held, 1))
+            .unwrap()
+            .plan()
+            .prefill(),
+        WorkerSlot(1)
+    );
+    workers[1].load.others.queued_prefill_tokens = 5_000;
+    assert_eq!(
+        choose(&workers, &request(&held, 1))
+            .unwrap()
+            .plan()
+            .prefill(),
+        WorkerSlot(0)
+    );
+}
+
+#[test]
+fn a_prefix_is_pulled_where_its_holder_is_busy() {
+    let mut workers: Vec<WorkerView> = (0..2).map(|slot| worker(slot, Role::Both)).collect();
+    workers[1].load.others.queued_prefill_tokens = 5_000;
+    let held = cached(&[(1, 1_008)]);
+    let decision = choose(&workers, &request(&held, 1)).unwrap();
+    assert_eq!(
+        decision.plan(),
+        Plan::Whole {
+            worker: WorkerSlot(0),
+            source: Some(WorkerSlot(1))
+        }
+    );
+    assert_eq!(
+        (decision.chosen.cached_tokens, decision.chosen.pulled_tokens),
+        (0, 1_008)
+    );
+}
+
+#[test]
+fn what_is_booked_counts_as_load() {
+    let mut workers = pd(2, 2);
+    let none = Matches::default();
+    let first = choose(&workers, &request(&none, 1)).unwrap();
+    for (slot, work) in &first.work {
+        workers[slot.0 as usize].booked = *work;
+    }
+    let second = choose(&workers, &request(&none, 1)).unwrap();
+    assert_ne!(first.plan().prefill(), second.plan().prefill());
+    assert_ne!(first.plan().decode(), second.plan().decode());
+}
+
+#[test]
+fn two_routers_break_ties_apart_and_each_the_same_way_again() {
+    let workers: Vec<WorkerView> = (0..4).map(|slot| worker(slot, Role::Both)).collect();
+    let none = Matches::default();
+    let run = |router| -> Vec<Plan> {
+        let cluster = Cluster {
+            router,
+            workers: &workers,
+        };
+        (0..64)
+            .map(|id| {
+                KvCost::default()
+                    .choose(&cluster, &request(&none, id))
+                    .unwrap()
+                    .plan()
+            })
+            .collect()
+    };
+    assert_eq!(run(1), run(1));
+    let equal = run(1).iter().zip(run(2)).filter(|(a, b)| **a == *b).count();
+    assert!(equal < 32, "{equal} of 64 alike");
+}
+
+#[test]
+fn two_equal_workers_share_evenly() {
+    let workers: Vec<WorkerView> = (0..2).map(|slot| worker(slot, Role::Both)).collect();
+    let none = Matches::default();
+    for router in 0..10 {
+        let cluster = Cluster {
+            router,
+            workers: &workers,
+        };
+        let to_first = (0..1_000)
+            .filter(|id| {
+                KvCost::default()
+                    .choose(&cluster, &request(&none, *id))
+                    .unwrap()
+                    .plan()
+                    .prefill()
+                    .0
+                    == 0
+            })
+            .count();
+        assert!((450..=550).contains(&to_first), "{to_first}");
+    }
+}
+
+#[test]
+fn where_there_is_no_plan_the_nearest_miss_is_told() {
+    let none = Matches::default();
+    let plain = request(&none, 1);
+    let told = |change: &dyn Fn(&mut WorkerView), request: &RequestView<'_>| {
+        let mut workers = pd(1, 1);
+        workers.iter_mut().for_each(change);
+        choose(&workers, request).unwrap_err()
+    };
+    let keep = |_: &mut WorkerView| {};
+    assert_eq!(choose(&[], &plain), Err(NoPlan::UnknownModel));
+    assert_eq!(
+        told(
+            &keep,
+            &RequestView {
+                model: "x",
+                ..plain
+            }
+        ),
+        NoPlan::UnknownModel
+    );
+    assert_eq!(
+        told(
+            &keep,
+            &RequestView {
+                digest: "other",
+                ..plain
+            }
+        ),
+        NoPlan::UnknownModel
+    );
+    assert_eq!(
+        told(
+            &keep,
+            &RequestView {
+                adapter: "a",
+                ..plain
+            }
+        ),
+        NoPlan::UnknownAdapter
+    );
+    let grammar = Needs {
+        grammar: true,
+        ..Needs::default()
+    };
+    assert_eq!(
+        told(
+            &keep,
+            &RequestView {
+                needs: grammar,
+                ..plain
+            }
+        ),
+        NoPlan::Unsupported(Feature::Grammar)
+    );
+    let logprobs = Needs {
+        logprobs: Some(21),
+        ..Needs::default()
+    };
+    assert_eq!(
+        told(
+            &keep,
+            &RequestView {
+                needs: logprobs,
+                ..plain
+            }
+        ),
+        NoPlan::Unsupported(Feature::Logprobs)
+    );
+    let long = RequestView {
+        prompt_tokens: 9_000,
+        ..plain
+    };
+    assert_eq!(
+        told(&keep, &long),
+        NoPlan::TooLong {
+            tokens: 9_064,
+            limit: 8_192
+        }
+    );
+    let draining = |w: &mut WorkerView| w.draining = true;
+    assert_eq!(
+        told(&draining, &plain),
+        NoPlan::NotReady {
+            role: Role::Decode,
+            draining: true
+        }
+    );
+    let loading = |w: &mut WorkerView| w.phase = Phase::Loading;
+    assert_eq!(
+        told(&loading, &plain),
+        NoPlan::NotReady {
+            role: Role::Decode,
+            draining: false
+        }
+    );
+    let suspect = |w: &mut WorkerView| w.suspect = true;
+    assert_eq!(
+        told(&suspect, &plain),
+        NoPlan::NotReady {
+            role: Role::Decode,
+            draining: false
+        }
+    );
+    let full = |w: &mut WorkerView| w.load.kv.free = 0;
+    assert_eq!(told(&full, &plain), NoPlan::NoRoom { tokens: 1_088 });
+    assert!(NoPlan::NoRoom { tokens: 1 }.passes() && !NoPlan::UnknownModel.passes());
+    assert_eq!(
+        choose(&pd(2, 0), &plain),
+        Err(NoPlan::NoWorker(Role::Decode))
+    );
+    let excluded = RequestView {
+        excluded: &[WorkerSlot(0), WorkerSlot(1)],
+        ..plain
+    };
+    assert_eq!(told(&keep, &excluded), NoPlan::NoRoom { tokens: 1_088 });
+}
+
+#[test]
+fn kv_of_other_kinds_is_not_paired() {
+    let none = Matches::default();
+    let mut workers = pd(1, 2);
+    Arc::make_mut(&mut workers[1].abilities).pairing = "fp16".into();
+    for id in 0..20 {
+        assert_eq!(
+            choose(&workers, &request(&none, id))
+                .unwrap()
+                .plan()
+                .decode(),
+            WorkerSlot(2)
+        );
+    }
+    workers.pop();
+    assert_eq!(choose(&workers, &request(&none, 1)), Err(NoPlan::NoPair));
+}
+
+prop_compose! {
+    fn any_worker(slot: u32)(
+        role in prop_oneof![Just(Role::Prefill), Just(Role::Decode), Just(Role::Both)],
+        queued in 0u64..5_000,
+        decoding in 0u32..80,
+        context in 0u64..2_000,
+        b_ms in 0.1f64..2.0,
+        free in 50u64..1_000,
+        pull in any::<bool>(),
+        draining in prop::bool::weighted(0.1),
+    ) -> WorkerView {
+        let mut w = worker(slot, role);
+        w.load.own.queued_prefill_tokens = queued;
+        w.load.others.decoding = decoding;
+        w.load.others.decode_context = u64::from(decoding) * context;
+        w.step.b_ms = b_ms;
+        w.load.kv.free = free;
+        w.draining = draining;
+        Arc::make_mut(&mut w.abilities).prefix_pull = pull;
+        w
+    }
+}
+
+fn any_cluster() -> impl Strategy<Value = Vec<WorkerView>> {
+    (1u32..16).prop_flat_map(|count| (0..count).map(any_worker).collect::<Vec<_>>())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+    /// Taking the best of each side loses nothing that counts against
+    /// weighing every pair.
+    #[test]
+    fn the_best_of_each_side_is_as_good_as_the_full_search(
+        workers in any_cluster(),
+        held in prop::collection::vec((0u32..16, 0u32..64), 0..6),
+        by_cost in any::<bool>(),
+        id in any::<u64>(),
+    ) {
+        let held: Vec<(u32, u32)> = held.into_iter().map(|(slot, blocks)| (slot, blocks * 16)).collect();
+        let matches = cached(&held);
+        let local_prefill = if by_cost { LocalPrefill::ByCost } else { LocalPrefill::WithoutPrefillWorkers };
+        let policy = |best_of_side| {
+            KvCost::new(CostSettings { best_of_side, local_prefill, tie_ms: 0.0, tie_share: 0.0, ..CostSettings::default() })
+        };
+        let cluster = Cluster { router: 1, workers: &workers };
+        let request = request(&matches, u128::from(id));
+        let (narrow, full) = (policy(8).choose(&cluster, &request), policy(usize::MAX).choose(&cluster, &request));
+        match (narrow, full) {
+            (Ok(narrow), Ok(full)) => {
+                let (n, f) = (narrow.chosen.terms.total_ms(), full.chosen.terms.total_ms());
+                prop_assert!(n <= f * 1.03 + 2.0, "{} for {}", n, f);
+            }
+            (narrow, full) => prop_assert_eq!(narrow.is_ok(), full.is_ok()),
+        }
+    }
+
+    /// Whoever is chosen can do it; every term is a time.
+    #[test]
+    fn a_chosen_worker_takes_the_work(workers in any_cluster(), id in any::<u64>()) {
+        let none = Matches::default();
+        let request = request(&none, u128::from(id));
+        for mut policy in every_policy() {
+            let Ok(decision) = policy.choose(&Cluster { router: 1, workers: &workers }, &request) else { continue };
+            let find = |slot: WorkerSlot| workers.iter().find(|w| w.slot == slot).unwrap();
+            let (p, d) = (find(decision.plan().prefill()), find(decision.plan().decode()));
+            prop_assert!(!p.draining && !d.draining && d.role != Role::Prefill);
+            prop_assert!(p.load.kv.free >= 68 && d.load.kv.free >= 68);
+            prop_assert_eq!(matches!(decision.plan(), Plan::Whole { .. }), p.slot == d.slot);
+            let t = decision.chosen.terms;
+            for ms in [t.wait_ms, t.pull_ms, t.prefill_ms, t.transfer_ms, t.decode_wait_ms, t.own_stretch_ms, t.others_stretch_ms] {
+                prop_assert!(ms.is_finite() && ms >= 0.0, "{:?}", t);
+            }
+            prop_assert_eq!(&policy.explain(&Cluster { router: 1, workers: &workers }, &request).is_ok(), &true);
+        }
+    }
+}

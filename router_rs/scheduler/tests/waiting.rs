@@ -1,0 +1,175 @@
+//! Booking, the queue and its key, admission.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::{request, worker};
+use kvmesh_kv_index::{Matches, WorkerSlot};
+use kvmesh_scheduler::{
+    AdmissionSettings, Booking, Bookings, Class, ClassTargets, Cluster, Queue, Rejected, Role,
+    Work, admit, virtual_deadline_ms,
+};
+use proptest::prelude::*;
+
+fn tokens(count: u64) -> Work {
+    Work {
+        prefills: 1,
+        prefill_tokens: count,
+        ..Work::default()
+    }
+}
+
+const W: WorkerSlot = WorkerSlot(3);
+
+#[test]
+fn what_is_booked_is_what_no_report_shows() {
+    let bookings = Bookings::new();
+    let (a, b, c) = (
+        bookings.book(W, tokens(1)),
+        bookings.book(W, tokens(10)),
+        bookings.book(W, tokens(100)),
+    );
+    a.sent(1);
+    b.sent(2);
+    assert_eq!(bookings.booked(W).prefill_tokens, 111);
+    bookings.echoed(W, 1);
+    assert_eq!(bookings.booked(W).prefill_tokens, 110);
+    drop(a);
+    drop(b);
+    assert_eq!(bookings.booked(W), tokens(100));
+    // A report that overtakes the sender's own note.
+    bookings.echoed(W, 3);
+    c.sent(3);
+    assert_eq!(bookings.booked(W), Work::default());
+}
+
+#[test]
+fn a_new_session_counts_its_commands_anew() {
+    let bookings = Bookings::new();
+    let sent = bookings.book(W, tokens(1));
+    sent.sent(5);
+    bookings.echoed(W, 4);
+    let unsent = bookings.book(W, tokens(10));
+    bookings.session_ended(W);
+    assert_eq!(bookings.booked(W), tokens(10));
+    unsent.sent(1);
+    assert_eq!(bookings.all().get(&W), Some(&tokens(10)));
+    bookings.echoed(W, 1);
+    assert!(bookings.all().is_empty());
+}
+
+proptest! {
+    /// Against a list: whatever happens, the sum is exact, and nothing is left
+    /// when all guards are gone.
+    #[test]
+    fn booking_is_exact(actions in prop::collection::vec((0u8..4, any::<prop::sample::Index>(), 1u64..100), 0..60)) {
+        let bookings = Bookings::new();
+        let mut guards: Vec<(Booking, u64, Option<u64>)> = Vec::new();
+        let (mut command, mut echoed) = (0, 0);
+        for (kind, which, amount) in actions {
+            match kind {
+                0 => guards.push((bookings.book(W, tokens(amount)), amount, None)),
+                1 if !guards.is_empty() => {
+                    let at = which.index(guards.len());
+                    if guards[at].2.is_none() {
+                        command += 1;
+                        guards[at].0.sent(command);
+                        guards[at].2 = Some(command);
+                    }
+                }
+                2 if !guards.is_empty() => { guards.swap_remove(which.index(guards.len())); }
+                _ => {
+                    echoed = (echoed + amount % 3).min(command);
+                    bookings.echoed(W, echoed);
+                }
+            }
+            let shown: u64 = guards.iter().filter(|(_, _, sent)| sent.is_none_or(|n| n > echoed)).map(|(_, n, _)| n).sum();
+            prop_assert_eq!(bookings.booked(W).prefill_tokens, shown);
+        }
+        guards.clear();
+        prop_assert!(bookings.all().is_empty());
+    }
+
+    /// Nothing that arrives later than this passes a request, in any order of
+    /// arrival: so nobody starves.
+    #[test]
+    fn what_may_pass_a_request_is_bounded(
+        arrivals in prop::collection::vec((0.0f64..1e6, 0u8..3, 0.0f64..1e4), 1..40),
+    ) {
+        let targets = ClassTargets::default();
+        let class = |n| [Class::Interactive, Class::Standard, Class::Batch][usize::from(n)];
+        let mut queue = Queue::new(100);
+        for &(arrival, n, work) in &arrivals {
+            let key = virtual_deadline_ms(&targets, class(n), arrival, work);
+            queue.push(key, work, (arrival, n, work)).unwrap();
+        }
+        let mut served: Vec<(f64, u8, f64)> = Vec::new();
+        while let Some(next) = queue.pop() {
+            for before in &served {
+                let head_start = targets.of(class(next.1)).allowance_ms - targets.of(class(before.1)).allowance_ms;
+                let bound = head_start + targets.work_weight * (next.2 - before.2);
+                prop_assert!(before.0 - next.0 <= bound + 1e-6);
+            }
+            served.push(next);
+        }
+        prop_assert_eq!(served.len(), arrivals.len());
+        prop_assert_eq!(queue.work_ms(), 0.0);
+    }
+}
+
+#[test]
+fn a_queue_is_in_order_bounded_and_gives_up_places() {
+    let mut queue = Queue::new(3);
+    let late = queue.push(30.0, 1.0, "late").unwrap();
+    queue.push(10.0, 2.0, "first").unwrap();
+    queue.push(10.0, 4.0, "second").unwrap();
+    assert_eq!(queue.push(1.0, 1.0, "full"), Err("full"));
+    assert_eq!(queue.work_before_ms(10.0), 6.0);
+    assert_eq!(queue.remove(late), Some("late"));
+    assert_eq!(queue.remove(late), None);
+    assert_eq!(
+        (queue.pop(), queue.pop(), queue.pop()),
+        (Some("first"), Some("second"), None)
+    );
+}
+
+#[test]
+fn admission_is_by_predicted_wait_and_deadline() {
+    let none = Matches::default();
+    let mut workers = vec![worker(0, Role::Prefill), worker(1, Role::Decode)];
+    let settings = AdmissionSettings {
+        max_wait_ms: 1_000.0,
+    };
+    let ask = |workers: &[_], ahead, left| {
+        admit(
+            &Cluster { router: 1, workers },
+            &request(&none, 1),
+            ahead,
+            left,
+            &settings,
+        )
+    };
+    let idle = ask(&workers, 0.0, None).unwrap();
+    assert_eq!(idle.wait_ms, 0.0);
+    assert!(idle.work_ms > 500.0);
+    assert!(matches!(
+        ask(&workers, 0.0, Some(idle.work_ms / 2.0)),
+        Err(Rejected::DeadlineCannotBeMet { .. })
+    ));
+    assert!(ask(&workers, 0.0, Some(idle.work_ms * 2.0)).is_ok());
+    assert_eq!(
+        ask(&workers, 1_500.0, None),
+        Err(Rejected::WaitTooLong {
+            wait_ms: 1_500.0,
+            retry_after_ms: 500.0
+        })
+    );
+    workers[0].load.others.running_prefill_tokens = 4_000;
+    assert!(matches!(
+        ask(&workers, 0.0, None),
+        Err(Rejected::WaitTooLong { .. })
+    ));
+    // A decode worker computes prompts where no other is there.
+    assert!(ask(&workers[1..], 0.0, None).is_ok());
+    assert!(ask(&[], 0.0, None).is_ok());
+}
