@@ -25,6 +25,7 @@ class Attempt:
     stage: Stage
     border: int
     tokens: list[int] = field(default_factory=list)
+    logprobs: list = field(default_factory=list)
     opening: wire.Opening | None = None
     end: wire.StageEnd | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -77,6 +78,7 @@ class Driver:
         rows = step.tokens
         if rows is not None:
             at = 0
+            logprobs = {entry.row: entry.tokens for entry in rows.logprobs}
             for row, count in enumerate(rows.counts):
                 generation = rows.generations[16 * row : 16 * row + 16]
                 attempt = self.attempts[AttemptId(generation, rows.owners[row], rows.attempts[row])]
@@ -84,6 +86,7 @@ class Driver:
                 assert rows.first_indices[row] == attempt.border + len(attempt.tokens)
                 attempt.tokens += rows.ids[at : at + count]
                 at += count
+                attempt.logprobs += logprobs.get(row, ())
                 attempt.changed.set()
             assert at == len(rows.ids)
         for end in step.ends:

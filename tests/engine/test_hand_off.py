@@ -170,7 +170,7 @@ async def test_a_cancelled_prefill_fails_the_transfer() -> None:
 
 
 async def test_an_aborted_transfer_refuses_a_later_prefill() -> None:
-    async with pair() as (p, d):
+    async with pair() as (p, _):
         hand_off = hand_off_from(p)
         first = p.place(prompt(3000), Stage.PREFILL, hand_off=hand_off)
         await first.opened()

@@ -165,12 +165,16 @@ class PromptQueue:
                 # A prompt that cannot have its room yet is not overtaken by
                 # one that takes the room away; what has started goes on.
                 may_start = may_start and self._start(sequence)
-                if sequence.state is not State.PREFILLING:
+                if not self._is_started(sequence):
                     continue
             chunks.append(Chunk(sequence, budget.take(sequence, not chunks)))
             if len(chunks) + decode.decode_batch >= self._settings.max_batch:
                 break
         return [chunk for chunk in chunks if chunk.tokens]
+
+    @staticmethod
+    def _is_started(sequence: Sequence) -> bool:
+        return sequence.state is State.PREFILLING
 
     def _chunk_budget(self, model: wire.StepModel, decode: StepLoad, itl_ms: float) -> _Budget:
         saturating = max(self._pool.block_tokens, model.saturating_chunk)

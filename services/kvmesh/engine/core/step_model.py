@@ -71,11 +71,9 @@ def tokens_within(model: wire.StepModel, budget_ms: float, start: int, most: int
     if budget_ms <= 0:
         return 0
     linear = model.b_ms + model.c_ms * (start + 0.5)
-    quadratic = model.c_ms / 2
-    if quadratic <= 0:
-        return most if linear <= 0 else min(most, int(budget_ms / linear))
-    root = math.sqrt(linear * linear + 4 * quadratic * budget_ms)
-    return min(most, int((root - linear) / (2 * quadratic)))
+    root = math.sqrt(linear * linear + 2 * model.c_ms * budget_ms)
+    # Written so that a c near zero loses no digits.
+    return most if linear + root <= 0 else min(most, int(2 * budget_ms / (linear + root)))
 
 
 def fit(loads: Sequence[StepLoad], measured_ms: Sequence[float]) -> wire.StepModel:

@@ -104,7 +104,7 @@ class SimRunner:
 
     def bind(self, pool: KvPool) -> None:
         """Sees the pool as [block, token, word]."""
-        words = np.frombuffer(pool, dtype=np.uint64)
+        words: U64 = np.frombuffer(memoryview(pool), dtype=np.uint64)
         self._words = words.reshape(-1, self._size, self._content.words)
 
     def close(self) -> None:
