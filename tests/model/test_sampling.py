@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kvmesh.engine.core.runner import SampleSpec
 from kvmesh.engine.torch.noise import gumbel
 from kvmesh.engine.torch.sampling import draw
+from kvmesh.v1 import inference_pb2 as inference
 from kvmesh.v1 import worker_pb2 as wire
 
 VOCABULARY = 3000
@@ -141,10 +142,15 @@ def test_equal_values_are_cut_by_token_id():
 
 
 def test_bias_and_bans():
-    bias = [wire.ResolvedSampling().logit_bias.add(token_id=3, bias=50.0)]
+    bias = [inference.LogitBias(token_id=3, bias=50.0)]
     assert one([1.0, 0.0, 0.0, 0.0], temperature=0.0, logit_bias=bias) == 3
     assert one([1.0, 0.5, 0.0], temperature=0.0, banned=[0]) == 1
     assert drawn_set([9.0, 0.5, 0.0], banned=[0]) == {1, 2}
+
+
+def test_ids_beyond_the_vocabulary_are_nothing():
+    bias = [inference.LogitBias(token_id=4_000_000, bias=1.0)]
+    assert one([1.0, 0.5, 0.0], temperature=0.0, banned=[0, 4_000_000], logit_bias=bias) == 1
 
 
 def test_repetition_penalty_weighs_prompt_and_output():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def model_digest(folder: Path, cache: Path, advance: Advance | None = None) -> s
         pass
     digest = _take(folder, advance)
     record.parent.mkdir(parents=True, exist_ok=True)
-    part = record.with_suffix(".part")
+    # Two workers that start together both take it; each renames its own whole.
+    part = record.with_suffix(f".{os.getpid()}")
     part.write_text(json.dumps({"digest": digest, "stamp": stamp}), encoding="utf-8")
     part.replace(record)
     return digest

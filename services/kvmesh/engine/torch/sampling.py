@@ -75,12 +75,14 @@ def _draw_row(row: torch.Tensor, spec: SampleSpec) -> Sampled:
 
 
 def _corrected(logits: Logits, spec: SampleSpec) -> Logits:
-    """Bias, bans and penalties, in place."""
+    """Bias, bans and penalties, in place; ids that the model does not have are nothing."""
     sampling = spec.sampling
     for entry in sampling.logit_bias:
-        logits[entry.token_id] += entry.bias
+        if entry.token_id < len(logits):
+            logits[entry.token_id] += entry.bias
     if len(spec.banned_ids):
-        logits[np.asarray(spec.banned_ids, dtype=np.int64)] = -np.inf
+        banned = np.asarray(spec.banned_ids, dtype=np.int64)
+        logits[banned[banned < len(logits)]] = -np.inf
     if not _has_penalty(sampling):
         return logits
     penalty = sampling.repetition_penalty
