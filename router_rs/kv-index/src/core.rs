@@ -105,30 +105,37 @@ impl Core {
     }
 
     pub(crate) fn store(&mut self, value: u64, worker: usize, tier: Tier) {
-        let from = self.table.holders(value);
-        if self.sets.get(from).tiers[tier as usize].has(worker) {
-            return;
-        }
-        let to = self.sets.changed(from, worker, tier, true);
-        self.sets.move_block(from, to);
-        self.table.set(value, to, self.now);
-        self.entries += 1;
-        self.until_tick -= 1;
-        if self.until_tick == 0 {
-            self.until_tick = (self.table.len() / 32).max(SAMPLE);
-            self.now = self.now.wrapping_add(1);
+        if self.set(value, worker, tier, true) {
+            self.entries += 1;
+            self.until_tick -= 1;
+            if self.until_tick == 0 {
+                self.until_tick = (self.table.len() / 32).max(SAMPLE);
+                self.now = self.now.wrapping_add(1);
+            }
         }
     }
 
     pub(crate) fn remove(&mut self, value: u64, worker: usize, tier: Tier) {
-        let from = self.table.holders(value);
-        if !self.sets.get(from).tiers[tier as usize].has(worker) {
-            return;
+        if self.set(value, worker, tier, false) {
+            self.entries -= 1;
         }
-        let to = self.sets.changed(from, worker, tier, false);
-        self.sets.move_block(from, to);
-        self.table.set(value, to, self.now);
-        self.entries -= 1;
+    }
+
+    /// Whether it changed anything.
+    fn set(&mut self, value: u64, worker: usize, tier: Tier, present: bool) -> bool {
+        let (sets, mut changed) = (&mut self.sets, false);
+        self.table.change(value, self.now, |from| {
+            if sets.get(from).tiers[tier as usize].has(worker) == present {
+                return from;
+            }
+            let to = sets.changed(from, worker, tier, present);
+            changed = to != from;
+            if changed {
+                sets.move_block(from, to);
+            }
+            to
+        });
+        changed
     }
 
     /// Takes a worker's blocks out: one pass over the table.
@@ -153,7 +160,7 @@ impl Core {
             let to = self.sets.without(from, worker);
             self.sets.move_block(from, to);
             let heat = self.table.heat(value).unwrap_or(self.now);
-            self.table.set(value, to, heat);
+            self.table.change(value, heat, |_| to);
         }
     }
 
@@ -172,7 +179,7 @@ impl Core {
             if from != NOBODY {
                 self.entries -= self.holdings(from);
                 self.sets.move_block(from, NOBODY);
-                self.table.set(value, NOBODY, self.now);
+                self.table.change(value, self.now, |_| NOBODY);
             }
         }
     }

@@ -5,6 +5,7 @@
 //! changes. Sets are counted and go when the last block leaves them.
 
 use crate::bits::Bits;
+use crate::table::MAX_HOLDER_ID;
 use crate::worker::Tier;
 use std::collections::HashMap;
 
@@ -83,6 +84,8 @@ impl HolderSets {
 
     /// The set with one (worker, tier) added or taken out. The caller moves
     /// its block there by [`HolderSets::move_block`] before it asks again.
+    /// Where numbers run out, a block gets no new holder: that costs a hit,
+    /// never more.
     pub(crate) fn changed(
         &mut self,
         id: HolderId,
@@ -94,6 +97,9 @@ impl HolderSets {
             && (from, w, t, p) == (id, worker, tier, present)
         {
             return to;
+        }
+        if present && self.unused.is_empty() && self.sets.len() > MAX_HOLDER_ID as usize {
+            return id;
         }
         let mut holders = self.sets[id as usize].holders.clone();
         let bits = &mut holders.tiers[tier as usize];

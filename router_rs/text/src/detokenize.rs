@@ -37,31 +37,36 @@ impl Detokenizer {
     /// Takes the next id and appends the text that it completes to `out`. Ids
     /// outside the vocabulary have no text.
     pub fn push(&mut self, id: u32, out: &mut String) {
-        let pieces = Arc::clone(&self.pieces);
+        let Self {
+            pieces,
+            special_tokens,
+            partial,
+            at_start,
+            strip,
+        } = self;
         let Some(piece) = pieces.get(id) else { return };
-        if piece.special && !self.special_tokens {
+        if piece.special && !*special_tokens {
             return;
         }
-        let mut bytes = if self.at_start {
-            pieces.first(id, piece.bytes)
-        } else {
-            piece.bytes
-        };
-        self.at_start = false;
-        while self.strip > 0 && !bytes.is_empty() {
+        let mut bytes = piece.bytes;
+        if *at_start {
+            bytes = pieces.first(id, bytes);
+            *at_start = false;
+        }
+        while *strip > 0 && !bytes.is_empty() {
             if let [b' ', rest @ ..] = bytes {
                 bytes = rest;
-                self.strip -= 1;
+                *strip -= 1;
             } else {
-                self.strip = 0;
+                *strip = 0;
             }
         }
-        if self.partial.is_empty() {
-            self.show(bytes, out);
+        if partial.is_empty() {
+            show(bytes, partial, out);
         } else {
-            let mut joined = std::mem::take(&mut self.partial);
+            let mut joined = std::mem::take(partial);
             joined.extend_from_slice(bytes);
-            self.show(&joined, out);
+            show(&joined, partial, out);
         }
     }
 
@@ -73,24 +78,24 @@ impl Detokenizer {
             self.partial.clear();
         }
     }
+}
 
-    /// Appends complete characters; keeps the beginning of one, at most three
-    /// bytes.
-    fn show(&mut self, mut bytes: &[u8], out: &mut String) {
-        loop {
-            let error = match std::str::from_utf8(bytes) {
-                Ok(text) => return out.push_str(text),
-                Err(error) => error,
-            };
-            let (valid, rest) = bytes.split_at(error.valid_up_to());
-            out.push_str(std::str::from_utf8(valid).unwrap_or_default());
-            match error.error_len() {
-                Some(length) => {
-                    out.push(char::REPLACEMENT_CHARACTER);
-                    bytes = &rest[length..];
-                }
-                None => return self.partial.extend_from_slice(rest),
+/// Appends complete characters; keeps the beginning of one, at most three
+/// bytes, in `partial`.
+fn show(mut bytes: &[u8], partial: &mut Vec<u8>, out: &mut String) {
+    loop {
+        let error = match std::str::from_utf8(bytes) {
+            Ok(text) => return out.push_str(text),
+            Err(error) => error,
+        };
+        let (valid, rest) = bytes.split_at(error.valid_up_to());
+        out.push_str(std::str::from_utf8(valid).unwrap_or_default());
+        match error.error_len() {
+            Some(length) => {
+                out.push(char::REPLACEMENT_CHARACTER);
+                bytes = &rest[length..];
             }
+            None => return partial.extend_from_slice(rest),
         }
     }
 }
