@@ -536,3 +536,6 @@ class PagedKv:
         `tables[begins[i]]` and following, into the same row of `out`. `q` and
         `out` float32 [n, heads * head_size], the others uint32.
         """
+
+def router_settings() -> list[tuple[str, str, str, str, bool]]:
+    """Every setting of a router: (name, default, meaning, what is allowed, is a switch)."""

@@ -365,8 +365,8 @@ impl PyTransferNode {
     }
 
     #[pyo3(signature = (
-        transfer_id, address, worker, incarnation, from_token, slots, traceparent=String::new(),
-        request_id=String::new(),
+        transfer_id, address, worker, incarnation, from_token, slots, traceparent="",
+        request_id="",
     ))]
     #[allow(clippy::too_many_arguments, reason = "arguments in Python")]
     fn pull(
@@ -378,8 +378,8 @@ impl PyTransferNode {
         incarnation: u64,
         from_token: u32,
         slots: Vec<u32>,
-        traceparent: String,
-        request_id: String,
+        traceparent: &str,
+        request_id: &str,
     ) -> PyResult<()> {
         let request = PullRequest {
             id: self::transfer_id(transfer_id)?,
@@ -389,16 +389,16 @@ impl PyTransferNode {
             from_token,
             slots,
             prefix: None,
-            traceparent,
-            request_id,
+            traceparent: traceparent.to_owned(),
+            request_id: request_id.to_owned(),
         };
         py.detach(|| self.node.pull(request)).map_err(refused)
     }
 
     #[pyo3(signature = (
         transfer_id, address, worker, incarnation, from_token, slots, token_ids,
-        adapter=String::new(), cache_salt=String::new(), traceparent=String::new(),
-        request_id=String::new(),
+        adapter="", cache_salt="", traceparent="",
+        request_id="",
     ))]
     #[allow(clippy::too_many_arguments, reason = "arguments in Python")]
     fn pull_prefix(
@@ -411,10 +411,10 @@ impl PyTransferNode {
         from_token: u32,
         slots: Vec<u32>,
         token_ids: Vec<u32>,
-        adapter: String,
-        cache_salt: String,
-        traceparent: String,
-        request_id: String,
+        adapter: &str,
+        cache_salt: &str,
+        traceparent: &str,
+        request_id: &str,
     ) -> PyResult<()> {
         let request = PullRequest {
             id: self::transfer_id(transfer_id)?,
@@ -424,12 +424,12 @@ impl PyTransferNode {
             from_token,
             slots,
             prefix: Some(PrefixKey {
-                adapter,
-                cache_salt,
+                adapter: adapter.to_owned(),
+                cache_salt: cache_salt.to_owned(),
                 token_ids,
             }),
-            traceparent,
-            request_id,
+            traceparent: traceparent.to_owned(),
+            request_id: request_id.to_owned(),
         };
         py.detach(|| self.node.pull(request)).map_err(refused)
     }
@@ -521,8 +521,7 @@ impl PyTransferNode {
     }
 }
 
-/// Adds the classes of this file, and the two names that stubs need at run
-/// time: `Reason` and `TransferEvent`.
+/// Adds the classes of this file, and their union, `TransferEvent`.
 pub(crate) fn add(module: &Bound<'_, PyModule>) -> PyResult<()> {
     let py = module.py();
     module.add("TransferError", py.get_type::<TransferError>())?;
@@ -547,8 +546,5 @@ pub(crate) fn add(module: &Bound<'_, PyModule>) -> PyResult<()> {
     ] {
         union = union.bitor(other)?;
     }
-    module.add("TransferEvent", union)?;
-    let names = PyTuple::new(py, Reason::ALL.map(Reason::name))?;
-    let literal = py.import("typing")?.getattr("Literal")?.get_item(names)?;
-    module.add("Reason", literal)
+    module.add("TransferEvent", union)
 }

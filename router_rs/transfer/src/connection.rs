@@ -30,10 +30,6 @@ const MAX_WAITING: usize = 16 * 1024;
 /// while it still lies in the second-level cache.
 const PIECE: usize = 256 * 1024;
 
-/// Blocks below this size go out in one gathered write; larger ones as pages
-/// of the pool's file, without a copy into the kernel.
-const SEND_PAGES: usize = 32 * 1024;
-
 /// Blocks that a receiver asked for by TCP.
 pub(crate) struct Fetched {
     pub(crate) id: TransferId,
@@ -199,50 +195,21 @@ fn write_blocks(
     if count == 0 {
         return Ok(());
     }
-    if pool.block_bytes() >= SEND_PAGES {
-        for (slot, _) in &fetched.blocks {
-            send_pages(stream, pool, *slot)?;
-        }
-    } else {
-        let mut parts = Vec::with_capacity(fetched.blocks.len());
-        for (slot, _) in &fetched.blocks {
-            let block = pool.block(*slot).map_err(io::Error::other)?;
-            parts.push(libc::iovec {
-                iov_base: block.cast(),
-                iov_len: pool.block_bytes(),
-            });
-        }
-        send_parts(stream.as_raw_fd(), &mut parts)?;
+    let mut parts = Vec::with_capacity(fetched.blocks.len());
+    for (slot, _) in &fetched.blocks {
+        let block = pool.block(*slot).map_err(io::Error::other)?;
+        parts.push(libc::iovec {
+            iov_base: block.cast(),
+            iov_len: pool.block_bytes(),
+        });
     }
+    // Copied into the kernel: pages of the file given to `sendfile` were no
+    // faster over loopback, and would go out torn long after they were checked.
+    send_parts(stream.as_raw_fd(), &mut parts)?;
     sent.fetch_add(
         u64::from(count) * pool.block_bytes() as u64,
         Ordering::Relaxed,
     );
-    Ok(())
-}
-
-/// Sends a slot as pages of the file: they are referenced, not copied. A slot
-/// that is written anew while its pages wait in the socket goes out torn, and
-/// the receiver's checksum finds it.
-fn send_pages(stream: &TcpStream, pool: &KvPool, slot: u32) -> io::Result<()> {
-    let mut offset = libc::off_t::try_from(pool.file_offset(slot)).map_err(io::Error::other)?;
-    let mut left = pool.block_bytes();
-    while left > 0 {
-        // SAFETY: a plain call; `offset` is ours to be moved.
-        let n = unsafe {
-            libc::sendfile(
-                stream.as_raw_fd(),
-                pool.file().as_raw_fd(),
-                &raw mut offset,
-                left,
-            )
-        };
-        match usize::try_from(n) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(n) => left -= n,
-            Err(_) => retry()?,
-        }
-    }
     Ok(())
 }
 

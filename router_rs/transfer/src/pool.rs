@@ -312,11 +312,6 @@ impl KvPool {
     pub fn file(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
-
-    /// Where a slot begins in the file, in bytes.
-    pub(crate) fn file_offset(&self, slot: u32) -> u64 {
-        (self.map.data + slot as usize * self.map.block_bytes) as u64
-    }
 }
 
 /// A peer's pool, mapped read-only.

@@ -1,0 +1,190 @@
+"""Peers that are killed, frozen, of another user or without /dev/shm."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from kvmesh import _router
+
+WAYS = pytest.mark.parametrize("shared_memory", [True, False], ids=["shm", "tcp"])
+
+
+@WAYS
+@pytest.mark.parametrize("state", ["awaited", "reserved", "flowing"])
+def test_a_killed_sender_fails_the_receive_and_keeps_the_prefix(nodes, peers, shared_memory, state):
+    b = nodes("b")
+    a = peers("a", shared_memory=shared_memory, offer_timeout_s=60)
+    transfer_id = os.urandom(16)
+    if state != "awaited":
+        a.call("offer", transfer_id)
+    b.pull(transfer_id, a, 0, [0, 1, 2, 3])
+    if state == "flowing":
+        a.call("ready", transfer_id, 0, [0, 1])
+        while b.expect(_router.Verified).upto_block < 2:
+            pass
+    a.signal(signal.SIGKILL)
+    failed = b.expect(_router.ReceiveFailed)
+    assert failed.reason == "lost"
+    assert failed.verified_blocks == (2 if state == "flowing" else 0)
+    assert b.idle()
+
+
+@WAYS
+@pytest.mark.parametrize("state", ["flowing", "committing"])
+def test_a_killed_receiver_frees_the_pins_at_once(nodes, peers, shared_memory, state):
+    a = nodes("a", shared_memory=shared_memory)
+    b = peers("b")
+    a.fill()
+    transfer_id = os.urandom(16)
+    a.node.offer(transfer_id, 4)
+    b.call("pull", transfer_id, a.address, "a", 1, 0, [0, 1, 2, 3])
+    a.expect(_router.Pulled)
+    if state == "committing":
+        b.signal(signal.SIGSTOP)
+        a.node.ready(transfer_id, 0, [0, 1, 2, 3])
+        a.node.commit(transfer_id, 64)
+        while a.node.figures()["sent_blocks"] < 4:
+            pass
+    b.signal(signal.SIGKILL)
+    aborted = a.expect(_router.SenderAborted)
+    assert aborted.reason == "lost"
+    assert aborted.commit_sent is (state == "committing")
+    assert a.idle()
+
+
+@WAYS
+def test_a_reader_frozen_past_the_lease_discards_what_it_reads(nodes, peers, shared_memory):
+    a = nodes("a", shared_memory=shared_memory, lease_s=1.0, offer_timeout_s=60)
+    b = peers("b", lease_s=30.0)
+    a.fill()
+    transfer_id = os.urandom(16)
+    b.call("pull", transfer_id, a.address, "a", 1, 0, [0, 1, 2, 3])
+    while not a.node.residue()["awaited"]:
+        pass
+    a.node.offer(transfer_id, 4)
+    a.expect(_router.Pulled)
+    b.signal(signal.SIGSTOP)
+    a.node.ready(transfer_id, 0, [0, 1, 2, 3])
+    assert a.expect(_router.SenderAborted).reason == "lease_expired"
+    assert a.idle()
+    # Another request takes the blocks while the reader is still frozen.
+    a.pool.raise_versions([0, 1, 2, 3])
+    a.content[:4] = 99
+    b.signal(signal.SIGCONT)
+    assert "Committed" not in b.call("event")
+    # It serves on.
+    transfer_id = os.urandom(16)
+    b.call("pull", transfer_id, a.address, "a", 1, 0, [4])
+    while not a.node.residue()["awaited"]:
+        pass
+    a.node.offer(transfer_id)
+    a.node.ready(transfer_id, 0, [0])
+    a.node.commit(transfer_id, 16)
+    a.expect(_router.SenderReleased)
+
+
+def test_a_frozen_sender_is_given_up_after_the_lease(nodes, peers):
+    b = nodes("b", lease_s=1.0)
+    a = peers("a")
+    transfer_id = os.urandom(16)
+    a.call("offer", transfer_id)
+    b.pull(transfer_id, a, 0, [0])
+    assert a.call("event") == ["Pulled"]
+    a.signal(signal.SIGSTOP)
+    assert b.expect(_router.ReceiveFailed).reason == "lease_expired"
+    assert b.idle()
+    a.signal(signal.SIGCONT)
+
+
+def held() -> tuple[int, set[str], set[str], int]:
+    """Descriptors of this process, files in /dev/shm, our unix sockets, our threads."""
+    descriptors = len(os.listdir("/proc/self/fd"))
+    sockets = {
+        line.split()[-1]
+        for line in Path("/proc/net/unix").read_text().splitlines()
+        if "kvmesh-" in line
+    }
+    return descriptors, set(os.listdir("/dev/shm")), sockets, len(os.listdir("/proc/self/task"))
+
+
+def rss_kib() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0])
+
+
+def test_a_hundred_kills_leave_nothing(nodes, peers):
+    here = nodes("here")
+    here.fill()
+
+    def one(index: int) -> None:
+        there = peers("there")
+        out, back = os.urandom(16), os.urandom(16)
+        here.node.offer(out, 2)
+        here.node.ready(out, 0, [0, 1])
+        there.call("pull", out, here.address, "here", 1, 0, [0, 1, 2])
+        there.call("offer", back)
+        there.call("ready", back, 0, [0, 1])
+        here.pull(back, there, 0, [2, 3, 4])
+        if index % 2:
+            while here.expect(_router.Verified, back).upto_block < 2:
+                pass
+            here.expect(_router.Pulled, out)
+        there.end()
+        here.expect(_router.ReceiveFailed, back)
+        if not index % 2:
+            # The kill may have come before its pull did.
+            here.node.abort(out)
+        while not here.idle() or here.node.residue()["connections"]:
+            here.node.wait(0.01)
+        here.node.poll()
+        here.pending.clear()
+
+    for index in range(4):
+        one(index)
+    before, memory = held(), rss_kib()
+    for index in range(100):
+        one(index)
+    after = held()
+    assert after[:3] == before[:3]
+    # Threads that ended are reaped when the next one starts.
+    assert after[3] <= before[3] + 4
+    assert rss_kib() < memory + 8 * 1024
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user: needs root")
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv")
+def test_another_user_cannot_attach_and_gets_blocks_by_tcp(nodes, peers, tmp_path):
+    a = nodes("a")
+    a.fill()
+    other = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    try:
+        b = peers("b", prefix=other)
+    except AssertionError:
+        pytest.skip("the other user cannot read the checkout")
+    transfer_id = os.urandom(16)
+    a.node.offer(transfer_id)
+    a.node.ready(transfer_id, 0, [0])
+    a.node.commit(transfer_id, 16)
+    b.call("pull", transfer_id, a.address, "a", 1, 0, [0])
+    a.expect(_router.SenderReleased)
+    assert b.call("residue")["mappings"] == 0
+    assert b.call("figures")["copied_bytes"] == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts in a namespace of its own: needs root")
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare")
+def test_a_tiny_dev_shm_changes_nothing(nodes, peers):
+    a = nodes("a", block_bytes=1 << 20)
+    a.fill()
+    script = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
+    b = peers("b", block_bytes=1 << 20, prefix=("unshare", "--mount", "sh", "-c", script, "sh"))
+    transfer_id = os.urandom(16)
+    a.node.offer(transfer_id)
+    a.node.ready(transfer_id, 0, list(range(16)))
+    a.node.commit(transfer_id, 256)
+    b.call("pull", transfer_id, a.address, "a", 1, 0, list(range(16)))
+    a.expect(_router.SenderReleased)
+    assert b.call("figures")["copied_bytes"] == 16 << 20
