@@ -13,6 +13,8 @@ import os
 from array import array
 from typing import TYPE_CHECKING
 
+from google.protobuf.message import DecodeError
+
 from kvmesh._router import (
     Committed,
     PrefixWanted,
@@ -65,6 +67,19 @@ class Admission:
         else:
             self._enqueue(sequence)
 
+    def refuse_unread(self, placement: Placement) -> None:
+        """Answers a placement that could not be taken in."""
+        opening = wire.Opening(
+            generation=placement.id.generation,
+            owner=placement.id.owner,
+            attempt=placement.id.attempt,
+            stage=placement.stage.value,
+            refused=wire.Refused(
+                reason=wire.REFUSAL_REASON_UNSUPPORTED, message="the placement cannot be read"
+            ),
+        )
+        self._loop.answers.opening(placement.router, opening)
+
     def _problem(self, sequence: Sequence) -> str:
         """Why this engine can never run a placement; empty: it can."""
         placement, behaviour = sequence.placement, self._settings.behaviour
@@ -74,6 +89,9 @@ class Admission:
             return "the prompt is empty"
         if sequence.length >= sequence.limit:
             return f"{sequence.length} tokens leave no room to go on: the limit is {self._limit}"
+        vocabulary = self._settings.vocabulary_size
+        if vocabulary and max(sequence.base) >= vocabulary:
+            return f"a token id is not under {vocabulary}"
         if placement.continuation.HasField("grammar"):
             return "grammars are not supported"
         if placement.stage is Stage.WHOLE:
@@ -95,7 +113,7 @@ class Admission:
 
     def _enqueue(self, sequence: Sequence) -> None:
         loop, pool = self._loop, self._loop.pool
-        hand_off = sequence.placement.hand_off
+        hand_off = sequence.placement.hand_off if sequence.hands_off else None
         if hand_off is not None and hand_off.HasField("mesh") and loop.hand_offs is not None:
             try:
                 loop.hand_offs.offer(sequence, hand_off.mesh.transfer_id)
@@ -120,7 +138,13 @@ class Admission:
             raise AssertionError("a decode stage was let in without a hand-off")
         mesh = hand_off.mesh
         if hand_off.HasField("engine"):
-            mesh = wire.MeshHandOff.FromString(hand_off.engine.payload)
+            try:
+                mesh = wire.MeshHandOff.FromString(hand_off.engine.payload)
+            except DecodeError:
+                self._refuse(
+                    sequence, wire.REFUSAL_REASON_UNSUPPORTED, "the hand-off cannot be read"
+                )
+                return
         held = pool.find(
             sequence.root, sequence.base.tobytes(), (sequence.length - 1) // pool.block_tokens
         )
@@ -331,7 +355,7 @@ class Admission:
         if reason is not None:
             loop.finish(sequence, reason)
         else:
-            loop.decode(sequence)
+            loop.streams.decode(sequence)
 
 
 def _text(error: Exception) -> str:

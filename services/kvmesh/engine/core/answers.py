@@ -37,6 +37,10 @@ class Answers:
         opening.refused.message = message
         self._router(sequence.router).openings.append(opening)
 
+    def opening(self, router: str, opening: wire.Opening) -> None:
+        """A finished answer to a Place."""
+        self._router(router).openings.append(opening)
+
     def columns(self, router: str, columns: TokenColumns) -> None:
         """Tokens of all decoding streams of a router."""
         step = self._router(router)

@@ -119,6 +119,11 @@ class BlockPool:
         return self._counts[_FREE] + self._counts[_EVICTABLE]
 
     @property
+    def changes(self) -> int:
+        """Differs when something was given back since."""
+        return self._clock
+
+    @property
     def held(self) -> int:
         """Blocks that somebody holds."""
         counts = self._counts

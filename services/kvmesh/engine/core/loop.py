@@ -24,7 +24,6 @@ from kvmesh.engine.contract import AttemptId, CacheBatch, Placement, Stage, Step
 from kvmesh.engine.core.admission import Admission
 from kvmesh.engine.core.answers import Answers
 from kvmesh.engine.core.blocks import BlockPool, Hold
-from kvmesh.engine.core.decode_rows import DecodeBatch
 from kvmesh.engine.core.hand_off import HandOffs
 from kvmesh.engine.core.outbox import Outbox
 from kvmesh.engine.core.queue import Plan, Priority, PromptQueue
@@ -33,6 +32,7 @@ from kvmesh.engine.core.sequence import Sequence, State
 from kvmesh.engine.core.settings import CoreSettings
 from kvmesh.engine.core.shares import Shares
 from kvmesh.engine.core.step_model import StepLoad, predict_ms
+from kvmesh.engine.core.streams import Streams
 from kvmesh.v1 import inference_pb2 as inference
 from kvmesh.v1 import worker_pb2 as wire
 
@@ -43,12 +43,6 @@ _log = logging.getLogger(__name__)
 
 _URGENT: Priority = (float("-inf"), 0)
 _INTERNAL = 13  # google.rpc.Code
-_CLASS_ORDER = {
-    inference.REQUEST_CLASS_INTERACTIVE: 0,
-    inference.REQUEST_CLASS_STANDARD: 1,
-    inference.REQUEST_CLASS_UNSPECIFIED: 1,
-    inference.REQUEST_CLASS_BATCH: 2,
-}
 
 
 class Clock(Protocol):
@@ -101,11 +95,8 @@ class EngineLoop:
         self._answers = Answers()
         self.queue = PromptQueue(pool, settings, self._begin, self._may_lose_room)
         self.admission = Admission(self, settings, max_logprobs)
-        self.batch = DecodeBatch(pool.block_tokens)
-        self._suspects: list[Sequence] = []
+        self.streams = Streams(self, pool, settings)
         self._suspect_turn = False
-        self._stalled: list[Sequence] = []
-        self._decoded_at = 0.0
 
     @property
     def transfer_address(self) -> str:
@@ -146,8 +137,11 @@ class EngineLoop:
                 self._flush(0, None)
                 if not self.outputs.wait_for_room(0.1):
                     continue
-                if not self._step(None):
+                plan = self._plan(None)
+                if plan is None:
                     self._wait()
+                else:
+                    self._run(plan)
         except Exception:
             # The worker ends with the outputs: an engine half alive helps nobody.
             _log.critical("engine thread failed", exc_info=True)
@@ -174,8 +168,8 @@ class EngineLoop:
             for event in self._node.poll():
                 self.admission.transfer_event(event)
                 changed = True
-        if self._stalled:
-            self._retry_stalled()
+        if self.streams.stalled:
+            self.streams.retry_stalled()
         if changed:
             self.shares.count(self.sequences.values())
 
@@ -189,21 +183,14 @@ class EngineLoop:
 
     # -- a step ------------------------------------------------------------
 
-    def _step(self, above: Priority | None) -> bool:
-        plan = self._plan(above)
-        if plan is None:
-            return False
-        self._run(plan)
-        return True
-
     def _plan(self, above: Priority | None) -> Plan | None:
         """What to compute next. `above`: beside a step that is held between layers."""
-        batch, free = self.batch, not self.queue.in_step
-        if self._suspects and free:
+        batch, free = self.streams.batch, not self.queue.in_step
+        if self.streams.suspects and free:
             others = bool(batch.sequences or self.queue.waiting)
             self._suspect_turn = not self._suspect_turn or not others
             if self._suspect_turn:
-                return Plan(alone=self._suspects[0])
+                return Plan(alone=self.streams.suspects[0])
         batch.prepare()
         decode = StepLoad(decode_batch=len(batch), decode_context=batch.context)
         chunks = self.queue.chunks(self._model, decode, batch.itl_target_ms, above)
@@ -231,7 +218,9 @@ class EngineLoop:
         try:
             result = self._forward(plan, nested)
         except Exception as error:
-            _log.exception("step failed prompts=%d decode=%d", len(plan.chunks), len(self.batch))
+            _log.exception(
+                "step failed prompts=%d decode=%d", len(plan.chunks), len(self.streams.batch)
+            )
             self._fail(plan, error)
         self.queue.in_step -= keys
         self.running.since, self.running.predicted_ms = outer
@@ -242,7 +231,7 @@ class EngineLoop:
             return
         ended = self._clock.now()
         if plan.decode:
-            self._decoded_at = ended
+            self.streams.decoded_at = ended
         self._take_result(plan, *result, ended)
         self.running.number += 1
         duration = max(0.0, ended - begun - nested[0])
@@ -260,7 +249,10 @@ class EngineLoop:
         for chunk in plan.chunks:
             load.add_chunk(chunk.sequence.computed, chunk.tokens)
         if plan.decode:
-            load.decode_batch, load.decode_context = len(self.batch), self.batch.context
+            load.decode_batch, load.decode_context = (
+                len(self.streams.batch),
+                self.streams.batch.context,
+            )
         elif plan.alone is not None:
             load.decode_batch, load.decode_context = 1, plan.alone.length
         return load
@@ -275,12 +267,12 @@ class EngineLoop:
         slices = [self._slice(chunk.sequence, chunk.tokens) for chunk in plan.chunks]
         if plan.alone is not None:
             slices.append(self._slice(plan.alone, 1))
-        by_columns = plan.decode and self._columns is not None and self.batch.plain
+        by_columns = plan.decode and self._columns is not None and self.streams.batch.plain
         forward: Generator[None, None, Any]
         if by_columns and self._columns is not None:
-            forward = self._columns.forward_columns(slices, self.batch.rows)
+            forward = self._columns.forward_columns(slices, self.streams.batch.rows)
         else:
-            rows = self.batch.slices() if plan.decode else []
+            rows = self.streams.batch.slices() if plan.decode else []
             forward = self._runner.forward(slices + rows)
         hold = bool(plan.chunks) and not plan.decode
         try:
@@ -327,9 +319,12 @@ class EngineLoop:
         begun = self._clock.now()
         while self._is_due(plan):
             above = plan.priority if not plan.chunks[0].sequence.alone else _URGENT
-            if not self._step(above):
+            inner = self._plan(above)
+            if inner is None:
                 break
-            if self._decode_is_due(plan):
+            self._run(inner)
+            if not inner.chunks:
+                # The streams had their turn; the urgent prompt has no room yet.
                 break
         if (spent := self._clock.now() - begun) > 0:
             nested[0] += spent
@@ -345,11 +340,11 @@ class EngineLoop:
 
     def _decode_is_due(self, plan: Plan) -> bool:
         """Whether streams would miss their target if another layer ran first."""
-        if not len(self.batch) or plan.chunks[0].sequence.alone:
+        if not len(self.streams.batch) or plan.chunks[0].sequence.alone:
             return False
         layer_s = self.running.predicted_ms / 1000 / max(1, self._runner.layers)
-        target_ms = self.batch.itl_target_ms or self._settings.default_itl_target_ms
-        return self._clock.now() + layer_s - self._decoded_at >= target_ms / 1000
+        target_ms = self.streams.batch.itl_target_ms or self._settings.default_itl_target_ms
+        return self._clock.now() + layer_s - self.streams.decoded_at >= target_ms / 1000
 
     # -- what a step brought -----------------------------------------------
 
@@ -362,52 +357,14 @@ class EngineLoop:
         now: float,
     ) -> None:
         if plan.decode:
-            self._take_tokens(tokens, draws)
+            self.streams.take_tokens(tokens, draws)
         for chunk, draw in zip(plan.chunks, sampled, strict=False):
             if chunk.sequence.state is not State.ENDED:
                 self._take_chunk(chunk.sequence, chunk.tokens, draw, now)
         if plan.alone is not None and sampled[-1] is not None:
-            self._take_suspect(plan.alone, sampled[-1])
+            self.streams.take_suspect(plan.alone, sampled[-1])
         if plan.chunks or plan.alone is not None:
             self.shares.count(self.sequences.values())
-
-    def _take_tokens(self, tokens: list[int], draws: list[Sampled | None]) -> None:
-        """The decoding streams' new tokens."""
-        batch = self.batch
-        # A stream that ends leaves the batch; rows count as they were.
-        sequences = batch.sequences
-        due = batch.advance(tokens)
-        for router, rows in batch.routers.items():
-            self._answers.columns(router, rows.columns(tokens))
-        places: dict[str, int] = {}
-        for row, draw in enumerate(draws):
-            sequence = sequences[row]
-            place = places[sequence.router] = places.get(sequence.router, -1) + 1
-            if draw is not None and draw.logprobs is not None:
-                self._answers.logprobs(sequence, place, draw.logprobs)
-        self.shares.stepped()
-        if due:
-            stays = [self._look(row, sequences[row]) for row in sorted(set(due))]
-            if not all(stays):
-                self.shares.count(self.sequences.values())
-
-    def _look(self, row: int, sequence: Sequence) -> bool:
-        """A stream that filled a block or may have ended. False: it left the batch."""
-        if sequence.state is State.ENDED:
-            return False
-        reason = sequence.finish_reason(sequence.output_ids[-1])
-        if reason is not None:
-            self.finish(sequence, reason)
-            return False
-        sequence.computed = sequence.length - 1
-        if sequence.computed % self.pool.block_tokens:
-            return True
-        self.store(sequence)
-        if not self._has_room(sequence):
-            self.batch.leave((sequence,))
-            return False
-        self.batch.grown(row, sequence)
-        return True
 
     def _take_chunk(
         self, sequence: Sequence, tokens: int, draw: Sampled | None, now: float
@@ -424,46 +381,21 @@ class EngineLoop:
         if draw is None:
             self.admission.finish_prefill(sequence)
             return
-        reason = self._take_draw(sequence, draw)
+        reason = self.take_draw(sequence, draw)
         if reason is not None:
             self.finish(sequence, reason)
         elif sequence.hands_off:
             self.admission.commit(sequence, draw)
         else:
-            self.decode(sequence)
+            self.streams.decode(sequence)
 
-    def _take_draw(self, sequence: Sequence, draw: Sampled) -> inference.FinishReason | None:
+    def take_draw(self, sequence: Sequence, draw: Sampled) -> inference.FinishReason | None:
         """One token of one stream, outside of the columns."""
         index = len(sequence.output_ids)
         sequence.output_ids.append(draw.token_id)
         logprobs = [] if draw.logprobs is None else [draw.logprobs]
         self._answers.tokens(sequence, index, [draw.token_id], logprobs)
         return sequence.finish_reason(draw.token_id)
-
-    def _take_suspect(self, sequence: Sequence, draw: Sampled) -> None:
-        sequence.computed += 1
-        if sequence.computed % self.pool.block_tokens == 0:
-            self.store(sequence)
-        self._suspects.remove(sequence)
-        reason = self._take_draw(sequence, draw)
-        if reason is not None:
-            self.finish(sequence, reason)
-        else:
-            self.decode(sequence)
-
-    def decode(self, sequence: Sequence) -> None:
-        """A stream whose newest token is to be computed joins the others."""
-        sequence.state = State.DECODING
-        sequence.computed = sequence.length - 1
-        self.store(sequence)
-        if not self._has_room(sequence):
-            return
-        if sequence.alone and sequence.made < self._settings.alone_tokens:
-            self._suspects.append(sequence)
-        else:
-            if not len(self.batch):
-                self._decoded_at = self._clock.now()
-            self.batch.join(sequence)
 
     def store(self, sequence: Sequence) -> None:
         """Makes blocks that became full shareable."""
@@ -474,52 +406,6 @@ class EngineLoop:
             self.pool.store(sequence.root, sequence.blocks, sequence.stored, ids)
             sequence.stored = full
 
-    # -- room of running streams -------------------------------------------
-
-    def _has_room(self, sequence: Sequence) -> bool:
-        """Sees that the next token has a block. False: the stream cannot go on now."""
-        if (sequence.length - 1) // self.pool.block_tokens < len(sequence.blocks):
-            return True
-        while True:
-            if self.queue.make_room(1, None):
-                block = self.pool.allocate(1, Hold.RUNNING)
-                if block is not None:
-                    sequence.blocks += block
-                    return True
-            victim = self._stream_victim(sequence)
-            if victim is None:
-                # The most important stream waits for transfers to end.
-                self._stalled.append(sequence)
-                return False
-            self.give_back(victim, "the KV pool is full")
-            if victim is sequence:
-                return False
-
-    def _stream_victim(self, asking: Sequence) -> Sequence | None:
-        """Of the running streams, the youngest of the lowest class; one always stays."""
-        streams = [s for s in self.sequences.values() if s.state is State.DECODING]
-        if len(streams) < 2:
-            return None
-        return max(
-            streams,
-            key=lambda s: (
-                _CLASS_ORDER[s.continuation.request_class],
-                s.placement.received_at,
-                s.key,
-            ),
-        )
-
-    def _retry_stalled(self) -> None:
-        stalled, self._stalled = self._stalled, []
-        for sequence in stalled:
-            if sequence.state is State.DECODING:
-                self.decode(sequence)
-
-    def give_back(self, sequence: Sequence, message: str) -> None:
-        """Returns a running stream to its router; not a failure."""
-        returned = wire.Returned(reason=wire.REFUSAL_REASON_NO_ROOM, message=message)
-        self.end(sequence, returned=returned)
-
     def _may_lose_room(self, sequence: Sequence) -> bool:
         return self.hand_offs is None or not self.hand_offs.has_announced(sequence)
 
@@ -529,6 +415,7 @@ class EngineLoop:
     # -- ends --------------------------------------------------------------
 
     def finish(self, sequence: Sequence, reason: inference.FinishReason) -> None:
+        """Ends an attempt whose output is complete."""
         finished = wire.StageFinished(reason=reason)
         if reason == inference.FINISH_REASON_STOP:
             finished.stop_token_id = sequence.output_ids[-1]
@@ -544,9 +431,9 @@ class EngineLoop:
         sequence.state = State.ENDED
         self.queue.remove(sequence)
         if was is State.DECODING:
-            if sequence in self.batch.sequences:
-                self.batch.leave((sequence,))
-            for group in (self._suspects, self._stalled):
+            if sequence in self.streams.batch.sequences:
+                self.streams.batch.leave((sequence,))
+            for group in (self.streams.suspects, self.streams.stalled):
                 if sequence in group:
                     group.remove(sequence)
         busy = self.hand_offs is not None and self.hand_offs.abort(sequence, why)
@@ -574,7 +461,7 @@ class EngineLoop:
             retryable=True,
         )
         members = [chunk.sequence for chunk in plan.chunks]
-        members += list(self.batch.sequences) if plan.decode else []
+        members += list(self.streams.batch.sequences) if plan.decode else []
         members += [plan.alone] if plan.alone is not None else []
         for sequence in members:
             self.end(sequence, "failed", failed=failed)
@@ -587,8 +474,12 @@ class EngineLoop:
                 self.end(sequence, cancelled=wire.Cancelled())
 
     def submit(self, placement: Placement) -> None:
-        """Takes a placement in."""
-        self.admission.submit(placement)
+        """Takes a placement in; one that nobody thought of harms no other."""
+        try:
+            self.admission.submit(placement)
+        except Exception:
+            _log.exception("placement refused request_id=%s", placement.request_id)
+            self.admission.refuse_unread(placement)
 
     def _end_all(self) -> None:
         if self._node is not None:

@@ -64,6 +64,8 @@ class PromptQueue:
         self.waiting: list[Sequence] = []
         self.in_step: set[int] = set()
         """Keys of sequences whose step has begun and not ended."""
+        self._no_room: tuple[int, int, int] | None = None
+        """(prompt, state of the pool, steps begun) for which room was looked for in vain."""
 
     def add(self, sequence: Sequence) -> None:
         """Takes a prompt in, behind those as urgent."""
@@ -120,6 +122,8 @@ class PromptQueue:
     def _start(self, sequence: Sequence) -> bool:
         """Gives a prompt all the room that it needs, what is cached first."""
         pool = self._pool
+        if self._no_room == (sequence.key, pool.changes, len(self.in_step)):
+            return False
         held = pool.find(
             sequence.root,
             sequence.base.tobytes(),
@@ -132,6 +136,7 @@ class PromptQueue:
             fresh = pool.allocate(need, Hold.RUNNING)
         if fresh is None:
             pool.drop(held, Hold.RUNNING)
+            self._no_room = (sequence.key, pool.changes, len(self.in_step))
             return False
         sequence.blocks = held + fresh
         sequence.stored = len(held)

@@ -15,6 +15,8 @@ class CoreSettings:
     """KV blocks in the pool."""
     context_length: int
     """Most tokens of a sequence, prompt and output together."""
+    vocabulary_size: int = 0
+    """Number of token ids; a prompt with others is refused. 0: not checked."""
     worker_id: str = "worker"
     """Name of this worker, told to transfer partners."""
     incarnation: int = 1

@@ -73,7 +73,7 @@ def tokens_within(model: wire.StepModel, budget_ms: float, start: int, most: int
     linear = model.b_ms + model.c_ms * (start + 0.5)
     root = math.sqrt(linear * linear + 2 * model.c_ms * budget_ms)
     # Written so that a c near zero loses no digits.
-    return most if linear + root <= 0 else min(most, int(2 * budget_ms / (linear + root)))
+    return most if linear + root <= 0 else int(min(most, 2 * budget_ms / (linear + root)))
 
 
 def fit(loads: Sequence[StepLoad], measured_ms: Sequence[float]) -> wire.StepModel:

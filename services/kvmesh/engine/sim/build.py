@@ -77,6 +77,7 @@ def build_engine(
         CoreSettings(
             pool_blocks=pool_blocks,
             context_length=sim.context_length,
+            vocabulary_size=sim.vocabulary,
             worker_id=worker_id,
             incarnation=incarnation,
             max_batch=sim.max_batch,

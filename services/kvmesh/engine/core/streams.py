@@ -1,0 +1,163 @@
+"""Streams that decode: their tokens, their room, and who gives way.
+
+A full pool takes room from what matters least (DESIGN 4, KV room): cached
+prefixes that nobody uses, then prompts that have started, the last in order
+first, then running streams, of the lowest class the youngest. One stream
+always stays, so somebody always advances.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvmesh.engine.core.blocks import BlockPool, Hold
+from kvmesh.engine.core.decode_rows import DecodeBatch
+from kvmesh.engine.core.runner import Sampled
+from kvmesh.engine.core.sequence import Sequence, State
+from kvmesh.engine.core.settings import CoreSettings
+from kvmesh.v1 import inference_pb2 as inference
+from kvmesh.v1 import worker_pb2 as wire
+
+if TYPE_CHECKING:
+    from kvmesh.engine.core.loop import EngineLoop
+
+_CLASS_ORDER = {
+    inference.REQUEST_CLASS_INTERACTIVE: 0,
+    inference.REQUEST_CLASS_STANDARD: 1,
+    inference.REQUEST_CLASS_UNSPECIFIED: 1,
+    inference.REQUEST_CLASS_BATCH: 2,
+}
+
+
+class Streams:
+    """The decoding streams of an engine. Used by the engine thread alone."""
+
+    def __init__(self, loop: EngineLoop, pool: BlockPool, settings: CoreSettings) -> None:
+        self._loop = loop
+        self._settings = settings
+        self.batch = DecodeBatch(pool.block_tokens)
+        self.suspects: list[Sequence] = []
+        """Streams that share their steps with nobody (Place.alone)."""
+        self.stalled: list[Sequence] = []
+        """Streams that wait for a block until transfers end."""
+        self.decoded_at = float("-inf")
+        """When the last step with these streams ended."""
+
+    def take_tokens(self, tokens: list[int], draws: list[Sampled | None]) -> None:
+        """The decoding streams' new tokens."""
+        loop = self._loop
+        batch = self.batch
+        # A stream that ends leaves the batch; rows count as they were.
+        sequences = batch.sequences
+        due = batch.advance(tokens)
+        for router, rows in batch.routers.items():
+            loop.answers.columns(router, rows.columns(tokens))
+        places: dict[str, int] = {}
+        for row, draw in enumerate(draws):
+            sequence = sequences[row]
+            place = places[sequence.router] = places.get(sequence.router, -1) + 1
+            if draw is not None and draw.logprobs is not None:
+                loop.answers.logprobs(sequence, place, draw.logprobs)
+        loop.shares.stepped()
+        if due:
+            stays = [self._look(row, sequences[row]) for row in sorted(set(due))]
+            if not all(stays):
+                loop.shares.count(loop.sequences.values())
+
+    def _look(self, row: int, sequence: Sequence) -> bool:
+        """A stream that filled a block or may have ended. False: it left the batch."""
+        loop = self._loop
+        if sequence.state is State.ENDED:
+            return False
+        reason = sequence.finish_reason(sequence.output_ids[-1])
+        if reason is not None:
+            loop.finish(sequence, reason)
+            return False
+        sequence.computed = sequence.length - 1
+        if sequence.computed % loop.pool.block_tokens:
+            return True
+        loop.store(sequence)
+        if not self._has_room(sequence):
+            self.batch.leave((sequence,))
+            return False
+        self.batch.grown(row, sequence)
+        return True
+
+    def take_suspect(self, sequence: Sequence, draw: Sampled) -> None:
+        """The new token of a suspect that decoded by itself."""
+        loop = self._loop
+        sequence.computed += 1
+        if sequence.computed % loop.pool.block_tokens == 0:
+            loop.store(sequence)
+        self.suspects.remove(sequence)
+        reason = loop.take_draw(sequence, draw)
+        if reason is not None:
+            loop.finish(sequence, reason)
+        else:
+            self.decode(sequence)
+
+    def decode(self, sequence: Sequence) -> None:
+        """A stream whose newest token is to be computed joins the others."""
+        loop = self._loop
+        sequence.state = State.DECODING
+        sequence.computed = sequence.length - 1
+        loop.store(sequence)
+        if not self._has_room(sequence):
+            return
+        if sequence.alone and sequence.made < self._settings.alone_tokens:
+            self.suspects.append(sequence)
+        else:
+            if not len(self.batch):
+                # Its second token is due at once.
+                self.decoded_at = float("-inf")
+            self.batch.join(sequence)
+
+    # -- room of running streams -------------------------------------------
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Sees that the next token has a block. False: the stream cannot go on now."""
+        loop = self._loop
+        if (sequence.length - 1) // loop.pool.block_tokens < len(sequence.blocks):
+            return True
+        while True:
+            if loop.queue.make_room(1, None):
+                block = loop.pool.allocate(1, Hold.RUNNING)
+                if block is not None:
+                    sequence.blocks += block
+                    return True
+            victim = self._stream_victim(sequence)
+            if victim is None:
+                # The most important stream waits for transfers to end.
+                self.stalled.append(sequence)
+                return False
+            self.give_back(victim, "the KV pool is full")
+            if victim is sequence:
+                return False
+
+    def _stream_victim(self, asking: Sequence) -> Sequence | None:
+        """Of the running streams, the youngest of the lowest class; one always stays."""
+        loop = self._loop
+        streams = [s for s in loop.sequences.values() if s.state is State.DECODING]
+        if len(streams) < 2:
+            return None
+        return max(
+            streams,
+            key=lambda s: (
+                _CLASS_ORDER[s.continuation.request_class],
+                s.placement.received_at,
+                s.key,
+            ),
+        )
+
+    def retry_stalled(self) -> None:
+        """Looks for room again for streams that wait for it."""
+        stalled, self.stalled = self.stalled, []
+        for sequence in stalled:
+            if sequence.state is State.DECODING:
+                self.decode(sequence)
+
+    def give_back(self, sequence: Sequence, message: str) -> None:
+        """Returns a running stream to its router; not a failure."""
+        loop = self._loop
+        returned = wire.Returned(reason=wire.REFUSAL_REASON_NO_ROOM, message=message)
+        loop.end(sequence, returned=returned)
