@@ -213,8 +213,8 @@ impl Sim {
     fn make(&mut self, made: Move) {
         match made {
             Move::Plan(n) => self.plan(n),
-            Move::ToWorker { worker, refuse } => self.to_worker(worker, refuse),
-            Move::ToRouter(worker) => self.to_router(worker),
+            Move::ToWorker { worker, refuse } => self.worker_reads(worker, refuse),
+            Move::ToRouter(worker) => self.router_reads(worker),
             Move::Step(worker) => self.step(worker),
             Move::FailTransfer(worker) => {
                 self.failures = self.failures.saturating_sub(1);
@@ -268,7 +268,7 @@ impl Sim {
         self.booked = true;
         let on = WORKERS[usize::from(n % 2)];
         let prefill = WORKERS[usize::from(1 - n % 2)];
-        let prefill_emits = self.plans % 2 == 0;
+        let prefill_emits = self.plans.is_multiple_of(2);
         let plan = match n / 2 {
             0 => Plan::Whole { on },
             1 => Plan::Mesh {
@@ -288,7 +288,7 @@ impl Sim {
         self.apply(Event::Planned(plan));
     }
 
-    fn to_worker(&mut self, w: usize, refuse: bool) {
+    fn worker_reads(&mut self, w: usize, refuse: bool) {
         let worker = &mut self.workers[w];
         match worker.inbox.remove(0) {
             Command::Place {
@@ -379,7 +379,7 @@ impl Sim {
         self.generation.max_tokens()
     }
 
-    fn to_router(&mut self, w: usize) {
+    fn router_reads(&mut self, w: usize) {
         let from = WORKERS[w];
         match self.workers[w].outbox.remove(0) {
             Frame::Opening {

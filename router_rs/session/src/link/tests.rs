@@ -1,1 +1,215 @@
+#![allow(clippy::unwrap_used)]
 
+use kvmesh_wire::v1;
+
+use super::*;
+
+fn hello(version: (u32, u32), id: &str, incarnation: u64, scheme: u32) -> Hello {
+    Hello {
+        version,
+        record: v1::WorkerRecord {
+            worker_id: id.to_owned(),
+            incarnation,
+            ..v1::WorkerRecord::default()
+        },
+        hash_scheme: scheme,
+        last_event: 0,
+        resume_event: 1,
+        step_model: None,
+    }
+}
+
+fn load(last_command: u64, age: f64, predicted: f64) -> LoadReport {
+    LoadReport {
+        role: v1::Role::Both,
+        phase: WorkerPhase::Serving,
+        load: v1::Load {
+            last_command,
+            step_age_ms: age,
+            step_predicted_ms: predicted,
+            ..v1::Load::default()
+        },
+    }
+}
+
+fn greeting() -> Link {
+    let mut link = Link::new(Some("w".to_owned()));
+    assert_eq!(link.apply(Event::Dial).unwrap()[0], Action::Dial);
+    let actions = link.apply(Event::Opened).unwrap();
+    assert!(matches!(actions[..], [Action::SendHello { .. }]));
+    link
+}
+
+fn live() -> Link {
+    let mut link = greeting();
+    link.apply(Event::Hello(&hello((1, 0), "w", 7, 1))).unwrap();
+    assert_eq!(*link.state(), State::Live);
+    link
+}
+
+#[test]
+fn a_hello_that_fits_makes_the_session_live() {
+    assert!(live().placeable());
+}
+
+#[test]
+fn another_major_and_another_worker_are_refused() {
+    for (bad, why) in [
+        (hello((2, 0), "w", 7, 1), Mismatch::Version(2, 0)),
+        (hello((1, 0), "x", 7, 1), Mismatch::Identity("x".to_owned())),
+    ] {
+        let mut link = greeting();
+        let actions = link.apply(Event::Hello(&bad)).unwrap();
+        assert!(actions.contains(&Action::Close));
+        assert_eq!(*link.state(), State::Refused(why));
+        assert!(!link.open());
+    }
+}
+
+#[test]
+fn a_newer_minor_is_spoken_to() {
+    let mut link = greeting();
+    link.apply(Event::Hello(&hello((1, 9), "w", 7, 1))).unwrap();
+    assert_eq!(*link.state(), State::Live);
+}
+
+#[test]
+fn another_hash_scheme_serves_without_index() {
+    let mut link = greeting();
+    let actions = link.apply(Event::Hello(&hello((1, 0), "w", 7, 2))).unwrap();
+    assert!(actions.contains(&Action::IndexOff(2)));
+    assert!(link.placeable() && !link.indexed());
+}
+
+#[test]
+fn only_a_new_incarnation_forgets_the_cache() {
+    let mut link = live();
+    link.saw_event(41);
+    link.apply(Event::Broken).unwrap();
+    link.apply(Event::Fired(Timer::Redial)).unwrap();
+    let actions = link.apply(Event::Opened).unwrap();
+    let known = Action::SendHello {
+        known_incarnation: 7,
+        known_event: 41,
+    };
+    assert_eq!(actions[..], [known]);
+    let mut other = link.clone();
+    let same = link.apply(Event::Hello(&hello((1, 0), "w", 7, 1))).unwrap();
+    assert!(!same.contains(&Action::ForgetCache));
+    let new = other
+        .apply(Event::Hello(&hello((1, 0), "w", 8, 1)))
+        .unwrap();
+    assert!(new.contains(&Action::ForgetCache));
+    assert_eq!(other.event(), 0);
+}
+
+#[test]
+fn silence_makes_suspect_then_lost_and_a_frame_half_open() {
+    let mut link = live();
+    link.apply(Event::Fired(Timer::Suspect)).unwrap();
+    assert_eq!(*link.state(), State::Suspect(Suspicion::Silent));
+    assert!(!link.placeable() && link.open());
+    let actions = link.apply(Event::Fired(Timer::Lost)).unwrap();
+    assert!(actions.contains(&Action::Lose(Loss::Silent)));
+    link.apply(Event::Frame(None)).unwrap();
+    assert!(link.placeable());
+    link.apply(Event::Placed).unwrap();
+    assert!(!link.placeable(), "one probe at a time");
+    link.apply(Event::Answered).unwrap();
+    assert_eq!(*link.state(), State::Live);
+}
+
+#[test]
+fn a_frame_in_time_ends_the_suspicion() {
+    let mut link = live();
+    link.apply(Event::Fired(Timer::Suspect)).unwrap();
+    let actions = link.apply(Event::Frame(None)).unwrap();
+    assert_eq!(*link.state(), State::Live);
+    assert!(actions.contains(&Action::Arm(Timer::Suspect, SUSPECT_MS)));
+}
+
+#[test]
+fn a_stuck_step_is_found_under_beating_loads_and_a_long_one_is_not() {
+    let mut link = live();
+    link.apply(Event::Frame(Some(&load(0, 2_900.0, 3_000.0))))
+        .unwrap();
+    assert_eq!(*link.state(), State::Live, "a legitimate 3 s chunk");
+    link.apply(Event::Frame(Some(&load(0, 1_100.0, 10.0))))
+        .unwrap();
+    assert_eq!(*link.state(), State::Suspect(Suspicion::Stuck));
+    link.apply(Event::Frame(None)).unwrap();
+    assert_eq!(
+        *link.state(),
+        State::Suspect(Suspicion::Stuck),
+        "says nothing of the step"
+    );
+    let actions = link
+        .apply(Event::Frame(Some(&load(0, 3_100.0, 10.0))))
+        .unwrap();
+    assert!(actions.contains(&Action::Lose(Loss::Silent)));
+    link.apply(Event::Frame(Some(&load(0, 3_400.0, 10.0))))
+        .unwrap();
+    assert_eq!(*link.state(), State::Lost(Suspicion::Stuck));
+    link.apply(Event::Frame(Some(&load(0, 0.0, 0.0)))).unwrap();
+    assert_eq!(*link.state(), State::HalfOpen { probing: false });
+}
+
+#[test]
+fn a_long_predicted_step_and_a_warm_up_may_be_silent_for_longer() {
+    let mut link = live();
+    let actions = link
+        .apply(Event::Frame(Some(&load(0, 0.0, 1_000.0))))
+        .unwrap();
+    assert!(actions.contains(&Action::Arm(Timer::Lost, 8_000)));
+    let warming = LoadReport {
+        phase: WorkerPhase::WarmingUp,
+        ..load(0, 9_000.0, 1.0)
+    };
+    let actions = link.apply(Event::Frame(Some(&warming))).unwrap();
+    assert!(actions.contains(&Action::Arm(Timer::Lost, LOST_STARTING_MS)));
+    assert_eq!(*link.state(), State::Live);
+}
+
+#[test]
+fn commands_are_numbered_from_one_and_echoes_only_rise() {
+    let mut link = live();
+    assert_eq!((link.number(), link.number()), (1, 2));
+    link.apply(Event::Frame(Some(&load(2, 0.0, 0.0)))).unwrap();
+    for got in [1, 3] {
+        let echo = link.clone().apply(Event::Frame(Some(&load(got, 0.0, 0.0))));
+        assert_eq!(
+            echo,
+            Err(Violation::Echo {
+                got,
+                sent: 2,
+                before: 2
+            })
+        );
+    }
+    link.apply(Event::Broken).unwrap();
+    link.apply(Event::Dial).unwrap();
+    link.apply(Event::Opened).unwrap();
+    assert_eq!(link.number(), 1, "a new session counts anew");
+}
+
+#[test]
+fn a_broken_transport_loses_streams_once_and_dials_again() {
+    let mut link = live();
+    let actions = link.apply(Event::Broken).unwrap();
+    assert!(actions.contains(&Action::Lose(Loss::Broken)));
+    assert!(actions.contains(&Action::ArmRedial(1)));
+    assert!(link.apply(Event::Broken).unwrap().is_empty());
+}
+
+#[test]
+fn a_frame_before_hello_is_a_violation() {
+    assert!(greeting().apply(Event::Frame(None)).is_err());
+}
+
+#[test]
+fn a_greeting_that_takes_too_long_is_closed() {
+    let mut link = greeting();
+    let actions = link.apply(Event::Fired(Timer::Greeting)).unwrap();
+    assert!(actions.contains(&Action::Close));
+    assert_eq!(*link.state(), State::Waiting);
+}
