@@ -1,6 +1,25 @@
 //! Sockets, inbound services, telemetry; drives session, scheduler and text.
+//!
+//! ```text
+//! serve (accept, protocol, paths) ─▶ door (limits, text, values) ─▶ mesh (workers)
+//!        ▲ bodies                                                    │
+//!        └───────────────── GenerationStream ◀───────────────────────┘
+//! ```
+//!
+//! [`Router::start`] takes [`Settings`] to a router that serves, [`run`] to its
+//! end.
 #![forbid(unsafe_code)]
 
+mod door;
 pub mod error;
 pub mod mesh;
 pub mod request;
+mod run;
+mod serve;
+pub mod settings;
+mod telemetry;
+
+pub use run::{Router, StartError, run};
+pub use settings::Settings;
+pub use telemetry::init_logging;
+pub use tokio_util::sync::CancellationToken;

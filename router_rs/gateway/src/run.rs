@@ -1,0 +1,214 @@
+//! A router from its settings to its end.
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use kvmesh_registry::{Registration, Registry, RouterRecord};
+use tokio::task::JoinHandle;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    door::Door,
+    mesh::Mesh,
+    serve::{Acceptor, Health, RouterFacts, Shared, TlsError, bind},
+    settings::Settings,
+    telemetry::{Exposition, Telemetry},
+};
+
+/// Time that connections have to carry out what their calls ended with.
+const FLUSH: Duration = Duration::from_secs(2);
+
+/// A router cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The address cannot be bound.
+    #[error("listen: {address}: {error}")]
+    Bind {
+        /// What was asked for.
+        address: SocketAddr,
+        /// What the system says.
+        error: io::Error,
+    },
+    /// TLS cannot be set up.
+    #[error("tls: {0}")]
+    Tls(#[from] TlsError),
+    /// The registry's settings are not usable.
+    #[error("etcd: {0}")]
+    Registry(#[from] kvmesh_registry::SettingsError),
+    /// This router cannot be registered.
+    #[error("etcd: {0}")]
+    Register(#[from] kvmesh_registry::RegistryError),
+}
+
+/// A router that serves.
+pub struct Router {
+    address: SocketAddr,
+    stop: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+impl Router {
+    /// Binds and serves. Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// [`StartError`]; etcd and workers may come later.
+    pub fn start(settings: &Settings) -> Result<Self, StartError> {
+        let failed = |error| StartError::Bind {
+            address: settings.listen,
+            error,
+        };
+        let listener = bind(settings.listen).map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?;
+        let parts = Parts::assemble(settings, address)?;
+        let acceptor = Acceptor::new(listener, settings, Arc::clone(&parts.shared))?;
+        let stop = CancellationToken::new();
+        let times = (settings.drain_delay, settings.grace);
+        tracing::info!(
+            event = "serving",
+            %address,
+            router = %parts.shared.facts.router_id,
+            cluster = %settings.cluster,
+        );
+        let task = tokio::spawn(parts.run(acceptor, stop.clone(), times));
+        Ok(Self {
+            address,
+            stop,
+            task,
+        })
+    }
+
+    /// The bound address.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Stops it when cancelled: NOT_SERVING first, then GOAWAY, then the grace
+    /// for running generations.
+    #[must_use]
+    pub fn stop_token(&self) -> CancellationToken {
+        self.stop.clone()
+    }
+
+    /// Waits until it has ended.
+    pub async fn ended(self) {
+        if let Err(error) = self.task.await {
+            tracing::error!(event = "router_failed", %error);
+        }
+    }
+}
+
+/// Runs a router until `shutdown` is cancelled and all has ended.
+///
+/// # Errors
+/// [`StartError`] where it cannot start.
+pub async fn run(settings: &Settings, shutdown: CancellationToken) -> Result<(), StartError> {
+    let router = Router::start(settings)?;
+    let stop = router.stop_token();
+    let relay = async {
+        shutdown.cancelled().await;
+        stop.cancel();
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        () = relay => {}
+        () = router.ended() => {}
+    }
+    Ok(())
+}
+
+struct Parts {
+    shared: Arc<Shared>,
+    registration: Option<Registration>,
+}
+
+impl Parts {
+    fn assemble(settings: &Settings, address: SocketAddr) -> Result<Self, StartError> {
+        let incarnation: u64 = rand::random();
+        let router_id = match settings.router_id.as_str() {
+            "" => format!("router-{incarnation:016x}"),
+            id => id.to_owned(),
+        };
+        let registry = match settings.etcd.is_empty() {
+            true => None,
+            false => {
+                let mut to =
+                    kvmesh_registry::Settings::new(settings.etcd.clone(), settings.cluster.clone());
+                to.ttl = settings.etcd_ttl;
+                Some(Registry::new(to)?)
+            }
+        };
+        let advertised = match settings.advertise.as_str() {
+            "" => address.to_string(),
+            given => given.to_owned(),
+        };
+        let record = RouterRecord {
+            router_id: router_id.clone(),
+            address: advertised,
+        };
+        let registration = match &registry {
+            Some(registry) => Some(registry.register_router(record)?),
+            None => None,
+        };
+        let etcd = registry.as_ref().map(Registry::status);
+        let watch = registry.as_ref().map(Registry::watch_workers);
+        let mesh = Mesh::start(settings.mesh(router_id.clone(), incarnation), watch);
+        let telemetry = Arc::new(Telemetry::default());
+        let shared = Arc::new(Shared {
+            door: Door::new(settings, Arc::clone(&mesh), Arc::clone(&telemetry)),
+            health: Health::default(),
+            exposition: Exposition::new(Arc::clone(&mesh), Arc::clone(&telemetry), etcd.clone()),
+            telemetry,
+            facts: RouterFacts {
+                router_id,
+                incarnation,
+                cluster: settings.cluster.clone(),
+                started: Instant::now(),
+                etcd,
+            },
+            mesh,
+        });
+        Ok(Self {
+            shared,
+            registration,
+        })
+    }
+
+    /// Serves, then ends in order: clients are told, running generations get
+    /// their grace, connections carry out what is left.
+    async fn run(
+        self,
+        acceptor: Acceptor,
+        stop: CancellationToken,
+        (delay, grace): (Duration, Duration),
+    ) {
+        let connections = TaskTracker::new();
+        let goaway = CancellationToken::new();
+        let accepting = tokio::spawn(acceptor.run(goaway.clone(), connections.clone()));
+        stop.cancelled().await;
+        tracing::info!(
+            event = "stopping",
+            open = self.shared.mesh.counters().open_streams.get()
+        );
+        self.shared.health.stop_serving();
+        if let Some(registration) = &self.registration {
+            // Clients that look into etcd no longer find it; etcd may be away.
+            let _ = tokio::time::timeout(FLUSH, registration.close()).await;
+        }
+        connections.close();
+        if !connections.is_empty() {
+            tokio::time::sleep(delay).await;
+        }
+        goaway.cancel();
+        if let Err(error) = accepting.await {
+            tracing::error!(event = "accept_loop_failed", %error);
+        }
+        self.shared.mesh.shutdown(grace).await;
+        let flushed = tokio::time::timeout(FLUSH, connections.wait()).await;
+        tracing::info!(event = "stopped", clean = flushed.is_ok());
+    }
+}

@@ -1,0 +1,286 @@
+//! The accept loop: connections, their protocol, their age, their end.
+
+use std::{io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+
+use bytes::{Bytes, BytesMut};
+use http::{Request, Response};
+use hyper::{
+    body::Incoming,
+    server::conn::{http1, http2},
+    service::service_fn,
+};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite},
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+    time::timeout,
+};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::{
+    body::ResponseBody,
+    io::{OpenStreams, Socket},
+    service::Shared,
+    tls::{self, TlsError},
+};
+use crate::settings::Settings;
+
+/// First bytes of HTTP/2 with prior knowledge (RFC 9113, 3.4). No HTTP/1
+/// request begins so.
+const PREFACE: &[u8] = b"PRI ";
+/// Pause after an accept that failed for want of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Connections that wait to be accepted.
+const BACKLOG: u32 = 4_096;
+
+/// Binds the listening socket.
+pub(crate) fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let domain = socket2::Domain::for_address(address);
+    let socket = socket2::Socket::new(domain, socket2::Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(i32::try_from(BACKLOG).unwrap_or(i32::MAX))?;
+    TcpListener::from_std(socket.into())
+}
+
+/// What connections are held to.
+#[derive(Clone, Debug)]
+struct Limits {
+    handshake: Duration,
+    keep_alive: (Duration, Duration),
+    age: Duration,
+    age_grace: Duration,
+    streams: u32,
+    resets: usize,
+}
+
+/// Accepts connections until it is stopped.
+pub(crate) struct Acceptor {
+    listener: TcpListener,
+    tls: Option<TlsAcceptor>,
+    shared: Arc<Shared>,
+    limits: Limits,
+    connections: Arc<Semaphore>,
+}
+
+impl Acceptor {
+    pub(crate) fn new(
+        listener: TcpListener,
+        settings: &Settings,
+        shared: Arc<Shared>,
+    ) -> Result<Self, TlsError> {
+        let tls = match (&settings.tls_cert, &settings.tls_key) {
+            (Some(certificate), Some(key)) => {
+                Some(TlsAcceptor::from(tls::config(certificate, key)?))
+            }
+            _ => None,
+        };
+        let limits = Limits {
+            handshake: settings.handshake_timeout,
+            keep_alive: (settings.keep_alive_interval, settings.keep_alive_timeout),
+            age: settings.max_connection_age,
+            age_grace: settings.max_connection_age_grace,
+            streams: settings.max_streams_per_connection,
+            resets: settings.max_reset_streams,
+        };
+        let connections = Arc::new(Semaphore::new(settings.max_connections));
+        Ok(Self {
+            listener,
+            tls,
+            shared,
+            limits,
+            connections,
+        })
+    }
+
+    /// Accepts until `stop`; connections then get GOAWAY and end with their
+    /// calls. `tasks` holds them all.
+    pub(crate) async fn run(self, stop: CancellationToken, tasks: TaskTracker) {
+        loop {
+            let accepted = tokio::select! {
+                () = stop.cancelled() => return,
+                accepted = self.listener.accept() => accepted,
+            };
+            let (stream, peer) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(event = "accept_failed", %error);
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
+            let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() else {
+                self.shared.telemetry.connection_rejected();
+                continue;
+            };
+            let connection = Connection {
+                peer,
+                shared: Arc::clone(&self.shared),
+                limits: self.limits.clone(),
+                stop: stop.clone(),
+            };
+            let tls = self.tls.clone();
+            tasks.spawn(async move {
+                let telemetry = Arc::clone(&connection.shared.telemetry);
+                telemetry.connection_opened();
+                if let Err(error) = connection.run(stream, tls).await {
+                    tracing::debug!(event = "connection_ended", %peer, %error);
+                }
+                telemetry.connection_closed();
+                drop(permit);
+            });
+        }
+    }
+}
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+struct Connection {
+    peer: SocketAddr,
+    shared: Arc<Shared>,
+    limits: Limits,
+    stop: CancellationToken,
+}
+
+impl Connection {
+    async fn run(self, stream: TcpStream, tls: Option<TlsAcceptor>) -> Result<(), BoxError> {
+        stream.set_nodelay(true)?;
+        match tls {
+            None => self.detect(stream, None).await,
+            Some(acceptor) => {
+                let stream = timeout(self.limits.handshake, acceptor.accept(stream)).await??;
+                let http2 = stream.get_ref().1.alpn_protocol().map(|name| name == b"h2");
+                self.detect(stream, http2).await
+            }
+        }
+    }
+
+    /// HTTP/2 or HTTP/1, told by ALPN or by the first bytes.
+    async fn detect<S>(self, mut stream: S, told: Option<bool>) -> Result<(), BoxError>
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let mut first = BytesMut::with_capacity(256);
+        let http2 = match told {
+            Some(http2) => http2,
+            None => {
+                let read = async {
+                    while first.len() < PREFACE.len() && PREFACE.starts_with(&first) {
+                        if stream.read_buf(&mut first).await? == 0 {
+                            break;
+                        }
+                    }
+                    io::Result::Ok(())
+                };
+                tokio::select! {
+                    read = timeout(self.limits.handshake, read) => read??,
+                    () = self.stop.cancelled() => return Ok(()),
+                }
+                first.starts_with(PREFACE)
+            }
+        };
+        let streams = OpenStreams::default();
+        let socket = TokioIo::new(Socket::new(stream, Bytes::from(first), streams.clone()));
+        if http2 {
+            self.http2(socket, streams).await
+        } else {
+            self.http1(socket, streams).await
+        }
+    }
+
+    fn service(
+        &self,
+        streams: OpenStreams,
+    ) -> impl Fn(Request<Incoming>) -> Answer + Clone + use<> {
+        let (shared, peer) = (Arc::clone(&self.shared), self.peer);
+        move |request| {
+            let answer = Arc::clone(&shared).answer(request, peer, streams.clone());
+            Box::pin(async move { Ok(answer.await) })
+        }
+    }
+
+    async fn http2<S>(&self, socket: S, streams: OpenStreams) -> Result<(), BoxError>
+    where
+        S: hyper::rt::Read + hyper::rt::Write + Unpin + 'static,
+    {
+        let mut builder = http2::Builder::new(TokioExecutor::new());
+        builder
+            .timer(TokioTimer::new())
+            // h2 answers every ping and holds none against a client, so pings
+            // in a silent prefill are permitted at any rate.
+            .keep_alive_interval(self.limits.keep_alive.0)
+            .keep_alive_timeout(self.limits.keep_alive.1)
+            .max_concurrent_streams(self.limits.streams)
+            .max_pending_accept_reset_streams(self.limits.resets)
+            // Resets that we cause: a client cannot raise them without bound,
+            // since each needs a stream of its own within the limit above.
+            .max_local_error_reset_streams(self.limits.resets)
+            .initial_stream_window_size(1 << 20)
+            .initial_connection_window_size(4 << 20)
+            .max_header_list_size(32 << 10);
+        let connection = builder.serve_connection(socket, service_fn(self.service(streams)));
+        let mut connection = pin!(connection);
+        tokio::select! {
+            ended = connection.as_mut() => return Ok(ended?),
+            () = self.time_to_go() => connection.as_mut().graceful_shutdown(),
+        }
+        self.last_calls(connection).await
+    }
+
+    async fn http1<S>(&self, socket: S, streams: OpenStreams) -> Result<(), BoxError>
+    where
+        S: hyper::rt::Read + hyper::rt::Write + Unpin + 'static,
+    {
+        let mut builder = http1::Builder::new();
+        builder
+            .timer(TokioTimer::new())
+            .header_read_timeout(self.limits.handshake);
+        let connection = builder.serve_connection(socket, service_fn(self.service(streams)));
+        let mut connection = pin!(connection);
+        tokio::select! {
+            ended = connection.as_mut() => return Ok(ended?),
+            () = self.time_to_go() => connection.as_mut().graceful_shutdown(),
+        }
+        self.last_calls(connection).await
+    }
+
+    /// Shutdown, or age: jittered, so that clients do not come back at once.
+    async fn time_to_go(&self) {
+        if self.limits.age.is_zero() {
+            return self.stop.cancelled().await;
+        }
+        let age = self.limits.age.mul_f64(rand::random_range(0.9..1.1));
+        tokio::select! {
+            () = self.stop.cancelled() => {}
+            () = tokio::time::sleep(age) => {}
+        }
+    }
+
+    /// Lets the calls of a connection end. At shutdown the mesh bounds them,
+    /// else the grace of an aged connection does.
+    async fn last_calls<E>(
+        &self,
+        connection: impl Future<Output = Result<(), E>>,
+    ) -> Result<(), BoxError>
+    where
+        BoxError: From<E>,
+    {
+        let grace = async {
+            if self.stop.is_cancelled() {
+                std::future::pending::<()>().await;
+            }
+            tokio::time::sleep(self.limits.age_grace).await;
+        };
+        tokio::select! {
+            ended = connection => Ok(ended?),
+            () = grace => Err("calls outlived the connection's grace".into()),
+        }
+    }
+}
+
+type Answer = std::pin::Pin<
+    Box<dyn Future<Output = Result<Response<ResponseBody>, std::convert::Infallible>> + Send>,
+>;

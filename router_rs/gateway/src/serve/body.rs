@@ -1,0 +1,224 @@
+//! Bodies of answers.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Instant,
+};
+
+use bytes::{Bytes, BytesMut};
+use futures_util::Stream;
+use http::HeaderMap;
+use http_body::{Body, Frame, SizeHint};
+use kvmesh_wire::v1::{self, generate_response::Event};
+
+use super::{grpc, health::Watch, io::StreamGuard};
+use crate::{
+    error::RequestError,
+    mesh::GenerationStream,
+    telemetry::{StreamFigures, Telemetry},
+};
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Bytes gathered before a frame is handed on.
+const FRAME_BYTES: usize = 16 << 10;
+
+/// The body of any answer.
+pub(crate) enum ResponseBody {
+    /// Known bytes, perhaps trailers.
+    Bytes(Option<Bytes>, Option<HeaderMap>),
+    /// A generation.
+    Generate(Box<GenerateBody>),
+    /// A health watch.
+    Watch(Box<Watch>),
+    /// What tonic's reflection service answers.
+    Reflection(tonic::body::Body),
+}
+
+impl ResponseBody {
+    pub(crate) fn empty() -> Self {
+        Self::Bytes(None, None)
+    }
+
+    pub(crate) fn bytes(data: Bytes, trailers: Option<HeaderMap>) -> Self {
+        Self::Bytes(Some(data).filter(|data| !data.is_empty()), trailers)
+    }
+}
+
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        match &mut *self {
+            Self::Bytes(data, trailers) => {
+                let data = data.take().map(Frame::data);
+                let frame = data.or_else(|| trailers.take().map(Frame::trailers));
+                Poll::Ready(frame.map(Ok))
+            }
+            Self::Generate(body) => body.poll(cx).map(|frame| frame.map(Ok)),
+            Self::Watch(watch) => watch.poll(cx).map(|frame| frame.map(Ok)),
+            Self::Reflection(body) => Pin::new(body)
+                .poll_frame(cx)
+                .map(|frame| frame.map(|f| f.map_err(Into::into))),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Bytes(data, trailers) => data.is_none() && trailers.is_none(),
+            Self::Generate(body) => body.done,
+            Self::Watch(_) => false,
+            Self::Reflection(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Bytes(data, _) => {
+                SizeHint::with_exact(data.as_ref().map_or(0, |data| data.len() as u64))
+            }
+            _ => SizeHint::default(),
+        }
+    }
+}
+
+/// A generation as the body of an answer: what is pending when the transport
+/// has room becomes one frame.
+pub(crate) struct GenerateBody {
+    stream: GenerationStream,
+    telemetry: Arc<Telemetry>,
+    figures: StreamFigures,
+    metadata: HeaderMap,
+    request_id: String,
+    generation: String,
+    arrived: Instant,
+    trailers: Option<HeaderMap>,
+    done: bool,
+    _open: StreamGuard,
+}
+
+impl GenerateBody {
+    pub(crate) fn new(
+        stream: GenerationStream,
+        telemetry: Arc<Telemetry>,
+        metadata: HeaderMap,
+        request_id: String,
+        arrived: Instant,
+        open: StreamGuard,
+    ) -> Self {
+        Self {
+            generation: stream.id(),
+            stream,
+            figures: StreamFigures::new(arrived),
+            telemetry,
+            metadata,
+            request_id,
+            arrived,
+            trailers: None,
+            done: false,
+            _open: open,
+        }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Frame<Bytes>>> {
+        if let Some(trailers) = self.trailers.take() {
+            self.done = true;
+            return Poll::Ready(Some(Frame::trailers(trailers)));
+        }
+        if self.done {
+            return Poll::Ready(None);
+        }
+        let mut data = BytesMut::new();
+        while data.len() < FRAME_BYTES {
+            // The request's border: a panic of ours ends this stream only.
+            let next = catch_unwind(AssertUnwindSafe(|| {
+                Pin::new(&mut self.stream).poll_next(cx)
+            }));
+            let next = match next {
+                Ok(next) => next,
+                Err(_) => {
+                    let error = RequestError::Internal(self.request_id.clone());
+                    Poll::Ready(Some(Err(error)))
+                }
+            };
+            match next {
+                Poll::Ready(Some(Ok(message))) => {
+                    grpc::encode_into(&message, &mut data);
+                    if self.note(&message) {
+                        break;
+                    }
+                }
+                Poll::Ready(Some(Err(error))) => {
+                    self.end(Some(&error));
+                    break;
+                }
+                Poll::Ready(None) => {
+                    self.end(None);
+                    break;
+                }
+                Poll::Pending if data.is_empty() => return Poll::Pending,
+                Poll::Pending => break,
+            }
+        }
+        if data.is_empty() {
+            return self.poll(cx);
+        }
+        Poll::Ready(Some(Frame::data(data.freeze())))
+    }
+
+    /// Whether this message should go now. A message with tokens holds all
+    /// that were pending, so there is nothing to wait for behind it.
+    fn note(&mut self, message: &v1::GenerateResponse) -> bool {
+        match &message.event {
+            Some(Event::Tokens(tokens)) => {
+                self.figures.tokens(tokens.ids.len(), &self.telemetry);
+                true
+            }
+            Some(Event::Finished(finished)) => {
+                self.telemetry.finished(finished);
+                false
+            }
+            _ => false,
+        }
+    }
+
+    fn end(&mut self, error: Option<&RequestError>) {
+        let mut trailers = match error {
+            None => grpc::ok_trailers(),
+            Some(error) => grpc::trailers(&error.to_status()),
+        };
+        trailers.extend(self.metadata.clone());
+        self.trailers = Some(trailers);
+        self.log(error);
+    }
+
+    fn log(&mut self, error: Option<&RequestError>) {
+        let outcome = error.map_or("OK", |error| error.code_and_reason().1);
+        self.figures.flush(&self.telemetry);
+        self.telemetry.ended("Generate", error);
+        tracing::info!(
+            event = "generation_ended",
+            generation = %self.generation,
+            request_id = %self.request_id,
+            outcome,
+            tokens = self.figures.count(),
+            total_ms = self.arrived.elapsed().as_secs_f64() * 1e3,
+        );
+    }
+}
+
+impl Drop for GenerateBody {
+    fn drop(&mut self) {
+        // Not ended by us: the client reset the call or its connection went.
+        if !self.done && self.trailers.is_none() {
+            self.log(Some(&RequestError::Cancelled));
+        }
+    }
+}

@@ -1,0 +1,16 @@
+//! One port: gRPC and plain HTTP over one accept loop.
+
+mod accept;
+mod admin;
+pub(crate) mod body;
+pub(crate) mod grpc;
+mod health;
+mod inference;
+mod io;
+mod service;
+mod tls;
+
+pub(crate) use accept::{Acceptor, bind};
+pub(crate) use health::Health;
+pub(crate) use service::{RouterFacts, Shared};
+pub(crate) use tls::TlsError;

@@ -1,0 +1,214 @@
+//! From a path to who answers it.
+
+use std::{net::SocketAddr, sync::Arc, time::Instant};
+
+use bytes::Bytes;
+use futures_util::FutureExt;
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
+use hyper::body::Incoming;
+use kvmesh_registry::Status as EtcdStatus;
+use tokio::sync::watch;
+use tonic_reflection::server::Builder as Reflection;
+use tower::ServiceExt;
+
+use super::{admin, body::ResponseBody, grpc, health::Health, inference, io::OpenStreams};
+use crate::{
+    door::{CallMetadata, Door},
+    error::RequestError,
+    mesh::Mesh,
+    telemetry::{Exposition, Step, Telemetry},
+};
+
+/// What is told of this router.
+pub(crate) struct RouterFacts {
+    pub(crate) router_id: String,
+    pub(crate) incarnation: u64,
+    pub(crate) cluster: String,
+    pub(crate) started: Instant,
+    pub(crate) etcd: Option<watch::Receiver<EtcdStatus>>,
+}
+
+/// What all connections share.
+pub(crate) struct Shared {
+    pub(crate) mesh: Arc<Mesh>,
+    pub(crate) door: Door,
+    pub(crate) health: Health,
+    pub(crate) telemetry: Arc<Telemetry>,
+    pub(crate) exposition: Exposition,
+    pub(crate) facts: RouterFacts,
+}
+
+/// One call and what it came over.
+pub(crate) struct Call {
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Incoming,
+    pub(crate) metadata: CallMetadata,
+    pub(crate) streams: OpenStreams,
+}
+
+impl Shared {
+    /// Answers anything.
+    pub(crate) async fn answer(
+        self: Arc<Self>,
+        request: Request<Incoming>,
+        peer: SocketAddr,
+        streams: OpenStreams,
+    ) -> Response<ResponseBody> {
+        let arrived = Instant::now();
+        let is_grpc = request
+            .headers()
+            .get(header::CONTENT_TYPE)
+            .is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
+        if !is_grpc {
+            return self.plain(request.method(), request.uri().path());
+        }
+        if request.uri().path().starts_with("/grpc.reflection.") {
+            return reflection(request).await;
+        }
+        let loopback = peer.ip().to_canonical().is_loopback();
+        let metadata = CallMetadata::read(request.headers(), arrived, loopback);
+        let (parts, body) = request.into_parts();
+        let mut call = Call {
+            headers: parts.headers,
+            body,
+            metadata,
+            streams,
+        };
+        if let Err(error) = call.metadata.read_deadline(&call.headers) {
+            self.telemetry.rejected(Step::Validate, &error);
+            return grpc::refusal(&error.to_status(), &call.metadata.headers());
+        }
+        self.grpc(parts.uri.path(), call).await
+    }
+
+    async fn grpc(self: Arc<Self>, path: &str, call: Call) -> Response<ResponseBody> {
+        let metadata = call.metadata.headers();
+        let request_id = call.metadata.request_id.clone();
+        let deadline = call.metadata.deadline;
+        let telemetry = Arc::clone(&self.telemetry);
+        let Some((service, method)) = path.trim_start_matches('/').split_once('/') else {
+            return unknown(path, &metadata);
+        };
+        let answer = async {
+            match service {
+                "kvmesh.v1.Inference" => inference::call(&self, method, call).await,
+                "kvmesh.v1.Admin" => admin::call(&self, method, call).await,
+                "grpc.health.v1.Health" => inference::health(&self, method, call).await,
+                _ => None,
+            }
+        };
+        // The request's border: a bug of ours ends one call, with an id.
+        let answer = std::panic::AssertUnwindSafe(answer).catch_unwind();
+        let answer = match deadline {
+            None => Ok(answer.await),
+            Some(deadline) => tokio::time::timeout_at(deadline.into(), answer).await,
+        };
+        match answer {
+            Ok(Ok(Some(response))) => response,
+            Ok(Ok(None)) => unknown(path, &metadata),
+            Ok(Err(_)) => {
+                tracing::error!(event = "panic", request_id, "a call ended in a panic");
+                grpc::refusal(&RequestError::Internal(request_id).to_status(), &metadata)
+            }
+            Err(_) => {
+                let error = RequestError::DeadlineExceeded { next_index: 0 };
+                telemetry.rejected(Step::Admission, &error);
+                grpc::refusal(&error.to_status(), &metadata)
+            }
+        }
+    }
+
+    fn plain(&self, method: &Method, path: &str) -> Response<ResponseBody> {
+        if method != Method::GET {
+            return text(
+                StatusCode::NOT_FOUND,
+                "text/plain",
+                "not found\n".to_owned(),
+            );
+        }
+        let ok = |kind, body| text(StatusCode::OK, kind, body);
+        match path {
+            "/metrics" => ok(
+                "application/openmetrics-text; version=1.0.0; charset=utf-8",
+                self.exposition.text(),
+            ),
+            "/health" => ok("text/plain", "ok\n".to_owned()),
+            "/version" => {
+                let version = env!("CARGO_PKG_VERSION");
+                ok(
+                    "application/json",
+                    format!("{{\"version\":\"{version}\"}}\n"),
+                )
+            }
+            "/ready" if !self.health.serves() => text(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "text/plain",
+                "draining\n".to_owned(),
+            ),
+            "/ready" => match self.mesh.models().iter().any(|model| model.ready) {
+                true => ok("text/plain", "ready\n".to_owned()),
+                false => {
+                    let why = "no model can be asked for now\n".to_owned();
+                    text(StatusCode::SERVICE_UNAVAILABLE, "text/plain", why)
+                }
+            },
+            _ => text(
+                StatusCode::NOT_FOUND,
+                "text/plain",
+                "not found\n".to_owned(),
+            ),
+        }
+    }
+}
+
+fn unknown(path: &str, metadata: &HeaderMap) -> Response<ResponseBody> {
+    grpc::refusal(
+        &RequestError::Unsupported(path.to_owned()).to_status(),
+        metadata,
+    )
+}
+
+fn text(status: StatusCode, kind: &'static str, body: String) -> Response<ResponseBody> {
+    let mut response = Response::new(ResponseBody::bytes(Bytes::from(body), None));
+    *response.status_mut() = status;
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+    response
+}
+
+/// Both versions of reflection: grpcio speaks v1alpha, newer tools v1.
+async fn reflection(request: Request<Incoming>) -> Response<ResponseBody> {
+    let builder = || {
+        Reflection::configure()
+            .register_encoded_file_descriptor_set(kvmesh_wire::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .with_service_name("kvmesh.v1.Inference")
+            .with_service_name("kvmesh.v1.Admin")
+            .with_service_name("grpc.health.v1.Health")
+    };
+    let alpha = request
+        .uri()
+        .path()
+        .starts_with("/grpc.reflection.v1alpha.");
+    let answered = if alpha {
+        match builder().build_v1alpha() {
+            Ok(service) => service.oneshot(request).await,
+            Err(error) => return broken(&error),
+        }
+    } else {
+        match builder().build_v1() {
+            Ok(service) => service.oneshot(request).await,
+            Err(error) => return broken(&error),
+        }
+    };
+    match answered {
+        Ok(response) => response.map(ResponseBody::Reflection),
+        Err(never) => match never {},
+    }
+}
+
+fn broken(error: &dyn std::fmt::Display) -> Response<ResponseBody> {
+    let error = RequestError::Internal(error.to_string());
+    grpc::refusal(&error.to_status(), &HeaderMap::new())
+}

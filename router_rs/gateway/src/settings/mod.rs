@@ -1,0 +1,327 @@
+//! Settings of a router: one table of keys, three layers.
+//!
+//! A file is weaker than `KVMESH_*` variables, and these are weaker than
+//! flags. All layers, and the Python bindings, bring values by the same keys;
+//! a value that is not allowed is refused with its key, its source and what
+//! is allowed.
+
+mod keys;
+
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
+
+use serde_json::Value;
+
+pub use keys::{KEYS, Key, Kind};
+
+use crate::mesh::MeshSettings;
+
+/// A setting that cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SettingsError {
+    /// No such key.
+    #[error("{from}: no setting {key:?}; there are: {known}")]
+    Unknown {
+        /// The layer.
+        from: String,
+        /// What was given.
+        key: String,
+        /// All keys.
+        known: String,
+    },
+    /// A value that is not allowed.
+    #[error("{from}: {key} is {value}; allowed is {allowed}")]
+    Value {
+        /// The layer.
+        from: String,
+        /// The key.
+        key: &'static str,
+        /// What was given.
+        value: String,
+        /// What is allowed.
+        allowed: String,
+    },
+    /// A layer that cannot be read.
+    #[error("{from}: {reason}")]
+    Unreadable {
+        /// The layer.
+        from: String,
+        /// Why.
+        reason: String,
+    },
+    /// Settings that do not go together.
+    #[error("{0}")]
+    Together(String),
+}
+
+/// Values by key, from the weakest layer to the strongest.
+#[derive(Clone, Debug, Default)]
+pub struct Layers {
+    values: BTreeMap<&'static str, Value>,
+}
+
+impl Layers {
+    /// Adds a stronger layer of typed values.
+    ///
+    /// # Errors
+    /// [`SettingsError`] for unknown keys and values that are not allowed.
+    pub fn add(
+        &mut self,
+        from: &str,
+        layer: impl IntoIterator<Item = (String, Value)>,
+    ) -> Result<(), SettingsError> {
+        for (name, value) in layer {
+            let key = keys::find(&name).ok_or_else(|| SettingsError::Unknown {
+                from: from.to_owned(),
+                key: name,
+                known: KEYS
+                    .iter()
+                    .map(|key| key.name)
+                    .collect::<Vec<_>>()
+                    .join(", "),
+            })?;
+            let value = key.check(&value).map_err(|allowed| SettingsError::Value {
+                from: from.to_owned(),
+                key: key.name,
+                value: value.to_string(),
+                allowed,
+            })?;
+            self.values.insert(key.name, value);
+        }
+        Ok(())
+    }
+
+    /// Adds a TOML file.
+    ///
+    /// # Errors
+    /// As [`Layers::add`], and for what is not TOML.
+    pub fn add_toml(&mut self, from: &str, text: &str) -> Result<(), SettingsError> {
+        let unreadable = |reason: String| SettingsError::Unreadable {
+            from: from.to_owned(),
+            reason,
+        };
+        let table: toml::Table = toml::from_str(text).map_err(|e| unreadable(e.to_string()))?;
+        let value = serde_json::to_value(table).map_err(|e| unreadable(e.to_string()))?;
+        let Value::Object(map) = value else {
+            return Ok(());
+        };
+        self.add(from, map)
+    }
+
+    /// Adds a JSON object.
+    ///
+    /// # Errors
+    /// As [`Layers::add`], and for what is not a JSON object.
+    pub fn add_json(&mut self, from: &str, text: &str) -> Result<(), SettingsError> {
+        let unreadable = |reason: String| SettingsError::Unreadable {
+            from: from.to_owned(),
+            reason,
+        };
+        match serde_json::from_str(text).map_err(|e| unreadable(e.to_string()))? {
+            Value::Object(map) => self.add(from, map),
+            _ => Err(unreadable("not a JSON object".to_owned())),
+        }
+    }
+
+    /// Adds `KVMESH_*` variables. Those that are no setting of a router (the
+    /// client's, a worker's) are not looked at.
+    ///
+    /// # Errors
+    /// As [`Layers::add`].
+    pub fn add_environment(
+        &mut self,
+        variables: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<(), SettingsError> {
+        for (name, text) in variables {
+            let Some(rest) = name.strip_prefix("KVMESH_") else {
+                continue;
+            };
+            let Some(key) = keys::find(&rest.to_ascii_lowercase()) else {
+                continue;
+            };
+            self.add(&name, [(key.name.to_owned(), Value::String(text))])?;
+        }
+        Ok(())
+    }
+
+    fn value(&self, name: &'static str) -> Value {
+        let default = || keys::find(name).map_or(Value::Null, Key::default_value);
+        self.values.get(name).cloned().unwrap_or_else(default)
+    }
+
+    fn text(&self, name: &'static str) -> String {
+        self.value(name).as_str().unwrap_or_default().to_owned()
+    }
+
+    fn path(&self, name: &'static str) -> Option<PathBuf> {
+        Some(self.text(name))
+            .filter(|text| !text.is_empty())
+            .map(PathBuf::from)
+    }
+
+    fn flag(&self, name: &'static str) -> bool {
+        self.value(name).as_bool().unwrap_or_default()
+    }
+
+    fn number(&self, name: &'static str) -> u64 {
+        self.value(name).as_u64().unwrap_or_default()
+    }
+
+    fn duration(&self, name: &'static str) -> Duration {
+        Duration::from_millis(self.number(name))
+    }
+
+    fn list(&self, name: &'static str) -> Vec<String> {
+        let value = self.value(name);
+        let items = value.as_array().map(Vec::as_slice).unwrap_or_default();
+        items
+            .iter()
+            .filter_map(Value::as_str)
+            .map(str::to_owned)
+            .collect()
+    }
+}
+
+/// Settings of a router, all of them decided. `kvmesh-router --help` and
+/// [`KEYS`] say what each one is.
+#[derive(Clone, Debug)]
+#[allow(missing_docs)]
+pub struct Settings {
+    pub listen: SocketAddr,
+    pub advertise: String,
+    pub insecure: bool,
+    pub tls_cert: Option<PathBuf>,
+    pub tls_key: Option<PathBuf>,
+    pub etcd: Vec<String>,
+    pub etcd_ttl: Duration,
+    pub cluster: String,
+    pub router_id: String,
+    pub workers: Vec<String>,
+    pub cache_dir: Option<PathBuf>,
+    pub threads: usize,
+    pub max_connections: usize,
+    pub max_streams_per_connection: u32,
+    pub max_request_bytes: u64,
+    pub request_bytes_budget: u64,
+    pub request_read_timeout: Duration,
+    pub handshake_timeout: Duration,
+    pub keep_alive_interval: Duration,
+    pub keep_alive_timeout: Duration,
+    pub max_connection_age: Duration,
+    pub max_connection_age_grace: Duration,
+    pub max_reset_streams: usize,
+    pub inline_text_bytes: usize,
+    pub text_threads: usize,
+    pub default_class: String,
+    pub slow_client_timeout: Duration,
+    pub undelivered_ids: u64,
+    pub queue_length: usize,
+    pub queue_timeout: Duration,
+    pub answer_timeout: Duration,
+    pub orphan_ttl: Duration,
+    pub worker_keep_alive: Duration,
+    pub decisions_kept: usize,
+    pub drain_delay: Duration,
+    pub grace: Duration,
+    pub log_format: String,
+    pub log_level: String,
+}
+
+impl Settings {
+    /// Decides every setting.
+    ///
+    /// # Errors
+    /// [`SettingsError::Together`] for a bind that others can reach without
+    /// TLS or `insecure`, and for a certificate without its key.
+    pub fn resolve(layers: &Layers) -> Result<Self, SettingsError> {
+        let size = |name| usize::try_from(layers.number(name)).unwrap_or(usize::MAX);
+        let listen = layers.text("listen");
+        let listen: SocketAddr = listen.parse().map_err(|_| SettingsError::Value {
+            from: "listen".to_owned(),
+            key: "listen",
+            value: listen,
+            allowed: "an IP address and a port".to_owned(),
+        })?;
+        let settings = Self {
+            listen,
+            advertise: layers.text("advertise"),
+            insecure: layers.flag("insecure"),
+            tls_cert: layers.path("tls_cert"),
+            tls_key: layers.path("tls_key"),
+            etcd: layers.list("etcd"),
+            etcd_ttl: layers.duration("etcd_ttl"),
+            cluster: layers.text("cluster"),
+            router_id: layers.text("router_id"),
+            workers: layers.list("workers"),
+            cache_dir: layers.path("cache_dir"),
+            threads: size("threads"),
+            max_connections: size("max_connections"),
+            max_streams_per_connection: u32::try_from(layers.number("max_streams_per_connection"))
+                .unwrap_or(u32::MAX),
+            max_request_bytes: layers.number("max_request_bytes"),
+            request_bytes_budget: layers.number("request_bytes_budget"),
+            request_read_timeout: layers.duration("request_read_timeout"),
+            handshake_timeout: layers.duration("handshake_timeout"),
+            keep_alive_interval: layers.duration("keep_alive_interval"),
+            keep_alive_timeout: layers.duration("keep_alive_timeout"),
+            max_connection_age: layers.duration("max_connection_age"),
+            max_connection_age_grace: layers.duration("max_connection_age_grace"),
+            max_reset_streams: size("max_reset_streams"),
+            inline_text_bytes: size("inline_text_bytes"),
+            text_threads: size("text_threads"),
+            default_class: layers.text("default_class"),
+            slow_client_timeout: layers.duration("slow_client_timeout"),
+            undelivered_ids: layers.number("undelivered_ids"),
+            queue_length: size("queue_length"),
+            queue_timeout: layers.duration("queue_timeout"),
+            answer_timeout: layers.duration("answer_timeout"),
+            orphan_ttl: layers.duration("orphan_ttl"),
+            worker_keep_alive: layers.duration("worker_keep_alive"),
+            decisions_kept: size("decisions_kept"),
+            drain_delay: layers.duration("drain_delay"),
+            grace: layers.duration("grace"),
+            log_format: layers.text("log_format"),
+            log_level: layers.text("log_level"),
+        };
+        settings.together()?;
+        Ok(settings)
+    }
+
+    fn together(&self) -> Result<(), SettingsError> {
+        let wrong = |message: &str| Err(SettingsError::Together(message.to_owned()));
+        if self.tls_cert.is_some() != self.tls_key.is_some() {
+            return wrong("tls_cert and tls_key go together; one of them is not set");
+        }
+        if !self.listen.ip().is_loopback() && self.tls_cert.is_none() && !self.insecure {
+            return Err(SettingsError::Together(format!(
+                "listen is {}, which other machines can reach without any check; set tls_cert \
+                 and tls_key, or insecure to say that the network is trusted",
+                self.listen
+            )));
+        }
+        if self.request_bytes_budget < self.max_request_bytes {
+            return wrong(
+                "request_bytes_budget is below max_request_bytes: no such request could pass",
+            );
+        }
+        Ok(())
+    }
+
+    /// What the mesh needs of them.
+    #[must_use]
+    pub fn mesh(&self, router_id: String, incarnation: u64) -> MeshSettings {
+        MeshSettings {
+            router_id,
+            incarnation,
+            workers: self.workers.clone(),
+            cache_dir: self.cache_dir.clone(),
+            keep_alive: self.worker_keep_alive,
+            slow_client_timeout: self.slow_client_timeout,
+            undelivered_ids: self.undelivered_ids,
+            queue_length: self.queue_length,
+            queue_timeout: self.queue_timeout,
+            answer_timeout: self.answer_timeout,
+            orphan_timeout: self.orphan_ttl,
+            decisions_kept: self.decisions_kept,
+        }
+    }
+}

@@ -1,0 +1,396 @@
+//! What `/metrics` shows. Read from the mesh when asked; series of workers
+//! exist as long as the worker is in the table, so churn leaves none behind.
+
+use std::{
+    fmt,
+    sync::{Arc, atomic::Ordering},
+};
+
+use kvmesh_registry::Status;
+use kvmesh_wire::v1;
+use prometheus_client::{
+    collector::Collector,
+    encoding::{
+        DescriptorEncoder, EncodeLabel, EncodeLabelSet, EncodeMetric, LabelSetEncoder, NoLabelSet,
+        text::encode,
+    },
+    metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
+    registry::Registry,
+};
+use tokio::sync::watch;
+
+use super::{Telemetry, histogram::Histogram};
+use crate::mesh::{Count, Mesh};
+
+/// The figures of a router in the form that scrapers read.
+pub(crate) struct Exposition {
+    registry: Registry,
+}
+
+impl Exposition {
+    pub(crate) fn new(
+        mesh: Arc<Mesh>,
+        telemetry: Arc<Telemetry>,
+        etcd: Option<watch::Receiver<Status>>,
+    ) -> Self {
+        let mut registry = Registry::with_prefix("kvmesh");
+        registry.register(
+            "rejected",
+            "Requests refused, by the step at the door and the reason",
+            telemetry.rejected.clone(),
+        );
+        registry.register(
+            "calls",
+            "Calls that ended, by method and outcome",
+            telemetry.ended.clone(),
+        );
+        registry.register_collector(Box::new(Figures {
+            mesh,
+            telemetry,
+            etcd,
+        }));
+        Self { registry }
+    }
+
+    /// All series as OpenMetrics text.
+    pub(crate) fn text(&self) -> String {
+        let mut text = String::with_capacity(32 << 10);
+        if encode(&mut text, &self.registry).is_err() {
+            text.clear();
+        }
+        text
+    }
+}
+
+struct Figures {
+    mesh: Arc<Mesh>,
+    telemetry: Arc<Telemetry>,
+    etcd: Option<watch::Receiver<Status>>,
+}
+
+impl fmt::Debug for Figures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Figures")
+    }
+}
+
+/// Labels of one series, in order.
+struct Labels<'a>(&'a [(&'static str, &'a str)]);
+
+impl EncodeLabelSet for Labels<'_> {
+    fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> fmt::Result {
+        for pair in self.0 {
+            (pair.0, pair.1).encode(encoder.encode_label())?;
+        }
+        Ok(())
+    }
+}
+
+type Series<'a> = (Vec<(&'static str, &'a str)>, u64);
+
+fn gauges(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    series: &[Series<'_>],
+) -> fmt::Result {
+    let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+    for (labels, value) in series {
+        let value = ConstGauge::new(i64::try_from(*value).unwrap_or(i64::MAX));
+        value.encode(metric.encode_family(&Labels(labels))?)?;
+    }
+    Ok(())
+}
+
+fn gauge(encoder: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: u64) -> fmt::Result {
+    let value = ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));
+    value.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)
+}
+
+fn counter(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    from: &Count,
+) -> fmt::Result {
+    let value = ConstCounter::new(from.get());
+    value.encode(encoder.encode_descriptor(name, help, None, MetricType::Counter)?)
+}
+
+fn histogram(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    from: &Histogram,
+) -> fmt::Result {
+    let (sum, count, buckets) = from.read();
+    let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
+    metric.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
+}
+
+impl Collector for Figures {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        self.requests(&mut encoder)?;
+        self.sessions(&mut encoder)?;
+        self.workers(&mut encoder)?;
+        self.registry(&mut encoder)
+    }
+}
+
+impl Figures {
+    fn requests(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let counts = self.mesh.counters();
+        let figures = &self.telemetry;
+        let connections = figures.connections.load(Ordering::Relaxed).unsigned_abs();
+        gauge(
+            encoder,
+            "connections",
+            "Open client connections",
+            connections,
+        )?;
+        gauge(
+            encoder,
+            "open_streams",
+            "Generations that have not ended",
+            counts.open_streams.get(),
+        )?;
+        gauge(
+            encoder,
+            "queued_requests",
+            "Requests that wait for room",
+            self.mesh.queued() as u64,
+        )?;
+        gauge(
+            encoder,
+            "bookings",
+            "Bookings of work on workers",
+            self.mesh.booked() as u64,
+        )?;
+        gauge(
+            encoder,
+            "request_bytes_held",
+            "Bytes of requests between length prefix and admission",
+            figures.held_bytes(),
+        )?;
+        gauge(
+            encoder,
+            "undelivered_ids",
+            "Token ids kept for clients that have not taken them",
+            counts.undelivered_ids.get(),
+        )?;
+        for (name, help, from) in [
+            ("attempts", "Attempts made", &counts.attempts),
+            (
+                "placements",
+                "Placements sent to workers",
+                &counts.placements,
+            ),
+            (
+                "refusals",
+                "Placements refused by workers",
+                &counts.refusals,
+            ),
+            (
+                "stale_frames",
+                "Rows of attempts that were over",
+                &counts.stale_frames,
+            ),
+            (
+                "transfers_started",
+                "Mesh hand-offs begun",
+                &counts.transfers_started,
+            ),
+            (
+                "transfers_failed",
+                "Hand-offs that failed",
+                &counts.transfers_failed,
+            ),
+            (
+                "transferred_bytes",
+                "Bytes of KV that workers received",
+                &counts.transferred_bytes,
+            ),
+            ("tokens", "Tokens taken from workers", &counts.tokens),
+            (
+                "token_messages",
+                "Messages with tokens to clients",
+                &counts.token_messages,
+            ),
+            ("finished", "Generations that ended well", &counts.finished),
+            (
+                "cancelled",
+                "Generations that their client left",
+                &counts.cancelled,
+            ),
+            (
+                "failed",
+                "Generations that ended with an error",
+                &counts.failed,
+            ),
+            (
+                "slow_clients",
+                "Streams ended since their client read nothing",
+                &counts.slow_clients,
+            ),
+            (
+                "violations",
+                "Sessions closed for a broken protocol",
+                &counts.violations,
+            ),
+            (
+                "cache_events_dropped",
+                "Cache events without a known parent",
+                &counts.cache_events_dropped,
+            ),
+            (
+                "tokenizer_fetches",
+                "Tokeniser downloads",
+                &counts.tokenizer_fetches,
+            ),
+        ] {
+            counter(encoder, name, help, from)?;
+        }
+        for (name, help, from) in [
+            (
+                "first_token_seconds",
+                "Arrival to first token (TTFT)",
+                &figures.first_token,
+            ),
+            (
+                "between_tokens_seconds",
+                "Between two messages with tokens (ITL)",
+                &figures.between_tokens,
+            ),
+            (
+                "tokenize_seconds",
+                "Template and tokeniser",
+                &figures.tokenize,
+            ),
+            ("prefill_seconds", "Computing the prompt", &figures.prefill),
+            ("queue_seconds", "Arrival to dispatch", &figures.queue),
+        ] {
+            histogram(encoder, name, help, from)?;
+        }
+        Ok(())
+    }
+
+    fn sessions(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let now = self.mesh.sessions();
+        let states = [
+            ("connecting", now.connecting),
+            ("live", now.live),
+            ("suspect", now.suspect),
+            ("lost", now.lost),
+            ("half_open", now.half_open),
+            ("refused", now.refused),
+        ];
+        let series: Vec<Series<'_>> = states
+            .iter()
+            .map(|(state, n)| (vec![("state", *state)], *n))
+            .collect();
+        gauges(
+            encoder,
+            "sessions",
+            "Sessions with workers by state",
+            &series,
+        )?;
+        let counts = self.mesh.counters();
+        let lanes = |of: [&Count; 3]| -> Vec<(&'static str, u64)> {
+            ["step", "load", "cache"]
+                .into_iter()
+                .zip(of.map(Count::get))
+                .collect()
+        };
+        let bytes = lanes([&counts.step_bytes, &counts.load_bytes, &counts.cache_bytes]);
+        let frames = lanes([
+            &counts.step_frames,
+            &counts.load_frames,
+            &counts.cache_frames,
+        ]);
+        for (name, help, values) in [
+            ("lane_bytes", "Bytes from workers by lane", bytes),
+            ("lane_frames", "Frames from workers by lane", frames),
+        ] {
+            let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for (lane, value) in values {
+                let labels = [("lane", lane)];
+                ConstCounter::new(value).encode(metric.encode_family(&Labels(&labels))?)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn workers(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let workers = self.mesh.workers();
+        let mut blocks: Vec<Series<'_>> = Vec::new();
+        let mut running: Vec<Series<'_>> = Vec::new();
+        let mut queued: Vec<Series<'_>> = Vec::new();
+        let mut indexed: Vec<Series<'_>> = Vec::new();
+        for worker in &workers {
+            let id = worker
+                .record
+                .as_ref()
+                .map_or("", |record| record.worker_id.as_str());
+            indexed.push((vec![("worker", id)], worker.indexed_blocks));
+            running.push((vec![("worker", id)], u64::from(worker.running)));
+            let Some(load) = &worker.load else { continue };
+            let share = |share: &Option<v1::LoadShare>| share.as_ref().map_or(0, |s| s.queued);
+            let waiting = share(&load.own).saturating_add(share(&load.others));
+            queued.push((vec![("worker", id)], u64::from(waiting)));
+            let Some(kv) = &load.kv else { continue };
+            for (state, value) in [
+                ("free", kv.free),
+                ("evictable", kv.evictable),
+                ("running", kv.running),
+                ("pinned", kv.pinned),
+                ("reserved", kv.reserved),
+            ] {
+                blocks.push((vec![("worker", id), ("state", state)], value));
+            }
+        }
+        gauges(
+            encoder,
+            "kv_blocks",
+            "KV blocks of a worker by state",
+            &blocks,
+        )?;
+        gauges(
+            encoder,
+            "worker_queued",
+            "Requests in a worker's queue",
+            &queued,
+        )?;
+        gauges(
+            encoder,
+            "worker_running",
+            "Requests of this router on a worker",
+            &running,
+        )?;
+        gauges(
+            encoder,
+            "indexed_blocks",
+            "Blocks of a worker in the index",
+            &indexed,
+        )
+    }
+
+    fn registry(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let Some(status) = &self.etcd else {
+            return Ok(());
+        };
+        let status = *status.borrow();
+        gauge(
+            encoder,
+            "etcd_connected",
+            "Whether etcd answers",
+            u64::from(status.connected),
+        )?;
+        gauge(encoder, "etcd_lists", "Lists of workers made", status.lists)?;
+        gauge(
+            encoder,
+            "etcd_watch_breaks",
+            "Watches that broke",
+            status.watch_breaks,
+        )
+    }
+}
