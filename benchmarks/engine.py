@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
-import sys
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -50,7 +49,7 @@ def to_end(generator: Generator[None, None, T]) -> T:
             return end.value
 
 
-class Sequence8:
+class Stream:
     """One stream of ours: its ids and its blocks."""
 
     def __init__(self, prompt: np.ndarray, blocks: np.ndarray) -> None:
@@ -74,7 +73,7 @@ class Sequence8:
         return Slice(ids, start, self.blocks, SampleSpec(GREEDY, (), self.output, None))
 
 
-def decode_step(runner: Runner, sequences: Sequence[Sequence8]) -> None:
+def decode_step(runner: Runner, sequences: Sequence[Stream]) -> None:
     drawn: list[Sampled | None] = to_end(runner.forward([s.next_slice() for s in sequences]))
     for sequence, sampled in zip(sequences, drawn, strict=True):
         assert sampled is not None
@@ -95,11 +94,11 @@ class Ours:
         # Every page exists before anything is timed.
         self.pool = KvPool(POOL_BLOCKS, self.runner.block_bytes, populate=True)
         self.runner.bind(self.pool)
-        self.sequences: list[Sequence8] = []
+        self.sequences: list[Stream] = []
 
     def prefill(self, prompt: np.ndarray) -> float:
         blocks = np.arange(-(-len(prompt) // 16), dtype=np.uint32)
-        sequence = Sequence8(prompt, blocks)
+        sequence = Stream(prompt, blocks)
         begin = time.perf_counter()
         sequence.prefill(self.runner)
         return len(prompt) / (time.perf_counter() - begin)
@@ -111,7 +110,7 @@ class Ours:
         for prompt in given:
             count = -(-(len(prompt) + tokens + 1) // 16)
             blocks, free = free[:count].copy(), free[count:]
-            self.sequences.append(Sequence8(prompt, blocks))
+            self.sequences.append(Stream(prompt, blocks))
             self.sequences[-1].prefill(self.runner)
 
     def decode(self, tokens: int) -> float:
@@ -241,4 +240,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
