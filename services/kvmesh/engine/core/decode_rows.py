@@ -184,12 +184,13 @@ class DecodeBatch:
             due = due + [row for row, token in enumerate(tokens) if token in self.stop_ids]
         return due
 
-    def grown(self, row: int, sequence: Sequence) -> None:
-        """Takes over a stream's blocks after they changed."""
-        tables = self.rows.tables
-        if len(sequence.blocks) > tables.shape[1]:
-            wider = np.zeros((tables.shape[0], len(sequence.blocks) + _SPARE_BLOCKS), np.uint32)
+    def grown(self, row: int, sequence: Sequence, first: int) -> None:
+        """Takes over a stream's blocks from `first` on, after they changed."""
+        blocks, tables = sequence.blocks, self.rows.tables
+        if len(blocks) > tables.shape[1]:
+            wider = np.zeros((tables.shape[0], len(blocks) + _SPARE_BLOCKS), np.uint32)
             wider[:, : tables.shape[1]] = tables
             self.rows.tables = tables = wider
-        tables[row, : len(sequence.blocks)] = sequence.blocks
+        for place in range(first, len(blocks)):
+            tables[row, place] = blocks[place]
         self._note(row, self._block_tokens)

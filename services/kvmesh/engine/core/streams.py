@@ -21,6 +21,9 @@ from kvmesh.v1 import worker_pb2 as wire
 if TYPE_CHECKING:
     from kvmesh.engine.core.loop import EngineLoop
 
+_GROWTH_BLOCKS = 4
+"""Blocks that a stream gets at once while a quarter of the pool can be had."""
+
 _CLASS_ORDER = {
     inference.REQUEST_CLASS_INTERACTIVE: 0,
     inference.REQUEST_CLASS_STANDARD: 1,
@@ -76,11 +79,12 @@ class Streams:
         sequence.computed = sequence.length - 1
         if sequence.computed % loop.pool.block_tokens:
             return True
+        changed = sequence.stored
         loop.store(sequence)
         if not self._has_room(sequence):
             self.batch.leave((sequence,))
             return False
-        self.batch.grown(row, sequence)
+        self.batch.grown(row, sequence, changed)
         return True
 
     def take_suspect(self, sequence: Sequence, draw: Sampled) -> None:
@@ -119,12 +123,15 @@ class Streams:
         loop = self._loop
         if (sequence.length - 1) // loop.pool.block_tokens < len(sequence.blocks):
             return True
+        # Some at once where there is plenty: a stream asks less often.
+        wanted = _GROWTH_BLOCKS if loop.pool.available > loop.pool.blocks // 4 else 1
         while True:
-            if loop.queue.make_room(1, None):
-                block = loop.pool.allocate(1, Hold.RUNNING)
-                if block is not None:
-                    sequence.blocks += block
+            if loop.queue.make_room(wanted, None):
+                fresh = loop.pool.allocate(wanted, Hold.RUNNING)
+                if fresh is not None:
+                    sequence.blocks += fresh
                     return True
+            wanted = 1
             victim = self._stream_victim(sequence)
             if victim is None:
                 # The most important stream waits for transfers to end.

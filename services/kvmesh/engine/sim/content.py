@@ -23,6 +23,8 @@ K = 0x9E3779B97F4A7C15 | 1
 SEED = 0x2545F4914F6CDD1D
 FIRST_STATE = 0x6A09E667F3BCC909
 _TOKEN = 0xD6E8FEB86659FD93
+_TOKEN_U64 = np.uint64(_TOKEN)
+_HALF = np.uint64(32)
 
 
 def token_number(token: int) -> int:
@@ -32,31 +34,28 @@ def token_number(token: int) -> int:
 
 def token_numbers(ids: npt.NDArray[np.uint32]) -> U64:
     """a(t) of token ids."""
-    numbers: U64 = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(_TOKEN)
+    numbers: U64 = (ids.astype(np.uint64) + np.uint64(1)) * _TOKEN_U64
     return numbers
 
 
 def odd_numbers(count: int, seed: int) -> U64:
     """Fixed odd multipliers."""
-    numbers = [mix(seed + i) | 1 for i in range(count)]
+    numbers = [mix(mix((seed + i) * K & MASK)) | 1 for i in range(count)]
     return np.array(numbers, dtype=np.uint64)
 
 
 def mix(value: int) -> int:
-    """Spreads 64 bits over 64 bits. Source: the finaliser of splitmix64."""
-    value = (value + 0x9E3779B97F4A7C15) & MASK
-    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & MASK
-    value = (value ^ value >> 27) * 0x94D049BB133111EB & MASK
-    return value ^ value >> 31
+    """Spreads 64 bits over 64 bits: xor-shift, multiply, xor-shift."""
+    value = (value ^ value >> 32) * _TOKEN & MASK
+    return value ^ value >> 32
 
 
 def mix_all(values: U64) -> U64:
-    """`mix` of many."""
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: U64 = values ^ (values >> np.uint64(31))
-    return mixed
+    """`mix` of many; changes what it is given."""
+    values ^= values >> _HALF
+    values *= _TOKEN_U64
+    values ^= values >> _HALF
+    return values
 
 
 class Content:

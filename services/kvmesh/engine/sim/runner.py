@@ -26,6 +26,8 @@ from kvmesh.engine.sim.settings import PROFILES, SimSettings
 from kvmesh.engine.sim.vocabulary import end_of_text_ids
 from kvmesh.v1 import worker_pb2 as wire
 
+_K = np.uint64(K)
+
 _REMEMBERED = 4096
 """Sequences whose running sums are kept; others are read from their blocks."""
 
@@ -65,6 +67,10 @@ class SimRunner:
         self._content = Content(settings.block_bytes // settings.block_tokens // 8)
         self._ends = end_of_text_ids()
         self._vocabulary = range(max(self._ends) + 1, settings.vocabulary)
+        self._first, self._span = (
+            np.uint64(self._vocabulary.start),
+            np.uint64(len(self._vocabulary)),
+        )
         self._words: U64 = np.empty((0, 0, 0), np.uint64)
         # What was computed here, by sequence: (next position, state, reading).
         self._known: dict[int, tuple[int, int, int]] = {}
@@ -204,14 +210,16 @@ class SimRunner:
         columns, content, positions = self._columns, self._content, rows.positions
         if columns.composition != rows.composition:
             columns = self._columns = self._join(rows)
-        states = columns.states * np.uint64(K) + token_numbers(rows.ids)
-        columns.states = states
-        weights = (2 * positions + 1).astype(np.uint64)
+        states = columns.states
+        states *= _K
+        states += token_numbers(rows.ids)
+        weights = (2 * positions + 1).view(np.uint64)
         columns.readings += states * content.gain * weights
-        slots = rows.tables[columns.rows, positions // self._size]
-        self._words[slots, positions % self._size] = states[:, None] * content.spread
+        blocks, places = np.divmod(positions, self._size)
+        self._words[rows.tables[columns.rows, blocks], places] = states[:, None] * content.spread
         numbers = mix_all(states ^ columns.readings ^ columns.tags)
-        tokens = numbers % np.uint64(len(self._vocabulary)) + np.uint64(self._vocabulary.start)
+        tokens = numbers % self._span
+        tokens += self._first
         if self._settings.end_of_text:
             ends = mix_all(numbers) % np.uint64(self._settings.end_of_text) == 0
             tokens[ends] = self._ends[-1]
