@@ -9,6 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use kvmesh_kv_index::{
+    CacheChange, IndexSettings, KvIndex, Matches, WorkerSlot, chain_values, namespace_root,
+};
+use kvmesh_scheduler::{Booking as Load, Class, Considered, Needs, NoPlan, RequestView};
 use kvmesh_session::{
     TransferId, WorkerIndex,
     generation::{Cause, Event, Plan, PlanRequest, Stop},
@@ -22,7 +26,7 @@ use super::{
     figures::ms,
     models::{self, ServedModel},
     open::{Chosen, Open, Party},
-    placer::{Choice, Cost, Placer, Shape, Wanted},
+    placer::{Placed, Placer, Standing, Wanted, apply_cache},
     table::WorkerEntry,
 };
 use crate::{error::RequestError, request::AdmittedRequest};
@@ -31,8 +35,8 @@ use crate::{error::RequestError, request::AdmittedRequest};
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// The placer and the requests that wait for room, in order of arrival.
-#[derive(Default)]
 pub(super) struct Dispatcher {
+    index: Arc<KvIndex>,
     placer: Mutex<Placer>,
     waiting: Mutex<BTreeMap<(Instant, u64), Waiting>>,
     length: AtomicUsize,
@@ -46,26 +50,33 @@ struct Waiting {
 
 /// Load that was booked at the moment of choice. Dropping it releases it, so
 /// that every way out does.
-pub(super) struct Booking {
-    dispatcher: Arc<Dispatcher>,
-    id: u64,
-}
+pub(super) struct Booking(Vec<(WorkerIndex, Load)>);
 
 impl Booking {
     /// Notes the command by which it went to a worker: from the load frame
     /// that echoes it on, the worker's own report counts.
     pub(super) fn placed(&self, worker: WorkerIndex, command: u64) {
-        self.dispatcher.placer().placed(self.id, worker, command);
-    }
-}
-
-impl Drop for Booking {
-    fn drop(&mut self) {
-        self.dispatcher.placer().release(self.id);
+        for (on, booked) in &self.0 {
+            if *on == worker {
+                booked.sent(command);
+            }
+        }
     }
 }
 
 impl Dispatcher {
+    /// An empty one; `router_id` sets how ties are broken.
+    pub(super) fn new(router_id: &str) -> Self {
+        let index = Arc::new(KvIndex::new(IndexSettings::default()));
+        let router = xxhash_rust::xxh3::xxh3_64(router_id.as_bytes());
+        Self {
+            placer: Mutex::new(Placer::new(Arc::clone(&index), router)),
+            index,
+            waiting: Mutex::default(),
+            length: AtomicUsize::new(0),
+        }
+    }
+
     // Neither map is left half changed by an operation on it.
     fn placer(&self) -> MutexGuard<'_, Placer> {
         self.placer.lock().unwrap_or_else(PoisonError::into_inner)
@@ -120,21 +131,17 @@ impl Core {
         {
             return Err(RequestError::DeadlineExceeded { next_index: 0 });
         }
-        let served = self.dispatcher.placer().served(&request.model);
-        if !served.prefill || !served.decode {
-            let stage = if served.decode { "prefill" } else { "decode" };
-            return Err(RequestError::NoWorker(format!(
-                "{stage} of {}",
-                request.model
-            )));
-        }
-        let tokens = request.prompt_ids.len() as u64;
-        if tokens > served.largest_pool {
-            return Err(RequestError::PromptTooLong {
-                tokens,
-                limit: served.largest_pool,
-            });
-        }
+        let nothing = Matches::default();
+        let view = request_view(request, 0, 0, &nothing, &[]);
+        let checked = self.dispatcher.placer().check(&view);
+        checked.map_err(|why| match why {
+            NoPlan::TooLong { tokens, limit } => RequestError::PromptTooLong { tokens, limit },
+            NoPlan::Unsupported(feature) => RequestError::Unsupported(feature.to_string()),
+            NoPlan::UnknownAdapter => {
+                RequestError::invalid("adapter", "no worker has this adapter")
+            }
+            other => RequestError::NoWorker(format!("{}: {other}", request.model)),
+        })?;
         if self.dispatcher.queued() >= self.settings.queue_length {
             let reason = "the queue is full";
             return Err(RequestError::Overloaded {
@@ -165,62 +172,80 @@ impl Core {
     /// Whether the request has its plan, or its end.
     fn try_plan(self: &Arc<Self>, open: &Arc<Open>, request: &PlanRequest) -> bool {
         let began = Instant::now();
-        let tie = u64::from_le_bytes(open.id.0[8..].try_into().unwrap_or_default());
-        let admitted = &open.request;
-        let cached = BTreeMap::new();
-        let wanted = Wanted {
-            model: &admitted.model,
-            prompt_tokens: admitted.prompt_ids.len() as u64,
-            output_tokens: u64::from(open.next_index()),
-            max_tokens: u64::from(admitted.max_tokens),
-            excluded: &request.excluded,
-            cached: &cached,
-            tie,
+        let mut cached = Matches::default();
+        self.dispatcher.index.lookup_into(open.chain(), &mut cached);
+        let id = u128::from_le_bytes(open.id.0);
+        let border = open.next_index();
+        let chosen = {
+            let mut placer = self.dispatcher.placer();
+            let excluded: SmallVec<[WorkerSlot; 4]> = request
+                .excluded
+                .iter()
+                .filter_map(|(worker, _)| placer.slot(*worker))
+                .collect();
+            let view = request_view(&open.request, id, border, &cached, &excluded);
+            let explain = self.settings.decisions_kept > 0;
+            placer.choose(&Wanted {
+                request: view,
+                explain,
+            })
         };
-        let choice = self.dispatcher.placer().choose(&wanted);
-        let (shape, booking, cached_tokens, costs) = match choice {
-            Choice::Plan {
-                shape,
-                booking,
-                cached,
-                costs,
-            } => (shape, booking, cached, costs),
-            Choice::Wait => return false,
-            Choice::Never => {
+        let placed = match chosen {
+            Ok(placed) => placed,
+            Err(
+                NoPlan::NoRoom { .. }
+                | NoPlan::NotReady {
+                    draining: false, ..
+                },
+            ) => return false,
+            // Those who refused for now may be all that there are.
+            Err(_)
+                if request
+                    .excluded
+                    .iter()
+                    .any(|(_, why)| *why != Refusal::Unsupported) =>
+            {
+                return false;
+            }
+            Err(why) => {
+                tracing::info!(generation = %open.id, %why, "no plan");
                 open.apply(Event::NoPlan);
                 return true;
             }
         };
-        let booking = Booking {
-            dispatcher: Arc::clone(&self.dispatcher),
-            id: booking,
-        };
-        let Some(parties) = self.parties(shape) else {
+        let Some(parties) = self.parties(&placed) else {
             return false;
         };
-        let predicted_start_ms = costs.first().map_or(0.0, |cost| term(cost, "queue"));
-        self.decisions.decided(open.id, self.decision(open, &costs));
+        self.decisions
+            .decided(open.id, self.decision(open, &placed));
+        let prefix_from = placed.source.and_then(|source| {
+            let (worker, incarnation, address) = self.table.sender(source);
+            let tokens = placed.chosen.pulled_tokens;
+            let there = tokens > 0 && !address.is_empty();
+            there.then_some(v1::PrefixSource {
+                worker,
+                incarnation,
+                address,
+                tokens,
+            })
+        });
         open.planned(Chosen {
-            plan: plan_of(shape),
+            plan: plan_of(&placed, open.request.max_tokens.saturating_sub(border)),
             parties,
-            booking,
-            cached_tokens,
-            pulled_tokens: 0,
-            prefix_from: None,
-            predicted_start_ms,
+            cached_tokens: placed.chosen.cached_tokens,
+            pulled_tokens: placed.chosen.pulled_tokens,
+            prefix_from,
+            predicted_start_ms: placed.start_ms,
+            booking: Booking(placed.bookings),
             decide: began.elapsed(),
         });
         true
     }
 
-    fn parties(&self, shape: Shape) -> Option<SmallVec<[Party; 2]>> {
-        let workers: SmallVec<[WorkerIndex; 2]> = match shape {
-            Shape::Whole(on) => SmallVec::from_slice(&[on]),
-            Shape::Mesh { prefill, decode }
-            | Shape::Engine {
-                prefill, decode, ..
-            } => SmallVec::from_slice(&[prefill, decode]),
-        };
+    fn parties(&self, placed: &Placed) -> Option<SmallVec<[Party; 2]>> {
+        let mut workers: SmallVec<[WorkerIndex; 2]> =
+            SmallVec::from_slice(&[placed.prefill, placed.decode]);
+        workers.dedup();
         let party = |worker| {
             let session = self.table.get(worker)?.session()?;
             Some(Party { worker, session })
@@ -228,38 +253,52 @@ impl Core {
         workers.into_iter().map(party).collect()
     }
 
-    fn decision(&self, open: &Open, costs: &[Cost]) -> v1::Decision {
-        let plans = costs.iter().map(|cost| {
-            let (prefill, decode) = match cost.shape {
-                Shape::Whole(on) => (String::new(), self.table.name(on)),
-                Shape::Mesh { prefill, decode }
-                | Shape::Engine {
-                    prefill, decode, ..
-                } => (self.table.name(prefill), self.table.name(decode)),
+    fn decision(&self, open: &Open, placed: &Placed) -> v1::Decision {
+        let (policy, names) = {
+            let placer = self.dispatcher.placer();
+            let name = |slot| placer.worker_at(slot).map(|worker| self.table.name(worker));
+            let names = |plan: &kvmesh_scheduler::Plan| {
+                let decode = name(plan.decode()).unwrap_or_default();
+                let prefill = match plan {
+                    kvmesh_scheduler::Plan::Whole { .. } => String::new(),
+                    split => name(split.prefill()).unwrap_or_default(),
+                };
+                (
+                    prefill,
+                    decode,
+                    plan.source().and_then(name).unwrap_or_default(),
+                )
             };
-            let terms = cost.terms.iter();
-            v1::PlanCost {
-                prefill_worker: prefill,
-                decode_worker: decode,
-                prefix_worker: String::new(),
-                total_ms: cost.terms.iter().map(|(_, ms)| ms).sum(),
-                terms: terms
-                    .map(|(name, ms)| v1::CostTerm {
-                        name: (*name).to_owned(),
-                        ms: *ms,
-                    })
-                    .collect(),
-            }
-        });
+            let named: Vec<_> = placed
+                .considered
+                .iter()
+                .take(PLANS_KEPT)
+                .map(|c| names(&c.plan))
+                .collect();
+            (placer.policy(), named)
+        };
+        let plans = placed
+            .considered
+            .iter()
+            .zip(names)
+            .map(|(considered, names)| {
+                let (prefill_worker, decode_worker, prefix_worker) = names;
+                v1::PlanCost {
+                    prefill_worker,
+                    decode_worker,
+                    prefix_worker,
+                    total_ms: considered.terms.total_ms(),
+                    terms: cost_terms(considered),
+                }
+            });
+        let chosen = placed.considered.iter().position(|c| c.plan == placed.plan);
         v1::Decision {
             attempt: open.attempt() + 1,
             at_ms: ms(open.request.arrived.elapsed()),
-            policy: "uncached tokens and queue".to_owned(),
+            policy: policy.to_owned(),
             plans: plans.collect(),
-            chosen: 0,
-            predicted_ttft_ms: costs
-                .first()
-                .map_or(0.0, |cost| term(cost, "queue") + term(cost, "prefill")),
+            chosen: chosen.and_then(|at| u32::try_from(at).ok()).unwrap_or(0),
+            predicted_ttft_ms: placed.chosen.terms.ttft_ms(),
             actual_ttft_ms: 0.0,
         }
     }
@@ -308,17 +347,9 @@ impl Core {
             .iter()
             .any(|other| other.index != worker.index && other.live());
         let told = self.models.tell(model, capabilities, alone);
-        {
-            let mut placer = self.dispatcher.placer();
-            let view = placer.view(worker.index);
-            view.model = told.map(|_| model.name.clone()).unwrap_or_default();
-            view.digest.clone_from(&model.digest);
-            view.role = v1::Role::try_from(record.role).unwrap_or_default();
-            view.capabilities = capabilities.clone();
-            view.transfer = !record.transfer_address.is_empty();
-            view.load = None;
-            view.serving = false;
-        }
+        let mut placer = self.dispatcher.placer();
+        placer.greeted(worker.index, record, hello.step_model, told.is_some());
+        drop(placer);
         match told {
             None => worker.set_mismatch(format!(
                 "its digests of model {} are not those of the other workers",
@@ -356,20 +387,13 @@ impl Core {
 
     /// A worker's load came.
     pub(super) fn worker_loaded(self: &Arc<Self>, worker: &Arc<WorkerEntry>, report: &LoadReport) {
-        {
-            let mut placer = self.dispatcher.placer();
-            let view = placer.view(worker.index);
-            view.role = report.role;
-            view.draining = report.load.draining || report.phase == v1::WorkerPhase::Stopping;
-            view.serving = report.phase == v1::WorkerPhase::Serving;
-            view.load = Some(report.load);
-        }
+        self.dispatcher.placer().loaded(worker.index, report);
         self.serve_queue();
     }
 
     /// Whether a worker can be placed on has changed.
-    pub(super) fn worker_state(self: &Arc<Self>, worker: &Arc<WorkerEntry>, placeable: bool) {
-        self.dispatcher.placer().view(worker.index).placeable = placeable;
+    pub(super) fn worker_state(&self, worker: &WorkerEntry, standing: Standing) {
+        self.dispatcher.placer().stands(worker.index, standing);
     }
 
     /// A worker is off the table.
@@ -378,29 +402,41 @@ impl Core {
     }
 
     /// A step's service time came.
-    pub(super) fn step_sample(&self, _worker: &WorkerEntry, _sample: &v1::StepSample) {}
+    pub(super) fn step_sample(&self, worker: &WorkerEntry, sample: &v1::StepSample) {
+        self.dispatcher.placer().stepped(worker.index, sample);
+    }
 
     /// Cache events came; gives the number of the last one that is applied.
     pub(super) fn cache_events(
         &self,
-        _worker: &WorkerEntry,
+        worker: &WorkerEntry,
         events: &v1::CacheEvents,
     ) -> Option<u64> {
-        (!events.events.is_empty()).then(|| events.first_event + events.events.len() as u64 - 1)
+        let slot = self.dispatcher.placer().slot(worker.index)?;
+        apply_cache(&self.dispatcher.index, slot, events)
     }
 
     /// What is known of a worker's cache is void.
-    pub(super) fn forget_cache(&self, _worker: &WorkerEntry) {}
+    pub(super) fn forget_cache(&self, worker: &WorkerEntry) {
+        if let Some(slot) = self.dispatcher.placer().slot(worker.index) {
+            // The slot was just read: it is there.
+            let _ = self.dispatcher.index.apply(slot, &[CacheChange::Cleared]);
+        }
+    }
 
     /// The row of a worker.
     pub(super) fn status(&self, worker: &WorkerEntry) -> v1::WorkerStatus {
-        worker.status()
+        let step_model = self.dispatcher.placer().step_model(worker.index);
+        let status = worker.status();
+        v1::WorkerStatus {
+            step_model: step_model.or(status.step_model),
+            ..status
+        }
     }
 
     /// A model as clients see it.
     pub(super) fn describe(&self, model: &ServedModel) -> v1::Model {
         let record = &model.record;
-        let served = self.dispatcher.placer().served(&record.name);
         v1::Model {
             name: record.name.clone(),
             context_length: record.context_length,
@@ -413,7 +449,7 @@ impl Core {
             reproducible: model.capabilities.reproducible,
             chat: model.text.has_chat_template(),
             digest: record.digest.clone(),
-            ready: served.prefill && served.decode,
+            ready: self.dispatcher.placer().ready(&record.name),
         }
     }
 
@@ -453,29 +489,101 @@ impl Dispatcher {
     }
 }
 
-fn term(cost: &Cost, name: &str) -> f64 {
-    cost.terms
-        .iter()
-        .find(|(n, _)| *n == name)
-        .map_or(0.0, |(_, ms)| *ms)
+/// Plans kept for `explain`.
+const PLANS_KEPT: usize = 8;
+
+/// A prior for the length of an output, in tokens, where nothing is known.
+const EXPECTED_OUTPUT: u32 = 256;
+
+fn cost_terms(considered: &Considered) -> Vec<v1::CostTerm> {
+    let terms = &considered.terms;
+    [
+        ("wait", terms.wait_ms),
+        ("pull", terms.pull_ms),
+        ("prefill", terms.prefill_ms),
+        ("transfer", terms.transfer_ms),
+        ("decode_wait", terms.decode_wait_ms),
+        ("own_stretch", terms.own_stretch_ms),
+        ("others_stretch", terms.others_stretch_ms),
+    ]
+    .into_iter()
+    .map(|(name, ms)| v1::CostTerm {
+        name: name.to_owned(),
+        ms,
+    })
+    .collect()
 }
 
-fn plan_of(shape: Shape) -> Plan {
-    match shape {
-        Shape::Whole(on) => Plan::Whole { on },
-        Shape::Mesh { prefill, decode } => Plan::Mesh {
+/// A request as the scheduler sees it.
+fn request_view<'a>(
+    request: &'a AdmittedRequest,
+    id: u128,
+    output_tokens: u32,
+    cached: &'a Matches,
+    excluded: &'a [WorkerSlot],
+) -> RequestView<'a> {
+    let sampling = &request.sampling;
+    let neutral = (sampling.repetition_penalty == 1.0 || sampling.repetition_penalty == 0.0)
+        && sampling.frequency_penalty == 0.0
+        && sampling.presence_penalty == 0.0;
+    let grammar = request.grammar.as_ref();
+    let expected = match request.expected_output_tokens {
+        0 => EXPECTED_OUTPUT,
+        told => told,
+    };
+    RequestView {
+        id,
+        model: &request.model,
+        digest: "",
+        adapter: &request.adapter,
+        prompt_tokens: u32::try_from(request.prompt_ids.len()).unwrap_or(u32::MAX),
+        output_tokens,
+        max_tokens: request.max_tokens,
+        expected_output: expected.min(request.max_tokens),
+        class: match request.class {
+            v1::RequestClass::Interactive => Class::Interactive,
+            v1::RequestClass::Batch => Class::Batch,
+            v1::RequestClass::Standard | v1::RequestClass::Unspecified => Class::Standard,
+        },
+        needs: Needs {
+            grammar: grammar.is_some(),
+            grammar_continuation: grammar.is_some_and(|grammar| grammar.require_continuation),
+            penalties: !neutral,
+            logprobs: request.logprobs,
+        },
+        cached,
+        excluded,
+    }
+}
+
+/// Chain values of a request's prompt.
+pub(super) fn chain_of(request: &AdmittedRequest, model: &v1::ModelRecord) -> Vec<u64> {
+    let adapter = model
+        .adapters
+        .get(&request.adapter)
+        .map_or("", String::as_str);
+    let root = namespace_root(&model.digest, adapter, &request.cache_salt);
+    chain_values(root, &request.prompt_ids)
+}
+
+/// `left` is the number of tokens still to be made.
+fn plan_of(placed: &Placed, left: u32) -> Plan {
+    let Placed {
+        prefill, decode, ..
+    } = *placed;
+    match placed.engine {
+        _ if prefill == decode => Plan::Whole { on: decode },
+        // One token comes with the prompt: there is nothing to hand on.
+        _ if left <= 1 => Plan::Whole { on: prefill },
+        Some(prefill_emits) => Plan::Engine {
+            prefill,
+            decode,
+            prefill_emits,
+        },
+        None => Plan::Mesh {
             prefill,
             decode,
             transfer: TransferId(rand::random()),
-        },
-        Shape::Engine {
-            prefill,
-            decode,
-            prefill_emits,
-        } => Plan::Engine {
-            prefill,
-            decode,
-            prefill_emits,
         },
     }
 }

@@ -62,7 +62,7 @@ struct Core {
     settings: MeshSettings,
     table: Table,
     models: Models,
-    dispatcher: Arc<Dispatcher>,
+    dispatcher: Dispatcher,
     timers: Arc<Timers>,
     counters: Counters,
     decisions: Decisions,
@@ -174,7 +174,7 @@ impl Mesh {
         let core = Arc::new(Core {
             table: Table::default(),
             models: Models::default(),
-            dispatcher: Arc::default(),
+            dispatcher: Dispatcher::new(&settings.router_id),
             timers: Arc::default(),
             counters: Counters::default(),
             decisions: Decisions::new(settings.decisions_kept),
@@ -250,7 +250,8 @@ impl Mesh {
             }
         };
         let id = GenerationId(rand::random());
-        let open = Open::start(Arc::clone(&self.core), request, id);
+        let chain = dispatch::chain_of(&request, &model.record);
+        let open = Open::start(Arc::clone(&self.core), chain, request, id);
         Ok(GenerationStream::new(open, text))
     }
 

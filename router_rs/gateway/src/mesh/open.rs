@@ -66,6 +66,8 @@ pub(super) struct Open {
     pub(super) id: GenerationId,
     pub(super) request: AdmittedRequest,
     pub(super) core: Arc<Core>,
+    /// Chain values of the prompt.
+    chain: Vec<u64>,
     state: Mutex<State>,
 }
 
@@ -97,7 +99,12 @@ pub(super) struct Batch {
 
 impl Open {
     /// Opens a generation; it asks for its first plan at once.
-    pub(super) fn start(core: Arc<Core>, request: AdmittedRequest, id: GenerationId) -> Arc<Self> {
+    pub(super) fn start(
+        core: Arc<Core>,
+        chain: Vec<u64>,
+        request: AdmittedRequest,
+        id: GenerationId,
+    ) -> Arc<Self> {
         let deadline = request.deadline;
         let (machine, actions) = Generation::start(
             FIRST_OWNER,
@@ -123,6 +130,7 @@ impl Open {
             id,
             request,
             core,
+            chain,
             state: Mutex::new(state),
         });
         open.core.register(&open);
@@ -297,8 +305,20 @@ impl Open {
 
     fn ask(self: &Arc<Self>, plan: Option<PlanRequest>) {
         if let Some(request) = plan {
+            if let Some(stop_token) = self.stop_token() {
+                return self.apply(Event::Complete { stop_token });
+            }
             self.core.plan(self, &request);
         }
+    }
+
+    /// The stop token that the output ends with, if it does: the word that it
+    /// was the last may be lost.
+    fn stop_token(&self) -> Option<u32> {
+        let state = self.lock();
+        let last = *state.output.last()?;
+        let honoured = state.output.len() >= self.request.min_tokens as usize;
+        (honoured && self.request.stop_token_ids.contains(&last)).then_some(last)
     }
 
     /// Carries actions out; a request for a plan is returned, since the
@@ -601,6 +621,11 @@ impl Open {
                 next_index,
             },
         }
+    }
+
+    /// Chain values of the prompt.
+    pub(super) fn chain(&self) -> &[u64] {
+        &self.chain
     }
 
     /// Number of the attempt in force; 0 before the first.

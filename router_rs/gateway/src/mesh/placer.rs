@@ -1,385 +1,476 @@
-//! What this router knows of its workers' work, and where a request goes.
+//! What this router knows of its workers, in the scheduler's terms.
 //!
-//! The cost of a worker is the prompt tokens that it has to compute before it
-//! gets to the request, those of the request itself, and what decodes there.
-//! Load is booked at the moment of choice: a worker's own report counts up to
-//! the last command that it echoes, bookings count after that.
+//! Translates hellos, loads and step samples into [`WorkerView`]s, keeps one
+//! index slot a worker, and asks the policy. Pure but for the index, which is
+//! shared with the sessions that feed it.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
-use kvmesh_session::{WorkerIndex, parse::Refusal};
+use kvmesh_kv_index::{CacheChange, Knowledge, KvIndex, Matches, Tier, WorkerSlot};
+use kvmesh_scheduler::{
+    Abilities, Booking, Bookings, Class, Cluster, Considered, KvCost, KvRoom, Learner, Load, Needs,
+    NoPlan, Phase, Plan, Policy, RequestView, Role, Share, StepModel, StepSample, WorkerView,
+};
+use kvmesh_session::{WorkerIndex, parse::LoadReport};
 use kvmesh_wire::v1;
 
-/// Tokens beyond the prompt that decode reserves room for (DESIGN 4).
-const RESERVED_TAIL: u64 = 64;
+/// How long what was sent to a worker without cache events counts as cached.
+const APPROXIMATE_TTL_MS: u64 = 120_000;
 
-/// A worker as far as placing on it goes.
-#[derive(Clone, Debug, Default)]
-pub(super) struct View {
-    pub(super) model: String,
-    pub(super) digest: String,
-    pub(super) role: v1::Role,
-    pub(super) placeable: bool,
-    pub(super) draining: bool,
-    pub(super) serving: bool,
-    pub(super) capabilities: v1::Capabilities,
-    pub(super) transfer: bool,
-    pub(super) load: Option<v1::Load>,
-}
-
-#[derive(Debug)]
-struct Share {
-    worker: WorkerIndex,
-    /// Number of the command that took it there; `None` before it was sent.
-    command: Option<u64>,
-    prefill_tokens: u64,
-    decodes: u64,
-    blocks: u64,
-}
-
-/// How a plan passes KV.
+/// Whether a worker can be placed on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Shape {
-    /// All on one worker.
-    Whole(WorkerIndex),
-    /// By mesh transfer.
-    Mesh {
-        prefill: WorkerIndex,
-        decode: WorkerIndex,
-    },
-    /// By the engine's own connector.
-    Engine {
-        prefill: WorkerIndex,
-        decode: WorkerIndex,
-        prefill_emits: bool,
-    },
+pub(super) enum Standing {
+    /// It can.
+    Ready,
+    /// Not now: whoever wants it waits.
+    Suspect,
+    /// It is not there.
+    Absent,
 }
 
-/// What came of asking for a plan.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) enum Choice {
-    /// A plan, booked under this number.
-    Plan {
-        shape: Shape,
-        booking: u64,
-        cached: u32,
-        costs: Vec<Cost>,
-    },
-    /// Workers are there, but none has room now.
-    Wait,
-    /// No worker can run it.
-    Never,
-}
-
-/// One plan that was considered.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Cost {
-    pub(super) shape: Shape,
-    /// Named terms, milliseconds.
-    pub(super) terms: Vec<(&'static str, f64)>,
-}
-
-impl Cost {
-    fn total(&self) -> f64 {
-        self.terms.iter().map(|(_, ms)| ms).sum()
-    }
+/// A worker with what is learnt of it.
+struct Known {
+    standing: Standing,
+    /// Digests agree with those of the other workers of its model.
+    fits: bool,
+    view: WorkerView,
+    learner: Learner,
+    capabilities: v1::Capabilities,
 }
 
 /// What a plan is for.
-#[derive(Clone, Copy, Debug)]
 pub(super) struct Wanted<'a> {
-    pub(super) model: &'a str,
-    pub(super) prompt_tokens: u64,
-    /// Output tokens that there are already.
-    pub(super) output_tokens: u64,
-    pub(super) max_tokens: u64,
-    pub(super) excluded: &'a [(WorkerIndex, Refusal)],
-    /// Cached prefix in tokens by worker.
-    pub(super) cached: &'a BTreeMap<WorkerIndex, u32>,
-    /// Any number: breaks ties so that routers do not herd.
-    pub(super) tie: u64,
+    pub(super) request: RequestView<'a>,
+    /// Whether the plans considered are wanted too.
+    pub(super) explain: bool,
 }
 
-/// Which stages of a model are served.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Served {
-    pub(super) prefill: bool,
-    pub(super) decode: bool,
-    /// Tokens that the largest pool holds.
-    pub(super) largest_pool: u64,
+/// A plan with its bookings.
+pub(super) struct Placed {
+    pub(super) plan: Plan,
+    pub(super) prefill: WorkerIndex,
+    pub(super) decode: WorkerIndex,
+    pub(super) source: Option<WorkerIndex>,
+    /// For two workers: the connector's hand-off, and whether prefill's tokens
+    /// count; else a mesh transfer.
+    pub(super) engine: Option<bool>,
+    pub(super) bookings: Vec<(WorkerIndex, Booking)>,
+    pub(super) chosen: Considered,
+    pub(super) considered: Vec<Considered>,
+    pub(super) start_ms: f64,
 }
 
-/// The workers' work. Pure: no clock, no socket.
-#[derive(Debug, Default)]
+/// All workers.
 pub(super) struct Placer {
-    workers: BTreeMap<WorkerIndex, View>,
-    bookings: BTreeMap<u64, Vec<Share>>,
-    next: u64,
+    pub(super) index: Arc<KvIndex>,
+    router: u64,
+    policy: Box<dyn Policy>,
+    bookings: Bookings,
+    workers: BTreeMap<WorkerIndex, Known>,
 }
 
 impl Placer {
-    /// The view of a worker, to be changed.
-    pub(super) fn view(&mut self, worker: WorkerIndex) -> &mut View {
-        self.workers.entry(worker).or_default()
+    pub(super) fn new(index: Arc<KvIndex>, router: u64) -> Self {
+        Self {
+            index,
+            router,
+            policy: Box::new(KvCost::default()),
+            bookings: Bookings::new(),
+            workers: BTreeMap::new(),
+        }
     }
 
-    /// Takes a worker off.
+    /// The policy's name.
+    pub(super) fn policy(&self) -> &'static str {
+        self.policy.name()
+    }
+
+    /// A worker said who it is. Its index slot is kept within an incarnation.
+    pub(super) fn greeted(
+        &mut self,
+        worker: WorkerIndex,
+        record: &v1::WorkerRecord,
+        step_model: Option<v1::StepModel>,
+        fits: bool,
+    ) {
+        let (Some(model), Some(capabilities)) = (&record.model, &record.capabilities) else {
+            return;
+        };
+        let Some(slot) = self.slot_for(worker, capabilities) else {
+            return;
+        };
+        self.bookings.session_ended(slot);
+        let step = step_model.map_or_else(StepModel::default, step_model_of);
+        let view = WorkerView {
+            slot,
+            role: role_of(v1::Role::try_from(record.role).unwrap_or_default()),
+            // Until its first load it takes nothing.
+            phase: Phase::Loading,
+            draining: false,
+            suspect: false,
+            model: model.name.as_str().into(),
+            digest: model.digest.as_str().into(),
+            adapters: Arc::new(model.adapters.keys().cloned().collect::<BTreeSet<_>>()),
+            abilities: Arc::new(abilities_of(record, model, capabilities)),
+            step,
+            load: Load::default(),
+            booked: kvmesh_scheduler::Work::default(),
+        };
+        let known = Known {
+            standing: Standing::Absent,
+            fits,
+            view,
+            learner: Learner::new(step),
+            capabilities: capabilities.clone(),
+        };
+        self.workers.insert(worker, known);
+    }
+
+    fn slot_for(
+        &mut self,
+        worker: WorkerIndex,
+        capabilities: &v1::Capabilities,
+    ) -> Option<WorkerSlot> {
+        if let Some(known) = self.workers.get(&worker) {
+            let before = &known.capabilities;
+            if before.block_tokens == capabilities.block_tokens
+                && before.cache_events == capabilities.cache_events
+            {
+                return Some(known.view.slot);
+            }
+            self.remove(worker);
+        }
+        let knowledge = if capabilities.cache_events {
+            Knowledge::Events
+        } else {
+            let units = capabilities.pool_blocks * u64::from(capabilities.block_tokens / 16);
+            let max_units = usize::try_from(units).unwrap_or(usize::MAX);
+            Knowledge::Approximate {
+                ttl_ms: APPROXIMATE_TTL_MS,
+                max_units,
+            }
+        };
+        match self.index.add_worker(capabilities.block_tokens, knowledge) {
+            Ok(slot) => Some(slot),
+            Err(error) => {
+                tracing::warn!(%error, "worker cannot be indexed");
+                None
+            }
+        }
+    }
+
+    /// A worker is off the table.
     pub(super) fn remove(&mut self, worker: WorkerIndex) {
-        self.workers.remove(&worker);
-    }
-
-    /// Notes the command by which a booking went to a worker.
-    pub(super) fn placed(&mut self, booking: u64, worker: WorkerIndex, command: u64) {
-        let shares = self.bookings.get_mut(&booking).into_iter().flatten();
-        for share in shares.filter(|share| share.worker == worker) {
-            share.command = Some(command);
+        if let Some(known) = self.workers.remove(&worker) {
+            self.bookings.session_ended(known.view.slot);
+            // It was there: nothing else takes slots out.
+            let _ = self.index.remove_worker(known.view.slot);
         }
     }
 
-    /// Gives a booking back.
-    pub(super) fn release(&mut self, booking: u64) {
-        self.bookings.remove(&booking);
-    }
-
-    /// Bookings that stand.
-    pub(super) fn booked(&self) -> usize {
-        self.bookings.len()
-    }
-
-    /// What is served of a model. A draining worker counts: whoever asks while
-    /// all drain waits for nothing.
-    pub(super) fn served(&self, model: &str) -> Served {
-        let mut served = Served::default();
-        for view in self.workers.values().filter(|view| view.model == model) {
-            if !view.placeable || view.draining {
-                continue;
-            }
-            let capabilities = &view.capabilities;
-            let tokens = capabilities.pool_blocks * u64::from(capabilities.block_tokens);
-            served.largest_pool = served.largest_pool.max(tokens);
-            served.prefill |= view.role != v1::Role::Decode;
-            // Decode workers prefill for themselves where nobody else does.
-            served.decode |= view.role != v1::Role::Prefill;
-            served.prefill |= view.role == v1::Role::Decode;
-        }
-        served
-    }
-
-    /// Chooses and books.
-    pub(super) fn choose(&mut self, wanted: &Wanted<'_>) -> Choice {
-        let unsupported = |index: &WorkerIndex| {
-            wanted
-                .excluded
-                .iter()
-                .any(|(w, why)| w == index && *why == Refusal::Unsupported)
-        };
-        let usable: Vec<(WorkerIndex, &View)> = self
-            .workers
-            .iter()
-            .filter(|(index, view)| {
-                view.model == wanted.model
-                    && view.placeable
-                    && !view.draining
-                    && !unsupported(index)
-            })
-            .map(|(index, view)| (*index, view))
-            .collect();
-        if !usable
-            .iter()
-            .any(|(_, view)| view.role != v1::Role::Prefill)
-        {
-            return Choice::Never;
-        }
-        let now: Vec<_> = usable
-            .into_iter()
-            .filter(|(i, view)| view.serving && !wanted.excluded.iter().any(|(w, _)| w == i))
-            .collect();
-        let mut costs = self.plans(&now, wanted);
-        costs.sort_by(|a, b| a.total().total_cmp(&b.total()));
-        let Some(best) = costs.first().map(Cost::total) else {
-            return Choice::Wait;
-        };
-        let near = costs
-            .iter()
-            .take_while(|cost| cost.total() <= best + 2.0_f64.max(best * 0.03));
-        let ties = near.count().max(1);
-        let picked = usize::try_from(wanted.tie % ties as u64).unwrap_or(0);
-        costs.swap(0, picked);
-        costs.truncate(8);
-        let shape = costs[0].shape;
-        let booking = self.book(shape, wanted);
-        let source = match shape {
-            Shape::Whole(on) => on,
-            Shape::Mesh { prefill, .. } | Shape::Engine { prefill, .. } => prefill,
-        };
-        let cached = wanted.cached.get(&source).copied().unwrap_or(0);
-        Choice::Plan {
-            shape,
-            booking,
-            cached,
-            costs,
-        }
-    }
-
-    fn plans(&self, workers: &[(WorkerIndex, &View)], wanted: &Wanted<'_>) -> Vec<Cost> {
-        let prefills = workers
-            .iter()
-            .filter(|(_, view)| view.role != v1::Role::Decode);
-        let mut plans = Vec::new();
-        for (decode, decoder) in workers {
-            if decoder.role == v1::Role::Prefill || !self.has_room(*decode, decoder, wanted) {
-                continue;
-            }
-            // A decode worker computes prompts itself only where no prefill
-            // worker fits it.
-            let mut alone = decoder.role == v1::Role::Both || wanted.max_tokens <= 1;
-            let mut paired = false;
-            if wanted.max_tokens > 1 {
-                for (prefill, prefiller) in prefills.clone().filter(|(p, _)| p != decode) {
-                    if let Some(shape) = pair(*prefill, prefiller, *decode, decoder) {
-                        paired = true;
-                        plans.push(self.cost(shape, wanted));
-                    }
-                }
-            }
-            alone |= !paired;
-            if alone {
-                plans.push(self.cost(Shape::Whole(*decode), wanted));
+    /// Whether a worker can be placed on has changed.
+    pub(super) fn stands(&mut self, worker: WorkerIndex, standing: Standing) {
+        if let Some(known) = self.workers.get_mut(&worker) {
+            known.standing = standing;
+            known.view.suspect = standing == Standing::Suspect;
+            if standing == Standing::Absent {
+                self.bookings.session_ended(known.view.slot);
             }
         }
-        plans
     }
 
-    fn has_room(&self, index: WorkerIndex, view: &View, wanted: &Wanted<'_>) -> bool {
-        let Some(kv) = view.load.as_ref().and_then(|load| load.kv.as_ref()) else {
-            return true;
+    /// A worker's load came.
+    pub(super) fn loaded(&mut self, worker: WorkerIndex, report: &LoadReport) {
+        let Some(known) = self.workers.get_mut(&worker) else {
+            return;
         };
-        let block = u64::from(view.capabilities.block_tokens).max(1);
-        let booked: u64 = self.unseen(index, view).map(|share| share.blocks).sum();
-        (kv.free + kv.evictable).saturating_sub(booked) >= blocks(wanted, block)
+        let load = &report.load;
+        let view = &mut known.view;
+        view.role = role_of(report.role);
+        view.draining = load.draining;
+        view.phase = match report.phase {
+            v1::WorkerPhase::Serving => Phase::Serving,
+            v1::WorkerPhase::WarmingUp => Phase::WarmingUp,
+            v1::WorkerPhase::Stopping => Phase::Stopping,
+            v1::WorkerPhase::Loading | v1::WorkerPhase::Unspecified => Phase::Loading,
+        };
+        let kv = load.kv.unwrap_or_default();
+        view.load = Load {
+            own: share_of(load.own),
+            others: share_of(load.others),
+            kv: KvRoom {
+                free: kv.free,
+                evictable: kv.evictable,
+                running: kv.running,
+                pinned: kv.pinned,
+                reserved: kv.reserved,
+            },
+            step_left_ms: (load.step_predicted_ms - load.step_age_ms).max(0.0),
+        };
+        self.bookings.echoed(view.slot, load.last_command);
     }
 
-    /// Shares of bookings that the worker's last load does not show.
-    fn unseen<'a>(&'a self, index: WorkerIndex, view: &View) -> impl Iterator<Item = &'a Share> {
-        let echoed = view.load.as_ref().map_or(0, |load| load.last_command);
-        let shares = self.bookings.values().flatten();
-        shares.filter(move |share| {
-            share.worker == index && share.command.is_none_or(|number| number > echoed)
+    /// A step's service time came.
+    pub(super) fn stepped(&mut self, worker: WorkerIndex, sample: &v1::StepSample) {
+        let Some(known) = self.workers.get_mut(&worker) else {
+            return;
+        };
+        let learnt = known.learner.observe(&StepSample {
+            prefill_tokens: u64::from(sample.prefill_tokens),
+            prefill_context: sample.prefill_context,
+            decode_batch: sample.decode_batch,
+            decode_context: sample.decode_context,
+            duration_ms: sample.duration_us as f64 / 1e3,
+        });
+        if learnt {
+            known.view.step = *known.learner.model();
+        }
+    }
+
+    /// The step model in force of a worker.
+    pub(super) fn step_model(&self, worker: WorkerIndex) -> Option<v1::StepModel> {
+        let model = &self.workers.get(&worker)?.view.step;
+        Some(v1::StepModel {
+            a_ms: model.a_ms,
+            b_ms: model.b_ms,
+            c_ms: model.c_ms,
+            d_ms: model.d_ms,
+            e_ms: model.e_ms,
+            relative_error: model.relative_error,
+            saturating_chunk: model.saturating_chunk,
         })
     }
 
-    fn cost(&self, shape: Shape, wanted: &Wanted<'_>) -> Cost {
-        let (prefill, decode) = match shape {
-            Shape::Whole(on) => (on, on),
-            Shape::Mesh { prefill, decode }
-            | Shape::Engine {
-                prefill, decode, ..
-            } => (prefill, decode),
-        };
-        let sequence = wanted.prompt_tokens + wanted.output_tokens;
-        let cached = u64::from(wanted.cached.get(&prefill).copied().unwrap_or(0));
-        let (queued, _) = self.work(prefill);
-        let (_, decoding) = self.work(decode);
-        let terms = vec![
-            (
-                "prefill",
-                sequence.saturating_sub(cached) as f64 * PREFILL_MS,
-            ),
-            ("queue", queued as f64 * PREFILL_MS),
-            ("decode", decoding as f64 * DECODE_MS),
-        ];
-        Cost { shape, terms }
+    /// Bookings that no load shows yet, over all workers.
+    pub(super) fn booked(&self) -> usize {
+        self.bookings
+            .all()
+            .values()
+            .map(|work| (work.prefills + work.decodes) as usize)
+            .sum()
     }
 
-    /// Prompt tokens to be computed before a new request, and requests that
-    /// decode or will.
-    fn work(&self, index: WorkerIndex) -> (u64, u64) {
-        let Some(view) = self.workers.get(&index) else {
-            return (0, 0);
-        };
-        let shares = view
-            .load
+    /// The slots of workers, for a request's list of the excluded.
+    pub(super) fn slot(&self, worker: WorkerIndex) -> Option<WorkerSlot> {
+        self.workers.get(&worker).map(|known| known.view.slot)
+    }
+
+    /// The worker of a slot.
+    pub(super) fn worker_at(&self, slot: WorkerSlot) -> Option<WorkerIndex> {
+        self.workers
             .iter()
-            .flat_map(|load| [&load.own, &load.others])
-            .flatten();
-        let (mut tokens, mut decodes) = (0, 0);
-        for share in shares {
-            tokens += share.queued_prefill_tokens + share.running_prefill_tokens;
-            decodes += u64::from(share.decoding + share.receiving);
-        }
-        for share in self.unseen(index, view) {
-            tokens += share.prefill_tokens;
-            decodes += share.decodes;
-        }
-        (tokens, decodes)
+            .find(|(_, known)| known.view.slot == slot)
+            .map(|(index, _)| *index)
     }
 
-    fn book(&mut self, shape: Shape, wanted: &Wanted<'_>) -> u64 {
-        let share = |worker, prefills: bool, decodes: bool| {
-            let view = self.workers.get(&worker);
-            let block = view
-                .map_or(16, |view| u64::from(view.capabilities.block_tokens))
-                .max(1);
-            let cached = u64::from(wanted.cached.get(&worker).copied().unwrap_or(0));
-            let sequence = wanted.prompt_tokens + wanted.output_tokens;
-            Share {
-                worker,
-                command: None,
-                prefill_tokens: if prefills {
-                    sequence.saturating_sub(cached)
-                } else {
-                    0
+    fn views(&self) -> Vec<WorkerView> {
+        let booked = self.bookings.all();
+        let there = self
+            .workers
+            .values()
+            .filter(|known| known.fits && known.standing != Standing::Absent);
+        there
+            .map(|known| {
+                let mut view = known.view.clone();
+                view.booked = booked.get(&view.slot).copied().unwrap_or_default();
+                view
+            })
+            .collect()
+    }
+
+    /// Whether a request could be placed, now or after waiting.
+    ///
+    /// # Errors
+    /// Why it could not.
+    pub(super) fn check(&self, request: &RequestView<'_>) -> Result<(), NoPlan> {
+        let workers = self.views();
+        let cluster = Cluster {
+            router: self.router,
+            workers: &workers,
+        };
+        match self.policy.explain(&cluster, request) {
+            Ok(_) => Ok(()),
+            Err(
+                NoPlan::NoRoom { .. }
+                | NoPlan::NotReady {
+                    draining: false, ..
                 },
-                decodes: u64::from(decodes),
-                blocks: blocks(wanted, block),
-            }
+            ) => Ok(()),
+            Err(never) => Err(never),
+        }
+    }
+
+    /// Chooses and books.
+    ///
+    /// # Errors
+    /// Why there is no plan now.
+    pub(super) fn choose(&mut self, wanted: &Wanted<'_>) -> Result<Placed, NoPlan> {
+        let workers = self.views();
+        let cluster = Cluster {
+            router: self.router,
+            workers: &workers,
         };
-        let shares = match shape {
-            Shape::Whole(on) => vec![share(on, true, true)],
-            Shape::Mesh { prefill, decode }
-            | Shape::Engine {
-                prefill, decode, ..
-            } => {
-                vec![share(prefill, true, false), share(decode, false, true)]
-            }
+        let considered = match wanted.explain {
+            true => self.policy.explain(&cluster, &wanted.request)?,
+            false => Vec::new(),
         };
-        self.next += 1;
-        self.bookings.insert(self.next, shares);
-        self.next
-    }
-}
-
-/// A stand-in for what steps really take.
-const PREFILL_MS: f64 = 0.05;
-const DECODE_MS: f64 = 2.0;
-
-fn blocks(wanted: &Wanted<'_>, block_tokens: u64) -> u64 {
-    (wanted.prompt_tokens + wanted.output_tokens + RESERVED_TAIL).div_ceil(block_tokens)
-}
-
-/// How two workers can work together, by their capabilities.
-fn pair(
-    prefill: WorkerIndex,
-    prefiller: &View,
-    decode: WorkerIndex,
-    decoder: &View,
-) -> Option<Shape> {
-    if prefiller.digest != decoder.digest {
-        return None;
-    }
-    let (sender, receiver) = (&prefiller.capabilities, &decoder.capabilities);
-    let mesh = sender.streamed_hand_off && receiver.streamed_hand_off && prefiller.transfer;
-    if mesh && sender.kv == receiver.kv && sender.block_tokens == receiver.block_tokens {
-        return Some(Shape::Mesh { prefill, decode });
-    }
-    let connector = &sender.engine_connector;
-    if !connector.is_empty() && *connector == receiver.engine_connector {
-        let prefill_emits = sender.prefill_emits_first_token;
-        return Some(Shape::Engine {
+        let decision = self.policy.choose(&cluster, &wanted.request)?;
+        let plan = decision.plan();
+        let at = |slot| self.worker_at(slot).ok_or(NoPlan::NoPair);
+        let (prefill, decode) = (at(plan.prefill())?, at(plan.decode())?);
+        let book = |(slot, work)| Ok((at(slot)?, self.bookings.book(slot, work)));
+        let bookings = decision
+            .work
+            .into_iter()
+            .map(book)
+            .collect::<Result<_, NoPlan>>()?;
+        Ok(Placed {
+            plan,
             prefill,
             decode,
-            prefill_emits,
-        });
+            source: plan.source().and_then(|slot| self.worker_at(slot)),
+            engine: self.engine(prefill, decode),
+            bookings,
+            chosen: decision.chosen,
+            considered,
+            start_ms: decision.start_ms,
+        })
     }
-    None
+
+    /// Whether two workers hand over by their engine's connector, and then
+    /// whether prefill's tokens count. Mesh goes first where both have it.
+    fn engine(&self, prefill: WorkerIndex, decode: WorkerIndex) -> Option<bool> {
+        let sender = &self.workers.get(&prefill)?.capabilities;
+        let receiver = &self.workers.get(&decode)?.capabilities;
+        let mesh = sender.streamed_hand_off && receiver.streamed_hand_off;
+        (!mesh).then_some(sender.prefill_emits_first_token)
+    }
+
+    /// Which roles serve a model now.
+    pub(super) fn ready(&self, model: &str) -> bool {
+        let mut found = Matches::default();
+        self.index.lookup_into(&[], &mut found);
+        let request = RequestView {
+            id: 0,
+            model,
+            digest: "",
+            adapter: "",
+            prompt_tokens: 1,
+            output_tokens: 0,
+            max_tokens: 2,
+            expected_output: 2,
+            class: Class::Standard,
+            needs: Needs::default(),
+            cached: &found,
+            excluded: &[],
+        };
+        let workers = self.views();
+        let cluster = Cluster {
+            router: self.router,
+            workers: &workers,
+        };
+        let answer = self.policy.explain(&cluster, &request);
+        matches!(answer, Ok(_) | Err(NoPlan::NoRoom { .. }))
+    }
+}
+
+/// Feeds a frame of the cache lane to the index; gives the number of the last
+/// event that is applied.
+pub(super) fn apply_cache(
+    index: &KvIndex,
+    slot: WorkerSlot,
+    events: &v1::CacheEvents,
+) -> Option<u64> {
+    let changes: Vec<CacheChange<'_>> = events
+        .events
+        .iter()
+        .filter_map(|event| match event.kind.as_ref()? {
+            v1::cache_event::Kind::Stored(stored) => Some(CacheChange::Stored {
+                chain: &stored.chain,
+                tier: tier_of(stored.tier),
+            }),
+            v1::cache_event::Kind::Removed(removed) => Some(CacheChange::Removed {
+                chain: &removed.chain,
+                tier: tier_of(removed.tier),
+            }),
+            v1::cache_event::Kind::Cleared(_) => Some(CacheChange::Cleared),
+        })
+        .collect();
+    if let Some(part) = &events.snapshot {
+        // The slot is this session's own: it is there.
+        let _ = index.snapshot(slot, &changes, part.first, part.last);
+        return part.last.then_some(part.as_of_event);
+    }
+    let _ = index.apply(slot, &changes);
+    let count = events.events.len() as u64;
+    (count > 0).then(|| events.first_event.saturating_add(count - 1))
+}
+
+fn tier_of(tier: i32) -> Tier {
+    match v1::CacheTier::try_from(tier) {
+        Ok(v1::CacheTier::Host) => Tier::Host,
+        Ok(v1::CacheTier::Disk) => Tier::Disk,
+        Ok(v1::CacheTier::Device) | Err(_) => Tier::Device,
+    }
+}
+
+fn role_of(role: v1::Role) -> Role {
+    match role {
+        v1::Role::Prefill => Role::Prefill,
+        v1::Role::Decode => Role::Decode,
+        v1::Role::Both | v1::Role::Unspecified => Role::Both,
+    }
+}
+
+fn share_of(share: Option<v1::LoadShare>) -> Share {
+    let share = share.unwrap_or_default();
+    Share {
+        queued: share.queued,
+        queued_prefill_tokens: share.queued_prefill_tokens,
+        running_prefill_tokens: share.running_prefill_tokens,
+        decoding: share.decoding,
+        decode_context: share.decode_context,
+        receiving: share.receiving,
+    }
+}
+
+fn step_model_of(model: v1::StepModel) -> StepModel {
+    StepModel {
+        a_ms: model.a_ms,
+        b_ms: model.b_ms,
+        c_ms: model.c_ms,
+        d_ms: model.d_ms,
+        e_ms: model.e_ms,
+        relative_error: model.relative_error,
+        saturating_chunk: model.saturating_chunk,
+    }
+}
+
+fn abilities_of(
+    record: &v1::WorkerRecord,
+    model: &v1::ModelRecord,
+    capabilities: &v1::Capabilities,
+) -> Abilities {
+    // All of it as one text: only equal ones exchange KV. Unequal block sizes
+    // are unequal geometry, which the first release refuses.
+    let pairing = format!("{:?} {}", capabilities.kv, capabilities.block_tokens);
+    let transfer = !record.transfer_address.is_empty();
+    Abilities {
+        streamed_hand_off: capabilities.streamed_hand_off && transfer,
+        engine_connector: capabilities.engine_connector.as_str().into(),
+        pairing: pairing.into(),
+        prefix_pull: capabilities.prefix_pull && transfer,
+        grammars: capabilities.grammars,
+        grammars_over_continuation: capabilities.grammars_over_continuation,
+        penalties_over_continuation: capabilities.penalties_over_continuation,
+        max_logprobs: capabilities.max_logprobs,
+        block_tokens: capabilities.block_tokens,
+        pool_blocks: capabilities.pool_blocks,
+        block_bytes: capabilities.block_bytes,
+        max_batch: capabilities.max_batch,
+        context_length: model.context_length,
+    }
 }

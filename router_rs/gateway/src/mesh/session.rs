@@ -31,7 +31,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use super::{Core, figures::ms, open::Open, table::WorkerEntry};
+use super::{Core, figures::ms, open::Open, placer::Standing, table::WorkerEntry};
 
 /// Commands that may wait for one worker's transport.
 const COMMAND_QUEUE: usize = 4_096;
@@ -529,7 +529,12 @@ impl Session {
 
     fn publish(&self) {
         self.worker.set_state(self.link.state().clone());
-        self.core.worker_state(&self.worker, self.link.placeable());
+        let standing = match self.link.state() {
+            _ if self.link.placeable() => Standing::Ready,
+            State::Suspect(_) | State::HalfOpen { .. } => Standing::Suspect,
+            _ => Standing::Absent,
+        };
+        self.core.worker_state(&self.worker, standing);
     }
 }
 

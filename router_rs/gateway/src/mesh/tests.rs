@@ -215,7 +215,8 @@ async fn a_request_of_one_token_stays_on_one_worker() {
     let mesh = mesh_of(&[&prefill, &decode]).await;
     let answer = collect(mesh.generate(request(&[5, 6], 1)).unwrap()).await;
     assert_eq!(answer.ids.len(), 1);
-    assert_eq!(prefill.counters().placed, 0);
+    assert_eq!(prefill.counters().finished, 1);
+    assert_eq!(decode.counters().placed, 0);
 }
 
 #[tokio::test]
