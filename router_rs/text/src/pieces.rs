@@ -26,6 +26,12 @@ pub(crate) struct Piece<'a> {
     pub(crate) special: bool,
 }
 
+/// Largest id for which a table is made; vocabularies have some 300,000.
+const MAX_ID: u32 = 1 << 22;
+/// Longest text that a decoder's step may put in or look for, in bytes. Files
+/// come from workers: a table must not outgrow them.
+const MAX_STEP_TEXT: usize = 64;
+
 /// One thing that a decoder does to each token by itself.
 enum Step {
     /// Characters stand for bytes (GPT-2's byte-to-unicode table).
@@ -99,7 +105,13 @@ impl Steps {
                 Step::ByteLevel
             }
             "ByteFallback" => Step::ByteFallback,
-            "Replace" => Step::Replace(text(&part["pattern"]["String"])?, text(&part["content"])?),
+            "Replace" => {
+                let (from, to) = (text(&part["pattern"]["String"])?, text(&part["content"])?);
+                if from.is_empty() || from.len() > MAX_STEP_TEXT || to.len() > MAX_STEP_TEXT {
+                    return Err(refused());
+                }
+                Step::Replace(from, to)
+            }
             "Metaspace" => {
                 let replacement = text(&part["replacement"])?
                     .chars()
@@ -192,6 +204,13 @@ impl Pieces {
         let added = tokenizer.get_added_vocabulary();
         let model = tokenizer.get_model();
         let highest = tokenizer.get_vocab(true).into_values().max().unwrap_or(0);
+        if highest > MAX_ID {
+            let (name, message) = (
+                "tokenizer.json".to_owned(),
+                format!("token id {highest} is above {MAX_ID}"),
+            );
+            return Err(LoadError::Malformed { name, message });
+        }
         let mut pieces = Self {
             bytes: Vec::new(),
             ends: Vec::new(),

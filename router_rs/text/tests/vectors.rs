@@ -221,3 +221,26 @@ fn the_digest_is_the_protocols() {
         "6f04a0e470f1d305dcbda72cbcb27e61d409a3bec640ec1d960f58b32123671e"
     );
 }
+
+/// Files come from workers: none of them may cost more than its size allows.
+#[test]
+fn tokenisers_that_would_outgrow_their_files_are_refused() {
+    use kvmesh_text::LoadError;
+    let load = |change: &dyn Fn(&mut Value)| {
+        let mut json: Value = serde_json::from_slice(&data("byte_fallback.json")).unwrap();
+        change(&mut json);
+        let files = [file("tokenizer.json", json.to_string().into_bytes())];
+        ModelText::from_files(&files, &Limits::default()).map(|_| ())
+    };
+    assert_eq!(load(&|_| ()), Ok(()));
+    let huge = |json: &mut Value| json["model"]["vocab"]["a"] = Value::from(4_000_000_000u32);
+    assert!(matches!(load(&huge), Err(LoadError::Malformed { .. })));
+    let long =
+        |json: &mut Value| json["decoder"]["decoders"][0]["content"] = Value::from("x".repeat(65));
+    assert!(matches!(load(&long), Err(LoadError::Decoder(_))));
+    let empty =
+        |json: &mut Value| json["decoder"]["decoders"][0]["pattern"]["String"] = Value::from("");
+    assert!(matches!(load(&empty), Err(LoadError::Decoder(_))));
+    let unknown = |json: &mut Value| json["decoder"] = serde_json::json!({"type": "CTC"});
+    assert!(load(&unknown).is_err());
+}
