@@ -54,6 +54,7 @@ def build(
         CoreSettings(
             pool_blocks=max(1, settings.kv_pool_tokens // block_tokens),
             context_length=built.record.context_length,
+            vocabulary_size=built.record.vocabulary_size,
             worker_id=worker_id,
             incarnation=incarnation,
             max_batch=max_batch,
