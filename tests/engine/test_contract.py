@@ -301,3 +301,11 @@ async def test_closing_ends_everything(like) -> None:
             driver.place(prompt(100, i), max_tokens=10_000)
         await driver.place(prompt(7), max_tokens=2).opened()
     await engine.close()
+
+
+async def test_token_ids_outside_the_vocabulary_are_refused(like) -> None:
+    async with running(sim(like)) as driver:
+        attempt = driver.place([5, 2000, 7])
+        assert await attempt.ended() == "refused"
+        assert "2000" in attempt.opening.refused.message
+        await driver.idle()

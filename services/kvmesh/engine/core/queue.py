@@ -156,6 +156,8 @@ class PromptQueue:
         `above`: only prompts more urgent than that. At least one block where
         a prompt can run at all.
         """
+        if not self.waiting:
+            return []
         budget = self._chunk_budget(model, decode, itl_ms)
         chunks: list[Chunk] = []
         may_start = True
