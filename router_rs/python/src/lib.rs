@@ -4,6 +4,8 @@ mod attention;
 mod chain;
 mod pool;
 mod registry;
+mod router;
+mod router_settings;
 mod transfer;
 
 use pyo3::prelude::*;
@@ -15,6 +17,8 @@ fn _router(module: &Bound<'_, PyModule>) -> PyResult<()> {
     transfer::add(module)?;
     chain::add(module)?;
     registry::register(module)?;
+    router::register(module)?;
+    router_settings::register(module)?;
     module.add_class::<attention::PyPagedKv>()?;
     Ok(())
 }

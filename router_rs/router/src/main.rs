@@ -84,7 +84,9 @@ fn command() -> Command {
             key.allowed(),
             key.variable(),
         );
-        let arg = Arg::new(key.name).long(key.flag()).help(help);
+        // clap wants names for good; there are few, made once a process.
+        let flag: &'static str = Box::leak(key.flag().into_boxed_str());
+        let arg = Arg::new(key.name).long(flag).help(help);
         command = command.arg(match key.kind {
             Kind::Flag => arg
                 .num_args(0..=1)
