@@ -14,7 +14,10 @@ use kvmesh_wire::v1::{
     ListModelsResponse, Model, ResumeRequest, TokenizeRequest, TokenizeResponse, Tokens, Usage,
     generate_request::Input, generate_response::Event,
 };
-use tokio::time::{Instant, Sleep, sleep_until};
+use tokio::{
+    task::yield_now,
+    time::{Instant, Sleep, sleep_until},
+};
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 
@@ -107,8 +110,8 @@ pub(super) struct DirectStream {
     next: Next,
     due: Instant,
     sleep: Pin<Box<Sleep>>,
-    /// Whether the others had their turn since the last token.
-    yielded: bool,
+    /// Ready when the others have had their turn since the last token.
+    turn: Pin<Box<dyn Future<Output = ()> + Send>>,
 }
 
 impl DirectStream {
@@ -122,7 +125,7 @@ impl DirectStream {
             next: Next::Accepted,
             due: first_due,
             sleep: Box::pin(sleep_until(first_due)),
-            yielded: false,
+            turn: Box::pin(turn_of_others()),
             state,
         }
     }
@@ -202,14 +205,12 @@ impl Stream for DirectStream {
             }
             // Without a pause, too, a step is one token of every stream: the
             // others have their turn, and no two tokens are written together.
-            Next::Token(_) if !this.yielded => {
-                this.yielded = true;
-                cx.waker().wake_by_ref();
-                return Poll::Pending;
-            }
             Next::Token(index) => {
+                std::task::ready!(this.turn.as_mut().poll(cx));
                 std::task::ready!(this.poll_due(cx));
-                this.yielded = !this.state.config.step.is_zero();
+                if this.state.config.step.is_zero() {
+                    this.turn = Box::pin(turn_of_others());
+                }
                 this.token(index)
             }
             Next::Finished => {
@@ -220,6 +221,14 @@ impl Stream for DirectStream {
         };
         Poll::Ready(Some(Ok(GenerateResponse { event: Some(event) })))
     }
+}
+
+/// Ready when the other tasks of this thread, the connection's among them, had
+/// their turn. Pending twice: after the first time the body's encoder gives out
+/// what it has and is asked again at once.
+async fn turn_of_others() {
+    yield_now().await;
+    yield_now().await;
 }
 
 impl Drop for DirectStream {
