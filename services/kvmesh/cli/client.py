@@ -12,7 +12,7 @@ from kvmesh.cli.settings import Setting, UsageError, merged
 if TYPE_CHECKING:
     import kvmesh
 
-DEFAULT_ENDPOINT = "127.0.0.1:8000"
+DEFAULT_ENDPOINT = "127.0.0.1:7440"
 
 CONNECTION = (
     Setting("endpoint", "router to ask, host:port", default=DEFAULT_ENDPOINT),

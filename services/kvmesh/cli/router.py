@@ -3,24 +3,76 @@
 from __future__ import annotations
 
 import argparse
+import json
+import signal
+from functools import cache
+from types import FrameType
+from typing import NoReturn
 
-from kvmesh.cli.announce import add_announce
-from kvmesh.cli.settings import Setting, UsageError, add_settings
+from kvmesh.cli.announce import add_announce, announcer
+from kvmesh.cli.settings import Setting, UsageError, add_settings, merged
 
-SETTINGS: tuple[Setting, ...] = (
-    Setting("listen", "address of the port", metavar="HOST:PORT", default="127.0.0.1:8000"),
-    Setting("etcd", "etcd endpoints, host:port, with commas between"),
-    Setting("cluster", "name of the cluster", default="default"),
-    Setting("insecure", "allow plain text on an address that is not loopback", is_switch=True),
-)
+_EPILOG = """\
+examples:
+  kvmesh router --etcd 127.0.0.1:2379               the workers of cluster "default" in etcd
+  kvmesh router --workers 127.0.0.1:7001            one worker, no etcd
+  kvmesh router --config kvmesh.toml                section [router]
+
+SIGTERM ends it in order: health says NOT_SERVING, connections are told to go, what
+runs has --grace to finish; a second one ends it at once. The program kvmesh-router is
+the same without Python.
+"""
+
+
+class _Told(BaseException):
+    """A signal told us to end."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A flag for each setting of a router."""
-    add_settings(parser, SETTINGS)
+    parser.epilog = _EPILOG
+    add_settings(parser, settings())
     add_announce(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs a router until it is told to stop."""
-    raise UsageError("not built yet")
+    from kvmesh._router import Router
+
+    values = merged("router", settings(), args)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _told)
+    announce = announcer(args.announce_fd)
+    try:
+        router = Router(json.dumps(values))
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    except _Told:
+        return 0
+    try:
+        announce(f"listening on {router.address}")
+        router.wait()
+    except _Told:
+        announce("draining")
+    finally:
+        router.close()
+    announce("stopped")
+    return 0
+
+
+def _told(number: int, _: FrameType | None) -> NoReturn:
+    # The second one ends at once.
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_DFL)
+    raise _Told
+
+
+@cache
+def settings() -> tuple[Setting, ...]:
+    """The router's settings, as its Rust code has them."""
+    from kvmesh._router import router_settings
+
+    return tuple(
+        Setting(name, f"{meaning} Allowed: {allowed}.", is_switch=switch, default=default)
+        for name, default, meaning, allowed, switch in router_settings()
+    )
