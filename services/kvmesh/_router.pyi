@@ -539,3 +539,30 @@ class PagedKv:
 
 def router_settings() -> list[tuple[str, str, str, str, bool]]:
     """Every setting of a router: (name, default, meaning, what is allowed, is a switch)."""
+
+# --- Router -------------------------------------------------------------------
+
+class InternalError(Exception):
+    """A bug in kvmesh: Rust code panicked. Please report it with its text."""
+
+@final
+class Router:
+    """A router that serves until it is closed. No Python runs on its threads."""
+
+    def __new__(cls, settings_json: str) -> Router:
+        """Starts a router.
+
+        `settings_json` is an object with the keys of `router_settings`; it is
+        stronger than KVMESH_* variables. Raises ValueError for a setting,
+        OSError where it cannot start.
+        """
+
+    @property
+    def address(self) -> str:
+        """The bound address, "host:port"."""
+
+    def wait(self) -> None:
+        """Waits until it has ended. Signals are seen within 100 ms."""
+
+    def close(self) -> None:
+        """Ends it: NOT_SERVING, GOAWAY, the grace for what runs. Idempotent."""
