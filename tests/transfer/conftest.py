@@ -49,7 +49,11 @@ class Node:
                     return event
             seen = len(self.pending)
             left = deadline - time.monotonic()
-            assert left > 0, f"no {kind.__name__}, only {[type(e).__name__ for e in self.pending]}"
+            others = [
+                (type(e).__name__, getattr(e, "reason", ""), getattr(e, "message", ""))
+                for e in self.pending
+            ]
+            assert left > 0, f"no {kind.__name__}, only {others}"
             self.node.wait(left)
 
     def pull(
@@ -66,6 +70,12 @@ class Node:
     @property
     def address(self) -> str:
         return self.node.address
+
+    def until(self, key: str, limit_s: float = 20.0) -> None:
+        """Until a count of the residue is not 0."""
+        deadline = time.monotonic() + limit_s
+        while not self.node.residue()[key]:
+            assert time.monotonic() < deadline, f"no {key}: {self.node.residue()}"
 
     def idle(self) -> bool:
         held = self.node.residue()

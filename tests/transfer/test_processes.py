@@ -62,8 +62,7 @@ def test_a_reader_frozen_past_the_lease_discards_what_it_reads(nodes, peers, sha
     a.fill()
     transfer_id = os.urandom(16)
     b.call("pull", transfer_id, a.address, "a", 1, 0, [0, 1, 2, 3])
-    while not a.node.residue()["awaited"]:
-        pass
+    a.until("awaited")
     a.node.offer(transfer_id, 4)
     a.expect(_router.Pulled)
     b.signal(signal.SIGSTOP)
@@ -78,8 +77,7 @@ def test_a_reader_frozen_past_the_lease_discards_what_it_reads(nodes, peers, sha
     # It serves on.
     transfer_id = os.urandom(16)
     b.call("pull", transfer_id, a.address, "a", 1, 0, [4])
-    while not a.node.residue()["awaited"]:
-        pass
+    a.until("awaited")
     a.node.offer(transfer_id)
     a.node.ready(transfer_id, 0, [0])
     a.node.commit(transfer_id, 16)
@@ -126,7 +124,7 @@ def test_a_hundred_kills_leave_nothing(nodes, peers):
         here.node.ready(out, 0, [0, 1])
         there.call("pull", out, here.address, "here", 1, 0, [0, 1, 2])
         there.call("offer", back)
-        there.call("ready", back, 0, [0, 1])
+        there.call("ready", back, 0, [4, 5])
         here.pull(back, there, 0, [2, 3, 4])
         if index % 2:
             while here.expect(_router.Verified, back).upto_block < 2:

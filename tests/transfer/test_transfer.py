@@ -1,5 +1,6 @@
 """A transfer between two nodes: what is moved, refused, discarded and kept."""
 
+import contextlib
 import os
 import socket
 import threading
@@ -76,12 +77,10 @@ def test_an_id_that_the_receiver_aborted_refuses_a_later_offer(nodes):
     a, b = nodes("a", offer_timeout_s=60), nodes("b")
     transfer_id = os.urandom(16)
     b.pull(transfer_id, a, 0, [0])
-    while not a.node.residue()["awaited"]:
-        pass
+    a.until("awaited")
     assert b.node.abort(transfer_id)
     assert b.expect(_router.ReceiveFailed).reason == "cancelled"
-    while not a.node.residue()["remembered"]:
-        pass
+    a.until("remembered")
     with pytest.raises(_router.TransferError) as refused:
         a.node.offer(transfer_id)
     assert refused.value.args[0] == "cancelled"
@@ -145,7 +144,7 @@ class FlippingProxy:
     def __init__(self, target: str, position: int) -> None:
         host, port = target.rsplit(":", 1)
         self.listener = socket.create_server(("127.0.0.1", 0))
-        self.address = "127.0.0.1:%d" % self.listener.getsockname()[1]
+        self.address = f"127.0.0.1:{self.listener.getsockname()[1]}"
         self.server = socket.create_connection((host, int(port)))
         self.position = position
         self.thread = threading.Thread(target=self.serve)
@@ -175,10 +174,8 @@ class FlippingProxy:
         except OSError:
             pass
         for end in (source, target):
-            try:
+            with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
 
 
 def test_a_bit_flipped_on_the_way_is_found(nodes):
@@ -262,8 +259,7 @@ def test_the_lease_ends_without_a_word_and_lives_by_heartbeats(nodes):
     a, b = nodes("a", lease_s=0.8, offer_timeout_s=60), nodes("b", lease_s=0.8)
     kept, left = os.urandom(16), os.urandom(16)
     b.pull(kept, a, 0, [0])
-    while not a.node.residue()["awaited"]:
-        pass
+    a.until("awaited")
     a.node.offer(kept, 3)
     a.node.offer(left, 3)
     a.expect(_router.Pulled)
@@ -352,7 +348,8 @@ def test_views_outlive_the_pool_and_the_node(nodes):
     expected = a.content[2].copy()
     b.node.close()
     b.pool.close()
+    pool_of_b = b.pool
     with pytest.raises(BufferError):
-        memoryview(b.pool)
-    del b.pool, b.node
+        memoryview(pool_of_b)
+    del pool_of_b, b.pool
     assert (view[1] == expected).all()

@@ -255,8 +255,10 @@ impl Shared {
     fn prepare(&self, stream: &TcpStream) -> io::Result<()> {
         stream.set_nodelay(true)?;
         let socket = SockRef::from(stream);
-        socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(self.settings.lease))?;
-        socket.set_tcp_user_timeout(Some(self.settings.lease))?;
+        // Whole seconds for the kernel, and not 0.
+        let silence = self.settings.lease.max(Duration::from_secs(1));
+        socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(silence))?;
+        socket.set_tcp_user_timeout(Some(silence))?;
         stream.set_read_timeout(Some(self.settings.connect_timeout))
     }
 
