@@ -1,0 +1,82 @@
+"""`kvmesh up`: a whole cluster of the sim engine, real etcd, router and workers."""
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+UP = [sys.executable, "-m", "kvmesh.cli", "up", "--engine", "sim"]
+
+ASK = textwrap.dedent("""
+    import subprocess, sys
+    command = [sys.executable, "-m", "kvmesh.cli", "generate", "hello", "--max-tokens", "5"]
+    print(subprocess.run([*command, "--json"], check=True, capture_output=True, text=True).stdout)
+    table = subprocess.run([sys.executable, "-m", "kvmesh.cli", "workers"],
+                           check=True, capture_output=True, text=True).stdout
+    print(table.count("prefill-1"), table.count("decode-1"))
+    sys.exit(7)
+""")
+
+
+def test_a_command_gets_the_cluster_and_its_status_is_ours():
+    done = subprocess.run(
+        [*UP, "--once", "--", sys.executable, "-c", ASK], capture_output=True, text=True
+    )
+    assert done.returncode == 7, done.stderr
+    result, _, counts = done.stdout.strip().splitlines()
+    answer = json.loads(result)
+    assert len(answer["token_ids"]) == answer["usage"]["output_tokens"] == 5
+    assert answer["finish_reason"] == "length"
+    assert {"text", "timings"} <= set(answer)
+    assert counts == "1 1"
+
+
+def test_a_command_that_is_not_there():
+    done = subprocess.run([*UP, "--once", "--", "/nowhere/x"], capture_output=True, text=True)
+    assert done.returncode == 127
+    assert "/nowhere/x" in done.stderr
+
+
+def test_a_part_that_cannot_start_is_told_with_its_log(tmp_path):
+    environment = {**os.environ, "KVMESH_ETCD_BIN": "/bin/false"}
+    command = [*UP, "--data", str(tmp_path), "--once", "--", "true"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert "etcd ended with status 1" in done.stderr
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_no_child_outlives_it(number, status, tmp_path):
+    command = [*UP, "--listen", "127.0.0.1:0", "--etcd-port", "0", "--data", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as up:
+        assert any("The cluster serves at" in line for line in up.stdout)
+        pids = children_of(up.pid)
+        assert len(pids) == 4, "etcd, a router, two workers"
+        descriptors = [os.pidfd_open(pid) for pid in pids]
+        up.send_signal(number)
+        assert up.wait() == status
+    with selectors.DefaultSelector() as ended:
+        for descriptor in descriptors:
+            ended.register(descriptor, selectors.EVENT_READ)
+        left = len(descriptors)
+        while left:
+            # A generous bound that only a failure reaches.
+            ready = ended.select(timeout=30)
+            assert ready, "a child outlived it"
+            for key, _ in ready:
+                ended.unregister(key.fd)
+                os.close(key.fd)
+                left -= 1
