@@ -1,0 +1,129 @@
+//! A router over mock workers, in this process, on real sockets.
+#![allow(dead_code, clippy::unwrap_used)]
+
+use std::time::{Duration, Instant};
+
+use kvmesh_gateway::{Router, Settings, settings::Layers};
+use kvmesh_rpc::v1::inference_client::InferenceClient;
+use kvmesh_testkit::mock::{MockConfig, MockWorker};
+use kvmesh_wire::v1::{self, generate_request::Input, generate_response::Event};
+use serde_json::{Value, json};
+use tonic::{Status, transport::Channel};
+
+pub type Client = InferenceClient<Channel>;
+
+/// A router and its workers.
+pub struct Mesh {
+    pub router: Option<Router>,
+    pub workers: Vec<MockWorker>,
+}
+
+impl Mesh {
+    /// Starts workers and a router that knows them; waits until it can serve.
+    pub async fn start(workers: Vec<MockConfig>, settings: Value) -> Self {
+        let workers: Vec<_> = workers
+            .into_iter()
+            .map(|c| MockWorker::start(c).unwrap())
+            .collect();
+        let addresses: Vec<_> = workers.iter().map(|w| w.addr().to_string()).collect();
+        let mut layers = Layers::default();
+        let base = json!({"listen": "127.0.0.1:0", "workers": addresses, "drain_delay": "0s"});
+        layers.add_json("base", &base.to_string()).unwrap();
+        layers.add_json("test", &settings.to_string()).unwrap();
+        let router = Router::start(&Settings::resolve(&layers).unwrap()).unwrap();
+        let mesh = Self {
+            router: Some(router),
+            workers,
+        };
+        if !mesh.workers.is_empty() {
+            mesh.wait_ready().await;
+        }
+        mesh
+    }
+
+    pub fn address(&self) -> std::net::SocketAddr {
+        self.router.as_ref().unwrap().address()
+    }
+
+    pub async fn channel(&self) -> Channel {
+        Channel::from_shared(format!("http://{}", self.address()))
+            .unwrap()
+            .connect()
+            .await
+            .unwrap()
+    }
+
+    pub async fn client(&self) -> Client {
+        InferenceClient::new(self.channel().await).max_encoding_message_size(usize::MAX)
+    }
+
+    async fn wait_ready(&self) {
+        let mut client = self.client().await;
+        let until = Instant::now() + Duration::from_secs(60);
+        loop {
+            let models = client
+                .list_models(v1::ListModelsRequest {})
+                .await
+                .unwrap()
+                .into_inner();
+            if models.models.iter().any(|model| model.ready) {
+                return;
+            }
+            assert!(Instant::now() < until, "no model became ready");
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Ends the router as SIGTERM would.
+    pub async fn stop(&mut self) {
+        let router = self.router.take().unwrap();
+        router.stop_token().cancel();
+        router.ended().await;
+    }
+}
+
+/// A request of token ids for `max_tokens`.
+pub fn request(max_tokens: u32) -> v1::GenerateRequest {
+    v1::GenerateRequest {
+        model: "mock".to_owned(),
+        input: Some(Input::TokenIds(v1::TokenIds { ids: vec![5, 6, 7] })),
+        stopping: Some(v1::Stopping {
+            max_tokens,
+            ..Default::default()
+        }),
+        ..Default::default()
+    }
+}
+
+/// Reads a stream to its end: token ids with checked indices, and how it ended.
+pub async fn read(
+    mut stream: tonic::Streaming<v1::GenerateResponse>,
+) -> (Vec<u32>, Result<v1::Finished, Status>) {
+    let mut ids = Vec::new();
+    let mut finished = None;
+    let mut first = true;
+    loop {
+        match stream.message().await {
+            Ok(Some(message)) => {
+                let event = message.event.unwrap();
+                assert_eq!(
+                    first,
+                    matches!(event, Event::Accepted(_)),
+                    "accepted comes first"
+                );
+                first = false;
+                assert!(finished.is_none(), "nothing comes after finished");
+                match event {
+                    Event::Tokens(tokens) => {
+                        assert_eq!(tokens.first_index as usize, ids.len());
+                        ids.extend(tokens.ids);
+                    }
+                    Event::Finished(end) => finished = Some(end),
+                    Event::Accepted(_) | Event::Placed(_) => {}
+                }
+            }
+            Ok(None) => return (ids, Ok(finished.expect("a success ends with finished"))),
+            Err(status) => return (ids, Err(status)),
+        }
+    }
+}

@@ -1,0 +1,397 @@
+//! The door over real sockets: what passes, and the status of what does not.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod common;
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use common::{Mesh, read, request};
+use kvmesh_testkit::mock::MockConfig;
+use kvmesh_wire::v1::{self, generate_request::Input};
+use serde_json::json;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+use tonic::{Code, Status, codec::CompressionEncoding};
+use tonic_types::StatusExt;
+
+fn reason(status: &Status) -> String {
+    let info = status
+        .get_details_error_info()
+        .expect("every status carries ErrorInfo");
+    assert_eq!(info.domain, "kvmesh");
+    info.reason
+}
+
+type Change = fn(&mut v1::GenerateRequest);
+
+fn sampling(request: &mut v1::GenerateRequest) -> &mut v1::Sampling {
+    request.sampling.get_or_insert_default()
+}
+
+/// (what is wrong, code, reason, field named)
+fn rows() -> Vec<(Change, Code, &'static str, &'static str)> {
+    let invalid = Code::InvalidArgument;
+    let field = "INVALID_FIELD";
+    vec![
+        (|r| r.input = None, invalid, field, "input"),
+        (
+            |r| r.input = Some(Input::Prompt(String::new())),
+            invalid,
+            field,
+            "prompt",
+        ),
+        (
+            |r| r.input = Some(Input::TokenIds(v1::TokenIds { ids: vec![] })),
+            invalid,
+            field,
+            "token_ids.ids",
+        ),
+        (
+            |r| {
+                r.input = Some(Input::TokenIds(v1::TokenIds {
+                    ids: vec![1, u32::MAX],
+                }))
+            },
+            invalid,
+            field,
+            "token_ids.ids[1]",
+        ),
+        (
+            |r| r.input = Some(Input::Chat(v1::Chat::default())),
+            invalid,
+            field,
+            "chat.messages",
+        ),
+        (
+            |r| sampling(r).temperature = Some(f32::NAN),
+            invalid,
+            field,
+            "sampling.temperature",
+        ),
+        (
+            |r| sampling(r).temperature = Some(-1.0),
+            invalid,
+            field,
+            "sampling.temperature",
+        ),
+        (
+            |r| sampling(r).top_p = Some(0.0),
+            invalid,
+            field,
+            "sampling.top_p",
+        ),
+        (
+            |r| sampling(r).min_p = f32::NEG_INFINITY,
+            invalid,
+            field,
+            "sampling.min_p",
+        ),
+        (
+            |r| sampling(r).repetition_penalty = Some(11.0),
+            invalid,
+            field,
+            "sampling.repetition_penalty",
+        ),
+        (
+            |r| r.stopping.get_or_insert_default().stop = vec!["x".to_owned(); 1_000],
+            invalid,
+            field,
+            "stopping.stop",
+        ),
+        (
+            |r| r.stopping.get_or_insert_default().stop = vec![String::new()],
+            invalid,
+            field,
+            "stopping.stop[0]",
+        ),
+        (
+            |r| r.stopping.get_or_insert_default().max_tokens = u32::MAX,
+            invalid,
+            field,
+            "stopping.max_tokens",
+        ),
+        (
+            |r| r.hints.get_or_insert_default().request_class = 99,
+            invalid,
+            field,
+            "hints.request_class",
+        ),
+        (
+            |r| r.hints.get_or_insert_default().cache_salt = "x".repeat(257),
+            invalid,
+            field,
+            "hints.cache_salt",
+        ),
+        (|r| r.adapter = "none".to_owned(), invalid, field, "adapter"),
+        (|r| r.n = 2, Code::Unimplemented, "UNSUPPORTED", "n"),
+        (
+            |r| r.continue_from = Some(v1::ContinueFrom::default()),
+            Code::Unimplemented,
+            "UNSUPPORTED",
+            "continue_from",
+        ),
+        (
+            |r| r.model = "nobody".to_owned(),
+            Code::NotFound,
+            "UNKNOWN_MODEL",
+            "",
+        ),
+        // 10 MB: read, refused by the bound on tokens.
+        (
+            |r| r.input = Some(Input::Prompt("a".repeat(10 << 20))),
+            invalid,
+            field,
+            "prompt",
+        ),
+        // 20 MB: refused by its length prefix.
+        (
+            |r| r.input = Some(Input::Prompt("a".repeat(20 << 20))),
+            Code::ResourceExhausted,
+            "MESSAGE_TOO_LARGE",
+            "",
+        ),
+    ]
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_refusal_has_the_status_of_the_table() {
+    let small = MockConfig {
+        context_length: 4_096,
+        ..MockConfig::default()
+    };
+    let mesh = Mesh::start(vec![small], json!({})).await;
+    let mut client = mesh.client().await;
+    for (at, (change, code, expected, field)) in rows().into_iter().enumerate() {
+        let mut asked = request(4);
+        change(&mut asked);
+        let status = client
+            .generate(asked)
+            .await
+            .map(|_| ())
+            .expect_err(&format!("row {at}"));
+        assert_eq!(status.code(), code, "row {at}: {status}");
+        assert_eq!(reason(&status), expected, "row {at}");
+        if !field.is_empty() {
+            let violations = status.get_details_bad_request().unwrap().field_violations;
+            assert_eq!(violations[0].field, field, "row {at}");
+        }
+        assert!(
+            status.get_details_retry_info().is_none(),
+            "row {at}: trying again would not help"
+        );
+    }
+    let resume = client
+        .resume(v1::ResumeRequest::default())
+        .await
+        .map(|_| ())
+        .unwrap_err();
+    assert_eq!(
+        (resume.code(), reason(&resume).as_str()),
+        (Code::Unimplemented, "UNSUPPORTED")
+    );
+    // After all that a good request still passes.
+    let (ids, end) = read(client.generate(request(4)).await.unwrap().into_inner()).await;
+    assert_eq!(ids.len(), 4);
+    assert_eq!(end.unwrap().reason(), v1::FinishReason::Length);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_worker_worker_failure_and_deadline_have_their_statuses() {
+    let mesh = Mesh::start(
+        vec![MockConfig {
+            step: Duration::from_millis(5),
+            ..MockConfig::default()
+        }],
+        json!({}),
+    )
+    .await;
+    let mut client = mesh.client().await;
+    mesh.workers[0].faults().set(|plan| {
+        plan.fail_at = Some(3);
+        plan.fail_next = 1;
+        plan.fail_code = 9;
+    });
+    let (ids, end) = read(client.generate(request(50)).await.unwrap().into_inner()).await;
+    let status = end.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    let info = status.get_details_error_info().unwrap();
+    assert_eq!(info.metadata["next_index"], ids.len().to_string());
+
+    let mut late = tonic::Request::new(request(100_000));
+    late.metadata_mut()
+        .insert("grpc-timeout", "200m".parse().unwrap());
+    let (ids, end) = read(client.generate(late).await.unwrap().into_inner()).await;
+    let status = end.unwrap_err();
+    assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
+    if let Some(info) = status.get_details_error_info() {
+        assert_eq!(info.metadata["next_index"], ids.len().to_string());
+    }
+
+    let nobody = Mesh::start(vec![], json!({})).await;
+    let status = nobody
+        .client()
+        .await
+        .generate(request(1))
+        .await
+        .map(|_| ())
+        .unwrap_err();
+    assert_eq!(
+        (status.code(), reason(&status).as_str()),
+        (Code::NotFound, "UNKNOWN_MODEL")
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn names_of_a_call_come_back_and_gzip_is_taken() {
+    let mesh = Mesh::start(vec![MockConfig::default()], json!({})).await;
+    let mut client = mesh
+        .client()
+        .await
+        .send_compressed(CompressionEncoding::Gzip);
+    let mut named = tonic::Request::new(request(2));
+    named
+        .metadata_mut()
+        .insert("x-request-id", "mine".parse().unwrap());
+    let trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    named
+        .metadata_mut()
+        .insert("traceparent", trace.parse().unwrap());
+    let answer = client.generate(named).await.unwrap();
+    assert_eq!(answer.metadata().get("x-request-id").unwrap(), "mine");
+    assert_eq!(answer.metadata().get("traceparent").unwrap(), trace);
+    assert_eq!(read(answer.into_inner()).await.0.len(), 2);
+    // 20 MB of one letter are a few KiB packed: refused while inflating.
+    let mut bomb = request(1);
+    bomb.input = Some(Input::Prompt("a".repeat(20 << 20)));
+    let status = client.generate(bomb).await.map(|_| ()).unwrap_err();
+    assert_eq!(
+        (status.code(), reason(&status).as_str()),
+        (Code::ResourceExhausted, "MESSAGE_TOO_LARGE")
+    );
+}
+
+async fn h2_connection(mesh: &Mesh) -> h2::client::SendRequest<Bytes> {
+    let socket = TcpStream::connect(mesh.address()).await.unwrap();
+    let (sender, connection) = h2::client::Builder::new()
+        .initial_max_send_streams(10_000)
+        .handshake(socket)
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    sender
+}
+
+fn call() -> http::Request<()> {
+    http::Request::post("http://router/kvmesh.v1.Inference/Generate")
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .body(())
+        .unwrap()
+}
+
+fn framed(message: &v1::GenerateRequest) -> Bytes {
+    let message = prost::Message::encode_to_vec(message);
+    let mut frame = vec![0];
+    frame.extend(u32::try_from(message.len()).unwrap().to_be_bytes());
+    frame.extend(message);
+    frame.into()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_message_is_refused_by_its_prefix_alone() {
+    let mesh = Mesh::start(vec![MockConfig::default()], json!({})).await;
+    let mut sender = h2_connection(&mesh).await.ready().await.unwrap();
+    let (response, mut body) = sender.send_request(call(), false).unwrap();
+    let mut prefix = vec![0];
+    prefix.extend((20u32 << 20).to_be_bytes());
+    body.send_data(prefix.into(), false).unwrap();
+    // No byte of the body is ever sent.
+    let response = response.await.unwrap();
+    assert_eq!(response.headers()["grpc-status"], "8");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn text_that_is_not_utf8_is_malformed() {
+    let mesh = Mesh::start(vec![MockConfig::default()], json!({})).await;
+    let mut sender = h2_connection(&mesh).await.ready().await.unwrap();
+    let (response, mut body) = sender.send_request(call(), false).unwrap();
+    // Field 2 (prompt), 2 bytes that are no UTF-8.
+    body.send_data(
+        Bytes::from_static(&[0, 0, 0, 0, 4, 0x12, 2, 0xff, 0xfe]),
+        true,
+    )
+    .unwrap();
+    assert_eq!(response.await.unwrap().headers()["grpc-status"], "3");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn garbage_and_half_requests_harm_nobody() {
+    let settings = json!({"request_read_timeout": "200ms", "handshake_timeout": "200ms"});
+    let mesh = Mesh::start(vec![MockConfig::default()], settings).await;
+    let garbage: [&[u8]; 4] = [
+        b"\x00\xff\x13garbage\r\n\r\n",
+        b"PRI",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nrubbish rubbish",
+        b"GET / HT",
+    ];
+    for bytes in garbage {
+        let mut socket = TcpStream::connect(mesh.address()).await.unwrap();
+        socket.write_all(bytes).await.unwrap();
+        let mut rest = Vec::new();
+        // The router ends it; how is its own affair.
+        let _ = socket.read_to_end(&mut rest).await;
+    }
+    let mut sender = h2_connection(&mesh).await.ready().await.unwrap();
+    let (response, mut body) = sender.send_request(call(), false).unwrap();
+    body.send_data(framed(&request(1)).slice(..7), false)
+        .unwrap();
+    assert_eq!(response.await.unwrap().headers()["grpc-status"], "3");
+    let mut client = mesh.client().await;
+    assert_eq!(
+        read(client.generate(request(3)).await.unwrap().into_inner())
+            .await
+            .0
+            .len(),
+        3
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rapid_reset_leaves_the_other_streams_alone() {
+    let config = MockConfig {
+        step: Duration::from_millis(1),
+        ..MockConfig::default()
+    };
+    let mesh = Mesh::start(vec![config], json!({})).await;
+    let mut sender = h2_connection(&mesh).await;
+    let mut kept = Vec::new();
+    for at in 0..5_100 {
+        sender = sender.ready().await.unwrap();
+        let (response, mut body) = sender.send_request(call(), false).unwrap();
+        body.send_data(framed(&request(20)), true).unwrap();
+        if at % 51 == 0 {
+            kept.push(tokio::spawn(status(response)));
+        } else {
+            body.send_reset(h2::Reason::CANCEL);
+        }
+    }
+    assert_eq!(kept.len(), 100);
+    for status in kept {
+        assert_eq!(status.await.unwrap(), "0");
+    }
+}
+
+/// Reads an answer as it comes: h2's client gives a connection up that has many
+/// small frames unread.
+async fn status(response: h2::client::ResponseFuture) -> String {
+    let mut body = response.await.expect("the connection stands").into_body();
+    while let Some(data) = body.data().await {
+        let length = data.unwrap().len();
+        body.flow_control().release_capacity(length).unwrap();
+    }
+    let trailers = body.trailers().await.unwrap().unwrap();
+    trailers["grpc-status"].to_str().unwrap().to_owned()
+}

@@ -1,0 +1,163 @@
+//! Health, metrics, admin, shutdown, over real sockets.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod common;
+
+use std::time::Duration;
+
+use common::{Mesh, read, request};
+use kvmesh_rpc::v1::admin_client::AdminClient;
+use kvmesh_testkit::mock::MockConfig;
+use kvmesh_wire::v1;
+use serde_json::json;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+use tonic::Code;
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
+use tonic_types::StatusExt;
+
+fn ask(service: &str) -> HealthCheckRequest {
+    HealthCheckRequest {
+        service: service.to_owned(),
+    }
+}
+
+async fn get(mesh: &Mesh, path: &str) -> String {
+    let mut socket = TcpStream::connect(mesh.address()).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nhost: router\r\nconnection: close\r\n\r\n");
+    socket.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).await.unwrap();
+    answer
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn health_needs_no_worker_and_knows_what_it_does_not_know() {
+    let mesh = Mesh::start(vec![], json!({})).await;
+    let mut health = HealthClient::new(mesh.channel().await);
+    for service in ["", "kvmesh.v1.Inference", "kvmesh.v1.Admin"] {
+        let answer = health.check(ask(service)).await.unwrap().into_inner();
+        assert_eq!(answer.status(), ServingStatus::Serving);
+    }
+    let unknown = health.check(ask("nobody")).await.unwrap_err();
+    assert_eq!(unknown.code(), Code::NotFound);
+    let mut watch = health.watch(ask("nobody")).await.unwrap().into_inner();
+    assert_eq!(
+        watch.message().await.unwrap().unwrap().status(),
+        ServingStatus::ServiceUnknown
+    );
+    assert!(get(&mesh, "/health").await.starts_with("HTTP/1.1 200"));
+    assert!(get(&mesh, "/ready").await.starts_with("HTTP/1.1 503"));
+    assert!(
+        get(&mesh, "/version")
+            .await
+            .contains(env!("CARGO_PKG_VERSION"))
+    );
+    assert!(get(&mesh, "/nothing").await.starts_with("HTTP/1.1 404"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_says_so_first_and_ends_streams_with_their_index() {
+    let slow = MockConfig {
+        step: Duration::from_millis(5),
+        ..MockConfig::default()
+    };
+    let mut mesh = Mesh::start(vec![slow], json!({"grace": "100ms", "drain_delay": "50ms"})).await;
+    let mut health = HealthClient::new(mesh.channel().await);
+    let mut watch = health.watch(ask("")).await.unwrap().into_inner();
+    assert_eq!(
+        watch.message().await.unwrap().unwrap().status(),
+        ServingStatus::Serving
+    );
+    let stream = mesh
+        .client()
+        .await
+        .generate(request(100_000))
+        .await
+        .unwrap()
+        .into_inner();
+    let reader = tokio::spawn(read(stream));
+    let watcher = tokio::spawn(async move { watch.message().await.unwrap().unwrap().status() });
+    mesh.stop().await;
+    assert_eq!(watcher.await.unwrap(), ServingStatus::NotServing);
+    let (ids, end) = reader.await.unwrap();
+    let status = end.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+    let info = status.get_details_error_info().unwrap();
+    assert_eq!(info.reason, "SHUTTING_DOWN");
+    assert_eq!(info.metadata["next_index"], ids.len().to_string());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn metrics_stay_within_their_bound_at_64_workers() {
+    let workers = (0..64).map(|_| MockConfig::default()).collect();
+    let mesh = Mesh::start(workers, json!({})).await;
+    let mut client = mesh.client().await;
+    for tokens in 1..20 {
+        read(client.generate(request(tokens)).await.unwrap().into_inner())
+            .await
+            .1
+            .unwrap();
+        let mut wrong = request(1);
+        wrong.model = format!("unknown-{tokens}");
+        client.generate(wrong).await.map(|_| ()).unwrap_err();
+    }
+    let text = get(&mesh, "/metrics").await;
+    let series = text
+        .lines()
+        .filter(|line| line.starts_with("kvmesh_"))
+        .count();
+    assert!(series > 50, "{text}");
+    assert!(series <= 2_000, "{series} series");
+    for name in [
+        "kvmesh_open_streams 0",
+        "kvmesh_attempts_total",
+        "kvmesh_stale_frames_total",
+        "kvmesh_sessions{state=\"live\"}",
+        "kvmesh_lane_bytes_total{lane=\"step\"}",
+        "kvmesh_rejected_total{step=\"validate\",reason=\"UNKNOWN_MODEL\"} 19",
+        "kvmesh_first_token_seconds_bucket",
+        "kvmesh_request_bytes_held 0",
+    ] {
+        assert!(text.contains(name), "{name} is not in\n{text}");
+    }
+    assert!(!text.contains("unknown-1"), "a client's words are no label");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_last_worker_of_a_role_is_drained_only_by_force() {
+    let mesh = Mesh::start(vec![MockConfig::default()], json!({"router_id": "r1"})).await;
+    let mut admin = AdminClient::new(mesh.channel().await);
+    let info = admin
+        .get_router_info(v1::GetRouterInfoRequest {})
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(info.router_id, "r1");
+    let workers = admin
+        .list_workers(v1::ListWorkersRequest::default())
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(workers.workers.len(), 1);
+    let worker_id = mesh.workers[0].worker_id().to_owned();
+    let mut drain = v1::DrainWorkerRequest {
+        worker_id,
+        ..Default::default()
+    };
+    let refused = admin.drain_worker(drain.clone()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    drain.force = true;
+    admin.drain_worker(drain).await.unwrap();
+    let unknown = v1::ExplainRequest {
+        generation_id: "0".repeat(32),
+    };
+    assert_eq!(
+        admin.explain(unknown).await.unwrap_err().code(),
+        Code::NotFound
+    );
+}
