@@ -10,17 +10,17 @@ use kvmesh_wire::v1::{self, generate_request::Input, generate_response::Event};
 use serde_json::{Value, json};
 use tonic::{Status, transport::Channel};
 
-pub type Client = InferenceClient<Channel>;
+pub(crate) type Client = InferenceClient<Channel>;
 
 /// A router and its workers.
-pub struct Mesh {
-    pub router: Option<Router>,
-    pub workers: Vec<MockWorker>,
+pub(crate) struct Mesh {
+    pub(crate) router: Option<Router>,
+    pub(crate) workers: Vec<MockWorker>,
 }
 
 impl Mesh {
     /// Starts workers and a router that knows them; waits until it can serve.
-    pub async fn start(workers: Vec<MockConfig>, settings: Value) -> Self {
+    pub(crate) async fn start(workers: Vec<MockConfig>, settings: Value) -> Self {
         let workers: Vec<_> = workers
             .into_iter()
             .map(|c| MockWorker::start(c).unwrap())
@@ -41,11 +41,11 @@ impl Mesh {
         mesh
     }
 
-    pub fn address(&self) -> std::net::SocketAddr {
+    pub(crate) fn address(&self) -> std::net::SocketAddr {
         self.router.as_ref().unwrap().address()
     }
 
-    pub async fn channel(&self) -> Channel {
+    pub(crate) async fn channel(&self) -> Channel {
         Channel::from_shared(format!("http://{}", self.address()))
             .unwrap()
             .connect()
@@ -53,7 +53,7 @@ impl Mesh {
             .unwrap()
     }
 
-    pub async fn client(&self) -> Client {
+    pub(crate) async fn client(&self) -> Client {
         InferenceClient::new(self.channel().await).max_encoding_message_size(usize::MAX)
     }
 
@@ -75,7 +75,7 @@ impl Mesh {
     }
 
     /// Ends the router as SIGTERM would.
-    pub async fn stop(&mut self) {
+    pub(crate) async fn stop(&mut self) {
         let router = self.router.take().unwrap();
         router.stop_token().cancel();
         router.ended().await;
@@ -83,7 +83,7 @@ impl Mesh {
 }
 
 /// A request of token ids for `max_tokens`.
-pub fn request(max_tokens: u32) -> v1::GenerateRequest {
+pub(crate) fn request(max_tokens: u32) -> v1::GenerateRequest {
     v1::GenerateRequest {
         model: "mock".to_owned(),
         input: Some(Input::TokenIds(v1::TokenIds { ids: vec![5, 6, 7] })),
@@ -96,7 +96,7 @@ pub fn request(max_tokens: u32) -> v1::GenerateRequest {
 }
 
 /// Reads a stream to its end: token ids with checked indices, and how it ended.
-pub async fn read(
+pub(crate) async fn read(
     mut stream: tonic::Streaming<v1::GenerateResponse>,
 ) -> (Vec<u32>, Result<v1::Finished, Status>) {
     let mut ids = Vec::new();
