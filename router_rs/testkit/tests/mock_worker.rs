@@ -319,7 +319,16 @@ async fn a_frozen_worker_is_silent_and_goes_on_when_thawed() {
 
 #[tokio::test]
 async fn direct_streams_carry_the_same_tokens_and_their_text() {
-    let worker = MockWorker::start(MockConfig::default()).unwrap();
+    for step in [Duration::ZERO, Duration::from_millis(1)] {
+        let config = MockConfig {
+            step,
+            ..Default::default()
+        };
+        direct_stream(&MockWorker::start(config).unwrap()).await;
+    }
+}
+
+async fn direct_stream(worker: &MockWorker) {
     let mut client = InferenceClient::connect(format!("http://{}", worker.addr()))
         .await
         .unwrap();

@@ -206,10 +206,11 @@ impl Stream for DirectStream {
             // Without a pause, too, a step is one token of every stream: the
             // others have their turn, and no two tokens are written together.
             Next::Token(index) => {
-                std::task::ready!(this.turn.as_mut().poll(cx));
-                std::task::ready!(this.poll_due(cx));
                 if this.state.config.step.is_zero() {
+                    std::task::ready!(this.turn.as_mut().poll(cx));
                     this.turn = Box::pin(turn_of_others());
+                } else {
+                    std::task::ready!(this.poll_due(cx));
                 }
                 this.token(index)
             }
