@@ -68,6 +68,7 @@ class Cluster:
                 "--worker-id", name,
                 "--role", role,
                 "--engine", engine,
+                "--model", "sim" if engine == "sim" else "smollm2-135m",
                 "--etcd", self.etcd,
                 "--lease-ttl-s", str(self.ttl_s),
                 *arguments,
@@ -80,7 +81,9 @@ class Cluster:
     def _address(self, child: Child) -> str:
         while True:
             for line in child.said:
-                if ": serving " in line:
+                if " on 127.0.0.1:" in line and (
+                    ": serving " in line or line.startswith("listening")
+                ):
                     return line.rpartition(" on ")[2].split()[0]
             self.children.wait(START_S)
 

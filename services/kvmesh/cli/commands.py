@@ -16,6 +16,9 @@ COMMANDS = {
     "chat": "talk with a model",
     "generate": "continue a prompt",
     "workers": "list the workers of a cluster",
+    "drain": "let a worker finish what it has, and give it nothing new",
+    "role": "change what a worker does, without a restart",
+    "explain": "say why a request went where it went",
     "models": "list models, or get one",
     "version": "print the version",
 }

@@ -4,34 +4,87 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING
 
+from kvmesh.cli.admin import call_admin, print_table, role_name
+from kvmesh.cli.client import CONNECTION
 from kvmesh.cli.settings import Setting, UsageError, add_settings, endpoints, merged
 
-DEFAULT_ETCD = "127.0.0.1:2379"
+if TYPE_CHECKING:
+    from kvmesh.v1 import admin_pb2
+    from kvmesh.v1 import worker_pb2 as wire
 
 REGISTRY = (
-    Setting("etcd", "etcd endpoints, host:port, with commas between", default=DEFAULT_ETCD),
-    Setting("cluster", "name of the cluster", default="default"),
-)
+    Setting("etcd", "ask etcd at host:port,… who is registered, not a router who works",
+            flag_only=True),
+    Setting("cluster", "name of the cluster; with --etcd", default="default"),
+)  # fmt: skip
+
+_EPILOG = """\
+STATE is the router's session with the worker; ETCD whether it is registered now. A
+worker that is not registered serves on while its session lives.
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where etcd is."""
-    parser.epilog = "Lists who is registered in etcd; routers know who works."
-    parser.add_argument("--json", action="store_true", help="print the records as JSON")
-    add_settings(parser, REGISTRY)
+    """Whom to ask."""
+    parser.epilog = _EPILOG
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_settings(parser, CONNECTION + REGISTRY)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints a table of the workers."""
+    return _registered(args) if args.etcd else _served(args)
+
+
+def _served(args: argparse.Namespace) -> int:
+    from google.protobuf.json_format import MessageToJson
+
+    from kvmesh.v1 import admin_pb2 as admin
+
+    request = admin.ListWorkersRequest()
+    answer = call_admin("workers", args, lambda stub, t: stub.ListWorkers(request, timeout=t))
+    if answer is None:
+        return 1
+    if args.json:
+        print(MessageToJson(answer, preserving_proto_field_name=True))
+        return 0
+    head = ("WORKER", "ROLE", "MODEL", "ENGINE", "STATE", "ETCD", "QUEUED", "DECODING",
+            "KV FREE", "INDEXED", "NOTE")  # fmt: skip
+    print_table([head, *map(_state_row, answer.workers)])
+    return 0
+
+
+def _state_row(worker: admin_pb2.WorkerStatus) -> tuple[str, ...]:
+    from kvmesh.v1 import admin_pb2 as admin
+
+    record, load, kv = worker.record, worker.load, worker.load.kv
+    pool = kv.free + kv.evictable + kv.running + kv.pinned + kv.reserved
+    notes = (worker.state_detail, worker.index_detail, "draining" if load.draining else "")
+    return (
+        record.worker_id,
+        role_name(load.role or record.role),
+        record.model.name,
+        record.capabilities.engine,
+        admin.SessionState.Name(worker.state).removeprefix("SESSION_STATE_").lower(),
+        "yes" if worker.registered else "no",
+        str(load.own.queued + load.others.queued),
+        str(load.own.decoding + load.others.decoding),
+        f"{100 * (kv.free + kv.evictable) / pool:.0f} %" if pool else "-",
+        str(worker.indexed_blocks),
+        "; ".join(note for note in notes if note),
+    )
+
+
+def _registered(args: argparse.Namespace) -> int:
     from google.protobuf.json_format import MessageToDict
 
     from kvmesh._router import RegistryUnreachableError, list_workers
     from kvmesh.v1 import worker_pb2 as wire
 
     values = merged("client", REGISTRY, args)
-    where = endpoints(values.get("etcd") or DEFAULT_ETCD)
+    where = endpoints(values["etcd"])
     try:
         found = list_workers(where, values.get("cluster") or "default")
     except RegistryUnreachableError as error:
@@ -43,20 +96,14 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps([MessageToDict(record) for record in records], indent=1))
         return 0
     head = ("WORKER", "ROLE", "MODEL", "ENGINE", "ADDRESS", "TRANSFER", "VERSION")
-    rows = [head, *(_row(record, wire) for record in records)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        )
+    print_table([head, *map(_record_row, records)])
     return 0
 
 
-def _row(record: Any, wire: Any) -> tuple[str, ...]:
-    role = wire.Role.Name(record.role).removeprefix("ROLE_").lower()
+def _record_row(record: wire.WorkerRecord) -> tuple[str, ...]:
     return (
         record.worker_id,
-        role,
+        role_name(record.role),
         record.model.name,
         record.capabilities.engine,
         record.address,

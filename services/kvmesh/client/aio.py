@@ -20,7 +20,7 @@ from kvmesh.v1 import inference_pb2_grpc as rpc
 class AsyncClient:
     """As `Client`, with await.
 
-    >>> async with kvmesh.AsyncClient("127.0.0.1:8000") as client:
+    >>> async with kvmesh.AsyncClient("127.0.0.1:7440") as client:
     ...     async for event in client.generate(prompt="Once", max_tokens=8):
     ...         print(event)
     """
@@ -43,6 +43,11 @@ class AsyncClient:
             else grpc.aio.insecure_channel(self.target, merged)
         )
         self._stub = rpc.InferenceStub(self._channel)
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """The connection, for calls that this class has no method for."""
+        return self._channel
 
     async def generate(
         self,

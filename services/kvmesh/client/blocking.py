@@ -19,7 +19,7 @@ from kvmesh.v1 import inference_pb2_grpc as rpc
 class Client:
     """A connection to a mesh; a context manager.
 
-    >>> with kvmesh.Client("127.0.0.1:8000") as client:
+    >>> with kvmesh.Client("127.0.0.1:7440") as client:
     ...     print(client.complete(prompt="The capital of France is", max_tokens=8).text)
 
     Args:
@@ -49,6 +49,11 @@ class Client:
             else grpc.insecure_channel(self.target, merged)
         )
         self._stub = rpc.InferenceStub(self._channel)
+
+    @property
+    def channel(self) -> grpc.Channel:
+        """The connection, for calls that this class has no method for."""
+        return self._channel
 
     def generate(
         self,

@@ -73,7 +73,7 @@ async def serve(settings: WorkerSettings, announce: Callable[[str], None]) -> in
             f"after {time.monotonic() - started:.1f} s"
         )
         with ExitStack() as stack:
-            registration = _register(settings, record, stack)
+            registration = await asyncio.to_thread(_register, settings, record, stack)
             async with _tasks(service, registration) as failed:
                 await _until_told(stop, service, failed)
                 await status.enter_graceful_shutdown()

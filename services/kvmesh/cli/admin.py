@@ -1,0 +1,66 @@
+"""What the commands for operators share: one call to a router's Admin service.
+
+A router answers it on loopback only, or where --admin-listen says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from kvmesh.cli.client import CONNECTION, DEFAULT_ENDPOINT, client_settings, connect, explain
+
+if TYPE_CHECKING:
+    from kvmesh.v1 import worker_pb2 as wire
+
+_Answer = TypeVar("_Answer")
+
+ROLES = ("prefill", "decode", "both")
+_TIMEOUT_S = 10.0
+
+
+def call_admin(
+    command: str, args: argparse.Namespace, call: Callable[[Any, float], _Answer]
+) -> _Answer | None:
+    """Makes one call; None where it failed, which was then told.
+
+    `call` gets the stub and a timeout in seconds.
+    """
+    import grpc
+
+    from kvmesh.client.errors import error_from_rpc
+    from kvmesh.v1 import admin_pb2_grpc as rpc
+
+    values = client_settings(args, CONNECTION)
+    with connect(values) as client:
+        try:
+            return call(rpc.AdminStub(client.channel), values.get("timeout_s") or _TIMEOUT_S)
+        except grpc.RpcError as error:
+            endpoint = values.get("endpoint") or DEFAULT_ENDPOINT
+            text = explain(error_from_rpc(error), endpoint)
+            print(f"kvmesh {command}: {text}", file=sys.stderr)
+            return None
+
+
+def role_name(role: wire.Role) -> str:
+    """A role as people write it."""
+    from kvmesh.v1 import worker_pb2 as wire
+
+    return wire.Role.Name(role).removeprefix("ROLE_").lower()
+
+
+def role_number(name: Literal["prefill", "decode", "both"]) -> wire.Role:
+    """A role as the wire has it."""
+    from kvmesh.v1 import worker_pb2 as wire
+
+    return {"prefill": wire.ROLE_PREFILL, "decode": wire.ROLE_DECODE, "both": wire.ROLE_BOTH}[name]
+
+
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    """Columns as wide as their widest cell; the first row is the head."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())

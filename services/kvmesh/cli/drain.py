@@ -1,0 +1,41 @@
+"""`kvmesh drain`."""
+
+from __future__ import annotations
+
+import argparse
+
+from kvmesh.cli.admin import call_admin
+from kvmesh.cli.client import CONNECTION
+from kvmesh.cli.settings import add_settings
+
+_EPILOG = """\
+The worker takes nothing new and finishes what it has. Refused where that would leave
+a role empty, unless --force is given.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which worker, and how long."""
+    parser.epilog = _EPILOG
+    parser.add_argument("worker", metavar="WORKER", help="its id, as `kvmesh workers` shows it")
+    parser.add_argument("--grace-s", type=float, default=0.0, help="seconds for running work")
+    parser.add_argument("--stop", action="store_true", help="end its process when nothing runs")
+    parser.add_argument("--force", action="store_true", help="even if a role is left empty")
+    add_settings(parser, CONNECTION)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Drains a worker."""
+    from kvmesh.v1 import admin_pb2 as admin
+
+    request = admin.DrainWorkerRequest(
+        worker_id=args.worker,
+        grace_ms=max(0, round(args.grace_s * 1000)),
+        force=args.force,
+        stop=args.stop,
+    )
+    answer = call_admin("drain", args, lambda stub, t: stub.DrainWorker(request, timeout=t))
+    if answer is None:
+        return 1
+    print(f"{args.worker} is draining, {answer.running} running")
+    return 0

@@ -1,0 +1,37 @@
+"""`kvmesh role`."""
+
+from __future__ import annotations
+
+import argparse
+
+from kvmesh.cli.admin import ROLES, call_admin, role_name, role_number
+from kvmesh.cli.client import CONNECTION
+from kvmesh.cli.settings import add_settings
+
+_EPILOG = """\
+What runs goes on; new work follows the new role. Refused where that would leave a role
+empty, unless --force is given.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which worker, and what it becomes."""
+    parser.epilog = _EPILOG
+    parser.add_argument("worker", metavar="WORKER", help="its id, as `kvmesh workers` shows it")
+    parser.add_argument("role", choices=ROLES, help="the new role")
+    parser.add_argument("--force", action="store_true", help="even if a role is left empty")
+    add_settings(parser, CONNECTION)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Changes a worker's role."""
+    from kvmesh.v1 import admin_pb2 as admin
+
+    request = admin.SetWorkerRoleRequest(
+        worker_id=args.worker, role=role_number(args.role), force=args.force
+    )
+    answer = call_admin("role", args, lambda stub, t: stub.SetWorkerRole(request, timeout=t))
+    if answer is None:
+        return 1
+    print(f"{args.worker} is now {role_name(answer.role)}")
+    return 0

@@ -1,0 +1,57 @@
+"""What an operator sees and may do, from the command line."""
+
+import json
+
+import pytest
+
+import kvmesh
+from kvmesh.cli import main
+
+
+def test_workers_are_listed_with_the_state_of_their_sessions(pair, capsys) -> None:
+    assert main(["workers", "--endpoint", pair.endpoints[0]]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split()[:5] == ["WORKER", "ROLE", "MODEL", "ENGINE", "STATE"]
+    states = {row.split()[0]: row.split()[1:5] for row in rows}
+    assert states == {
+        "p": ["prefill", "sim", "sim", "live"],
+        "d": ["decode", "sim", "sim", "live"],
+    }
+
+
+def test_the_registry_can_be_asked_without_a_router(pair, capsys) -> None:
+    assert main(["workers", "--etcd", pair.etcd, "--json"]) == 0
+    records = json.loads(capsys.readouterr().out)
+    assert {record["workerId"] for record in records} == {"p", "d"}
+
+
+def test_a_decision_is_explained_with_its_terms(pair, client, capsys) -> None:
+    result = client.complete(prompt="Why there?", max_tokens=4)
+    assert main(["explain", result.generation_id, "--endpoint", pair.endpoints[0]]) == 0
+    said = capsys.readouterr().out
+    assert "attempt 1" in said
+    chosen = next(line for line in said.splitlines() if line.startswith("*"))
+    assert {"p", "d"} <= set(chosen.split())
+
+
+def test_a_drain_that_would_empty_a_role_is_refused(pair, client, capsys) -> None:
+    assert main(["drain", "d", "--endpoint", pair.endpoints[0]]) == 1
+    assert "leave a role without a worker" in capsys.readouterr().err
+    assert client.complete(prompt="It serves on", max_tokens=2).token_ids
+
+
+def test_an_unknown_worker_or_generation_is_told(pair, capsys) -> None:
+    assert main(["drain", "nobody", "--endpoint", pair.endpoints[0]]) == 1
+    assert "nobody" in capsys.readouterr().err
+    assert main(["explain", "0" * 32, "--endpoint", pair.endpoints[0]]) == 1
+    assert "no such generation" in capsys.readouterr().err
+
+
+def test_without_a_router_the_way_out_is_told(capsys) -> None:
+    assert main(["generate", "Hi", "--endpoint", "127.0.0.1:1"]) == 1
+    assert "kvmesh up" in capsys.readouterr().err
+    with kvmesh.Client("127.0.0.1:1") as nobody:
+        with pytest.raises(kvmesh.MeshUnavailableError) as caught:
+            nobody.models(timeout=5)
+    # Nobody of ours said that.
+    assert caught.value.reason == ""
