@@ -184,6 +184,8 @@ class PromptQueue:
         return sequence.state is State.PREFILLING
 
     def _chunk_budget(self, model: wire.StepModel, decode: StepLoad, itl_ms: float) -> _Budget:
+        if fixed := self._settings.chunk_tokens:
+            return _Budget(model, float("inf"), fixed, self._pool.block_tokens)
         saturating = max(self._pool.block_tokens, model.saturating_chunk)
         budget_ms = float("inf")
         if not self._settings.behaviour.layer_preemption:

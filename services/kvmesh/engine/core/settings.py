@@ -25,6 +25,9 @@ class CoreSettings:
     """Most requests in a step."""
     decode_margin_tokens: int = 64
     """Tokens of output that room is reserved for besides the prompt (DESIGN 4)."""
+    chunk_tokens: int = 0
+    """Tokens of prompts in a step, whatever they take. 0: as many as fit the
+    targets in milliseconds."""
     preemption_target_ms: float = 100.0
     """Longest chunk of an engine that stops only between chunks, milliseconds."""
     default_itl_target_ms: float = 100.0

@@ -61,17 +61,24 @@ def _has_penalty(sampling: wire.ResolvedSampling) -> bool:
 
 def _draw_row(row: torch.Tensor, spec: SampleSpec) -> Sampled:
     model_logits = row.cpu().numpy().astype(np.float64)
-    logits = _corrected(model_logits.copy(), spec)
-    sampling = spec.sampling
-    if sampling.temperature == 0:
-        token_id = int(logits.argmax())
-    else:
-        kept, scaled = _kept(logits / sampling.temperature, sampling)
-        scaled = scaled + gumbel(sampling.seed, len(spec.output_ids), kept)
-        token_id = int(kept[scaled.argmax()])
+    ids, scores = perturbed(model_logits, spec)
+    token_id = int(ids[scores.argmax()])
     if spec.logprobs is None:
         return Sampled(token_id)
     return Sampled(token_id, _logprobs(model_logits, token_id, spec.logprobs))
+
+
+def perturbed(model_logits: Logits, spec: SampleSpec) -> tuple[npt.NDArray[np.int64], Logits]:
+    """Ids that can be drawn, rising or by rank, and what the draw is the argmax of.
+
+    At temperature 0 these are the corrected logits of all ids.
+    """
+    logits = _corrected(model_logits.copy(), spec)
+    sampling = spec.sampling
+    if sampling.temperature == 0:
+        return np.arange(len(logits)), logits
+    kept, scaled = _kept(logits / sampling.temperature, sampling)
+    return kept, scaled + gumbel(sampling.seed, len(spec.output_ids), kept)
 
 
 def _corrected(logits: Logits, spec: SampleSpec) -> Logits:

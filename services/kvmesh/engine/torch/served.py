@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from kvmesh import models
 from kvmesh.engine.core.engine import CoreEngine, TransferSettings
@@ -17,7 +17,7 @@ from kvmesh.worker.tokenizer_files import TokenizerFiles
 MAX_LOGPROBS = 20
 """Most alternatives with log-probability, as inference.proto allows."""
 
-_ARGUMENTS = ("block_tokens", "max_batch")
+_ARGUMENTS = ("block_tokens", "max_batch", "chunk_tokens")
 
 
 def build(
@@ -34,6 +34,7 @@ def build(
     try:
         block_tokens = int(arguments.get("block_tokens", 16))
         max_batch = int(arguments.get("max_batch", 256))
+        chunk_tokens = _chunk_tokens(arguments, block_tokens)
         built = build_runner(
             TorchSettings(
                 model=settings.model,
@@ -58,6 +59,7 @@ def build(
             worker_id=worker_id,
             incarnation=incarnation,
             max_batch=max_batch,
+            chunk_tokens=chunk_tokens,
         ),
         wire.Capabilities(
             engine="torch",
@@ -69,6 +71,17 @@ def build(
         TransferSettings(listen=settings.transfer_listen, advertise=settings.advertise_host),
     )
     return BuiltEngine(engine, built.record, TokenizerFiles.read(built.folder))
+
+
+def _chunk_tokens(arguments: Mapping[str, str], block_tokens: int) -> int:
+    """Fixed size of chunks; chunks end where blocks do."""
+    tokens = int(arguments.get("chunk_tokens", 0))
+    if tokens < 0 or tokens % block_tokens:
+        raise SettingError(
+            f"engine_arguments: chunk_tokens is {tokens}; allowed are multiples of "
+            f"block_tokens ({block_tokens}), and 0 for as many as fit the targets in milliseconds"
+        )
+    return tokens
 
 
 class _Steps:
