@@ -1,5 +1,6 @@
 """The cache lane tells each event to each router, or says that it cannot."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,6 +39,7 @@ def test_a_reader_gets_every_event_once_or_is_told_to_take_a_snapshot(
     number = 0
     for size in sizes:
         log.append(CacheBatch(number + 1, [stored(number + 1 + i) for i in range(size)]))
+        log.publish()
         number += size
     assert log.last_event == number
     covered = log.covers(start)
@@ -51,16 +53,38 @@ def test_memory_is_bounded_by_events() -> None:
     log = CacheLog(100)
     for n in range(1, 10_001):
         log.append(CacheBatch(n, [stored(n)]))
+        log.publish()
     assert log.last_event - log.first_event < 100
     assert not log.covers(9_000)
 
 
 def test_long_batches_are_cut() -> None:
     log = CacheLog(1_000)
-    log.append(CacheBatch(1, [stored(*range(4_096)) for _ in range(8)]))
+    assert log.append(CacheBatch(1, [stored(*range(4_096)) for _ in range(8)]))
+    log.publish()
     next_event, frames = 1, []
     while (following := log.frame_from(next_event)) is not None:
         next_event, frame = following
         frames.append(frame)
     assert len(frames) == 8
     assert max(map(len, frames)) <= FRAME_BYTES
+
+
+def test_what_waits_is_told_together_and_in_order() -> None:
+    log = CacheLog(1_000)
+    for n in range(1, 41):
+        assert not log.append(CacheBatch(n, [stored(n)]))
+    assert log.last_event == 0
+    log.publish()
+    assert log.last_event == 40
+    following = log.frame_from(1)
+    assert following is not None
+    assert following[0] == 41
+    assert read_all(log, 1) == [(n, n) for n in range(1, 41)]
+
+
+def test_a_gap_in_the_events_is_no_small_thing() -> None:
+    log = CacheLog(10)
+    log.append(CacheBatch(1, [stored(1)]))
+    with pytest.raises(ValueError, match="event 3 came where 2 was due"):
+        log.append(CacheBatch(3, [stored(3)]))

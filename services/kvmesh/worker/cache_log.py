@@ -33,25 +33,39 @@ class CacheLog:
     def __init__(self, capacity_events: int) -> None:
         self._capacity = capacity_events
         self._frames: deque[_Frame] = deque()
+        self._waiting: list[wire.CacheEvent] = []
+        self._waiting_blocks = 0
         self.last_event = 0
+        """Last event that routers can be told of."""
 
     @property
     def first_event(self) -> int:
         """Oldest event that is still here; last_event + 1 where none is."""
         return self._frames[0].first if self._frames else self.last_event + 1
 
-    def append(self, batch: CacheBatch) -> None:
-        """Takes the next events."""
-        if not batch.events:
-            return
-        if batch.first_event != self.last_event + 1:
-            raise ValueError(f"event {batch.first_event} came after event {self.last_event}")
-        number = batch.first_event
-        for part in split_events(batch.events):
+    def append(self, batch: CacheBatch) -> bool:
+        """Takes the next events. True: enough wait for a frame of their own.
+
+        They are told from the next `publish` on: a step of many streams fills
+        some blocks, and a frame for each step would cost more than its content.
+        """
+        number = self.last_event + len(self._waiting) + 1
+        if batch.events and batch.first_event != number:
+            raise ValueError(f"event {batch.first_event} came where {number} was due")
+        self._waiting.extend(batch.events)
+        self._waiting_blocks += sum(map(_size, batch.events))
+        return self._waiting_blocks >= _BLOCKS_A_FRAME
+
+    def publish(self) -> None:
+        """Encodes what waits, once for all routers."""
+        number = self.last_event + 1
+        for part in split_events(self._waiting):
             message = wire.WorkerFrame(cache=wire.CacheEvents(first_event=number, events=part))
             last = number + len(part) - 1
             self._frames.append(_Frame(number, last, message.SerializeToString()))
             number = last + 1
+        self._waiting.clear()
+        self._waiting_blocks = 0
         self.last_event = number - 1
         while self._frames and self.last_event - self._frames[0].last >= self._capacity:
             self._frames.popleft()
@@ -87,7 +101,7 @@ def split_events(events: Sequence[wire.CacheEvent]) -> Iterator[list[wire.CacheE
     part: list[wire.CacheEvent] = []
     blocks = 0
     for event in events:
-        size = len(event.stored.chain) + len(event.removed.chain) + 4
+        size = _size(event)
         if part and blocks + size > _BLOCKS_A_FRAME:
             yield part
             part, blocks = [], 0
@@ -95,6 +109,11 @@ def split_events(events: Sequence[wire.CacheEvent]) -> Iterator[list[wire.CacheE
         blocks += size
     if part:
         yield part
+
+
+def _size(event: wire.CacheEvent) -> int:
+    """In units of a chain value, with what is around them."""
+    return len(event.stored.chain) + len(event.removed.chain) + 4
 
 
 def snapshot_frame(

@@ -76,11 +76,27 @@ class WorkerService:
 
     async def distribute_events(self) -> None:
         """Appends cache changes to the log that all sessions read."""
-        async for batch in self._engine.events():
-            self._cache.append(batch)
+        loop = asyncio.get_running_loop()
+        due: asyncio.TimerHandle | None = None
+
+        def publish() -> None:
+            nonlocal due
+            if due is not None:
+                due.cancel()
+                due = None
+            self._cache.publish()
             for session in self._sessions.values():
                 session.wake()
-                session.mark_load()
+
+        try:
+            async for batch in self._engine.events():
+                if self._cache.append(batch):
+                    publish()
+                elif due is None:
+                    due = loop.call_later(self._settings.cache_coalesce_ms / 1000, publish)
+        finally:
+            if due is not None:
+                due.cancel()
 
     async def report_load(self) -> None:
         """Marks the load of every session at the longest interval."""

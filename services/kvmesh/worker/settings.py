@@ -74,6 +74,8 @@ class WorkerSettings:
     """Age that waiting step output may reach, seconds; beyond it the session is closed."""
     cache_ring_events: int = 65_536
     """Cache events kept for routers that come back."""
+    cache_coalesce_ms: float = 20.0
+    """Longest time that cache events wait for others, milliseconds."""
     load_interval_ms: float = 250.0
     """Longest time between two load reports, milliseconds."""
     load_coalesce_ms: float = 5.0
@@ -103,7 +105,8 @@ class WorkerSettings:
                 )
         positive = (
             "lease_ttl_s", "kv_pool_tokens", "threads", "step_lane_bytes", "step_lane_age_s",
-            "cache_ring_events", "load_interval_ms", "load_coalesce_ms", "switch_interval_ms",
+            "cache_ring_events", "cache_coalesce_ms", "load_interval_ms", "load_coalesce_ms",
+            "switch_interval_ms",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:
