@@ -86,6 +86,10 @@ wire: $(STAMPS)/build-$(ENV_KEY) ## Make services/kvmesh/v1 from proto/
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=services --pyi_out=services \
 		--grpc_python_out=services $(sort $(wildcard proto/kvmesh/v1/*.proto))
 
+.PHONY: docs
+docs: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) ## Make docs/settings.md from the settings
+	$(BIN)/python -m kvmesh.cli.reference > docs/settings.md
+
 .PHONY: venv
 venv: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) ## Set up the environment and build the native module
 

@@ -1,0 +1,62 @@
+"""The settings page of the documentation, made from the settings themselves.
+
+`python -m kvmesh.cli.reference` prints it (make docs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kvmesh.cli import client, router, up, worker
+from kvmesh.cli.settings import Setting
+
+_HEAD = """\
+# Settings
+
+Made from the code by `make docs`.
+
+A setting has one name. It is the key in its command's section of a TOML file
+(`--config FILE` or `KVMESH_CONFIG`), the variable `KVMESH_<NAME>`, and the flag
+`--<name>`; the later of these wins. A wrong key or value is named, with what is allowed.
+
+```toml
+[router]
+listen = "127.0.0.1:7440"
+etcd = ["127.0.0.1:2379"]
+
+[worker]
+role = "decode"
+kv_pool_tokens = 65536
+```
+
+The program `kvmesh-router` takes the same router settings, from a file without sections.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    sections = (
+        ("router", "`kvmesh router`: section `[router]`.", router.settings()),
+        ("worker", "`kvmesh worker`: section `[worker]`.", worker.settings()),
+        ("up", "`kvmesh up`: section `[up]`.", up.SETTINGS),
+        (
+            "client",
+            "`kvmesh chat`, `generate`, `workers`, `drain`, `role`, `explain`: section `[client]`.",
+            client.CONNECTION + client.SAMPLING,
+        ),
+    )
+    parts = [_HEAD, *(_section(*section) for section in sections)]
+    return "\n".join(parts)
+
+
+def _section(name: str, text: str, settings: Iterable[Setting]) -> str:
+    rows = [f"## {name}", "", text, "", "| setting | default | meaning |", "|---|---|---|"]
+    for setting in settings:
+        default = f"`{setting.default}`" if setting.default else ""
+        meaning = setting.help.replace("|", "\\|")
+        rows.append(f"| `{setting.name}` | {default} | {meaning} |")
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")
