@@ -43,7 +43,9 @@ def build(
         vocabulary_size=sim.vocabulary,
         end_of_text_ids=end_of_text_ids(),
     )
-    return BuiltEngine(engine, model, TokenizerFiles.of(tokenizer_files(sim.vocabulary)))
+    return BuiltEngine(
+        engine, model, TokenizerFiles.of(tokenizer_files(sim.vocabulary, sim.chat_template))
+    )
 
 
 def build_engine(

@@ -75,6 +75,9 @@ class SimSettings:
     """Most tokens of a sequence."""
     max_batch: int = 256
     """Most requests in a step."""
+    chat_template: str = ""
+    """Jinja template of chats. Empty: ChatML. A bad one shows what routers do
+    with it."""
 
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:

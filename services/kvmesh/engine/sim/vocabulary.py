@@ -30,8 +30,9 @@ def end_of_text_ids() -> tuple[int, ...]:
     return (_SPECIAL.index(END_OF_TEXT), _SPECIAL.index(TURN_END))
 
 
-def tokenizer_files(size: int) -> Mapping[str, bytes]:
-    """Files of a tokeniser with `size` ids, at least 259, by name."""
+def tokenizer_files(size: int, chat_template: str = "") -> Mapping[str, bytes]:
+    """Files of a tokeniser with `size` ids, at least 259, by name. Without a
+    template of its own it has ChatML."""
     if size < len(_SPECIAL) + 256:
         raise ValueError(f"vocabulary size is {size}; allowed is 259 or more")
     vocabulary = {token: i for i, token in enumerate(_SPECIAL)}
@@ -68,7 +69,7 @@ def tokenizer_files(size: int) -> Mapping[str, bytes]:
     }  # fmt: skip
     config = {
         "eos_token": TURN_END,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": chat_template or CHAT_TEMPLATE,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     return {
