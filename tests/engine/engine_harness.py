@@ -100,7 +100,7 @@ class Driver:
         return self.attempts[AttemptId(message.generation, message.owner, message.attempt)]
 
     def place(self, prompt, stage=Stage.WHOLE, *, id=None, output=(), hand_off=None, prefix_from=None,
-              alone=False, deadline_ms=0.0, **continuation) -> Attempt:  # fmt: skip
+              alone=False, trace=False, deadline_ms=0.0, **continuation) -> Attempt:  # fmt: skip
         continuation.setdefault("max_tokens", 16)
         continuation = wire.Continuation(
             model="m", prompt_ids=prompt, output_ids=output,
@@ -112,7 +112,7 @@ class Driver:
             Placement(
                 id=id, router="router", stage=stage, continuation=continuation,
                 received_at=time.monotonic(), hand_off=hand_off, prefix_from=prefix_from,
-                alone=alone,
+                alone=alone, trace=trace,
             )
         )  # fmt: skip
         return attempt

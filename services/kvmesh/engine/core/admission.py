@@ -299,10 +299,17 @@ class Admission:
         sequence.computed = max(before, min(verified * size, sequence.length - 1) // size * size)
         sequence.times.pulled_tokens += sequence.computed - before
         sequence.times.transfer_ms += event.seconds * 1000
+        self._trace(sequence, event.seconds, sequence.computed - before, "prefix from a worker")
         self._loop.store(sequence)
         sequence.state = State.PREFILLING
         if sequence.hands_off:
             self.announce(sequence)
+
+    def _trace(self, sequence: Sequence, seconds: float, tokens: int, cause: str) -> None:
+        """A transfer that ended now."""
+        if sequence.trace is not None:
+            now = self._loop.clock.now()
+            sequence.trace.add("transfer", now - seconds, now, tokens, cause)
 
     def _sequence_here(self, receiving: Receiving, event: Committed | ReceiveFailed) -> None:
         """The KV of a whole sequence came, or it failed."""
@@ -317,6 +324,8 @@ class Admission:
         else:
             sequence.times.transferred_bytes = event.bytes
             sequence.computed = min(event.kv_tokens, sequence.length)
+        came = sequence.computed - len(receiving.held) * pool.block_tokens
+        self._trace(sequence, event.seconds, max(0, came), "hand-off")
         # What was verified stays as prefix, whatever becomes of the attempt.
         loop.store(sequence)
         if not receiving.wanted:

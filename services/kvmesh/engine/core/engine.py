@@ -16,10 +16,11 @@ from kvmesh._router import KvPool, TransferNode
 from kvmesh.engine.contract import AttemptId, CacheBatch, EngineLoad, Placement, StepOutput
 from kvmesh.engine.core.blocks import BlockPool
 from kvmesh.engine.core.chain import Chain
-from kvmesh.engine.core.loop import Clock, EngineLoop
+from kvmesh.engine.core.loop import EngineLoop
 from kvmesh.engine.core.runner import Runner
 from kvmesh.engine.core.settings import CoreSettings
 from kvmesh.engine.core.snapshot import snapshot_parts
+from kvmesh.engine.core.steps import Clock
 from kvmesh.engine.core.warm_up import measure
 from kvmesh.v1 import worker_pb2 as wire
 
@@ -180,7 +181,7 @@ class CoreEngine:
 
     def load(self) -> EngineLoad:
         """State now."""
-        running = self._loop.running
+        running = self._loop.steps.running
         since = running.since
         return EngineLoad(
             kv=self._pool.room(),

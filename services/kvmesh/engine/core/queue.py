@@ -110,6 +110,8 @@ class PromptQueue:
             sequence.blocks = []
             sequence.stored = sequence.computed = 0
             sequence.state = State.QUEUED
+            if sequence.trace is not None:
+                sequence.trace.cause = "its KV room went to what is more urgent"
         return blocks <= self._pool.available
 
     def _is_victim(self, sequence: Sequence) -> bool:

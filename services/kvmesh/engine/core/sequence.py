@@ -25,6 +25,7 @@ import numpy.typing as npt
 from kvmesh.engine.contract import AttemptId, Placement, Stage
 from kvmesh.engine.core.blocks import Root
 from kvmesh.engine.core.runner import SampleSpec
+from kvmesh.engine.core.trace import Trace
 from kvmesh.v1 import inference_pb2 as inference
 from kvmesh.v1 import worker_pb2 as wire
 
@@ -62,7 +63,7 @@ class Sequence:
         "alone", "base", "blocks", "border", "computed", "continuation", "deadline",
         "id", "itl_target_ms", "key", "limit", "output_ids", "placement",
         "priority", "prompt_ids", "root", "router", "sample", "stage", "state",
-        "stop_ids", "stored", "tag", "times",
+        "stop_ids", "stored", "tag", "times", "trace",
     )  # fmt: skip
 
     def __init__(
@@ -99,6 +100,7 @@ class Sequence:
         self.computed = 0
         """Leading tokens whose KV is in the blocks."""
         self.times = Times()
+        self.trace = Trace(placement.received_at) if placement.trace else None
         wanted = continuation.logprobs if continuation.HasField("logprobs") else None
         self.sample = SampleSpec(
             sampling=continuation.sampling,
@@ -179,6 +181,7 @@ class Sequence:
                 cached_tokens=times.cached_tokens,
                 pulled_tokens=times.pulled_tokens,
                 computed_tokens=times.computed_tokens,
+                trace=self.trace.spans() if self.trace is not None else (),
             ),
         )
 

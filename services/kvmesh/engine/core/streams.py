@@ -104,6 +104,8 @@ class Streams:
         """A stream whose newest token is to be computed joins the others."""
         loop = self._loop
         sequence.state = State.DECODING
+        if sequence.trace is not None and sequence.trace.decoding_since is None:
+            sequence.trace.decoding_since = loop.clock.now()
         sequence.computed = sequence.length - 1
         loop.store(sequence)
         if not self._has_room(sequence):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvmesh.engine.core.blocks import BlockPool, Hold
-from kvmesh.engine.core.loop import Clock
 from kvmesh.engine.core.runner import Runner, SampleSpec, Slice
 from kvmesh.engine.core.step_model import StepLoad, fit
+from kvmesh.engine.core.steps import Clock
 from kvmesh.v1 import worker_pb2 as wire
 
 BUDGET_S = 4.0

@@ -1,0 +1,310 @@
+"""One step of the engine: what it computes, the computing, what it brought.
+
+A step with prompts and no decoding streams can be held between two layers
+while something more urgent runs to its end: a more urgent prompt, or streams
+whose next token is due. Steps so nest; each counts only its own time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+
+from kvmesh.engine.contract import Stage
+from kvmesh.engine.core.queue import Plan, Priority
+from kvmesh.engine.core.runner import ColumnRunner, Runner, Sampled, Slice
+from kvmesh.engine.core.sequence import Sequence, State
+from kvmesh.engine.core.settings import CoreSettings
+from kvmesh.engine.core.step_model import StepLoad, predict_ms
+from kvmesh.v1 import worker_pb2 as wire
+
+if TYPE_CHECKING:
+    from kvmesh.engine.core.loop import EngineLoop
+
+_log = logging.getLogger(__name__)
+
+_URGENT: Priority = (float("-inf"), 0)
+_INTERNAL = 13  # google.rpc.Code
+
+
+class Clock(Protocol):
+    """Where the engine takes the time from; seconds, never going back."""
+
+    def now(self) -> float:
+        """Now."""
+
+
+@dataclass(slots=True)
+class Running:
+    """The step that runs, as other threads may read it."""
+
+    number: int = 0
+    """Steps that have ended."""
+    since: float = 0.0
+    """When the running one began; 0: none runs."""
+    predicted_ms: float = 0.0
+
+
+class Steps:
+    """Chooses and runs steps. Used by the engine thread alone, but for `running`."""
+
+    def __init__(
+        self,
+        loop: EngineLoop,
+        runner: Runner,
+        settings: CoreSettings,
+        model: wire.StepModel,
+        clock: Clock,
+    ) -> None:
+        self.running = Running()
+        self._loop = loop
+        self._runner = runner
+        self._columns = cast(ColumnRunner, runner) if hasattr(runner, "forward_columns") else None
+        self._settings = settings
+        self._model = model
+        self._clock = clock
+        self._suspect_turn = False
+
+    # -- a step ------------------------------------------------------------
+
+    def plan(self, above: Priority | None) -> Plan | None:
+        """What to compute next. `above`: beside a step that is held between layers."""
+        batch, free = self._loop.streams.batch, not self._loop.queue.in_step
+        if self._loop.streams.suspects and free:
+            others = bool(batch.sequences or self._loop.queue.waiting)
+            self._suspect_turn = not self._suspect_turn or not others
+            if self._suspect_turn:
+                return Plan(alone=self._loop.streams.suspects[0])
+        batch.prepare()
+        decode = StepLoad(decode_batch=len(batch), decode_context=batch.context)
+        chunks = self._loop.queue.chunks(self._model, decode, batch.itl_target_ms, above)
+        if chunks and chunks[0].sequence.alone:
+            if above is None:
+                return Plan(chunks=chunks[:1])
+            chunks = []
+        if not chunks and not len(batch):
+            return None
+        return Plan(chunks=chunks, decode=bool(len(batch)))
+
+    def run(self, plan: Plan) -> None:
+        """Runs a step to its end and says what it brought."""
+        load = self._load_of(plan)
+        begun = self._clock.now()
+        outer = (self.running.since, self.running.predicted_ms)
+        self.running.predicted_ms = predict_ms(self._model, load)
+        self.running.since = begun
+        keys = {chunk.sequence.key for chunk in plan.chunks}
+        self._loop.queue.in_step |= keys
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            if not sequence.times.first_step:
+                sequence.times.first_step = begun
+            if sequence.trace is not None:
+                sequence.trace.chunk_begins(begun)
+        nested = [0.0]
+        result = None
+        try:
+            result = self._forward(plan, nested)
+        except Exception as error:
+            _log.exception(
+                "step failed prompts=%d decode=%d", len(plan.chunks), len(self._loop.streams.batch)
+            )
+            self._fail(plan, error)
+        self._loop.queue.in_step -= keys
+        self.running.since, self.running.predicted_ms = outer
+        self._drop_ended(plan)
+        if result is None:
+            self._loop.shares.count(self._loop.sequences.values())
+            self._loop.flush(0, None)
+            return
+        ended = self._clock.now()
+        if plan.decode:
+            self._loop.streams.decoded_at = ended
+        for chunk in plan.chunks:
+            if chunk.sequence.trace is not None:
+                chunk.sequence.trace.add("prefill_chunk", begun, ended, chunk.tokens)
+        self._take_result(plan, *result, ended)
+        self.running.number += 1
+        duration = max(0.0, ended - begun - nested[0])
+        sample = wire.StepSample(
+            prefill_tokens=load.prefill_tokens,
+            prefill_context=load.prefill_context,
+            decode_batch=load.decode_batch,
+            decode_context=load.decode_context,
+            duration_us=int(duration * 1e6),
+        )
+        self._loop.flush(self.running.number, sample)
+
+    def _load_of(self, plan: Plan) -> StepLoad:
+        load = StepLoad()
+        for chunk in plan.chunks:
+            load.add_chunk(chunk.sequence.computed, chunk.tokens)
+        if plan.decode:
+            load.decode_batch, load.decode_context = (
+                len(self._loop.streams.batch),
+                self._loop.streams.batch.context,
+            )
+        elif plan.alone is not None:
+            load.decode_batch, load.decode_context = 1, plan.alone.length
+        return load
+
+    def _forward(
+        self, plan: Plan, nested: list[float]
+    ) -> tuple[list[Sampled | None], list[int], list[Sampled | None]] | None:
+        """Runs the model. Returns draws of chunks, tokens of rows, draws of rows as slices.
+
+        None: abandoned, nobody wants it any more.
+        """
+        slices = [self._slice(chunk.sequence, chunk.tokens) for chunk in plan.chunks]
+        if plan.alone is not None:
+            slices.append(self._slice(plan.alone, 1))
+        by_columns = plan.decode and self._columns is not None and self._loop.streams.batch.plain
+        forward: Generator[None, None, Any]
+        if by_columns and self._columns is not None:
+            forward = self._columns.forward_columns(slices, self._loop.streams.batch.rows)
+        else:
+            rows = self._loop.streams.batch.slices() if plan.decode else []
+            forward = self._runner.forward(slices + rows)
+        hold = bool(plan.chunks) and not plan.decode
+        try:
+            while True:
+                next(forward)
+                if hold and not self._between_layers(plan, nested):
+                    forward.close()
+                    return None
+        except StopIteration as done:
+            result = done.value
+        if by_columns:
+            sampled, tokens = result
+            return sampled, tokens, []
+        first = len(slices)
+        draws: list[Sampled | None] = result[first:]
+        return result[:first], [draw.token_id for draw in draws if draw is not None], draws
+
+    def _slice(self, sequence: Sequence, tokens: int) -> Slice:
+        start = sequence.computed
+        end = start + tokens
+        last = end == sequence.length
+        prompt_only = sequence.stage is Stage.PREFILL and not self._emits_first_token
+        return Slice(
+            ids=np.array(sequence.ids(start, end), dtype=np.uint32),
+            start=start,
+            blocks=sequence.block_table(end, self._loop.pool.block_tokens),
+            sample=sequence.sample_spec() if last and not prompt_only else None,
+            tag=sequence.tag,
+            key=sequence.key,
+        )
+
+    @property
+    def _emits_first_token(self) -> bool:
+        return self._settings.behaviour.prefill_emits_first_token
+
+    def _between_layers(self, plan: Plan, nested: list[float]) -> bool:
+        """Lets what is more urgent run. False: the step is wanted by nobody now."""
+        self._loop.take_in()
+        if self._loop.closing or all(c.sequence.state is State.ENDED for c in plan.chunks):
+            return False
+        self._loop.flush(0, None)
+        if not self._settings.behaviour.layer_preemption:
+            return True
+        begun = self._clock.now()
+        while self._is_due(plan):
+            above = plan.priority if not plan.chunks[0].sequence.alone else _URGENT
+            inner = self.plan(above)
+            if inner is None:
+                break
+            self.run(inner)
+            if not inner.chunks:
+                # The streams had their turn; the urgent prompt has no room yet.
+                break
+        if (spent := self._clock.now() - begun) > 0:
+            nested[0] += spent
+            for chunk in plan.chunks:
+                if chunk.sequence.trace is not None:
+                    chunk.sequence.trace.add(
+                        "pause", begun, begun + spent, cause="more urgent work between two layers"
+                    )
+        return True
+
+    def _is_due(self, plan: Plan) -> bool:
+        head = next(
+            (s for s in self._loop.queue.waiting if s.key not in self._loop.queue.in_step
+             and s.state is not State.FETCHING), None
+        )  # fmt: skip
+        more_urgent = head is not None and head.priority < plan.priority and not head.alone
+        return more_urgent or self._decode_is_due(plan)
+
+    def _decode_is_due(self, plan: Plan) -> bool:
+        """Whether streams would miss their target if another layer ran first."""
+        if not len(self._loop.streams.batch) or plan.chunks[0].sequence.alone:
+            return False
+        layer_s = self.running.predicted_ms / 1000 / max(1, self._runner.layers)
+        target_ms = self._loop.streams.batch.itl_target_ms or self._settings.default_itl_target_ms
+        return self._clock.now() + layer_s - self._loop.streams.decoded_at >= target_ms / 1000
+
+    # -- what a step brought -----------------------------------------------
+
+    def _take_result(
+        self,
+        plan: Plan,
+        sampled: list[Sampled | None],
+        tokens: list[int],
+        draws: list[Sampled | None],
+        now: float,
+    ) -> None:
+        if plan.decode:
+            self._loop.streams.take_tokens(tokens, draws)
+        for chunk, draw in zip(plan.chunks, sampled, strict=False):
+            if chunk.sequence.state is not State.ENDED:
+                self._take_chunk(chunk.sequence, chunk.tokens, draw, now)
+        if plan.alone is not None and sampled[-1] is not None:
+            self._loop.streams.take_suspect(plan.alone, sampled[-1])
+        if plan.chunks or plan.alone is not None:
+            self._loop.shares.count(self._loop.sequences.values())
+
+    def _take_chunk(
+        self, sequence: Sequence, tokens: int, draw: Sampled | None, now: float
+    ) -> None:
+        sequence.computed += tokens
+        sequence.times.computed_tokens += tokens
+        self._loop.store(sequence)
+        if sequence.hands_off and not self._loop.admission.announce(sequence):
+            return
+        if sequence.computed < sequence.length:
+            return
+        sequence.times.prefill_end = now
+        self._loop.queue.remove(sequence)
+        if draw is None:
+            self._loop.admission.finish_prefill(sequence)
+            return
+        reason = self._loop.take_draw(sequence, draw)
+        if reason is not None:
+            self._loop.finish(sequence, reason)
+        elif sequence.hands_off:
+            self._loop.admission.commit(sequence, draw)
+        else:
+            self._loop.streams.decode(sequence)
+
+    def _drop_ended(self, plan: Plan) -> None:
+        """Frees what ended while its step ran."""
+        for chunk in plan.chunks:
+            if chunk.sequence.state is State.ENDED:
+                self._loop.release(chunk.sequence)
+
+    def _fail(self, plan: Plan, error: Exception) -> None:
+        """Ends everyone whose step raised."""
+        failed = wire.StageFailed(
+            code=_INTERNAL,
+            reason="ENGINE_STEP_FAILED",
+            message=type(error).__name__,
+            retryable=True,
+        )
+        members = [chunk.sequence for chunk in plan.chunks]
+        members += list(self._loop.streams.batch.sequences) if plan.decode else []
+        members += [plan.alone] if plan.alone is not None else []
+        for sequence in members:
+            self._loop.end(sequence, "failed", failed=failed)

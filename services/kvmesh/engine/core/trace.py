@@ -1,0 +1,65 @@
+"""What one stage did and waited for, span by span, for who asked (Place.trace)."""
+
+from __future__ import annotations
+
+from kvmesh.v1 import inference_pb2 as inference
+
+MAX_SPANS = 512
+"""Most spans of a stage: its end has to fit a frame of 64 KiB. Then neighbours join."""
+
+_SHORTEST_PAUSE_S = 50e-6
+"""The time between two steps in turn is no pause."""
+
+
+class Trace:
+    """Spans of a stage. Times are seconds on the engine's clock.
+
+    A chunk that was held between layers has its pauses within it.
+    """
+
+    __slots__ = ("_begun", "_last", "_spans", "cause", "decoding_since", "idle_since")
+
+    def __init__(self, begun: float) -> None:
+        self._begun = begun
+        self._spans: list[inference.TraceSpan] = []
+        self._last: dict[str, inference.TraceSpan] = {}
+        self.idle_since = begun
+        """End of what it did last."""
+        self.cause = ""
+        """Why it waits now, where that is known."""
+        self.decoding_since: float | None = None
+
+    def add(self, name: str, begin: float, end: float, tokens: int = 0, cause: str = "") -> None:
+        """Something that it did or waited for; names as in `TraceSpan`."""
+        start_ms = max(0.0, (begin - self._begun) * 1000)
+        duration_ms = max(0.0, (end - begin) * 1000)
+        last = self._last.get(name)
+        if len(self._spans) >= MAX_SPANS and last is not None:
+            last.duration_ms = start_ms + duration_ms - last.start_ms
+            last.tokens += tokens
+        else:
+            span = inference.TraceSpan(
+                name=name, start_ms=start_ms, duration_ms=duration_ms, tokens=tokens, cause=cause
+            )
+            self._spans.append(span)
+            self._last[name] = span
+        self.idle_since = max(self.idle_since, end)
+
+    def chunk_begins(self, now: float) -> None:
+        """A step takes its next tokens: what was before was waiting."""
+        if "worker_queue" not in self._last:
+            # A transfer may have come first; what follows it is a pause.
+            first = min((span.start_ms for span in self._spans), default=float("inf"))
+            self.add("worker_queue", self._begun, min(now, self._begun + first / 1000))
+        if now - self.idle_since > _SHORTEST_PAUSE_S:
+            self.add("pause", self.idle_since, now, cause=self.cause or "steps without it")
+        self.cause = ""
+
+    def ended(self, now: float, made: int) -> None:
+        """The stage is over, after so many tokens."""
+        if self.decoding_since is not None:
+            self.add("decode", self.decoding_since, now, made)
+
+    def spans(self) -> list[inference.TraceSpan]:
+        """In the order in which they began."""
+        return sorted(self._spans, key=lambda span: span.start_ms)

@@ -1,0 +1,76 @@
+"""What a request is told of its way through an engine."""
+
+from engine_harness import mesh_from, prompt, running, sim
+
+from kvmesh.engine.contract import Stage
+from kvmesh.engine.core.trace import MAX_SPANS, Trace
+
+
+def spans(attempt, name):
+    return [span for span in attempt.end.timings.trace if span.name == name]
+
+
+async def test_only_who_asks_gets_spans() -> None:
+    async with running(sim()) as driver:
+        attempt = driver.place(prompt(100))
+        await attempt.ended()
+        assert not attempt.end.timings.trace
+
+
+async def test_a_whole_request_is_told_from_queue_to_decode() -> None:
+    async with running(sim()) as driver:
+        attempt = driver.place(prompt(1_000), trace=True, max_tokens=9)
+        await attempt.ended()
+        assert len(spans(attempt, "worker_queue")) == 1
+        assert sum(span.tokens for span in spans(attempt, "prefill_chunk")) == 1_000
+        (decode,) = spans(attempt, "decode")
+        assert decode.tokens == 9
+        begins = [span.start_ms for span in attempt.end.timings.trace]
+        assert begins == sorted(begins)
+
+
+async def test_a_hand_off_is_told_by_both_sides() -> None:
+    sender = sim(transfer=True, worker_id="p", incarnation=3)
+    receiver = sim(transfer=True, worker_id="d", incarnation=4)
+    async with running(sender) as p, running(receiver) as d:
+        hand_off = mesh_from(sender, "p", 3)
+        decode = d.place(prompt(200), Stage.DECODE, hand_off=hand_off, trace=True)
+        await decode.opened()
+        prefill = p.place(prompt(200), Stage.PREFILL, id=decode.id, hand_off=hand_off, trace=True)
+        await prefill.ended()
+        await decode.ended()
+        assert sum(span.tokens for span in spans(prefill, "prefill_chunk")) == 200
+        assert not spans(prefill, "decode")
+        (transfer,) = spans(decode, "transfer")
+        assert transfer.tokens == 200
+        assert transfer.cause == "hand-off"
+        assert spans(decode, "decode")
+
+
+def test_time_between_chunks_is_a_pause_with_its_cause() -> None:
+    trace = Trace(10.0)
+    trace.chunk_begins(10.5)
+    trace.add("prefill_chunk", 10.5, 11.0, 64)
+    trace.cause = "room"
+    trace.chunk_begins(12.0)
+    trace.add("prefill_chunk", 12.0, 12.5, 64)
+    told = [(s.name, s.start_ms, s.duration_ms, s.cause) for s in trace.spans()]
+    assert told == [
+        ("worker_queue", 0, 500, ""),
+        ("prefill_chunk", 500, 500, ""),
+        ("pause", 1000, 1000, "room"),
+        ("prefill_chunk", 2000, 500, ""),
+    ]
+
+
+def test_a_trace_is_bounded_and_still_counts_every_token() -> None:
+    trace = Trace(0.0)
+    for number in range(5_000):
+        trace.chunk_begins(float(number))
+        trace.add("prefill_chunk", number, number + 0.5, 16)
+    spans = trace.spans()
+    assert len(spans) == MAX_SPANS
+    assert sum(span.tokens for span in spans) == 80_000
+    ends = [span.start_ms + span.duration_ms for span in spans if span.name == "prefill_chunk"]
+    assert max(ends) == 4_999_500
+    assert sum(span.ByteSize() for span in spans) < 48 * 1024
