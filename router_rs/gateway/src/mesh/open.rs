@@ -80,8 +80,9 @@ struct State {
     logprobs: Vec<v1::TokenLogprobs>,
     waker: Option<Waker>,
     outcome: Option<Outcome>,
-    chosen: Option<Chosen>,
-    placed: Option<v1::Placed>,
+    // Boxed: a token's way touches this struct, but not these.
+    chosen: Option<Box<Chosen>>,
+    placed: Option<Box<v1::Placed>>,
     armed: SmallVec<[(Timer, TimerKey); 3]>,
     /// When the client last took something, or had nothing to take.
     progress: Instant,
@@ -259,13 +260,13 @@ impl Open {
             state.placed = self
                 .request
                 .placements
-                .then(|| self.placed_message(&state, &chosen));
+                .then(|| Box::new(self.placed_message(&state, &chosen)));
             state.figures.dispatched(Instant::now(), chosen.decide);
             if matches!(chosen.plan, Plan::Mesh { .. }) {
                 self.core.counters.transfers_started.add(1);
             }
             self.core.counters.attempts.add(1);
-            state.chosen = Some(chosen);
+            state.chosen = Some(Box::new(chosen));
             let waker = state.placed.is_some().then(|| state.waker.take()).flatten();
             let plan = match state.machine.apply(event) {
                 Ok(actions) => self.perform(&mut state, actions),
@@ -459,9 +460,9 @@ impl Open {
         state.outcome = Some(outcome);
     }
 
-    /// What the client has not got yet; registers the waker where there is
-    /// nothing.
-    pub(super) fn poll_take(&self, cx: &mut Context<'_>) -> Poll<Batch> {
+    /// Puts what the client has not got yet into `batch`, which is empty;
+    /// registers the waker where there is nothing.
+    pub(super) fn poll_take(&self, cx: &mut Context<'_>, batch: &mut Batch) -> Poll<()> {
         let mut state = self.lock();
         let pending = state.output.len() - state.taken;
         if pending == 0 && state.placed.is_none() && state.outcome.is_none() {
@@ -471,15 +472,12 @@ impl Open {
             }
             return Poll::Pending;
         }
-        let batch = Batch {
-            placed: state.placed.take(),
-            ids: state.output[state.taken..].to_vec(),
-            logprobs: std::mem::take(&mut state.logprobs),
-            outcome: state
-                .outcome
-                .clone()
-                .map(|outcome| (outcome, state.machine.next_index())),
-        };
+        batch.placed = state.placed.take().map(|placed| *placed);
+        batch.ids.extend_from_slice(&state.output[state.taken..]);
+        batch.logprobs.append(&mut state.logprobs);
+        if let Some(outcome) = &state.outcome {
+            batch.outcome = Some((outcome.clone(), state.machine.next_index()));
+        }
         state.taken = state.output.len();
         if pending > 0 {
             let now = Instant::now();
@@ -488,7 +486,7 @@ impl Open {
         }
         drop(state);
         self.core.counters.undelivered_ids.sub(pending as u64);
-        Poll::Ready(batch)
+        Poll::Ready(())
     }
 
     /// Whether the machine has ended.

@@ -25,6 +25,9 @@ pub struct GenerationStream {
     text: Option<TextStream>,
     /// Taken from the generation, not handed out yet.
     pending: Batch,
+    /// The last message. Its ids and text keep their memory, so that a message
+    /// of tokens allocates nothing.
+    message: v1::GenerateResponse,
     /// The stop string that ended the text.
     stopped: Option<String>,
     /// Tokens handed out.
@@ -40,6 +43,7 @@ impl GenerationStream {
             accepted: Some(accepted),
             text,
             pending: Batch::default(),
+            message: v1::GenerateResponse::default(),
             stopped: None,
             delivered: 0,
             done: false,
@@ -52,53 +56,73 @@ impl GenerationStream {
         self.open.id.to_string()
     }
 
-    /// The next message of what is at hand.
-    fn next_message(&mut self) -> Option<Result<Message, RequestError>> {
+    /// The next message of what is at hand is in `message`. False: nothing is.
+    fn next_message(&mut self) -> Result<bool, RequestError> {
         if let Some(accepted) = self.accepted.take() {
-            return Some(Ok(Message::Accepted(accepted)));
+            self.message.event = Some(Message::Accepted(accepted));
+        } else if let Some(placed) = self.pending.placed.take() {
+            self.message.event = Some(Message::Placed(placed));
+        } else if !self.pending.ids.is_empty() {
+            self.tokens();
+        } else if let Some(stop) = self.stopped.take() {
+            self.message.event = Some(self.finished(FinishReason::Stop, None, stop));
+        } else if let Some((outcome, next_index)) = self.pending.outcome.take() {
+            let Outcome::Finished { reason, stop_token } = outcome else {
+                self.done = true;
+                return Err(self.open.error(&outcome, next_index));
+            };
+            self.message.event = Some(self.finished(reason, stop_token, String::new()));
+        } else {
+            return Ok(false);
         }
-        if let Some(placed) = self.pending.placed.take() {
-            return Some(Ok(Message::Placed(placed)));
-        }
-        if !self.pending.ids.is_empty() {
-            return Some(Ok(Message::Tokens(self.tokens())));
-        }
-        if let Some(stop) = self.stopped.take() {
-            return Some(Ok(self.finished(FinishReason::Stop, None, stop)));
-        }
-        let (outcome, next_index) = self.pending.outcome.take()?;
-        if let Outcome::Finished { reason, stop_token } = outcome {
-            return Some(Ok(self.finished(reason, stop_token, String::new())));
-        }
-        self.done = true;
-        Some(Err(self.open.error(&outcome, next_index)))
+        Ok(true)
     }
 
-    fn tokens(&mut self) -> v1::Tokens {
-        let mut ids = std::mem::take(&mut self.pending.ids);
-        let mut logprobs = std::mem::take(&mut self.pending.logprobs);
-        let first_index = self.delivered;
-        let mut text = String::new();
+    /// Makes the message of the pending ids.
+    fn tokens(&mut self) {
+        if !matches!(self.message.event, Some(Message::Tokens(_))) {
+            self.message.event = Some(Message::Tokens(v1::Tokens::default()));
+        }
+        let Some(Message::Tokens(message)) = &mut self.message.event else {
+            return;
+        };
+        message.first_index = self.delivered;
+        message.text.clear();
+        message.ids.clear();
+        std::mem::swap(&mut message.ids, &mut self.pending.ids);
+        message.logprobs = std::mem::take(&mut self.pending.logprobs);
         let hit = self
             .text
             .as_mut()
-            .and_then(|stream| stream.push(&ids, &mut text));
+            .and_then(|stream| stream.push(&message.ids, &mut message.text));
         if let Some(hit) = hit {
             // Ids after the one that completed the stop string are no output.
-            let kept = hit.tokens.saturating_sub(first_index) as usize;
-            ids.truncate(kept);
-            logprobs.truncate(kept);
+            let kept = hit.tokens.saturating_sub(message.first_index) as usize;
+            message.ids.truncate(kept);
+            message.logprobs.truncate(kept);
             self.open.apply(Event::Stop(Stop::StopString));
             self.pending.outcome = None;
             self.stopped = Some(self.open.stop_string(hit.stop));
         }
-        self.delivered += u32::try_from(ids.len()).unwrap_or(u32::MAX);
+        self.delivered += u32::try_from(message.ids.len()).unwrap_or(u32::MAX);
         self.open.core.counters.token_messages.add(1);
-        v1::Tokens {
-            first_index,
-            ids,
-            text,
-            logprobs,
+    }
+
+    /// The next message, lent until the next call: the transport encodes it
+    /// where it is.
+    pub fn poll_message(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<&v1::GenerateResponse, RequestError>>> {
+        loop {
+            if self.done {
+                return Poll::Ready(None);
+            }
+            match self.next_message() {
+                Ok(true) => return Poll::Ready(Some(Ok(&self.message))),
+                Ok(false) => ready!(self.open.poll_take(cx, &mut self.pending)),
+                Err(error) => return Poll::Ready(Some(Err(error))),
+            }
         }
     }
 
@@ -133,16 +157,8 @@ impl Stream for GenerationStream {
     type Item = Result<v1::GenerateResponse, RequestError>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        loop {
-            if self.done {
-                return Poll::Ready(None);
-            }
-            if let Some(message) = self.next_message() {
-                let response = message.map(|event| v1::GenerateResponse { event: Some(event) });
-                return Poll::Ready(Some(response));
-            }
-            self.pending = ready!(self.open.poll_take(cx));
-        }
+        let taken = ready!(self.poll_message(cx).map_ok(|_| ()));
+        Poll::Ready(taken.map(|taken| taken.map(|()| std::mem::take(&mut self.message))))
     }
 }
 

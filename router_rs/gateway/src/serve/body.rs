@@ -9,10 +9,9 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use futures_util::Stream;
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
-use kvmesh_wire::v1::{self, generate_response::Event};
+use kvmesh_wire::v1::generate_response::Event;
 
 use super::{grpc, health::Watch, io::StreamGuard};
 use crate::{
@@ -25,6 +24,8 @@ type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Bytes gathered before a frame is handed on.
 const FRAME_BYTES: usize = 16 << 10;
+/// Bytes that a stream keeps for its frames; a message of one token has some 20.
+const BUFFER_BYTES: usize = 1 << 10;
 
 /// The body of any answer.
 pub(crate) enum ResponseBody {
@@ -93,6 +94,9 @@ impl Body for ResponseBody {
 /// has room becomes one frame.
 pub(crate) struct GenerateBody {
     stream: GenerationStream,
+    /// Frames are cut from its front. Once the transport has sent them all, the
+    /// next ones take their place: no allocation a message.
+    buffer: BytesMut,
     telemetry: Arc<Telemetry>,
     figures: StreamFigures,
     metadata: HeaderMap,
@@ -116,6 +120,7 @@ impl GenerateBody {
         Self {
             generation: stream.id(),
             stream,
+            buffer: BytesMut::with_capacity(BUFFER_BYTES),
             figures: StreamFigures::new(arrived),
             telemetry,
             metadata,
@@ -135,12 +140,10 @@ impl GenerateBody {
         if self.done {
             return Poll::Ready(None);
         }
-        let mut data = BytesMut::new();
-        while data.len() < FRAME_BYTES {
+        while self.buffer.len() < FRAME_BYTES {
             // The request's border: a panic of ours ends this stream only.
-            let next = catch_unwind(AssertUnwindSafe(|| {
-                Pin::new(&mut self.stream).poll_next(cx)
-            }));
+            let (stream, cx) = (&mut self.stream, &mut *cx);
+            let next = guarded(move || stream.poll_message(cx));
             let next = match next {
                 Ok(next) => next,
                 Err(_) => {
@@ -150,9 +153,16 @@ impl GenerateBody {
             };
             match next {
                 Poll::Ready(Some(Ok(message))) => {
-                    grpc::encode_into(&message, &mut data);
-                    if self.note(&message) {
-                        break;
+                    grpc::encode_into(message, &mut self.buffer);
+                    // A message with tokens holds all that were pending, so
+                    // there is nothing to wait for behind it.
+                    match &message.event {
+                        Some(Event::Tokens(tokens)) => {
+                            self.figures.tokens(tokens.ids.len(), &self.telemetry);
+                            break;
+                        }
+                        Some(Event::Finished(finished)) => self.telemetry.finished(finished),
+                        _ => {}
                     }
                 }
                 Poll::Ready(Some(Err(error))) => {
@@ -163,30 +173,14 @@ impl GenerateBody {
                     self.end(None);
                     break;
                 }
-                Poll::Pending if data.is_empty() => return Poll::Pending,
+                Poll::Pending if self.buffer.is_empty() => return Poll::Pending,
                 Poll::Pending => break,
             }
         }
-        if data.is_empty() {
+        if self.buffer.is_empty() {
             return self.poll(cx);
         }
-        Poll::Ready(Some(Frame::data(data.freeze())))
-    }
-
-    /// Whether this message should go now. A message with tokens holds all
-    /// that were pending, so there is nothing to wait for behind it.
-    fn note(&mut self, message: &v1::GenerateResponse) -> bool {
-        match &message.event {
-            Some(Event::Tokens(tokens)) => {
-                self.figures.tokens(tokens.ids.len(), &self.telemetry);
-                true
-            }
-            Some(Event::Finished(finished)) => {
-                self.telemetry.finished(finished);
-                false
-            }
-            _ => false,
-        }
+        Poll::Ready(Some(Frame::data(self.buffer.split().freeze())))
     }
 
     fn end(&mut self, error: Option<&RequestError>) {
@@ -212,6 +206,10 @@ impl GenerateBody {
             total_ms = self.arrived.elapsed().as_secs_f64() * 1e3,
         );
     }
+}
+
+fn guarded<R>(run: impl FnOnce() -> R) -> std::thread::Result<R> {
+    catch_unwind(AssertUnwindSafe(run))
 }
 
 impl Drop for GenerateBody {
