@@ -77,9 +77,16 @@ class Node:
         while not self.node.residue()[key]:
             assert time.monotonic() < deadline, f"no {key}: {self.node.residue()}"
 
-    def idle(self) -> bool:
+    def idle(self, limit_s: float = 20.0) -> bool:
+        """Whether nothing is held. Jobs of a transfer that is over are dropped when taken."""
         held = self.node.residue()
-        return not any(held[key] for key in ("sending", "receiving", "awaited", "pins", "jobs"))
+        if any(held[key] for key in ("sending", "receiving", "awaited", "pins")):
+            return False
+        deadline = time.monotonic() + limit_s
+        while self.node.residue()["jobs"]:
+            if time.monotonic() > deadline:
+                return False
+        return True
 
 
 class Peer:

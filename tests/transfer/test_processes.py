@@ -98,10 +98,27 @@ def test_a_frozen_sender_is_given_up_after_the_lease(nodes, peers):
     a.signal(signal.SIGCONT)
 
 
-def held() -> tuple[int, int, set[str]]:
+def held() -> tuple[int, int, int]:
     """Descriptors and threads of this process, our files in /dev/shm."""
     descriptors, threads = os.listdir("/proc/self/fd"), os.listdir("/proc/self/task")
-    return len(descriptors), len(threads), {name for name in os.listdir("/dev/shm") if "kv" in name}
+    files = [name for name in os.listdir("/dev/shm") if "kvmesh" in name]
+    return len(descriptors), len(threads), len(files)
+
+
+def abstract_sockets(pid: int | None = None) -> set[str]:
+    """Names of pools' sockets in the abstract namespace (proc_net(5)): all, or a process's."""
+    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    named = {fields[6]: fields[7] for fields in lines if len(fields) > 7}
+    if pid is not None:
+        links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+        own = {link.removeprefix("socket:[").removesuffix("]") for link in links}
+        named = {inode: name for inode, name in named.items() if inode in own}
+    return {name for name in named.values() if name.startswith("@kvmesh-")}
+
+
+def shrunk(now: tuple[int, int, int], before: tuple[int, int, int]) -> bool:
+    """Whether nothing has grown. Less is right too: `before` may hold what was just ending."""
+    return all(a <= b for a, b in zip(now, before, strict=True))
 
 
 def rss_kib() -> int:
@@ -112,9 +129,13 @@ def rss_kib() -> int:
 def test_a_hundred_kills_leave_nothing(nodes, peers):
     here = nodes("here")
     here.fill()
+    sockets: set[str] = set()
 
     def one(index: int) -> None:
         there = peers("there")
+        named = abstract_sockets(there.process.pid)
+        assert len(named) == 1
+        sockets.update(named)
         out, back = os.urandom(16), os.urandom(16)
         here.node.offer(out, 2)
         here.node.ready(out, 0, [0, 1])
@@ -143,9 +164,11 @@ def test_a_hundred_kills_leave_nothing(nodes, peers):
         one(index)
     # The thread that reads a connection lets go of it a moment after it told.
     deadline = time.monotonic() + 20
-    while held()[:2] != before[:2] and time.monotonic() < deadline:
+    while not shrunk(held(), before) and time.monotonic() < deadline:
         here.node.wait(0.01)
-    assert held() == before
+    assert shrunk(held(), before), (held(), before)
+    assert len(sockets) == 104
+    assert not sockets & abstract_sockets()
     assert rss_kib() < memory + 8 * 1024
 
 

@@ -30,6 +30,9 @@ const MAX_WAITING: usize = 16 * 1024;
 /// while it still lies in the second-level cache.
 const PIECE: usize = 256 * 1024;
 
+/// Bytes that wake the reader of a block, or what is left of it.
+const WAKE_BYTES: usize = 128 * 1024;
+
 /// Blocks that a receiver asked for by TCP.
 pub(crate) struct Fetched {
     pub(crate) id: TransferId,
@@ -187,15 +190,21 @@ fn write_blocks(
     } else {
         0
     };
-    stream.write_all(&frame::encode(Frame::Data(BlockData {
+    let mut head = frame::encode(Frame::Data(BlockData {
         transfer_id: fetched.id.0.to_vec().into(),
         first_block: fetched.first,
         count,
-    })))?;
+    }));
     if count == 0 {
-        return Ok(());
+        return stream.write_all(&head);
     }
-    let mut parts = Vec::with_capacity(fetched.blocks.len());
+    // In one write with the blocks: a packet of its own would wake the reader
+    // for a few bytes.
+    let mut parts = Vec::with_capacity(1 + fetched.blocks.len());
+    parts.push(libc::iovec {
+        iov_base: head.as_mut_ptr().cast(),
+        iov_len: head.len(),
+    });
     for (slot, _) in &fetched.blocks {
         let block = pool.block(*slot).map_err(io::Error::other)?;
         parts.push(libc::iovec {
@@ -225,7 +234,7 @@ fn send_parts(socket: RawFd, parts: &mut [libc::iovec]) -> io::Result<()> {
         let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
         header.msg_iov = parts.as_mut_ptr();
         header.msg_iovlen = parts.len().min(1024) as _;
-        // SAFETY: the parts lie in a pool that the caller holds.
+        // SAFETY: the parts lie in memory that the caller holds.
         let n = unsafe { libc::sendmsg(socket, &raw const header, libc::MSG_NOSIGNAL) };
         match usize::try_from(n) {
             Ok(n) => consume(parts, n),
@@ -273,7 +282,6 @@ pub(crate) fn receive_blocks(
     let mut at = 0;
     let mut pass = Pass::new(block_bytes);
     while at < total {
-        wait_readable(stream)?;
         // The kernel writes only during the call below, which does not block:
         // so a write is under way for moments, however slow the peer is.
         if !gate.enter() {
@@ -301,7 +309,10 @@ pub(crate) fn receive_blocks(
         if gate.leave() {
             quiet();
         }
-        at += n?;
+        match n? {
+            0 => wait_readable(stream, total - at)?,
+            n => at += n,
+        }
     }
     Ok(checksums)
 }
@@ -347,7 +358,29 @@ fn receive_piece(
     }
 }
 
-fn wait_readable(stream: &TcpStream) -> io::Result<()> {
+/// Bytes that must be there before a reader is woken (socket(7), SO_RCVLOWAT).
+fn wake_at(stream: &TcpStream, bytes: usize) -> io::Result<()> {
+    let mark = bytes as libc::c_int;
+    // SAFETY: an int that lives through the call.
+    let rc = unsafe {
+        libc::setsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            (&raw const mark).cast(),
+            size_of_val(&mark) as _,
+        )
+    };
+    if rc < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Waits until a good part of `left` bytes is there: a reader that wakes for
+/// each packet costs more than what it copies.
+fn wait_readable(stream: &TcpStream, left: usize) -> io::Result<()> {
+    wake_at(stream, left.min(WAKE_BYTES))?;
     let mut wanted = libc::pollfd {
         fd: stream.as_raw_fd(),
         events: libc::POLLIN,
@@ -356,7 +389,8 @@ fn wait_readable(stream: &TcpStream) -> io::Result<()> {
     loop {
         // SAFETY: one pollfd, which is ours. A closed connection is readable.
         if unsafe { libc::poll(&raw mut wanted, 1, -1) } > 0 {
-            return Ok(());
+            // A blocking read of a short frame would sleep below the mark.
+            return wake_at(stream, 1);
         }
         retry()?;
     }

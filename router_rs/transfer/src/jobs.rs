@@ -9,7 +9,7 @@ use crate::{connection::Connection, gate::Gate, id::TransferId};
 
 /// Blocks that go to a thread at once, in bytes: small blocks share the cost
 /// of the hand-over, large ones are announced one by one.
-const BATCH_BYTES: usize = 512 * 1024;
+const BATCH_BYTES: usize = 4 << 20;
 
 /// One block to be hashed or copied.
 pub(crate) enum Job {
