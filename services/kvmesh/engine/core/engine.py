@@ -170,7 +170,12 @@ class CoreEngine:
         return self._loop.outputs.read()
 
     def events(self) -> AsyncIterator[CacheBatch]:
-        """Cache changes. One reader."""
+        """Cache changes, each once and in order. One reader.
+
+        Read from the start: before the first reader only the newest are kept,
+        and who comes later has to begin with a snapshot. A reader that stops
+        to read stops the engine (`CoreSettings.outbox_cache_batches`).
+        """
         return self._loop.events.read()
 
     def snapshot(self) -> AsyncIterator[tuple[int, Sequence[wire.CacheEvent]]]:

@@ -51,7 +51,10 @@ class EngineLoop:
         self.pool = pool
         self.shares = Shares()
         self.outputs: Outbox[StepOutput] = Outbox(settings.outbox_steps)
-        self.events: Outbox[CacheBatch] = Outbox(1 << 30)
+        # Not dropped where it is full: routers' views follow from every event.
+        # One event loop reads both boxes, so where this one fills, the other
+        # would soon. An engine that is used without its events keeps few.
+        self.events: Outbox[CacheBatch] = Outbox(settings.outbox_cache_batches, keeps_unread=False)
         self.sequences: dict[AttemptId, Sequence] = {}
         self.hand_offs = HandOffs(node, pool) if node is not None else None
         self._node = node
@@ -102,7 +105,7 @@ class EngineLoop:
             while not self.closing:
                 self.take_in()
                 self.flush(0, None)
-                if not self.outputs.wait_for_room(0.1):
+                if not (self.outputs.wait_for_room(0.1) and self.events.wait_for_room(0.1)):
                     continue
                 plan = self.steps.plan(None)
                 if plan is None:

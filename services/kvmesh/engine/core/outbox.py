@@ -15,11 +15,14 @@ class Outbox(Generic[Item]):
     """One writer on a thread, one reader on an event loop.
 
     However many items come while the loop is busy, it is called once. A full
-    box makes `put_room` wait: an engine that outruns its event loop stops.
+    box makes `wait_for_room` wait: an engine that outruns its event loop stops.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, *, keeps_unread: bool = True) -> None:
+        """`keeps_unread` False: until somebody begins to read, only the newest
+        items are kept, and nobody waits for room."""
         self._capacity = capacity
+        self._keeps_unread = keeps_unread
         self._items: deque[Item] = deque()
         self._called = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -32,11 +35,17 @@ class Outbox(Generic[Item]):
         """Adds an item. Never waits."""
         self._items.append(item)
         if len(self._items) >= self._capacity:
-            self._room.clear()
+            if self._loop is None and not self._keeps_unread:
+                self._items.popleft()
+            else:
+                self._room.clear()
         self._call()
 
     def wait_for_room(self, timeout_s: float) -> bool:
         """Waits while the box is full. False: it still is."""
+        if len(self._items) * 2 <= self._capacity:
+            # The reader may have emptied the box while `put` found it full.
+            self._room.set()
         return self._room.is_set() or self._closed or self._room.wait(timeout_s)
 
     def close(self) -> None:

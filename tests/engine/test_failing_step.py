@@ -1,0 +1,76 @@
+"""A step that raises ends those who were in it; a broken engine ends for all."""
+
+import asyncio
+
+import pytest
+from engine_harness import VOCABULARY, prompt, running, sim
+
+from kvmesh.engine.sim.content import reference_tokens
+from kvmesh.engine.sim.runner import SimRunner
+
+
+class Breaker:
+    """Makes chosen steps of every runner raise."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.prompts = self.streams = False
+        for name in ("forward", "forward_columns"):
+            monkeypatch.setattr(SimRunner, name, self._wrapped(getattr(SimRunner, name)))
+
+    def _wrapped(self, whole):
+        def step(runner, batch, *rows):
+            if (self.prompts and batch) or (self.streams and rows):
+                raise ArithmeticError("the step broke")
+            return whole(runner, batch, *rows)
+
+        return step
+
+
+@pytest.fixture
+def breaker(monkeypatch) -> Breaker:
+    return Breaker(monkeypatch)
+
+
+async def test_a_prompt_whose_step_raised_has_failed_and_the_next_is_served(breaker) -> None:
+    async with running(sim()) as driver:
+        breaker.prompts = True
+        broken = [driver.place(prompt(100, seed)) for seed in range(3)]
+        for attempt in broken:
+            assert await attempt.ended() == "failed"
+            assert attempt.end.failed.reason == "ENGINE_STEP_FAILED"
+            assert attempt.end.failed.retryable
+            # What broke stays in the worker's log: it may hold a prompt.
+            assert attempt.end.failed.message == "ArithmeticError"
+        breaker.prompts = False
+        after = driver.place(prompt(100, 0))
+        assert await after.ended() == "finished"
+        assert after.tokens == reference_tokens(prompt(100, 0), 16, VOCABULARY)
+        await driver.idle()
+
+
+async def test_running_streams_whose_step_raised_have_failed(breaker) -> None:
+    async with running(sim(profile="step-10ms", speed=5)) as driver:
+        streams = [driver.place(prompt(50, seed), max_tokens=5_000) for seed in range(4)]
+        for stream in streams:
+            await stream.until(lambda a: len(a.tokens) >= 3)
+        breaker.streams = True
+        for stream in streams:
+            assert await stream.ended() == "failed"
+        breaker.streams = False
+        assert await driver.place(prompt(50)).ended() == "finished"
+        await driver.idle()
+
+
+async def test_an_engine_thread_that_fails_ends_both_of_its_streams(monkeypatch) -> None:
+    engine = sim()
+
+    def broken(above) -> None:
+        raise ArithmeticError("no plan")
+
+    await asyncio.to_thread(engine.start)
+    monkeypatch.setattr(engine._loop.steps, "plan", broken)
+    engine.cancel([(bytes(16), 1, 1)])
+    async with asyncio.timeout(30):
+        assert [output async for output in engine.outputs()] == []
+        assert [batch async for batch in engine.events()] == []
+    await engine.close()
