@@ -17,7 +17,14 @@ import grpc
 from etcd import free_ports, start_etcd
 
 from kvmesh.cli.children import Child, Children
-from kvmesh.v1 import admin_pb2, admin_pb2_grpc, worker_pb2, worker_pb2_grpc
+from kvmesh.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    worker_pb2,
+    worker_pb2_grpc,
+)
 
 START_S = 120.0
 
@@ -32,6 +39,7 @@ class Cluster:
         self._etcd_ports = free_ports(2)
         self._etcd, self.etcd = start_etcd(self.children, folder / "etcd", self._etcd_ports)
         self.endpoints: list[str] = []
+        self.routers: dict[str, Child] = {}
         self.workers: dict[str, Child] = {}
         self._channels: dict[str, grpc.Channel] = {}
 
@@ -51,6 +59,7 @@ class Cluster:
         )  # fmt: skip
         endpoint = self._address(child)
         self.endpoints.append(endpoint)
+        self.routers[endpoint] = child
         return endpoint
 
     def start_worker(self, name: str, role: str, *arguments: str, engine: str = "sim") -> Child:
@@ -117,10 +126,19 @@ class Cluster:
         return table
 
     def wait_live(self, endpoint: str, *names: str) -> None:
+        """Waits until workers are live and their models can be asked for."""
         live = admin_pb2.SESSION_STATE_LIVE
-        self.wait_table(
+        table = self.wait_table(
             endpoint, lambda table: all(n in table and table[n].state == live for n in names)
         )
+        wanted = {table[name].record.model.name for name in names}
+        stub = inference_pb2_grpc.InferenceStub(self.channel(endpoint))
+        for _ in range(3_000):
+            models = stub.ListModels(inference_pb2.ListModelsRequest(), timeout=10).models
+            if wanted <= {model.name for model in models if model.ready}:
+                return
+            self.children.wait(0.02)
+        raise AssertionError(f"models {wanted} never became ready")
 
     def wait_router(
         self,
@@ -147,11 +165,21 @@ class Cluster:
                 assert time.monotonic() < deadline, f"{name} still holds {residue}"
                 self.children.wait(0.02)
 
+    def assert_alive(self) -> None:
+        """No router and no worker has ended."""
+        for child in (*self.routers.values(), *self.workers.values()):
+            assert child.process.poll() is None, child.describe_end()
+
     # -- breaking ----------------------------------------------------------
 
     def kill(self, name: str) -> None:
         """kill -9, and its end is seen."""
         self._kill(self.workers.pop(name))
+
+    def kill_router(self, endpoint: str) -> None:
+        """kill -9, and its end is seen."""
+        self.endpoints.remove(endpoint)
+        self._kill(self.routers.pop(endpoint))
 
     def kill_etcd(self) -> None:
         """kill -9, and its end is seen."""

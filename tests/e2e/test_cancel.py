@@ -1,0 +1,238 @@
+"""A client may leave at any moment, in any way: all that it held comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+from cluster import Cluster
+from figures import Figures, figures, wait_figures, wait_quiet
+from raw_http2 import RawHttp2, message
+
+import kvmesh
+from kvmesh.v1 import inference_pb2, worker_pb2
+
+_numbers = itertools.count()
+
+LEAVE: dict[str, Callable[[RawHttp2, int], None]] = {
+    "cancels": lambda raw, stream: raw.reset(stream),
+    "vanishes": lambda raw, _: raw.vanish(),
+}
+
+
+@pytest.fixture(params=list(LEAVE))
+def leave(request) -> Callable[[RawHttp2, int], None]:
+    """How a client goes."""
+    return LEAVE[request.param]
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory) -> Iterator[Cluster]:
+    """A pair in which every state lasts: 0.3 s for 128 tokens of a prompt, and
+    half a second for a token of the output."""
+    cluster = Cluster(tmp_path_factory.mktemp("slow"))
+    try:
+        endpoint = cluster.start_router()
+        cluster.start_worker("p", "prefill", "--engine-arguments", "profile=cpu-135m")
+        cluster.start_worker("d", "decode", "--engine-arguments", "profile=cpu-135m,speed=0.1")
+        cluster.wait_live(endpoint, "p", "d")
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def ask(tokens: int, *, output: int = 1_000) -> bytes:
+    """A request with a prompt of its own."""
+    rng = random.Random(next(_numbers))
+    return message(
+        inference_pb2.GenerateRequest(
+            token_ids=inference_pb2.TokenIds(ids=rng.choices(range(3, 2_000), k=tokens)),
+            stopping=inference_pb2.Stopping(max_tokens=output, ignore_end_of_text=True),
+        )
+    )
+
+
+def wait_load(
+    cluster: Cluster, name: str, holds: Callable[[worker_pb2.LoadShare, worker_pb2.KvRoom], bool]
+) -> worker_pb2.Load:
+    """Looks until something holds of a worker's whole load and its pool."""
+    for _ in range(1_500):
+        load = cluster.info(name).load
+        whole = worker_pb2.LoadShare()
+        for field in whole.DESCRIPTOR.fields:
+            share = getattr(load.own, field.name) + getattr(load.others, field.name)
+            setattr(whole, field.name, share)
+        if holds(whole, load.kv):
+            return load
+        cluster.children.wait(0.01)
+    raise AssertionError(f"{name} never came to it: {load}")
+
+
+def assert_one_left(cluster: Cluster, before: Figures) -> None:
+    """Exactly one client left, and that was no failure of anybody."""
+    endpoint = cluster.endpoints[0]
+    wait_figures(cluster, endpoint, {"cancelled_total": before["cancelled_total"] + 1})
+    wait_quiet(cluster, endpoint, *cluster.workers)
+    now = figures(endpoint)
+    assert now["failed_total"] == before["failed_total"]
+    assert now["violations_total"] == 0
+    cluster.assert_alive()
+
+
+def test_while_it_is_queued_at_the_router(fresh, leave) -> None:
+    endpoint = fresh.start_router()
+    slowly = ("--engine-arguments", "profile=cpu-135m")
+    fresh.start_worker("a", "both", "--kv-pool-tokens", "512", *slowly)
+    fresh.wait_live(endpoint, "a")
+    before = figures(endpoint)
+    with RawHttp2(endpoint) as first, RawHttp2(endpoint) as second:
+        running = first.call(ask(300, output=60))
+        wait_load(fresh, "a", lambda share, _: share.decoding == 1)
+        waiting = second.call(ask(300))
+        wait_figures(fresh, endpoint, {"queued_requests": 1})
+        leave(second, waiting)
+        wait_figures(fresh, endpoint, {"queued_requests": 0, "open_streams": 1})
+        # The first never noticed.
+        assert first.status(running) == 0
+    assert_one_left(fresh, before)
+
+
+def test_while_decode_has_reserved_and_prefill_has_not_begun(slow, leave) -> None:
+    endpoint = slow.endpoints[0]
+    before = figures(endpoint)
+    with RawHttp2(endpoint) as first, RawHttp2(endpoint) as second:
+        blocker = first.call(ask(2_000))
+        wait_load(slow, "p", lambda share, _: share.running_prefill_tokens > 0)
+        waiting = second.call(ask(2_000))
+        wait_load(slow, "d", lambda share, _: share.receiving == 2)
+        wait_load(slow, "p", lambda share, _: share.queued == 1)
+        leave(second, waiting)
+        wait_load(slow, "p", lambda share, _: share.queued == 0)
+        wait_load(slow, "d", lambda share, _: share.receiving == 1)
+        wait_figures(slow, endpoint, {"cancelled_total": before["cancelled_total"] + 1})
+        first.reset(blocker)
+        before["cancelled_total"] += 1
+        assert_one_left(slow, before)
+
+
+def test_while_prefill_computes_and_blocks_flow(slow, leave) -> None:
+    endpoint = slow.endpoints[0]
+    before = figures(endpoint)
+    kept = slow.info("d").load.kv.evictable
+    with RawHttp2(endpoint) as raw:
+        stream = raw.call(ask(2_000))
+        wait_load(slow, "p", lambda share, _: 0 < share.running_prefill_tokens < 1_600)
+        leave(raw, stream)
+        assert_one_left(slow, before)
+    # Blocks had come and were checked: they stay as a prefix.
+    assert slow.info("d").load.kv.evictable > kept
+
+
+def test_between_the_hand_off_and_decodes_first_token(slow, leave) -> None:
+    endpoint = slow.endpoints[0]
+    before = figures(endpoint)
+    with RawHttp2(endpoint) as raw:
+        stream = raw.call(ask(100))
+        for event in raw.events(stream):
+            if event.HasField("tokens"):
+                break
+        assert event.tokens.first_index == 0
+        assert len(event.tokens.ids) == 1
+        leave(raw, stream)
+        assert_one_left(slow, before)
+
+
+def test_while_it_decodes(slow, leave) -> None:
+    endpoint = slow.endpoints[0]
+    before = figures(endpoint)
+    with RawHttp2(endpoint) as raw:
+        stream = raw.call(ask(100))
+        for event in raw.events(stream):
+            if event.tokens.first_index == 2:
+                break
+        leave(raw, stream)
+        assert_one_left(slow, before)
+    # At most a token was computed after it was known.
+    assert figures(endpoint)["tokens_total"] - before["tokens_total"] <= 5
+
+
+def test_before_its_message_is_whole(slow, leave) -> None:
+    endpoint = slow.endpoints[0]
+    before = figures(endpoint)
+    with RawHttp2(endpoint) as raw:
+        stream = raw.call(ask(1_000)[:900], end=False)
+        wait_figures(slow, endpoint, {"connections": before["connections"] + 1})
+        leave(raw, stream)
+        wait_quiet(slow, endpoint, "p", "d")
+    assert figures(endpoint)["placements_total"] == before["placements_total"]
+
+
+def test_a_client_that_does_not_read_costs_ids_and_is_given_up(fresh) -> None:
+    endpoint = fresh.start_router("--slow-client-timeout", "1s")
+    fresh.start_worker("a", "both", "--engine-arguments", "profile=step-10ms,speed=10")
+    fresh.wait_live(endpoint, "a")
+    with RawHttp2(endpoint, window=256) as raw, kvmesh.Client(endpoint) as other:
+        stream = raw.call(ask(50, output=30_000))
+        wait_figures(fresh, endpoint, {"open_streams": 1})
+        # Generation is not paused for it: ids wait.
+        while figures(endpoint)["undelivered_ids"] < 200:
+            assert figures(endpoint)["open_streams"] == 1
+            fresh.children.wait(0.01)
+        assert len(other.complete(prompt="Undisturbed", max_tokens=20).token_ids) <= 20
+        wait_figures(fresh, endpoint, {"slow_clients_total": 1})
+        # It has not read a byte yet, and no id and no block is held for it.
+        fresh.wait_empty("a")
+        wait_figures(fresh, endpoint, {"undelivered_ids": 0, "bookings": 0})
+        assert raw.status(stream) == 8
+        wait_quiet(fresh, endpoint, "a")
+    fresh.assert_alive()
+
+
+async def test_two_hundred_that_leave_at_random_leave_nothing(tmp_path) -> None:
+    cluster = Cluster(tmp_path)
+    try:
+        endpoint = cluster.start_router()
+        for name, role in (
+            ("p1", "prefill"),
+            ("p2", "prefill"),
+            ("d1", "decode"),
+            ("d2", "decode"),
+        ):
+            cluster.begin_worker(name, role, "--kv-pool-tokens", "16384")
+        cluster.wait_live(endpoint, "p1", "p2", "d1", "d2")
+        rng = random.Random(3)
+        async with kvmesh.AsyncClient(endpoint) as client:
+            ends = await asyncio.gather(*(leave_at_random(client, rng) for _ in range(200)))
+            assert set(ends) == {"left", "DEADLINE_EXCEEDED"}
+            wait_quiet(cluster, endpoint, "p1", "p2", "d1", "d2")
+            cluster.assert_alive()
+            assert figures(endpoint)["violations_total"] == 0
+            last = await client.complete(prompt="After them. " * 30, max_tokens=5, temperature=0)
+            again = await client.complete(prompt="After them. " * 30, max_tokens=5, temperature=0)
+            assert last.token_ids == again.token_ids
+    finally:
+        cluster.close()
+
+
+async def leave_at_random(client: kvmesh.AsyncClient, rng: random.Random) -> str:
+    """A stream that ends after some events, or at a deadline in any state."""
+    prompt = rng.choices(range(3, 2_000), k=rng.choice([20, 200, 1_000, 3_000]))
+    events = rng.randrange(6)
+    timeout = rng.choice([None, rng.uniform(0.001, 1.0)])
+    stream = client.generate(
+        token_ids=prompt, max_tokens=5_000, ignore_end_of_text=True, timeout=timeout
+    )
+    try:
+        seen = 0
+        async for _ in stream:
+            if timeout is None and seen >= events:
+                break
+            seen += 1
+    except kvmesh.MeshError as error:
+        return error.code.name
+    finally:
+        await stream.aclose()
+    return "left"
