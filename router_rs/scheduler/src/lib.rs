@@ -30,7 +30,7 @@ pub use deadline::{ClassTargets, Targets, virtual_deadline_ms};
 pub use fixed::{FixedPolicy, Rule};
 pub use learn::{Learner, StepSample};
 pub use plan::{Considered, Decision, Feature, NoPlan, Plan, Policy, Terms};
-pub use queue::Queue;
+pub use queue::{Queue, Ticket};
 pub use request::{Class, Needs, RequestView};
 pub use step_model::StepModel;
 pub use worker::{Abilities, Cluster, KvRoom, Load, Phase, Role, Share, WorkerView};

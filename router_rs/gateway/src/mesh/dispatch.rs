@@ -1,12 +1,8 @@
-//! From a request for a plan to a booked plan, or to the queue.
+//! From a request for a plan to a booked plan, or to the queue (`queue`).
 
 use std::{
-    collections::BTreeMap,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::{Duration, Instant},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
 };
 
 use kvmesh_kv_index::{
@@ -15,7 +11,7 @@ use kvmesh_kv_index::{
 use kvmesh_scheduler::{Booking as Load, Class, Considered, Needs, NoPlan, RequestView};
 use kvmesh_session::{
     TransferId, WorkerIndex,
-    generation::{Cause, Event, Plan, PlanRequest, Stop},
+    generation::{Cause, Event, Plan, PlanRequest},
     parse::{Hello, LoadReport, Refusal},
 };
 use kvmesh_wire::v1;
@@ -27,40 +23,51 @@ use super::{
     models::{self, ServedModel},
     open::{Chosen, Open, Party},
     placer::{Placed, Placer, Standing, Wanted, apply_cache},
+    queue::{Sent, Waits},
     table::WorkerEntry,
 };
-use crate::{error::RequestError, request::AdmittedRequest};
+use crate::request::AdmittedRequest;
 
-/// When a client that found the queue full may try again.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
-
-/// The placer and the requests that wait for room, in order of arrival.
+/// The placer, the index it asks, and the requests that wait.
 pub(super) struct Dispatcher {
-    index: Arc<KvIndex>,
+    pub(super) index: Arc<KvIndex>,
     placer: Mutex<Placer>,
-    waiting: Mutex<BTreeMap<(Instant, u64), Waiting>>,
-    length: AtomicUsize,
+    pub(super) waits: Waits,
 }
 
-struct Waiting {
-    open: Arc<Open>,
-    request: PlanRequest,
-    since: Instant,
+/// What came of trying to place a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Tried {
+    /// It has its plan, or its end.
+    Done,
+    /// No worker has room, or is ready, at the moment.
+    NoRoom,
+    /// Its worker would not start it soon.
+    NotYet,
 }
 
 /// Load that was booked at the moment of choice. Dropping it releases it, so
 /// that every way out does.
-pub(super) struct Booking(Vec<(WorkerIndex, Load)>);
+pub(super) struct Booking {
+    loads: Vec<(WorkerIndex, Load)>,
+    /// Until the first token.
+    sent: Option<Sent>,
+}
 
 impl Booking {
     /// Notes the command by which it went to a worker: from the load frame
     /// that echoes it on, the worker's own report counts.
     pub(super) fn placed(&self, worker: WorkerIndex, command: u64) {
-        for (on, booked) in &self.0 {
+        for (on, booked) in &self.loads {
             if *on == worker {
                 booked.sent(command);
             }
         }
+    }
+
+    /// Its first token came.
+    pub(super) fn started(&mut self) {
+        self.sent = None;
     }
 }
 
@@ -72,91 +79,32 @@ impl Dispatcher {
         Self {
             placer: Mutex::new(Placer::new(Arc::clone(&index), router)),
             index,
-            waiting: Mutex::default(),
-            length: AtomicUsize::new(0),
+            waits: Waits::new(),
         }
     }
 
-    // Neither map is left half changed by an operation on it.
-    fn placer(&self) -> MutexGuard<'_, Placer> {
+    // No map of it is left half changed by an operation on it.
+    pub(super) fn placer(&self) -> MutexGuard<'_, Placer> {
         self.placer.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn waiting(&self) -> MutexGuard<'_, BTreeMap<(Instant, u64), Waiting>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Requests that wait.
     pub(super) fn queued(&self) -> usize {
-        self.length.load(Ordering::Relaxed)
+        self.waits.len()
     }
 
     /// Bookings that stand.
     pub(super) fn booked(&self) -> usize {
         self.placer().booked()
     }
-
-    fn wait(&self, open: &Arc<Open>, request: PlanRequest) {
-        let tie = u64::from_le_bytes(open.id.0[..8].try_into().unwrap_or_default());
-        let entry = Waiting {
-            open: Arc::clone(open),
-            request,
-            since: Instant::now(),
-        };
-        let mut waiting = self.waiting();
-        // A returned request waits with its first arrival.
-        waiting.insert((open.request.arrived, tie), entry);
-        self.length.store(waiting.len(), Ordering::Relaxed);
-    }
-
-    fn take(&self, mut wanted: impl FnMut(&Waiting) -> bool) -> Vec<Waiting> {
-        let mut waiting = self.waiting();
-        let keys: Vec<_> = waiting
-            .iter()
-            .filter(|(_, entry)| wanted(entry))
-            .map(|(key, _)| *key)
-            .collect();
-        let taken = keys.iter().filter_map(|key| waiting.remove(key)).collect();
-        self.length.store(waiting.len(), Ordering::Relaxed);
-        taken
-    }
 }
 
 impl Core {
-    /// What the mesh itself can refuse before a request is opened.
-    pub(super) fn admit(&self, request: &AdmittedRequest) -> Result<(), RequestError> {
-        if request
-            .deadline
-            .is_some_and(|deadline| deadline <= Instant::now())
-        {
-            return Err(RequestError::DeadlineExceeded { next_index: 0 });
-        }
-        let nothing = Matches::default();
-        let view = request_view(request, 0, 0, &nothing, &[]);
-        let checked = self.dispatcher.placer().check(&view);
-        checked.map_err(|why| match why {
-            NoPlan::TooLong { tokens, limit } => RequestError::PromptTooLong { tokens, limit },
-            NoPlan::Unsupported(feature) => RequestError::Unsupported(feature.to_string()),
-            NoPlan::UnknownAdapter => {
-                RequestError::invalid("adapter", "no worker has this adapter")
-            }
-            other => RequestError::NoWorker(format!("{}: {other}", request.model)),
-        })?;
-        if self.dispatcher.queued() >= self.settings.queue_length {
-            let reason = "the queue is full";
-            return Err(RequestError::Overloaded {
-                reason,
-                retry_after: RETRY_AFTER,
-            });
-        }
-        Ok(())
-    }
-
     /// Finds a plan for a generation, or lets it wait for room.
     pub(super) fn plan(self: &Arc<Self>, open: &Arc<Open>, request: &PlanRequest) {
-        // New work does not pass what waits already.
-        let behind = request.cause == Cause::Start && self.dispatcher.queued() > 0;
-        if !request.wait_for_room && !behind && self.try_plan(open, request) {
+        // New work does not pass what goes before it.
+        let behind = request.cause == Cause::Start && self.dispatcher.waits.behind(open);
+        if !request.wait_for_room && !behind && self.try_plan(open, request) == Tried::Done {
             return;
         }
         // Whoever refused may have room when the next load comes; what an
@@ -166,11 +114,11 @@ impl Core {
         request
             .excluded
             .retain(|(_, why)| *why == Refusal::Unsupported);
-        self.dispatcher.wait(open, request);
+        self.dispatcher.waits.push(open, request);
     }
 
-    /// Whether the request has its plan, or its end.
-    fn try_plan(self: &Arc<Self>, open: &Arc<Open>, request: &PlanRequest) -> bool {
+    /// Chooses and places, if a worker would start the request soon.
+    pub(super) fn try_plan(self: &Arc<Self>, open: &Arc<Open>, request: &PlanRequest) -> Tried {
         let began = Instant::now();
         let mut cached = Matches::default();
         self.dispatcher.index.lookup_into(open.chain(), &mut cached);
@@ -197,7 +145,7 @@ impl Core {
                 | NoPlan::NotReady {
                     draining: false, ..
                 },
-            ) => return false,
+            ) => return Tried::NoRoom,
             // Those who refused for now may be all that there are.
             Err(_)
                 if request
@@ -205,17 +153,24 @@ impl Core {
                     .iter()
                     .any(|(_, why)| *why != Refusal::Unsupported) =>
             {
-                return false;
+                return Tried::NoRoom;
             }
             Err(why) => {
                 tracing::info!(generation = %open.id, %why, "no plan");
                 open.apply(Event::NoPlan);
-                return true;
+                return Tried::Done;
             }
         };
         let Some(parties) = self.parties(&placed) else {
-            return false;
+            return Tried::NoRoom;
         };
+        // What is dropped here releases its booking.
+        let ahead = ms(self.settings.dispatch_ahead).max(placed.step_ms);
+        let waits = &self.dispatcher.waits;
+        if placed.start_ms > ahead && !waits.preempts(placed.prefill, open) {
+            return Tried::NotYet;
+        }
+        let sent = Some(waits.sent(placed.prefill, open));
         self.decisions
             .decided(open.id, self.decision(open, &placed));
         let prefix_from = placed.source.and_then(|source| {
@@ -236,10 +191,13 @@ impl Core {
             pulled_tokens: placed.chosen.pulled_tokens,
             prefix_from,
             predicted_start_ms: placed.start_ms,
-            booking: Booking(placed.bookings),
+            booking: Booking {
+                loads: placed.bookings,
+                sent,
+            },
             decide: began.elapsed(),
         });
-        true
+        Tried::Done
     }
 
     fn parties(&self, placed: &Placed) -> Option<SmallVec<[Party; 2]>> {
@@ -300,39 +258,6 @@ impl Core {
             chosen: chosen.and_then(|at| u32::try_from(at).ok()).unwrap_or(0),
             predicted_ttft_ms: placed.chosen.terms.ttft_ms(),
             actual_ttft_ms: 0.0,
-        }
-    }
-
-    /// Room may be there: tries what waits, oldest first. A request that finds
-    /// none keeps those of its model behind it waiting.
-    fn serve_queue(self: &Arc<Self>) {
-        if self.dispatcher.queued() == 0 {
-            return;
-        }
-        let mut full: Vec<String> = Vec::new();
-        for entry in self.dispatcher.take(|_| true) {
-            let model = &entry.open.request.model;
-            if entry.open.ended() {
-                continue;
-            }
-            if full.contains(model) || !self.try_plan(&entry.open, &entry.request) {
-                if !full.contains(model) {
-                    full.push(model.clone());
-                }
-                self.dispatcher.wait_again(entry);
-            }
-        }
-    }
-
-    /// Ends what waited for too long, and forgets what ended while it waited.
-    pub(super) fn expire_queued(&self, now: Instant) {
-        let bound = self.settings.queue_timeout;
-        let old = |entry: &Waiting| now.saturating_duration_since(entry.since) > bound;
-        for entry in self
-            .dispatcher
-            .take(|entry| old(entry) || entry.open.ended())
-        {
-            entry.open.apply(Event::Stop(Stop::Overloaded));
         }
     }
 
@@ -480,15 +405,6 @@ impl Core {
     }
 }
 
-impl Dispatcher {
-    fn wait_again(&self, entry: Waiting) {
-        let tie = u64::from_le_bytes(entry.open.id.0[..8].try_into().unwrap_or_default());
-        let mut waiting = self.waiting();
-        waiting.insert((entry.open.request.arrived, tie), entry);
-        self.length.store(waiting.len(), Ordering::Relaxed);
-    }
-}
-
 /// Plans kept for `explain`.
 const PLANS_KEPT: usize = 8;
 
@@ -514,8 +430,17 @@ fn cost_terms(considered: &Considered) -> Vec<v1::CostTerm> {
     .collect()
 }
 
+/// A class in the scheduler's terms.
+pub(super) fn class_of(class: v1::RequestClass) -> Class {
+    match class {
+        v1::RequestClass::Interactive => Class::Interactive,
+        v1::RequestClass::Batch => Class::Batch,
+        v1::RequestClass::Standard | v1::RequestClass::Unspecified => Class::Standard,
+    }
+}
+
 /// A request as the scheduler sees it.
-fn request_view<'a>(
+pub(super) fn request_view<'a>(
     request: &'a AdmittedRequest,
     id: u128,
     output_tokens: u32,
@@ -540,11 +465,7 @@ fn request_view<'a>(
         output_tokens,
         max_tokens: request.max_tokens,
         expected_output: expected.min(request.max_tokens),
-        class: match request.class {
-            v1::RequestClass::Interactive => Class::Interactive,
-            v1::RequestClass::Batch => Class::Batch,
-            v1::RequestClass::Standard | v1::RequestClass::Unspecified => Class::Standard,
-        },
+        class: class_of(request.class),
         needs: Needs {
             grammar: grammar.is_some(),
             grammar_continuation: grammar.is_some_and(|grammar| grammar.require_continuation),

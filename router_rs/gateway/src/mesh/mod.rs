@@ -21,6 +21,7 @@ mod figures;
 mod models;
 mod open;
 mod placer;
+mod queue;
 mod session;
 mod settings;
 mod stream;
@@ -218,6 +219,11 @@ impl Mesh {
         if let Some(model) = self.core.models.get(name) {
             return Ok(model);
         }
+        if name.is_empty() && models.is_empty() {
+            // Nothing was named that could be unknown: workers are to come.
+            let none = "any model: none is ready";
+            return Err(RequestError::NoWorker(none.to_owned()));
+        }
         if self.core.models.told(name) {
             return Err(RequestError::NoWorker(format!(
                 "{name}: its tokeniser is on its way"
@@ -241,7 +247,8 @@ impl Mesh {
     /// a prompt that fits no pool, a full queue, a deadline that has passed.
     pub fn generate(&self, request: AdmittedRequest) -> Result<GenerationStream, RequestError> {
         let model = self.model(&request.model)?;
-        self.core.admit(&request)?;
+        let chain = dispatch::chain_of(&request, &model.record);
+        let admitted = self.core.admit(&request, &chain)?;
         let text: Option<TextStream> = match &request.text {
             None => None,
             Some(settings) => {
@@ -250,8 +257,7 @@ impl Mesh {
             }
         };
         let id = GenerationId(rand::random());
-        let chain = dispatch::chain_of(&request, &model.record);
-        let open = Open::start(Arc::clone(&self.core), chain, request, id);
+        let open = Open::start(Arc::clone(&self.core), chain, request, admitted, id);
         Ok(GenerationStream::new(open, text))
     }
 

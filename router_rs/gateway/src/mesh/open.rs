@@ -29,6 +29,7 @@ use super::{
     continuation::continuation,
     dispatch::Booking,
     figures::Figures,
+    queue::Admitted,
     session::{Outgoing, SessionHandle},
     timers::TimerKey,
 };
@@ -66,6 +67,10 @@ pub(super) struct Open {
     pub(super) id: GenerationId,
     pub(super) request: AdmittedRequest,
     pub(super) core: Arc<Core>,
+    /// From arrival to virtual deadline, ms: the key of every queue.
+    pub(super) urgency_ms: f64,
+    /// Predicted work of the prompt at arrival, ms.
+    pub(super) work_ms: f64,
     /// Chain values of the prompt.
     chain: Vec<u64>,
     state: Mutex<State>,
@@ -76,6 +81,8 @@ struct State {
     /// All output ids. From `taken` on the client lacks them.
     output: Vec<u32>,
     taken: usize,
+    /// Attempt that brought the last token.
+    started: u32,
     /// Log-probabilities of `output[taken..]`, where they were asked for.
     logprobs: Vec<v1::TokenLogprobs>,
     waker: Option<Waker>,
@@ -104,6 +111,7 @@ impl Open {
         core: Arc<Core>,
         chain: Vec<u64>,
         request: AdmittedRequest,
+        admitted: Admitted,
         id: GenerationId,
     ) -> Arc<Self> {
         let deadline = request.deadline;
@@ -118,6 +126,7 @@ impl Open {
             machine,
             output: Vec::new(),
             taken: 0,
+            started: 0,
             logprobs: Vec::new(),
             waker: None,
             outcome: None,
@@ -131,6 +140,8 @@ impl Open {
             id,
             request,
             core,
+            urgency_ms: admitted.urgency_ms,
+            work_ms: admitted.work_ms,
             chain,
             state: Mutex::new(state),
         });
@@ -200,6 +211,13 @@ impl Open {
         let new = row.ids.get(skip..).unwrap_or_default();
         if state.taken == state.output.len() {
             state.progress = now;
+        }
+        let attempt = state.machine.fence().attempt;
+        if state.started != attempt {
+            state.started = attempt;
+            if let Some(chosen) = &mut state.chosen {
+                chosen.booking.started();
+            }
         }
         state.output.extend_from_slice(new);
         if self.request.logprobs.is_some() {
@@ -409,7 +427,12 @@ impl Open {
         };
         let chosen = state.chosen.as_ref();
         Box::new(Placement {
-            continuation: continuation(&self.request, &state.output, Instant::now()),
+            continuation: continuation(
+                &self.request,
+                &state.output,
+                self.urgency_ms,
+                Instant::now(),
+            ),
             stage,
             hand_off,
             prefix_from: chosen.and_then(|chosen| chosen.prefix_from.clone()),

@@ -11,8 +11,9 @@ use std::{
 
 use kvmesh_kv_index::{CacheChange, Knowledge, KvIndex, Matches, Tier, WorkerSlot};
 use kvmesh_scheduler::{
-    Abilities, Booking, Bookings, Class, Cluster, Considered, KvCost, KvRoom, Learner, Load, Needs,
-    NoPlan, Phase, Plan, Policy, RequestView, Role, Share, StepModel, StepSample, WorkerView,
+    Abilities, Admission, AdmissionSettings, Booking, Bookings, Class, Cluster, Considered, KvCost,
+    KvRoom, Learner, Load, Needs, NoPlan, Phase, Plan, Policy, Rejected, RequestView, Role, Share,
+    StepModel, StepSample, WorkerView, admit,
 };
 use kvmesh_session::{WorkerIndex, parse::LoadReport};
 use kvmesh_wire::v1;
@@ -39,6 +40,8 @@ struct Known {
     view: WorkerView,
     learner: Learner,
     capabilities: v1::Capabilities,
+    /// Predicted length of the step that runs.
+    step_ms: f64,
 }
 
 /// What a plan is for.
@@ -61,6 +64,17 @@ pub(super) struct Placed {
     pub(super) chosen: Considered,
     pub(super) considered: Vec<Considered>,
     pub(super) start_ms: f64,
+    /// Predicted length of the step that runs where the prompt goes.
+    pub(super) step_ms: f64,
+}
+
+/// Why a request is turned away.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Turned {
+    /// Nobody will ever run it.
+    Never(NoPlan),
+    /// It would wait for too long.
+    Waits(Rejected),
 }
 
 /// All workers.
@@ -125,6 +139,7 @@ impl Placer {
             view,
             learner: Learner::new(step),
             capabilities: capabilities.clone(),
+            step_ms: 0.0,
         };
         self.workers.insert(worker, known);
     }
@@ -188,6 +203,7 @@ impl Placer {
             return;
         };
         let load = &report.load;
+        known.step_ms = load.step_predicted_ms;
         let view = &mut known.view;
         view.role = role_of(report.role);
         view.draining = load.draining;
@@ -281,26 +297,41 @@ impl Placer {
             .collect()
     }
 
-    /// Whether a request could be placed, now or after waiting.
+    /// Whether a request may wait to be placed. `ahead_ms` gives the work that
+    /// is queued before one of so much work; `left_ms` is the time to its
+    /// deadline.
     ///
     /// # Errors
-    /// Why it could not.
-    pub(super) fn check(&self, request: &RequestView<'_>) -> Result<(), NoPlan> {
+    /// Why it may not.
+    pub(super) fn admit(
+        &self,
+        request: &RequestView<'_>,
+        bound: &AdmissionSettings,
+        left_ms: Option<f64>,
+        ahead_ms: impl Fn(f64) -> f64,
+    ) -> Result<Admission, Turned> {
         let workers = self.views();
         let cluster = Cluster {
             router: self.router,
             workers: &workers,
         };
         match self.policy.explain(&cluster, request) {
-            Ok(_) => Ok(()),
-            Err(
+            Ok(_)
+            | Err(
                 NoPlan::NoRoom { .. }
                 | NoPlan::NotReady {
                     draining: false, ..
                 },
-            ) => Ok(()),
-            Err(never) => Err(never),
+            ) => {}
+            Err(never) => return Err(Turned::Never(never)),
         }
+        // Its work says what goes before it, and that what it waits for.
+        let unbound = AdmissionSettings {
+            max_wait_ms: f64::INFINITY,
+        };
+        let alone = admit(&cluster, request, 0.0, None, &unbound).map_err(Turned::Waits)?;
+        let ahead = ahead_ms(alone.work_ms);
+        admit(&cluster, request, ahead, left_ms, bound).map_err(Turned::Waits)
     }
 
     /// Chooses and books.
@@ -337,6 +368,10 @@ impl Placer {
             chosen: decision.chosen,
             considered,
             start_ms: decision.start_ms,
+            step_ms: self
+                .workers
+                .get(&prefill)
+                .map_or(0.0, |known| known.step_ms),
         })
     }
 

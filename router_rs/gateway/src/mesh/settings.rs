@@ -22,8 +22,11 @@ pub struct MeshSettings {
     pub undelivered_ids: u64,
     /// Requests that may wait for room.
     pub queue_length: usize,
-    /// Longest wait for room.
+    /// Longest wait for room; a longer one that is predicted is not begun.
     pub queue_timeout: Duration,
+    /// A request leaves for a worker that is predicted to start it within this
+    /// or within one step, whichever is longer.
+    pub dispatch_ahead: Duration,
     /// A worker has to answer a placement within this.
     pub answer_timeout: Duration,
     /// Decode has to bring a token within this after prefill's session broke.
@@ -45,6 +48,7 @@ impl Default for MeshSettings {
             undelivered_ids: 16 << 20,
             queue_length: 4_096,
             queue_timeout: Duration::from_secs(60),
+            dispatch_ahead: Duration::from_millis(50),
             answer_timeout: Duration::from_secs(10),
             orphan_timeout: Duration::from_secs(10),
             decisions_kept: 4_096,

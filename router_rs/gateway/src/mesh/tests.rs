@@ -71,7 +71,7 @@ async fn mesh_with(settings: MeshSettings) -> Arc<Mesh> {
     mesh
 }
 
-fn request(prompt: &[u32], max_tokens: u32) -> AdmittedRequest {
+pub(super) fn request(prompt: &[u32], max_tokens: u32) -> AdmittedRequest {
     AdmittedRequest {
         request_id: "test".to_owned(),
         traceparent: String::new(),
@@ -542,3 +542,5 @@ async fn a_tokenizer_is_fetched_once_a_digest_and_kept_on_disk() {
     assert!(until(|| kept.exists()).await);
     std::fs::remove_dir_all(&folder).unwrap();
 }
+
+mod queue;

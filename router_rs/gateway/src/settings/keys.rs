@@ -233,6 +233,12 @@ pub const KEYS: &[Key] = &[
         "Longest wait for room.",
     ),
     key(
+        "dispatch_ahead",
+        Kind::Time(0, HOUR),
+        "50ms",
+        "A request leaves for a worker that is predicted to start it within this, or within one step if that is longer.",
+    ),
+    key(
         "answer_timeout",
         Kind::Time(100, HOUR),
         "10s",

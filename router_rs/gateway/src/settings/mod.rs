@@ -90,7 +90,8 @@ impl Layers {
         Ok(())
     }
 
-    /// Adds a TOML file.
+    /// Adds a TOML file: its section `[router]` where it has one, as the file
+    /// that all commands share; else the whole of it.
     ///
     /// # Errors
     /// As [`Layers::add`], and for what is not TOML.
@@ -101,10 +102,14 @@ impl Layers {
         };
         let table: toml::Table = toml::from_str(text).map_err(|e| unreadable(e.to_string()))?;
         let value = serde_json::to_value(table).map_err(|e| unreadable(e.to_string()))?;
-        let Value::Object(map) = value else {
+        let Value::Object(mut map) = value else {
             return Ok(());
         };
-        self.add(from, map)
+        match map.remove("router") {
+            Some(Value::Object(section)) => self.add(from, section),
+            Some(other) => Err(unreadable(format!("router is {other}, not a section"))),
+            None => self.add(from, map),
+        }
     }
 
     /// Adds a JSON object.
@@ -216,6 +221,7 @@ pub struct Settings {
     pub undelivered_ids: u64,
     pub queue_length: usize,
     pub queue_timeout: Duration,
+    pub dispatch_ahead: Duration,
     pub answer_timeout: Duration,
     pub orphan_ttl: Duration,
     pub worker_keep_alive: Duration,
@@ -273,6 +279,7 @@ impl Settings {
             undelivered_ids: layers.number("undelivered_ids"),
             queue_length: size("queue_length"),
             queue_timeout: layers.duration("queue_timeout"),
+            dispatch_ahead: layers.duration("dispatch_ahead"),
             answer_timeout: layers.duration("answer_timeout"),
             orphan_ttl: layers.duration("orphan_ttl"),
             worker_keep_alive: layers.duration("worker_keep_alive"),
@@ -319,9 +326,42 @@ impl Settings {
             undelivered_ids: self.undelivered_ids,
             queue_length: self.queue_length,
             queue_timeout: self.queue_timeout,
+            dispatch_ahead: self.dispatch_ahead,
             answer_timeout: self.answer_timeout,
             orphan_timeout: self.orphan_ttl,
             decisions_kept: self.decisions_kept,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn listen(file: &str) -> Result<SocketAddr, SettingsError> {
+        let mut layers = Layers::default();
+        layers.add_toml("test.toml", file)?;
+        Ok(Settings::resolve(&layers)?.listen)
+    }
+
+    #[test]
+    fn a_file_is_the_routers_alone_or_has_a_section_for_it() {
+        let wanted: SocketAddr = "127.0.0.1:1".parse().unwrap();
+        assert_eq!(listen("listen = '127.0.0.1:1'").unwrap(), wanted);
+        let shared = "[worker]\nrole = 'both'\n[router]\nlisten = '127.0.0.1:1'";
+        assert_eq!(listen(shared).unwrap(), wanted);
+        assert!(
+            listen("[router]\nlisen = 'x'")
+                .unwrap_err()
+                .to_string()
+                .contains("lisen")
+        );
+        assert!(
+            listen("router = 1")
+                .unwrap_err()
+                .to_string()
+                .contains("not a section")
+        );
     }
 }

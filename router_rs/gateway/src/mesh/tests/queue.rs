@@ -1,0 +1,163 @@
+//! Order, dispatch and admission of what waits.
+
+use super::*;
+
+/// A prompt that computes for 200 ms by the mock's step model, from `first` on.
+fn long(first: u32, max_tokens: u32) -> AdmittedRequest {
+    let prompt: Vec<u32> = (first..first + 5_120).map(|id| id % 50).collect();
+    request(&prompt, max_tokens)
+}
+
+fn of_class(class: v1::RequestClass, request: AdmittedRequest) -> AdmittedRequest {
+    AdmittedRequest { class, ..request }
+}
+
+/// Steps of 20 ms, prompts that take a while.
+fn slow_prompts() -> MockWorker {
+    MockWorker::start(MockConfig {
+        step: Duration::from_millis(20),
+        prefill: Duration::from_millis(300),
+        ..MockConfig::default()
+    })
+    .unwrap()
+}
+
+#[tokio::test]
+async fn urgent_requests_leave_the_queue_first() {
+    // Room for one request of 32 tokens at a time.
+    let both = MockWorker::start(MockConfig {
+        pool_blocks: 8,
+        step: Duration::from_millis(1),
+        ..MockConfig::default()
+    })
+    .unwrap();
+    let mesh = mesh_of(&[&both]).await;
+    let mut first = mesh.generate(request(&[1; 32], 100_000)).unwrap();
+    first_tokens(&mut first).await;
+    let order = Arc::new(Mutex::new(Vec::new()));
+    let classes = [
+        v1::RequestClass::Batch,
+        v1::RequestClass::Standard,
+        v1::RequestClass::Interactive,
+    ];
+    let mut all = Vec::new();
+    for class in classes {
+        let stream = mesh
+            .generate(of_class(class, request(&[2; 32], 5)))
+            .unwrap();
+        let order = Arc::clone(&order);
+        all.push(tokio::spawn(async move {
+            let answer = collect(stream).await;
+            assert_eq!(answer.error, None);
+            order.lock().unwrap().push(class);
+        }));
+    }
+    assert_eq!(mesh.queued(), 3);
+    drop(first);
+    for one in all {
+        one.await.unwrap();
+    }
+    let order: Vec<_> = order.lock().unwrap().clone();
+    assert_eq!(order, [classes[2], classes[1], classes[0]]);
+    assert!(until(|| nothing_left(&mesh, &[&both])).await);
+}
+
+#[tokio::test]
+async fn a_request_without_room_does_not_hold_up_those_that_have_it() {
+    let both = MockWorker::start(MockConfig {
+        pool_blocks: 64,
+        step: Duration::from_millis(1),
+        ..MockConfig::default()
+    })
+    .unwrap();
+    let mesh = mesh_of(&[&both]).await;
+    let mut first = mesh.generate(request(&[1; 32], 100_000)).unwrap();
+    first_tokens(&mut first).await;
+    // All of the pool: it waits for the first one's end.
+    let large = tokio::spawn(collect(mesh.generate(request(&[2; 940], 5)).unwrap()));
+    assert_eq!(mesh.queued(), 1);
+    let small = collect(mesh.generate(request(&[3; 32], 5)).unwrap()).await;
+    assert_eq!(small.error, None);
+    assert_eq!((small.ids.len(), mesh.queued()), (5, 1));
+    drop(first);
+    assert_eq!(large.await.unwrap().ids.len(), 5);
+    assert!(until(|| nothing_left(&mesh, &[&both])).await);
+}
+
+#[tokio::test]
+async fn a_request_stays_until_its_worker_would_start_it_or_it_would_preempt() {
+    let both = slow_prompts();
+    let mesh = mesh_of(&[&both]).await;
+    let first = mesh.generate(long(1, 3)).unwrap();
+    assert_eq!(mesh.queued(), 0);
+    // As urgent and later: predicted to start in 200 ms.
+    let second = mesh.generate(long(2, 3)).unwrap();
+    assert_eq!(mesh.queued(), 1);
+    // More urgent than what was sent: it goes before that.
+    let urgent = of_class(v1::RequestClass::Interactive, long(3, 3));
+    let urgent = mesh.generate(urgent).unwrap();
+    assert_eq!(mesh.queued(), 1);
+    for stream in [first, second, urgent] {
+        let answer = collect(stream).await;
+        assert_eq!((answer.error, answer.ids.len()), (None, 3));
+    }
+    assert!(until(|| nothing_left(&mesh, &[&both])).await);
+}
+
+#[tokio::test]
+async fn who_would_wait_too_long_is_told_when_to_come_back() {
+    let both = slow_prompts();
+    let bound = MeshSettings {
+        queue_timeout: Duration::from_millis(100),
+        ..settings(&[&both])
+    };
+    let mesh = mesh_with(bound).await;
+    let first = mesh.generate(long(1, 3)).unwrap();
+    let Some(RequestError::Overloaded { retry_after, .. }) = mesh.generate(long(2, 3)).err() else {
+        panic!("it was let in")
+    };
+    // Predicted are 20 ms of a step and 200 ms of the prompt; 100 are allowed.
+    assert_eq!(retry_after, Duration::from_millis(120));
+    assert_eq!(collect(first).await.error, None);
+    assert_eq!(
+        collect(mesh.generate(long(2, 3)).unwrap()).await.error,
+        None
+    );
+    assert!(until(|| nothing_left(&mesh, &[&both])).await);
+}
+
+#[tokio::test]
+async fn a_deadline_that_cannot_be_met_is_refused_at_entry() {
+    let both = slow_prompts();
+    let mesh = mesh_of(&[&both]).await;
+    let deadline = Some(Instant::now() + Duration::from_millis(150));
+    let hurried = AdmittedRequest {
+        deadline,
+        ..long(1, 3)
+    };
+    assert_eq!(
+        mesh.generate(hurried).err(),
+        Some(RequestError::DeadlineExceeded { next_index: 0 })
+    );
+    assert_eq!(both.counters().placed, 0);
+}
+
+#[tokio::test]
+async fn a_full_queue_refuses_new_work() {
+    let both = slow_prompts();
+    let bound = MeshSettings {
+        queue_length: 1,
+        ..settings(&[&both])
+    };
+    let mesh = mesh_with(bound).await;
+    let running = mesh.generate(long(1, 3)).unwrap();
+    let waiting = mesh.generate(long(2, 3)).unwrap();
+    assert_eq!(mesh.queued(), 1);
+    assert!(matches!(
+        mesh.generate(long(3, 3)).err(),
+        Some(RequestError::Overloaded { .. })
+    ));
+    for stream in [running, waiting] {
+        assert_eq!(collect(stream).await.error, None);
+    }
+}
