@@ -148,7 +148,8 @@ async def test_prefill_that_never_comes_fails_the_transfer() -> None:
 
 
 async def test_a_cancelled_decode_stops_its_prefill() -> None:
-    async with pair(profile="step-10ms") as (p, d):
+    # Slow enough that prefill is never done first; its end comes between layers.
+    async with pair(profile="step-10ms", speed=0.02) as (p, d):
         prefill, decode = await request(p, d, prompt(6000), max_tokens=8)
         await prefill.opened()
         d.engine.cancel([decode.id])

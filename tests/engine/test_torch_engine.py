@@ -10,8 +10,13 @@ from kvmesh.engine.contract import Stage  # noqa: E402
 from kvmesh.engine.core.engine import CoreEngine, TransferSettings  # noqa: E402
 from kvmesh.engine.core.settings import CoreSettings  # noqa: E402
 from kvmesh.engine.sim.vocabulary import tokenizer_files  # noqa: E402
-from kvmesh.engine.torch import TorchSettings, build  # noqa: E402
+from kvmesh.engine.torch import (  # noqa: E402
+    TorchSettings,
+    build,
+    served,
+)
 from kvmesh.v1 import worker_pb2 as wire  # noqa: E402
+from kvmesh.worker.settings import SettingError, WorkerSettings  # noqa: E402
 
 MODEL = wire.StepModel(a_ms=1, b_ms=0.01, saturating_chunk=64)
 SAMPLING = {"sampling": wire.ResolvedSampling(repetition_penalty=1, top_p=1)}
@@ -103,6 +108,27 @@ async def test_a_hand_off_gives_the_tokens_of_one_engine(folder, alone, length) 
         assert prefill.tokens == expected[0][:1]
         await p.idle()
         await d.idle()
+
+
+@pytest.mark.parametrize("chunk", [16, 64, 256])
+async def test_a_fixed_chunk_bounds_the_prompts_of_a_step(folder, alone, chunk) -> None:
+    prompts = [prompt(length, length) for length in (40, 300, 150)]
+    expected = await alone(prompts, max_tokens=8)
+    async with running(engine_of(folder, chunk_tokens=chunk)) as driver:
+        attempts = [driver.place(ids, **SAMPLING, max_tokens=8) for ids in prompts]
+        for attempt, tokens in zip(attempts, expected, strict=True):
+            assert await attempt.ended() == "finished"
+            assert attempt.tokens == tokens
+        # Chunks end where blocks do.
+        assert chunk - 16 < max(sample.prefill_tokens for sample in driver.samples) <= chunk
+        assert sum(sample.prefill_tokens for sample in driver.samples) == 490
+
+
+@pytest.mark.parametrize("tokens", ["-16", "40"])
+def test_a_chunk_that_ends_within_a_block_is_refused(folder, tokens) -> None:
+    settings = WorkerSettings(model=folder, engine_arguments={"chunk_tokens": tokens})
+    with pytest.raises(SettingError, match="chunk_tokens is"):
+        served.build(settings, "w", 1, lambda _: None)
 
 
 async def test_log_probabilities_come_with_their_rows(folder) -> None:

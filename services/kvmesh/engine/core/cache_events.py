@@ -14,7 +14,7 @@ ChainHashes = Callable[[int, bytes], Sequence[int]]
 """(parent value, ids as u32 little-endian) -> value after each 16 ids (hash scheme 1)."""
 
 ChainRoot = Callable[[str, str], int]
-"""(adapter, cache salt) -> chain value that first blocks have as parent."""
+"""(adapter's name, cache salt) -> chain value that first blocks have as parent."""
 
 
 class CacheJournal:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from kvmesh._router import chain_root, chain_values
 
@@ -13,12 +13,19 @@ class Chain:
     SCHEME = 1
     """wire: Capabilities.hash_scheme."""
 
-    def __init__(self, model_digest: str) -> None:
+    def __init__(self, model_digest: str, adapters: Mapping[str, str]) -> None:
+        """`adapters`: digests by name; the base model is the name "", digest ""."""
         self._digest = model_digest
+        self._adapters = adapters
 
     def root(self, adapter: str, cache_salt: str) -> int:
-        """Parent value of first blocks in a namespace."""
-        return chain_root(self._digest, adapter, cache_salt)
+        """Parent value of first blocks in a namespace.
+
+        Routers know adapters by digest (proto/HASHES.md): names may mean
+        something else on another worker. A name that the model does not have
+        can only be asked for by a peer, and stands for itself.
+        """
+        return chain_root(self._digest, self._adapters.get(adapter, adapter), cache_salt)
 
     def hashes(self, parent: int, ids: bytes) -> Sequence[int]:
         """Value after each whole unit of 16 ids; these as u32, little-endian."""

@@ -70,7 +70,7 @@ class CoreEngine:
         self._memory = KvPool(settings.pool_blocks, runner.block_bytes)
         runner.bind(self._memory)
         compatibility = runner.compatibility()
-        chain = Chain(compatibility.model_digest)
+        chain = Chain(compatibility.model_digest, settings.adapters)
         self._pool = BlockPool(self._memory, runner.block_tokens, chain.hashes, chain.root)
         self._node: TransferNode | None = None
         if transfer is not None:

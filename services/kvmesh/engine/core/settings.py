@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from kvmesh.v1 import worker_pb2 as wire
 
@@ -17,6 +18,8 @@ class CoreSettings:
     """Most tokens of a sequence, prompt and output together."""
     vocabulary_size: int = 0
     """Number of token ids; a prompt with others is refused. 0: not checked."""
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """Digests of the adapters by name, as in `ModelRecord.adapters`."""
     worker_id: str = "worker"
     """Name of this worker, told to transfer partners."""
     incarnation: int = 1

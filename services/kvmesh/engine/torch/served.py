@@ -56,6 +56,7 @@ def build(
             pool_blocks=max(1, settings.kv_pool_tokens // block_tokens),
             context_length=built.record.context_length,
             vocabulary_size=built.record.vocabulary_size,
+            adapters=dict(built.record.adapters),
             worker_id=worker_id,
             incarnation=incarnation,
             max_batch=max_batch,
