@@ -8,15 +8,17 @@ Two processes, each with a pool of blocks and a transfer node, on one host:
   kind of memory (tcp_over_socket).
 
 The transfer's time is from the pull to the commit's verification: slot versions,
-checksum at the sender and checksum at the receiver are all in it. A and B run
-in alternating blocks; figures are medians of blocks. A block during which the
-machine was busy with something else is repeated, and counted.
+checksum at the sender and checksum at the receiver are all in it. All four move
+the same number of bytes between mappings of the same kind, touched before. A
+ratio is the median of the ratios of rounds.
+
+Part two (second_token.py) is the hand-off as a client sees it, on clusters of
+real processes with a real model.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing as mp
 import os
 import socket
@@ -24,20 +26,21 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import second_token
+from alternating import Blocks, Figure, alternate, print_table, write_json
 
 from kvmesh import _router
 
 BLOCK_BYTES = 46 * 1024 * 16
 """A block of 16 tokens of SmolLM2-135M in fp32: 30 layers, K and V, 3 x 64 floats."""
 WORKER, INCARNATION, BLOCK_TOKENS = "prefill", 1, 16
-TRIES = 4
-"""Runs of a block before it is kept although the machine was busy."""
+WARM_UPS = 3
+"""Runs of each case before any counts: connections, page tables, windows of the sockets."""
 
 
 def node(pool: _router.KvPool, name: str, shared_memory: bool) -> _router.TransferNode:
@@ -95,39 +98,15 @@ def send_plain(port: int, content: memoryview) -> None:
         stream.recv(1)
 
 
-@dataclass(frozen=True)
-class CpuTimes:
-    """Seconds of CPU: of all, and of this benchmark's two processes."""
-
-    busy: float
-    own: float
-
-    @staticmethod
-    def now(pids: list[int]) -> CpuTimes:
-        tick = os.sysconf("SC_CLK_TCK")
-        fields = [int(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
-        busy = sum(fields) - fields[3] - fields[4]
-        own = 0
-        for pid in pids:
-            stat = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-            own += int(stat[11]) + int(stat[12])
-        return CpuTimes(busy / tick, own / tick)
-
-    def foreign(self, before: CpuTimes) -> float:
-        return max(0.0, (self.busy - before.busy) - (self.own - before.own))
-
-
 class Receiver:
     """The worker that wants the blocks, and the two things it is compared with."""
 
-    def __init__(self, blocks: int, pipe: Connection, sender_pid: int) -> None:
+    def __init__(self, blocks: int, pipe: Connection) -> None:
         self.blocks, self.pipe = blocks, pipe
-        self.pids = [os.getpid(), sender_pid]
         self.pool = _router.KvPool(blocks, BLOCK_BYTES, populate=True)
         self.source = _router.KvPool(blocks, BLOCK_BYTES, populate=True)
         self.slots = list(range(blocks))
         self.nbytes = blocks * BLOCK_BYTES
-        self.repeated = 0
         near, far = pipe.recv()
         self.ways = {
             "shm": (node(self.pool, "decode", True), near),
@@ -173,76 +152,80 @@ class Receiver:
             stream.sendall(b"e")
         return took
 
-    def quiet(self, run: Callable[[], float]) -> float:
-        """One block, repeated while others use the machine (over 10 % of a core)."""
-        for _ in range(TRIES):
-            before, start = CpuTimes.now(self.pids), time.perf_counter()
-            took = run()
-            elapsed = time.perf_counter() - start
-            if CpuTimes.now(self.pids).foreign(before) <= max(0.1 * elapsed, 0.02):
-                return took
-            self.repeated += 1
-        return took
 
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures there")
-    parser.add_argument("--quick", action="store_true", help="under 60 s; not evidence")
-    arguments = parser.parse_args()
-    blocks, rounds = (128, 7) if arguments.quick else (384, 31)
-
+def bytes_moved(blocks: int, rounds: int) -> tuple[list[Figure], dict[str, int]]:
+    """Part one: the transfer beside what it is made of."""
     context = mp.get_context("spawn")
     pipe, theirs = context.Pipe()
     process = context.Process(target=sender_process, args=(theirs, blocks), daemon=True)
     process.start()
     assert process.pid is not None
-    receiver = Receiver(blocks, pipe, process.pid)
+    receiver = Receiver(blocks, pipe)
     runs: dict[str, Callable[[], float]] = {
         "memcpy": receiver.memcpy,
         "shm": lambda: receiver.transfer("shm"),
         "socket": receiver.plain_socket,
         "tcp": lambda: receiver.transfer("tcp"),
     }
-    took: dict[str, list[float]] = {name: [] for name in runs}
     try:
-        for run in runs.values():
-            run()  # Connections, page tables, first use.
-        for index in range(rounds):
-            order = list(runs.items())
-            for name, run in order if index % 2 == 0 else reversed(order):
-                took[name].append(receiver.quiet(run))
+        for case in runs.values():
+            for _ in range(WARM_UPS):
+                case()
+        blocks_run = alternate(runs, rounds, lambda: [process.pid or 0])
     finally:
         receiver.close()
         pipe.send(None)
         process.join(10)
+    return show(blocks_run, blocks, receiver.nbytes)
 
-    rate = {name: receiver.nbytes / statistics.median(times) / 1e9 for name, times in took.items()}
+
+def ratio(took: Blocks[float], ours: str, theirs: str) -> float:
+    """Rate of ours over theirs: the median over rounds, each pair of one round."""
+    pairs = zip(took.results[theirs], took.results[ours], strict=True)
+    return statistics.median(reference / own for reference, own in pairs)
+
+
+def show(took: Blocks[float], blocks: int, nbytes: int) -> tuple[list[Figure], dict[str, int]]:
+    """Prints the table; gives the figures."""
+    rate = {name: nbytes / statistics.median(times) / 1e9 for name, times in took.results.items()}
+    rows = [
+        [name, rate[name], nbytes / min(times) / 1e9, nbytes / max(times) / 1e9]
+        for name, times in took.results.items()
+    ]
+    title = f"{blocks} blocks of {BLOCK_BYTES} bytes, {nbytes / 1e6:.0f} MB"
+    print_table(title, ["", "GB/s", "best", "worst"], rows)
     ratios = {
-        "shm_over_memcpy": rate["shm"] / rate["memcpy"],
-        "tcp_over_socket": rate["tcp"] / rate["socket"],
+        "shm_over_memcpy": ratio(took, "shm", "memcpy"),
+        "tcp_over_socket": ratio(took, "tcp", "socket"),
     }
-    mega = receiver.nbytes / 1e6
-    print(f"{blocks} blocks of {BLOCK_BYTES} bytes ({mega:.0f} MB), {rounds} rounds, medians;")
-    print(f"{receiver.repeated} blocks repeated because the machine was busy")
-    print(f"{'':24}{'GB/s':>8}{'best':>8}{'worst':>8}")
-    for name, times in took.items():
-        best, worst = receiver.nbytes / min(times) / 1e9, receiver.nbytes / max(times) / 1e9
-        print(f"{name:24}{rate[name]:8.2f}{best:8.2f}{worst:8.2f}")
-    for name, ratio in ratios.items():
-        print(f"{name:24}{ratio:8.2f}")
-    if arguments.quick:
-        print("quick: not evidence")
+    for name, value in ratios.items():
+        print(f"{name:24}{value:8.2f}")
+    figures = [Figure(name, value, "ratio", "higher") for name, value in ratios.items()]
+    figures += [Figure(f"{name}_gb_s", value, "GB/s", "higher") for name, value in rate.items()]
+    return figures, {"blocks_repeated": took.repeated, "blocks_kept_busy": took.kept_busy}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures there")
+    parser.add_argument("--quick", action="store_true", help="under 60 s; not evidence")
+    parser.add_argument("--without-model", action="store_true", help="part one only")
+    arguments = parser.parse_args()
+    figures, counts = bytes_moved(*((128, 7) if arguments.quick else (384, 31)))
+    if not arguments.without_model:
+        more, others = second_token.measure(arguments.quick)
+        figures += more
+        counts = {name: counts[name] + others[name] for name in counts}
+    print(
+        f"\n{counts['blocks_repeated']} blocks were repeated because others used the machine, ",
+        end="",
+    )
+    print(f"{counts['blocks_kept_busy']} were kept although they did.")
+    evidence = not arguments.quick and not counts["blocks_kept_busy"]
+    if not evidence:
+        print("Not evidence: " + ("a quick run." if arguments.quick else "the machine was busy."))
     if arguments.json:
-        figures = [
-            {"name": name, "value": value, "unit": "ratio", "better": "higher"}
-            for name, value in ratios.items()
-        ] + [
-            {"name": f"{name}_gb_s", "value": value, "unit": "GB/s", "better": "higher"}
-            for name, value in rate.items()
-        ]
-        result = {"figures": figures, "quick": arguments.quick, "repeated": receiver.repeated}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(arguments.json, figures, evidence=evidence, **counts)
     return 0
 
 

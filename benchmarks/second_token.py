@@ -1,0 +1,261 @@
+"""Part two of kv_transfer.py: the hand-off as a client sees it.
+
+Two clusters of real processes on loopback, the same model in each (torch, fp32, one thread a
+worker): one with a prefill and a decode worker, one with a worker of both roles.
+
+- From first to second token: in the split cluster the hand-off lies between them, in the other one
+  decode step. The difference is to stay under 2 ms and the last chunk's way.
+- Four streams decode in the split cluster while a long prompt is computed and its KV arrives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from alternating import Figure, MachineWatch, alternate, print_table
+
+from kvmesh.client import Client, Tokens
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCABULARY = range(1000, 40_000)
+"""Ids that prompts are drawn from: none of them ends a text."""
+OTHERS = 4
+START_S = 600.0
+SAY_ENDPOINT = (
+    "import os, signal, sys\n"
+    "with open(sys.argv[1] + '.new', 'w') as file: file.write(os.environ['KVMESH_ENDPOINT'])\n"
+    "os.rename(sys.argv[1] + '.new', sys.argv[1])\n"
+    "signal.pause()\n"
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    rounds: dict[int, int]
+    """Rounds by prompt length."""
+    arriving_tokens: int
+    arriving_rounds: int
+
+
+FULL = Plan({512: 15, 2048: 7, 5000: 3}, arriving_tokens=5000, arriving_rounds=2)
+QUICK = Plan({256: 3}, arriving_tokens=512, arriving_rounds=1)
+
+
+@contextlib.contextmanager
+def cluster(folder: Path, prefill: int, decode: int, both: int) -> Iterator[tuple[Client, int]]:
+    """A cluster that serves; its client and the process that holds all others."""
+    said = folder / f"endpoint-{both}"
+    with (folder / f"cluster-{both}.log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "kvmesh.cli", "up", "--once"),
+                *("--prefill", str(prefill), "--decode", str(decode), "--both", str(both)),
+                *("--", sys.executable, "-c", SAY_ENDPOINT, str(said)),
+            ],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        deadline = time.monotonic() + START_S
+        while not said.exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                text = (folder / f"cluster-{both}.log").read_text(errors="replace")
+                raise SystemExit(f"the cluster does not serve:\n{text[-2000:]}")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.2)
+        with Client(said.read_text()) as client:
+            yield client, process.pid
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all below it."""
+    found = [pid]
+    for task in found:
+        for children in Path(f"/proc/{task}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                found += [int(child) for child in children.read_text().split()]
+    return found
+
+
+def prompt(tokens: int) -> list[int]:
+    """Ids that nobody has cached."""
+    return random.choices(VOCABULARY, k=tokens)
+
+
+def arrivals(client: Client, ids: list[int], count: int) -> list[float]:
+    """When each output token came, seconds."""
+    came: list[float] = []
+    for event in client.generate(
+        token_ids=ids, max_tokens=count, temperature=0.0, ignore_end_of_text=True
+    ):
+        if isinstance(event, Tokens):
+            came += [time.perf_counter()] * len(event.ids)
+    return came
+
+
+def gap_ms(client: Client, tokens: int) -> float:
+    """From the first to the second token of a prompt."""
+    came = arrivals(client, prompt(tokens), 2)
+    return 1e3 * (came[1] - came[0])
+
+
+@dataclass
+class Others:
+    """Streams that decode meanwhile."""
+
+    client: Client
+    came: list[list[float]] = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
+    threads: list[threading.Thread] = field(default_factory=list)
+    failures: list[BaseException] = field(default_factory=list)
+
+    def start(self) -> None:
+        for index in range(OTHERS):
+            self.came.append([])
+            thread = threading.Thread(target=self._run, args=(index,))
+            thread.start()
+            self.threads.append(thread)
+        while any(len(came) < 4 for came in self.came):
+            time.sleep(0.05)
+            self.check()
+
+    def _run(self, index: int) -> None:
+        events = self.client.generate(
+            token_ids=prompt(64), max_tokens=2000, temperature=0.0, ignore_end_of_text=True
+        )
+        try:
+            for event in events:
+                if isinstance(event, Tokens):
+                    self.came[index] += [time.perf_counter()] * len(event.ids)
+                if self.stop.is_set():
+                    return
+        except BaseException as error:
+            self.failures.append(error)
+        finally:
+            events.close()
+
+    def check(self) -> None:
+        if self.failures:
+            raise self.failures[0]
+
+    def between(self, begin: float, end: float) -> list[float]:
+        """Times between two tokens, ms, of all streams in a window."""
+        return [
+            1e3 * (after - before)
+            for came in self.came
+            for before, after in itertools.pairwise(came)
+            if begin <= before and after <= end
+        ]
+
+    def close(self) -> None:
+        self.stop.set()
+        for thread in self.threads:
+            thread.join()
+
+
+def arriving(client: Client, tokens: int, alone_first: bool) -> tuple[list[float], list[float]]:
+    """Times between tokens of the others: alone, and while a prompt is computed and arrives."""
+    others = Others(client)
+    others.start()
+    try:
+        alone: list[float] = []
+
+        def quiet(seconds: float) -> None:
+            begin = time.perf_counter()
+            time.sleep(seconds)
+            alone.extend(others.between(begin, time.perf_counter()))
+
+        if alone_first:
+            quiet(10.0)
+        begin = time.perf_counter()
+        came = arrivals(client, prompt(tokens), 2)
+        beside = others.between(begin, came[-1])
+        if not alone_first:
+            quiet(10.0)
+        others.check()
+        return alone, beside
+    finally:
+        others.close()
+
+
+def quantile(values: list[float], part: float) -> float:
+    """The value below which a part lies."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
+
+
+def measure(quick: bool) -> tuple[list[Figure], dict[str, int]]:
+    """Runs part two; its figures, and how many blocks were repeated or kept although busy."""
+    plan = QUICK if quick else FULL
+    figures: list[Figure] = []
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        split, split_pid = stack.enter_context(cluster(folder, 1, 1, 0))
+        both, both_pid = stack.enter_context(cluster(folder, 0, 0, 1))
+        for client in (split, both):
+            arrivals(client, prompt(64), 4)
+
+        def own() -> list[int]:
+            return [*descendants(split_pid), *descendants(both_pid)]
+
+        rows, added, repeated, busy = [], [], 0, 0
+        for tokens, rounds in plan.rounds.items():
+            cases = {
+                "split": lambda tokens=tokens: gap_ms(split, tokens),
+                "both": lambda tokens=tokens: gap_ms(both, tokens),
+            }
+            blocks = alternate(cases, rounds, own)  # type: ignore[arg-type]
+            repeated, busy = repeated + blocks.repeated, busy + blocks.kept_busy
+            added.append(blocks.median_difference("split", "both", lambda gap: gap))
+            for case in cases:
+                gaps = blocks.results[case]
+                rows.append([tokens, case, quantile(gaps, 0.5), quantile(gaps, 0.95), len(gaps)])
+            rows[-2].append(added[-1])
+            figures.append(Figure(f"second_token_added_{tokens}_ms", added[-1], "ms", "lower"))
+        head = ["prompt", "cluster", "first to second p50 ms", "p95 ms", "requests", "added ms"]
+        print_table("From first to second token", head, [[*row, None][:6] for row in rows])
+        figures.append(Figure("second_token_added_ms", max(added), "ms", "lower"))
+
+        watch = MachineWatch(own())
+        runs = [
+            arriving(split, plan.arriving_tokens, number % 2 == 0)
+            for number in range(plan.arriving_rounds)
+        ]
+        share = watch.share_of_others()
+        alone = [gap for run in runs for gap in run[0]]
+        beside = [gap for run in runs for gap in run[1]]
+        table = [
+            [name, statistics.fmean(gaps), quantile(gaps, 0.5), quantile(gaps, 0.99), len(gaps)]
+            for name, gaps in (("alone", alone), ("arriving", beside))
+        ]
+        title = f"{OTHERS} streams on decode while {plan.arriving_tokens} tokens arrive"
+        print_table(title, ["", "ITL mean ms", "p50 ms", "p99 ms", "gaps"], table)
+        print(f"others used {100 * share:.0f} % of the machine meanwhile")
+        p50 = quantile(beside, 0.5) / quantile(alone, 0.5)
+        p99 = quantile(beside, 0.99) / quantile(alone, 0.99)
+        figures.append(Figure("itl_ratio_while_arriving", p50, "ratio", "lower"))
+        figures.append(Figure("itl_p99_ratio_while_arriving", p99, "ratio", "lower"))
+    return figures, {"blocks_repeated": repeated, "blocks_kept_busy": busy}
