@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         chosen = WorkerSettings.from_mapping(values)
+        from kvmesh._router import WorkerIdTakenError
         from kvmesh.worker.serve import main
     except SettingError as error:
         raise UsageError(str(error)) from error
@@ -49,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
         return main(chosen, announcer(args.announce_fd))
     except SettingError as error:
         raise UsageError(str(error)) from error
+    except WorkerIdTakenError as error:
+        raise UsageError(f"worker_id: {error}; allowed is a name that no worker has") from error
 
 
 def _missing(error: ModuleNotFoundError) -> UsageError:
