@@ -75,10 +75,7 @@ impl KvCost {
         let holder = best_holder(cluster, request);
         let mut plans = Vec::new();
         for worker in &sides.whole {
-            let side = self.prefill_side(worker, request, holder);
-            let mut terms = side.terms;
-            add_decode(&mut terms, worker, request);
-            plans.push(considered(whole_plan(&side), terms, &side));
+            plans.push(self.whole(worker, request, holder));
         }
         let prefills = self.best(
             sides
@@ -108,7 +105,11 @@ impl KvCost {
             pair(&prefills, &decodes, request, &mut plans);
         }
         if plans.is_empty() {
-            return Err(NoPlan::NoPair);
+            // For these decode workers there is no prefill worker: they do all.
+            let alone = able(cluster, request, Duty::Whole, &[Role::Decode, Role::Both]);
+            for worker in alone.map_err(|_| NoPlan::NoPair)? {
+                plans.push(self.whole(worker, request, holder));
+            }
         }
         plans.sort_by(|a, b| {
             a.terms
@@ -117,6 +118,19 @@ impl KvCost {
                 .then(a.plan.cmp(&b.plan))
         });
         Ok(plans)
+    }
+
+    /// All of it on one worker.
+    fn whole(
+        &self,
+        worker: &WorkerView,
+        request: &RequestView<'_>,
+        holder: Option<(&WorkerView, u64)>,
+    ) -> Considered {
+        let side = self.prefill_side(worker, request, holder);
+        let mut terms = side.terms;
+        add_decode(&mut terms, worker, request);
+        considered(whole_plan(&side), terms, &side)
     }
 
     fn prefill_side<'a>(

@@ -369,7 +369,14 @@ fn kv_of_other_kinds_is_not_paired() {
         );
     }
     workers.pop();
-    assert_eq!(choose(&workers, &request(&none, 1)), Err(NoPlan::NoPair));
+    // What is left does not pair: decode computes the prompt itself.
+    assert_eq!(
+        choose(&workers, &request(&none, 1)).unwrap().plan(),
+        Plan::Whole {
+            worker: WorkerSlot(1),
+            source: None
+        }
+    );
 }
 
 prop_compose! {
