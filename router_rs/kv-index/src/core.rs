@@ -322,6 +322,10 @@ impl Core {
         self.entries
     }
 
+    pub(crate) fn held(&self, worker: usize) -> u64 {
+        self.sets.held(worker)
+    }
+
     pub(crate) fn holder_sets(&self) -> usize {
         self.sets.len()
     }

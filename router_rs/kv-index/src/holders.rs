@@ -82,6 +82,12 @@ impl HolderSets {
         &self.sets[id as usize].holders
     }
 
+    /// Blocks that a worker holds in any tier: one pass over the sets.
+    pub(crate) fn held(&self, worker: usize) -> u64 {
+        let of_worker = self.sets.iter().filter(|kept| kept.any.has(worker));
+        of_worker.map(|kept| kept.blocks).sum()
+    }
+
     /// The set with one (worker, tier) added or taken out. The caller moves
     /// its block there by [`HolderSets::move_block`] before it asks again.
     /// Where numbers run out, a block gets no new holder: that costs a hit,

@@ -279,6 +279,12 @@ impl KvIndex {
         self.reader().lookup(chain, found);
     }
 
+    /// Blocks of a worker that are here, in any tier; 0 for a slot without a
+    /// worker. Walks over the sets of holders: not for every request.
+    pub fn held(&self, worker: WorkerSlot) -> u64 {
+        self.reader().held(worker.at())
+    }
+
     /// How full it is. Walks over the sets of holders: not for every request.
     pub fn stats(&self) -> IndexStats {
         let writer = self.writer();

@@ -90,7 +90,7 @@ pub struct Counters {
     pub cache_frames: Count,
     /// Bytes on the cache lane, as encoded.
     pub cache_bytes: Count,
-    /// Cache events that the index dropped: their parent was not known.
+    /// Cache events that were dropped: of a kind that is not known here.
     pub cache_events_dropped: Count,
     /// Tokeniser downloads.
     pub tokenizer_fetches: Count,

@@ -8,7 +8,9 @@ use std::{
 use kvmesh_kv_index::{
     CacheChange, IndexSettings, KvIndex, Matches, WorkerSlot, chain_values, namespace_root,
 };
-use kvmesh_scheduler::{Booking as Load, Class, Considered, Needs, NoPlan, RequestView};
+use kvmesh_scheduler::{
+    Booking as Load, Class, Considered, Needs, NoPlan, OutputLengths, RequestView,
+};
 use kvmesh_session::{
     TransferId, WorkerIndex,
     generation::{Cause, Event, Plan, PlanRequest},
@@ -33,6 +35,7 @@ pub(super) struct Dispatcher {
     pub(super) index: Arc<KvIndex>,
     placer: Mutex<Placer>,
     pub(super) waits: Waits,
+    lengths: Mutex<OutputLengths>,
 }
 
 /// What came of trying to place a request.
@@ -80,12 +83,36 @@ impl Dispatcher {
             placer: Mutex::new(Placer::new(Arc::clone(&index), router)),
             index,
             waits: Waits::new(),
+            lengths: Mutex::new(OutputLengths::new(EXPECTED_OUTPUT)),
         }
     }
 
     // No map of it is left half changed by an operation on it.
     pub(super) fn placer(&self) -> MutexGuard<'_, Placer> {
         self.placer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lengths(&self) -> MutexGuard<'_, OutputLengths> {
+        self.lengths.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Expected length of a request's output that has `made` tokens: what its
+    /// client said, or what is learnt.
+    pub(super) fn expected_output(&self, request: &AdmittedRequest, made: u32) -> u32 {
+        let most = request.max_tokens;
+        match request.expected_output_tokens {
+            0 => {
+                let class = class_of(request.class);
+                self.lengths().expected(&request.model, class, made, most)
+            }
+            told => told.min(most),
+        }
+    }
+
+    /// An output is complete.
+    pub(super) fn learn_output(&self, request: &AdmittedRequest, tokens: u32) {
+        let class = class_of(request.class);
+        self.lengths().observe(&request.model, class, tokens);
     }
 
     /// Requests that wait.
@@ -124,6 +151,7 @@ impl Core {
         self.dispatcher.index.lookup_into(open.chain(), &mut cached);
         let id = u128::from_le_bytes(open.id.0);
         let border = open.next_index();
+        let expected = self.dispatcher.expected_output(&open.request, border);
         let chosen = {
             let mut placer = self.dispatcher.placer();
             let excluded: SmallVec<[WorkerSlot; 4]> = request
@@ -131,7 +159,7 @@ impl Core {
                 .iter()
                 .filter_map(|(worker, _)| placer.slot(*worker))
                 .collect();
-            let view = request_view(&open.request, id, border, &cached, &excluded);
+            let view = request_view(&open.request, id, border, expected, &cached, &excluded);
             let explain = self.settings.decisions_kept > 0;
             placer.choose(&Wanted {
                 request: view,
@@ -171,6 +199,7 @@ impl Core {
             return Tried::NotYet;
         }
         let sent = Some(waits.sent(placed.prefill, open));
+        self.note_sent(open, &placed);
         self.decisions
             .decided(open.id, self.decision(open, &placed));
         let prefix_from = placed.source.and_then(|source| {
@@ -198,6 +227,18 @@ impl Core {
             decide: began.elapsed(),
         });
         Tried::Done
+    }
+
+    /// Workers without cache events: what is sent there counts as cached.
+    fn note_sent(&self, open: &Open, placed: &Placed) {
+        let now_ms = self.dispatcher.waits.now_ms() as u64;
+        let (prefill, decode) = (placed.plan.prefill(), placed.plan.decode());
+        let two = (decode != prefill).then_some(decode);
+        for slot in [prefill].into_iter().chain(two) {
+            // A worker that left meanwhile holds nothing any more.
+            let index = &self.dispatcher.index;
+            let _ = index.record_sent(slot, open.chain(), now_ms);
+        }
     }
 
     fn parties(&self, placed: &Placed) -> Option<SmallVec<[Party; 2]>> {
@@ -338,7 +379,11 @@ impl Core {
         events: &v1::CacheEvents,
     ) -> Option<u64> {
         let slot = self.dispatcher.placer().slot(worker.index)?;
-        apply_cache(&self.dispatcher.index, slot, events)
+        let fed = apply_cache(&self.dispatcher.index, slot, events);
+        if fed.dropped > 0 {
+            self.counters.cache_events_dropped.add(fed.dropped);
+        }
+        fed.last
     }
 
     /// What is known of a worker's cache is void.
@@ -351,10 +396,14 @@ impl Core {
 
     /// The row of a worker.
     pub(super) fn status(&self, worker: &WorkerEntry) -> v1::WorkerStatus {
-        let step_model = self.dispatcher.placer().step_model(worker.index);
+        let (step_model, slot) = {
+            let placer = self.dispatcher.placer();
+            (placer.step_model(worker.index), placer.slot(worker.index))
+        };
         let status = worker.status();
         v1::WorkerStatus {
             step_model: step_model.or(status.step_model),
+            indexed_blocks: slot.map_or(0, |slot| self.dispatcher.index.held(slot)),
             ..status
         }
     }
@@ -444,6 +493,7 @@ pub(super) fn request_view<'a>(
     request: &'a AdmittedRequest,
     id: u128,
     output_tokens: u32,
+    expected_output: u32,
     cached: &'a Matches,
     excluded: &'a [WorkerSlot],
 ) -> RequestView<'a> {
@@ -452,10 +502,6 @@ pub(super) fn request_view<'a>(
         && sampling.frequency_penalty == 0.0
         && sampling.presence_penalty == 0.0;
     let grammar = request.grammar.as_ref();
-    let expected = match request.expected_output_tokens {
-        0 => EXPECTED_OUTPUT,
-        told => told,
-    };
     RequestView {
         id,
         model: &request.model,
@@ -464,7 +510,7 @@ pub(super) fn request_view<'a>(
         prompt_tokens: u32::try_from(request.prompt_ids.len()).unwrap_or(u32::MAX),
         output_tokens,
         max_tokens: request.max_tokens,
-        expected_output: expected.min(request.max_tokens),
+        expected_output,
         class: class_of(request.class),
         needs: Needs {
             grammar: grammar.is_some(),

@@ -158,6 +158,8 @@ impl Core {
                 }
             }
             self.expire_queued(now);
+            let now_ms = self.dispatcher.waits.now_ms() as u64;
+            self.dispatcher.index.expire(now_ms);
         }
     }
 }

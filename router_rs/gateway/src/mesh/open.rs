@@ -471,7 +471,11 @@ impl Open {
         }
         let counters = &self.core.counters;
         match &outcome {
-            Outcome::Finished { .. } => counters.finished.add(1),
+            Outcome::Finished { .. } => {
+                counters.finished.add(1);
+                let made = state.machine.next_index();
+                self.core.dispatcher.learn_output(&self.request, made);
+            }
             Outcome::Stopped(Stop::ClientGone) => counters.cancelled.add(1),
             Outcome::Stopped(Stop::SlowClient) => {
                 counters.slow_clients.add(1);

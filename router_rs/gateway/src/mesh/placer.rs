@@ -412,13 +412,17 @@ impl Placer {
     }
 }
 
-/// Feeds a frame of the cache lane to the index; gives the number of the last
-/// event that is applied.
-pub(super) fn apply_cache(
-    index: &KvIndex,
-    slot: WorkerSlot,
-    events: &v1::CacheEvents,
-) -> Option<u64> {
+/// What a frame of the cache lane came to.
+pub(super) struct Fed {
+    /// Number of the last event that is applied; `None` while a snapshot is not
+    /// whole.
+    pub(super) last: Option<u64>,
+    /// Events of a kind that this version does not know.
+    pub(super) dropped: u64,
+}
+
+/// Feeds a frame of the cache lane to the index.
+pub(super) fn apply_cache(index: &KvIndex, slot: WorkerSlot, events: &v1::CacheEvents) -> Fed {
     let changes: Vec<CacheChange<'_>> = events
         .events
         .iter()
@@ -434,14 +438,17 @@ pub(super) fn apply_cache(
             v1::cache_event::Kind::Cleared(_) => Some(CacheChange::Cleared),
         })
         .collect();
+    let count = events.events.len() as u64;
+    let dropped = count - changes.len() as u64;
     if let Some(part) = &events.snapshot {
         // The slot is this session's own: it is there.
         let _ = index.snapshot(slot, &changes, part.first, part.last);
-        return part.last.then_some(part.as_of_event);
+        let last = part.last.then_some(part.as_of_event);
+        return Fed { last, dropped };
     }
     let _ = index.apply(slot, &changes);
-    let count = events.events.len() as u64;
-    (count > 0).then(|| events.first_event.saturating_add(count - 1))
+    let last = (count > 0).then(|| events.first_event.saturating_add(count - 1));
+    Fed { last, dropped }
 }
 
 fn tier_of(tier: i32) -> Tier {

@@ -100,7 +100,8 @@ impl Waits {
         ms(open.request.arrived.saturating_duration_since(self.started)) + open.urgency_ms
     }
 
-    fn now_ms(&self) -> f64 {
+    /// The queue's clock, ms.
+    pub(super) fn now_ms(&self) -> f64 {
         ms(self.started.elapsed())
     }
 
@@ -208,7 +209,8 @@ impl Core {
         };
         let mut cached = Matches::default();
         self.dispatcher.index.lookup_into(chain, &mut cached);
-        let view = request_view(request, 0, 0, &cached, &[]);
+        let expected = self.dispatcher.expected_output(request, 0);
+        let view = request_view(request, 0, 0, expected, &cached, &[]);
         let waits = &self.dispatcher.waits;
         let arrival = ms(request.arrived.saturating_duration_since(waits.started));
         let targets = ClassTargets::default();

@@ -255,6 +255,12 @@ impl Session {
             .into_inner();
         let first = next_frame(&mut inbound).await?;
         let hello = parse::hello(first).map_err(Ended::Violation)?;
+        let table = &self.core.table;
+        if table.drop_double(&self.worker, &hello.record.worker_id) {
+            // The entry of the registry keeps its session, or dials again.
+            self.worker.stop.cancel();
+            return Err(Ended::Stopped);
+        }
         let actions = self
             .link
             .apply(Event::Hello(&hello))

@@ -297,11 +297,19 @@ impl Table {
     /// Takes the registry's list of (worker id, gRPC address).
     pub(super) fn sync(&self, registered: &BTreeMap<String, String>) -> Difference {
         let mut difference = Difference::default();
+        let mut known: Vec<String> = Vec::new();
         for entry in self.all() {
+            let mut view = entry.view();
             let Some(id) = &entry.expected_id else {
+                // Named by address too: it is one worker and keeps one session.
+                let own = view.record.as_ref().map(|record| &record.worker_id);
+                let mut listed = registered.iter();
+                let same = listed.find(|(id, at)| **at == view.address || own == Some(*id));
+                view.registered = same.is_some();
+                known.extend(same.map(|(id, _)| id.clone()));
                 continue;
             };
-            let mut view = entry.view();
+            known.push(id.clone());
             if let Some(address) = registered.get(id) {
                 let changed = view.address != *address || !view.registered;
                 view.registered = true;
@@ -316,11 +324,6 @@ impl Table {
                 }
             }
         }
-        let known: Vec<_> = self
-            .all()
-            .iter()
-            .filter_map(|e| e.expected_id.clone())
-            .collect();
         for (id, address) in registered {
             if !known.contains(id) {
                 let entry = self.add(Some(id.clone()), address);
@@ -330,6 +333,17 @@ impl Table {
         }
         self.remove(&difference.removed);
         difference
+    }
+
+    /// Whether an entry at a fixed address turned out to be a worker that the
+    /// registry named by another address. It is then off the table.
+    pub(super) fn drop_double(&self, entry: &Arc<WorkerEntry>, id: &str) -> bool {
+        let named = |other: &Arc<WorkerEntry>| other.expected_id.as_deref() == Some(id);
+        let double = entry.expected_id.is_none() && self.all().iter().any(named);
+        if double {
+            self.remove(std::slice::from_ref(entry));
+        }
+        double
     }
 
     fn remove(&self, gone: &[Arc<WorkerEntry>]) {
@@ -354,5 +368,52 @@ impl Table {
             *count += 1;
         }
         counts
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn list(workers: &[(&str, &str)]) -> BTreeMap<String, String> {
+        let owned = |(id, at): &(&str, &str)| ((*id).to_owned(), (*at).to_owned());
+        workers.iter().map(owned).collect()
+    }
+
+    #[test]
+    fn a_worker_named_twice_has_one_entry() {
+        let table = Table::default();
+        let fixed = table.add_static("127.0.0.1:1");
+        let added = table
+            .sync(&list(&[("a", "127.0.0.1:1"), ("b", "127.0.0.1:2")]))
+            .added;
+        assert_eq!(added.len(), 1);
+        assert_eq!(added[0].name(), "b");
+        assert!(fixed.status().registered);
+        // Its key goes; its address was given, so it stays.
+        let gone = table.sync(&list(&[])).removed;
+        assert_eq!((gone.len(), gone[0].index), (1, added[0].index));
+        assert!(!fixed.status().registered);
+        assert_eq!(table.all().len(), 1);
+    }
+
+    #[test]
+    fn a_fixed_address_that_is_a_registered_worker_goes() {
+        let table = Table::default();
+        let fixed = table.add_static("localhost:1");
+        assert!(!table.drop_double(&fixed, "a"));
+        let added = table.sync(&list(&[("a", "127.0.0.1:1")])).added;
+        assert!(!table.drop_double(&added[0], "a"));
+        assert!(table.drop_double(&fixed, "a"));
+        assert_eq!(table.all().len(), 1);
+    }
+
+    #[test]
+    fn a_new_address_is_taken_over() {
+        let table = Table::default();
+        let added = table.sync(&list(&[("a", "127.0.0.1:1")])).added;
+        let again = table.sync(&list(&[("a", "127.0.0.1:2")]));
+        assert!(again.added.is_empty() && again.removed.is_empty());
+        assert_eq!(added[0].address(), "127.0.0.1:2");
     }
 }

@@ -41,6 +41,9 @@ pub struct MockConfig {
     pub engine_connector: String,
     /// Output index at which an end-of-text token comes. `None`: never.
     pub end_of_text_at: Option<u32>,
+    /// Whether it tells of its cache: what [`super::MockWorker::send_cache`] is
+    /// given, and nothing else.
+    pub cache_events: bool,
     /// Protocol version told in hello, as (major, minor).
     pub version: (u32, u32),
 }
@@ -63,6 +66,7 @@ impl Default for MockConfig {
             prefill_emits_first_token: true,
             engine_connector: String::new(),
             end_of_text_at: None,
+            cache_events: false,
             version: (1, 0),
         }
     }

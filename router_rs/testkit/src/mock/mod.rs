@@ -26,7 +26,7 @@ use std::{
 pub use config::MockConfig;
 pub use faults::{FaultPlan, Faults};
 use kvmesh_rpc::v1::{inference_server::InferenceServer, worker_server::WorkerServer};
-use kvmesh_wire::v1::{Role, WorkerRecord};
+use kvmesh_wire::v1::{CacheEvents, Role, WorkerRecord};
 pub use state::MockCounters;
 use state::State;
 use tokio::{net::TcpListener, sync::mpsc, task::JoinSet};
@@ -131,6 +131,12 @@ impl MockWorker {
     /// Takes no new work, or takes it again.
     pub fn set_draining(&self, draining: bool) {
         self.state.set_draining(draining);
+    }
+
+    /// Sends a frame of the cache lane to every router with an open session.
+    pub fn send_cache(&self, events: CacheEvents) {
+        // No session: nobody to tell.
+        let _ = self.state.cache.send(events);
     }
 
     /// Stops the worker's thread where it is: connections stay open and

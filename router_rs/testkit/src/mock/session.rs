@@ -5,12 +5,12 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use kvmesh_wire::v1::{
-    Cancelled, EngineHandOff, Found, HandedOff, LoadShare, Opening, Place, Refused, Reserved,
-    RouterFrame, RouterHello, Stage, StageEnd, StepOutput, StepSample, TransferFailed, WorkerFrame,
-    WorkerHello, opening, router_frame, stage_end::End, worker_frame,
+    CacheEvents, Cancelled, EngineHandOff, Found, HandedOff, LoadShare, Opening, Place, Refused,
+    Reserved, RouterFrame, RouterHello, Stage, StageEnd, StepOutput, StepSample, TransferFailed,
+    WorkerFrame, WorkerHello, opening, router_frame, stage_end::End, worker_frame,
 };
 use tokio::{
-    sync::mpsc,
+    sync::{broadcast, mpsc},
     task::JoinSet,
     time::{Instant, sleep_until},
 };
@@ -61,6 +61,7 @@ struct Session {
     found: Vec<Found>,
     rows: Rows,
     pulls: JoinSet<Pulled>,
+    cache: broadcast::Receiver<CacheEvents>,
     last_command: u64,
     next_step: Instant,
     load_sent: Instant,
@@ -99,6 +100,7 @@ pub(super) async fn run(state: Arc<State>, mut inbound: Streaming<RouterFrame>, 
         found: Vec::new(),
         rows: Rows::default(),
         pulls: JoinSet::new(),
+        cache: state.cache.subscribe(),
         last_command: 0,
         next_step: now,
         load_sent: now,
@@ -134,6 +136,9 @@ impl Session {
                             return Ok(());
                         }
                     }
+                }
+                Ok(events) = self.cache.recv() => {
+                    self.send(worker_frame::Frame::Cache(events)).await?;
                 }
                 Some(Ok(pulled)) = self.pulls.join_next() => self.received(pulled),
                 // Others of this thread have their turn between steps.

@@ -10,9 +10,10 @@ use std::{
 };
 
 use kvmesh_wire::v1::{
-    Capabilities, KvCompatibility, KvRoom, Load, LoadShare, ModelRecord, ProtocolVersion, Residue,
-    Role, StepModel, WorkerPhase, WorkerRecord,
+    CacheEvents, Capabilities, KvCompatibility, KvRoom, Load, LoadShare, ModelRecord,
+    ProtocolVersion, Residue, Role, StepModel, WorkerPhase, WorkerRecord,
 };
+use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
 use super::{config::MockConfig, faults::Faults, hand_off::Offers};
@@ -20,6 +21,9 @@ use crate::tokens::TokenFunction;
 
 /// Tokens in a block of the pretended pool.
 pub(super) const BLOCK_TOKENS: u64 = 16;
+
+/// Cache frames that may wait for a session; older ones are lost to it.
+const CACHE_FRAMES: usize = 256;
 
 /// Everything that the tasks of one worker share.
 #[derive(Debug)]
@@ -30,6 +34,8 @@ pub(super) struct State {
     pub(super) faults: Faults,
     pub(super) counters: Counters,
     pub(super) offers: Offers,
+    /// Frames of the cache lane, for every open session.
+    pub(super) cache: broadcast::Sender<CacheEvents>,
     /// Cancelled when the worker is to end.
     pub(super) stop: CancellationToken,
     pub(super) died: AtomicBool,
@@ -58,6 +64,7 @@ impl State {
             faults: Faults::default(),
             counters: Counters::default(),
             offers: Offers::default(),
+            cache: broadcast::Sender::new(CACHE_FRAMES),
             stop: CancellationToken::new(),
             died: AtomicBool::new(false),
             draining: AtomicBool::new(false),
@@ -335,6 +342,7 @@ fn record(config: &MockConfig, address: String, transfer_address: String) -> Wor
             pool_blocks: config.pool_blocks,
             block_bytes: 1024,
             hash_scheme: 1,
+            cache_events: config.cache_events,
             kv: Some(KvCompatibility {
                 model_digest: config.model_digest.clone(),
                 dtype: "float32".to_owned(),
