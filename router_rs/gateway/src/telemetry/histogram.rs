@@ -47,7 +47,9 @@ impl Histogram {
 
     /// Sum in seconds, number, and (bound, count) of each bucket.
     pub(super) fn read(&self) -> (f64, u64, Vec<(f64, u64)>) {
-        let bounds = BOUNDS.iter().copied().chain([f64::MAX]);
+        // Scrapers refuse a histogram without a bucket named `+Inf`, and only
+        // the infinite bound is written so.
+        let bounds = BOUNDS.iter().copied().chain([f64::INFINITY]);
         let buckets: Vec<_> = bounds
             .zip(
                 self.counts
@@ -100,6 +102,6 @@ mod tests {
         assert_eq!(count, 2);
         assert!((sum - 500.01).abs() < 1e-6);
         assert_eq!(buckets[4], (0.01, 1));
-        assert_eq!(buckets[BUCKETS - 1].1, 1);
+        assert_eq!(buckets[BUCKETS - 1], (f64::INFINITY, 1));
     }
 }
