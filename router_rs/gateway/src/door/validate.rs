@@ -279,6 +279,13 @@ pub(super) fn token_ids(ids: &[u32], model: &ServedModel) -> Result<(), RequestE
     check.that(!ids.is_empty(), "token_ids.ids", || {
         "at least 1 id".to_owned()
     });
+    let context = model.record.context_length;
+    check.that(ids.len() < context as usize, "token_ids.ids", || {
+        format!(
+            "{} ids; the context of {context} must leave room for 1 more",
+            ids.len()
+        )
+    });
     if let Some(at) = ids.iter().position(|id| *id >= vocabulary) {
         let field = format!("token_ids.ids[{at}]");
         check.that(false, &field, || {
