@@ -52,6 +52,33 @@ test-rust: $(STAMPS)/test-$(ENV_KEY) ## Run the Rust tests
 test-python: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) ## Run the Python tests
 	$(BIN)/python -m pytest -m "not slow" --ignore=tests/interop
 
+# Crates with unsafe code, under the compiler's sanitizers; no nightly is
+# needed, only its switches. A folder of its own: the flags change every crate.
+SANITIZED := -p kvmesh-transfer -p kvmesh-attention
+SANITIZE := RUSTC_BOOTSTRAP=1 cargo test --target x86_64-unknown-linux-gnu
+
+.PHONY: sanitize
+sanitize: sanitize-address sanitize-thread ## Run the tests of crates with unsafe code under the sanitizers
+
+.PHONY: sanitize-address
+sanitize-address:
+	@echo "== tests under AddressSanitizer: $(SANITIZED)"
+	RUSTFLAGS=-Zsanitizer=address $(SANITIZE) --target-dir target/sanitize-address $(SANITIZED)
+
+# Unit tests only: the standard library comes without the sanitizer, so that
+# what its mutexes order is not seen, and whole nodes are all mutexes.
+.PHONY: sanitize-thread
+sanitize-thread:
+	@echo "== unit tests under ThreadSanitizer: kvmesh-transfer"
+	TSAN_OPTIONS=suppressions=$(CURDIR)/router_rs/transfer/tests/thread_sanitizer.supp \
+	RUSTFLAGS="-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer" $(SANITIZE) \
+		--target-dir target/sanitize-thread -p kvmesh-transfer --lib
+
+ifeq ($(shell uname -m),x86_64)
+test: sanitize-address
+test-long: sanitize
+endif
+
 .PHONY: interop
 interop: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) ## Run the clients in other languages against a cluster
 	@if [ -d tests/interop ]; then $(BIN)/python -m pytest -m "not slow" tests/interop; fi

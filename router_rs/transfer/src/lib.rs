@@ -2,8 +2,8 @@
 //!
 //! Reading order: `pool` (where blocks lie), `checksum` (copy and hash in one
 //! pass), `sender` and `receiver` (the rules, pure), `node` (the face), `drive`
-//! (does what the rules say), `peers` (threads), `connection` and `attach`
-//! (bytes and descriptors).
+//! (does what the rules say), `peers` (threads), `incoming` (what peers say),
+//! `connection` and `attach` (bytes and descriptors).
 
 mod attach;
 pub mod checksum;
@@ -14,6 +14,7 @@ mod event;
 mod frame;
 mod gate;
 mod id;
+mod incoming;
 mod jobs;
 mod node;
 mod peers;
