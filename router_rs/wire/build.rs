@@ -40,9 +40,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let bare = bare.encode_to_vec();
     std::fs::write(out.join("descriptors.bin"), &bare)?;
 
-    prost_build::Config::new()
-        .bytes(["."])
-        .compile_fds(files)?;
+    prost_build::Config::new().bytes(["."]).compile_fds(files)?;
     pbjson_build::Builder::new()
         .register_descriptors(&bare)?
         .ignore_unknown_fields()

@@ -29,7 +29,8 @@ role = "decode"
 kv_pool_tokens = 65536
 ```
 
-The program `kvmesh-router` takes the same router settings, from a file without sections.
+The program `kvmesh-router` takes the same router settings, from the section `[router]` or
+from a file without sections.
 """
 
 

@@ -1,5 +1,5 @@
 //! How fast text goes in and out on one core: `cargo run --release -p
-//! kvmesh-text --example speed -- tokenizer.json`.
+//! kvmesh-text --example text_speed -- tokenizer.json`.
 #![allow(clippy::unwrap_used)]
 
 use kvmesh_text::{Limits, ModelText, TextFile, TextSettings};

@@ -1,5 +1,5 @@
 //! How fast the index is on one core: `cargo run --release -p kvmesh-kv-index
-//! --example speed`. The workload: 2,000 prefixes of 512 blocks over 64
+//! --example index_speed`. The workload: 2,000 prefixes of 512 blocks over 64
 //! workers, a twentieth of them on 8 workers, stored in runs of 32.
 #![allow(clippy::unwrap_used)]
 
