@@ -55,7 +55,8 @@ test-python: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) ## Run the Python tests
 # Crates with unsafe code, under the compiler's sanitizers; no nightly is
 # needed, only its switches. A folder of its own: the flags change every crate.
 SANITIZED := -p kvmesh-transfer -p kvmesh-attention
-SANITIZE := RUSTC_BOOTSTRAP=1 cargo test --target x86_64-unknown-linux-gnu
+SANITIZE := RUSTC_BOOTSTRAP=1 CARGO_INCREMENTAL=0 CARGO_PROFILE_DEV_DEBUG=line-tables-only \
+	cargo test --target x86_64-unknown-linux-gnu
 
 .PHONY: sanitize
 sanitize: sanitize-address sanitize-thread ## Run the tests of crates with unsafe code under the sanitizers
