@@ -32,10 +32,11 @@ def leave(request) -> Callable[[RawHttp2, int], None]:
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory) -> Iterator[Cluster]:
     """A pair in which every state lasts: 0.3 s for 128 tokens of a prompt, and
-    half a second for a token of the output."""
+    half a second for a token of the output. Requests go to their workers well
+    before these would start them."""
     cluster = Cluster(tmp_path_factory.mktemp("slow"))
     try:
-        endpoint = cluster.start_router()
+        endpoint = cluster.start_router("--dispatch-ahead", "1m")
         cluster.start_worker("p", "prefill", "--engine-arguments", "profile=cpu-135m")
         cluster.start_worker("d", "decode", "--engine-arguments", "profile=cpu-135m,speed=0.1")
         cluster.wait_live(endpoint, "p", "d")

@@ -107,7 +107,9 @@ def test_a_second_turn_finds_what_the_first_left(square) -> None:
             ]
             second = client.complete(messages=turns, **OPTIONS)
             # All whole blocks of the first prompt, wherever the second turn ran.
-            assert second.usage.cached_tokens >= first.usage.prompt_tokens // 16 * 16 - 16
+            found = second.usage.cached_tokens + second.usage.pulled_tokens
+            assert found >= first.usage.prompt_tokens // 16 * 16 - 16
+            assert second.usage.computed_tokens == second.usage.prompt_tokens - found
             assert second.usage.attempts == 1
     wait_quiet(square, endpoint, "p1", "p2", "d1", "d2")
 
