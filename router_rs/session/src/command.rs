@@ -61,6 +61,8 @@ pub struct Placement {
     pub request_id: String,
     /// Predicted start there, in milliseconds from now.
     pub predicted_start_ms: f64,
+    /// Whether the worker is to tell its spans at the stage's end.
+    pub trace: bool,
 }
 
 /// A command of a session. Its number is given when it is sent.
@@ -180,6 +182,7 @@ fn place(generation: GenerationId, fence: Fence, placement: Placement) -> v1::Pl
         tracestate: placement.tracestate,
         request_id: placement.request_id,
         predicted_start_ms: placement.predicted_start_ms,
+        trace: placement.trace,
         ..v1::Place::default()
     }
 }

@@ -440,6 +440,7 @@ impl Open {
             tracestate: self.request.tracestate.clone(),
             request_id: self.request.request_id.clone(),
             predicted_start_ms: chosen.map_or(0.0, |chosen| chosen.predicted_start_ms),
+            trace: self.request.trace,
         })
     }
 
