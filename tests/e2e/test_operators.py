@@ -50,8 +50,8 @@ def test_an_unknown_worker_or_generation_is_told(pair, capsys) -> None:
 def test_without_a_router_the_way_out_is_told(capsys) -> None:
     assert main(["generate", "Hi", "--endpoint", "127.0.0.1:1"]) == 1
     assert "kvmesh up" in capsys.readouterr().err
-    with kvmesh.Client("127.0.0.1:1") as nobody:
-        with pytest.raises(kvmesh.MeshUnavailableError) as caught:
-            nobody.models(timeout=5)
+    nobody = kvmesh.Client("127.0.0.1:1")
+    with nobody, pytest.raises(kvmesh.MeshUnavailableError) as caught:
+        nobody.models(timeout=5)
     # Nobody of ours said that.
     assert caught.value.reason == ""
