@@ -135,8 +135,11 @@ class Session:
         """Drops timers. Called once, when the stream has ended."""
         if self._load_timer is not None:
             self._load_timer.cancel()
-        # Taken, so that a reason nobody waited for is not reported as lost.
-        if self._closed.done():
+        if not self._closed.done():
+            # Whoever closes it from now on comes too late, and does no harm.
+            self._closed.cancel()
+        elif not self._closed.cancelled():
+            # Taken, so that a reason nobody waited for is not reported as lost.
             self._closed.exception()
 
     # -- what is sent ------------------------------------------------------
