@@ -14,9 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import grpc
-from etcd import free_ports, start_etcd
+from etcd import start_etcd
 
 from kvmesh.cli.children import Child, Children
+from kvmesh.cli.etcd import free_ports
 from kvmesh.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -36,7 +37,7 @@ class Cluster:
         self.folder = folder
         self.ttl_s = ttl_s
         self.children = Children(logs, lambda *_: None)
-        self._etcd_ports = free_ports(2)
+        self._etcd_ports = free_ports([0, 0])
         self._etcd, self.etcd = start_etcd(self.children, folder / "etcd", self._etcd_ports)
         self.endpoints: list[str] = []
         self.routers: dict[str, Child] = {}

@@ -309,7 +309,7 @@ def session(step_bytes: int) -> Session:
     return Session(
         key="r/1",
         router_id="r",
-        bounds=LaneBounds(step_bytes, 10.0, 0.005, 0.25),
+        bounds=LaneBounds(step_bytes, 10.0, 0.005),
         cache=NoCache(),
         next_event=1,
         read_load=lambda _: wire.Load(),

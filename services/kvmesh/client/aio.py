@@ -12,7 +12,7 @@ import grpc.aio
 from kvmesh.client.channel import call_metadata, channel_options, credentials_for, resolve_target
 from kvmesh.client.errors import error_from_rpc
 from kvmesh.client.events import Event, Result, ResultBuilder, event_from_wire
-from kvmesh.client.request import GenerateOptions, build_chat, build_request
+from kvmesh.client.request import GenerateOptions, build_request, build_tokenize_request
 from kvmesh.v1 import inference_pb2 as wire
 from kvmesh.v1 import inference_pb2_grpc as rpc
 
@@ -94,11 +94,7 @@ class AsyncClient:
         **options: Unpack[GenerateOptions],
     ) -> list[int]:
         """Token ids of `prompt` or `messages`, as `generate` would use them."""
-        request = wire.TokenizeRequest(model=options.get("model", ""))
-        if "messages" in options:
-            request.chat.CopyFrom(build_chat(options["messages"], options))
-        else:
-            request.prompt = options["prompt"]
+        request = build_tokenize_request(options)
         try:
             response = await self._stub.Tokenize(
                 request, timeout=timeout, metadata=call_metadata(self._token, None, None)

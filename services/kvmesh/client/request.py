@@ -140,6 +140,16 @@ def build_chat(messages: Sequence[Message], options: GenerateOptions) -> wire.Ch
     return chat
 
 
+def build_tokenize_request(options: GenerateOptions) -> wire.TokenizeRequest:
+    """A request for the ids of `prompt` or `messages`."""
+    request = wire.TokenizeRequest(model=options.get("model", ""))
+    if "messages" in options:
+        request.chat.CopyFrom(build_chat(options["messages"], options))
+    else:
+        request.prompt = options["prompt"]
+    return request
+
+
 def _set_input(request: wire.GenerateRequest, options: GenerateOptions) -> None:
     given = [key for key in ("prompt", "messages", "token_ids") if key in options]
     if len(given) != 1:

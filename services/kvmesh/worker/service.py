@@ -169,7 +169,6 @@ class WorkerService:
                 step_bytes=self._settings.step_lane_bytes,
                 step_age_s=self._settings.step_lane_age_s,
                 load_coalesce_s=self._settings.load_coalesce_ms / 1000,
-                load_interval_s=self._settings.load_interval_ms / 1000,
             ),
             cache=self._cache,
             next_event=next_event,

@@ -39,7 +39,6 @@ class LaneBounds:
     step_bytes: int
     step_age_s: float
     load_coalesce_s: float
-    load_interval_s: float
 
 
 @dataclass(slots=True)
