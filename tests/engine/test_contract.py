@@ -3,9 +3,9 @@
 import asyncio
 
 import pytest
-from engine_harness import VOCABULARY, mesh_from, prompt, running, sim
+from engine_harness import VOCABULARY, apply, chains_of, mesh_from, prompt, running, sim
 
-from kvmesh.engine.contract import AttemptId, Stage
+from kvmesh.engine.contract import STORED, AttemptId, Stage
 from kvmesh.engine.sim.content import reference_tokens
 from kvmesh.v1 import inference_pb2 as inference
 from kvmesh.v1 import worker_pb2 as wire
@@ -246,22 +246,16 @@ async def test_samples_tell_what_steps_held(like) -> None:
 
 async def test_events_and_snapshot_tell_the_same_cache(like) -> None:
     engine = sim(like, blocks=30)
-    told: set[int] = set()
-
-    async def follow() -> None:
-        async for batch in engine.events():
-            for event in batch.events:
-                told.update(event.stored.chain)
-                told.difference_update(event.removed.chain)
-
     async with running(engine) as driver:
-        follower = asyncio.create_task(follow())
         for i in range(9):
             await driver.place(prompt(100, i)).ended()
         await driver.idle()
-        parts = [part async for part in engine.snapshot()]
-    await follower
-    chains = [value for _, stores in parts for s in stores for value in s.stored.chain]
+        parts = list(engine.snapshot())
+    told: set[int] = set()
+    for batch in driver.batches:
+        apply(told, batch)
+    assert {change.kind for part in parts for change in part} == {STORED}
+    chains = chains_of(parts)
     assert set(chains) == told
     assert len(chains) == len(told) == engine.load().kv.evictable
 

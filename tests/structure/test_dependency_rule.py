@@ -17,6 +17,7 @@ MAY_KNOW = {
     "rpc": {"wire"},
     "registry": {"wire"},
     "transfer": {"wire"},
+    "worker-port": {"wire"},
     "testkit": {"wire", "rpc", "session", "registry", "kv-index", "text"},
     "gateway": {
         "wire", "rpc", "kv-index", "scheduler", "session", "text", "registry",
@@ -24,7 +25,7 @@ MAY_KNOW = {
     "router": {"gateway", "rpc"},
     "python": {
         "wire", "kv-index", "scheduler", "session", "text", "registry", "transfer", "gateway",
-        "simulator", "attention",
+        "simulator", "attention", "worker-port",
     },
 }  # fmt: skip
 

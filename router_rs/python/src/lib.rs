@@ -7,6 +7,7 @@ mod registry;
 mod router;
 mod router_settings;
 mod transfer;
+mod worker_port;
 
 use pyo3::prelude::*;
 
@@ -18,6 +19,7 @@ fn _router(module: &Bound<'_, PyModule>) -> PyResult<()> {
     chain::add(module)?;
     registry::register(module)?;
     router::register(module)?;
+    worker_port::register(module)?;
     router_settings::register(module)?;
     module.add_class::<attention::PyPagedKv>()?;
     Ok(())

@@ -4,57 +4,56 @@ A step of 64 streams may cost tens of microseconds of Python, not some a
 token. So all that is the same as in the step before is kept: the columns of
 the runner, the columns of the answer, and a calendar that says at which step
 which stream fills a block or reaches its limit. Nothing is looked at a stream
-a step but its new token.
+a step: the new tokens are one column of a table, and a stream's own list gets
+them when somebody is about to read it (`sync`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
-from operator import itemgetter
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
+import numpy.typing as npt
 
 from kvmesh.engine.contract import TokenColumns
 from kvmesh.engine.core.runner import DecodeRows, Slice
 from kvmesh.engine.core.sequence import Sequence
 
+U32 = npt.NDArray[np.uint32]
+
 _SPARE_BLOCKS = 8
 """Columns of a block table that are kept for growth."""
+
+_KEPT_STEPS = 64
+"""Steps whose tokens are kept by columns before all streams get theirs."""
 
 
 class _RouterRows:
     """Rows of one router: what its answers have in every step."""
 
-    __slots__ = ("attempts", "counts", "first_indices", "generations", "owners", "pick", "size")
+    __slots__ = ("attempts", "counts", "first_indices", "generations", "owners", "rows")
 
     def __init__(self, rows: list[int], sequences: list[Sequence], everything: bool) -> None:
         members = [sequences[row] for row in rows]
-        self.size = len(rows)
         self.generations = b"".join(s.id.generation for s in members)
-        self.owners = [s.id.owner for s in members]
-        self.attempts = [s.id.attempt for s in members]
-        self.counts = [1] * len(rows)
-        self.first_indices = [len(s.output_ids) for s in members]
-        self.pick: Callable[[list[int]], Any] | None = None
-        if not everything:
-            # itemgetter of one index gives the item, not a tuple.
-            self.pick = (
-                itemgetter(*rows) if len(rows) > 1 else itemgetter(slice(rows[0], rows[0] + 1))
-            )
+        self.owners = np.array([s.id.owner for s in members], np.uint32)
+        self.attempts = np.array([s.id.attempt for s in members], np.uint32)
+        self.counts = np.ones(len(rows), np.uint32)
+        self.first_indices = np.array([len(s.output_ids) for s in members], np.uint32)
+        self.rows = None if everything else np.array(rows)
 
-    def columns(self, tokens: list[int]) -> TokenColumns:
+    def columns(self, tokens: U32) -> TokenColumns:
         """The answer of a step; advances the indices."""
         firsts = self.first_indices
-        self.first_indices = [index + 1 for index in firsts]
+        self.first_indices = firsts + np.uint32(1)
         return TokenColumns(
             self.generations,
             self.owners,
             self.attempts,
             firsts,
             self.counts,
-            tokens if self.pick is None else self.pick(tokens),
+            tokens if self.rows is None else tokens[self.rows],
         )
 
 
@@ -77,7 +76,14 @@ class DecodeBatch:
         self._dirty = False
         self._tick = 0
         self._calendar: dict[int, list[int]] = {}
-        self._outputs: list[list[int]] = []
+        self._made: U32 = np.empty((_KEPT_STEPS, 0), np.uint32)
+        self._kept = 0
+        """Steps in `_made`."""
+        self._synced: list[int] = []
+        """Of a row: steps in `_made` that its stream has."""
+        self._members: list[Sequence] = []
+        """The streams by row, also where some have left since."""
+        self._stop_ids: list[int] = []
         self.rows = self._empty()
 
     def __len__(self) -> int:
@@ -95,12 +101,14 @@ class DecodeBatch:
 
     def join(self, sequence: Sequence) -> None:
         """Adds a stream whose newest token is not computed yet."""
+        self.sync()
         self.sequences.append(sequence)
         self._dirty = True
 
     def leave(self, gone: Iterable[Sequence]) -> None:
-        """Takes streams out."""
+        """Takes streams out. They have all their tokens."""
         out = {sequence.key for sequence in gone}
+        self.sync()
         self.sequences = [s for s in self.sequences if s.key not in out]
         self._dirty = True
 
@@ -111,6 +119,10 @@ class DecodeBatch:
 
     def _rebuild(self) -> None:
         sequences, size = self.sequences, self._block_tokens
+        self._made = np.empty((_KEPT_STEPS, len(sequences)), np.uint32)
+        self._kept = 0
+        self._synced = [0] * len(sequences)
+        self._members = list(sequences)
         self._dirty = False
         self._tick = 0
         self._calendar = {}
@@ -131,9 +143,9 @@ class DecodeBatch:
             np.array(positions, np.int64),
             tables,
         )
-        self._outputs = [s.output_ids for s in sequences]
         self.context = sum(positions) + len(positions)
         self.stop_ids = frozenset().union(*(s.stop_ids for s in sequences))
+        self._stop_ids = sorted(self.stop_ids)
         self.plain = all(s.plain for s in sequences)
         self.itl_target_ms = min(
             (s.itl_target_ms for s in sequences if s.itl_target_ms), default=0.0
@@ -149,8 +161,27 @@ class DecodeBatch:
     def _note(self, row: int, steps: int) -> None:
         self._calendar.setdefault(self._tick + steps, []).append(row)
 
+    # -- tokens of a stream ------------------------------------------------
+
+    def sync(self) -> None:
+        """Gives all streams the tokens that they have not yet."""
+        if not self._kept:
+            return
+        # Somebody may have left the list of streams, not yet the columns.
+        for row, sequence in enumerate(self._members):
+            self._give(row, sequence)
+        self._kept = 0
+        self._synced = [0] * len(self._members)
+
+    def _give(self, row: int, sequence: Sequence) -> None:
+        first = self._synced[row]
+        if first < self._kept:
+            sequence.output_ids.extend(self._made[first : self._kept, row].tolist())
+            self._synced[row] = self._kept
+
     def slices(self) -> list[Slice]:
         """The streams as slices, for runners and samplings that need them."""
+        self.sync()
         ids, positions, tables = self.rows.ids, self.rows.positions.tolist(), self.rows.tables
         return [
             Slice(
@@ -164,25 +195,38 @@ class DecodeBatch:
             for row, position in enumerate(positions)
         ]
 
-    def advance(self, tokens: list[int]) -> list[int]:
+    def advance(self, tokens: U32) -> list[int]:
         """Takes the new token of each row. Returns rows that need a look.
 
         Those filled a block, reached their limit or may have drawn a stop id;
-        the answer may name a row twice.
+        the answer may name a row twice. Their streams have all their tokens.
         """
-        for output, token in zip(self._outputs, tokens, strict=True):
-            output.append(token)
+        if self._kept == _KEPT_STEPS:
+            self.sync()
+        self._made[self._kept] = tokens
+        self._kept += 1
         self.rows.ids[:] = tokens
         self.rows.positions += 1
         self.context += len(tokens)
         self._tick += 1
         due = self._calendar.pop(self._tick, [])
         if not self.plain:
-            due = list(range(len(tokens)))
+            self.sync()
             self.plain = all(s.plain for s in self.sequences)
-        elif not self.stop_ids.isdisjoint(tokens):
-            due = due + [row for row, token in enumerate(tokens) if token in self.stop_ids]
+            return list(range(len(tokens)))
+        if self._stop_ids:
+            due = due + self._drew_stop_id(tokens)
+        for row in due:
+            self._give(row, self._members[row])
         return due
+
+    def _drew_stop_id(self, tokens: U32) -> list[int]:
+        hits: list[int] = []
+        for stop_id in self._stop_ids:
+            where = tokens == stop_id
+            if where.any():
+                hits += np.flatnonzero(where).tolist()
+        return hits
 
     def grown(self, row: int, sequence: Sequence, first: int) -> None:
         """Takes over a stream's blocks from `first` on, after they changed."""

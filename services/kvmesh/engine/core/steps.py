@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
-from kvmesh.engine.contract import Stage
+from kvmesh.engine.contract import Stage, StepSample
+from kvmesh.engine.core.decode_rows import U32
 from kvmesh.engine.core.queue import Plan, Priority
 from kvmesh.engine.core.runner import ColumnRunner, Runner, Sampled, Slice
 from kvmesh.engine.core.sequence import Sequence, State
@@ -92,11 +93,17 @@ class Steps:
 
     def run(self, plan: Plan) -> None:
         """Runs a step to its end and says what it brought."""
+        columns = self._columns
+        decode_alone = plan.decode and not plan.chunks
+        if decode_alone and columns is not None and self._loop.streams.batch.plain:
+            self._run_columns(columns)
+            return
         load = self._load_of(plan)
         begun = self._clock.now()
         outer = (self.running.since, self.running.predicted_ms)
         self.running.predicted_ms = predict_ms(self._model, load)
         self.running.since = begun
+        self._loop.sink.begin_step(self.running.predicted_ms)
         keys = {chunk.sequence.key for chunk in plan.chunks}
         self._loop.queue.in_step |= keys
         for chunk in plan.chunks:
@@ -118,7 +125,7 @@ class Steps:
         self.running.since, self.running.predicted_ms = outer
         self._drop_ended(plan)
         if result is None:
-            self._loop.shares.count(self._loop.sequences.values())
+            self._loop.count_shares()
             self._loop.flush(0, None)
             return
         ended = self._clock.now()
@@ -130,14 +137,43 @@ class Steps:
         self._take_result(plan, *result, ended)
         self.running.number += 1
         duration = max(0.0, ended - begun - nested[0])
-        sample = wire.StepSample(
-            prefill_tokens=load.prefill_tokens,
-            prefill_context=load.prefill_context,
-            decode_batch=load.decode_batch,
-            decode_context=load.decode_context,
-            duration_us=int(duration * 1e6),
+        sample = StepSample(
+            load.prefill_tokens,
+            load.prefill_context,
+            load.decode_batch,
+            load.decode_context,
+            int(duration * 1e6),
         )
         self._loop.flush(self.running.number, sample)
+
+    def _run_columns(self, columns: ColumnRunner) -> None:
+        """A step of decoding streams alone, by columns: what most steps are."""
+        loop, running, clock = self._loop, self.running, self._clock
+        batch = loop.streams.batch
+        load = StepLoad(decode_batch=len(batch), decode_context=batch.context)
+        begun = clock.now()
+        outer = (running.since, running.predicted_ms)
+        predicted_ms = predict_ms(self._model, load)
+        running.predicted_ms, running.since = predicted_ms, begun
+        loop.sink.begin_step(predicted_ms)
+        tokens = None
+        try:
+            tokens = columns.decode_columns(batch.rows)
+        except Exception as error:
+            _log.exception("step failed prompts=0 decode=%d", len(batch))
+            self._fail(Plan(decode=True), error)
+        running.since, running.predicted_ms = outer
+        if tokens is None:
+            loop.count_shares()
+            loop.flush(0, None)
+            return
+        loop.streams.decoded_at = ended = clock.now()
+        loop.streams.take_tokens(tokens, ())
+        running.number += 1
+        duration_us = int(max(0.0, ended - begun) * 1e6)
+        loop.flush(
+            running.number, StepSample(0, 0, load.decode_batch, load.decode_context, duration_us)
+        )
 
     def _load_of(self, plan: Plan) -> StepLoad:
         load = StepLoad()
@@ -154,7 +190,7 @@ class Steps:
 
     def _forward(
         self, plan: Plan, nested: list[float]
-    ) -> tuple[list[Sampled | None], list[int], list[Sampled | None]] | None:
+    ) -> tuple[list[Sampled | None], U32, list[Sampled | None]] | None:
         """Runs the model. Returns draws of chunks, tokens of rows, draws of rows as slices.
 
         None: abandoned, nobody wants it any more.
@@ -183,7 +219,8 @@ class Steps:
             return sampled, tokens, []
         first = len(slices)
         draws: list[Sampled | None] = result[first:]
-        return result[:first], [draw.token_id for draw in draws if draw is not None], draws
+        tokens = np.array([draw.token_id for draw in draws if draw is not None], np.uint32)
+        return result[:first], tokens, draws
 
     def _slice(self, sequence: Sequence, tokens: int) -> Slice:
         start = sequence.computed
@@ -252,7 +289,7 @@ class Steps:
         self,
         plan: Plan,
         sampled: list[Sampled | None],
-        tokens: list[int],
+        tokens: U32,
         draws: list[Sampled | None],
         now: float,
     ) -> None:
@@ -264,7 +301,7 @@ class Steps:
         if plan.alone is not None and sampled[-1] is not None:
             self._loop.streams.take_suspect(plan.alone, sampled[-1])
         if plan.chunks or plan.alone is not None:
-            self._loop.shares.count(self._loop.sequences.values())
+            self._loop.count_shares()
 
     def _take_chunk(
         self, sequence: Sequence, tokens: int, draw: Sampled | None, now: float

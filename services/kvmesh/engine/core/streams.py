@@ -8,10 +8,11 @@ always stays, so somebody always advances.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
 from kvmesh.engine.core.blocks import BlockPool, Hold
-from kvmesh.engine.core.decode_rows import DecodeBatch
+from kvmesh.engine.core.decode_rows import U32, DecodeBatch
 from kvmesh.engine.core.runner import Sampled
 from kvmesh.engine.core.sequence import Sequence, State
 from kvmesh.engine.core.settings import CoreSettings
@@ -46,7 +47,7 @@ class Streams:
         self.decoded_at = float("-inf")
         """When the last step with these streams ended."""
 
-    def take_tokens(self, tokens: list[int], draws: list[Sampled | None]) -> None:
+    def take_tokens(self, tokens: U32, draws: Seq[Sampled | None]) -> None:
         """The decoding streams' new tokens."""
         loop = self._loop
         batch = self.batch
@@ -55,17 +56,20 @@ class Streams:
         due = batch.advance(tokens)
         for router, rows in batch.routers.items():
             loop.answers.columns(router, rows.columns(tokens))
-        places: dict[str, int] = {}
-        for row, draw in enumerate(draws):
-            sequence = sequences[row]
-            place = places[sequence.router] = places.get(sequence.router, -1) + 1
-            if draw is not None and draw.logprobs is not None:
-                loop.answers.logprobs(sequence, place, draw.logprobs)
+        if draws:
+            self._tell_logprobs(sequences, draws)
         loop.shares.stepped()
         if due:
             stays = [self._look(row, sequences[row]) for row in sorted(set(due))]
             if not all(stays):
-                loop.shares.count(loop.sequences.values())
+                loop.count_shares()
+
+    def _tell_logprobs(self, sequences: list[Sequence], draws: Seq[Sampled | None]) -> None:
+        places: dict[str, int] = {}
+        for sequence, draw in zip(sequences, draws, strict=True):
+            place = places[sequence.router] = places.get(sequence.router, -1) + 1
+            if draw is not None and draw.logprobs is not None:
+                self._loop.answers.logprobs(sequence, place, draw.logprobs)
 
     def _look(self, row: int, sequence: Sequence) -> bool:
         """A stream that filled a block or may have ended. False: it left the batch."""

@@ -11,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmesh._router import KvPool
+from kvmesh.engine.core.decode_rows import U32
 from kvmesh.engine.core.runner import DecodeRows, Sampled, Slice
 from kvmesh.engine.core.step_model import StepLoad, predict_ms
 from kvmesh.engine.sim.content import (
     FIRST_STATE,
+    MASK,
     U64,
     Content,
     K,
@@ -72,6 +74,9 @@ class SimRunner:
             np.uint64(len(self._vocabulary)),
         )
         self._words: U64 = np.empty((0, 0, 0), np.uint64)
+        self._flat: U64 = np.empty((0, 0), np.uint64)
+        """The same as [block * block tokens + token, word]."""
+        self._two = np.uint64(2 * int(self._content.gain) & MASK)
         # What was computed here, by sequence: (next position, state, reading).
         self._known: dict[int, tuple[int, int, int]] = {}
         self._columns = _Columns(0, {})
@@ -112,10 +117,12 @@ class SimRunner:
         """Sees the pool as [block, token, word]."""
         words: U64 = np.frombuffer(memoryview(pool), dtype=np.uint64)
         self._words = words.reshape(-1, self._size, self._content.words)
+        self._flat = words.reshape(-1, self._content.words)
 
     def close(self) -> None:
         """Lets the pool go."""
         self._words = np.empty((0, 0, 0), np.uint64)
+        self._flat = np.empty((0, 0), np.uint64)
         self._known.clear()
 
     # -- steps -------------------------------------------------------------
@@ -130,7 +137,7 @@ class SimRunner:
 
     def forward_columns(
         self, batch: Sequence[Slice], rows: DecodeRows
-    ) -> Generator[None, None, tuple[list[Sampled | None], list[int]]]:
+    ) -> Generator[None, None, tuple[list[Sampled | None], U32]]:
         """As `forward`, with decoding streams by columns."""
         positions = rows.positions
         if not self._settings.instant:
@@ -143,6 +150,17 @@ class SimRunner:
         elif batch:
             yield
         return [self._compute(piece) for piece in batch], self._decode(rows)
+
+    def decode_columns(self, rows: DecodeRows) -> U32:
+        """Takes the time of a step of decoding streams alone; then writes and draws."""
+        if not self._settings.instant:
+            load = StepLoad(
+                decode_batch=len(rows.keys),
+                decode_context=int(rows.positions.sum()) + len(rows.keys),
+            )
+            seconds = predict_ms(self._profile.model, load) / 1000 / self._settings.speed
+            self._clock.sleep_until(self._clock.now() + seconds)
+        return self._decode(rows)
 
     @staticmethod
     def _count(load: StepLoad, piece: Slice) -> None:
@@ -206,33 +224,37 @@ class SimRunner:
             token = self._vocabulary.start + number % len(self._vocabulary)
         return Sampled(token)
 
-    def _decode(self, rows: DecodeRows) -> list[int]:
+    def _decode(self, rows: DecodeRows) -> U32:
         columns, content, positions = self._columns, self._content, rows.positions
         if columns.composition != rows.composition:
             columns = self._columns = self._join(rows)
         states = columns.states
         states *= _K
         states += token_numbers(rows.ids)
-        weights = (2 * positions + 1).view(np.uint64)
-        columns.readings += states * content.gain * weights
-        blocks, places = np.divmod(positions, self._size)
-        self._words[rows.tables[columns.rows, blocks], places] = states[:, None] * content.spread
+        # Positions rise by one a step, and with them weights and places.
+        columns.weights += self._two
+        columns.readings += states * columns.weights
+        columns.places += 1
+        begun = np.flatnonzero(columns.places % self._size == 0)
+        if len(begun):
+            blocks = rows.tables[begun, positions[begun] // self._size]
+            columns.places[begun] = blocks.astype(np.int64) * self._size
+        self._flat[columns.places] = np.multiply.outer(states, content.spread)
         numbers = mix_all(states ^ columns.readings ^ columns.tags)
         tokens = numbers % self._span
         tokens += self._first
         if self._settings.end_of_text:
             ends = mix_all(numbers) % np.uint64(self._settings.end_of_text) == 0
             tokens[ends] = self._ends[-1]
-        columns.positions = positions
-        drawn: list[int] = tokens.tolist()
-        return drawn
+        columns.steps += 1
+        return tokens.astype(np.uint32)
 
     def _join(self, rows: DecodeRows) -> _Columns:
         """States and readings of the new composition; new streams are read."""
         old = self._columns
         for key, row in old.row_of.items():
             self._remember(
-                key, int(old.positions[row]) + 1, int(old.states[row]), int(old.readings[row])
+                key, old.firsts[row] + old.steps, int(old.states[row]), int(old.readings[row])
             )
         before = [
             self._before(key, position, table)
@@ -241,7 +263,10 @@ class SimRunner:
             )
         ]
         columns = _Columns(rows.composition, {key: row for row, key in enumerate(rows.keys)})
-        columns.rows = np.arange(len(rows.keys))
+        columns.firsts = rows.positions.tolist()
+        columns.weights = (2 * rows.positions - 1).view(np.uint64) * self._content.gain
+        blocks = rows.tables[np.arange(len(rows.keys)), (rows.positions - 1) // self._size]
+        columns.places = blocks.astype(np.int64) * self._size + (rows.positions - 1) % self._size
         columns.states = np.array([state for state, _ in before], np.uint64)
         columns.readings = np.array([reading for _, reading in before], np.uint64)
         tags = rows.tags if self._settings.attempt_tokens else [0] * len(rows.tags)
@@ -252,13 +277,22 @@ class SimRunner:
 class _Columns:
     """What is kept of the decoding streams from step to step."""
 
-    __slots__ = ("composition", "positions", "readings", "row_of", "rows", "states", "tags")
+    __slots__ = (
+        "composition", "firsts", "places", "readings", "row_of", "states", "steps", "tags",
+        "weights",
+    )  # fmt: skip
 
     def __init__(self, composition: int, row_of: dict[int, int]) -> None:
         self.composition = composition
         self.row_of = row_of
-        self.rows: npt.NDArray[np.int64] = np.empty(0, np.int64)
-        self.positions: npt.NDArray[np.int64] = np.empty(0, np.int64)
+        self.steps = 0
+        """Steps made in this composition."""
+        self.firsts: list[int] = []
+        """Positions of its first step."""
+        self.places: npt.NDArray[np.int64] = np.empty(0, np.int64)
+        """Rows of the flat pool that were written last."""
+        self.weights: U64 = np.empty(0, np.uint64)
+        """gain * (2 position + 1) of the last step."""
         self.states: U64 = np.empty(0, np.uint64)
         self.readings: U64 = np.empty(0, np.uint64)
         self.tags: U64 = np.empty(0, np.uint64)
