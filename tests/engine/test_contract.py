@@ -303,3 +303,18 @@ async def test_token_ids_outside_the_vocabulary_are_refused(like) -> None:
         assert await attempt.ended() == "refused"
         assert "2000" in attempt.opening.refused.message
         await driver.idle()
+
+
+async def test_streams_that_grow_take_no_room_from_a_prompt_within_its_step(like) -> None:
+    # Prompts are computed beside streams that fill the pool: who gives way is
+    # given back, and nobody's chunk is counted in blocks that went to others.
+    async with running(sim(like, blocks=120)) as driver:
+        attempts = [driver.place(prompt(64 + i, i), max_tokens=300) for i in range(60)]
+        ends = [await attempt.ended() for attempt in attempts]
+        assert set(ends) <= {"finished", "returned"}
+        assert "returned" in ends
+        for attempt, end in zip(attempts, ends, strict=True):
+            if end == "finished":
+                expected = prompt(64 + attempts.index(attempt), attempts.index(attempt))
+                assert attempt.tokens == reference_tokens(expected, 300, VOCABULARY)
+        await driver.idle()

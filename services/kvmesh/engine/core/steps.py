@@ -121,10 +121,10 @@ class Steps:
                 "step failed prompts=%d decode=%d", len(plan.chunks), len(self._loop.streams.batch)
             )
             self._fail(plan, error)
-        self._loop.queue.in_step -= keys
         self.running.since, self.running.predicted_ms = outer
         self._drop_ended(plan)
         if result is None:
+            self._loop.queue.in_step -= keys
             self._loop.count_shares()
             self._loop.flush(0, None)
             return
@@ -295,6 +295,9 @@ class Steps:
     ) -> None:
         if plan.decode:
             self._loop.streams.take_tokens(tokens, draws)
+        # Only now: a stream that needs a block may not take it from a prompt
+        # whose chunk has not been counted yet.
+        self._loop.queue.in_step -= {chunk.sequence.key for chunk in plan.chunks}
         for chunk, draw in zip(plan.chunks, sampled, strict=False):
             if chunk.sequence.state is not State.ENDED:
                 self._take_chunk(chunk.sequence, chunk.tokens, draw, now)
