@@ -3,7 +3,8 @@
 A step of 64 streams may cost tens of microseconds of Python, not some a
 token. So all that is the same as in the step before is kept: the columns of
 the runner, the columns of the answer, and a calendar that says at which step
-which stream fills a block or reaches its limit. Nothing is looked at a stream
+which stream fills its blocks or reaches its limit. Blocks that it fills before
+are cached then, or when it ends. Nothing is looked at a stream
 a step: the new tokens are one column of a table, and a stream's own list gets
 them when somebody is about to read it (`sync`).
 """
@@ -131,7 +132,7 @@ class DecodeBatch:
         tables = np.zeros((len(sequences), width), np.uint32)
         for row, sequence in enumerate(sequences):
             tables[row, : len(sequence.blocks)] = sequence.blocks
-            self._note(row, size - positions[row] % size)
+            self._note(row, len(sequence.blocks) * size - positions[row])
             self._note(row, sequence.limit - sequence.length)
         self.rows = DecodeRows(
             next(self._compositions),
@@ -198,7 +199,7 @@ class DecodeBatch:
     def advance(self, tokens: U32) -> list[int]:
         """Takes the new token of each row. Returns rows that need a look.
 
-        Those filled a block, reached their limit or may have drawn a stop id;
+        Those filled their blocks, reached their limit or may have drawn a stop id;
         the answer may name a row twice. Their streams have all their tokens.
         """
         if self._kept == _KEPT_STEPS:
@@ -235,6 +236,5 @@ class DecodeBatch:
             wider = np.zeros((tables.shape[0], len(blocks) + _SPARE_BLOCKS), np.uint32)
             wider[:, : tables.shape[1]] = tables
             self.rows.tables = tables = wider
-        for place in range(first, len(blocks)):
-            tables[row, place] = blocks[place]
-        self._note(row, self._block_tokens)
+        tables[row, first : len(blocks)] = blocks[first:]
+        self._note(row, len(blocks) * self._block_tokens - sequence.computed)

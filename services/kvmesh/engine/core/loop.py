@@ -220,7 +220,10 @@ class EngineLoop:
         if sequence.state is State.ENDED:
             return
         if sequence.state is State.DECODING:
+            # What it computed stays as prefix.
             self.streams.batch.sync()
+            sequence.computed = sequence.length - 1
+            self.store(sequence)
         if sequence.trace is not None:
             sequence.trace.ended(self.clock.now(), sequence.made)
         self._answers.end(sequence, **end)

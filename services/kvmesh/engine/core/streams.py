@@ -22,7 +22,7 @@ from kvmesh.v1 import worker_pb2 as wire
 if TYPE_CHECKING:
     from kvmesh.engine.core.loop import EngineLoop
 
-_GROWTH_BLOCKS = 4
+_GROWTH_BLOCKS = 8
 """Blocks that a stream gets at once while a quarter of the pool can be had."""
 
 _CLASS_ORDER = {
@@ -72,7 +72,7 @@ class Streams:
                 self._loop.answers.logprobs(sequence, place, draw.logprobs)
 
     def _look(self, row: int, sequence: Sequence) -> bool:
-        """A stream that filled a block or may have ended. False: it left the batch."""
+        """A stream that filled its blocks or may have ended. False: it left the batch."""
         loop = self._loop
         if sequence.state is State.ENDED:
             return False
@@ -81,7 +81,7 @@ class Streams:
             loop.finish(sequence, reason)
             return False
         sequence.computed = sequence.length - 1
-        if sequence.computed % loop.pool.block_tokens:
+        if sequence.computed < len(sequence.blocks) * loop.pool.block_tokens:
             return True
         changed = sequence.stored
         loop.store(sequence)
