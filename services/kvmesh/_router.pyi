@@ -696,6 +696,46 @@ class PagedKv:
         `out` float32 [n, heads * head_size], the others uint32.
         """
 
+# --- Simulated engine ----------------------------------------------------------
+
+@final
+class SimStreams:
+    """Streams of the simulated engine that decode together (sim/content.py).
+
+    One thread at a time.
+    """
+
+    def __new__(
+        cls,
+        pool: KvPool | bytearray,
+        *,
+        state_factor: int,
+        token_factor: int,
+        spread: Sequence[int],
+        gain: int,
+        first_token: int,
+        tokens: int,
+        end_of_text: int,
+        end_id: int,
+        block_tokens: int,
+    ) -> SimStreams:
+        """`pool`: bytes, writable; held as long as this object. Raises ValueError."""
+
+    def join(self, streams: Sequence[tuple[int, int, int]]) -> None:
+        """Takes other streams: (state, reading, tag) before their next position."""
+
+    def states(self) -> list[tuple[int, int]]:
+        """(state, reading) of each stream now."""
+
+    def step(
+        self, ids: bytes, positions: npt.NDArray[np.int64], tables: npt.NDArray[np.uint32]
+    ) -> bytes:
+        """Computes a token a stream; returns the tokens drawn.
+
+        `ids` and the answer are packed u32, `positions` int64 [streams],
+        `tables` uint32 [streams, blocks]. Raises ValueError, IndexError.
+        """
+
 def router_settings() -> list[tuple[str, str, str, str, bool]]:
     """Every setting of a router: (name, default, meaning, what is allowed, is a switch)."""
 

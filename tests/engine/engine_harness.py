@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from kvmesh.engine.contract import REMOVED, STORED, AttemptId, Placement, Stage
+from kvmesh.engine.contract import REMOVED, STORED, AttemptId, Placement, Stage, integers
 from kvmesh.engine.core.engine import TransferSettings
 from kvmesh.engine.sim.build import build_engine
 from kvmesh.engine.sim.settings import SimSettings
@@ -98,16 +98,18 @@ class Driver:
         if rows is not None:
             at = 0
             logprobs = {entry.row: entry.tokens for entry in rows.logprobs}
-            for row, count in enumerate(rows.counts):
+            owners, attempts = integers(rows.owners), integers(rows.attempts)
+            firsts, ids = integers(rows.first_indices), integers(rows.ids)
+            for row, count in enumerate(integers(rows.counts)):
                 generation = rows.generations[16 * row : 16 * row + 16]
-                attempt = self.attempts[AttemptId(generation, rows.owners[row], rows.attempts[row])]
+                attempt = self.attempts[AttemptId(generation, owners[row], attempts[row])]
                 assert attempt.end is None, "tokens after the end"
-                assert rows.first_indices[row] == attempt.border + len(attempt.tokens)
-                attempt.tokens += map(int, rows.ids[at : at + count])
+                assert firsts[row] == attempt.border + len(attempt.tokens)
+                attempt.tokens += ids[at : at + count]
                 at += count
                 attempt.logprobs += logprobs.get(row, ())
                 attempt.changed.set()
-            assert at == len(rows.ids)
+            assert at == len(ids)
         for end in step.ends:
             attempt = self._of(end)
             assert attempt.opening is not None

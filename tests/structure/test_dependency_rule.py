@@ -10,6 +10,7 @@ MAY_KNOW = {
     "wire": set(),
     "text": set(),
     "attention": set(),
+    "sim-content": set(),
     "kv-index": set(),
     "scheduler": {"kv-index"},
     "simulator": {"kv-index", "scheduler"},
@@ -25,7 +26,7 @@ MAY_KNOW = {
     "router": {"gateway", "rpc"},
     "python": {
         "wire", "kv-index", "scheduler", "session", "text", "registry", "transfer", "gateway",
-        "simulator", "attention", "worker-port",
+        "simulator", "attention", "worker-port", "sim-content",
     },
 }  # fmt: skip
 

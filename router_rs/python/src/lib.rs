@@ -6,6 +6,7 @@ mod pool;
 mod registry;
 mod router;
 mod router_settings;
+mod sim;
 mod transfer;
 mod worker_port;
 
@@ -22,5 +23,6 @@ fn _router(module: &Bound<'_, PyModule>) -> PyResult<()> {
     worker_port::register(module)?;
     router_settings::register(module)?;
     module.add_class::<attention::PyPagedKv>()?;
+    module.add_class::<sim::PySimStreams>()?;
     Ok(())
 }

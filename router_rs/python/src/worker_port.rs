@@ -11,10 +11,11 @@ use kvmesh_worker_port::{
 use prost::Message;
 use pyo3::{
     buffer::{Element, PyBuffer},
+    conversion::FromPyObjectOwned,
     exceptions::{PyOSError, PyRuntimeError, PyValueError},
     intern,
     prelude::*,
-    types::{PyBytes, PyList, PyMapping, PyString, PyTuple},
+    types::{PyBytes, PyDict, PyList, PyTuple},
 };
 
 use crate::router::guarded;
@@ -315,13 +316,10 @@ impl PyWorkerPort {
 fn report(output: &Bound<'_, PyAny>) -> PyResult<Report> {
     let py = output.py();
     let routers = output.getattr(intern!(py, "routers"))?;
-    let mut parts = Vec::new();
-    let routers: &Bound<'_, PyMapping> = routers.cast()?;
-    if !routers.is_empty()? {
-        for pair in routers.items()?.iter() {
-            let (key, step): (Bound<'_, PyString>, Bound<'_, PyAny>) = pair.extract()?;
-            parts.push((key.to_cow()?.into_owned(), part(&step)?));
-        }
+    let routers: &Bound<'_, PyDict> = routers.cast()?;
+    let mut parts = Vec::with_capacity(routers.len());
+    for (key, step) in routers {
+        parts.push((key.extract::<String>()?, part(&step)?));
     }
     let sample = output.getattr(intern!(py, "sample"))?;
     let cache = output.getattr(intern!(py, "cache"))?;
@@ -375,17 +373,34 @@ fn rows(columns: &Bound<'_, PyAny>) -> PyResult<Rows> {
     })
 }
 
-/// A column: an object with the buffer protocol, or any sequence of integers.
-fn column<'py, T>(values: &Bound<'py, PyAny>) -> PyResult<Vec<T>>
-where
-    T: Element + for<'a> FromPyObject<'a, 'py>,
-{
-    let py = values.py();
-    if !values.is_instance_of::<PyList>()
-        && !values.is_instance_of::<PyTuple>()
-        && let Ok(buffer) = PyBuffer::<T>::get(values)
-    {
-        return buffer.to_vec(py);
+/// An integer of a column.
+trait Number: Element + for<'py> FromPyObjectOwned<'py> {
+    /// From its bytes, in the machine's order.
+    fn unpack(bytes: &[u8]) -> Vec<Self>;
+}
+
+macro_rules! number {
+    ($($kind:ty),*) => {
+        $(impl Number for $kind {
+            fn unpack(bytes: &[u8]) -> Vec<Self> {
+                let (whole, _) = bytes.as_chunks();
+                whole.iter().map(|bytes| Self::from_ne_bytes(*bytes)).collect()
+            }
+        })*
+    };
+}
+
+number!(u32, u64);
+
+/// A column: packed bytes, an object with the buffer protocol, or any sequence
+/// of integers.
+fn column<T: Number>(values: &Bound<'_, PyAny>) -> PyResult<Vec<T>> {
+    if let Ok(packed) = values.cast::<PyBytes>() {
+        return Ok(T::unpack(packed.as_bytes()));
+    }
+    let list = values.is_instance_of::<PyList>() || values.is_instance_of::<PyTuple>();
+    if !list && let Ok(buffer) = PyBuffer::<T>::get(values) {
+        return buffer.to_vec(values.py());
     }
     values
         .try_iter()?
@@ -409,36 +424,38 @@ fn messages<M: Message + Default>(list: &Bound<'_, PyAny>) -> PyResult<Vec<M>> {
 }
 
 fn step_sample(sample: &Bound<'_, PyAny>) -> PyResult<StepSample> {
-    let py = sample.py();
+    let (prefill_tokens, prefill_context, decode_batch, decode_context, duration_us) =
+        sample.extract()?;
     Ok(StepSample {
-        prefill_tokens: sample.getattr(intern!(py, "prefill_tokens"))?.extract()?,
-        prefill_context: sample.getattr(intern!(py, "prefill_context"))?.extract()?,
-        decode_batch: sample.getattr(intern!(py, "decode_batch"))?.extract()?,
-        decode_context: sample.getattr(intern!(py, "decode_context"))?.extract()?,
-        duration_us: sample.getattr(intern!(py, "duration_us"))?.extract()?,
+        prefill_tokens,
+        prefill_context,
+        decode_batch,
+        decode_context,
+        duration_us,
+    })
+}
+
+fn kv_room(room: &Bound<'_, PyAny>) -> PyResult<KvRoom> {
+    let (free, evictable, running, pinned, reserved) = room.extract()?;
+    Ok(KvRoom {
+        free,
+        evictable,
+        running,
+        pinned,
+        reserved,
     })
 }
 
 fn engine_load(load: &Bound<'_, PyAny>) -> PyResult<EngineLoad> {
     let py = load.py();
-    let kv = load.getattr(intern!(py, "kv"))?;
     let shares = load.getattr(intern!(py, "shares"))?;
-    let shares: &Bound<'_, PyMapping> = shares.cast()?;
-    let mut told = Vec::new();
-    if !shares.is_empty()? {
-        for pair in shares.items()?.iter() {
-            let (key, share): (Bound<'_, PyString>, Bound<'_, PyAny>) = pair.extract()?;
-            told.push((key.to_cow()?.into_owned(), load_share(&share)?));
-        }
+    let shares: &Bound<'_, PyDict> = shares.cast()?;
+    let mut told = Vec::with_capacity(shares.len());
+    for (key, share) in shares {
+        told.push((key.extract::<String>()?, load_share(&share)?));
     }
     Ok(EngineLoad {
-        kv: KvRoom {
-            free: kv.getattr(intern!(py, "free"))?.extract()?,
-            evictable: kv.getattr(intern!(py, "evictable"))?.extract()?,
-            running: kv.getattr(intern!(py, "running"))?.extract()?,
-            pinned: kv.getattr(intern!(py, "pinned"))?.extract()?,
-            reserved: kv.getattr(intern!(py, "reserved"))?.extract()?,
-        },
+        kv: kv_room(&load.getattr(intern!(py, "kv"))?)?,
         shares: told,
         step: load.getattr(intern!(py, "step"))?.extract()?,
         step_age_ms: load.getattr(intern!(py, "step_age_ms"))?.extract()?,

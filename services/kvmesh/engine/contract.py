@@ -5,8 +5,7 @@ everything that the step brought, for all requests. The engine hands it to its
 `OutputSink`, from whatever runs it: a thread of its own, an event loop that
 reads another process, or neither. The sink takes it at once and never waits,
 so an engine needs no queue towards its worker. In a worker the sink is native
-(`kvmesh._router.WorkerPort`) and reads columns as buffers: numpy arrays,
-`array`s or bytes of u32 cost no object a token; lists do as well, slower.
+(`kvmesh._router.WorkerPort`), and columns (`Column`) cost it no object a token.
 
 Everything of a request's life is told in terms of an *attempt*: one placement
 of one generation. An attempt is answered by one `Opening` and, if that was
@@ -17,7 +16,7 @@ openings, tokens, ends, as on the wire (worker.proto, StepOutput).
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -63,8 +62,14 @@ class Placement:
     trace: bool = False
 
 
-Column = Sequence[int] | npt.NDArray[Any]
-"""Integers, of which a buffer of u32 (of u64 for chain values) is read fastest."""
+Column = Sequence[int] | npt.NDArray[Any] | bytes
+"""Integers: packed bytes of u32 (of u64 for chain values) in the machine's
+order, an array of these, or any other sequence; the first are read fastest."""
+
+
+def integers(column: Column) -> list[int]:
+    """A column of u32, as a list."""
+    return [*memoryview(column).cast("I")] if isinstance(column, bytes) else [*map(int, column)]
 
 
 @dataclass(slots=True)
@@ -158,7 +163,7 @@ class EngineLoad:
     """State of an engine at one moment (wire: Load, without the session part)."""
 
     kv: KvRoom = field(default_factory=KvRoom)
-    shares: Mapping[str, LoadShare] = field(default_factory=dict)
+    shares: dict[str, LoadShare] = field(default_factory=dict)
     """Work by router session."""
     step: int = 0
     """Number of the running step, or of the last one."""
@@ -172,7 +177,7 @@ class StepOutput:
     """What one engine step brought. `step` 0: between steps."""
 
     step: int = 0
-    routers: Mapping[str, RouterStep] = field(default_factory=dict)
+    routers: dict[str, RouterStep] = field(default_factory=dict)
     sample: StepSample | None = None
     """Service time of the step; None between steps."""
     load: EngineLoad = field(default_factory=EngineLoad)

@@ -30,6 +30,9 @@ _KEPT_STEPS = 64
 """Steps whose tokens are kept by columns before all streams get theirs."""
 
 
+_ONE = np.uint32(1)
+
+
 class _RouterRows:
     """Rows of one router: what its answers have in every step."""
 
@@ -38,24 +41,24 @@ class _RouterRows:
     def __init__(self, rows: list[int], sequences: list[Sequence], everything: bool) -> None:
         members = [sequences[row] for row in rows]
         self.generations = b"".join(s.id.generation for s in members)
-        self.owners = np.array([s.id.owner for s in members], np.uint32)
-        self.attempts = np.array([s.id.attempt for s in members], np.uint32)
-        self.counts = np.ones(len(rows), np.uint32)
+        self.owners = np.array([s.id.owner for s in members], np.uint32).tobytes()
+        self.attempts = np.array([s.id.attempt for s in members], np.uint32).tobytes()
+        self.counts = np.ones(len(rows), np.uint32).tobytes()
         self.first_indices = np.array([len(s.output_ids) for s in members], np.uint32)
         self.rows = None if everything else np.array(rows)
 
     def columns(self, tokens: U32) -> TokenColumns:
         """The answer of a step; advances the indices."""
-        firsts = self.first_indices
-        self.first_indices = firsts + np.uint32(1)
-        return TokenColumns(
+        columns = TokenColumns(
             self.generations,
             self.owners,
             self.attempts,
-            firsts,
+            self.first_indices.tobytes(),
             self.counts,
-            tokens if self.rows is None else tokens[self.rows],
+            (tokens if self.rows is None else tokens[self.rows]).tobytes(),
         )
+        self.first_indices += _ONE
+        return columns
 
 
 class DecodeBatch:

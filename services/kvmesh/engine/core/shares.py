@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from kvmesh.engine.contract import LoadShare
 from kvmesh.engine.core.sequence import Sequence, State
@@ -43,6 +43,6 @@ class Shares:
         for share in self._shares.values():
             share.decode_context += share.decoding
 
-    def read(self) -> Mapping[str, LoadShare]:
+    def read(self) -> dict[str, LoadShare]:
         """The newest counts. Not to be changed by the reader."""
         return self._shares
