@@ -12,12 +12,13 @@ them when somebody is about to read it (`sync`).
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
-from kvmesh.engine.contract import TokenColumns
+from kvmesh.engine.contract import RouterStep, TokenColumns
 from kvmesh.engine.core.runner import DecodeRows, Slice
 from kvmesh.engine.core.sequence import Sequence
 
@@ -36,29 +37,28 @@ _ONE = np.uint32(1)
 class _RouterRows:
     """Rows of one router: what its answers have in every step."""
 
-    __slots__ = ("attempts", "counts", "first_indices", "generations", "owners", "rows")
+    __slots__ = ("columns", "first_indices", "rows")
 
     def __init__(self, rows: list[int], sequences: list[Sequence], everything: bool) -> None:
         members = [sequences[row] for row in rows]
-        self.generations = b"".join(s.id.generation for s in members)
-        self.owners = np.array([s.id.owner for s in members], np.uint32).tobytes()
-        self.attempts = np.array([s.id.attempt for s in members], np.uint32).tobytes()
-        self.counts = np.ones(len(rows), np.uint32).tobytes()
+        self.columns = TokenColumns(
+            generations=b"".join(s.id.generation for s in members),
+            owners=_packed(s.id.owner for s in members),
+            attempts=_packed(s.id.attempt for s in members),
+            counts=_packed([1] * len(rows)),
+        )
         self.first_indices = np.array([len(s.output_ids) for s in members], np.uint32)
         self.rows = None if everything else np.array(rows)
 
-    def columns(self, tokens: U32) -> TokenColumns:
-        """The answer of a step; advances the indices."""
-        columns = TokenColumns(
-            self.generations,
-            self.owners,
-            self.attempts,
-            self.first_indices.tobytes(),
-            self.counts,
-            (tokens if self.rows is None else tokens[self.rows]).tobytes(),
-        )
+    def tell(self, tokens: U32) -> None:
+        """Makes `columns` the answer of a step, and advances the indices."""
+        self.columns.first_indices = self.first_indices.tobytes()
+        self.columns.ids = (tokens if self.rows is None else tokens[self.rows]).tobytes()
         self.first_indices += _ONE
-        return columns
+
+
+def _packed(numbers: Iterable[int]) -> bytes:
+    return array("I", numbers).tobytes()
 
 
 class DecodeBatch:
@@ -76,7 +76,9 @@ class DecodeBatch:
         """Sum of the context lengths in the next step."""
         self.itl_target_ms = 0.0
         """Tightest target that a stream names; 0: none does."""
-        self.routers: dict[str, _RouterRows] = {}
+        self.answers: dict[str, RouterStep] = {}
+        """What the newest step brought (`tell`), by router."""
+        self._routers: list[_RouterRows] = []
         self._dirty = False
         self._tick = 0
         self._calendar: dict[int, list[int]] = {}
@@ -157,10 +159,22 @@ class DecodeBatch:
         by_router: dict[str, list[int]] = {}
         for row, sequence in enumerate(sequences):
             by_router.setdefault(sequence.router, []).append(row)
-        self.routers = {
+        parts = {
             router: _RouterRows(rows, sequences, len(rows) == len(sequences))
             for router, rows in by_router.items()
         }
+        self._routers = list(parts.values())
+        self.answers = {router: RouterStep(tokens=part.columns) for router, part in parts.items()}
+
+    def tell(self, tokens: U32) -> None:
+        """Makes `answers` those of a step, once for each `advance`."""
+        for part in self._routers:
+            part.tell(tokens)
+
+    @property
+    def steady(self) -> bool:
+        """Whether there are streams, as in the step before, and all are plain."""
+        return not self._dirty and self.plain and bool(self.sequences)
 
     def _note(self, row: int, steps: int) -> None:
         self._calendar.setdefault(self._tick + steps, []).append(row)

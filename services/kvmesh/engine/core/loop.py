@@ -120,8 +120,10 @@ class EngineLoop:
         """Works until `stop`."""
         try:
             while not self.closing:
-                self.take_in()
-                self.flush(0, None)
+                if self.take_in():
+                    self.flush(0, None)
+                if self.steps.run_streams():
+                    continue
                 plan = self.steps.plan(None)
                 if plan is None:
                     self._wait()
@@ -143,8 +145,8 @@ class EngineLoop:
             self._wake.wait()
             self._wake.clear()
 
-    def take_in(self) -> None:
-        """Commands and transfer events that have come."""
+    def take_in(self) -> bool:
+        """Commands and transfer events that have come. False: none has."""
         changed = bool(self._inbox)
         while self._inbox:
             self._inbox.popleft()(self)
@@ -154,8 +156,10 @@ class EngineLoop:
                 changed = True
         if self.streams.stalled:
             self.streams.retry_stalled()
+            changed = True
         if changed:
             self.count_shares()
+        return changed
 
     def count_shares(self) -> None:
         """Counts the work of each router anew."""

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
-from kvmesh.engine.contract import Stage, StepSample
-from kvmesh.engine.core.decode_rows import U32
+from kvmesh.engine.contract import Stage, StepOutput, StepSample
+from kvmesh.engine.core.decode_rows import U32, DecodeBatch
 from kvmesh.engine.core.queue import Plan, Priority
 from kvmesh.engine.core.runner import ColumnRunner, Runner, Sampled, Slice
 from kvmesh.engine.core.sequence import Sequence, State
@@ -50,6 +50,19 @@ class Running:
     predicted_ms: float = 0.0
 
 
+class _Said:
+    """What steps of one composition of streams say alike."""
+
+    __slots__ = ("base_ms", "composition", "context_ms", "output", "size")
+
+    def __init__(self, batch: DecodeBatch, model: wire.StepModel) -> None:
+        self.composition = batch.rows.composition
+        self.size = len(batch)
+        self.base_ms = model.a_ms + model.d_ms * self.size
+        self.context_ms = model.e_ms
+        self.output = StepOutput(routers=batch.answers)
+
+
 class Steps:
     """Chooses and runs steps. Used by the engine thread alone, but for `running`."""
 
@@ -69,6 +82,7 @@ class Steps:
         self._model = model
         self._clock = clock
         self._suspect_turn = False
+        self._said = _Said(loop.streams.batch, model)
 
     # -- a step ------------------------------------------------------------
 
@@ -93,11 +107,6 @@ class Steps:
 
     def run(self, plan: Plan) -> None:
         """Runs a step to its end and says what it brought."""
-        columns = self._columns
-        decode_alone = plan.decode and not plan.chunks
-        if decode_alone and columns is not None and self._loop.streams.batch.plain:
-            self._run_columns(columns)
-            return
         load = self._load_of(plan)
         begun = self._clock.now()
         outer = (self.running.since, self.running.predicted_ms)
@@ -146,34 +155,50 @@ class Steps:
         )
         self._loop.flush(self.running.number, sample)
 
-    def _run_columns(self, columns: ColumnRunner) -> None:
-        """A step of decoding streams alone, by columns: what most steps are."""
-        loop, running, clock = self._loop, self.running, self._clock
+    def run_streams(self) -> bool:
+        """A step of decoding streams alone, by columns. False: there is more to weigh.
+
+        This is what most steps are, so nothing here is done a stream, and what
+        the step before said is said again with what has changed.
+        """
+        loop, columns = self._loop, self._columns
         batch = loop.streams.batch
-        load = StepLoad(decode_batch=len(batch), decode_context=batch.context)
-        begun = clock.now()
-        outer = (running.since, running.predicted_ms)
-        predicted_ms = predict_ms(self._model, load)
-        running.predicted_ms, running.since = predicted_ms, begun
+        if columns is None or loop.queue.waiting or loop.streams.suspects or not batch.steady:
+            return False
+        if self._said.composition != batch.rows.composition:
+            self._said = _Said(batch, self._model)
+        said, running, now = self._said, self.running, self._clock.now
+        context = batch.context
+        predicted_ms = said.base_ms + said.context_ms * context
+        running.predicted_ms = predicted_ms
+        running.since = begun = now()
         loop.sink.begin_step(predicted_ms)
-        tokens = None
         try:
             tokens = columns.decode_columns(batch.rows)
         except Exception as error:
-            _log.exception("step failed prompts=0 decode=%d", len(batch))
+            _log.exception("step failed prompts=0 decode=%d", said.size)
+            running.since = running.predicted_ms = 0.0
             self._fail(Plan(decode=True), error)
-        running.since, running.predicted_ms = outer
-        if tokens is None:
             loop.count_shares()
             loop.flush(0, None)
-            return
-        loop.streams.decoded_at = ended = clock.now()
-        loop.streams.take_tokens(tokens, ())
+            return True
+        loop.streams.decoded_at = ended = now()
+        running.since = running.predicted_ms = 0.0
         running.number += 1
-        duration_us = int(max(0.0, ended - begun) * 1e6)
-        loop.flush(
-            running.number, StepSample(0, 0, load.decode_batch, load.decode_context, duration_us)
-        )
+        sample = StepSample(0, 0, said.size, context, int((ended - begun) * 1e6))
+        due = batch.advance(tokens)
+        if due:
+            loop.streams.take_due(tokens, (), due)
+            loop.flush(running.number, sample)
+            return True
+        batch.tell(tokens)
+        loop.shares.stepped()
+        output = said.output
+        output.step, output.sample = running.number, sample
+        load = output.load
+        load.kv, load.shares, load.step = loop.pool.room(), loop.shares.read(), running.number
+        loop.sink.step(output)
+        return True
 
     def _load_of(self, plan: Plan) -> StepLoad:
         load = StepLoad()

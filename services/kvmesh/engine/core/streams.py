@@ -9,6 +9,7 @@ always stays, so somebody always advances.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvmesh.engine.core.blocks import BlockPool, Hold
@@ -49,13 +50,18 @@ class Streams:
 
     def take_tokens(self, tokens: U32, draws: Seq[Sampled | None]) -> None:
         """The decoding streams' new tokens."""
+        self.take_due(tokens, draws, self.batch.advance(tokens))
+
+    def take_due(self, tokens: U32, draws: Seq[Sampled | None], due: Seq[int]) -> None:
+        """As `take_tokens`, where it is known which rows need a look."""
         loop = self._loop
         batch = self.batch
         # A stream that ends leaves the batch; rows count as they were.
         sequences = batch.sequences
-        due = batch.advance(tokens)
-        for router, rows in batch.routers.items():
-            loop.answers.columns(router, rows.columns(tokens))
+        batch.tell(tokens)
+        for router, answer in batch.answers.items():
+            if answer.tokens is not None:
+                loop.answers.columns(router, replace(answer.tokens))
         if draws:
             self._tell_logprobs(sequences, draws)
         loop.shares.stepped()
