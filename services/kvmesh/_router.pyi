@@ -9,6 +9,8 @@ from typing import Any, Literal, final
 import numpy as np
 import numpy.typing as npt
 
+from kvmesh.engine.contract import CacheChange, StepOutput
+
 # --- Names of prompt prefixes ---------------------------------------------------
 
 def chain_root(model_digest: str, adapter: str, cache_salt: str) -> int:
@@ -479,6 +481,163 @@ def list_routers(
 ) -> list[tuple[str, str]]:
     """Routers of a cluster as (id, "host:port"). Raises RegistryUnreachableError."""
 
+# --- Worker port --------------------------------------------------------------
+
+@final
+class Placed:
+    """A placement that the engine answers. `place` is a serialised kvmesh.v1.Place."""
+
+    @property
+    def session(self) -> str: ...
+    @property
+    def place(self) -> bytes: ...
+    @property
+    def age_s(self) -> float:
+        """Seconds since it was read."""
+
+@final
+class Ended:
+    """Attempts to end: a router cancelled them, or its session is gone."""
+
+    @property
+    def attempts(self) -> list[tuple[bytes, int, int]]:
+        """Each (generation, owner, attempt)."""
+
+@final
+class HandOverAsked:
+    """A serialised kvmesh.v1.HandOver."""
+
+    @property
+    def command(self) -> bytes: ...
+
+@final
+class SnapshotWanted:
+    """A router needs the cache's content: answer with `begin_snapshot`."""
+
+    @property
+    def session(self) -> str: ...
+
+@final
+class InfoWanted:
+    """GetInfo waits: answer with `answer_info`."""
+
+    @property
+    def call(self) -> int: ...
+
+@final
+class StopAsked:
+    """Drain with `stop`."""
+
+    @property
+    def grace_s(self) -> float | None:
+        """Time for running work, seconds. None: the worker's own setting."""
+
+@final
+class RoleChanged:
+    """SetRole was called; load reports and GetInfo have the role already."""
+
+    @property
+    def role(self) -> int: ...
+
+@final
+class EngineEnded:
+    """The engine called `ended`."""
+
+PortEvent = (
+    Placed
+    | Ended
+    | HandOverAsked
+    | SnapshotWanted
+    | InfoWanted
+    | StopAsked
+    | RoleChanged
+    | EngineEnded
+)
+
+@final
+class WorkerPort:
+    """A worker's gRPC port: kvmesh.v1.Worker, health and reflection.
+
+    Sessions, lanes and encoding are native; nothing of Python runs on its
+    thread. It is the `contract.OutputSink` of the worker's engine. Nothing
+    blocks but `wait`, `wait_idle`, `add_snapshot` and `close`, which release
+    the GIL.
+    """
+
+    def __new__(
+        cls,
+        listen: str,
+        *,
+        step_lane_bytes: int = 8_388_608,
+        step_lane_age_s: float = 10.0,
+        cache_ring_events: int = 65_536,
+        cache_coalesce_ms: float = 20.0,
+        snapshot_interval_ms: float = 5.0,
+        load_interval_ms: float = 250.0,
+        load_coalesce_ms: float = 5.0,
+    ) -> WorkerPort:
+        """Binds "host:port", port 0 a free one. Raises OSError, ValueError."""
+
+    @property
+    def port(self) -> int:
+        """The bound port."""
+
+    def serve(
+        self, record: bytes, tokenizer: Sequence[tuple[str, bytes]], tokenizer_digest: str
+    ) -> None:
+        """Begins to serve, once. `record` is a serialised kvmesh.v1.WorkerRecord,
+        `tokenizer` names and contents in the order of the digest.
+
+        Raises ValueError, RuntimeError (a second time, or after `close`).
+        """
+
+    # contract.OutputSink.
+    def begin_step(self, predicted_ms: float) -> None:
+        """A step begins."""
+
+    def step(self, output: StepOutput) -> None:
+        """Hands what a step brought to the sessions. Raises ValueError."""
+
+    def ended(self) -> None:
+        """The engine says nothing more: `EngineEnded` follows."""
+
+    # Snapshots.
+    def begin_snapshot(self, session: str) -> bool:
+        """To be called before the cache is read. False: nobody wants it now."""
+
+    def add_snapshot(self, session: str, changes: Sequence[CacheChange] | None) -> bool:
+        """Adds a part, stores only; None ends it. Waits while the router has
+        enough. False: its session is gone."""
+
+    def fail_snapshot(self, session: str) -> None:
+        """Ends the session: the cache cannot be read."""
+
+    # The worker's process.
+    def wait(self, timeout_s: float) -> list[PortEvent] | None:
+        """Waits for events. Empty: none came in time. None: the port is closed."""
+
+    def answer_info(self, call: int, residue: bytes) -> None:
+        """Answers `InfoWanted` with a serialised kvmesh.v1.Residue. Raises ValueError."""
+
+    def running(self) -> int:
+        """Attempts that have not ended."""
+
+    def begin_stop(self) -> None:
+        """Takes no new work; health and load say so."""
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Waits until nothing runs. False: it still does."""
+
+    def give_back(self) -> None:
+        """Ends what runs with `returned`; `Ended` follows for the engine."""
+
+    def close(self, linger_s: float = 1.0) -> None:
+        """Ends the sessions once their step output has gone, within
+        `linger_s`, and the thread. Idempotent."""
+
+    def __enter__(self) -> WorkerPort: ...
+    def __exit__(self, *exc: Any) -> None: ...
+
 # --- Attention ----------------------------------------------------------------
 
 @final
@@ -535,6 +694,46 @@ class PagedKv:
         Row `rows[i]` (rising) of `q` over `lengths[i]` tokens that lie in blocks
         `tables[begins[i]]` and following, into the same row of `out`. `q` and
         `out` float32 [n, heads * head_size], the others uint32.
+        """
+
+# --- Simulated engine ----------------------------------------------------------
+
+@final
+class SimStreams:
+    """Streams of the simulated engine that decode together (sim/content.py).
+
+    One thread at a time.
+    """
+
+    def __new__(
+        cls,
+        pool: KvPool | bytearray,
+        *,
+        state_factor: int,
+        token_factor: int,
+        spread: Sequence[int],
+        gain: int,
+        first_token: int,
+        tokens: int,
+        end_of_text: int,
+        end_id: int,
+        block_tokens: int,
+    ) -> SimStreams:
+        """`pool`: bytes, writable; held as long as this object. Raises ValueError."""
+
+    def join(self, streams: Sequence[tuple[int, int, int]]) -> None:
+        """Takes other streams: (state, reading, tag) before their next position."""
+
+    def states(self) -> list[tuple[int, int]]:
+        """(state, reading) of each stream now."""
+
+    def step(
+        self, ids: bytes, positions: npt.NDArray[np.int64], tables: npt.NDArray[np.uint32]
+    ) -> bytes:
+        """Computes a token a stream; returns the tokens drawn.
+
+        `ids` and the answer are packed u32, `positions` int64 [streams],
+        `tables` uint32 [streams, blocks]. Raises ValueError, IndexError.
         """
 
 def router_settings() -> list[tuple[str, str, str, str, bool]]:

@@ -10,6 +10,7 @@ MAY_KNOW = {
     "wire": set(),
     "text": set(),
     "attention": set(),
+    "sim-content": set(),
     "kv-index": set(),
     "scheduler": {"kv-index"},
     "simulator": {"kv-index", "scheduler"},
@@ -17,6 +18,7 @@ MAY_KNOW = {
     "rpc": {"wire"},
     "registry": {"wire"},
     "transfer": {"wire"},
+    "worker-port": {"wire"},
     "testkit": {"wire", "rpc", "session", "registry", "kv-index", "text"},
     "gateway": {
         "wire", "rpc", "kv-index", "scheduler", "session", "text", "registry",
@@ -24,7 +26,7 @@ MAY_KNOW = {
     "router": {"gateway", "rpc"},
     "python": {
         "wire", "kv-index", "scheduler", "session", "text", "registry", "transfer", "gateway",
-        "simulator", "attention",
+        "simulator", "attention", "worker-port", "sim-content",
     },
 }  # fmt: skip
 

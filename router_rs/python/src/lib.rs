@@ -6,7 +6,9 @@ mod pool;
 mod registry;
 mod router;
 mod router_settings;
+mod sim;
 mod transfer;
+mod worker_port;
 
 use pyo3::prelude::*;
 
@@ -18,7 +20,9 @@ fn _router(module: &Bound<'_, PyModule>) -> PyResult<()> {
     chain::add(module)?;
     registry::register(module)?;
     router::register(module)?;
+    worker_port::register(module)?;
     router_settings::register(module)?;
     module.add_class::<attention::PyPagedKv>()?;
+    module.add_class::<sim::PySimStreams>()?;
     Ok(())
 }

@@ -76,12 +76,14 @@ class WorkerSettings:
     """Cache events kept for routers that come back."""
     cache_coalesce_ms: float = 20.0
     """Longest time that cache events wait for others, milliseconds."""
+    snapshot_interval_ms: float = 5.0
+    """Shortest time between two frames of a snapshot of the cache, milliseconds."""
     load_interval_ms: float = 250.0
     """Longest time between two load reports, milliseconds."""
     load_coalesce_ms: float = 5.0
     """Shortest time between two load reports, milliseconds."""
     switch_interval_ms: float = 1.0
-    """Python's thread switch interval: engine thread and event loop share the GIL."""
+    """Python's thread switch interval: engine thread and others share the GIL."""
     engine_arguments: Mapping[str, str] = field(default_factory=dict)
     """Further settings of the engine, by name."""
 
@@ -105,8 +107,8 @@ class WorkerSettings:
                 )
         positive = (
             "lease_ttl_s", "kv_pool_tokens", "threads", "step_lane_bytes", "step_lane_age_s",
-            "cache_ring_events", "cache_coalesce_ms", "load_interval_ms", "load_coalesce_ms",
-            "switch_interval_ms",
+            "cache_ring_events", "cache_coalesce_ms", "snapshot_interval_ms", "load_interval_ms",
+            "load_coalesce_ms", "switch_interval_ms",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:

@@ -134,5 +134,8 @@ class ColumnRunner(Runner, Protocol):
 
     def forward_columns(
         self, batch: Sequence[Slice], rows: DecodeRows
-    ) -> Generator[None, None, tuple[list[Sampled | None], list[int]]]:
+    ) -> Generator[None, None, tuple[list[Sampled | None], npt.NDArray[np.uint32]]]:
         """As `forward`, with the token drawn for each row as second result."""
+
+    def decode_columns(self, rows: DecodeRows) -> npt.NDArray[np.uint32]:
+        """A step of decoding streams alone, which nothing stops: the tokens drawn."""

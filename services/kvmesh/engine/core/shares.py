@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
+from kvmesh.engine.contract import LoadShare
 from kvmesh.engine.core.sequence import Sequence, State
-from kvmesh.v1 import worker_pb2 as wire
 
 
 class Shares:
@@ -15,15 +15,15 @@ class Shares:
     """
 
     def __init__(self) -> None:
-        self._shares: dict[str, wire.LoadShare] = {}
+        self._shares: dict[str, LoadShare] = {}
 
     def count(self, sequences: Iterable[Sequence]) -> None:
         """Counts all there is."""
-        shares: dict[str, wire.LoadShare] = {}
+        shares: dict[str, LoadShare] = {}
         for sequence in sequences:
             share = shares.get(sequence.router)
             if share is None:
-                share = shares[sequence.router] = wire.LoadShare()
+                share = shares[sequence.router] = LoadShare()
             left = sequence.length - sequence.computed
             match sequence.state:
                 case State.QUEUED | State.FETCHING:
@@ -43,6 +43,6 @@ class Shares:
         for share in self._shares.values():
             share.decode_context += share.decoding
 
-    def read(self) -> Mapping[str, wire.LoadShare]:
+    def read(self) -> dict[str, LoadShare]:
         """The newest counts. Not to be changed by the reader."""
         return self._shares
