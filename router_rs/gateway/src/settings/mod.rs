@@ -330,6 +330,7 @@ impl Settings {
             answer_timeout: self.answer_timeout,
             orphan_timeout: self.orphan_ttl,
             decisions_kept: self.decisions_kept,
+            ..MeshSettings::default()
         }
     }
 }
