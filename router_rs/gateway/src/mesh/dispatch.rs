@@ -22,7 +22,7 @@ use smallvec::SmallVec;
 use super::{
     Core,
     figures::ms,
-    models::{self, ServedModel},
+    models::ServedModel,
     open::{Chosen, Open, Party},
     placer::{Placed, Placer, Standing, Wanted, apply_cache},
     queue::{Sent, Waits},
@@ -324,31 +324,6 @@ impl Core {
             Some(true) => self.fetch_tokenizer(worker, model.tokenizer_digest.clone()),
             Some(false) => {}
         }
-    }
-
-    fn fetch_tokenizer(self: &Arc<Self>, worker: &Arc<WorkerEntry>, digest: String) {
-        let core = Arc::clone(self);
-        let worker = Arc::clone(worker);
-        self.counters.tokenizer_fetches.add(1);
-        self.tasks.spawn(async move {
-            let address = worker.address();
-            let cache = core.settings.cache_dir.as_deref();
-            let fetched = tokio::select! {
-                () = core.stop.cancelled() => return,
-                fetched = models::fetch(&address, &digest, cache) => fetched,
-            };
-            match fetched {
-                Ok(text) => {
-                    tracing::info!(worker = %worker.name(), %digest, "tokeniser ready");
-                    core.models.fetched(&digest, Some(text));
-                }
-                Err(error) => {
-                    tracing::warn!(worker = %worker.name(), %digest, %error, "no tokeniser");
-                    worker.set_detail(format!("its tokeniser cannot be used: {error}"));
-                    core.models.fetched(&digest, None);
-                }
-            }
-        });
     }
 
     /// A worker's load came.

@@ -17,7 +17,7 @@ use kvmesh_session::{
     Command, Generation, GenerationId, HandOff, Placement, Taken, Violation, WorkerIndex,
     generation::{
         Action, Actions, Event, Loss, Outcome, Plan, PlanRequest, PlannedHandOff, Policy, Stop,
-        Timer,
+        Timer, TransferState,
     },
     parse::{End, FinishReason, Row, StageEnd},
 };
@@ -27,8 +27,10 @@ use smallvec::SmallVec;
 use super::{
     Core,
     continuation::continuation,
+    counters::AttemptCounts,
     dispatch::Booking,
     figures::Figures,
+    given_up::GivenUp,
     queue::Admitted,
     session::{Outgoing, SessionHandle},
     timers::TimerKey,
@@ -71,6 +73,8 @@ pub(super) struct Open {
     pub(super) urgency_ms: f64,
     /// Predicted work of the prompt at arrival, ms.
     pub(super) work_ms: f64,
+    /// Said when the client is given up.
+    pub(super) given_up: GivenUp,
     /// Chain values of the prompt.
     chain: Vec<u64>,
     state: Mutex<State>,
@@ -142,6 +146,7 @@ impl Open {
             core,
             urgency_ms: admitted.urgency_ms,
             work_ms: admitted.work_ms,
+            given_up: GivenUp::default(),
             chain,
             state: Mutex::new(state),
         });
@@ -484,13 +489,17 @@ impl Open {
             }
             _ => counters.failed.add(1),
         }
-        state.figures.ended(Instant::now());
+        let now = Instant::now();
+        if state.taken == state.output.len() {
+            state.progress = now;
+        }
+        state.figures.ended(now);
         state.outcome = Some(outcome);
     }
 
     /// Puts what the client has not got yet into `batch`, which is empty;
-    /// registers the waker where there is nothing.
-    pub(super) fn poll_take(&self, cx: &mut Context<'_>, batch: &mut Batch) -> Poll<()> {
+    /// registers the waker where there is nothing. Gives the time.
+    pub(super) fn poll_take(&self, cx: &mut Context<'_>, batch: &mut Batch) -> Poll<Instant> {
         let mut state = self.lock();
         let pending = state.output.len() - state.taken;
         if pending == 0 && state.placed.is_none() && state.outcome.is_none() {
@@ -507,14 +516,14 @@ impl Open {
             batch.outcome = Some((outcome.clone(), state.machine.next_index()));
         }
         state.taken = state.output.len();
+        let now = Instant::now();
+        state.progress = now;
         if pending > 0 {
-            let now = Instant::now();
-            state.progress = now;
             state.figures.tokens_taken(now);
         }
         drop(state);
         self.core.counters.undelivered_ids.sub(pending as u64);
-        Poll::Ready(())
+        Poll::Ready(now)
     }
 
     /// Whether the machine has ended.
@@ -522,16 +531,34 @@ impl Open {
         self.lock().machine.ended()
     }
 
-    /// Whether it waits with ids that nobody took since `since`, or holds more
-    /// than `most` of them.
+    /// Adds the attempt that runs, and its transfer, to `counts`.
+    pub(super) fn count(&self, counts: &mut AttemptCounts) {
+        let state = self.lock();
+        counts.open += u64::from(state.machine.running());
+        match state.machine.transfer() {
+            Some(TransferState::Placed) => counts.placed += 1,
+            Some(TransferState::Reserved) => counts.reserved += 1,
+            Some(TransferState::Flowing) => counts.flowing += 1,
+            Some(TransferState::Committed) => counts.committed += 1,
+            None => {}
+        }
+    }
+
+    /// Whether it waits with ids, or with its end, that nobody took since
+    /// `since`, or holds more than `most` ids.
     pub(super) fn starved(&self, since: Instant, most: usize) -> bool {
         let state = self.lock();
         let pending = state.output.len() - state.taken;
-        pending > 0 && (state.progress <= since || pending > most)
+        let owes = pending > 0 || state.outcome.is_some();
+        owes && (state.progress <= since || pending > most) && !self.given_up.was_said()
     }
 
     /// Drops what a client did not read, and ends the stream for it.
     pub(super) fn give_up_on_client(self: &Arc<Self>) {
+        if self.ended() {
+            // The machine, which counts its own ends, has nothing to stop.
+            self.core.counters.slow_clients.add(1);
+        }
         self.apply(Event::Stop(Stop::SlowClient));
         let (pending, waker) = {
             let mut state = self.lock();
@@ -544,6 +571,7 @@ impl Open {
             (pending, state.waker.take())
         };
         self.core.counters.undelivered_ids.sub(pending as u64);
+        self.given_up.say();
         if let Some(waker) = waker {
             waker.wake();
         }

@@ -294,6 +294,20 @@ const LENGTH: Outcome = Outcome::Finished {
     stop_token: None,
 };
 
+/// How far a mesh transfer is, as its router sees it (PROTOCOLS 3: the workers'
+/// own states are finer). `released` is not among them: then it is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum TransferState {
+    /// Decode has not answered.
+    Placed,
+    /// Decode holds room; prefill has not answered.
+    Reserved,
+    /// Prefill computes, and its blocks pass.
+    Flowing,
+    /// Prefill has handed off; decode has not brought a token of its own.
+    Committed,
+}
+
 /// A list of actions, in the order in which they are to be done.
 pub type Actions = SmallVec<[Action; 4]>;
 
@@ -365,6 +379,21 @@ impl Generation {
     #[must_use]
     pub fn ended(&self) -> bool {
         matches!(self.state, State::Ended)
+    }
+
+    /// Whether an attempt runs.
+    #[must_use]
+    pub fn running(&self) -> bool {
+        matches!(self.state, State::Running(_))
+    }
+
+    /// The state of the running attempt's mesh transfer, until it is over.
+    #[must_use]
+    pub fn transfer(&self) -> Option<TransferState> {
+        match &self.state {
+            State::Running(attempt) => attempt.transfer(),
+            State::Planning | State::Ended => None,
+        }
     }
 
     /// Whether a worker takes part in the attempt that runs.

@@ -1,0 +1,326 @@
+//! The calls of one HTTP/2 connection.
+//!
+//! A call runs in a task of its own until its answer streams; from then on its
+//! connection's task carries it. A worker's step then wakes one task a
+//! connection and not one a stream, what all its streams have to say is encoded
+//! in one pass, and goes out in one write.
+//!
+//! ```text
+//!  request ─▶ own task ─▶ answer without a stream: ends there
+//!                 └─────▶ streams: the connection's task ─▶ ends, or is given up
+//! ```
+
+use std::{
+    future::Future,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::Pin,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, Wake, Waker},
+};
+
+use crate::mesh::GivenUp;
+
+/// A running call, as hyper gives it.
+type Running = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// Known once a call streams, with what can end it from outside.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct CallEnd(Arc<OnceLock<GivenUp>>);
+
+impl CallEnd {
+    /// The call streams a generation that may be given up.
+    pub(crate) fn follow(&self, given_up: GivenUp) {
+        // A call answers once.
+        let _ = self.0.set(given_up);
+    }
+}
+
+/// Starts a connection's calls: hyper's executor.
+#[derive(Clone)]
+pub(crate) struct Calls {
+    /// hyper asks the service for a call and then, before anything else, for
+    /// somebody to run it.
+    next: Arc<Mutex<CallEnd>>,
+    streams: Arc<Shared>,
+}
+
+impl Calls {
+    /// A call begins; what is run next is its.
+    pub(crate) fn begin(&self) -> CallEnd {
+        let end = CallEnd::default();
+        *self.next.lock().unwrap_or_else(PoisonError::into_inner) = end.clone();
+        end
+    }
+}
+
+impl<F> hyper::rt::Executor<F> for Calls
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    fn execute(&self, call: F) {
+        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        // Ends with its call; the connection's end makes every call fail.
+        tokio::spawn(Starting {
+            call: Some(Box::pin(call)),
+            end: std::mem::take(&mut *next),
+            streams: Arc::clone(&self.streams),
+        });
+    }
+}
+
+/// A call that does not stream yet.
+struct Starting {
+    call: Option<Running>,
+    end: CallEnd,
+    streams: Arc<Shared>,
+}
+
+impl Future for Starting {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(call) = &mut self.call else {
+            return Poll::Ready(());
+        };
+        if call.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(());
+        }
+        let Some(given_up) = self.end.0.get().cloned() else {
+            return Poll::Pending;
+        };
+        if let Some(call) = self.call.take() {
+            self.streams.adopt(Stream { call, given_up });
+        }
+        Poll::Ready(())
+    }
+}
+
+/// A call that streams.
+struct Stream {
+    call: Running,
+    given_up: GivenUp,
+}
+
+impl Stream {
+    /// Whether it is over.
+    ///
+    /// hyper waits for the client's window before it asks a body for more, so a
+    /// client that never reads would hold its stream for as long as its
+    /// connection stands. A call that was given up and cannot say so is dropped
+    /// instead; h2 then resets the stream.
+    fn poll(&mut self, cx: &mut Context<'_>) -> bool {
+        // First the call itself: where the client has room it gets a status.
+        self.call.as_mut().poll(cx).is_ready() || self.given_up.said(cx.waker())
+    }
+}
+
+/// What the wakers of a connection and its streams reach.
+#[derive(Default)]
+struct Shared(Mutex<Ready>);
+
+#[derive(Default)]
+struct Ready {
+    /// Numbers of the streams to be polled, in the order of their wakes.
+    queue: Vec<usize>,
+    arrived: Vec<Stream>,
+    connection: bool,
+    /// The connection is gone: nobody looks any more.
+    closed: bool,
+    /// The task of them all; `None` while it runs, for then it will look.
+    task: Option<Waker>,
+}
+
+impl Shared {
+    // Vectors are whole after each operation.
+    fn lock(&self) -> MutexGuard<'_, Ready> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn adopt(&self, stream: Stream) {
+        let mut stream = Some(stream);
+        self.tell(|ready| {
+            if !ready.closed {
+                ready.arrived.extend(stream.take());
+            }
+        });
+        // What was not taken ends here, without the lock.
+    }
+
+    fn tell(&self, news: impl FnOnce(&mut Ready)) {
+        let task = {
+            let mut ready = self.lock();
+            news(&mut ready);
+            ready.task.take()
+        };
+        if let Some(task) = task {
+            task.wake();
+        }
+    }
+}
+
+/// Wakes the connection.
+impl Wake for Shared {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.tell(|ready| ready.connection = true);
+    }
+}
+
+/// Where a stream is kept; wakes it.
+struct Place {
+    number: usize,
+    queued: AtomicBool,
+    shared: Arc<Shared>,
+}
+
+impl Wake for Place {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        if !self.queued.swap(true, Ordering::AcqRel) {
+            self.shared.tell(|ready| ready.queue.push(self.number));
+        }
+    }
+}
+
+struct Slot {
+    place: Arc<Place>,
+    waker: Waker,
+    stream: Option<Stream>,
+}
+
+/// A connection and its streams, as one task.
+///
+/// Both wake by way of a list, and the task only where it sleeps: a stream that
+/// hands a frame to the connection does not wake the task that it runs in.
+pub(crate) struct Carrier<C> {
+    connection: Pin<Box<C>>,
+    /// Wakes the connection.
+    waker: Waker,
+    shared: Arc<Shared>,
+    slots: Vec<Slot>,
+    free: Vec<usize>,
+    /// Memory of the queue, between two looks.
+    queue: Vec<usize>,
+}
+
+impl<C> Carrier<C> {
+    /// Carries the connection that `open` makes with this executor.
+    pub(crate) fn new(open: impl FnOnce(Calls) -> C) -> Self {
+        let shared = Arc::new(Shared::default());
+        let calls = Calls {
+            next: Arc::default(),
+            streams: Arc::clone(&shared),
+        };
+        Self {
+            connection: Box::pin(open(calls)),
+            waker: Waker::from(Arc::clone(&shared)),
+            shared,
+            slots: Vec::new(),
+            free: Vec::new(),
+            queue: Vec::new(),
+        }
+    }
+
+    /// The connection itself.
+    pub(crate) fn connection(&mut self) -> Pin<&mut C> {
+        self.connection.as_mut()
+    }
+
+    /// Polls every stream that was woken, once.
+    fn poll_streams(&mut self) {
+        let arrived = {
+            let mut ready = self.shared.lock();
+            ready.task = None;
+            std::mem::swap(&mut ready.queue, &mut self.queue);
+            std::mem::take(&mut ready.arrived)
+        };
+        for stream in arrived {
+            let number = self.settle(stream);
+            self.poll_stream(number);
+        }
+        let mut queue = std::mem::take(&mut self.queue);
+        for number in queue.drain(..) {
+            self.poll_stream(number);
+        }
+        self.queue = queue;
+    }
+
+    fn settle(&mut self, stream: Stream) -> usize {
+        if let Some(number) = self.free.pop() {
+            self.slots[number].stream = Some(stream);
+            return number;
+        }
+        let number = self.slots.len();
+        let place = Arc::new(Place {
+            number,
+            queued: AtomicBool::new(false),
+            shared: Arc::clone(&self.shared),
+        });
+        self.slots.push(Slot {
+            waker: Waker::from(Arc::clone(&place)),
+            place,
+            stream: Some(stream),
+        });
+        number
+    }
+
+    fn poll_stream(&mut self, number: usize) {
+        let slot = &mut self.slots[number];
+        // Before the poll: a wake during it is one for the next.
+        slot.place.queued.store(false, Ordering::Release);
+        let Some(stream) = &mut slot.stream else {
+            return;
+        };
+        let mut cx = Context::from_waker(&slot.waker);
+        // A bug in one stream ends that stream.
+        let over = catch_unwind(AssertUnwindSafe(|| stream.poll(&mut cx)));
+        if over.unwrap_or(true) {
+            slot.stream = None;
+            self.free.push(number);
+        }
+    }
+}
+
+impl<C> Drop for Carrier<C> {
+    fn drop(&mut self) {
+        let arrived = {
+            let mut ready = self.shared.lock();
+            ready.closed = true;
+            ready.task = None;
+            std::mem::take(&mut ready.arrived)
+        };
+        drop(arrived);
+    }
+}
+
+impl<C: Future> Future for Carrier<C> {
+    type Output = C::Output;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<C::Output> {
+        let me = &mut *self;
+        me.poll_streams();
+        me.shared.lock().connection = false;
+        let mut for_connection = Context::from_waker(&me.waker);
+        if let Poll::Ready(ended) = me.connection.as_mut().poll(&mut for_connection) {
+            return Poll::Ready(ended);
+        }
+        let mut ready = me.shared.lock();
+        if ready.connection || !ready.queue.is_empty() || !ready.arrived.is_empty() {
+            drop(ready);
+            // Others of this thread have their turn first.
+            cx.waker().wake_by_ref();
+        } else {
+            ready.task = Some(cx.waker().clone());
+        }
+        Poll::Pending
+    }
+}
