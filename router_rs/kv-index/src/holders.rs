@@ -1,11 +1,10 @@
 //! Who holds a block: sets of (worker, tier), each kept once.
 //!
-//! Neighbouring blocks nearly always have the same holders, so a table entry
-//! names a set by number and a look-up combines sets only where the number
-//! changes. Sets are counted and go when the last block leaves them.
+//! Neighbouring blocks nearly always have the same holders, so a run names a
+//! set by number for many of them and a look-up combines sets only where the
+//! number changes. Sets are counted and go when the last block leaves them.
 
 use crate::bits::Bits;
-use crate::table::MAX_HOLDER_ID;
 use crate::worker::Tier;
 use std::collections::HashMap;
 
@@ -14,6 +13,9 @@ pub(crate) type HolderId = u32;
 
 /// Nobody.
 pub(crate) const NOBODY: HolderId = 0;
+
+/// Sets at a time.
+const MOST_SETS: usize = 1 << 24;
 
 /// Who holds a block, by tier.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
@@ -89,7 +91,7 @@ impl HolderSets {
     }
 
     /// The set with one (worker, tier) added or taken out. The caller moves
-    /// its block there by [`HolderSets::move_block`] before it asks again.
+    /// its blocks there by [`HolderSets::move_blocks`] before it asks again.
     /// Where numbers run out, a block gets no new holder: that costs a hit,
     /// never more.
     pub(crate) fn changed(
@@ -104,7 +106,7 @@ impl HolderSets {
         {
             return to;
         }
-        if present && self.unused.is_empty() && self.sets.len() > MAX_HOLDER_ID as usize {
+        if present && self.unused.is_empty() && self.sets.len() >= MOST_SETS {
             return id;
         }
         let mut holders = self.sets[id as usize].holders.clone();
@@ -156,14 +158,14 @@ impl HolderSets {
         id
     }
 
-    /// A block goes from one set to another.
-    pub(crate) fn move_block(&mut self, from: HolderId, to: HolderId) {
+    /// Blocks go from one set to another.
+    pub(crate) fn move_blocks(&mut self, from: HolderId, to: HolderId, count: usize) {
         if to != NOBODY {
-            self.sets[to as usize].blocks += 1;
+            self.sets[to as usize].blocks += count as u64;
         }
         if from != NOBODY {
             let kept = &mut self.sets[from as usize];
-            kept.blocks -= 1;
+            kept.blocks -= count as u64;
             if kept.blocks == 0 {
                 let kept = std::mem::take(kept);
                 self.heap -= kept.bytes();

@@ -11,8 +11,12 @@ mod approximate;
 mod bits;
 mod chain;
 mod core;
+mod edit;
 mod holders;
 mod index;
+mod left_right;
+mod lookup;
+mod run;
 mod table;
 mod worker;
 

@@ -52,6 +52,16 @@ pub enum CacheChange<'a> {
         /// Where the blocks lie.
         tier: Tier,
     },
+    /// As `Stored`, and told where they belong: these lie together then, and
+    /// are found faster.
+    StoredAfter {
+        /// Value of the block before the first. Need not be known.
+        parent: u64,
+        /// The values, best in a prompt's order.
+        chain: &'a [u64],
+        /// Where the blocks lie.
+        tier: Tier,
+    },
     /// Blocks are gone.
     Removed {
         /// The values, in any order.
@@ -98,6 +108,11 @@ impl Matches {
         self.disk.clear();
         self.alive.clear();
         self.alive.extend((0..all.words()).map(|i| all.word(i)));
+    }
+
+    pub(crate) fn reset_tiers(&mut self) {
+        self.host.resize(self.tokens.len(), 0);
+        self.disk.resize(self.tokens.len(), 0);
     }
 
     /// Longest prefix that the worker holds without a hole, in tokens: a

@@ -1,0 +1,223 @@
+//! Two copies of a thing: one is read while the other one is changed.
+//!
+//! Left-right (P. Ramalhete and A. Correia, 2015) over locks that are only
+//! tried. A change is made in the copy that nobody reads, the copies change
+//! roles, and the other one takes the change when its last reader has left. So a
+//! reader never waits for a change and sees each one whole.
+//!
+//! A writer hardly waits for a reader either: where the copy that it needs is
+//! still being read after a short while (a reader that lost its processor), the
+//! change goes to a log and is made with the next one, or by the next reader
+//! that leaves. Only a log that is full is waited for.
+
+#[cfg(loom)]
+use loom::sync::{
+    Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard,
+    atomic::{AtomicBool, AtomicUsize, Ordering},
+};
+use std::collections::VecDeque;
+#[cfg(not(loom))]
+use std::sync::{
+    Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard,
+    atomic::{AtomicBool, AtomicUsize, Ordering},
+};
+use std::sync::{PoisonError, TryLockError};
+
+/// Tries of a reader before it waits in line. A try fails only if both copies
+/// changed roles between two instructions of the reader.
+const READS: usize = if cfg!(loom) { 2 } else { 64 };
+/// Tries of a writer before a change goes to the log: some microseconds, longer
+/// than a look-up takes.
+const WRITES: usize = if cfg!(loom) { 1 } else { 200 };
+
+/// A change that waits until it can be made.
+pub(crate) trait Kept<T> {
+    /// Makes it.
+    fn make(&self, copy: &mut T);
+    /// What it takes in the log, in some unit.
+    fn weight(&self) -> usize;
+}
+
+/// A thing in two copies that take the same changes, `K` those that wait.
+#[derive(Debug)]
+pub(crate) struct LeftRight<T, K> {
+    copies: [RwLock<T>; 2],
+    /// Copy that readers take.
+    active: AtomicUsize,
+    /// Whether the log has changes that readers do not see yet.
+    behind: AtomicBool,
+    log: Mutex<Log<K>>,
+    /// Most weight that the log may have.
+    most: usize,
+}
+
+#[derive(Debug)]
+struct Log<K> {
+    kept: VecDeque<K>,
+    weight: usize,
+    /// Number of the first change that is kept.
+    first: u64,
+    /// Changes that each copy has, of those that were ever kept.
+    taken: [u64; 2],
+}
+
+impl<K> Log<K> {
+    fn end(&self) -> u64 {
+        self.first + self.kept.len() as u64
+    }
+
+    fn push<T>(&mut self, change: K)
+    where
+        K: Kept<T>,
+    {
+        self.weight += change.weight();
+        self.kept.push_back(change);
+    }
+
+    /// Makes in a copy what it lacks, and drops what both have.
+    fn bring<T>(&mut self, which: usize, copy: &mut T)
+    where
+        K: Kept<T>,
+    {
+        let have = (self.taken[which] - self.first) as usize;
+        for change in self.kept.iter().skip(have) {
+            change.make(copy);
+        }
+        self.taken[which] = self.end();
+        while self.first < self.taken[0].min(self.taken[1]) {
+            if let Some(change) = self.kept.pop_front() {
+                self.weight -= change.weight();
+            }
+            self.first += 1;
+        }
+    }
+}
+
+impl<T, K: Kept<T>> LeftRight<T, K> {
+    /// Two copies, which must be equal.
+    pub(crate) fn new(copies: [T; 2], most: usize) -> Self {
+        Self {
+            copies: copies.map(RwLock::new),
+            active: AtomicUsize::new(0),
+            behind: AtomicBool::new(false),
+            log: Mutex::new(Log {
+                kept: VecDeque::new(),
+                weight: 0,
+                first: 0,
+                taken: [0; 2],
+            }),
+            most,
+        }
+    }
+
+    /// What readers see now.
+    pub(crate) fn read<R>(&self, read: impl FnOnce(&T) -> R) -> R {
+        let answer = read(&self.active_copy());
+        // Orders nothing: whoever misses it leaves it to the next reader.
+        if self.behind.load(Ordering::Relaxed)
+            && let Some(mut log) = free(self.log.try_lock())
+        {
+            self.advance(&mut log, 1);
+        }
+        answer
+    }
+
+    /// Reads both copies, the second only where it is free: that may lack the
+    /// last changes. For who alone makes changes.
+    pub(crate) fn read_both<R>(&self, read: impl FnOnce(&T, Option<&T>) -> R) -> R {
+        let idle = 1 - self.active.load(Ordering::Acquire);
+        let other = free(self.copies[idle].try_read());
+        read(&self.active_copy(), other.as_deref())
+    }
+
+    /// Whether changes wait for a reader to leave.
+    pub(crate) fn is_behind(&self) -> bool {
+        self.behind.load(Ordering::Relaxed)
+    }
+
+    /// Makes a change, `make` in a copy at a time; `keep` is asked for it where
+    /// a copy has to wait for it. Readers see it when this returns, or, where
+    /// one of them stays for long, as soon as that one leaves.
+    pub(crate) fn write(&self, make: impl Fn(&mut T), keep: impl FnOnce() -> K) {
+        let mut log = self.log();
+        let idle = 1 - self.active.load(Ordering::Relaxed);
+        let Some(mut copy) = self.free_copy(idle, WRITES) else {
+            log.push(keep());
+            self.behind.store(true, Ordering::Relaxed);
+            // The reader may have left before it could see that.
+            self.advance(&mut log, 1);
+            if log.weight > self.most {
+                let copy = self.copies[idle].write();
+                let copy = copy.unwrap_or_else(PoisonError::into_inner);
+                self.turn(&mut log, idle, copy);
+            }
+            return;
+        };
+        log.bring(idle, &mut *copy);
+        make(&mut copy);
+        self.turn(&mut log, idle, copy);
+        let other = 1 - idle;
+        match self.free_copy(other, 1) {
+            Some(mut copy) => {
+                log.bring(other, &mut *copy);
+                make(&mut copy);
+            }
+            None => {
+                log.push(keep());
+                log.taken[idle] = log.end();
+            }
+        }
+    }
+
+    /// Shows readers what waits, if the copy for it is free.
+    fn advance(&self, log: &mut Log<K>, tries: usize) {
+        let idle = 1 - self.active.load(Ordering::Relaxed);
+        if self.behind.load(Ordering::Relaxed)
+            && let Some(copy) = self.free_copy(idle, tries)
+        {
+            self.turn(log, idle, copy);
+        }
+    }
+
+    /// Brings a copy up to date and gives it to readers.
+    fn turn(&self, log: &mut Log<K>, idle: usize, mut copy: RwLockWriteGuard<'_, T>) {
+        log.bring(idle, &mut *copy);
+        drop(copy);
+        self.active.store(idle, Ordering::Release);
+        self.behind.store(false, Ordering::Relaxed);
+    }
+
+    fn free_copy(&self, which: usize, tries: usize) -> Option<RwLockWriteGuard<'_, T>> {
+        for _ in 0..tries {
+            if let Some(copy) = free(self.copies[which].try_write()) {
+                return Some(copy);
+            }
+            #[cfg(not(loom))]
+            std::hint::spin_loop();
+        }
+        None
+    }
+
+    fn active_copy(&self) -> RwLockReadGuard<'_, T> {
+        for _ in 0..READS {
+            if let Some(copy) = free(self.copies[self.active.load(Ordering::Acquire)].try_read()) {
+                return copy;
+            }
+        }
+        let copy = self.copies[self.active.load(Ordering::Acquire)].read();
+        copy.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn log(&self) -> MutexGuard<'_, Log<K>> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A lock that was free, also one whose holder once panicked.
+fn free<G>(tried: Result<G, TryLockError<G>>) -> Option<G> {
+    match tried {
+        Ok(guard) => Some(guard),
+        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
+    }
+}
