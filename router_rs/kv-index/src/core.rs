@@ -3,10 +3,12 @@
 
 use crate::bits::Bits;
 use crate::holders::{HolderId, HolderSets, NOBODY};
+use crate::left_right::Pass;
 use crate::run::{Dead, Run, SEGMENT};
 use crate::table::{BYTES_A_BLOCK, MOST_RUNS, MOST_SLOTS, Place, Table};
 use crate::worker::{CacheChange, Tier};
 use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Runs looked at together when the coldest are sought, and how many of them
 /// lose their last segment.
@@ -32,7 +34,12 @@ pub(crate) struct Tail {
 
 #[derive(Debug)]
 pub(crate) struct Core {
-    table: Table,
+    /// Where values are, here and in the other copy.
+    table: Arc<Table>,
+    /// The table that the copy changed last has.
+    newest: Arc<Mutex<Arc<Table>>>,
+    /// Whether this copy is the first or the second one to take a change.
+    pass: Pass,
     /// By number; 0 and those in `free` are empty.
     pub(crate) runs: Vec<Run>,
     free: Vec<u32>,
@@ -44,6 +51,8 @@ pub(crate) struct Core {
     /// Tick of the heat clock, and blocks stored until the next one.
     pub(crate) now: u8,
     until_tick: usize,
+    /// Distinct blocks that somebody holds.
+    blocks: usize,
     /// (worker, block, tier) triples.
     entries: u64,
     /// Bytes behind the runs.
@@ -51,9 +60,18 @@ pub(crate) struct Core {
 }
 
 impl Core {
-    pub(crate) fn new() -> Self {
+    /// Two empty copies.
+    pub(crate) fn pair() -> [Self; 2] {
+        let table = Arc::new(Table::new());
+        let newest = Arc::new(Mutex::new(table.clone()));
+        [(); 2].map(|()| Self::new(table.clone(), newest.clone()))
+    }
+
+    fn new(table: Arc<Table>, newest: Arc<Mutex<Arc<Table>>>) -> Self {
         Self {
-            table: Table::new(),
+            table,
+            newest,
+            pass: Pass::First,
             runs: vec![Run::default()],
             free: Vec::new(),
             sets: HolderSets::new(),
@@ -62,8 +80,47 @@ impl Core {
             all: Bits::default(),
             now: 0,
             until_tick: SEGMENT,
+            blocks: 0,
             entries: 0,
             heap: 0,
+        }
+    }
+
+    /// To be called before each change.
+    pub(crate) fn begin(&mut self, pass: Pass) {
+        self.pass = pass;
+        let newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        if !Arc::ptr_eq(&newest, &self.table) {
+            self.table = newest.clone();
+        }
+    }
+
+    /// To be called after each change.
+    pub(crate) fn end(&mut self) {
+        if self.pass == Pass::Second && self.table.is_sparse() {
+            self.resize();
+        }
+    }
+
+    fn resize(&mut self) {
+        self.table = Arc::new(self.table.resized());
+        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        *newest = self.table.clone();
+    }
+
+    /// The first copy that has a value notes where it is.
+    fn note(&mut self, value: u64, place: Place) {
+        if self.pass == Pass::First && !self.table.insert(value, place) {
+            self.resize();
+            // There is room now.
+            let _ = self.table.insert(value, place);
+        }
+    }
+
+    /// The last copy that has a value takes the note out.
+    fn strike(&mut self, value: u64, place: Place) {
+        if self.pass == Pass::Second {
+            self.table.remove(value, place);
         }
     }
 
@@ -195,7 +252,7 @@ impl Core {
             }
             let slot = place.slot + count;
             self.runs[place.run].put(chain[count]);
-            self.table.insert(chain[count], Place { slot, ..place });
+            self.note(chain[count], Place { slot, ..place });
             count += 1;
         }
         let run = &mut self.runs[place.run];
@@ -203,6 +260,7 @@ impl Core {
         run.touch(slots.clone(), self.now);
         self.heap += run.heap();
         self.sets.move_blocks(NOBODY, holders, count);
+        self.blocks += count;
         self.entries += count as u64;
         self.tick(count);
         let slot = slots.end;
@@ -213,7 +271,7 @@ impl Core {
         match self.until_tick.checked_sub(stored) {
             Some(left) if left > 0 => self.until_tick = left,
             _ => {
-                self.until_tick = (self.table.len() / 32).max(SEGMENT);
+                self.until_tick = (self.blocks / 32).max(SEGMENT);
                 self.now = self.now.wrapping_add(1);
             }
         }
@@ -274,14 +332,16 @@ impl Core {
     }
 
     fn bury(&mut self, number: usize, dead: Dead) {
-        let run = &self.runs[number];
         for slots in dead {
-            for part in run.values()[slots.clone()].chunks(WARM) {
-                std::hint::black_box(self.table.warm(part));
-            }
-            for slot in slots {
-                self.table
-                    .remove(run.values()[slot], Place { run: number, slot });
+            self.blocks -= slots.len();
+            if self.pass == Pass::Second {
+                let values = &self.runs[number].values()[slots.clone()];
+                for (part, first) in values.chunks(WARM).zip(slots.step_by(WARM)) {
+                    std::hint::black_box(self.table.warm(part));
+                    for (value, slot) in part.iter().zip(first..) {
+                        self.table.remove(*value, Place { run: number, slot });
+                    }
+                }
             }
         }
         self.tidy(number);
@@ -297,8 +357,8 @@ impl Core {
         } else if run.is_sparse() {
             for (value, from, to) in run.compact() {
                 let at = |slot| Place { run: number, slot };
-                self.table.remove(value, at(from));
-                self.table.insert(value, at(to));
+                self.note(value, at(to));
+                self.strike(value, at(from));
             }
         }
         self.heap += self.runs[number].heap();
@@ -373,19 +433,26 @@ impl Core {
         seen.into_iter().map(tail).collect()
     }
 
-    /// Bytes that content of this size takes at most, for the bound.
+    /// Bytes that content of this size takes at most in both copies, for the
+    /// bound.
     pub(crate) fn charge(&self) -> usize {
         let runs = self.runs.len() - self.free.len();
-        self.table.len() * BYTES_A_BLOCK + runs * size_of::<Run>() + self.heap + self.sets.heap()
+        let copy = runs * size_of::<Run>() + self.heap + self.sets.heap();
+        self.blocks * BYTES_A_BLOCK + 2 * copy
     }
 
+    /// Bytes that this copy takes, the table not counted.
     pub(crate) fn bytes(&self) -> usize {
         let runs = self.runs.capacity() * size_of::<Run>() + self.free.capacity() * 4;
-        self.table.bytes() + runs + self.heap + self.sets.bytes()
+        runs + self.heap + self.sets.bytes()
+    }
+
+    pub(crate) fn table_bytes(&self) -> usize {
+        self.table.bytes()
     }
 
     pub(crate) fn blocks(&self) -> usize {
-        self.table.len()
+        self.blocks
     }
 
     pub(crate) fn entries(&self) -> u64 {

@@ -1,7 +1,7 @@
 //! Changes of the index's content, made at once or kept for later.
 
 use crate::core::{Core, Tail};
-use crate::left_right::Kept;
+use crate::left_right::{Kept, Pass};
 use crate::worker::{CacheChange, Tier};
 use smallvec::SmallVec;
 
@@ -21,7 +21,8 @@ pub(crate) enum Edit<'a> {
 }
 
 impl Edit<'_> {
-    pub(crate) fn make(&self, core: &mut Core) {
+    pub(crate) fn make(&self, core: &mut Core, pass: Pass) {
+        core.begin(pass);
         match *self {
             Edit::Add(worker, units) => core.add_worker(worker, units),
             Edit::Drop(worker) => core.remove_worker(worker),
@@ -29,6 +30,7 @@ impl Edit<'_> {
             Edit::Replace(worker, blocks) => core.replace(worker, blocks),
             Edit::Forget(tails) => core.forget(tails),
         }
+        core.end();
     }
 
     pub(crate) fn keep(&self) -> KeptEdit {
@@ -105,7 +107,8 @@ pub(crate) enum KeptEdit {
 }
 
 impl Kept<Core> for KeptEdit {
-    fn make(&self, core: &mut Core) {
+    fn make(&self, core: &mut Core, pass: Pass) {
+        core.begin(pass);
         match self {
             Self::Add(worker, units) => core.add_worker(*worker, *units),
             Self::Drop(worker) => core.remove_worker(*worker),
@@ -118,6 +121,7 @@ impl Kept<Core> for KeptEdit {
             Self::Replace(worker, blocks) => core.replace(*worker, blocks),
             Self::Forget(tails) => core.forget(tails),
         }
+        core.end();
     }
 
     /// Values, and some for what goes with them.

@@ -9,8 +9,9 @@ use crate::worker::{CacheChange, Knowledge, Matches, SlotError, Tier, WorkerSlot
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Values that wait in the log for a reader to leave, at most; some 2 MiB.
-const LOG_VALUES: usize = 1 << 18;
+/// Values that wait in the log for a reader to leave, at most: what is applied
+/// in the few milliseconds that a thread can be without its processor.
+const LOG_VALUES: usize = 1 << 15;
 
 /// Bounds of an index.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,7 +84,7 @@ impl KvIndex {
     /// An empty index.
     pub fn new(settings: IndexSettings) -> Self {
         Self {
-            copies: LeftRight::new([Core::new(), Core::new()], LOG_VALUES),
+            copies: LeftRight::new(Core::pair(), LOG_VALUES),
             writer: Mutex::new(Writer::default()),
             settings,
         }
@@ -295,7 +296,7 @@ impl KvIndex {
             entries: core.entries(),
             holder_sets: core.holder_sets(),
             // A copy that is in use now is as large as the other one.
-            bytes: core.bytes() + other.unwrap_or(core).bytes() + approximate,
+            bytes: core.bytes() + other.unwrap_or(core).bytes() + core.table_bytes() + approximate,
             evicted: writer.evicted,
         })
     }
@@ -306,11 +307,12 @@ impl KvIndex {
 
     /// Makes a change, then brings the content under the bound.
     fn write(&self, writer: &mut Writer, edit: Edit<'_>) {
-        self.copies.write(|core| edit.make(core), || edit.keep());
+        self.copies
+            .write(|core, pass| edit.make(core, pass), || edit.keep());
         // What waits for a reader is not counted yet: the next call does.
         while !self.copies.is_behind() {
             let tails = self.copies.read_both(|core, other| {
-                let over = 2 * core.charge() > self.settings.max_bytes;
+                let over = core.charge() > self.settings.max_bytes;
                 over.then(|| core.coldest(&mut writer.hand, other))
             });
             let Some(tails) = tails.filter(|tails| !tails.is_empty()) else {
@@ -318,7 +320,8 @@ impl KvIndex {
             };
             let before = self.copies.read(Core::blocks);
             let edit = Edit::Forget(&tails);
-            self.copies.write(|core| edit.make(core), || edit.keep());
+            self.copies
+                .write(|core, pass| edit.make(core, pass), || edit.keep());
             let after = self.copies.read(Core::blocks);
             writer.evicted += before.saturating_sub(after) as u64;
         }

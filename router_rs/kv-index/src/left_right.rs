@@ -30,10 +30,20 @@ const READS: usize = if cfg!(loom) { 2 } else { 64 };
 /// than a look-up takes.
 const WRITES: usize = if cfg!(loom) { 1 } else { 200 };
 
+/// Weight of the changes that a reader makes at most when it leaves.
+const HELP: usize = 4096;
+
+/// Whether a copy is the first or the second one to take a change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pass {
+    First,
+    Second,
+}
+
 /// A change that waits until it can be made.
 pub(crate) trait Kept<T> {
-    /// Makes it.
-    fn make(&self, copy: &mut T);
+    /// Makes it in a copy.
+    fn make(&self, copy: &mut T, pass: Pass);
     /// What it takes in the log, in some unit.
     fn weight(&self) -> usize;
 }
@@ -74,22 +84,28 @@ impl<K> Log<K> {
         self.kept.push_back(change);
     }
 
-    /// Makes in a copy what it lacks, and drops what both have.
-    fn bring<T>(&mut self, which: usize, copy: &mut T)
+    /// Makes in a copy what it lacks, up to a weight, and drops what both have.
+    /// Whether the copy lacks nothing now.
+    fn bring<T>(&mut self, which: usize, copy: &mut T, most: usize) -> bool
     where
         K: Kept<T>,
     {
-        let have = (self.taken[which] - self.first) as usize;
-        for change in self.kept.iter().skip(have) {
-            change.make(copy);
+        let mut weight = 0;
+        while weight <= most && self.taken[which] < self.end() {
+            let number = self.taken[which];
+            let change = &self.kept[(number - self.first) as usize];
+            let second = number < self.taken[1 - which];
+            change.make(copy, if second { Pass::Second } else { Pass::First });
+            weight += change.weight();
+            self.taken[which] = number + 1;
         }
-        self.taken[which] = self.end();
         while self.first < self.taken[0].min(self.taken[1]) {
             if let Some(change) = self.kept.pop_front() {
                 self.weight -= change.weight();
             }
             self.first += 1;
         }
+        self.taken[which] == self.end()
     }
 }
 
@@ -117,7 +133,7 @@ impl<T, K: Kept<T>> LeftRight<T, K> {
         if self.behind.load(Ordering::Relaxed)
             && let Some(mut log) = free(self.log.try_lock())
         {
-            self.advance(&mut log, 1);
+            self.advance(&mut log, HELP);
         }
         answer
     }
@@ -138,29 +154,31 @@ impl<T, K: Kept<T>> LeftRight<T, K> {
     /// Makes a change, `make` in a copy at a time; `keep` is asked for it where
     /// a copy has to wait for it. Readers see it when this returns, or, where
     /// one of them stays for long, as soon as that one leaves.
-    pub(crate) fn write(&self, make: impl Fn(&mut T), keep: impl FnOnce() -> K) {
+    pub(crate) fn write(&self, make: impl Fn(&mut T, Pass), keep: impl FnOnce() -> K) {
         let mut log = self.log();
         let idle = 1 - self.active.load(Ordering::Relaxed);
-        let Some(mut copy) = self.free_copy(idle, WRITES) else {
+        // A reader that has stayed for long will not leave just now.
+        let tries = if self.is_behind() { 1 } else { WRITES };
+        let Some(mut copy) = self.free_copy(idle, tries) else {
             log.push(keep());
             self.behind.store(true, Ordering::Relaxed);
             // The reader may have left before it could see that.
-            self.advance(&mut log, 1);
+            self.advance(&mut log, usize::MAX);
             if log.weight > self.most {
                 let copy = self.copies[idle].write();
                 let copy = copy.unwrap_or_else(PoisonError::into_inner);
-                self.turn(&mut log, idle, copy);
+                self.turn(&mut log, idle, copy, usize::MAX);
             }
             return;
         };
-        log.bring(idle, &mut *copy);
-        make(&mut copy);
-        self.turn(&mut log, idle, copy);
+        log.bring(idle, &mut *copy, usize::MAX);
+        make(&mut copy, Pass::First);
+        self.turn(&mut log, idle, copy, usize::MAX);
         let other = 1 - idle;
         match self.free_copy(other, 1) {
             Some(mut copy) => {
-                log.bring(other, &mut *copy);
-                make(&mut copy);
+                log.bring(other, &mut *copy, usize::MAX);
+                make(&mut copy, Pass::Second);
             }
             None => {
                 log.push(keep());
@@ -169,22 +187,25 @@ impl<T, K: Kept<T>> LeftRight<T, K> {
         }
     }
 
-    /// Shows readers what waits, if the copy for it is free.
-    fn advance(&self, log: &mut Log<K>, tries: usize) {
+    /// Makes what waits, up to a weight, if the copy for it is free.
+    fn advance(&self, log: &mut Log<K>, most: usize) {
         let idle = 1 - self.active.load(Ordering::Relaxed);
-        if self.behind.load(Ordering::Relaxed)
-            && let Some(copy) = self.free_copy(idle, tries)
+        if self.is_behind()
+            && let Some(copy) = self.free_copy(idle, 1)
         {
-            self.turn(log, idle, copy);
+            self.turn(log, idle, copy, most);
         }
     }
 
-    /// Brings a copy up to date and gives it to readers.
-    fn turn(&self, log: &mut Log<K>, idle: usize, mut copy: RwLockWriteGuard<'_, T>) {
-        log.bring(idle, &mut *copy);
+    /// Brings a copy up to date, up to a weight, and once it is gives it to
+    /// readers.
+    fn turn(&self, log: &mut Log<K>, idle: usize, mut copy: RwLockWriteGuard<'_, T>, most: usize) {
+        let complete = log.bring(idle, &mut *copy, most);
         drop(copy);
-        self.active.store(idle, Ordering::Release);
-        self.behind.store(false, Ordering::Relaxed);
+        if complete {
+            self.active.store(idle, Ordering::Release);
+            self.behind.store(false, Ordering::Relaxed);
+        }
     }
 
     fn free_copy(&self, which: usize, tries: usize) -> Option<RwLockWriteGuard<'_, T>> {

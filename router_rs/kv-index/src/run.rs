@@ -49,8 +49,10 @@ impl Run {
         &self.values
     }
 
+    /// Whether somebody holds this value in this slot.
     pub(crate) fn holds(&self, slot: usize, value: u64) -> bool {
-        self.values.get(slot) == Some(&value)
+        let held = |(holders, _)| holders != NOBODY;
+        self.values.get(slot) == Some(&value) && self.spans_from(slot).next().is_none_or(held)
     }
 
     /// Bytes on the heap, allocations included.

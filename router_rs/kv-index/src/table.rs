@@ -1,17 +1,24 @@
 //! The map from chain value to the place where it is kept.
 //!
-//! Open addressing with linear probing, entries in the order of their hashes
-//! (P. Celis, Robin Hood Hashing, 1986): a probe ends at the first larger hash,
-//! taking out leaves no gap, and growing is one pass from front to back. An
-//! entry has 29 bits of the hash and the place; whether the value is there is
-//! asked of the place. Chain values are hashes already; one multiplication
-//! spreads those that are not.
+//! Both copies of the index share one table, since it is the larger part of a
+//! change's work and most of the memory beside the values themselves. That is
+//! sound because an entry only proposes a place: a copy asks its own runs
+//! whether the value is there. So an entry may come before the copy that is
+//! read has the value, and stays until no copy has it; and entries never move
+//! while a table is in use, so that a look-up beside a change misses none.
+//!
+//! Buckets of seven entries and a count, one cache line each. A key that finds
+//! its bucket full goes to the next one, and each bucket counts how many keys
+//! went past it: a probe ends at a count of 0, and taking out leaves no mark. An
+//! entry has 29 bits of the hash and the place, which is all that growing needs.
 
-/// Spreads keys over the array (2^64 / golden ratio).
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+/// Spreads keys over the array (2^64 / golden ratio): chain values are hashes
+/// already, but need not be.
 const SPREAD: u64 = 0x9E37_79B9_7F4A_7C15;
-const SMALLEST: usize = 64;
-/// Free entries at the end when the array is made; more come as needed.
-const SPILL: usize = 64;
+const SMALLEST: usize = 16;
+const WIDTH: usize = 7;
 
 const SLOT_BITS: u32 = 9;
 const RUN_BITS: u32 = 26;
@@ -24,7 +31,7 @@ pub(crate) const MOST_SLOTS: usize = 1 << SLOT_BITS;
 pub(crate) const MOST_RUNS: usize = 1 << RUN_BITS;
 
 /// Bytes a block costs in a table that has just grown.
-pub(crate) const BYTES_A_BLOCK: usize = 14;
+pub(crate) const BYTES_A_BLOCK: usize = 18;
 
 /// Where a value is kept: a run of values and the slot in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,121 +57,160 @@ fn hash(key: u64) -> u64 {
     key.wrapping_mul(SPREAD) >> PLACE_BITS
 }
 
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct Bucket {
+    /// 0 where free.
+    entries: [AtomicU64; WIDTH],
+    /// Keys that found this bucket full.
+    passed: AtomicU64,
+}
+
 #[derive(Debug)]
 pub(crate) struct Table {
-    /// 0 where free. The last one always is.
-    entries: Vec<u64>,
-    /// Entries that hashes are spread over.
-    homes: usize,
-    len: usize,
+    buckets: Vec<Bucket>,
+    /// Entries. Only who changes the table reads and writes it.
+    len: AtomicUsize,
 }
 
 impl Table {
     pub(crate) fn new() -> Self {
+        Self::with_buckets(SMALLEST)
+    }
+
+    fn with_buckets(count: usize) -> Self {
+        let mut buckets = Vec::new();
+        buckets.resize_with(count, Bucket::default);
         Self {
-            entries: vec![0; SMALLEST + SPILL],
-            homes: SMALLEST,
-            len: 0,
+            buckets,
+            len: AtomicUsize::new(0),
         }
     }
 
-    pub(crate) fn len(&self) -> usize {
-        self.len
-    }
-
     pub(crate) fn bytes(&self) -> usize {
-        self.entries.capacity() * size_of::<u64>()
+        self.buckets.capacity() * size_of::<Bucket>()
     }
 
     fn home(&self, hash: u64) -> usize {
-        ((hash * self.homes as u64) >> HASH_BITS) as usize
+        ((hash * self.buckets.len() as u64) >> HASH_BITS) as usize
     }
 
-    /// Reads the home entries of some keys, so that their cache lines are on
+    fn after(&self, at: usize) -> usize {
+        if at + 1 == self.buckets.len() {
+            0
+        } else {
+            at + 1
+        }
+    }
+
+    /// Reads the home buckets of some keys, so that their cache lines are on
     /// the way together: probing ends in branches that wait for memory one
     /// after the other. Returns nothing of meaning.
     pub(crate) fn warm(&self, keys: &[u64]) -> u64 {
-        keys.iter()
-            .fold(0, |sum, key| sum ^ self.entries[self.home(hash(*key))])
+        keys.iter().fold(0, |sum, key| {
+            sum ^ self.buckets[self.home(hash(*key))]
+                .passed
+                .load(Ordering::Relaxed)
+        })
     }
 
     /// Where a key is. `holds` says whether a place holds it.
     pub(crate) fn find(&self, key: u64, holds: impl Fn(Place) -> bool) -> Option<Place> {
         let hash = hash(key);
-        for entry in &self.entries[self.home(hash)..] {
-            let here = entry >> PLACE_BITS;
-            if *entry == 0 || here > hash {
+        let mut at = self.home(hash);
+        loop {
+            let bucket = &self.buckets[at];
+            for entry in &bucket.entries {
+                let entry = entry.load(Ordering::Relaxed);
+                if entry >> PLACE_BITS == hash && entry != 0 {
+                    let place = Place::unpack(entry);
+                    if holds(place) {
+                        return Some(place);
+                    }
+                }
+            }
+            if bucket.passed.load(Ordering::Relaxed) == 0 {
+                return None;
+            }
+            at = self.after(at);
+        }
+    }
+
+    /// Notes that a key is at a place. Where the table is full, nothing is
+    /// noted: a larger one is needed.
+    #[must_use]
+    pub(crate) fn insert(&self, key: u64, place: Place) -> bool {
+        let len = self.len.load(Ordering::Relaxed);
+        // Above this share keys pass on often.
+        let fits = len * 100 < self.buckets.len() * WIDTH * 78;
+        if fits {
+            self.len.store(len + 1, Ordering::Relaxed);
+            self.put(hash(key) << PLACE_BITS | place.pack());
+        }
+        fits
+    }
+
+    fn put(&self, entry: u64) {
+        let mut at = self.home(entry >> PLACE_BITS);
+        loop {
+            let bucket = &self.buckets[at];
+            let mut entries = bucket.entries.iter();
+            if let Some(free) = entries.find(|entry| entry.load(Ordering::Relaxed) == 0) {
+                free.store(entry, Ordering::Relaxed);
+                return;
+            }
+            let passed = bucket.passed.load(Ordering::Relaxed);
+            bucket.passed.store(passed + 1, Ordering::Relaxed);
+            at = self.after(at);
+        }
+    }
+
+    /// Takes out that a key is at a place; nothing where it was not noted.
+    pub(crate) fn remove(&self, key: u64, place: Place) {
+        let wanted = hash(key) << PLACE_BITS | place.pack();
+        let home = self.home(hash(key));
+        let mut at = home;
+        loop {
+            let bucket = &self.buckets[at];
+            let mut entries = bucket.entries.iter();
+            if let Some(entry) = entries.find(|entry| entry.load(Ordering::Relaxed) == wanted) {
+                entry.store(0, Ordering::Relaxed);
                 break;
             }
-            if here == hash {
-                let place = Place::unpack(*entry);
-                if holds(place) {
-                    return Some(place);
+            if bucket.passed.load(Ordering::Relaxed) == 0 {
+                return;
+            }
+            at = self.after(at);
+        }
+        let mut past = home;
+        while past != at {
+            let passed = &self.buckets[past].passed;
+            passed.store(passed.load(Ordering::Relaxed) - 1, Ordering::Relaxed);
+            past = self.after(past);
+        }
+        let len = self.len.load(Ordering::Relaxed);
+        self.len.store(len - 1, Ordering::Relaxed);
+    }
+
+    /// Whether so few entries are left that a smaller table would do.
+    pub(crate) fn is_sparse(&self) -> bool {
+        let most = self.buckets.len() * WIDTH;
+        self.buckets.len() > 16 * SMALLEST && self.len.load(Ordering::Relaxed) * 5 < most
+    }
+
+    /// A table with the same entries and room for as many more as half of them.
+    pub(crate) fn resized(&self) -> Self {
+        let len = self.len.load(Ordering::Relaxed);
+        let larger = Self::with_buckets((len * 19 / 10 / WIDTH).max(SMALLEST));
+        for bucket in &self.buckets {
+            for entry in &bucket.entries {
+                let entry = entry.load(Ordering::Relaxed);
+                if entry != 0 {
+                    larger.put(entry);
                 }
             }
         }
-        None
-    }
-
-    /// Notes a key that is not here yet.
-    pub(crate) fn insert(&mut self, key: u64, place: Place) {
-        // Above this share probes grow long faster than memory shrinks.
-        if self.len * 4 >= self.homes * 3 {
-            self.resize(self.homes + self.homes / 4);
-        }
-        let mut carried = hash(key) << PLACE_BITS | place.pack();
-        let mut at = self.home(hash(key));
-        while self.entries[at] != 0 && self.entries[at] < carried {
-            at += 1;
-        }
-        while carried != 0 {
-            std::mem::swap(&mut self.entries[at], &mut carried);
-            at += 1;
-        }
-        if at == self.entries.len() {
-            self.entries.resize(at + SPILL, 0);
-        }
-        self.len += 1;
-    }
-
-    /// Takes out a key that is at a place.
-    pub(crate) fn remove(&mut self, key: u64, place: Place) {
-        let wanted = hash(key) << PLACE_BITS | place.pack();
-        let mut at = self.home(hash(key));
-        while self.entries[at] != wanted {
-            if self.entries[at] == 0 || self.entries[at] > wanted {
-                return;
-            }
-            at += 1;
-        }
-        // Those behind it that are not at home move up.
-        loop {
-            let next = self.entries[at + 1];
-            if next == 0 || self.home(next >> PLACE_BITS) > at {
-                break;
-            }
-            self.entries[at] = next;
-            at += 1;
-        }
-        self.entries[at] = 0;
-        self.len -= 1;
-        if self.homes > 16 * SMALLEST && self.len * 4 < self.homes {
-            self.resize(self.len * 5 / 3);
-        }
-    }
-
-    fn resize(&mut self, homes: usize) {
-        self.homes = homes;
-        let mut entries = Vec::with_capacity(homes + SPILL);
-        for entry in std::mem::take(&mut self.entries) {
-            if entry != 0 {
-                let at = self.home(entry >> PLACE_BITS).max(entries.len());
-                entries.resize(at, 0);
-                entries.push(entry);
-            }
-        }
-        let length = homes.max(entries.len()) + SPILL;
-        entries.resize(length, 0);
-        self.entries = entries;
+        larger.len.store(len, Ordering::Relaxed);
+        larger
     }
 }
