@@ -14,6 +14,9 @@ pub(crate) type HolderId = u32;
 /// Nobody.
 pub(crate) const NOBODY: HolderId = 0;
 
+/// Changes that are remembered.
+const MEMOS: usize = 64;
+
 /// Sets at a time.
 const MOST_SETS: usize = 1 << 24;
 
@@ -32,6 +35,16 @@ impl Holders {
     fn is_tiered(&self) -> bool {
         !self.tiers[1].is_empty() || !self.tiers[2].is_empty()
     }
+}
+
+/// A change of a set and the set that it makes.
+#[derive(Debug, Clone, Copy)]
+struct Memo {
+    from: HolderId,
+    worker: usize,
+    tier: Tier,
+    present: bool,
+    to: HolderId,
 }
 
 #[derive(Debug, Default)]
@@ -55,8 +68,8 @@ pub(crate) struct HolderSets {
     sets: Vec<Kept>,
     numbers: HashMap<Holders, HolderId>,
     unused: Vec<HolderId>,
-    /// Last change made: neighbours change alike.
-    memo: Option<(HolderId, usize, Tier, bool, HolderId)>,
+    /// Last changes made, by worker: neighbours change alike.
+    memo: [Option<Memo>; MEMOS],
     /// Bytes that the sets in use take.
     heap: usize,
     /// Sets with holders below the device.
@@ -69,7 +82,7 @@ impl HolderSets {
             sets: vec![Kept::default()],
             numbers: HashMap::new(),
             unused: Vec::new(),
-            memo: None,
+            memo: [None; MEMOS],
             heap: 0,
             tiered: 0,
         }
@@ -101,10 +114,10 @@ impl HolderSets {
         tier: Tier,
         present: bool,
     ) -> HolderId {
-        if let Some((from, w, t, p, to)) = self.memo
-            && (from, w, t, p) == (id, worker, tier, present)
+        if let Some(memo) = self.memo[worker % MEMOS]
+            && (memo.from, memo.worker, memo.tier, memo.present) == (id, worker, tier, present)
         {
-            return to;
+            return memo.to;
         }
         if present && self.unused.is_empty() && self.sets.len() >= MOST_SETS {
             return id;
@@ -117,7 +130,13 @@ impl HolderSets {
             bits.clear(worker)
         }
         let to = self.number(holders);
-        self.memo = Some((id, worker, tier, present, to));
+        self.memo[worker % MEMOS] = Some(Memo {
+            from: id,
+            worker,
+            tier,
+            present,
+            to,
+        });
         to
     }
 
@@ -172,8 +191,10 @@ impl HolderSets {
                 self.tiered -= usize::from(kept.holders.is_tiered());
                 self.numbers.remove(&kept.holders);
                 self.unused.push(from);
-                if self.memo.is_some_and(|(f, .., t)| f == from || t == from) {
-                    self.memo = None;
+                for memo in &mut self.memo {
+                    if memo.is_some_and(|memo| memo.from == from || memo.to == from) {
+                        *memo = None;
+                    }
                 }
             }
         }

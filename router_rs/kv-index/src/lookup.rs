@@ -55,7 +55,9 @@ impl Core {
             }
             run.touch(place.slot..slot, self.now);
         }
-        self.narrow(class, NOBODY, held, found);
+        if held > 0 {
+            self.narrow(class, NOBODY, held, found);
+        }
     }
 
     /// Workers of a class that do not hold the next block end with what they
@@ -77,6 +79,7 @@ impl Core {
             if leaving != 0 {
                 found.alive[i] &= !leaving;
                 if held > 0 {
+                    found.any = true;
                     for worker in members(i, leaving) {
                         found.tokens[worker] = tokens;
                     }

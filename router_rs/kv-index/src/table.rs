@@ -66,6 +66,19 @@ struct Bucket {
     passed: AtomicU64,
 }
 
+impl Bucket {
+    /// A bit for each entry that has the same hash as this one. Without
+    /// branches: which entry it is cannot be foretold.
+    fn alike(&self, wanted: u64) -> u32 {
+        let mut alike = 0;
+        for (at, entry) in self.entries.iter().enumerate() {
+            let same = (entry.load(Ordering::Relaxed) ^ wanted) >> PLACE_BITS == 0;
+            alike |= u32::from(same) << at;
+        }
+        alike
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Table {
     buckets: Vec<Bucket>,
@@ -92,7 +105,7 @@ impl Table {
     }
 
     fn home(&self, hash: u64) -> usize {
-        ((hash * self.buckets.len() as u64) >> HASH_BITS) as usize
+        (hash.wrapping_mul(self.buckets.len() as u64) >> HASH_BITS) as usize
     }
 
     fn after(&self, at: usize) -> usize {
@@ -120,14 +133,14 @@ impl Table {
         let mut at = self.home(hash);
         loop {
             let bucket = &self.buckets[at];
-            for entry in &bucket.entries {
-                let entry = entry.load(Ordering::Relaxed);
-                if entry >> PLACE_BITS == hash && entry != 0 {
-                    let place = Place::unpack(entry);
-                    if holds(place) {
-                        return Some(place);
-                    }
+            let mut alike = bucket.alike(hash << PLACE_BITS);
+            while alike != 0 {
+                let entry = bucket.entries[alike.trailing_zeros() as usize].load(Ordering::Relaxed);
+                let place = Place::unpack(entry);
+                if entry != 0 && holds(place) {
+                    return Some(place);
                 }
+                alike &= alike - 1;
             }
             if bucket.passed.load(Ordering::Relaxed) == 0 {
                 return None;

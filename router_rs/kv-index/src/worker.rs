@@ -98,16 +98,21 @@ pub struct Matches {
     pub(crate) disk: Vec<u32>,
     /// Workers that hold all blocks so far; the look-up's own.
     pub(crate) alive: Vec<u64>,
+    /// Whether any of `tokens` is not 0.
+    pub(crate) any: bool,
 }
 
 impl Matches {
     pub(crate) fn reset(&mut self, slots: usize, all: &Bits) {
-        self.tokens.clear();
-        self.tokens.resize(slots, 0);
+        if self.any || self.tokens.len() != slots {
+            self.tokens.clear();
+            self.tokens.resize(slots, 0);
+            self.any = false;
+        }
         self.host.clear();
         self.disk.clear();
         self.alive.clear();
-        self.alive.extend((0..all.words()).map(|i| all.word(i)));
+        self.alive.extend_from_slice(all.as_words());
     }
 
     pub(crate) fn reset_tiers(&mut self) {
