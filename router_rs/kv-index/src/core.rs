@@ -487,3 +487,49 @@ impl Core {
         Some(self.runs.len() - 1)
     }
 }
+
+#[cfg(test)]
+impl Core {
+    /// Whether what is counted is what is there, and each value is found.
+    pub(crate) fn check(&self) {
+        let (mut blocks, mut entries, mut heap) = (0, 0, 0);
+        for (number, run) in self.runs.iter().enumerate() {
+            heap += run.heap();
+            let mut slot = 0;
+            for (holders, end) in run.spans_from(0) {
+                assert!(slot < end && end <= run.len());
+                if holders != NOBODY {
+                    let tiers = self.sets.get(holders).tiers.iter();
+                    entries += tiers.map(Bits::count).sum::<u64>() * (end - slot) as u64;
+                    for (value, slot) in run.values()[slot..end].iter().zip(slot..) {
+                        let place = Place { run: number, slot };
+                        assert_eq!(self.find(*value), Some(place));
+                        blocks += 1;
+                    }
+                }
+                slot = end;
+            }
+            assert_eq!(slot, run.len());
+            assert_eq!(
+                run.len() == 0,
+                number == 0 || self.free.contains(&(number as u32))
+            );
+        }
+        assert_eq!(
+            (blocks, entries, heap),
+            (self.blocks, self.entries, self.heap)
+        );
+    }
+
+    /// Notes in the table.
+    pub(crate) fn notes(&self) -> usize {
+        self.table.len()
+    }
+
+    /// Everything but the heat.
+    pub(crate) fn layout(&self) -> Vec<(Vec<u64>, Vec<(HolderId, usize)>)> {
+        let runs = self.runs.iter();
+        runs.map(|run| (run.values().to_vec(), run.spans_from(0).collect()))
+            .collect()
+    }
+}

@@ -7,6 +7,7 @@
 use crate::bits::Bits;
 use crate::worker::Tier;
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, DefaultHasher};
 
 /// Number of a set. 0 is the empty one.
 pub(crate) type HolderId = u32;
@@ -66,7 +67,8 @@ impl Kept {
 #[derive(Debug)]
 pub(crate) struct HolderSets {
     sets: Vec<Kept>,
-    numbers: HashMap<Holders, HolderId>,
+    /// Without random keys: equal histories take equal time.
+    numbers: HashMap<Holders, HolderId, BuildHasherDefault<DefaultHasher>>,
     unused: Vec<HolderId>,
     /// Last changes made, by worker: neighbours change alike.
     memo: [Option<Memo>; MEMOS],
@@ -80,7 +82,7 @@ impl HolderSets {
     pub(crate) fn new() -> Self {
         Self {
             sets: vec![Kept::default()],
-            numbers: HashMap::new(),
+            numbers: HashMap::default(),
             unused: Vec::new(),
             memo: [None; MEMOS],
             heap: 0,

@@ -334,3 +334,20 @@ fn member(writer: &mut Writer, worker: WorkerSlot) -> Result<&mut Member, SlotEr
         .get_mut(&worker.at())
         .ok_or(SlotError::Unknown(worker.0))
 }
+
+#[cfg(test)]
+impl KvIndex {
+    pub(crate) fn is_behind(&self) -> bool {
+        self.copies.is_behind()
+    }
+
+    /// Looks at both copies.
+    pub(crate) fn both(&self, look: impl FnOnce(&Core, Option<&Core>)) {
+        self.copies.read_both(look);
+    }
+
+    /// Does something while a look-up goes on.
+    pub(crate) fn held_up(&self, act: impl FnOnce()) {
+        self.copies.read(|_| act());
+    }
+}

@@ -23,9 +23,9 @@ use std::sync::{
 };
 use std::sync::{PoisonError, TryLockError};
 
-/// Tries of a reader before it waits in line. A try fails only if both copies
-/// changed roles between two instructions of the reader.
-const READS: usize = if cfg!(loom) { 2 } else { 64 };
+/// Tries of a reader before it waits in line. A try fails only if the copies
+/// change roles between two instructions of the reader.
+const READS: usize = if cfg!(loom) { 4 } else { 64 };
 /// Tries of a writer before a change goes to the log: some microseconds, longer
 /// than a look-up takes.
 const WRITES: usize = if cfg!(loom) { 1 } else { 200 };
@@ -200,9 +200,9 @@ impl<T, K: Kept<T>> LeftRight<T, K> {
     /// Brings a copy up to date, up to a weight, and once it is gives it to
     /// readers.
     fn turn(&self, log: &mut Log<K>, idle: usize, mut copy: RwLockWriteGuard<'_, T>, most: usize) {
-        let complete = log.bring(idle, &mut *copy, most);
-        drop(copy);
-        if complete {
+        if log.bring(idle, &mut *copy, most) {
+            // Before the lock is free: nobody who was late to see this must
+            // find here what others do not see yet.
             self.active.store(idle, Ordering::Release);
             self.behind.store(false, Ordering::Relaxed);
         }
@@ -220,8 +220,11 @@ impl<T, K: Kept<T>> LeftRight<T, K> {
     }
 
     fn active_copy(&self) -> RwLockReadGuard<'_, T> {
-        for _ in 0..READS {
-            if let Some(copy) = free(self.copies[self.active.load(Ordering::Acquire)].try_read()) {
+        // Where the active copy is just being given to readers, the other one
+        // still has what they saw until now.
+        for other in [0, 1].into_iter().cycle().take(READS) {
+            let active = self.active.load(Ordering::Acquire);
+            if let Some(copy) = free(self.copies[active ^ other].try_read()) {
                 return copy;
             }
         }
@@ -242,3 +245,7 @@ fn free<G>(tried: Result<G, TryLockError<G>>) -> Option<G> {
         Err(TryLockError::WouldBlock) => None,
     }
 }
+
+#[cfg(test)]
+#[path = "left_right_tests.rs"]
+mod tests;

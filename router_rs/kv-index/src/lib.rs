@@ -16,6 +16,8 @@ mod holders;
 mod index;
 mod left_right;
 mod lookup;
+#[cfg(all(test, not(loom)))]
+mod replica_tests;
 mod run;
 mod table;
 mod worker;

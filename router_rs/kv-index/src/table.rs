@@ -12,12 +12,15 @@
 //! went past it: a probe ends at a count of 0, and taking out leaves no mark. An
 //! entry has 29 bits of the hash and the place, which is all that growing needs.
 
+#[cfg(loom)]
+use loom::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+#[cfg(not(loom))]
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// Spreads keys over the array (2^64 / golden ratio): chain values are hashes
 /// already, but need not be.
 const SPREAD: u64 = 0x9E37_79B9_7F4A_7C15;
-const SMALLEST: usize = 16;
+const SMALLEST: usize = if cfg!(loom) { 2 } else { 16 };
 const WIDTH: usize = 7;
 
 const SLOT_BITS: u32 = 9;
@@ -205,6 +208,12 @@ impl Table {
         self.len.store(len - 1, Ordering::Relaxed);
     }
 
+    /// Entries.
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        self.len.load(Ordering::Relaxed)
+    }
+
     /// Whether so few entries are left that a smaller table would do.
     pub(crate) fn is_sparse(&self) -> bool {
         let most = self.buckets.len() * WIDTH;
@@ -225,5 +234,48 @@ impl Table {
         }
         larger.len.store(len, Ordering::Relaxed);
         larger
+    }
+}
+
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    /// Keys that have the same home, so that they fill it and pass on.
+    fn neighbours(table: &Table) -> Vec<u64> {
+        let at_home = |key: &u64| table.home(hash(*key)) == 0;
+        (1..).filter(at_home).take(WIDTH + 3).collect()
+    }
+
+    /// A reader that needs a key finds it, whatever is noted and taken out
+    /// meanwhile, before it and behind it.
+    #[test]
+    fn a_key_is_found_while_others_come_and_go() {
+        loom::model(|| {
+            let table = loom::sync::Arc::new(Table::new());
+            let keys = neighbours(&table);
+            let place = |at: usize| Place {
+                run: at + 1,
+                slot: 0,
+            };
+            // The last of these, the one to be found, is in the next bucket.
+            for (at, key) in keys[..WIDTH + 2].iter().enumerate() {
+                assert!(table.insert(*key, place(at)));
+            }
+            let writer = {
+                let (table, keys) = (table.clone(), keys.clone());
+                loom::thread::spawn(move || {
+                    table.remove(keys[WIDTH], place(WIDTH));
+                    assert!(table.insert(keys[WIDTH + 2], place(WIDTH + 2)));
+                })
+            };
+            let names: BTreeMap<u64, usize> =
+                (0..).map(|at| (keys[at], at)).take(WIDTH + 3).collect();
+            let wanted = keys[WIDTH + 1];
+            let found = table.find(wanted, |at| at == place(names[&wanted]));
+            assert_eq!(found, Some(place(WIDTH + 1)));
+            writer.join().unwrap();
+        });
     }
 }
