@@ -275,6 +275,12 @@ impl KvIndex {
         self.copies.read(|core| core.lookup(chain, found));
     }
 
+    /// Worker slots in use so far, free ones included: the length of
+    /// [`Matches::by_slot`].
+    pub fn slots(&self) -> usize {
+        self.copies.read(Core::slots)
+    }
+
     /// Blocks of a worker that are here, in any tier; 0 for a slot without a
     /// worker. Walks over the sets of holders: not for every request.
     pub fn held(&self, worker: WorkerSlot) -> u64 {

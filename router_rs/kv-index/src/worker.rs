@@ -141,6 +141,18 @@ impl Matches {
         &self.tokens
     }
 
+    /// [`Matches::host_tokens`] of all slots, by slot number; empty where there
+    /// are none.
+    pub fn host_by_slot(&self) -> &[u32] {
+        &self.host
+    }
+
+    /// [`Matches::disk_tokens`] of all slots, by slot number; empty where there
+    /// are none.
+    pub fn disk_by_slot(&self) -> &[u32] {
+        &self.disk
+    }
+
     /// Workers that hold something, with their tokens.
     pub fn iter(&self) -> impl Iterator<Item = (WorkerSlot, u32)> + '_ {
         let held = self

@@ -2,6 +2,7 @@
 
 mod attention;
 mod chain;
+mod kv_index;
 mod pool;
 mod registry;
 mod router;
@@ -16,6 +17,7 @@ fn _router(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<pool::PyKvPool>()?;
     transfer::add(module)?;
     chain::add(module)?;
+    kv_index::register(module)?;
     registry::register(module)?;
     router::register(module)?;
     router_settings::register(module)?;
