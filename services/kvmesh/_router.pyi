@@ -22,6 +22,56 @@ def chain_values(parent: int, ids: bytes) -> list[int]:
     `ids` are u32, little-endian. ValueError where a part of an id is left.
     """
 
+def chain_values_to(
+    parent: int, ids: npt.NDArray[np.uint32], out: npt.NDArray[np.uint64]
+) -> None:
+    """As `chain_values`, array to array, without the GIL. `out`: a value for each unit."""
+
+# --- Index --------------------------------------------------------------------
+
+@final
+class KvIndex:
+    """What `kvmesh.KvIndex` is made of: the same methods, of bare arrays and numbers.
+
+    A tier is 0 (device), 1 (host) or 2 (disk); a change (kind, parent, chain, tier) with kind 0
+    (stored), 1 (removed) or 2 (cleared). KeyError for a worker that is not there.
+    """
+
+    def __new__(cls, max_bytes: int, max_workers: int) -> KvIndex: ...
+    def add_worker(
+        self, block_tokens: int, ttl_ms: int | None = None, max_units: int = 0
+    ) -> int: ...
+    def remove_worker(self, worker: int) -> None: ...
+    def stored(
+        self, worker: int, parent: int | None, chain: npt.NDArray[np.uint64], tier: int
+    ) -> None: ...
+    def removed(self, worker: int, chain: npt.NDArray[np.uint64], tier: int) -> None: ...
+    def apply(
+        self,
+        worker: int,
+        changes: Sequence[tuple[int, int | None, npt.NDArray[np.uint64] | None, int]],
+    ) -> None: ...
+    def snapshot(
+        self,
+        worker: int,
+        changes: Sequence[tuple[int, int | None, npt.NDArray[np.uint64] | None, int]],
+        first: bool,
+        last: bool,
+    ) -> None: ...
+    def record_sent(self, worker: int, chain: npt.NDArray[np.uint64], now_ms: int) -> None: ...
+    def expire(self, now_ms: int) -> None: ...
+    def lookup(
+        self,
+        chain: npt.NDArray[np.uint64],
+        tokens: npt.NDArray[np.uint32],
+        host: npt.NDArray[np.uint32] | None = None,
+        disk: npt.NDArray[np.uint32] | None = None,
+    ) -> None: ...
+    @property
+    def slots(self) -> int: ...
+    def held(self, worker: int) -> int: ...
+    def stats(self) -> tuple[int, int, int, int, int, int]: ...
+
 # --- KV pool and transfer -----------------------------------------------------
 
 Reason = Literal[

@@ -11,8 +11,14 @@ mod approximate;
 mod bits;
 mod chain;
 mod core;
+mod edit;
 mod holders;
 mod index;
+mod left_right;
+mod lookup;
+#[cfg(all(test, not(loom)))]
+mod replica_tests;
+mod run;
 mod table;
 mod worker;
 

@@ -2,6 +2,7 @@
 
 mod attention;
 mod chain;
+mod kv_index;
 mod pool;
 mod registry;
 mod router;
@@ -18,6 +19,7 @@ fn _router(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<pool::PyKvPool>()?;
     transfer::add(module)?;
     chain::add(module)?;
+    kv_index::register(module)?;
     registry::register(module)?;
     router::register(module)?;
     worker_port::register(module)?;
