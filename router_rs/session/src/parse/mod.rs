@@ -3,9 +3,14 @@
 //! Rows of tokens stay in the columns they came in: nothing is copied or
 //! allocated for a token.
 
+mod hello;
+mod rows;
+
 use kvmesh_wire::v1::{self, worker_frame::Frame};
 
 use crate::{Fence, GenerationId, Stage, Violation};
+pub use hello::{Hello, hello, valid_name};
+pub use rows::{Row, Rows};
 
 /// A frame of a worker after its hello.
 #[derive(Clone, Debug, PartialEq)]
@@ -167,101 +172,6 @@ pub struct Failure {
     pub retryable: bool,
 }
 
-/// Rows of tokens whose columns agree.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Rows(v1::TokenRows);
-
-/// One row of [`Rows`].
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Row<'a> {
-    /// The generation.
-    pub generation: GenerationId,
-    /// The attempt.
-    pub fence: Fence,
-    /// Output index of the first id.
-    pub first_index: u32,
-    /// At least one id.
-    pub ids: &'a [u32],
-    /// One entry an id, or none at all.
-    pub logprobs: &'a [v1::TokenLogprobs],
-}
-
-impl Rows {
-    /// Checks that the columns agree.
-    ///
-    /// # Errors
-    /// [`Violation::Malformed`] where they do not.
-    pub fn parse(rows: v1::TokenRows) -> Result<Self, Violation> {
-        let count = rows.counts.len();
-        let columns = [
-            rows.owners.len(),
-            rows.attempts.len(),
-            rows.first_indices.len(),
-        ];
-        if rows.generations.len() != 16 * count || columns != [count; 3] {
-            return Err(Violation::Malformed("columns of tokens differ in length"));
-        }
-        let mut total = 0_usize;
-        for (&ids, &first) in rows.counts.iter().zip(&rows.first_indices) {
-            if ids == 0 || first.checked_add(ids).is_none() {
-                return Err(Violation::Malformed(
-                    "a row of tokens without a valid count",
-                ));
-            }
-            total = total.saturating_add(ids as usize);
-        }
-        if total != rows.ids.len() {
-            return Err(Violation::Malformed("counts of tokens do not add up"));
-        }
-        let mut next = 0;
-        for entry in &rows.logprobs {
-            let tokens = rows.counts.get(entry.row as usize).copied().unwrap_or(0);
-            if tokens == 0 || entry.row < next || entry.tokens.len() != tokens as usize {
-                return Err(Violation::Malformed(
-                    "log-probabilities without their tokens",
-                ));
-            }
-            next = entry.row + 1;
-        }
-        Ok(Self(rows))
-    }
-
-    /// The rows in order.
-    pub fn iter(&self) -> impl Iterator<Item = Row<'_>> {
-        let Self(rows) = self;
-        let mut ids = rows.ids.as_slice();
-        let mut logprobs = rows.logprobs.iter().peekable();
-        let names = rows.generations.chunks_exact(16);
-        names.enumerate().filter_map(move |(i, name)| {
-            let (now, rest) = ids.split_at_checked(*rows.counts.get(i)? as usize)?;
-            ids = rest;
-            let own = logprobs.next_if(|entry| entry.row as usize == i);
-            Some(Row {
-                generation: GenerationId::from_wire(name)?,
-                fence: Fence {
-                    owner: *rows.owners.get(i)?,
-                    attempt: *rows.attempts.get(i)?,
-                },
-                first_index: *rows.first_indices.get(i)?,
-                ids: now,
-                logprobs: own.map_or(&[], |entry| &entry.tokens),
-            })
-        })
-    }
-
-    /// Number of rows.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.0.counts.len()
-    }
-
-    /// Whether there are none.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.0.counts.is_empty()
-    }
-}
-
 /// Parses a frame that came after hello.
 ///
 /// # Errors
@@ -274,74 +184,6 @@ pub fn worker_frame(frame: v1::WorkerFrame) -> Result<Inbound, Violation> {
         Some(Frame::Cache(events)) => Ok(Inbound::Cache(events)),
         None => Ok(Inbound::Unknown),
     }
-}
-
-/// Takes the first frame of a session.
-///
-/// # Errors
-/// [`Violation::Malformed`] where it is not a hello, or lacks what a hello
-/// must have.
-pub fn hello(frame: v1::WorkerFrame) -> Result<Hello, Violation> {
-    let Some(Frame::Hello(hello)) = frame.frame else {
-        return Err(Violation::Malformed("the first frame is not a hello"));
-    };
-    let version = hello
-        .version
-        .ok_or(Violation::Malformed("hello without a version"))?;
-    let record = hello
-        .record
-        .ok_or(Violation::Malformed("hello without a record"))?;
-    if !valid_name(&record.worker_id) {
-        return Err(Violation::Malformed("hello without a valid worker id"));
-    }
-    let model = record
-        .model
-        .as_ref()
-        .ok_or(Violation::Malformed("hello without a model"))?;
-    if model.name.is_empty() || model.context_length == 0 {
-        return Err(Violation::Malformed("hello with an empty model"));
-    }
-    let Some(capabilities) = record.capabilities.as_ref() else {
-        return Err(Violation::Malformed("hello without capabilities"));
-    };
-    if capabilities.block_tokens == 0 || !capabilities.block_tokens.is_multiple_of(16) {
-        return Err(Violation::Malformed(
-            "hello with a block size that is no multiple of 16",
-        ));
-    }
-    Ok(Hello {
-        version: (version.major, version.minor),
-        hash_scheme: capabilities.hash_scheme,
-        last_event: hello.last_event,
-        resume_event: hello.resume_event,
-        step_model: hello.step_model,
-        record,
-    })
-}
-
-/// A worker's hello with everything a session needs.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Hello {
-    /// Protocol version: (major, minor).
-    pub version: (u32, u32),
-    /// Who this is; model and capabilities are set and valid.
-    pub record: v1::WorkerRecord,
-    /// Hash scheme of its cache lane.
-    pub hash_scheme: u32,
-    /// Last cache event so far.
-    pub last_event: u64,
-    /// First cache event that follows, where no snapshot comes.
-    pub resume_event: u64,
-    /// Step-time model fitted at start.
-    pub step_model: Option<v1::StepModel>,
-}
-
-/// Whether a text can be a worker's or a router's id: 1 to 128 characters of
-/// `[A-Za-z0-9._-]`.
-#[must_use]
-pub fn valid_name(name: &str) -> bool {
-    let allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-');
-    (1..=128).contains(&name.len()) && name.bytes().all(allowed)
 }
 
 fn step(output: v1::StepOutput) -> Result<StepFrame, Violation> {
@@ -460,59 +302,6 @@ fn stage_end(end: v1::StageEnd) -> Result<StageEnd, Violation> {
 mod tests {
     use super::*;
 
-    fn rows(counts: &[u32], ids: usize) -> v1::TokenRows {
-        let rows = counts.len();
-        v1::TokenRows {
-            generations: vec![1; 16 * rows].into(),
-            owners: vec![1; rows],
-            attempts: vec![1; rows],
-            first_indices: vec![0; rows],
-            counts: counts.to_vec(),
-            ids: (0..ids as u32).collect(),
-            logprobs: Vec::new(),
-        }
-    }
-
-    #[test]
-    fn rows_take_their_ids_in_order() {
-        let parsed = Rows::parse(rows(&[2, 1, 3], 6)).expect("valid");
-        let ids: Vec<&[u32]> = parsed.iter().map(|row| row.ids).collect();
-        assert_eq!(ids, [&[0, 1][..], &[2], &[3, 4, 5]]);
-    }
-
-    #[test]
-    fn rows_take_their_own_logprobs() {
-        let mut wire = rows(&[1, 2], 3);
-        let tokens = vec![v1::TokenLogprobs::default(); 2];
-        wire.logprobs = vec![v1::RowLogprobs { row: 1, tokens }];
-        let parsed = Rows::parse(wire).expect("valid");
-        let lengths: Vec<usize> = parsed.iter().map(|row| row.logprobs.len()).collect();
-        assert_eq!(lengths, [0, 2]);
-    }
-
-    #[test]
-    fn columns_that_disagree_are_malformed() {
-        let mut short = rows(&[1, 1], 2);
-        short.owners.pop();
-        let mut overflow = rows(&[2], 2);
-        overflow.first_indices[0] = u32::MAX;
-        let mut stray = rows(&[1], 1);
-        stray.logprobs = vec![v1::RowLogprobs {
-            row: 7,
-            tokens: Vec::new(),
-        }];
-        for bad in [
-            short,
-            overflow,
-            stray,
-            rows(&[0], 0),
-            rows(&[2], 1),
-            rows(&[1], 2),
-        ] {
-            assert!(matches!(Rows::parse(bad), Err(Violation::Malformed(_))));
-        }
-    }
-
     #[test]
     fn an_opening_needs_all_its_parts() {
         let whole = v1::Opening {
@@ -552,13 +341,5 @@ mod tests {
             worker_frame(v1::WorkerFrame { frame: None }),
             Ok(Inbound::Unknown)
         );
-    }
-
-    #[test]
-    fn names_are_short_and_plain() {
-        for (name, valid) in [("w-1.a_B", true), ("", false), ("a b", false), ("ä", false)] {
-            assert_eq!(valid_name(name), valid, "{name}");
-        }
-        assert!(!valid_name(&"x".repeat(129)));
     }
 }
