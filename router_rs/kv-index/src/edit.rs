@@ -1,32 +1,41 @@
 //! Changes of the index's content, made at once or kept for later.
 
+use crate::change::Steps;
 use crate::core::{Core, Tail};
 use crate::left_right::{Kept, Pass};
 use crate::worker::{CacheChange, Tier};
 use smallvec::SmallVec;
+use std::cell::RefCell;
 
 /// A change of one copy, with what it needs borrowed.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(crate) enum Edit<'a> {
     /// A worker comes, with its block size in units.
     Add(usize, usize),
     /// A worker goes.
     Drop(usize),
-    /// A worker's cache changes.
-    Apply(usize, &'a [CacheChange<'a>]),
+    /// A worker's cache changes; what that came to in the first copy.
+    Apply(usize, &'a [CacheChange<'a>], RefCell<Steps>),
     /// What a worker holds becomes this.
     Replace(usize, &'a [(u64, Tier)]),
     /// Ends of runs go, to make room.
     Forget(&'a [Tail]),
 }
 
-impl Edit<'_> {
+impl<'a> Edit<'a> {
+    pub(crate) fn apply(worker: usize, changes: &'a [CacheChange<'a>]) -> Self {
+        Self::Apply(worker, changes, RefCell::default())
+    }
+
     pub(crate) fn make(&self, core: &mut Core, pass: Pass) {
         core.begin(pass);
         match *self {
             Edit::Add(worker, units) => core.add_worker(worker, units),
             Edit::Drop(worker) => core.remove_worker(worker),
-            Edit::Apply(worker, changes) => core.apply(worker, changes),
+            Edit::Apply(worker, changes, ref steps) => match pass {
+                Pass::First => *steps.borrow_mut() = core.apply(worker, changes),
+                Pass::Second => core.follow(worker, changes, &steps.borrow()),
+            },
             Edit::Replace(worker, blocks) => core.replace(worker, blocks),
             Edit::Forget(tails) => core.forget(tails),
         }
@@ -37,7 +46,7 @@ impl Edit<'_> {
         match *self {
             Edit::Add(worker, units) => KeptEdit::Add(worker, units),
             Edit::Drop(worker) => KeptEdit::Drop(worker),
-            Edit::Apply(worker, changes) => {
+            Edit::Apply(worker, changes, _) => {
                 let mut values = Vec::new();
                 let parts = changes
                     .iter()
@@ -115,7 +124,7 @@ impl Kept<Core> for KeptEdit {
             Self::Apply(worker, parts, values) => {
                 let mut values = values.as_slice();
                 for part in parts {
-                    core.apply(*worker, &[part.change(&mut values)]);
+                    let _ = core.apply(*worker, &[part.change(&mut values)]);
                 }
             }
             Self::Replace(worker, blocks) => core.replace(*worker, blocks),

@@ -153,7 +153,7 @@ impl KvIndex {
         {
             approximate.clear();
         }
-        self.write(&mut writer, Edit::Apply(worker.at(), changes));
+        self.write(&mut writer, Edit::apply(worker.at(), changes));
         Ok(())
     }
 
@@ -234,7 +234,7 @@ impl KvIndex {
             CacheChange::Stored { chain: &ends, tier },
             CacheChange::Removed { chain: &over, tier },
         ];
-        self.write(&mut writer, Edit::Apply(worker.at(), &changes));
+        self.write(&mut writer, Edit::apply(worker.at(), &changes));
         Ok(())
     }
 
@@ -258,7 +258,7 @@ impl KvIndex {
                 chain: &chain,
                 tier,
             }];
-            self.write(&mut writer, Edit::Apply(slot, &changes));
+            self.write(&mut writer, Edit::apply(slot, &changes));
         }
     }
 

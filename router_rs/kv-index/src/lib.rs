@@ -10,6 +10,7 @@
 mod approximate;
 mod bits;
 mod chain;
+mod change;
 mod core;
 mod edit;
 mod holders;

@@ -34,7 +34,7 @@ pub(crate) const MOST_SLOTS: usize = 1 << SLOT_BITS;
 pub(crate) const MOST_RUNS: usize = 1 << RUN_BITS;
 
 /// Bytes a block costs in a table that has just grown.
-pub(crate) const BYTES_A_BLOCK: usize = 18;
+pub(crate) const BYTES_A_BLOCK: usize = 23;
 
 /// Where a value is kept: a run of values and the slot in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -220,10 +220,10 @@ impl Table {
         self.buckets.len() > 16 * SMALLEST && self.len.load(Ordering::Relaxed) * 5 < most
     }
 
-    /// A table with the same entries and room for as many more as half of them.
+    /// A table with the same entries and room for as many more.
     pub(crate) fn resized(&self) -> Self {
         let len = self.len.load(Ordering::Relaxed);
-        let larger = Self::with_buckets((len * 19 / 10 / WIDTH).max(SMALLEST));
+        let larger = Self::with_buckets((len * 5 / 2 / WIDTH).max(SMALLEST));
         for bucket in &self.buckets {
             for entry in &bucket.entries {
                 let entry = entry.load(Ordering::Relaxed);
