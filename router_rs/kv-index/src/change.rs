@@ -2,6 +2,7 @@
 
 use crate::bits::Bits;
 use crate::core::{Core, Tail};
+use crate::edit::Batch;
 use crate::holders::{HolderId, HolderSets, NOBODY};
 use crate::left_right::Pass;
 use crate::run::{Dead, Run, SEGMENT};
@@ -42,27 +43,35 @@ pub(crate) struct Steps(SmallVec<[SmallVec<[Step; 2]>; 1]>);
 
 impl Core {
     /// Makes changes, and says what they came to.
-    pub(crate) fn apply(&mut self, worker: usize, changes: &[CacheChange<'_>]) -> Steps {
-        let each = changes.iter().map(|change| match *change {
-            CacheChange::Stored { chain, tier } => self.store(worker, tier, None, chain),
-            CacheChange::StoredAfter {
-                parent,
-                chain,
-                tier,
-            } => self.store(worker, tier, Some(parent), chain),
-            CacheChange::Removed { chain, tier } => self.remove(worker, tier, chain),
-            CacheChange::Cleared => {
-                self.clear(worker);
-                SmallVec::new()
+    pub(crate) fn apply(&mut self, batch: Batch<'_>) -> Steps {
+        let mut steps = Steps::default();
+        for (at, (worker, change)) in batch.each().enumerate() {
+            // What the next one needs is on its way while this one is made.
+            if let Some((_, CacheChange::StoredAfter { parent, chain, .. })) = batch.get(at + 1) {
+                self.warm(&[parent]);
+                self.warm(&chain[..chain.len().min(WARM)]);
             }
-        });
-        Steps(each.collect())
+            steps.0.push(match change {
+                CacheChange::Stored { chain, tier } => self.store(worker, tier, None, chain),
+                CacheChange::StoredAfter {
+                    parent,
+                    chain,
+                    tier,
+                } => self.store(worker, tier, Some(parent), chain),
+                CacheChange::Removed { chain, tier } => self.remove(worker, tier, chain),
+                CacheChange::Cleared => {
+                    self.clear(worker);
+                    SmallVec::new()
+                }
+            });
+        }
+        steps
     }
 
     /// Makes changes that came to this in the other copy.
-    pub(crate) fn follow(&mut self, worker: usize, changes: &[CacheChange<'_>], steps: &Steps) {
-        for (change, steps) in changes.iter().zip(&steps.0) {
-            match *change {
+    pub(crate) fn follow(&mut self, batch: Batch<'_>, steps: &Steps) {
+        for ((worker, change), steps) in batch.each().zip(&steps.0) {
+            match change {
                 CacheChange::Stored { chain, tier }
                 | CacheChange::StoredAfter { chain, tier, .. } => {
                     let mut rest = chain;
@@ -84,6 +93,10 @@ impl Core {
                 CacheChange::Cleared => self.clear(worker),
             }
         }
+    }
+
+    fn warm(&self, values: &[u64]) {
+        std::hint::black_box(self.table.warm(values));
     }
 
     fn store(
@@ -184,7 +197,7 @@ impl Core {
         while count < most {
             if count.is_multiple_of(WARM) {
                 let end = most.min(count + WARM);
-                std::hint::black_box(self.table.warm(&chain[count..end]));
+                self.warm(&chain[count..end]);
             }
             if count > 0 && self.find(chain[count]).is_some() {
                 break;
