@@ -199,12 +199,11 @@ impl Core {
                 let end = most.min(count + WARM);
                 self.warm(&chain[count..end]);
             }
-            if count > 0 && self.find(chain[count]).is_some() {
+            let slot = place.slot + count;
+            if !self.claim(chain[count], Place { slot, ..place }) {
                 break;
             }
-            let slot = place.slot + count;
             self.runs[place.run].put(&chain[count..=count]);
-            self.note(chain[count], Place { slot, ..place });
             count += 1;
         }
         let step = Step {

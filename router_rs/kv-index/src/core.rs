@@ -7,7 +7,7 @@ use crate::holders::HolderSets;
 use crate::holders::{HolderId, NOBODY};
 use crate::left_right::Pass;
 use crate::run::{Run, SEGMENT};
-use crate::table::{BYTES_A_BLOCK, Place, Table};
+use crate::table::{BYTES_A_BLOCK, Claim, Place, Table};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Runs looked at together when the coldest are sought, and how many of them
@@ -150,11 +150,24 @@ impl Core {
 
     /// Where a value is that somebody holds.
     pub(crate) fn find(&self, value: u64) -> Option<Place> {
-        self.table.find(value, |place| {
-            self.runs
-                .get(place.run)
-                .is_some_and(|run| run.holds(place.slot, value))
-        })
+        self.table.find(value, |place| self.holds(place, value))
+    }
+
+    fn holds(&self, place: Place, value: u64) -> bool {
+        let run = self.runs.get(place.run);
+        run.is_some_and(|run| run.holds(place.slot, value))
+    }
+
+    /// Whether nobody held a value; then it is noted to be at this place.
+    pub(crate) fn claim(&mut self, value: u64, place: Place) -> bool {
+        if self.pass == Pass::Second {
+            return self.find(value).is_none();
+        }
+        let claim = self.table.claim(value, place, |at| self.holds(at, value));
+        if claim == Claim::Full {
+            self.note(value, place);
+        }
+        !matches!(claim, Claim::Held(_))
     }
 
     /// The next that should go: of some runs those whose ends were longest not
