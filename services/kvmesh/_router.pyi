@@ -45,6 +45,14 @@ class KvIndex:
     def stored(
         self, worker: int, parent: int | None, chain: npt.NDArray[np.uint64], tier: int
     ) -> None: ...
+    def stored_many(
+        self,
+        workers: npt.NDArray[np.uint32],
+        parents: npt.NDArray[np.uint64],
+        offsets: npt.NDArray[np.uint64],
+        chain: npt.NDArray[np.uint64],
+        tier: int,
+    ) -> None: ...
     def removed(self, worker: int, chain: npt.NDArray[np.uint64], tier: int) -> None: ...
     def apply(
         self,

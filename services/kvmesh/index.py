@@ -132,6 +132,23 @@ class KvIndex:
         """Blocks of a worker can be shared now; see `Stored`. One value a block, in any order."""
         self._index.stored(worker, parent, _values(chain), tier)
 
+    def stored_many(
+        self,
+        workers: npt.NDArray[np.uint32],
+        parents: npt.NDArray[np.uint64],
+        offsets: npt.NDArray[np.uint64],
+        chain: npt.NDArray[np.uint64],
+        *,
+        tier: Tier = Tier.DEVICE,
+    ) -> None:
+        """Many `stored` in one call, also of several workers: faster, and seen whole.
+
+        Event i is of `workers[i]`, comes after `parents[i]` and has the values from `offsets[i]` to
+        `offsets[i + 1]` of `chain`. Shapes (n,), (n,), (n + 1,) and (offsets[n],); ValueError where
+        they do not fit. Where a worker is not there, nothing is changed.
+        """
+        self._index.stored_many(workers, parents, offsets, chain, tier)
+
     def removed(self, worker: int, chain: Values, *, tier: Tier = Tier.DEVICE) -> None:
         """Blocks of a worker are gone. Values that it does not hold are ignored."""
         self._index.removed(worker, _values(chain), tier)

@@ -1,32 +1,63 @@
 //! Changes of the index's content, made at once or kept for later.
 
+use crate::change::Steps;
 use crate::core::{Core, Tail};
 use crate::left_right::{Kept, Pass};
-use crate::worker::{CacheChange, Tier};
+use crate::worker::{CacheChange, Tier, WorkerSlot};
 use smallvec::SmallVec;
+use std::cell::RefCell;
+
+/// Changes of workers' caches.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Batch<'a> {
+    /// Of one worker.
+    One(usize, &'a [CacheChange<'a>]),
+    /// Each with its worker.
+    Many(&'a [(WorkerSlot, CacheChange<'a>)]),
+}
+
+impl<'a> Batch<'a> {
+    pub(crate) fn get(&self, at: usize) -> Option<(usize, CacheChange<'a>)> {
+        match self {
+            Self::One(worker, changes) => Some((*worker, *changes.get(at)?)),
+            Self::Many(changes) => changes.get(at).map(|(slot, change)| (slot.at(), *change)),
+        }
+    }
+
+    pub(crate) fn each(self) -> impl Iterator<Item = (usize, CacheChange<'a>)> {
+        (0..).map_while(move |at| self.get(at))
+    }
+}
 
 /// A change of one copy, with what it needs borrowed.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(crate) enum Edit<'a> {
     /// A worker comes, with its block size in units.
     Add(usize, usize),
     /// A worker goes.
     Drop(usize),
-    /// A worker's cache changes.
-    Apply(usize, &'a [CacheChange<'a>]),
+    /// Caches change; what that came to in the first copy.
+    Apply(Batch<'a>, RefCell<Steps>),
     /// What a worker holds becomes this.
     Replace(usize, &'a [(u64, Tier)]),
     /// Ends of runs go, to make room.
     Forget(&'a [Tail]),
 }
 
-impl Edit<'_> {
+impl<'a> Edit<'a> {
+    pub(crate) fn apply(batch: Batch<'a>) -> Self {
+        Self::Apply(batch, RefCell::default())
+    }
+
     pub(crate) fn make(&self, core: &mut Core, pass: Pass) {
         core.begin(pass);
         match *self {
             Edit::Add(worker, units) => core.add_worker(worker, units),
             Edit::Drop(worker) => core.remove_worker(worker),
-            Edit::Apply(worker, changes) => core.apply(worker, changes),
+            Edit::Apply(batch, ref steps) => match pass {
+                Pass::First => *steps.borrow_mut() = core.apply(batch),
+                Pass::Second => core.follow(batch, &steps.borrow()),
+            },
             Edit::Replace(worker, blocks) => core.replace(worker, blocks),
             Edit::Forget(tails) => core.forget(tails),
         }
@@ -37,13 +68,13 @@ impl Edit<'_> {
         match *self {
             Edit::Add(worker, units) => KeptEdit::Add(worker, units),
             Edit::Drop(worker) => KeptEdit::Drop(worker),
-            Edit::Apply(worker, changes) => {
+            Edit::Apply(batch, _) => {
                 let mut values = Vec::new();
-                let parts = changes
-                    .iter()
-                    .map(|change| Part::of(change, &mut values))
+                let parts = batch
+                    .each()
+                    .map(|(worker, change)| (worker, Part::of(&change, &mut values)))
                     .collect();
-                KeptEdit::Apply(worker, parts, values)
+                KeptEdit::Apply(parts, values)
             }
             Edit::Replace(worker, blocks) => KeptEdit::Replace(worker, blocks.to_vec()),
             Edit::Forget(tails) => KeptEdit::Forget(tails.to_vec()),
@@ -101,7 +132,7 @@ impl Part {
 pub(crate) enum KeptEdit {
     Add(usize, usize),
     Drop(usize),
-    Apply(usize, SmallVec<[Part; 2]>, Vec<u64>),
+    Apply(SmallVec<[(usize, Part); 1]>, Vec<u64>),
     Replace(usize, Vec<(u64, Tier)>),
     Forget(Vec<Tail>),
 }
@@ -112,10 +143,11 @@ impl Kept<Core> for KeptEdit {
         match self {
             Self::Add(worker, units) => core.add_worker(*worker, *units),
             Self::Drop(worker) => core.remove_worker(*worker),
-            Self::Apply(worker, parts, values) => {
+            Self::Apply(parts, values) => {
                 let mut values = values.as_slice();
-                for part in parts {
-                    core.apply(*worker, &[part.change(&mut values)]);
+                for (worker, part) in parts {
+                    let change = part.change(&mut values);
+                    let _ = core.apply(Batch::One(*worker, &[change]));
                 }
             }
             Self::Replace(worker, blocks) => core.replace(*worker, blocks),
@@ -127,7 +159,7 @@ impl Kept<Core> for KeptEdit {
     /// Values, and some for what goes with them.
     fn weight(&self) -> usize {
         match self {
-            Self::Apply(_, parts, values) => 16 + 4 * parts.len() + values.len(),
+            Self::Apply(parts, values) => 16 + 4 * parts.len() + values.len(),
             Self::Replace(_, blocks) => 16 + 2 * blocks.len(),
             _ => 16,
         }

@@ -10,8 +10,10 @@
 mod approximate;
 mod bits;
 mod chain;
+mod change;
 mod core;
 mod edit;
+mod foreign;
 mod holders;
 mod index;
 mod left_right;
@@ -23,5 +25,6 @@ mod table;
 mod worker;
 
 pub use chain::{HASH_SCHEME, UNIT_TOKENS, chain_values, chain_values_into, namespace_root};
+pub use foreign::{Dropped, Foreign, ForeignBlocks, ForeignStats, Heard, OwnBlocks};
 pub use index::{IndexSettings, IndexStats, KvIndex};
 pub use worker::{CacheChange, Knowledge, Matches, SlotError, Tier, WorkerSlot};

@@ -106,27 +106,24 @@ impl Run {
         down.zip(chain).take_while(|(a, b)| a == b).count()
     }
 
-    /// Makes room for so many more values, and some more.
+    /// Makes room for so many more values, and as many as there are.
     pub(crate) fn reserve(&mut self, more: usize) {
         let wanted = self.values.len() + more;
         if wanted > self.values.capacity() {
-            let roomy = (self.values.len() + self.values.len() / 2).min(MOST_SLOTS);
+            let roomy = (2 * self.values.len()).min(MOST_SLOTS);
             self.values
                 .reserve_exact(roomy.max(wanted) - self.values.len());
         }
     }
 
-    /// Puts a value at the end; [`Run::close`] says who holds it.
-    pub(crate) fn put(&mut self, value: u64) {
-        self.values.push(value);
+    /// Puts values at the end; [`Run::close`] says who holds them.
+    pub(crate) fn put(&mut self, values: &[u64]) {
+        self.values.extend_from_slice(values);
     }
 
-    /// Gives the values that were put since the last time their holders, and
-    /// says which slots they have.
-    pub(crate) fn close(&mut self, holders: HolderId) -> Range<usize> {
-        let start = self.spans.last().map_or(0, |span| usize::from(span.end));
+    /// Gives the values that were put since the last time their holders.
+    pub(crate) fn close(&mut self, holders: HolderId) {
         push(&mut self.spans, holders, self.values.len());
-        start..self.values.len()
     }
 
     /// Changes holders in some slots to what `change` makes of them and of the

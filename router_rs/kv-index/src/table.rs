@@ -34,7 +34,7 @@ pub(crate) const MOST_SLOTS: usize = 1 << SLOT_BITS;
 pub(crate) const MOST_RUNS: usize = 1 << RUN_BITS;
 
 /// Bytes a block costs in a table that has just grown.
-pub(crate) const BYTES_A_BLOCK: usize = 18;
+pub(crate) const BYTES_A_BLOCK: usize = 23;
 
 /// Where a value is kept: a run of values and the slot in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,6 +80,36 @@ impl Bucket {
         }
         alike
     }
+
+    /// Where a key with this hash is, if an entry here says so.
+    fn held(&self, wanted: u64, holds: &impl Fn(Place) -> bool) -> Option<Place> {
+        let mut alike = self.alike(wanted);
+        while alike != 0 {
+            let entry = self.entries[alike.trailing_zeros() as usize].load(Ordering::Relaxed);
+            let place = Place::unpack(entry);
+            if entry != 0 && holds(place) {
+                return Some(place);
+            }
+            alike &= alike - 1;
+        }
+        None
+    }
+
+    fn free(&self) -> Option<usize> {
+        let mut entries = self.entries.iter();
+        entries.position(|entry| entry.load(Ordering::Relaxed) == 0)
+    }
+}
+
+/// What [`Table::claim`] came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Claim {
+    /// The key is here already.
+    Held(Place),
+    /// It was not, and is now.
+    Noted,
+    /// It is not, and there is no room: a larger table is needed.
+    Full,
 }
 
 #[derive(Debug)]
@@ -136,14 +166,8 @@ impl Table {
         let mut at = self.home(hash);
         loop {
             let bucket = &self.buckets[at];
-            let mut alike = bucket.alike(hash << PLACE_BITS);
-            while alike != 0 {
-                let entry = bucket.entries[alike.trailing_zeros() as usize].load(Ordering::Relaxed);
-                let place = Place::unpack(entry);
-                if entry != 0 && holds(place) {
-                    return Some(place);
-                }
-                alike &= alike - 1;
+            if let Some(place) = bucket.held(hash << PLACE_BITS, &holds) {
+                return Some(place);
             }
             if bucket.passed.load(Ordering::Relaxed) == 0 {
                 return None;
@@ -152,31 +176,82 @@ impl Table {
         }
     }
 
+    /// As [`Table::find`], and where the key is nowhere notes that it is at
+    /// `place` now, in one probe.
+    pub(crate) fn claim(&self, key: u64, place: Place, holds: impl Fn(Place) -> bool) -> Claim {
+        let wanted = hash(key) << PLACE_BITS;
+        let home = self.home(hash(key));
+        let (mut at, mut spot) = (home, None);
+        loop {
+            let bucket = &self.buckets[at];
+            if let Some(held) = bucket.held(wanted, &holds) {
+                return Claim::Held(held);
+            }
+            spot = spot.or_else(|| Some((at, bucket.free()?)));
+            if bucket.passed.load(Ordering::Relaxed) == 0 {
+                break;
+            }
+            at = self.after(at);
+        }
+        if self.is_full() {
+            return Claim::Full;
+        }
+        let (end, free) = loop {
+            if let Some(spot) = spot {
+                break spot;
+            }
+            at = self.after(at);
+            spot = self.buckets[at].free().map(|free| (at, free));
+        };
+        self.pass(home, end, 1);
+        self.buckets[end].entries[free].store(wanted | place.pack(), Ordering::Relaxed);
+        self.count(1);
+        Claim::Noted
+    }
+
+    /// Above this share keys pass on often.
+    fn is_full(&self) -> bool {
+        self.len.load(Ordering::Relaxed) * 100 >= self.buckets.len() * WIDTH * 78
+    }
+
+    fn count(&self, more: isize) {
+        let len = self.len.load(Ordering::Relaxed);
+        self.len
+            .store(len.wrapping_add_signed(more), Ordering::Relaxed);
+    }
+
+    /// So many more keys went past the buckets from `home` to before `end`.
+    fn pass(&self, home: usize, end: usize, more: i64) {
+        let mut at = home;
+        while at != end {
+            let passed = &self.buckets[at].passed;
+            let count = passed.load(Ordering::Relaxed);
+            passed.store(count.wrapping_add_signed(more), Ordering::Relaxed);
+            at = self.after(at);
+        }
+    }
+
     /// Notes that a key is at a place. Where the table is full, nothing is
     /// noted: a larger one is needed.
     #[must_use]
     pub(crate) fn insert(&self, key: u64, place: Place) -> bool {
-        let len = self.len.load(Ordering::Relaxed);
-        // Above this share keys pass on often.
-        let fits = len * 100 < self.buckets.len() * WIDTH * 78;
+        let fits = !self.is_full();
         if fits {
-            self.len.store(len + 1, Ordering::Relaxed);
+            self.count(1);
             self.put(hash(key) << PLACE_BITS | place.pack());
         }
         fits
     }
 
     fn put(&self, entry: u64) {
-        let mut at = self.home(entry >> PLACE_BITS);
+        let home = self.home(entry >> PLACE_BITS);
+        let mut at = home;
         loop {
-            let bucket = &self.buckets[at];
-            let mut entries = bucket.entries.iter();
-            if let Some(free) = entries.find(|entry| entry.load(Ordering::Relaxed) == 0) {
-                free.store(entry, Ordering::Relaxed);
+            if let Some(free) = self.buckets[at].free() {
+                self.pass(home, at, 1);
+                self.buckets[at].entries[free].store(entry, Ordering::Relaxed);
                 return;
             }
-            let passed = bucket.passed.load(Ordering::Relaxed);
-            bucket.passed.store(passed + 1, Ordering::Relaxed);
             at = self.after(at);
         }
     }
@@ -198,14 +273,8 @@ impl Table {
             }
             at = self.after(at);
         }
-        let mut past = home;
-        while past != at {
-            let passed = &self.buckets[past].passed;
-            passed.store(passed.load(Ordering::Relaxed) - 1, Ordering::Relaxed);
-            past = self.after(past);
-        }
-        let len = self.len.load(Ordering::Relaxed);
-        self.len.store(len - 1, Ordering::Relaxed);
+        self.pass(home, at, -1);
+        self.count(-1);
     }
 
     /// Entries.
@@ -220,10 +289,10 @@ impl Table {
         self.buckets.len() > 16 * SMALLEST && self.len.load(Ordering::Relaxed) * 5 < most
     }
 
-    /// A table with the same entries and room for as many more as half of them.
+    /// A table with the same entries and room for as many more.
     pub(crate) fn resized(&self) -> Self {
         let len = self.len.load(Ordering::Relaxed);
-        let larger = Self::with_buckets((len * 19 / 10 / WIDTH).max(SMALLEST));
+        let larger = Self::with_buckets((len * 5 / 2 / WIDTH).max(SMALLEST));
         for bucket in &self.buckets {
             for entry in &bucket.entries {
                 let entry = entry.load(Ordering::Relaxed);

@@ -139,6 +139,37 @@ impl PyKvIndex {
         self.change(chain.py(), worker, &[stored(parent, &values, tier)])
     }
 
+    /// Event i, of `workers[i]`, has the values from `offsets[i]` to
+    /// `offsets[i + 1]` and comes after `parents[i]`.
+    fn stored_many(
+        &self,
+        py: Python<'_>,
+        workers: &Bound<'_, PyAny>,
+        parents: &Bound<'_, PyAny>,
+        offsets: &Bound<'_, PyAny>,
+        chain: &Bound<'_, PyAny>,
+        tier: u8,
+    ) -> PyResult<()> {
+        let (mut slots, tier) = (Vec::<u32>::new(), self::tier(tier)?);
+        read(workers, &mut slots)?;
+        let (parents, offsets, chain) = (values(parents)?, values(offsets)?, values(chain)?);
+        if parents.len() != slots.len() || offsets.len() != slots.len() + 1 {
+            return Err(PyValueError::new_err(
+                "as many parents as workers are needed, and one offset more",
+            ));
+        }
+        let mut changes = Vec::with_capacity(slots.len());
+        for ((slot, parent), ends) in slots.iter().zip(&parents).zip(offsets.windows(2)) {
+            let chain = chain
+                .get(ends[0] as usize..ends[1] as usize)
+                .ok_or_else(|| PyValueError::new_err("offsets do not fit the chain"))?;
+            let change = stored(Some(*parent), chain, tier);
+            changes.push((WorkerSlot(*slot), change));
+        }
+        py.detach(|| self.index.apply_many(&changes))
+            .map_err(refused)
+    }
+
     fn removed(&self, worker: u32, chain: &Bound<'_, PyAny>, tier: u8) -> PyResult<()> {
         let (values, tier) = (values(chain)?, self::tier(tier)?);
         let chain_of = CacheChange::Removed {
