@@ -176,7 +176,14 @@ async def running(engine) -> AsyncIterator[Driver]:
 
 
 def sim(
-    like="kvmesh", blocks=512, transfer=False, worker_id="w", incarnation=1, clock=None, **settings
+    like="kvmesh",
+    blocks=512,
+    transfer=False,
+    worker_id="w",
+    incarnation=1,
+    clock=None,
+    node=None,
+    **settings,
 ):
     settings.setdefault("speed", float("inf"))
     return build_engine(
@@ -184,7 +191,7 @@ def sim(
         pool_blocks=blocks,
         worker_id=worker_id,
         incarnation=incarnation,
-        transfer=TransferSettings() if transfer else None,
+        transfer=TransferSettings(**(node or {})) if transfer else None,
         clock=clock,
     )
 
