@@ -19,7 +19,7 @@ def role_name(role: wire.Role) -> str:
 
 
 def role_number(name: str) -> wire.Role:
-    """A role as the wire has it. Raises ValueError for another name."""
+    """A role as the wire has it. Raises KeyError for another name."""
     from kvmesh.v1 import worker_pb2 as wire
 
-    return wire.Role.Value(f"ROLE_{name.upper()}")
+    return {"prefill": wire.ROLE_PREFILL, "decode": wire.ROLE_DECODE, "both": wire.ROLE_BOTH}[name]

@@ -157,6 +157,15 @@ class Driver:
         assert sum_of(self.engine.load().kv) == self.engine.capabilities().pool_blocks
 
 
+async def until(holds) -> None:
+    """Until something holds of which nothing tells."""
+    async with asyncio.timeout(30):
+        while True:
+            if holds():
+                return
+            await asyncio.sleep(0.001)
+
+
 def sum_of(room) -> int:
     return room.free + room.evictable + room.running + room.pinned + room.reserved
 

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from engine_harness import VOCABULARY, mesh_from, prompt, running, sim
+from engine_harness import VOCABULARY, mesh_from, prompt, running, sim, until
 
 from kvmesh.engine.contract import AttemptId, Stage
 from kvmesh.engine.sim.content import reference_tokens
@@ -28,10 +28,7 @@ class Decoder:
 
     async def stopped(self) -> None:
         """Until every thread of it stands still, as /proc tells."""
-        folder = Path(f"/proc/{self._process.pid}/task")
-        async with asyncio.timeout(10):
-            while not all(state(task) == "T" for task in folder.iterdir()):
-                await asyncio.sleep(0.001)
+        await until(lambda: stands_still(self._process.pid))
 
     def place(self, ids, number, hand_off=None, max_tokens=16) -> None:
         asked = {"prompt": ids, "id": number.to_bytes(16, "big").hex(), "max_tokens": max_tokens}
@@ -122,10 +119,9 @@ async def test_a_killed_reader_gives_the_senders_blocks_back_at_once() -> None:
 
 async def asked_for(sender) -> None:
     """Until the reader's pull has come."""
-    async with asyncio.timeout(10):
-        while not sender._node.residue()["awaited"]:
-            await asyncio.sleep(0.001)
+    await until(lambda: sender._node.residue()["awaited"])
 
 
-def state(task: Path) -> str:
-    return (task / "stat").read_text().rpartition(")")[2].split()[0]
+def stands_still(pid: int) -> bool:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks)
