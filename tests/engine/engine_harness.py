@@ -157,6 +157,15 @@ class Driver:
         assert sum_of(self.engine.load().kv) == self.engine.capabilities().pool_blocks
 
 
+async def until(holds) -> None:
+    """Until something holds of which nothing tells."""
+    async with asyncio.timeout(30):
+        while True:
+            if holds():
+                return
+            await asyncio.sleep(0.001)
+
+
 def sum_of(room) -> int:
     return room.free + room.evictable + room.running + room.pinned + room.reserved
 
@@ -176,7 +185,14 @@ async def running(engine) -> AsyncIterator[Driver]:
 
 
 def sim(
-    like="kvmesh", blocks=512, transfer=False, worker_id="w", incarnation=1, clock=None, **settings
+    like="kvmesh",
+    blocks=512,
+    transfer=False,
+    worker_id="w",
+    incarnation=1,
+    clock=None,
+    node=None,
+    **settings,
 ):
     settings.setdefault("speed", float("inf"))
     return build_engine(
@@ -184,7 +200,7 @@ def sim(
         pool_blocks=blocks,
         worker_id=worker_id,
         incarnation=incarnation,
-        transfer=TransferSettings() if transfer else None,
+        transfer=TransferSettings(**(node or {})) if transfer else None,
         clock=clock,
     )
 

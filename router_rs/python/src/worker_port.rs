@@ -149,7 +149,7 @@ struct PyWorkerPort {
 impl PyWorkerPort {
     #[new]
     #[pyo3(signature = (
-        listen, *, step_lane_bytes=8 << 20, step_lane_age_s=10.0, cache_ring_events=65_536,
+        listen, *, step_lane_bytes=8_388_608, step_lane_age_s=10.0, cache_ring_events=65_536,
         cache_coalesce_ms=20.0, snapshot_interval_ms=5.0, load_interval_ms=250.0,
         load_coalesce_ms=5.0,
     ))]

@@ -194,8 +194,8 @@ class OutputSink(Protocol):
         """A step begins. Engines that cannot tell leave it out."""
 
     def step(self, output: StepOutput) -> None:
-        """One call an engine step, and calls between steps: when a placement is
-        answered, an attempt ends, or the load has changed. Raises ValueError
+        """One call an engine step, and calls between steps: at the start, when a
+        placement is answered, an attempt ends, or the load has changed. Raises ValueError
         for columns that do not fit each other and for a gap in cache events."""
 
     def ended(self) -> None:
@@ -212,7 +212,11 @@ class Engine(Protocol):
         """Takes a placement; its `Opening` goes to the sink."""
 
     def hand_over(self, attempt: AttemptId, next_attempt: int, hand_off: wire.HandOff) -> None:
-        """Passes a running attempt on, as HandOver in worker.proto."""
+        """Passes a running attempt on, as HandOver in worker.proto.
+
+        An engine that cannot goes on with it, and fails the transfer, so that
+        the receiver does not wait.
+        """
 
     def cancel(self, attempts: Iterable[AttemptId]) -> None:
         """Ends attempts at the next layer or step border and frees their blocks.

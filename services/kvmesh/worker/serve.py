@@ -13,10 +13,11 @@ from contextlib import ExitStack
 
 import kvmesh
 from kvmesh._router import WorkerPort, WorkerRegistration
+from kvmesh.roles import role_number
 from kvmesh.v1 import worker_pb2 as wire
 from kvmesh.worker.engines import BuiltEngine, build_engine
 from kvmesh.worker.service import WorkerService
-from kvmesh.worker.settings import ROLES, WorkerSettings, split_address
+from kvmesh.worker.settings import WorkerSettings, split_address
 
 _log = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ def _record(
         incarnation=incarnation,
         address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
         transfer_address=built.engine.transfer_address,
-        role=ROLES[settings.role],
+        role=role_number(settings.role),
         model=model,
         capabilities=built.engine.capabilities(),
         version=kvmesh.__version__,

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from kvmesh._router import (
     Ended,
@@ -46,11 +46,11 @@ class WorkerService:
     def __init__(self, engine: Engine, port: WorkerPort, record: wire.WorkerRecord) -> None:
         """`record` gets the role in force."""
         self.record = record
-        self.on_stop: Callable[[float | None], None] = lambda grace_s: None
+        self.on_stop: Callable[[float | None], object] = lambda grace_s: None
         """Drain with `stop` was called; with the grace in seconds, where it names one."""
-        self.on_role: Callable[[], None] = lambda: None
+        self.on_role: Callable[[], object] = lambda: None
         """`record.role` has changed."""
-        self.on_engine_end: Callable[[], None] = lambda: None
+        self.on_engine_end: Callable[[], object] = lambda: None
         """The engine ended by itself."""
         self._engine = engine
         self._port = port
@@ -97,7 +97,7 @@ class WorkerService:
                 _log.info("drain stop=True running=%d", self._port.running())
                 self.on_stop(event.grace_s)
             case RoleChanged():
-                self.record.role = wire.Role.ValueType(event.role)
+                self.record.role = cast("wire.Role", event.role)
                 _log.info("role changed role=%s", wire.Role.Name(self.record.role))
                 self.on_role()
             case EngineEnded():

@@ -154,11 +154,12 @@ class CoreEngine:
         self._loop.post(lambda loop: loop.submit(placement))
 
     def hand_over(self, attempt: AttemptId, next_attempt: int, hand_off: wire.HandOff) -> None:
-        """Not done yet: a running attempt stays where it is, and finishes there.
+        """Refused: a running stream finishes where it is.
 
-        The receiver's pull finds no offer and ends as `transfer_failed`, which
-        leaves the stream as it was.
+        The receiver, which reserved and pulls already, is told at once, and its
+        attempt ends as `transfer_failed`; no token changes.
         """
+        self._loop.post(lambda loop: loop.admission.refuse_hand_over(attempt, hand_off))
 
     def cancel(self, attempts: Iterable[AttemptId]) -> None:
         """Ends attempts at the next layer or step border."""

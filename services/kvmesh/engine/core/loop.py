@@ -79,7 +79,8 @@ class EngineLoop:
         self._wake = threading.Event()
         self.closing = False
         self._answers = Answers()
-        self._load_changed = False
+        # Routers are told of an idle engine, too.
+        self._load_changed = True
         self.queue = PromptQueue(pool, settings, self._begin, self._may_lose_room)
         self.admission = Admission(self, settings, max_logprobs)
         self.streams = Streams(self, pool, settings)
@@ -120,7 +121,7 @@ class EngineLoop:
         """Works until `stop`."""
         try:
             while not self.closing:
-                if self.take_in():
+                if self.take_in() or self._load_changed:
                     self.flush(0, None)
                 if self.steps.run_streams():
                     continue
