@@ -1,7 +1,7 @@
 //! Which workers can take which part of a request, and why the others cannot.
 
 use crate::plan::{Feature, NoPlan};
-use crate::request::RequestView;
+use crate::request::{Needs, RequestView};
 use crate::worker::{Cluster, Phase, Role, WorkerView};
 
 /// Tokens reserved beyond the prompt, so that decoding can begin.
@@ -153,18 +153,17 @@ pub(crate) fn pairs(prefill: &WorkerView, decode: &WorkerView) -> bool {
         && (streamed || engine)
 }
 
-/// Workers that can take a part, or the nearest miss.
-pub(crate) fn able<'a>(
-    cluster: &Cluster<'a>,
+/// Whether any worker can take a part, or the nearest miss.
+pub(crate) fn able(
+    cluster: &Cluster<'_>,
     request: &RequestView<'_>,
     duty: Duty,
     roles: &[Role],
-) -> Result<Vec<&'a WorkerView>, Miss> {
-    let mut able = Vec::new();
+) -> Result<(), Miss> {
     let mut nearest = Miss::Model;
     for worker in cluster.workers {
         match fits(worker, request, duty) {
-            Ok(()) if roles.contains(&worker.role) => able.push(worker),
+            Ok(()) if roles.contains(&worker.role) => return Ok(()),
             Ok(()) => nearest = nearest.max(Miss::Role),
             Err(miss) => {
                 nearest = nearest.max(if roles.contains(&worker.role) {
@@ -175,11 +174,30 @@ pub(crate) fn able<'a>(
             }
         }
     }
-    if able.is_empty() {
-        Err(nearest)
-    } else {
-        Ok(able)
+    Err(nearest)
+}
+
+/// Whether a worker can take the part that its role is for, as [`fits`] would
+/// say for a prompt: the common case, decided by what is cheapest to look at.
+pub(crate) fn fits_now(worker: &WorkerView, request: &RequestView<'_>) -> bool {
+    let ready = matches!(worker.phase, Phase::Serving | Phase::WarmingUp);
+    if !ready || worker.draining || worker.suspect || *worker.model != *request.model {
+        return false;
     }
+    let tokens = tokens_held(request);
+    let needed = worker.blocks(tokens);
+    let room = worker.available_blocks();
+    (needed <= room || needed <= self::room(worker, request))
+        && tokens <= pool_limit(worker)
+        && (request.digest.is_empty() || *worker.digest == *request.digest)
+        && (request.adapter.is_empty() || worker.adapters.contains(request.adapter))
+        && !request.excluded.contains(&worker.slot)
+        && (request.needs == Needs::default() || lacks(worker, request, Duty::Whole).is_none())
+}
+
+/// Whether a worker that [`fits_now`] can take an output over, too.
+pub(crate) fn takes_over(worker: &WorkerView, request: &RequestView<'_>) -> bool {
+    !request.needs.penalties || worker.abilities.penalties_over_continuation
 }
 
 /// What the client is told of a miss.
