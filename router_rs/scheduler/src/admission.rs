@@ -1,10 +1,11 @@
 //! Who may wait: admission by predicted wait.
 
 use crate::cost::CostSettings;
+use crate::facts::Table;
 use crate::request::RequestView;
 use crate::terms::queued::line;
-use crate::terms::{Facts, first};
-use crate::worker::{Cluster, Phase, Role};
+use crate::terms::{Asked, first};
+use crate::worker::{Cluster, Role};
 use thiserror::Error;
 
 /// Bounds of waiting.
@@ -88,26 +89,29 @@ pub struct Estimate {
 impl Estimate {
     /// Looks at every worker that serves the model.
     pub fn of(cluster: &Cluster<'_>, request: &RequestView<'_>) -> Self {
+        cluster.with_table(|table| Self::by(table, cluster, request))
+    }
+
+    fn by(table: &Table, cluster: &Cluster<'_>, request: &RequestView<'_>) -> Self {
         let people = CostSettings::default().people();
+        let asked = Asked::of(request, cluster.now_ms);
+        let model = table.names.find_model(request.model);
         let sum = |role: fn(Role) -> bool| {
             let mut all = Self {
                 least_ms: f64::INFINITY,
                 work_ms: f64::INFINITY,
                 workers: 0,
             };
-            for worker in cluster.workers {
-                let ready = matches!(worker.phase, Phase::Serving | Phase::WarmingUp);
-                if !ready || worker.draining || !role(worker.role) {
+            for (worker, facts) in cluster.workers.iter().zip(&table.rows) {
+                // One that is silent for a moment will do its share.
+                let ready = facts.ready || worker.suspect && worker.takes_work();
+                if !ready || Some(facts.model) != model || !role(facts.role) {
                     continue;
                 }
-                if *worker.model != *request.model {
-                    continue;
-                }
-                let facts = Facts::of(worker, &people);
-                let line = line(worker, &facts, request, cluster.now_ms, &people);
+                let line = line(facts, &worker.prompts, &asked, &people);
                 let cached = request.cached_on(worker.slot);
-                let work = first::prefill_ms(worker, &facts, request, cached);
-                all.least_ms = all.least_ms.min(first::wait_ms(worker, line.ahead_ms));
+                let work = first::prefill_ms(facts, &asked, cached as f64);
+                all.least_ms = all.least_ms.min(first::wait_ms(facts, line.ahead_ms));
                 all.work_ms = all.work_ms.min(work);
                 all.workers += 1;
             }

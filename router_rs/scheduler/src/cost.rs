@@ -1,11 +1,12 @@
 //! The policy that counts added delay.
 
 use crate::deadline::{ClassTargets, Weights};
+use crate::facts::Table;
 use crate::plan::{Considered, Decision, NoPlan, Plan, Policy};
 use crate::request::RequestView;
 use crate::sides::{Candidate, Question, Side};
 use crate::survey::{LocalPrefill, Survey};
-use crate::terms::{self, People};
+use crate::terms::{Asked, People, work};
 use crate::worker::Cluster;
 
 /// Settings of [`KvCost`].
@@ -93,26 +94,30 @@ impl KvCost {
     /// Weighs the plans of a request into `self.plans`, and their order, the
     /// cheapest first, into `self.order`.
     fn weigh(&mut self, cluster: &Cluster<'_>, request: &RequestView<'_>) -> Result<(), NoPlan> {
+        cluster.with_table(|table| self.weigh_by(table, cluster, request))
+    }
+
+    fn weigh_by(
+        &mut self,
+        table: &Table,
+        cluster: &Cluster<'_>,
+        request: &RequestView<'_>,
+    ) -> Result<(), NoPlan> {
         self.plans.clear();
         self.survey
-            .look(cluster, request, self.settings.local_prefill)?;
+            .look(cluster, table, request, self.settings.local_prefill)?;
         let question = Question {
             cluster,
+            table,
             request,
+            asked: Asked::of(request, cluster.now_ms),
             people: &self.people,
-            holder: self
-                .survey
-                .holder
-                .map(|(at, held)| (&cluster.workers[at as usize], held)),
+            holder: self.survey.holder,
             pull_from_tokens: self.settings.pull_from_tokens,
         };
         let keep = self.settings.best_of_side.max(1);
         let mix = tie_break(cluster.router, request.id) as u32;
-        let wholes = best(&self.survey.whole, keep, mix, |at| {
-            question.whole(at).considered.terms.total_ms()
-        });
-        self.plans
-            .extend(wholes.iter().map(|at| question.whole(*at)));
+        whole(&question, &self.survey.whole, keep, mix, &mut self.plans);
         if !self.survey.prefill.is_empty() {
             pair(&question, &self.survey, keep, mix, &mut self.plans);
             if self.plans.is_empty() {
@@ -123,11 +128,7 @@ impl KvCost {
         }
         if self.plans.is_empty() {
             // For these decode workers there is no prefill worker: they do all.
-            let alone = best(&self.survey.decode, keep, mix, |at| {
-                question.whole(at).considered.terms.total_ms()
-            });
-            self.plans
-                .extend(alone.iter().map(|at| question.whole(*at)));
+            whole(&question, &self.survey.decode, keep, mix, &mut self.plans);
         }
         self.order.clear();
         let totals = self.plans.iter().enumerate();
@@ -185,6 +186,20 @@ impl Policy for KvCost {
         let all = 0..fresh.order.len();
         Ok(all.map(|at| fresh.plan(at).considered).collect())
     }
+}
+
+/// Appends the best of those that do all of it.
+fn whole(
+    question: &Question<'_, '_>,
+    of: &[u32],
+    keep: usize,
+    mix: u32,
+    plans: &mut Vec<Candidate>,
+) {
+    let kept = best(of, keep, mix, |at| {
+        question.whole(at).considered.terms.total_ms()
+    });
+    plans.extend(kept.iter().map(|at| question.whole(*at)));
 }
 
 /// Appends the pairs of the best of each side that can exchange KV.
@@ -245,14 +260,14 @@ pub(crate) fn decision(
     let prefill = &cluster.workers[candidate.prefill as usize];
     let decode = &cluster.workers[candidate.decode as usize];
     let work = match chosen.plan {
-        Plan::Whole { worker, .. } => vec![(worker, terms::whole_work(decode, request))],
+        Plan::Whole { worker, .. } => vec![(worker, work::whole(decode, request))],
         Plan::Split {
             prefill: p,
             decode: d,
             ..
         } => vec![
-            (p, terms::prefill_work(prefill, request)),
-            (d, terms::decode_work(decode, request)),
+            (p, work::prefill(prefill, request)),
+            (d, work::decode(decode, request)),
         ],
     };
     Decision {

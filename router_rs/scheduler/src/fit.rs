@@ -1,7 +1,7 @@
 //! Which workers can take which part of a request, and why the others cannot.
 
 use crate::plan::{Feature, NoPlan};
-use crate::request::{Needs, RequestView};
+use crate::request::RequestView;
 use crate::worker::{Cluster, Phase, Role, WorkerView};
 
 /// Tokens reserved beyond the prompt, so that decoding can begin.
@@ -177,27 +177,12 @@ pub(crate) fn able(
     Err(nearest)
 }
 
-/// Whether a worker can take the part that its role is for, as [`fits`] would
-/// say for a prompt: the common case, decided by what is cheapest to look at.
-pub(crate) fn fits_now(worker: &WorkerView, request: &RequestView<'_>) -> bool {
-    let ready = matches!(worker.phase, Phase::Serving | Phase::WarmingUp);
-    if !ready || worker.draining || worker.suspect || *worker.model != *request.model {
-        return false;
-    }
-    let tokens = tokens_held(request);
-    let needed = worker.blocks(tokens);
-    let room = worker.available_blocks();
-    (needed <= room || needed <= self::room(worker, request))
-        && tokens <= pool_limit(worker)
-        && (request.digest.is_empty() || *worker.digest == *request.digest)
+/// Whether a worker can do what only few requests ask for.
+pub(crate) fn fits_else(worker: &WorkerView, request: &RequestView<'_>) -> bool {
+    (request.digest.is_empty() || *worker.digest == *request.digest)
         && (request.adapter.is_empty() || worker.adapters.contains(request.adapter))
         && !request.excluded.contains(&worker.slot)
-        && (request.needs == Needs::default() || lacks(worker, request, Duty::Whole).is_none())
-}
-
-/// Whether a worker that [`fits_now`] can take an output over, too.
-pub(crate) fn takes_over(worker: &WorkerView, request: &RequestView<'_>) -> bool {
-    !request.needs.penalties || worker.abilities.penalties_over_continuation
+        && lacks(worker, request, Duty::Whole).is_none()
 }
 
 /// What the client is told of a miss.

@@ -1,12 +1,13 @@
 //! Fixed policies: baselines, and choices for those who want them.
 
 use crate::cost::{CostSettings, decision, tie_break};
+use crate::facts::Table;
 use crate::fit::pairs;
 use crate::plan::{Considered, Decision, NoPlan, Policy};
 use crate::request::RequestView;
 use crate::sides::{Candidate, Question};
 use crate::survey::{LocalPrefill, Survey};
-use crate::terms::People;
+use crate::terms::{Asked, People};
 use crate::worker::{Cluster, WorkerView};
 
 /// How a fixed policy chooses a worker.
@@ -176,13 +177,16 @@ impl FixedPolicy {
     fn plan(
         &self,
         survey: &mut Survey,
+        table: &Table,
         cluster: &Cluster<'_>,
         request: &RequestView<'_>,
     ) -> Result<Candidate, NoPlan> {
-        survey.look(cluster, request, LocalPrefill::WithoutPrefillWorkers)?;
+        survey.look(cluster, table, request, LocalPrefill::WithoutPrefillWorkers)?;
         let question = Question {
             cluster,
+            table,
             request,
+            asked: Asked::of(request, cluster.now_ms),
             people: &self.people,
             holder: None,
             pull_from_tokens: u32::MAX,
@@ -270,7 +274,7 @@ impl Policy for FixedPolicy {
         request: &RequestView<'_>,
     ) -> Result<Decision, NoPlan> {
         let mut survey = std::mem::take(&mut self.survey);
-        let chosen = self.plan(&mut survey, cluster, request);
+        let chosen = cluster.with_table(|table| self.plan(&mut survey, table, cluster, request));
         self.survey = survey;
         let chosen = chosen?;
         self.turn = self.turn.wrapping_add(1);
@@ -284,7 +288,8 @@ impl Policy for FixedPolicy {
         cluster: &Cluster<'_>,
         request: &RequestView<'_>,
     ) -> Result<Vec<Considered>, NoPlan> {
-        let chosen = self.plan(&mut Survey::default(), cluster, request)?;
+        let mut survey = Survey::default();
+        let chosen = cluster.with_table(|table| self.plan(&mut survey, table, cluster, request))?;
         Ok(vec![chosen.considered])
     }
 }

@@ -81,6 +81,14 @@ impl RequestView<'_> {
         u64::from(self.prompt_tokens) + u64::from(self.output_tokens)
     }
 
+    /// Whether every engine of its model can run it.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.needs == Needs::default()
+            && self.digest.is_empty()
+            && self.adapter.is_empty()
+            && self.excluded.is_empty()
+    }
+
     /// Output tokens expected from now on; at least 1.
     pub fn expected_left(&self) -> f64 {
         f64::from(

@@ -1,9 +1,12 @@
 //! Who may do what for a request: one pass over the workers.
 
-use crate::fit::{Duty, Miss, able, fits_now, reason, takes_over};
+use crate::facts::Table;
+use crate::fit::{Duty, Miss, able, fits_else, reason};
 use crate::plan::NoPlan;
 use crate::request::RequestView;
+use crate::terms::Asked;
 use crate::worker::{Cluster, Role};
+use kvmesh_kv_index::WorkerSlot;
 
 /// When a worker that decodes computes a prompt too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -39,59 +42,29 @@ impl Survey {
     pub(crate) fn look(
         &mut self,
         cluster: &Cluster<'_>,
+        table: &Table,
         request: &RequestView<'_>,
         local: LocalPrefill,
     ) -> Result<(), NoPlan> {
-        for list in [
+        let lists = [
             &mut self.prefill,
             &mut self.decode,
             &mut self.whole,
             &mut self.both,
-        ] {
-            list.clear();
-        }
+        ];
+        lists.into_iter().for_each(Vec::clear);
         self.holder = None;
-        let found = !request.cached.by_slot().is_empty();
-        let (mut pure_prefill, mut pure_decode) = (false, false);
-        for (at, worker) in cluster.workers.iter().enumerate() {
-            let at = at as u32;
-            if found && worker.abilities.prefix_pull && !worker.suspect {
-                let held = request.cached_on(worker.slot);
-                if held > self.holder.map_or(0, |(_, most)| most) && *worker.model == *request.model
-                {
-                    self.holder = Some((at, held));
-                }
-            }
-            if !fits_now(worker, request) {
-                continue;
-            }
-            let decodes = takes_over(worker, request);
-            match worker.role {
-                Role::Prefill => {
-                    pure_prefill = true;
-                    self.prefill.push(at);
-                }
-                Role::Decode => {
-                    if decodes {
-                        pure_decode = true;
-                        self.decode.push(at);
-                    }
-                    self.whole.push(at);
-                }
-                Role::Both => {
-                    if decodes {
-                        self.decode.push(at);
-                    }
-                    self.both.push(at);
-                }
-            }
-        }
+        let Some(model) = table.names.find_model(request.model) else {
+            return Err(NoPlan::UnknownModel);
+        };
+        let pure_decode = self.sort(cluster, table, request, model);
+        let pure_prefill = !self.prefill.is_empty();
         // A `both` worker computes prompts for others only where others exist.
         if pure_decode || local == LocalPrefill::ByCost {
             self.prefill.extend_from_slice(&self.both);
         }
         let decode_workers_compute = local == LocalPrefill::ByCost
-            || self.prefill.is_empty() && !self.waits_for_prefill(cluster, request, pure_prefill);
+            || self.prefill.is_empty() && !waits_for_prefill(cluster, request, pure_prefill);
         if !decode_workers_compute {
             self.whole.clear();
         }
@@ -106,20 +79,70 @@ impl Survey {
         Ok(())
     }
 
-    /// A prefill worker that is only full will have room again: wait for it.
-    fn waits_for_prefill(
-        &self,
+    /// Puts each worker into its lists; whether one is there that only decodes.
+    fn sort(
+        &mut self,
         cluster: &Cluster<'_>,
+        table: &Table,
         request: &RequestView<'_>,
-        there: bool,
+        model: u32,
     ) -> bool {
-        let roles = [Role::Prefill];
-        !there
-            && matches!(
-                able(cluster, request, Duty::Prefill, &roles),
-                Err(Miss::NoRoom)
-            )
+        let asked = Asked::of(request, cluster.now_ms);
+        let found = request.cached.by_slot();
+        let longest = request.sequence().saturating_sub(1);
+        let plain = request.is_plain();
+        let mut pure_decode = false;
+        let mut most = 0;
+        for (at, row) in table.rows.iter().enumerate() {
+            if row.model != model {
+                continue;
+            }
+            let held = found.get(row.slot as usize).copied().unwrap_or(0);
+            let at = at as u32;
+            if u64::from(held) > most && row.gives {
+                most = u64::from(held);
+                self.holder = Some((at, most.min(longest)));
+            }
+            if !row.ready || asked.held > row.limit {
+                continue;
+            }
+            if asked.held > row.room {
+                // Its own prefix may be among the blocks in use.
+                let view = &cluster.workers[at as usize];
+                let cached = request.cached_on(WorkerSlot(row.slot));
+                let shared = view.blocks(cached).min(view.load.kv.running) as f64 * row.block;
+                if asked.held > row.room + shared {
+                    continue;
+                }
+            }
+            let mut decodes = true;
+            if !plain {
+                let view = &cluster.workers[at as usize];
+                if !fits_else(view, request) {
+                    continue;
+                }
+                decodes = !request.needs.penalties || view.abilities.penalties_over_continuation;
+            }
+            match row.role {
+                Role::Prefill => self.prefill.push(at),
+                Role::Decode => {
+                    pure_decode |= decodes;
+                    self.whole.push(at);
+                }
+                Role::Both => self.both.push(at),
+            }
+            if decodes && row.role != Role::Prefill {
+                self.decode.push(at);
+            }
+        }
+        pure_decode
     }
+}
+
+/// A prefill worker that is only full will have room again: wait for it.
+fn waits_for_prefill(cluster: &Cluster<'_>, request: &RequestView<'_>, there: bool) -> bool {
+    let roles = [Role::Prefill];
+    !there && able(cluster, request, Duty::Prefill, &roles) == Err(Miss::NoRoom)
 }
 
 /// The nearest miss of all workers: what the client is told.
@@ -145,5 +168,7 @@ fn why_none(cluster: &Cluster<'_>, request: &RequestView<'_>) -> NoPlan {
 /// # Errors
 /// [`NoPlan`], as [`crate::Policy::choose`] would say.
 pub fn placeable(cluster: &Cluster<'_>, request: &RequestView<'_>) -> Result<(), NoPlan> {
-    Survey::default().look(cluster, request, LocalPrefill::default())
+    cluster.with_table(|table| {
+        Survey::default().look(cluster, table, request, LocalPrefill::default())
+    })
 }

@@ -1,6 +1,8 @@
 //! A worker as the scheduler sees it.
 
 use crate::booking::Work;
+use crate::deadline::{ClassTargets, Weights};
+use crate::facts::Table;
 use crate::request::{Class, PerClass};
 use crate::step_model::StepModel;
 use crate::transfer::TransferRates;
@@ -220,6 +222,11 @@ impl WorkerView {
         of(&self.load.own) + of(&self.load.others) + self.booked.prefills + self.booked.decodes
     }
 
+    /// Whether its phase and its plans let it take new work.
+    pub fn takes_work(&self) -> bool {
+        matches!(self.phase, Phase::Serving | Phase::WarmingUp) && !self.draining
+    }
+
     /// Everyone's prompts and streams by class.
     pub fn by_class(&self) -> ByClass {
         let (own, others, booked) = (&self.load.own, &self.load.others, &self.booked);
@@ -263,6 +270,8 @@ pub struct Cluster<'a> {
     pub workers: &'a [WorkerView],
     /// What moving KV takes.
     pub transfers: &'a TransferRates,
+    /// What a [`crate::Roster`] has counted of the workers.
+    pub(crate) table: Option<&'a Table>,
 }
 
 impl<'a> Cluster<'a> {
@@ -274,7 +283,18 @@ impl<'a> Cluster<'a> {
             now_ms: 0.0,
             workers,
             transfers: &UNKNOWN,
+            table: None,
         }
+    }
+
+    /// Works with what is counted of the workers, or counts it now.
+    pub(crate) fn with_table<T>(&self, work: impl FnOnce(&Table) -> T) -> T {
+        if let Some(table) = self.table {
+            return work(table);
+        }
+        let mut table = Table::new(Weights::of(&ClassTargets::default()));
+        table.count_all(self.workers);
+        work(&table)
     }
 
     /// The same at another time.

@@ -5,9 +5,10 @@
 //! the class is known and how much of it there is: they are taken to have come
 //! just now, each with an average prompt of its class.
 
-use super::{Facts, People, steps_ms};
-use crate::request::{Class, PerClass, RequestView};
-use crate::worker::WorkerView;
+use super::{Asked, People};
+use crate::facts::Facts;
+use crate::request::{Class, PerClass};
+use crate::worker::Prompt;
 
 /// Prompts on a worker, seen from a request that joins them.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -35,39 +36,31 @@ impl Part {
         self.weight += weight;
     }
 
-    fn ms(&self, worker: &WorkerView, facts: &Facts) -> f64 {
+    fn ms(&self, facts: &Facts) -> f64 {
         if self.tokens > 0.0 {
-            steps_ms(worker, facts, self.tokens, self.context)
+            facts.steps_ms(self.tokens, self.context)
         } else {
             0.0
         }
     }
 }
 
-/// Where a request stands on a worker.
-pub(crate) fn line(
-    worker: &WorkerView,
-    facts: &Facts,
-    request: &RequestView<'_>,
-    now_ms: f64,
-    people: &People,
-) -> Line {
-    let there = &facts.waiting;
-    if worker.prompts.is_empty() && there.waiting_tokens == [0; 3] {
+/// Where a request stands on a worker with these own prompts.
+pub(crate) fn line(facts: &Facts, prompts: &[Prompt], asked: &Asked, people: &People) -> Line {
+    if !facts.waits {
         return Line::default();
     }
-    let mut known: PerClass<(u32, u64)> = [(0, 0); 3];
-    for prompt in &worker.prompts {
+    let mut known: PerClass<(f64, f64)> = [(0.0, 0.0); 3];
+    for prompt in prompts {
         let of = &mut known[prompt.class.index()];
-        *of = (of.0 + 1, of.1 + prompt.tokens);
+        *of = (of.0 + 1.0, of.1 + prompt.tokens as f64);
     }
     let (mut ahead, mut behind) = (Part::default(), Part::default());
-    for prompt in &worker.prompts {
+    for prompt in prompts {
         let class = prompt.class.index();
         // Reports know better how much of them is left.
-        let own = known[class].1.max(1) as f64;
-        let left = (there.waiting_tokens[class] as f64 / own).min(1.0);
-        let first = prompt.virtual_deadline_ms <= request.virtual_deadline_ms;
+        let left = (facts.waiting_tokens[class] / known[class].1.max(1.0)).min(1.0);
+        let first = prompt.virtual_deadline_ms <= asked.virtual_deadline_ms;
         let side = if first { &mut ahead } else { &mut behind };
         side.add(
             prompt.tokens as f64 * left,
@@ -77,25 +70,23 @@ pub(crate) fn line(
     }
     for class in Class::ALL {
         let at = class.index();
-        let tokens = there.waiting_tokens[at].saturating_sub(known[at].1) as f64;
-        if tokens == 0.0 {
+        let tokens = facts.waiting_tokens[at] - known[at].1;
+        if tokens <= 0.0 {
             continue;
         }
-        let count = f64::from(there.waiting[at].saturating_sub(known[at].0).max(1));
+        let count = (facts.waiting[at] - known[at].0).max(1.0);
         let each = tokens / count;
-        let work_ms = worker.step.tokens_ms(each, each * each / 2.0);
-        let key =
-            now_ms + people.targets.of(class).allowance_ms + people.targets.work_weight * work_ms;
-        let side = if key <= request.virtual_deadline_ms {
-            &mut ahead
-        } else {
-            &mut behind
-        };
+        let work_ms = facts.step.tokens_ms(each, each * each / 2.0);
+        let key = asked.now_ms
+            + people.targets.of(class).allowance_ms
+            + people.targets.work_weight * work_ms;
+        let first = key <= asked.virtual_deadline_ms;
+        let side = if first { &mut ahead } else { &mut behind };
         side.add(tokens, tokens * each / 2.0, count * people.weights.ttft[at]);
     }
     Line {
-        ahead_ms: ahead.ms(worker, facts),
-        behind_ms: behind.ms(worker, facts),
+        ahead_ms: ahead.ms(facts),
+        behind_ms: behind.ms(facts),
         behind: behind.weight,
     }
 }

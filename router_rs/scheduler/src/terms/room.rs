@@ -1,61 +1,35 @@
 //! A pool that may not hold what its streams will become.
 
-use super::{Facts, People};
-use crate::fit::tokens_held;
-use crate::request::{Class, RequestView};
-use crate::worker::WorkerView;
+use super::{Asked, People};
+use crate::facts::Facts;
 
-/// Streams end at different times, and each gives its blocks back: of streams
-/// with exponential lengths, n L / e tokens are the most that n of them, each
-/// with L left, hold at once above what they hold now.
-const PEAK: f64 = std::f64::consts::E;
+/// Beyond so many standard deviations the pool is not full.
+const SURE: f64 = 6.0;
 
 /// Probability that the pool is full before the request has ended: what the
-/// streams will need at most, as a normal variable, against what is free.
-pub(crate) fn full_probability(
-    worker: &WorkerView,
-    facts: &Facts,
-    request: &RequestView<'_>,
-) -> f64 {
-    let block = f64::from(worker.abilities.block_tokens.max(1));
-    let held = request.cached_on(worker.slot);
-    let taken = worker.blocks(tokens_held(request).saturating_sub(held));
-    let room = (worker.available_blocks().saturating_sub(taken)) as f64 * block;
-    let own = (request.sequence() as f64 + request.expected_left() - tokens_held(request) as f64)
-        .max(0.0);
-    let (mut mean, mut variance) = (own, own * own);
-    for class in Class::ALL {
-        let streams = f64::from(facts.decoding[class.index()]);
-        let growth = worker.left[class.index()] / PEAK;
-        mean += streams * growth;
-        variance += streams * growth * growth;
-    }
-    let deviation = variance.sqrt();
-    if deviation <= 0.0 {
+/// streams will need at most, as a normal variable, against what is free when
+/// the request has its room. `cached`: tokens of it that are there.
+pub(crate) fn full_probability(facts: &Facts, asked: &Asked, cached: f64) -> f64 {
+    let room = facts.room - (asked.held - cached);
+    let own = (asked.sequence + asked.left - asked.held).max(0.0);
+    let mean = own + facts.growth;
+    let variance = own * own + facts.growth_variance;
+    let spare = room - mean;
+    if variance == 0.0 || spare > 0.0 && spare * spare > SURE * SURE * variance {
         return 0.0;
     }
     // The logistic function is the normal one's within 0.01.
-    let z = (room - mean) / deviation;
-    if z > 6.0 {
-        0.0
-    } else {
-        1.0 / (1.0 + (1.702 * z).exp())
-    }
+    1.0 / (1.0 + (1.702 * spare / variance.sqrt()).exp())
 }
 
 /// What a full pool costs: the request, being the youngest there, goes back and
 /// is computed again, at the middle of its output.
-pub(crate) fn recompute_ms(
-    worker: &WorkerView,
-    facts: &Facts,
-    request: &RequestView<'_>,
-    people: &People,
-) -> f64 {
-    let probability = full_probability(worker, facts, request);
+pub(crate) fn recompute_ms(facts: &Facts, asked: &Asked, people: &People, cached: f64) -> f64 {
+    let probability = full_probability(facts, asked, cached);
     if probability == 0.0 {
         return 0.0;
     }
-    let length = request.sequence() + (request.expected_left() / 2.0) as u64;
-    let again = worker.step.prefill_ms(0, length);
-    probability * again * people.weights.ttft[request.class.index()]
+    let length = asked.sequence + asked.left / 2.0;
+    let again = facts.steps_ms(length, length * length / 2.0);
+    probability * again * people.weights.ttft[asked.class]
 }
