@@ -108,7 +108,7 @@ impl Estimate {
                 if !ready || Some(facts.model) != model || !role(facts.role) {
                     continue;
                 }
-                let line = line(facts, &worker.prompts, &asked, &people);
+                let line = line(facts, &worker.prompts, &asked, &people.weights.ttft);
                 let cached = request.cached_on(worker.slot);
                 let work = first::prefill_ms(facts, &asked, cached as f64);
                 all.least_ms = all.least_ms.min(first::wait_ms(facts, line.ahead_ms));

@@ -69,8 +69,24 @@ pub struct KvCost {
     settings: CostSettings,
     people: People,
     survey: Survey,
-    plans: Vec<Candidate>,
-    order: Vec<(f64, u32)>,
+    order: Vec<Weighed>,
+}
+
+/// A plan that was weighed: what it costs, and its workers among those kept.
+#[derive(Debug, Clone, Copy)]
+struct Weighed {
+    total_ms: f64,
+    /// Slots, to order equal ones.
+    slots: (u32, u32),
+    sides: Sides,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Sides {
+    /// Place in the cluster.
+    Whole(u32),
+    /// Places in the lists of the best.
+    Split(u32, u32),
 }
 
 impl Default for KvCost {
@@ -86,24 +102,18 @@ impl KvCost {
             people: settings.people(),
             settings,
             survey: Survey::default(),
-            plans: Vec::new(),
             order: Vec::new(),
         }
     }
 
-    /// Weighs the plans of a request into `self.plans`, and their order, the
-    /// cheapest first, into `self.order`.
-    fn weigh(&mut self, cluster: &Cluster<'_>, request: &RequestView<'_>) -> Result<(), NoPlan> {
-        cluster.with_table(|table| self.weigh_by(table, cluster, request))
-    }
-
-    fn weigh_by(
+    /// Weighs the plans of a request, and works with them: the cheapest first.
+    fn weigh<T>(
         &mut self,
         table: &Table,
         cluster: &Cluster<'_>,
         request: &RequestView<'_>,
-    ) -> Result<(), NoPlan> {
-        self.plans.clear();
+        work: impl FnOnce(&Plans<'_, '_>) -> T,
+    ) -> Result<T, NoPlan> {
         self.survey
             .look(cluster, table, request, self.settings.local_prefill)?;
         let question = Question {
@@ -115,34 +125,63 @@ impl KvCost {
             holder: self.survey.holder,
             pull_from_tokens: self.settings.pull_from_tokens,
         };
-        let keep = self.settings.best_of_side.max(1);
-        let mix = tie_break(cluster.router, request.id) as u32;
-        whole(&question, &self.survey.whole, keep, mix, &mut self.plans);
+        let mut plans = Plans {
+            question,
+            keep: self.settings.best_of_side.max(1),
+            mix: tie_break(cluster.router, request.id) as u32,
+            prefills: Vec::new(),
+            decodes: Vec::new(),
+            order: std::mem::take(&mut self.order),
+        };
+        plans.order.clear();
+        plans.whole(&self.survey.whole);
         if !self.survey.prefill.is_empty() {
-            pair(&question, &self.survey, keep, mix, &mut self.plans);
-            if self.plans.is_empty() {
+            plans.pair(&self.survey, plans.keep);
+            if plans.order.is_empty() {
                 // The best of each side may all be of kinds that do not pair.
-                let all = usize::MAX;
-                pair(&question, &self.survey, all, mix, &mut self.plans);
+                plans.pair(&self.survey, usize::MAX);
             }
         }
-        if self.plans.is_empty() {
+        if plans.order.is_empty() {
             // For these decode workers there is no prefill worker: they do all.
-            whole(&question, &self.survey.decode, keep, mix, &mut self.plans);
+            plans.whole(&self.survey.decode);
         }
-        self.order.clear();
-        let totals = self.plans.iter().enumerate();
-        self.order
-            .extend(totals.map(|(at, plan)| (plan.considered.terms.total_ms(), at as u32)));
-        let plans = &self.plans;
-        let plan = |at: u32| plans[at as usize].considered.plan;
-        self.order
-            .sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then_with(|| plan(a.1).cmp(&plan(b.1))));
-        Ok(())
+        plans.order.sort_unstable_by(|a, b| {
+            let total = a.total_ms.total_cmp(&b.total_ms);
+            total.then_with(|| a.slots.cmp(&b.slots))
+        });
+        let result = work(&plans);
+        self.order = plans.order;
+        Ok(result)
     }
 
-    fn plan(&self, at: usize) -> &Candidate {
-        &self.plans[self.order[at].1 as usize]
+    /// The decision among plans in their order.
+    fn decide(
+        settings: &CostSettings,
+        plans: &Plans<'_, '_>,
+        cluster: &Cluster<'_>,
+        request: &RequestView<'_>,
+    ) -> Option<Decision> {
+        let best = plans.order.first()?.total_ms;
+        let limit = best + settings.tie_ms.max(best * settings.tie_share);
+        let tied = plans
+            .order
+            .partition_point(|plan| plan.total_ms <= limit)
+            .max(1);
+        let at = (tie_break(cluster.router, request.id) % tied as u64) as usize;
+        let mut decision = decision(cluster, request, &plans.candidate(at)?);
+        decision.tied = u32::try_from(tied).unwrap_or(u32::MAX);
+        decision.weighed = u32::try_from(plans.order.len()).unwrap_or(u32::MAX);
+        let kept = settings.plans_kept.min(plans.order.len());
+        let best = (0..kept).filter_map(|at| plans.candidate(at));
+        decision.considered = Vec::with_capacity(kept + 1);
+        decision
+            .considered
+            .extend(best.map(|candidate| candidate.considered));
+        if kept > 0 && at >= kept {
+            decision.considered.push(decision.chosen);
+        }
+        Some(decision)
     }
 }
 
@@ -156,24 +195,13 @@ impl Policy for KvCost {
         cluster: &Cluster<'_>,
         request: &RequestView<'_>,
     ) -> Result<Decision, NoPlan> {
-        self.weigh(cluster, request)?;
-        let best = self.order.first().ok_or(NoPlan::NoPair)?.0;
-        let limit = best + self.settings.tie_ms.max(best * self.settings.tie_share);
-        let tied = self
-            .order
-            .partition_point(|(total, _)| *total <= limit)
-            .max(1);
-        let at = (tie_break(cluster.router, request.id) % tied as u64) as usize;
-        let mut decision = decision(cluster, request, self.plan(at));
-        decision.tied = u32::try_from(tied).unwrap_or(u32::MAX);
-        decision.weighed = u32::try_from(self.order.len()).unwrap_or(u32::MAX);
-        let kept = self.settings.plans_kept.min(self.order.len());
-        let best = (0..kept).map(|at| self.plan(at).considered);
-        decision.considered.extend(best);
-        if kept > 0 && at >= kept {
-            decision.considered.push(decision.chosen);
-        }
-        Ok(decision)
+        let settings = self.settings.clone();
+        let decision = cluster.with_table(|table| {
+            self.weigh(table, cluster, request, |plans| {
+                Self::decide(&settings, plans, cluster, request)
+            })
+        })?;
+        decision.ok_or(NoPlan::NoPair)
     }
 
     fn explain(
@@ -182,61 +210,93 @@ impl Policy for KvCost {
         request: &RequestView<'_>,
     ) -> Result<Vec<Considered>, NoPlan> {
         let mut fresh = Self::new(self.settings.clone());
-        fresh.weigh(cluster, request)?;
-        let all = 0..fresh.order.len();
-        Ok(all.map(|at| fresh.plan(at).considered).collect())
+        cluster.with_table(|table| {
+            fresh.weigh(table, cluster, request, |plans| {
+                let all = 0..plans.order.len();
+                all.filter_map(|at| Some(plans.candidate(at)?.considered))
+                    .collect()
+            })
+        })
     }
 }
 
-/// Appends the best of those that do all of it.
-fn whole(
-    question: &Question<'_, '_>,
-    of: &[u32],
+/// The plans of one request.
+struct Plans<'a, 'r> {
+    question: Question<'a, 'r>,
     keep: usize,
     mix: u32,
-    plans: &mut Vec<Candidate>,
-) {
-    let kept = best(of, keep, mix, |at| {
-        question.whole(at).considered.terms.total_ms()
-    });
-    plans.extend(kept.iter().map(|at| question.whole(*at)));
+    prefills: Vec<Side<'a>>,
+    decodes: Vec<Side<'a>>,
+    order: Vec<Weighed>,
 }
 
-/// Appends the pairs of the best of each side that can exchange KV.
-fn pair(
-    question: &Question<'_, '_>,
-    survey: &Survey,
-    keep: usize,
-    mix: u32,
-    plans: &mut Vec<Candidate>,
-) {
-    let prefills = best(&survey.prefill, keep, mix, |at| {
-        question.prefill_side(at).terms.total_ms()
-    });
-    let decodes = best(&survey.decode, keep, mix, |at| {
-        question.decode_cost(&question.decode_side(at))
-    });
-    let prefills: Vec<Side<'_>> = prefills
-        .iter()
-        .map(|at| question.prefill_side(*at))
-        .collect();
-    let decodes: Vec<Side<'_>> = decodes.iter().map(|at| question.decode_side(*at)).collect();
-    for p in &prefills {
-        plans.extend(decodes.iter().filter_map(|d| question.split(p, d)));
+impl Plans<'_, '_> {
+    /// Adds the best of those that do all of it.
+    fn whole(&mut self, of: &[u32]) {
+        let cost = |at| self.question.whole(at).considered.terms.total_ms();
+        for (total_ms, at) in best(of, self.keep, self.mix, cost) {
+            let slot = self.question.table.rows[at as usize].slot;
+            self.order.push(Weighed {
+                total_ms,
+                slots: (slot, slot),
+                sides: Sides::Whole(at),
+            });
+        }
+    }
+
+    /// Adds the pairs of the best of each side that can exchange KV.
+    fn pair(&mut self, survey: &Survey, keep: usize) {
+        let question = &self.question;
+        let prefills = best(&survey.prefill, keep, self.mix, |at| {
+            question.prefill_side(at).terms.total_ms()
+        });
+        let decodes = best(&survey.decode, keep, self.mix, |at| {
+            question.decode_cost(&question.decode_side(at))
+        });
+        let prefills = prefills.iter().map(|(_, at)| question.prefill_side(*at));
+        let decodes = decodes.iter().map(|(_, at)| question.decode_side(*at));
+        self.prefills = prefills.collect();
+        self.decodes = decodes.collect();
+        for (i, p) in self.prefills.iter().enumerate() {
+            for (j, d) in self.decodes.iter().enumerate() {
+                if let Some(total_ms) = question.split_cost(p, d) {
+                    self.order.push(Weighed {
+                        total_ms,
+                        slots: (p.facts.slot, d.facts.slot),
+                        sides: Sides::Split(i as u32, j as u32),
+                    });
+                }
+            }
+        }
+    }
+
+    /// A plan in full, by its place in the order.
+    fn candidate(&self, at: usize) -> Option<Candidate> {
+        match self.order.get(at)?.sides {
+            Sides::Whole(at) => Some(self.question.whole(at)),
+            Sides::Split(p, d) => {
+                let (p, d) = (&self.prefills[p as usize], &self.decodes[d as usize]);
+                self.question.split(p, d)
+            }
+        }
     }
 }
 
 /// The cheapest `keep` of these, cheapest first. Of those that cost the same,
 /// which ones are kept differs from request to request: a crowd of idle workers
 /// is not always met at its first eight.
-fn best(of: &[u32], keep: usize, mix: u32, cost: impl Fn(u32) -> f64) -> Vec<u32> {
+fn best(of: &[u32], keep: usize, mix: u32, cost: impl Fn(u32) -> f64) -> Vec<(f64, u32)> {
     let order = |a: &(f64, u32), b: &(f64, u32)| {
         a.0.total_cmp(&b.0)
             .then_with(|| (a.1 ^ mix).cmp(&(b.1 ^ mix)))
     };
     let mut kept: Vec<(f64, u32)> = Vec::with_capacity(keep.min(of.len()));
+    let mut worst = f64::INFINITY;
     for &at in of {
         let one = (cost(at), at);
+        if one.0 > worst {
+            continue;
+        }
         let full = kept.len() == keep;
         if full && kept.last().is_some_and(|last| order(&one, last).is_ge()) {
             continue;
@@ -246,8 +306,11 @@ fn best(of: &[u32], keep: usize, mix: u32, cost: impl Fn(u32) -> f64) -> Vec<u32
         }
         let place = kept.partition_point(|other| order(other, &one).is_lt());
         kept.insert(place, one);
+        if kept.len() == keep {
+            worst = kept.last().map_or(worst, |last| last.0);
+        }
     }
-    kept.into_iter().map(|(_, at)| at).collect()
+    kept
 }
 
 /// The decision for a plan, with what it books.

@@ -3,10 +3,11 @@
 //! A choice walks over one row a worker, all of them side by side in memory;
 //! names (models, kinds of KV) are numbers there.
 
-use crate::chunk::{ChunkBounds, PREEMPTION_TARGET_MS, tokens_within};
-use crate::deadline::Weights;
+use crate::chunk::{ChunkBounds, OWN_STEP_SHARE, PREEMPTION_TARGET_MS, tokens_within};
+use crate::deadline::{ClassTargets, Weights};
 use crate::request::{Class, PerClass};
 use crate::step_model::StepModel;
+use crate::terms::queued::Waiting;
 use crate::worker::{Phase, Role, WorkerView};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,6 +16,17 @@ use std::sync::Arc;
 /// with exponential lengths, each with L left, n L / e tokens are the most that
 /// they hold at once above what they hold now.
 const PEAK: f64 = std::f64::consts::E;
+
+/// Streams of one class on a worker.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Streams {
+    /// How many, each by the weight of a stretched step of its class.
+    pub(crate) weight: f64,
+    /// Output tokens that each has left.
+    pub(crate) left: f64,
+    /// ITL target in force: never under 1.5 of the worker's own step.
+    pub(crate) target_ms: f64,
+}
 
 /// One worker's row.
 #[derive(Debug, Clone, Copy)]
@@ -26,7 +38,6 @@ pub(crate) struct Facts {
     /// May give a prefix.
     pub(crate) gives: bool,
     pub(crate) streamed: bool,
-    pub(crate) connector: bool,
     pub(crate) emits_first: bool,
     /// Whether prompts wait there.
     pub(crate) waits: bool,
@@ -34,11 +45,11 @@ pub(crate) struct Facts {
     pub(crate) model: u32,
     /// Number of its (digest, pairing): equal ones exchange KV.
     pub(crate) kind: u32,
+    /// Number of its host; 0: not known.
+    pub(crate) host: u32,
     pub(crate) slot: u32,
     /// Streams that decode there or will.
     pub(crate) batch: f64,
-    /// Sum of their contexts, tokens.
-    pub(crate) context: f64,
     /// Places in a step's batch.
     pub(crate) max_batch: f64,
     pub(crate) step: StepModel,
@@ -51,13 +62,8 @@ pub(crate) struct Facts {
     /// Tokens of a typical chunk there, and one over that.
     pub(crate) chunk: f64,
     pub(crate) per_chunk: f64,
-    /// Streams by class.
-    pub(crate) decoding: PerClass<f64>,
-    /// Output tokens that a stream has left, by class.
-    pub(crate) left: PerClass<f64>,
-    /// Prompts not computed yet by class, and their tokens.
-    pub(crate) waiting: PerClass<f64>,
-    pub(crate) waiting_tokens: PerClass<f64>,
+    pub(crate) streams: PerClass<Streams>,
+    pub(crate) line: Waiting,
     /// Tokens that a new request could get, those of one block, longest one.
     pub(crate) room: f64,
     pub(crate) block: f64,
@@ -70,7 +76,12 @@ pub(crate) struct Facts {
 }
 
 impl Facts {
-    fn of(worker: &WorkerView, weights: &Weights, names: &mut Names) -> Self {
+    fn of(
+        worker: &WorkerView,
+        targets: &ClassTargets,
+        weights: &Weights,
+        names: &mut Names,
+    ) -> Self {
         let (batch, context) = (worker.decode_batch(), worker.decode_context());
         let there = worker.by_class();
         let step_ms = worker.step.decode_ms(batch, context);
@@ -78,24 +89,22 @@ impl Facts {
         let abilities = &*worker.abilities;
         let ready = matches!(worker.phase, Phase::Serving | Phase::WarmingUp);
         let block = f64::from(abilities.block_tokens.max(1));
-        let floats = |counts: PerClass<u32>| counts.map(f64::from);
         let growth = |class: Class| worker.left[class.index()] / PEAK;
         let streams = |class: Class| f64::from(there.decoding[class.index()]);
         let sum = |of: &dyn Fn(Class) -> f64| Class::ALL.into_iter().map(of).sum();
-        Self {
+        let mut row = Self {
             ready: ready && !worker.draining && !worker.suspect,
             role: worker.role,
             prefix_pull: abilities.prefix_pull,
             gives: abilities.prefix_pull && !worker.suspect,
             streamed: abilities.streamed_hand_off,
-            connector: !abilities.engine_connector.is_empty(),
             emits_first: abilities.prefill_emits_first_token,
             waits: !worker.prompts.is_empty() || there.waiting_tokens != [0; 3],
             model: names.model(&worker.model),
             kind: names.kind(&worker.digest, &abilities.pairing),
+            host: names.host(&abilities.host),
             slot: worker.slot.0,
             batch: f64::from(batch),
-            context: context as f64,
             max_batch: f64::from(abilities.max_batch.max(1)),
             step: worker.step,
             step_ms,
@@ -103,25 +112,23 @@ impl Facts {
             step_left_ms: worker.load.step_left_ms,
             chunk,
             per_chunk: chunk.recip(),
-            decoding: floats(there.decoding),
-            left: worker.left,
-            waiting: floats(there.waiting),
-            waiting_tokens: there.waiting_tokens.map(|tokens| tokens as f64),
+            streams: Class::ALL.map(|class| Streams {
+                weight: streams(class) * weights.itl[class.index()],
+                left: worker.left[class.index()],
+                target_ms: weights.itl_target_ms[class.index()].max(OWN_STEP_SHARE * step_ms),
+            }),
+            line: Waiting::default(),
             room: worker.available_blocks() as f64 * block,
             block,
-            limit: abilities.pool_blocks as f64 * block,
+            limit: (abilities.pool_blocks as f64 * block).min(f64::from(abilities.context_length)),
             token_bytes: abilities.block_bytes as f64 / block,
             growth: sum(&|class| streams(class) * growth(class)),
             growth_variance: sum(&|class| streams(class) * growth(class) * growth(class)),
+        };
+        if row.waits {
+            row.line = Waiting::of(&row, worker, &there, targets, weights);
         }
-        .limited(f64::from(abilities.context_length))
-    }
-
-    fn limited(self, context_length: f64) -> Self {
-        Self {
-            limit: self.limit.min(context_length),
-            ..self
-        }
+        row
     }
 
     /// A decode step with another stream of so many tokens, ms.
@@ -139,6 +146,13 @@ impl Facts {
     /// share.
     pub(crate) fn steps_ms(&self, tokens: f64, context: f64) -> f64 {
         let steps = ceil(tokens * self.per_chunk);
+        steps * (self.step.a_ms + self.company_ms) + self.step.tokens_ms(tokens, context)
+    }
+
+    /// So many tokens of a backlog, ms: they share their steps with others, so
+    /// the constant part counts by the token.
+    pub(crate) fn flow_ms(&self, tokens: f64, context: f64) -> f64 {
+        let steps = tokens * self.per_chunk;
         steps * (self.step.a_ms + self.company_ms) + self.step.tokens_ms(tokens, context)
     }
 
@@ -192,6 +206,7 @@ fn chunk_there(
 pub(crate) struct Names {
     models: BTreeMap<Arc<str>, u32>,
     kinds: BTreeMap<(Arc<str>, Arc<str>), u32>,
+    hosts: BTreeMap<Arc<str>, u32>,
 }
 
 impl Names {
@@ -210,6 +225,14 @@ impl Names {
         *self.kinds.entry(key).or_insert(next)
     }
 
+    fn host(&mut self, name: &Arc<str>) -> u32 {
+        if name.is_empty() {
+            return 0;
+        }
+        let next = self.hosts.len() as u32 + 1;
+        *self.hosts.entry(Arc::clone(name)).or_insert(next)
+    }
+
     /// The number of a model that some worker has or had.
     pub(crate) fn find_model(&self, name: &str) -> Option<u32> {
         self.models.get(name).copied()
@@ -219,15 +242,17 @@ impl Names {
 /// The rows of all workers, in the order of their views.
 #[derive(Debug, Clone)]
 pub(crate) struct Table {
+    targets: ClassTargets,
     weights: Weights,
     pub(crate) names: Names,
     pub(crate) rows: Vec<Facts>,
 }
 
 impl Table {
-    pub(crate) fn new(weights: Weights) -> Self {
+    pub(crate) fn new(targets: &ClassTargets) -> Self {
         Self {
-            weights,
+            targets: *targets,
+            weights: Weights::of(targets),
             names: Names::default(),
             rows: Vec::new(),
         }
@@ -235,7 +260,7 @@ impl Table {
 
     /// Counts one worker anew: its place is in the table, or is the next one.
     pub(crate) fn count(&mut self, place: usize, worker: &WorkerView) {
-        let row = Facts::of(worker, &self.weights, &mut self.names);
+        let row = Facts::of(worker, &self.targets, &self.weights, &mut self.names);
         match self.rows.get_mut(place) {
             Some(there) => *there = row,
             None => self.rows.push(row),

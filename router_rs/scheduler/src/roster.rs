@@ -1,7 +1,7 @@
 //! The views of a cluster's workers, kept in place.
 
 use crate::booking::Bookings;
-use crate::deadline::{ClassTargets, Weights};
+use crate::deadline::ClassTargets;
 use crate::facts::Table;
 use crate::worker::{Cluster, WorkerView};
 use kvmesh_kv_index::WorkerSlot;
@@ -36,7 +36,7 @@ impl Roster {
         Self {
             views: Vec::new(),
             places: Vec::new(),
-            table: Table::new(Weights::of(targets)),
+            table: Table::new(targets),
             changed: Vec::new(),
         }
     }

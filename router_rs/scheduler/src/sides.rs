@@ -6,7 +6,7 @@ use crate::plan::{Considered, Plan, Terms};
 use crate::request::RequestView;
 use crate::terms::queued::{Line, line, queued_ms};
 use crate::terms::{Asked, People, first, room, stretch};
-use crate::transfer::Path;
+use crate::transfer::{Path, TransferRate};
 use crate::worker::{Cluster, WorkerView};
 use kvmesh_kv_index::WorkerSlot;
 
@@ -54,7 +54,7 @@ impl<'a> Question<'a, '_> {
     fn line(&self, at: u32, facts: &Facts) -> Line {
         if facts.waits {
             let prompts = &self.view(at).prompts;
-            line(facts, prompts, &self.asked, self.people)
+            line(facts, prompts, &self.asked, &self.people.weights.ttft)
         } else {
             Line::default()
         }
@@ -112,10 +112,11 @@ impl<'a> Question<'a, '_> {
         }
     }
 
-    fn rate(&self, source: u32, target: u32) -> crate::transfer::TransferRate {
-        let (from, to) = (self.view(source), self.view(target));
-        let path = Path::between(&from.abilities, &to.abilities);
-        self.cluster.transfers.rate(from.slot, to.slot, path)
+    fn rate(&self, source: u32, target: u32) -> TransferRate {
+        let (from, to) = (self.facts(source), self.facts(target));
+        let path = Path::between_hosts(from.host, to.host);
+        let (from, to) = (WorkerSlot(from.slot), WorkerSlot(to.slot));
+        self.cluster.transfers.rate(from, to, path)
     }
 
     /// What the output costs on a worker. `chunks_ms`: prompts computed there
@@ -185,26 +186,47 @@ impl<'a> Question<'a, '_> {
             .map(|(source, _)| WorkerSlot(self.facts(source).slot))
     }
 
-    /// Prompt on one worker, output on another; `None` where they cannot
-    /// exchange KV.
-    pub(crate) fn split(&self, p: &Side<'_>, d: &Side<'_>) -> Option<Candidate> {
+    /// The pair term: transfer, and the gap that it leaves. `None` where the two
+    /// cannot exchange KV.
+    fn pair_terms(&self, p: &Side<'_>, d: &Side<'_>) -> Option<(f64, f64)> {
         let streamed = p.facts.streamed && d.facts.streamed;
         let alike = p.facts.kind == d.facts.kind && p.at != d.at;
         if !alike || !streamed && !pairs(self.view(p.at), self.view(d.at)) {
             return None;
         }
         let rate = self.rate(p.at, d.at);
-        let mut terms = p.terms;
         let missing = self.missing(d.facts);
-        terms.transfer_ms = first::transfer_ms(p.facts, d.facts, rate, missing, p.terms.prefill_ms);
+        let prefill_ms = p.terms.prefill_ms;
+        let transfer_ms = first::transfer_ms(p.facts, d.facts, rate, missing, prefill_ms);
+        if !p.facts.emits_first {
+            return Some((transfer_ms, 0.0));
+        }
+        let gap = transfer_ms + d.terms.decode_wait_ms;
+        let gap_ms = stretch::gap_ms(d.facts, &self.asked, self.people, gap);
+        Some((transfer_ms, gap_ms))
+    }
+
+    /// Cost of prompt on one worker and output on another; `None` where they
+    /// cannot exchange KV.
+    pub(crate) fn split_cost(&self, p: &Side<'_>, d: &Side<'_>) -> Option<f64> {
+        let (transfer_ms, gap_ms) = self.pair_terms(p, d)?;
+        let late = if p.facts.emits_first {
+            0.0
+        } else {
+            transfer_ms + d.terms.decode_wait_ms + d.facts.step_ms
+        };
+        Some(p.terms.total_ms() + d.terms.total_ms() + gap_ms + p.terms.weight * late)
+    }
+
+    /// That plan with its terms.
+    pub(crate) fn split(&self, p: &Side<'_>, d: &Side<'_>) -> Option<Candidate> {
+        let mut terms = p.terms;
+        (terms.transfer_ms, terms.gap_ms) = self.pair_terms(p, d)?;
         terms.decode_wait_ms = d.terms.decode_wait_ms;
         terms.own_stretch_ms = d.terms.own_stretch_ms;
         terms.others_stretch_ms += d.terms.others_stretch_ms;
         terms.recompute_ms = d.terms.recompute_ms;
-        if p.facts.emits_first {
-            let gap = terms.transfer_ms + terms.decode_wait_ms;
-            terms.gap_ms = stretch::gap_ms(d.facts, &self.asked, self.people, gap);
-        } else {
+        if !p.facts.emits_first {
             // The first token is a decode step after the KV is there.
             terms.first_from_decode = true;
             terms.decode_wait_ms += d.facts.step_ms;

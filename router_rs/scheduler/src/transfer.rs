@@ -31,6 +31,15 @@ impl Path {
         }
     }
 
+    /// The path between two hosts by their numbers; 0 is not known.
+    pub(crate) fn between_hosts(source: u32, target: u32) -> Self {
+        if source != 0 && source == target {
+            Self::SharedMemory
+        } else {
+            Self::Network
+        }
+    }
+
     /// Its prior: a copy runs at some 2.5 GB/s on a core; a network of 10
     /// Gbit/s brings 1.1.
     pub const fn prior(self) -> TransferRate {

@@ -1,7 +1,7 @@
 //! A worker as the scheduler sees it.
 
 use crate::booking::Work;
-use crate::deadline::{ClassTargets, Weights};
+use crate::deadline::ClassTargets;
 use crate::facts::Table;
 use crate::request::{Class, PerClass};
 use crate::step_model::StepModel;
@@ -292,7 +292,7 @@ impl<'a> Cluster<'a> {
         if let Some(table) = self.table {
             return work(table);
         }
-        let mut table = Table::new(Weights::of(&ClassTargets::default()));
+        let mut table = Table::new(&ClassTargets::default());
         table.count_all(self.workers);
         work(&table)
     }

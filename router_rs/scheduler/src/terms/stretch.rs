@@ -60,17 +60,17 @@ pub(crate) fn chunks_stretch_ms(facts: &Facts, asked: &Asked, there: f64, people
     of_all(facts, people, facts.step_ms + all_ms / chunks, chunks)
 }
 
-/// Steps of all streams that take `to_ms` now: as many as each has left, at
-/// most so many.
+/// Steps of all streams that take `to_ms` now, which is no less than before:
+/// as many as each has left, at most so many. As [`stretch`] would say of each.
 fn of_all(facts: &Facts, people: &People, to_ms: f64, most: f64) -> f64 {
+    let longer = to_ms - facts.step_ms;
     let mut sum = 0.0;
-    for (class, streams) in facts.decoding.into_iter().enumerate() {
-        if streams > 0.0 {
-            let each = stretch(people, class, facts.step_ms, facts.step_ms, to_ms);
-            sum += streams * facts.left[class].min(most) * each;
-        }
+    for streams in &facts.streams {
+        let beyond = (to_ms - streams.target_ms).max(0.0);
+        let each = longer + (people.beyond_target - 1.0) * beyond;
+        sum += streams.weight * streams.left.min(most) * each;
     }
-    sum
+    people.stretch * sum
 }
 
 /// The gap between first and second token, where the first comes from prefill
