@@ -57,7 +57,6 @@ impl CostSettings {
             stretch: self.stretch,
             beyond_target: self.beyond_target,
             weights: Weights::of(&self.targets),
-            targets: self.targets,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Until the first token, and from it to the second.
 
 use super::Asked;
-use crate::facts::Facts;
+use crate::facts::{Chunks, Facts};
 use crate::transfer::TransferRate;
 
 /// Until a new prompt starts: the running step, and the prompts before it.
@@ -10,9 +10,9 @@ pub(crate) fn wait_ms(facts: &Facts, ahead_ms: f64) -> f64 {
 }
 
 /// Computing what is not there: its own tokens, and the steps that hold them.
-pub(crate) fn prefill_ms(facts: &Facts, asked: &Asked, there: f64) -> f64 {
+pub(crate) fn prefill(facts: &Facts, asked: &Asked, there: f64) -> Chunks {
     let tokens = (asked.sequence - there).max(1.0);
-    facts.steps_ms(tokens, asked.context_after(there))
+    facts.chunks(tokens, asked.context_after(there))
 }
 
 /// Pulling a prefix of so many tokens from another worker.
