@@ -39,6 +39,8 @@ pub(crate) struct Facts {
     pub(crate) gives: bool,
     pub(crate) streamed: bool,
     pub(crate) emits_first: bool,
+    /// A prefill stops between layers for what is more urgent.
+    pub(crate) layers: bool,
     /// Whether prompts wait there.
     pub(crate) waits: bool,
     /// Number of its model's name.
@@ -99,6 +101,7 @@ impl Facts {
             gives: abilities.prefix_pull && !worker.suspect,
             streamed: abilities.streamed_hand_off,
             emits_first: abilities.prefill_emits_first_token,
+            layers: abilities.layer_preemption,
             waits: !worker.prompts.is_empty() || there.waiting_tokens != [0; 3],
             model: names.model(&worker.model),
             kind: names.kind(&worker.digest, &abilities.pairing),

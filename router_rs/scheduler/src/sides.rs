@@ -104,7 +104,7 @@ impl<'a> Question<'a, '_> {
         let prefill_ms = chunks.ms();
         Terms {
             weight: people.weights.ttft[asked.class],
-            wait_ms: first::wait_ms(facts, line.ahead_ms),
+            wait_ms: first::wait_ms(facts, line),
             pull_ms,
             prefill_ms,
             queued_ms: queued_ms(line, prefill_ms),
