@@ -544,5 +544,7 @@ async fn a_tokenizer_is_fetched_once_a_digest_and_kept_on_disk() {
     std::fs::remove_dir_all(&folder).unwrap();
 }
 
+mod choice;
+mod choice;
 mod index;
 mod queue;
