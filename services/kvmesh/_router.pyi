@@ -3,7 +3,7 @@
 Checked against the built module by stubtest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, final
 
 import numpy as np
@@ -797,6 +797,21 @@ class SimStreams:
 def router_settings() -> list[tuple[str, str, str, str, bool]]:
     """Every setting of a router: (name, default, meaning, what is allowed, is a switch)."""
 
+# --- Scoring plans ---------------------------------------------------------------
+
+def measure_scorer(
+    scorer: Callable[
+        [dict[str, npt.NDArray[np.float64]]], Sequence[float] | npt.NDArray[np.float64]
+    ],
+    plans: int,
+    calls: int,
+) -> list[float]:
+    """What a scorer costs a decision, seconds a call.
+
+    It is called as a router calls it, with so many plans of made-up figures.
+    ValueError where it fails.
+    """
+
 # --- Router -------------------------------------------------------------------
 
 class InternalError(Exception):
@@ -804,14 +819,29 @@ class InternalError(Exception):
 
 @final
 class Router:
-    """A router that serves until it is closed. No Python runs on its threads."""
+    """A router that serves until it is closed. No Python runs on its threads.
 
-    def __new__(cls, settings_json: str) -> Router:
+    But for a scorer, where one is given.
+    """
+
+    def __new__(
+        cls,
+        settings_json: str,
+        scorer: Callable[
+            [dict[str, npt.NDArray[np.float64]]], Sequence[float] | npt.NDArray[np.float64]
+        ]
+        | None = None,
+    ) -> Router:
         """Starts a router.
 
         `settings_json` is an object with the keys of `router_settings`; it is
         stronger than KVMESH_* variables. Raises ValueError for a setting,
         OSError where it cannot start.
+
+        `scorer` chooses instead of the setting `policy`: it gets the plans that
+        the cost would weigh, a column a name (docs/scheduling.md), and gives a
+        score a plan; the least is chosen. It runs under the GIL, once a
+        decision. Where it fails the cost decides, and `kvmesh.scorer` logs it.
         """
 
     @property

@@ -7,6 +7,7 @@ mod pool;
 mod registry;
 mod router;
 mod router_settings;
+mod scoring;
 mod sim;
 mod transfer;
 mod worker_port;
@@ -24,6 +25,7 @@ fn _router(module: &Bound<'_, PyModule>) -> PyResult<()> {
     router::register(module)?;
     worker_port::register(module)?;
     router_settings::register(module)?;
+    scoring::register(module)?;
     module.add_class::<attention::PyPagedKv>()?;
     module.add_class::<sim::PySimStreams>()?;
     Ok(())

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use kvmesh_wire::v1::{KvRoom, LoadShare, Residue, StepSample, WorkerRecord};
+use kvmesh_wire::v1::{ClassShare, KvRoom, LoadShare, Residue, StepSample, WorkerRecord};
 use kvmesh_worker_port::{
     AttemptId, Change, EngineLoad, Event, Part, Port, PortError, Report, Rows, Settings,
     TokenizerFiles,
@@ -476,7 +476,19 @@ fn load_share(share: &Bound<'_, PyAny>) -> PyResult<LoadShare> {
         decoding: share.getattr(intern!(py, "decoding"))?.extract()?,
         decode_context: share.getattr(intern!(py, "decode_context"))?.extract()?,
         receiving: share.getattr(intern!(py, "receiving"))?.extract()?,
+        interactive: class_share(&share.getattr(intern!(py, "interactive"))?)?,
+        standard: class_share(&share.getattr(intern!(py, "standard"))?)?,
+        batch: class_share(&share.getattr(intern!(py, "batch"))?)?,
     })
+}
+
+fn class_share(share: &Bound<'_, PyAny>) -> PyResult<Option<ClassShare>> {
+    let py = share.py();
+    Ok(Some(ClassShare {
+        waiting: share.getattr(intern!(py, "waiting"))?.extract()?,
+        waiting_tokens: share.getattr(intern!(py, "waiting_tokens"))?.extract()?,
+        decoding: share.getattr(intern!(py, "decoding"))?.extract()?,
+    }))
 }
 
 /// Reads a sequence of `contract.CacheChange`: (kind, parent, chain).

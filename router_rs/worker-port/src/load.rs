@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use kvmesh_wire::v1::{KvRoom, Load, LoadShare, Role, WorkerPhase};
+use kvmesh_wire::v1::{ClassShare, KvRoom, Load, LoadShare, Role, WorkerPhase};
 
 use crate::report::EngineLoad;
 
@@ -79,6 +79,17 @@ fn add(total: &mut LoadShare, share: &LoadShare) {
     total.decoding += share.decoding;
     total.decode_context += share.decode_context;
     total.receiving += share.receiving;
+    add_class(&mut total.interactive, share.interactive);
+    add_class(&mut total.standard, share.standard);
+    add_class(&mut total.batch, share.batch);
+}
+
+fn add_class(total: &mut Option<ClassShare>, share: Option<ClassShare>) {
+    let Some(share) = share else { return };
+    let total = total.get_or_insert_default();
+    total.waiting += share.waiting;
+    total.waiting_tokens += share.waiting_tokens;
+    total.decoding += share.decoding;
 }
 
 #[cfg(test)]

@@ -147,6 +147,15 @@ class KvRoom(NamedTuple):
 
 
 @dataclass(slots=True)
+class ClassShare:
+    """The requests of one class in a share (wire: ClassShare)."""
+
+    waiting: int = 0
+    waiting_tokens: int = 0
+    decoding: int = 0
+
+
+@dataclass(slots=True)
 class LoadShare:
     """A router session's share of the work (wire: LoadShare)."""
 
@@ -156,6 +165,9 @@ class LoadShare:
     decoding: int = 0
     decode_context: int = 0
     receiving: int = 0
+    interactive: ClassShare = field(default_factory=ClassShare)
+    standard: ClassShare = field(default_factory=ClassShare)
+    batch: ClassShare = field(default_factory=ClassShare)
 
 
 @dataclass(slots=True)

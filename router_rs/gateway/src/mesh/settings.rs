@@ -2,6 +2,8 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use super::policy::PolicySettings;
+
 /// Settings of the mesh.
 #[derive(Clone, Debug)]
 pub struct MeshSettings {
@@ -35,6 +37,8 @@ pub struct MeshSettings {
     pub tokenizer_retry: (Duration, Duration),
     /// Generations whose decisions are kept.
     pub decisions_kept: usize,
+    /// Which policy chooses, and how what waits is served.
+    pub policy: PolicySettings,
 }
 
 impl Default for MeshSettings {
@@ -55,6 +59,7 @@ impl Default for MeshSettings {
             orphan_timeout: Duration::from_secs(10),
             tokenizer_retry: (Duration::from_millis(250), Duration::from_secs(30)),
             decisions_kept: 4_096,
+            policy: PolicySettings::default(),
         }
     }
 }

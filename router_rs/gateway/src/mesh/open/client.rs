@@ -126,6 +126,14 @@ impl Open {
         }
     }
 
+    /// What was predicted of the attempt that brought the first token, and what
+    /// it took; counted as it is told.
+    pub(in crate::mesh) fn measured(&self) -> Option<(u32, v1::PhaseTimes)> {
+        let (attempt, predicted, actual) = self.lock().figures.prediction()?;
+        self.core.counters.predicted(&predicted, &actual);
+        Some((attempt, actual))
+    }
+
     /// The first message of a stream.
     pub(in crate::mesh) fn accepted(&self) -> v1::Accepted {
         let request = &self.request;
