@@ -102,6 +102,9 @@ async fn metrics_stay_within_their_bound_at_64_workers() {
     assert!(series <= 2_000, "{series} series");
     for name in [
         "kvmesh_open_streams 0",
+        "kvmesh_open_attempts 0",
+        "kvmesh_transfers{state=\"flowing\"} 0",
+        "kvmesh_tokenizer_failures_total 0",
         "kvmesh_attempts_total",
         "kvmesh_stale_frames_total",
         "kvmesh_sessions{state=\"live\"}",

@@ -23,6 +23,7 @@ use super::{
     body::ResponseBody,
     calls::{CallEnd, Carrier},
     io::Prefixed,
+    lazily::Lazily,
     service::Shared,
     tls::{self, TlsError},
 };
@@ -230,8 +231,9 @@ impl Connection {
                 .serve_connection(socket, service_fn(self.service(begin)))
         });
         tokio::select! {
+            biased;
             ended = &mut connection => return Ok(ended?),
-            () = self.time_to_go() => connection.connection().graceful_shutdown(),
+            () = Lazily::new(self.time_to_go()) => connection.connection().graceful_shutdown(),
         }
         self.last_calls(connection).await
     }

@@ -13,7 +13,7 @@ use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use kvmesh_wire::v1::generate_response::Event;
 
-use super::{grpc, health::Watch, tokens};
+use super::{calls, grpc, health::Watch, tokens};
 use crate::{
     error::RequestError,
     mesh::GenerationStream,
@@ -63,7 +63,11 @@ impl Body for ResponseBody {
                 let frame = data.or_else(|| trailers.take().map(Frame::trailers));
                 Poll::Ready(frame.map(Ok))
             }
-            Self::Generate(body) => body.poll(cx).map(|frame| frame.map(Ok)),
+            Self::Generate(body) => {
+                let polled = body.poll(cx).map(|frame| frame.map(Ok));
+                calls::body_was_polled(polled.is_pending());
+                polled
+            }
             Self::Watch(watch) => watch.poll(cx).map(|frame| frame.map(Ok)),
             Self::Reflection(body) => Pin::new(body)
                 .poll_frame(cx)

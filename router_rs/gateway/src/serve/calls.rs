@@ -11,6 +11,7 @@
 //! ```
 
 use std::{
+    cell::Cell,
     future::Future,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
@@ -22,6 +23,37 @@ use std::{
 };
 
 use crate::mesh::GivenUp;
+
+thread_local! {
+    /// The stream that this thread polls.
+    static POLLED: Polled = const { Polled::nobody() };
+}
+
+/// What happens to a stream during its poll.
+struct Polled {
+    /// Address of its place; 0: none is polled.
+    place: Cell<usize>,
+    /// It woke itself.
+    woken: Cell<bool>,
+    /// The last thing asked of its body was answered by "later".
+    body_waits: Cell<bool>,
+}
+
+impl Polled {
+    const fn nobody() -> Self {
+        Self {
+            place: Cell::new(0),
+            woken: Cell::new(false),
+            body_waits: Cell::new(false),
+        }
+    }
+}
+
+/// The body of the stream that is polled was asked for more; `waits`: there is
+/// nothing yet.
+pub(crate) fn body_was_polled(waits: bool) {
+    POLLED.with(|polled| polled.body_waits.set(waits));
+}
 
 /// A running call, as hyper gives it.
 type Running = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -185,9 +217,22 @@ impl Wake for Place {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        if !self.queued.swap(true, Ordering::AcqRel) {
+        let own = POLLED.with(|polled| {
+            let own = polled.place.get() == self.address();
+            if own {
+                polled.woken.set(true);
+            }
+            own
+        });
+        if !own && !self.queued.swap(true, Ordering::AcqRel) {
             self.shared.tell(|ready| ready.queue.push(self.number));
         }
+    }
+}
+
+impl Place {
+    fn address(self: &Arc<Self>) -> usize {
+        Arc::as_ptr(self).addr()
     }
 }
 
@@ -281,11 +326,25 @@ impl<C> Carrier<C> {
             return;
         };
         let mut cx = Context::from_waker(&slot.waker);
+        POLLED.with(|polled| {
+            polled.place.set(slot.place.address());
+            polled.woken.set(false);
+            polled.body_waits.set(false);
+        });
         // A bug in one stream ends that stream.
         let over = catch_unwind(AssertUnwindSafe(|| stream.poll(&mut cx)));
+        // h2 wakes a stream that asks for window and gets it at once, and so
+        // each that sends. Where its body was asked after that there is nothing
+        // to be polled for again.
+        let again = POLLED.with(|polled| {
+            polled.place.set(0);
+            polled.woken.get() && !polled.body_waits.get()
+        });
         if over.unwrap_or(true) {
             slot.stream = None;
             self.free.push(number);
+        } else if again {
+            slot.place.wake_by_ref();
         }
     }
 }

@@ -8,6 +8,7 @@ pub(crate) mod grpc;
 mod health;
 mod inference;
 mod io;
+mod lazily;
 mod service;
 mod tls;
 mod tokens;
