@@ -18,7 +18,7 @@ pub enum Inbound {
     /// Step-output lane.
     Step(Box<StepFrame>),
     /// Load lane.
-    Load(LoadReport),
+    Load(Box<LoadReport>),
     /// Cache lane.
     Cache(v1::CacheEvents),
     /// A frame that this version does not know: ignored.
@@ -180,7 +180,7 @@ pub fn worker_frame(frame: v1::WorkerFrame) -> Result<Inbound, Violation> {
     match frame.frame {
         Some(Frame::Hello(_)) => Err(Violation::Malformed("a second hello")),
         Some(Frame::Step(output)) => Ok(Inbound::Step(Box::new(step(output)?))),
-        Some(Frame::Load(report)) => Ok(Inbound::Load(load(report)?)),
+        Some(Frame::Load(report)) => Ok(Inbound::Load(Box::new(load(report)?))),
         Some(Frame::Cache(events)) => Ok(Inbound::Cache(events)),
         None => Ok(Inbound::Unknown),
     }

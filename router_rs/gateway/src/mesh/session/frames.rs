@@ -31,7 +31,7 @@ impl Session {
             Inbound::Load(load) => {
                 counters.load_frames.add(1);
                 counters.load_bytes.add(bytes);
-                let actions = self.link.apply(Event::Frame(Some(&load)))?;
+                let actions = self.link.apply(Event::Frame(Some(&*load)))?;
                 self.perform(actions);
                 self.load(&load);
                 Ok(())
