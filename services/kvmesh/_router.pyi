@@ -22,9 +22,7 @@ def chain_values(parent: int, ids: bytes) -> list[int]:
     `ids` are u32, little-endian. ValueError where a part of an id is left.
     """
 
-def chain_values_to(
-    parent: int, ids: npt.NDArray[np.uint32], out: npt.NDArray[np.uint64]
-) -> None:
+def chain_values_to(parent: int, ids: npt.NDArray[np.uint32], out: npt.NDArray[np.uint64]) -> None:
     """As `chain_values`, array to array, without the GIL. `out`: a value for each unit."""
 
 # --- Index --------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Which worker holds which prefix: an exact, bounded index for gateways and notebooks.
 
-A prompt is named by the chain values of its units of 16 tokens (`chain_values`, proto/HASHES.md); a
-block of 16 k tokens has the name of its last unit. Needs NumPy and the native module. docs/kv-index.md
-tells more.
+A prompt is named by the chain values of its units of 16 tokens (`chain_values`, proto/HASHES.md);
+a block of 16 k tokens has the name of its last unit. Needs NumPy and the native module.
+docs/kv-index.md tells more.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ _Change: TypeAlias = tuple[int, int | None, npt.NDArray[np.uint64] | None, int]
 class Matches:
     """What a prompt's look-up found, in tokens by worker number (arrays of uint32).
 
-    Of `tokens`, `host` and `disk` are those whose fastest copy lies there; the rest is on the device.
+    Of `tokens`, `host` and `disk` are those whose fastest copy lies there; the rest is on the
+    device.
     """
 
     tokens: npt.NDArray[np.uint32]
@@ -98,9 +99,9 @@ class IndexStats:
 class KvIndex:
     """Which worker holds which prefix.
 
-    Workers are numbered from 0 as they come; numbers of removed workers are used again. Every method
-    may be called from any thread; the GIL is released while it works. Look-ups never wait for
-    changes, and see each call's changes whole or not at all.
+    Workers are numbered from 0 as they come; numbers of removed workers are used again. Every
+    method may be called from any thread; the GIL is released while it works. Look-ups never wait
+    for changes, and see each call's changes whole or not at all.
 
     KeyError where a worker is not there; TypeError or BufferError where an array has another type
     than stated.
@@ -111,14 +112,18 @@ class KvIndex:
         self._index = _router.KvIndex(max_bytes, max_workers)
 
     def add_worker(
-        self, block_tokens: int = UNIT_TOKENS, *, ttl_ms: int | None = None, max_units: int = 1 << 20
+        self,
+        block_tokens: int = UNIT_TOKENS,
+        *,
+        ttl_ms: int | None = None,
+        max_units: int = 1 << 20,
     ) -> int:
         """Takes a worker in and returns its number, the lowest that is free.
 
-        `block_tokens`: its block size, a multiple of 16. With `ttl_ms` it is a worker without cache
-        events: it is taken to hold what was sent there (`record_sent`) until that is older than this
-        or more than `max_units` units of 16 tokens. ValueError for another block size, RuntimeError
-        where `max_workers` are there.
+        `block_tokens`: its block size, a multiple of 16. With `ttl_ms` it is a worker without
+        cache events: it is taken to hold what was sent there (`record_sent`) until that is older
+        than this or more than `max_units` units of 16 tokens. ValueError for another block size,
+        RuntimeError where `max_workers` are there.
         """
         return self._index.add_worker(block_tokens, ttl_ms, max_units)
 
@@ -191,9 +196,9 @@ class KvIndex:
     ) -> npt.NDArray[np.uint32]:
         """For each worker the longest prefix that it holds without a hole, in tokens.
 
-        `chain`: the prompt's values from its first unit on. The answer has shape (`slots`,) and 0 for
-        numbers without a worker. `out`, contiguous and at least so long, is written and returned: the
-        rest of it becomes 0; ValueError where it is shorter.
+        `chain`: the prompt's values from its first unit on. The answer has shape (`slots`,) and 0
+        for numbers without a worker. `out`, at least so long, is written and returned: the rest of
+        it becomes 0; ValueError where it is shorter.
         """
         values = _values(chain)
         if out is not None:

@@ -25,7 +25,9 @@ ROOT = namespace_root("m" * 64)
 
 
 def prompt(seed: int, units: int) -> np.ndarray:
-    return chain_values(ROOT, np.random.default_rng(seed).integers(0, 32_000, 16 * units, dtype=np.int32))
+    return chain_values(
+        ROOT, np.random.default_rng(seed).integers(0, 32_000, 16 * units, dtype=np.int32)
+    )
 
 
 @pytest.mark.parametrize("case", json.loads(VECTORS.read_text())["cases"], ids=lambda c: c["name"])
@@ -99,7 +101,9 @@ def test_several_changes_are_made_in_order():
     index = KvIndex()
     worker = index.add_worker()
     chain = prompt(1, 4)
-    index.apply(worker, [Stored(chain, parent=ROOT), Removed(chain[2:]), Cleared(), Stored(chain[:3])])
+    index.apply(
+        worker, [Stored(chain, parent=ROOT), Removed(chain[2:]), Cleared(), Stored(chain[:3])]
+    )
     assert index.lookup(chain).tolist() == [48]
     index.cleared(worker)
     assert index.lookup(chain).tolist() == [0]

@@ -45,7 +45,6 @@ pub(crate) struct Core {
     pub(crate) classes: Vec<SizeClass>,
     /// Block size in units by slot; 0 for a slot without a worker.
     units: Vec<usize>,
-    all: Bits,
     /// Tick of the heat clock, and blocks stored until the next one.
     pub(crate) now: u8,
     pub(crate) until_tick: usize,
@@ -75,7 +74,6 @@ impl Core {
             sets: HolderSets::new(),
             classes: Vec::new(),
             units: Vec::new(),
-            all: Bits::default(),
             now: 0,
             until_tick: SEGMENT,
             blocks: 0,
@@ -127,7 +125,6 @@ impl Core {
             self.units.resize(worker + 1, 0);
         }
         self.units[worker] = units;
-        self.all.set(worker);
         match self.classes.iter_mut().find(|class| class.units == units) {
             Some(class) => class.workers.set(worker),
             None => {
@@ -141,7 +138,6 @@ impl Core {
     pub(crate) fn remove_worker(&mut self, worker: usize) {
         self.clear(worker);
         self.units[worker] = 0;
-        self.all.clear(worker);
         for class in &mut self.classes {
             class.workers.clear(worker);
         }
@@ -236,10 +232,6 @@ impl Core {
     /// Worker slots, free ones between them included.
     pub(crate) fn slots(&self) -> usize {
         self.units.len()
-    }
-
-    pub(crate) fn workers(&self) -> &Bits {
-        &self.all
     }
 }
 

@@ -9,7 +9,7 @@ use crate::worker::Matches;
 
 impl Core {
     pub(crate) fn lookup(&self, chain: &[u64], found: &mut Matches) {
-        found.reset(self.slots(), self.workers());
+        found.reset(self.slots());
         let tiered = self.sets.tiered();
         if tiered {
             found.reset_tiers();
@@ -28,6 +28,10 @@ impl Core {
             let Some(place) = self.find(chain[(held + 1) * class.units - 1]) else {
                 break;
             };
+            if held == 0 {
+                found.alive.clear();
+                found.alive.extend_from_slice(class.workers.as_words());
+            }
             let run = &self.runs[place.run];
             let mut slot = place.slot;
             for (holders, end) in run.spans_from(place.slot) {
@@ -73,11 +77,11 @@ impl Core {
         let tokens = u32::try_from(held * class.units * UNIT_TOKENS).unwrap_or(u32::MAX);
         let mut left = 0;
         for i in 0..class.workers.words() {
-            let alive = found.alive[i] & class.workers.word(i);
-            let leaving = alive & !holders.word(i);
-            left |= alive & holders.word(i);
+            let (alive, holding) = (found.alive[i], holders.word(i));
+            let leaving = alive & !holding;
+            left |= alive & holding;
             if leaving != 0 {
-                found.alive[i] &= !leaving;
+                found.alive[i] = alive & holding;
                 if held > 0 {
                     found.any = true;
                     for worker in members(i, leaving) {
@@ -102,7 +106,7 @@ impl Core {
         let [device, host, disk] = &self.sets.get(holders).tiers;
         for i in 0..host.words().max(disk.words()).min(class.workers.words()) {
             let below = (host.word(i) | disk.word(i)) & !device.word(i);
-            for worker in members(i, below & found.alive[i] & class.workers.word(i)) {
+            for worker in members(i, below & found.alive[i]) {
                 let tier = if host.has(worker) {
                     &mut found.host
                 } else {

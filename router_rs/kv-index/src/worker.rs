@@ -1,6 +1,5 @@
 //! What the index knows of a worker, and what it says of one.
 
-use crate::bits::Bits;
 use crate::chain::UNIT_TOKENS;
 use thiserror::Error;
 
@@ -96,14 +95,14 @@ pub struct Matches {
     pub(crate) host: Vec<u32>,
     /// Of these, tokens that lie on disk, by slot. Empty where none do.
     pub(crate) disk: Vec<u32>,
-    /// Workers that hold all blocks so far; the look-up's own.
+    /// Workers of one block size that hold all blocks so far; the look-up's own.
     pub(crate) alive: Vec<u64>,
     /// Whether any of `tokens` is not 0.
     pub(crate) any: bool,
 }
 
 impl Matches {
-    pub(crate) fn reset(&mut self, slots: usize, all: &Bits) {
+    pub(crate) fn reset(&mut self, slots: usize) {
         if self.any || self.tokens.len() != slots {
             self.tokens.clear();
             self.tokens.resize(slots, 0);
@@ -112,7 +111,6 @@ impl Matches {
         self.host.clear();
         self.disk.clear();
         self.alive.clear();
-        self.alive.extend_from_slice(all.as_words());
     }
 
     pub(crate) fn reset_tiers(&mut self) {
