@@ -1,8 +1,11 @@
 //! Who may wait: admission by predicted wait.
 
+use crate::cost::CostSettings;
+use crate::facts::Table;
 use crate::request::RequestView;
-use crate::terms::{prefill_ms, wait_ms};
-use crate::worker::{Cluster, Phase, Role};
+use crate::terms::queued::line;
+use crate::terms::{Asked, first};
+use crate::worker::{Cluster, Role};
 use thiserror::Error;
 
 /// Bounds of waiting.
@@ -68,46 +71,95 @@ pub fn admit(
     deadline_ms: Option<f64>,
     settings: &AdmissionSettings,
 ) -> Result<Admission, Rejected> {
-    let serving = |role: fn(Role) -> bool| {
-        cluster.workers.iter().filter(move |worker| {
-            let ready = matches!(worker.phase, Phase::Serving | Phase::WarmingUp);
-            ready && !worker.draining && *worker.model == *request.model && role(worker.role)
-        })
-    };
-    let mut workers: Vec<_> = serving(|role| role != Role::Decode).collect();
-    if workers.is_empty() {
-        workers = serving(|_| true).collect();
+    let estimate = Estimate::of(cluster, request);
+    estimate.admit(ahead_ms, deadline_ms, settings)
+}
+
+/// What a request would wait for and compute, without a queue before it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Estimate {
+    /// Wait at the least busy worker, ms.
+    pub least_ms: f64,
+    /// Least work of its prompt on any worker, ms.
+    pub work_ms: f64,
+    /// Workers that compute prompts.
+    pub workers: usize,
+}
+
+impl Estimate {
+    /// Looks at every worker that serves the model.
+    pub fn of(cluster: &Cluster<'_>, request: &RequestView<'_>) -> Self {
+        cluster.with_table(|table| Self::by(table, cluster, request))
     }
-    let least = workers
-        .iter()
-        .map(|worker| wait_ms(worker))
-        .fold(f64::INFINITY, f64::min);
-    let work = workers
-        .iter()
-        .map(|worker| prefill_ms(worker, request, request.cached_on(worker.slot)))
-        .fold(f64::INFINITY, f64::min);
-    if workers.is_empty() {
-        // No worker is the policy's answer, not a matter of waiting.
-        return Ok(Admission {
-            wait_ms: 0.0,
-            work_ms: 0.0,
-        });
+
+    fn by(table: &Table, cluster: &Cluster<'_>, request: &RequestView<'_>) -> Self {
+        let people = CostSettings::default().people();
+        let asked = Asked::of(request, cluster.now_ms);
+        let model = table.names.find_model(request.model);
+        let sum = |role: fn(Role) -> bool| {
+            let mut all = Self {
+                least_ms: f64::INFINITY,
+                work_ms: f64::INFINITY,
+                workers: 0,
+            };
+            for (worker, facts) in cluster.workers.iter().zip(&table.rows) {
+                // One that is silent for a moment will do its share.
+                let ready = facts.ready || worker.suspect && worker.takes_work();
+                if !ready || Some(facts.model) != model || !role(facts.role) {
+                    continue;
+                }
+                let line = line(facts, &worker.prompts, &asked, &people.weights.ttft);
+                let cached = request.cached_on(worker.slot);
+                let work = first::prefill_ms(facts, &asked, cached as f64);
+                all.least_ms = all.least_ms.min(first::wait_ms(facts, line.ahead_ms));
+                all.work_ms = all.work_ms.min(work);
+                all.workers += 1;
+            }
+            all
+        };
+        let computing = sum(|role| role != Role::Decode);
+        if computing.workers > 0 {
+            computing
+        } else {
+            sum(|_| true)
+        }
     }
-    let wait_ms = least + ahead_ms / workers.len() as f64;
-    if wait_ms > settings.max_wait_ms {
-        return Err(Rejected::WaitTooLong {
-            wait_ms,
-            retry_after_ms: wait_ms - settings.max_wait_ms,
-        });
-    }
-    match deadline_ms {
-        Some(left_ms) if wait_ms + work > left_ms => Err(Rejected::DeadlineCannotBeMet {
-            ttft_ms: wait_ms + work,
-            left_ms,
-        }),
-        _ => Ok(Admission {
-            wait_ms,
-            work_ms: work,
-        }),
+
+    /// Decides, with this much work queued before the request; as [`admit`].
+    ///
+    /// # Errors
+    /// [`Rejected`], with an honest delay.
+    pub fn admit(
+        &self,
+        ahead_ms: f64,
+        deadline_ms: Option<f64>,
+        settings: &AdmissionSettings,
+    ) -> Result<Admission, Rejected> {
+        if self.workers == 0 {
+            // No worker is the policy's answer, not a matter of waiting.
+            return Ok(Admission {
+                wait_ms: 0.0,
+                work_ms: 0.0,
+            });
+        }
+        let wait_ms = self.least_ms + ahead_ms / self.workers as f64;
+        if wait_ms > settings.max_wait_ms {
+            return Err(Rejected::WaitTooLong {
+                wait_ms,
+                retry_after_ms: wait_ms - settings.max_wait_ms,
+            });
+        }
+        match deadline_ms {
+            Some(left_ms) if wait_ms + self.work_ms > left_ms => {
+                Err(Rejected::DeadlineCannotBeMet {
+                    ttft_ms: wait_ms + self.work_ms,
+                    left_ms,
+                })
+            }
+            _ => Ok(Admission {
+                wait_ms,
+                work_ms: self.work_ms,
+            }),
+        }
     }
 }

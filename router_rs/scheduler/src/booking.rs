@@ -1,7 +1,9 @@
-//! Load that was sent but is not yet in a report.
+//! Load that was chosen or sent and is not yet in a report.
 
+use crate::request::Class;
+use crate::worker::{ByClass, Prompt};
 use kvmesh_kv_index::WorkerSlot;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Work of one stage on one worker, or a sum of such.
@@ -11,45 +13,109 @@ pub struct Work {
     pub prefills: u32,
     /// Prompt tokens to compute.
     pub prefill_tokens: u64,
+    /// Sum of their context lengths, in tokens.
+    pub prefill_context: u64,
     /// Requests that will decode.
     pub decodes: u32,
     /// Sum of their context lengths, in tokens.
     pub decode_context: u64,
     /// KV blocks that will be reserved.
     pub blocks: u64,
+    /// Prompts and streams by class; what it does not show counts as standard.
+    pub classes: ByClass,
 }
 
 impl Work {
     fn add(&mut self, other: &Self) {
         self.prefills += other.prefills;
         self.prefill_tokens += other.prefill_tokens;
+        self.prefill_context += other.prefill_context;
         self.decodes += other.decodes;
         self.decode_context += other.decode_context;
         self.blocks += other.blocks;
+        self.classes.add(&other.classes);
+    }
+
+    fn take(&mut self, other: &Self) {
+        self.prefills -= other.prefills;
+        self.prefill_tokens -= other.prefill_tokens;
+        self.prefill_context -= other.prefill_context;
+        self.decodes -= other.decodes;
+        self.decode_context -= other.decode_context;
+        self.blocks -= other.blocks;
+        self.classes.take(&other.classes);
+    }
+
+    /// The prompt in it, as others see it that wait there.
+    fn prompt(&self, virtual_deadline_ms: f64) -> Option<Prompt> {
+        let class = Class::ALL
+            .into_iter()
+            .find(|class| self.classes.waiting[class.index()] > 0)
+            .unwrap_or_default();
+        (self.prefills > 0).then_some(Prompt {
+            virtual_deadline_ms,
+            class,
+            tokens: self.prefill_tokens,
+            context: self.prefill_context,
+        })
     }
 }
 
-/// What this router has booked on each worker and no load report shows yet.
+/// What this router has booked on each worker and no load report shows yet, and
+/// which prompts of it are not computed yet.
 ///
 /// A load report echoes the number of the last command that it reflects. So
 /// booked is exactly: what was chosen and not sent, plus what was sent after
-/// that number. Nothing decays and nothing is guessed.
+/// that number. Nothing decays and nothing is guessed. A prompt is known one by
+/// one from the choice until its first token, whatever reports show.
+///
+/// Sums are kept up to date with each booking: a choice reads what changed
+/// ([`Bookings::take_changes`]) and nothing else.
 #[derive(Debug, Clone, Default)]
 pub struct Bookings(Arc<Mutex<Ledger>>);
 
 #[derive(Debug, Default)]
 struct Ledger {
     next: u64,
+    accounts: BTreeMap<WorkerSlot, Account>,
+    /// Workers whose sums changed since they were last taken.
+    changed: BTreeSet<WorkerSlot>,
+}
+
+/// What is booked on one worker.
+#[derive(Debug, Default)]
+struct Account {
+    booked: Work,
     entries: BTreeMap<u64, Entry>,
-    /// Last command echoed, by worker.
-    echoed: BTreeMap<WorkerSlot, u64>,
+    /// Keys of `entries` whose prompt is not computed yet.
+    prompts: BTreeMap<u64, Prompt>,
+    /// Last command echoed.
+    echoed: Option<u64>,
 }
 
 #[derive(Debug)]
 struct Entry {
-    worker: WorkerSlot,
     work: Work,
     command: Option<u64>,
+}
+
+impl Account {
+    fn forget(&mut self, key: u64) {
+        if let Some(entry) = self.entries.remove(&key) {
+            self.booked.take(&entry.work);
+        }
+    }
+
+    fn forget_where(&mut self, gone: impl Fn(&Entry) -> bool) {
+        let booked = &mut self.booked;
+        self.entries.retain(|_, entry| {
+            let gone = gone(entry);
+            if gone {
+                booked.take(&entry.work);
+            }
+            !gone
+        });
+    }
 }
 
 impl Bookings {
@@ -62,63 +128,108 @@ impl Bookings {
     /// report shows it or the guard goes.
     #[must_use = "a booking that is dropped is released"]
     pub fn book(&self, worker: WorkerSlot, work: Work) -> Booking {
+        self.enter(worker, work, None)
+    }
+
+    /// As [`Bookings::book`]; the prompt in it, if there is one, is listed under
+    /// its virtual deadline until [`Booking::started`] or the guard goes.
+    #[must_use = "a booking that is dropped is released"]
+    pub fn book_prompt(&self, worker: WorkerSlot, work: Work, virtual_deadline_ms: f64) -> Booking {
+        self.enter(worker, work, work.prompt(virtual_deadline_ms))
+    }
+
+    fn enter(&self, worker: WorkerSlot, work: Work, prompt: Option<Prompt>) -> Booking {
         let mut ledger = self.lock();
         let key = ledger.next;
         ledger.next += 1;
-        ledger.entries.insert(
+        ledger.changed.insert(worker);
+        let account = ledger.accounts.entry(worker).or_default();
+        account.booked.add(&work);
+        account.entries.insert(
             key,
             Entry {
-                worker,
                 work,
                 command: None,
             },
         );
+        if let Some(prompt) = prompt {
+            account.prompts.insert(key, prompt);
+        }
         Booking {
             ledger: self.clone(),
+            worker,
             key,
         }
     }
 
     /// A load report of this worker reflects all commands up to this one.
     pub fn echoed(&self, worker: WorkerSlot, command: u64) {
-        let mut ledger = self.lock();
-        ledger.entries.retain(|_, entry| {
-            entry.worker != worker || entry.command.is_none_or(|sent| sent > command)
+        self.change(worker, |account| {
+            account.forget_where(|entry| entry.command.is_some_and(|sent| sent <= command));
+            account.echoed = Some(command);
         });
-        ledger.echoed.insert(worker, command);
     }
 
     /// A new session with this worker, or none: what was sent on the old one
     /// is no longer on its way, and commands are numbered anew.
     pub fn session_ended(&self, worker: WorkerSlot) {
-        let mut ledger = self.lock();
-        ledger
-            .entries
-            .retain(|_, entry| entry.worker != worker || entry.command.is_none());
-        ledger.echoed.remove(&worker);
+        self.change(worker, |account| {
+            account.forget_where(|entry| entry.command.is_some());
+            let kept = &account.entries;
+            account.prompts.retain(|key, _| kept.contains_key(key));
+            account.echoed = None;
+        });
     }
 
     /// What is booked on a worker.
     pub fn booked(&self, worker: WorkerSlot) -> Work {
-        let mut sum = Work::default();
-        for entry in self
-            .lock()
-            .entries
-            .values()
-            .filter(|entry| entry.worker == worker)
-        {
-            sum.add(&entry.work);
-        }
-        sum
+        let ledger = self.lock();
+        let account = ledger.accounts.get(&worker);
+        account.map_or_else(Work::default, |account| account.booked)
     }
 
     /// What is booked on every worker that has something booked.
     pub fn all(&self) -> BTreeMap<WorkerSlot, Work> {
-        let mut sums: BTreeMap<WorkerSlot, Work> = BTreeMap::new();
-        for entry in self.lock().entries.values() {
-            sums.entry(entry.worker).or_default().add(&entry.work);
+        let ledger = self.lock();
+        let booked = ledger.accounts.iter();
+        booked
+            .filter(|(_, account)| !account.entries.is_empty())
+            .map(|(worker, account)| (*worker, account.booked))
+            .collect()
+    }
+
+    /// Gives the sums of each worker for which they changed since the last
+    /// call: what is booked, and the prompts that are not computed yet. For the
+    /// one place that keeps the views.
+    pub fn take_changes(
+        &self,
+        mut each: impl FnMut(WorkerSlot, &Work, &mut dyn Iterator<Item = Prompt>),
+    ) {
+        let mut ledger = self.lock();
+        let Ledger {
+            accounts, changed, ..
+        } = &mut *ledger;
+        for worker in std::mem::take(changed) {
+            let Some(account) = accounts.get(&worker) else {
+                each(worker, &Work::default(), &mut std::iter::empty());
+                continue;
+            };
+            each(
+                worker,
+                &account.booked,
+                &mut account.prompts.values().copied(),
+            );
+            if account.entries.is_empty() && account.prompts.is_empty() && account.echoed.is_none()
+            {
+                accounts.remove(&worker);
+            }
         }
-        sums
+    }
+
+    fn change(&self, worker: WorkerSlot, change: impl FnOnce(&mut Account)) {
+        let mut ledger = self.lock();
+        ledger.changed.insert(worker);
+        change(ledger.accounts.entry(worker).or_default());
     }
 
     fn lock(&self) -> MutexGuard<'_, Ledger> {
@@ -130,30 +241,40 @@ impl Bookings {
 #[derive(Debug)]
 pub struct Booking {
     ledger: Bookings,
+    worker: WorkerSlot,
     key: u64,
 }
 
 impl Booking {
     /// It was sent as this command of the worker's session.
     pub fn sent(&self, command: u64) {
-        let mut ledger = self.ledger.lock();
-        let Some(entry) = ledger.entries.get_mut(&self.key) else {
-            return;
-        };
-        entry.command = Some(command);
-        let worker = entry.worker;
-        if ledger
-            .echoed
-            .get(&worker)
-            .is_some_and(|echoed| *echoed >= command)
-        {
-            ledger.entries.remove(&self.key);
-        }
+        let key = self.key;
+        self.ledger.change(self.worker, |account| {
+            let seen = account.echoed.is_some_and(|echoed| echoed >= command);
+            if let Some(entry) = account.entries.get_mut(&key) {
+                entry.command = Some(command);
+            }
+            if seen {
+                account.forget(key);
+            }
+        });
+    }
+
+    /// Its first token came: its prompt no longer holds others up.
+    pub fn started(&self) {
+        let key = self.key;
+        self.ledger.change(self.worker, |account| {
+            account.prompts.remove(&key);
+        });
     }
 }
 
 impl Drop for Booking {
     fn drop(&mut self) {
-        self.ledger.lock().entries.remove(&self.key);
+        let key = self.key;
+        self.ledger.change(self.worker, |account| {
+            account.forget(key);
+            account.prompts.remove(&key);
+        });
     }
 }

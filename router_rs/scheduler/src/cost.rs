@@ -1,29 +1,21 @@
 //! The policy that counts added delay.
 
-use crate::fit::{Duty, able, pairs, reason};
-use crate::plan::{Considered, Decision, NoPlan, Plan, Policy, Terms};
+use crate::deadline::{ClassTargets, Weights};
+use crate::facts::Table;
+use crate::plan::{Considered, Decision, NoPlan, Plan, Policy};
 use crate::request::RequestView;
-use crate::terms;
-use crate::worker::{Cluster, Role, WorkerView};
-use kvmesh_kv_index::WorkerSlot;
-
-/// When a worker that decodes computes a prompt too.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum LocalPrefill {
-    /// `both` workers always; decode workers where no prefill worker is
-    /// there.
-    #[default]
-    WithoutPrefillWorkers,
-    /// Wherever it costs least.
-    ByCost,
-}
+use crate::sides::{Candidate, Question, Side};
+use crate::survey::{LocalPrefill, Survey};
+use crate::terms::{Asked, People, work};
+use crate::worker::Cluster;
 
 /// Settings of [`KvCost`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct CostSettings {
     /// When decode workers compute prompts.
     pub local_prefill: LocalPrefill,
-    /// Best workers of each side that are paired (K).
+    /// Best workers of each side that are paired (K); as many workers that do
+    /// all of it are weighed against them.
     pub best_of_side: usize,
     /// Plans this close to the best tie, in ms ...
     pub tie_ms: f64,
@@ -31,6 +23,16 @@ pub struct CostSettings {
     pub tie_share: f64,
     /// Fewest tokens for which a prefix is pulled from another worker.
     pub pull_from_tokens: u32,
+    /// What a millisecond of stretched streaming counts against one of waiting
+    /// for the first token (ε).
+    pub stretch: f64,
+    /// How many times more it counts beyond a stream's ITL target (κ).
+    pub beyond_target: f64,
+    /// Targets of the classes: their quotients are the weights of the rows.
+    pub targets: ClassTargets,
+    /// Plans of each decision that are kept for `explain`, the best first. 0:
+    /// none.
+    pub plans_kept: usize,
 }
 
 impl Default for CostSettings {
@@ -41,151 +43,145 @@ impl Default for CostSettings {
             tie_ms: 2.0,
             tie_share: 0.03,
             pull_from_tokens: 128,
+            stretch: 0.1,
+            beyond_target: 4.0,
+            targets: ClassTargets::default(),
+            plans_kept: 8,
+        }
+    }
+}
+
+impl CostSettings {
+    pub(crate) fn people(&self) -> People {
+        People {
+            stretch: self.stretch,
+            beyond_target: self.beyond_target,
+            weights: Weights::of(&self.targets),
+            targets: self.targets,
         }
     }
 }
 
 /// Chooses the plan that adds the least delay, over everyone, in
 /// milliseconds. J = prefill term + decode term + pair term.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct KvCost {
     settings: CostSettings,
+    people: People,
+    survey: Survey,
+    order: Vec<Weighed>,
 }
 
-/// One side of a plan: a worker and its terms.
-struct Side<'a> {
-    worker: &'a WorkerView,
-    terms: Terms,
-    cached: u64,
-    pull: Option<(WorkerSlot, u64)>,
+/// A plan that was weighed: what it costs, and its workers among those kept.
+#[derive(Debug, Clone, Copy)]
+struct Weighed {
+    total_ms: f64,
+    /// Slots, to order equal ones.
+    slots: (u32, u32),
+    sides: Sides,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Sides {
+    /// Place in the cluster.
+    Whole(u32),
+    /// Places in the lists of the best.
+    Split(u32, u32),
+}
+
+impl Default for KvCost {
+    fn default() -> Self {
+        Self::new(CostSettings::default())
+    }
 }
 
 impl KvCost {
     /// The policy with these settings.
     pub fn new(settings: CostSettings) -> Self {
-        Self { settings }
+        Self {
+            people: settings.people(),
+            settings,
+            survey: Survey::default(),
+            order: Vec::new(),
+        }
     }
 
-    fn plans(
-        &self,
+    /// Weighs the plans of a request, and works with them: the cheapest first.
+    fn weigh<T>(
+        &mut self,
+        table: &Table,
         cluster: &Cluster<'_>,
         request: &RequestView<'_>,
-    ) -> Result<Vec<Considered>, NoPlan> {
-        let sides = Sides::of(cluster, request, self.settings.local_prefill)?;
-        let holder = best_holder(cluster, request);
-        let mut plans = Vec::new();
-        for worker in &sides.whole {
-            plans.push(self.whole(worker, request, holder));
+        work: impl FnOnce(&Plans<'_, '_>) -> T,
+    ) -> Result<T, NoPlan> {
+        self.survey
+            .look(cluster, table, request, self.settings.local_prefill)?;
+        let question = Question {
+            cluster,
+            table,
+            request,
+            asked: Asked::of(request, cluster.now_ms),
+            people: &self.people,
+            holder: self.survey.holder,
+            pull_from_tokens: self.settings.pull_from_tokens,
+        };
+        let mut plans = Plans {
+            question,
+            keep: self.settings.best_of_side.max(1),
+            mix: tie_break(cluster.router, request.id) as u32,
+            prefills: Vec::new(),
+            decodes: Vec::new(),
+            order: std::mem::take(&mut self.order),
+        };
+        plans.order.clear();
+        plans.whole(&self.survey.whole);
+        if !self.survey.prefill.is_empty() {
+            plans.pair(&self.survey, plans.keep);
+            if plans.order.is_empty() {
+                // The best of each side may all be of kinds that do not pair.
+                plans.pair(&self.survey, usize::MAX);
+            }
         }
-        let prefills = self.best(
-            sides
-                .prefill
-                .iter()
-                .map(|worker| self.prefill_side(worker, request, holder)),
-        );
-        let decodes = self.best(
-            sides
-                .decode
-                .iter()
-                .map(|worker| decode_side(worker, request)),
-        );
-        pair(&prefills, &decodes, request, &mut plans);
-        if plans.is_empty() {
-            // The best of each side may all be of kinds that do not pair.
-            let prefills: Vec<_> = sides
-                .prefill
-                .iter()
-                .map(|worker| self.prefill_side(worker, request, holder))
-                .collect();
-            let decodes: Vec<_> = sides
-                .decode
-                .iter()
-                .map(|worker| decode_side(worker, request))
-                .collect();
-            pair(&prefills, &decodes, request, &mut plans);
-        }
-        if plans.is_empty() {
+        if plans.order.is_empty() {
             // For these decode workers there is no prefill worker: they do all.
-            let alone = able(cluster, request, Duty::Whole, &[Role::Decode, Role::Both]);
-            for worker in alone.map_err(|_| NoPlan::NoPair)? {
-                plans.push(self.whole(worker, request, holder));
-            }
+            plans.whole(&self.survey.decode);
         }
-        plans.sort_by(|a, b| {
-            a.terms
-                .total_ms()
-                .total_cmp(&b.terms.total_ms())
-                .then(a.plan.cmp(&b.plan))
+        plans.order.sort_unstable_by(|a, b| {
+            let total = a.total_ms.total_cmp(&b.total_ms);
+            total.then_with(|| a.slots.cmp(&b.slots))
         });
-        Ok(plans)
+        let result = work(&plans);
+        self.order = plans.order;
+        Ok(result)
     }
 
-    /// All of it on one worker.
-    fn whole(
-        &self,
-        worker: &WorkerView,
+    /// The decision among plans in their order.
+    fn decide(
+        settings: &CostSettings,
+        plans: &Plans<'_, '_>,
+        cluster: &Cluster<'_>,
         request: &RequestView<'_>,
-        holder: Option<(&WorkerView, u64)>,
-    ) -> Considered {
-        let side = self.prefill_side(worker, request, holder);
-        let mut terms = side.terms;
-        add_decode(&mut terms, worker, request);
-        considered(whole_plan(&side), terms, &side)
-    }
-
-    fn prefill_side<'a>(
-        &self,
-        worker: &'a WorkerView,
-        request: &RequestView<'_>,
-        holder: Option<(&WorkerView, u64)>,
-    ) -> Side<'a> {
-        let cached = request.cached_on(worker.slot);
-        let mut terms = Terms {
-            wait_ms: terms::wait_ms(worker),
-            prefill_ms: terms::prefill_ms(worker, request, cached),
-            others_stretch_ms: terms::chunks_stretch_ms(worker, request, cached),
-            ..Terms::default()
-        };
-        let mut pull = None;
-        if let Some((source, held)) = holder
-            && worker.abilities.prefix_pull
-            && source.abilities.pairing == worker.abilities.pairing
-            && source.digest == worker.digest
-            && held >= cached + u64::from(self.settings.pull_from_tokens)
-        {
-            let with = Terms {
-                pull_ms: terms::pull_ms(worker, held - cached),
-                prefill_ms: terms::prefill_ms(worker, request, held),
-                others_stretch_ms: terms::chunks_stretch_ms(worker, request, held),
-                ..terms
-            };
-            if with.total_ms() < terms.total_ms() {
-                terms = with;
-                pull = Some((source.slot, held - cached));
-            }
+    ) -> Option<Decision> {
+        let best = plans.order.first()?.total_ms;
+        let limit = best + settings.tie_ms.max(best * settings.tie_share);
+        let tied = plans
+            .order
+            .partition_point(|plan| plan.total_ms <= limit)
+            .max(1);
+        let at = (tie_break(cluster.router, request.id) % tied as u64) as usize;
+        let mut decision = decision(cluster, request, &plans.candidate(at)?);
+        decision.tied = u32::try_from(tied).unwrap_or(u32::MAX);
+        decision.weighed = u32::try_from(plans.order.len()).unwrap_or(u32::MAX);
+        let kept = settings.plans_kept.min(plans.order.len());
+        let best = (0..kept).filter_map(|at| plans.candidate(at));
+        decision.considered = Vec::with_capacity(kept + 1);
+        decision
+            .considered
+            .extend(best.map(|candidate| candidate.considered));
+        if kept > 0 && at >= kept {
+            decision.considered.push(decision.chosen);
         }
-        Side {
-            worker,
-            terms,
-            cached,
-            pull,
-        }
-    }
-
-    fn best<'a>(&self, sides: impl Iterator<Item = Side<'a>>) -> Vec<Side<'a>> {
-        let mut sides: Vec<Side<'a>> = sides.collect();
-        let keep = self.settings.best_of_side.max(1);
-        let order = |a: &Side<'_>, b: &Side<'_>| {
-            a.terms
-                .total_ms()
-                .total_cmp(&b.terms.total_ms())
-                .then(a.worker.slot.cmp(&b.worker.slot))
-        };
-        if sides.len() > keep {
-            sides.select_nth_unstable_by(keep - 1, order);
-            sides.truncate(keep);
-        }
-        sides
+        Some(decision)
     }
 }
 
@@ -199,14 +195,13 @@ impl Policy for KvCost {
         cluster: &Cluster<'_>,
         request: &RequestView<'_>,
     ) -> Result<Decision, NoPlan> {
-        let plans = self.plans(cluster, request)?;
-        let best = plans.first().ok_or(NoPlan::NoPair)?.terms.total_ms();
-        let limit = best + self.settings.tie_ms.max(best * self.settings.tie_share);
-        let tied = plans
-            .partition_point(|plan| plan.terms.total_ms() <= limit)
-            .max(1);
-        let at = (tie_break(cluster.router, request.id) % tied as u64) as usize;
-        decision(cluster, request, plans[at], tied)
+        let settings = self.settings.clone();
+        let decision = cluster.with_table(|table| {
+            self.weigh(table, cluster, request, |plans| {
+                Self::decide(&settings, plans, cluster, request)
+            })
+        })?;
+        decision.ok_or(NoPlan::NoPair)
     }
 
     fn explain(
@@ -214,185 +209,138 @@ impl Policy for KvCost {
         cluster: &Cluster<'_>,
         request: &RequestView<'_>,
     ) -> Result<Vec<Considered>, NoPlan> {
-        self.plans(cluster, request)
-    }
-}
-
-/// Appends every pair that can exchange KV.
-fn pair(
-    prefills: &[Side<'_>],
-    decodes: &[Side<'_>],
-    request: &RequestView<'_>,
-    plans: &mut Vec<Considered>,
-) {
-    for p in prefills {
-        for d in decodes.iter().filter(|d| pairs(p.worker, d.worker)) {
-            let mut terms = p.terms;
-            terms.transfer_ms = terms::transfer_ms(p.worker, d.worker, request);
-            add_decode(&mut terms, d.worker, request);
-            let source = p.pull.map(|(source, _)| source);
-            let plan = Plan::Split {
-                prefill: p.worker.slot,
-                decode: d.worker.slot,
-                source,
-            };
-            plans.push(considered(plan, terms, p));
-        }
-    }
-}
-
-/// Workers by what they may do for a request.
-pub(crate) struct Sides<'a> {
-    pub(crate) prefill: Vec<&'a WorkerView>,
-    pub(crate) decode: Vec<&'a WorkerView>,
-    pub(crate) whole: Vec<&'a WorkerView>,
-}
-
-impl<'a> Sides<'a> {
-    pub(crate) fn of(
-        cluster: &Cluster<'a>,
-        request: &RequestView<'_>,
-        local: LocalPrefill,
-    ) -> Result<Self, NoPlan> {
-        let (both, any) = ([Role::Both], [Role::Decode, Role::Both]);
-        let pure_decode = able(cluster, request, Duty::Decode, &[Role::Decode]);
-        // A `both` worker computes prompts for others only where others exist.
-        let helpers = if pure_decode.is_ok() || local == LocalPrefill::ByCost {
-            vec![Role::Prefill, Role::Both]
-        } else {
-            vec![Role::Prefill]
-        };
-        let prefill = able(cluster, request, Duty::Prefill, &helpers);
-        let decode = able(cluster, request, Duty::Decode, &any);
-        // A prefill worker that is only full will have room again: wait.
-        let nobody = matches!(prefill, Err(miss) if miss != crate::fit::Miss::NoRoom);
-        let here: &[Role] = if nobody || local == LocalPrefill::ByCost {
-            &any
-        } else {
-            &both
-        };
-        let whole = able(cluster, request, Duty::Whole, here);
-        match (prefill, decode, whole) {
-            (Ok(prefill), Ok(decode), whole) => Ok(Self {
-                prefill,
-                decode,
-                whole: whole.unwrap_or_default(),
-            }),
-            (_, _, Ok(whole)) => Ok(Self {
-                prefill: Vec::new(),
-                decode: Vec::new(),
-                whole,
-            }),
-            (_, Err(miss), Err(_)) => Err(reason(miss, Duty::Decode, request)),
-            (Err(miss), Ok(_), Err(_)) => Err(reason(miss, Duty::Prefill, request)),
-        }
-    }
-}
-
-/// The worker that holds most of the sequence and may give it.
-fn best_holder<'a>(
-    cluster: &Cluster<'a>,
-    request: &RequestView<'_>,
-) -> Option<(&'a WorkerView, u64)> {
-    cluster
-        .workers
-        .iter()
-        .filter(|worker| {
-            worker.abilities.prefix_pull && !worker.suspect && *worker.model == *request.model
+        let mut fresh = Self::new(self.settings.clone());
+        cluster.with_table(|table| {
+            fresh.weigh(table, cluster, request, |plans| {
+                let all = 0..plans.order.len();
+                all.filter_map(|at| Some(plans.candidate(at)?.considered))
+                    .collect()
+            })
         })
-        .map(|worker| (worker, request.cached_on(worker.slot)))
-        .max_by_key(|(worker, held)| (*held, std::cmp::Reverse(worker.slot)))
-}
-
-fn decode_side<'a>(worker: &'a WorkerView, request: &RequestView<'_>) -> Side<'a> {
-    let mut terms = Terms::default();
-    add_decode(&mut terms, worker, request);
-    // Its part of the pair term: what it has need not be moved.
-    terms.transfer_ms = terms::pull_ms(worker, request.sequence() - request.cached_on(worker.slot));
-    Side {
-        worker,
-        terms,
-        cached: 0,
-        pull: None,
     }
 }
 
-fn add_decode(terms: &mut Terms, worker: &WorkerView, request: &RequestView<'_>) {
-    terms.decode_wait_ms += terms::decode_wait_ms(worker, request);
-    terms.own_stretch_ms += terms::own_stretch_ms(worker, request);
-    terms.others_stretch_ms += terms::joining_stretch_ms(worker, request);
+/// The plans of one request.
+struct Plans<'a, 'r> {
+    question: Question<'a, 'r>,
+    keep: usize,
+    mix: u32,
+    prefills: Vec<Side<'a>>,
+    decodes: Vec<Side<'a>>,
+    order: Vec<Weighed>,
 }
 
-fn whole_plan(side: &Side<'_>) -> Plan {
-    Plan::Whole {
-        worker: side.worker.slot,
-        source: side.pull.map(|(source, _)| source),
-    }
-}
-
-fn considered(plan: Plan, terms: Terms, side: &Side<'_>) -> Considered {
-    let tokens = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
-    Considered {
-        plan,
-        terms,
-        cached_tokens: tokens(side.cached),
-        pulled_tokens: tokens(side.pull.map_or(0, |(_, pulled)| pulled)),
-    }
-}
-
-/// A plan with its terms, for policies that do not weigh them.
-pub(crate) fn priced(
-    request: &RequestView<'_>,
-    prefill: &WorkerView,
-    decode: &WorkerView,
-) -> Considered {
-    let whole = prefill.slot == decode.slot;
-    let side = KvCost::default().prefill_side(prefill, request, None);
-    let mut terms = side.terms;
-    add_decode(&mut terms, decode, request);
-    let plan = if whole {
-        whole_plan(&side)
-    } else {
-        terms.transfer_ms = terms::transfer_ms(prefill, decode, request);
-        Plan::Split {
-            prefill: prefill.slot,
-            decode: decode.slot,
-            source: None,
+impl Plans<'_, '_> {
+    /// Adds the best of those that do all of it.
+    fn whole(&mut self, of: &[u32]) {
+        let cost = |at| self.question.whole(at).considered.terms.total_ms();
+        for (total_ms, at) in best(of, self.keep, self.mix, cost) {
+            let slot = self.question.table.rows[at as usize].slot;
+            self.order.push(Weighed {
+                total_ms,
+                slots: (slot, slot),
+                sides: Sides::Whole(at),
+            });
         }
+    }
+
+    /// Adds the pairs of the best of each side that can exchange KV.
+    fn pair(&mut self, survey: &Survey, keep: usize) {
+        let question = &self.question;
+        let prefills = best(&survey.prefill, keep, self.mix, |at| {
+            question.prefill_side(at).terms.total_ms()
+        });
+        let decodes = best(&survey.decode, keep, self.mix, |at| {
+            question.decode_cost(&question.decode_side(at))
+        });
+        let prefills = prefills.iter().map(|(_, at)| question.prefill_side(*at));
+        let decodes = decodes.iter().map(|(_, at)| question.decode_side(*at));
+        self.prefills = prefills.collect();
+        self.decodes = decodes.collect();
+        for (i, p) in self.prefills.iter().enumerate() {
+            for (j, d) in self.decodes.iter().enumerate() {
+                if let Some(total_ms) = question.split_cost(p, d) {
+                    self.order.push(Weighed {
+                        total_ms,
+                        slots: (p.facts.slot, d.facts.slot),
+                        sides: Sides::Split(i as u32, j as u32),
+                    });
+                }
+            }
+        }
+    }
+
+    /// A plan in full, by its place in the order.
+    fn candidate(&self, at: usize) -> Option<Candidate> {
+        match self.order.get(at)?.sides {
+            Sides::Whole(at) => Some(self.question.whole(at)),
+            Sides::Split(p, d) => {
+                let (p, d) = (&self.prefills[p as usize], &self.decodes[d as usize]);
+                self.question.split(p, d)
+            }
+        }
+    }
+}
+
+/// The cheapest `keep` of these, cheapest first. Of those that cost the same,
+/// which ones are kept differs from request to request: a crowd of idle workers
+/// is not always met at its first eight.
+fn best(of: &[u32], keep: usize, mix: u32, cost: impl Fn(u32) -> f64) -> Vec<(f64, u32)> {
+    let order = |a: &(f64, u32), b: &(f64, u32)| {
+        a.0.total_cmp(&b.0)
+            .then_with(|| (a.1 ^ mix).cmp(&(b.1 ^ mix)))
     };
-    considered(plan, terms, &side)
+    let mut kept: Vec<(f64, u32)> = Vec::with_capacity(keep.min(of.len()));
+    let mut worst = f64::INFINITY;
+    for &at in of {
+        let one = (cost(at), at);
+        if one.0 > worst {
+            continue;
+        }
+        let full = kept.len() == keep;
+        if full && kept.last().is_some_and(|last| order(&one, last).is_ge()) {
+            continue;
+        }
+        if full {
+            kept.pop();
+        }
+        let place = kept.partition_point(|other| order(other, &one).is_lt());
+        kept.insert(place, one);
+        if kept.len() == keep {
+            worst = kept.last().map_or(worst, |last| last.0);
+        }
+    }
+    kept
 }
 
 /// The decision for a plan, with what it books.
 pub(crate) fn decision(
     cluster: &Cluster<'_>,
     request: &RequestView<'_>,
-    chosen: Considered,
-    tied: usize,
-) -> Result<Decision, NoPlan> {
-    let worker = |slot: WorkerSlot| {
-        cluster
-            .workers
-            .iter()
-            .find(|worker| worker.slot == slot)
-            .ok_or(NoPlan::NoPair)
-    };
+    candidate: &Candidate,
+) -> Decision {
+    let chosen = candidate.considered;
+    let prefill = &cluster.workers[candidate.prefill as usize];
+    let decode = &cluster.workers[candidate.decode as usize];
     let work = match chosen.plan {
-        Plan::Whole { worker: slot, .. } => vec![(slot, terms::whole_work(worker(slot)?, request))],
+        Plan::Whole { worker, .. } => vec![(worker, work::whole(decode, request))],
         Plan::Split {
-            prefill, decode, ..
+            prefill: p,
+            decode: d,
+            ..
         } => vec![
-            (prefill, terms::prefill_work(worker(prefill)?, request)),
-            (decode, terms::decode_work(worker(decode)?, request)),
+            (p, work::prefill(prefill, request)),
+            (d, work::decode(decode, request)),
         ],
     };
-    let tied = u32::try_from(tied).unwrap_or(u32::MAX);
-    Ok(Decision {
+    Decision {
         start_ms: chosen.terms.wait_ms,
         chosen,
-        tied,
+        tied: 1,
+        weighed: 1,
+        considered: Vec::new(),
         work,
-    })
+    }
 }
 
 /// Hash of (router, request): stated, replayable, and two routers differ.

@@ -1,6 +1,6 @@
 //! Classes, their targets, and the one key that orders every queue.
 
-use crate::request::Class;
+use crate::request::{Class, PerClass};
 
 /// What a class is held to.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -56,6 +56,37 @@ impl ClassTargets {
             Class::Interactive => &self.interactive,
             Class::Standard => &self.standard,
             Class::Batch => &self.batch,
+        }
+    }
+}
+
+/// What a millisecond of each class counts, against one of an interactive
+/// request: interactive target / class target (SCHEDULING 2).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Weights {
+    /// Of waiting for a first token.
+    pub(crate) ttft: PerClass<f64>,
+    /// Of a stretched step.
+    pub(crate) itl: PerClass<f64>,
+    /// ITL target, ms; infinite where a class has none.
+    pub(crate) itl_target_ms: PerClass<f64>,
+}
+
+impl Weights {
+    pub(crate) fn of(targets: &ClassTargets) -> Self {
+        let interactive = targets.interactive;
+        let ttft = Class::ALL.map(|class| interactive.ttft_ms / targets.of(class).ttft_ms);
+        let itl = |class: Class| match (interactive.itl_ms, targets.of(class).itl_ms) {
+            (Some(first), Some(target)) => first / target,
+            // Whoever has no target between tokens is as patient there as at
+            // the first one.
+            _ => ttft[class.index()],
+        };
+        Self {
+            ttft,
+            itl: Class::ALL.map(itl),
+            itl_target_ms: Class::ALL
+                .map(|class| targets.of(class).itl_ms.unwrap_or(f64::INFINITY)),
         }
     }
 }

@@ -153,18 +153,17 @@ pub(crate) fn pairs(prefill: &WorkerView, decode: &WorkerView) -> bool {
         && (streamed || engine)
 }
 
-/// Workers that can take a part, or the nearest miss.
-pub(crate) fn able<'a>(
-    cluster: &Cluster<'a>,
+/// Whether any worker can take a part, or the nearest miss.
+pub(crate) fn able(
+    cluster: &Cluster<'_>,
     request: &RequestView<'_>,
     duty: Duty,
     roles: &[Role],
-) -> Result<Vec<&'a WorkerView>, Miss> {
-    let mut able = Vec::new();
+) -> Result<(), Miss> {
     let mut nearest = Miss::Model;
     for worker in cluster.workers {
         match fits(worker, request, duty) {
-            Ok(()) if roles.contains(&worker.role) => able.push(worker),
+            Ok(()) if roles.contains(&worker.role) => return Ok(()),
             Ok(()) => nearest = nearest.max(Miss::Role),
             Err(miss) => {
                 nearest = nearest.max(if roles.contains(&worker.role) {
@@ -175,11 +174,15 @@ pub(crate) fn able<'a>(
             }
         }
     }
-    if able.is_empty() {
-        Err(nearest)
-    } else {
-        Ok(able)
-    }
+    Err(nearest)
+}
+
+/// Whether a worker can do what only few requests ask for.
+pub(crate) fn fits_else(worker: &WorkerView, request: &RequestView<'_>) -> bool {
+    (request.digest.is_empty() || *worker.digest == *request.digest)
+        && (request.adapter.is_empty() || worker.adapters.contains(request.adapter))
+        && !request.excluded.contains(&worker.slot)
+        && lacks(worker, request, Duty::Whole).is_none()
 }
 
 /// What the client is told of a miss.

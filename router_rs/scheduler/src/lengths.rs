@@ -56,6 +56,25 @@ impl OutputLengths {
         }
     }
 
+    /// Output tokens that a stream has left which is met at any one moment:
+    /// long ones are met more often, so E[L²] / 2 E[L] (renewal theory), of
+    /// outputs of at most `most` tokens. For streams of which only the class
+    /// is known.
+    pub fn left_of_running(&self, model: &str, class: Class, most: u32) -> f64 {
+        let high = f64::from(most);
+        let prior = self.prior.min(high);
+        let mut first = PRIOR_WEIGHT * prior;
+        let mut second = PRIOR_WEIGHT * prior * prior;
+        if let Some(sketch) = self.sketches.get(&(model.into(), class)) {
+            for (at, count) in sketch.counts.iter().enumerate() {
+                let length = middle(at).min(high);
+                first += count * length;
+                second += count * length * length;
+            }
+        }
+        second / (2.0 * first.max(1.0))
+    }
+
     /// Expected length of an output that has `made` tokens and may have
     /// `most`, in tokens: the mean of those that were longer than `made`.
     pub fn expected(&self, model: &str, class: Class, made: u32, most: u32) -> u32 {

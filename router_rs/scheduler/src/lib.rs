@@ -11,8 +11,11 @@
 
 mod admission;
 mod booking;
+mod chunk;
 mod cost;
 mod deadline;
+mod facts;
+mod fair;
 mod fit;
 mod fixed;
 mod learn;
@@ -20,19 +23,29 @@ mod lengths;
 mod plan;
 mod queue;
 mod request;
+mod roster;
+mod sides;
 mod step_model;
+mod survey;
 mod terms;
+mod transfer;
 mod worker;
 
-pub use admission::{Admission, AdmissionSettings, Rejected, admit};
+pub use admission::{Admission, AdmissionSettings, Estimate, Rejected, admit};
 pub use booking::{Booking, Bookings, Work};
-pub use cost::{CostSettings, KvCost, LocalPrefill};
+pub use chunk::{ChunkBounds, OWN_STEP_SHARE, PREEMPTION_TARGET_MS, chunk_tokens, tokens_within};
+pub use cost::{CostSettings, KvCost};
 pub use deadline::{ClassTargets, Targets, virtual_deadline_ms};
 pub use fixed::{FixedPolicy, Rule};
 pub use learn::{Learner, StepSample};
 pub use lengths::OutputLengths;
 pub use plan::{Considered, Decision, Feature, NoPlan, Plan, Policy, Terms};
-pub use queue::{Queue, Ticket};
-pub use request::{Class, Needs, RequestView};
-pub use step_model::StepModel;
-pub use worker::{Abilities, Cluster, KvRoom, Load, Phase, Role, Share, WorkerView};
+pub use queue::{Lane, Queue, QueueSettings, Ticket};
+pub use request::{Class, Needs, PerClass, RequestView};
+pub use roster::Roster;
+pub use step_model::{StepModel, prefill_context};
+pub use survey::{LocalPrefill, placeable};
+pub use transfer::{Path, TransferRate, TransferRates};
+pub use worker::{
+    Abilities, ByClass, Cluster, KvRoom, Load, Phase, Prompt, Role, Share, WorkerView,
+};

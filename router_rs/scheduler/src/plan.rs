@@ -53,6 +53,10 @@ impl Plan {
 }
 
 /// What a plan costs, by term, in milliseconds of added delay.
+///
+/// The first five are what the request itself waits for, as it will be
+/// measured. The others are costs: weighted by class (`interactive target /
+/// class target`), by ε and by κ (SCHEDULING 2).
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Terms {
     /// Waiting for the prefill worker: running step and queued prompts.
@@ -65,21 +69,63 @@ pub struct Terms {
     pub transfer_ms: f64,
     /// Waiting for a place in the decode worker's batch.
     pub decode_wait_ms: f64,
-    /// The request's own output, slowed by company; weighted.
+    /// Whether the first token comes from decode: then the two above lie
+    /// before it, else between first and second token.
+    pub first_from_decode: bool,
+    /// Weight of the request's own waiting.
+    pub weight: f64,
+    /// Those that wait behind it.
+    pub queued_ms: f64,
+    /// The gap between first and second token.
+    pub gap_ms: f64,
+    /// The request's own output, slowed by company.
     pub own_stretch_ms: f64,
-    /// Other streams, slowed by this request; weighted.
+    /// Other streams, slowed by this request.
     pub others_stretch_ms: f64,
+    /// A pool that runs full.
+    pub recompute_ms: f64,
 }
 
 impl Terms {
     /// Predicted time to the first token.
     pub fn ttft_ms(&self) -> f64 {
-        self.wait_ms + self.pull_ms + self.prefill_ms + self.transfer_ms + self.decode_wait_ms
+        let before = self.wait_ms + self.pull_ms + self.prefill_ms;
+        if self.first_from_decode {
+            before + self.transfer_ms + self.decode_wait_ms
+        } else {
+            before
+        }
     }
 
     /// The cost: all of it.
     pub fn total_ms(&self) -> f64 {
-        self.ttft_ms() + self.own_stretch_ms + self.others_stretch_ms
+        self.weight * self.ttft_ms()
+            + self.queued_ms
+            + self.gap_ms
+            + self.own_stretch_ms
+            + self.others_stretch_ms
+            + self.recompute_ms
+    }
+
+    /// The cost by name; the rows add up to [`Terms::total_ms`].
+    pub fn rows(&self) -> [(&'static str, f64); 10] {
+        let late = if self.first_from_decode {
+            self.weight
+        } else {
+            0.0
+        };
+        [
+            ("wait", self.weight * self.wait_ms),
+            ("pull", self.weight * self.pull_ms),
+            ("prefill", self.weight * self.prefill_ms),
+            ("transfer", late * self.transfer_ms),
+            ("decode_wait", late * self.decode_wait_ms),
+            ("queued", self.queued_ms),
+            ("gap", self.gap_ms),
+            ("own_stretch", self.own_stretch_ms),
+            ("others_stretch", self.others_stretch_ms),
+            ("recompute", self.recompute_ms),
+        ]
     }
 }
 
@@ -103,6 +149,11 @@ pub struct Decision {
     pub chosen: Considered,
     /// How many plans tied with it, itself included.
     pub tied: u32,
+    /// How many plans were weighed.
+    pub weighed: u32,
+    /// The best of them, cheapest first, and the chosen one
+    /// ([`crate::CostSettings::plans_kept`]). Empty: they were not asked for.
+    pub considered: Vec<Considered>,
     /// Predicted start of the prompt, in ms from now: what
     /// `--dispatch-ahead` is held against.
     pub start_ms: f64,

@@ -14,6 +14,19 @@ pub enum Class {
     Batch,
 }
 
+/// One value a class, by [`Class::index`].
+pub type PerClass<T> = [T; 3];
+
+impl Class {
+    /// All classes, most urgent first.
+    pub const ALL: PerClass<Self> = [Self::Interactive, Self::Standard, Self::Batch];
+
+    /// Its place in a [`PerClass`].
+    pub const fn index(self) -> usize {
+        self as usize
+    }
+}
+
 /// What a request asks of an engine beyond plain tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Needs {
@@ -48,6 +61,12 @@ pub struct RequestView<'a> {
     pub expected_output: u32,
     /// Urgency.
     pub class: Class,
+    /// Its key in every queue: [`crate::virtual_deadline_ms`], on the clock of
+    /// [`Cluster::now_ms`](crate::Cluster::now_ms). Infinite: behind everyone.
+    pub virtual_deadline_ms: f64,
+    /// What belongs together, for consistent hashing: a conversation, or the
+    /// beginning of a prompt, as a hash.
+    pub affinity: u64,
     /// What it asks of an engine.
     pub needs: Needs,
     /// What each worker holds of prompt and output so far.
@@ -60,6 +79,14 @@ impl RequestView<'_> {
     /// Tokens whose KV must be there before the next one is made.
     pub fn sequence(&self) -> u64 {
         u64::from(self.prompt_tokens) + u64::from(self.output_tokens)
+    }
+
+    /// Whether every engine of its model can run it.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.needs == Needs::default()
+            && self.digest.is_empty()
+            && self.adapter.is_empty()
+            && self.excluded.is_empty()
     }
 
     /// Output tokens expected from now on; at least 1.

@@ -56,26 +56,23 @@ impl StepModel {
         }
         let chunk = u64::from(self.saturating_chunk.max(1));
         let steps = tokens.div_ceil(chunk);
-        // A chunk of n tokens that ends at context x counts n·x.
-        let whole = tokens / chunk;
-        let rest = tokens % chunk;
-        let of_whole = chunk as f64
-            * (whole as f64 * cached as f64
-                + chunk as f64 * (whole as f64 * (whole as f64 + 1.0) / 2.0));
-        let of_rest = rest as f64 * (cached + tokens) as f64;
-        self.a_ms * steps as f64 + self.b_ms * tokens as f64 + self.c_ms * (of_whole + of_rest)
+        self.a_ms * steps as f64 + self.tokens_ms(tokens as f64, prefill_context(cached, tokens))
+    }
+
+    /// What prompt tokens add to the steps that hold them.
+    pub(crate) fn tokens_ms(&self, tokens: f64, context: f64) -> f64 {
+        self.b_ms * tokens + self.c_ms * context
     }
 
     /// A step that only decodes.
     pub fn decode_ms(&self, batch: u32, context: u64) -> f64 {
         self.step_ms(0, 0, batch, context)
     }
+}
 
-    /// A backlog of prompt tokens whose contexts are not known, each taken at
-    /// the middle of a prompt of `typical` tokens.
-    pub fn backlog_ms(&self, tokens: u64, typical: u64) -> f64 {
-        let chunk = f64::from(self.saturating_chunk.max(1));
-        let each = self.a_ms / chunk + self.b_ms + self.c_ms * (typical as f64 / 2.0);
-        tokens as f64 * each
-    }
+/// Sum of the context lengths of `tokens` prompt tokens after `cached` ones:
+/// Σ(n·context), in whatever chunks they are computed.
+pub fn prefill_context(cached: u64, tokens: u64) -> f64 {
+    let (cached, tokens) = (cached as f64, tokens as f64);
+    tokens * cached + tokens * (tokens + 1.0) / 2.0
 }

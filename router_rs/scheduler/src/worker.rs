@@ -1,7 +1,11 @@
 //! A worker as the scheduler sees it.
 
 use crate::booking::Work;
+use crate::deadline::ClassTargets;
+use crate::facts::Table;
+use crate::request::{Class, PerClass};
 use crate::step_model::StepModel;
+use crate::transfer::TransferRates;
 use kvmesh_kv_index::WorkerSlot;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -45,7 +49,51 @@ pub struct KvRoom {
     pub reserved: u64,
 }
 
-/// A share of a worker's work, as its load report gives it.
+/// Requests by class, as far as costs weigh them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ByClass {
+    /// Requests whose prompt is not computed yet, queued or begun.
+    pub waiting: PerClass<u32>,
+    /// Prompt tokens that these still have to compute.
+    pub waiting_tokens: PerClass<u64>,
+    /// Requests that decode, or will once their KV is there.
+    pub decoding: PerClass<u32>,
+}
+
+impl ByClass {
+    pub(crate) fn add(&mut self, other: &Self) {
+        for class in 0..Class::ALL.len() {
+            self.waiting[class] += other.waiting[class];
+            self.waiting_tokens[class] += other.waiting_tokens[class];
+            self.decoding[class] += other.decoding[class];
+        }
+    }
+
+    pub(crate) fn take(&mut self, other: &Self) {
+        for class in 0..Class::ALL.len() {
+            self.waiting[class] -= other.waiting[class];
+            self.waiting_tokens[class] -= other.waiting_tokens[class];
+            self.decoding[class] -= other.decoding[class];
+        }
+    }
+}
+
+/// A prompt of this router that its worker has not begun, or not finished: what
+/// is known of it one by one.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Prompt {
+    /// Its key, as [`RequestView::virtual_deadline_ms`](crate::RequestView).
+    pub virtual_deadline_ms: f64,
+    /// Urgency.
+    pub class: Class,
+    /// Tokens to compute there.
+    pub tokens: u64,
+    /// Sum of their context lengths, in tokens.
+    pub context: u64,
+}
+
+/// A share of a worker's work, as its load report gives it. What `classes` does
+/// not show of the sums counts as standard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Share {
     /// Requests in its queue.
@@ -60,6 +108,8 @@ pub struct Share {
     pub decode_context: u64,
     /// Requests that wait for KV from another worker.
     pub receiving: u32,
+    /// The same by class.
+    pub classes: ByClass,
 }
 
 /// A worker's last load report.
@@ -80,6 +130,12 @@ pub struct Load {
 pub struct Abilities {
     /// Mesh hand-off: blocks flow while prefill computes.
     pub streamed_hand_off: bool,
+    /// Its prefill emits the first token; else only decode does.
+    pub prefill_emits_first_token: bool,
+    /// A prefill can stop between layers; else only between chunks.
+    pub layer_preemption: bool,
+    /// Host that its KV lies on. Equal ones share memory. Empty: not known.
+    pub host: Arc<str>,
     /// Engine hand-off by this connector. Empty: none.
     pub engine_connector: Arc<str>,
     /// What transfer partners must agree on, as one text (all fields of
@@ -134,6 +190,12 @@ pub struct WorkerView {
     pub load: Load,
     /// Own work that the report does not show yet ([`crate::Bookings::booked`]).
     pub booked: Work,
+    /// Own prompts there, or chosen to go there, that are not computed yet:
+    /// known one by one, where the sums above count them too. May be empty.
+    pub prompts: Vec<Prompt>,
+    /// Output tokens that a stream there has left on average, by class
+    /// ([`crate::OutputLengths::left_of_running`]).
+    pub left: PerClass<f64>,
 }
 
 impl WorkerView {
@@ -160,6 +222,32 @@ impl WorkerView {
         of(&self.load.own) + of(&self.load.others) + self.booked.prefills + self.booked.decodes
     }
 
+    /// Whether its phase and its plans let it take new work.
+    pub fn takes_work(&self) -> bool {
+        matches!(self.phase, Phase::Serving | Phase::WarmingUp) && !self.draining
+    }
+
+    /// Everyone's prompts and streams by class.
+    pub fn by_class(&self) -> ByClass {
+        let (own, others, booked) = (&self.load.own, &self.load.others, &self.booked);
+        let mut sum = own.classes;
+        sum.add(&others.classes);
+        sum.add(&booked.classes);
+        let [first, standard, last] = &sum.waiting_tokens;
+        let shown = first + standard + last;
+        let standard = Class::Standard.index();
+        let rest = self.prefill_backlog_tokens().saturating_sub(shown);
+        if rest > 0 {
+            sum.waiting_tokens[standard] += rest;
+            let shown: u32 = sum.waiting.iter().sum();
+            let queued = own.queued + others.queued + booked.prefills;
+            sum.waiting[standard] += queued.saturating_sub(shown).max(1);
+        }
+        let shown: u32 = sum.decoding.iter().sum();
+        sum.decoding[standard] += self.decode_batch().saturating_sub(shown);
+        sum
+    }
+
     /// Blocks that a new request could get.
     pub fn available_blocks(&self) -> u64 {
         (self.load.kv.free + self.load.kv.evictable).saturating_sub(self.booked.blocks)
@@ -176,6 +264,48 @@ impl WorkerView {
 pub struct Cluster<'a> {
     /// Hash of this router's id: two routers break ties differently.
     pub router: u64,
+    /// Now, on the clock of the virtual deadlines, ms.
+    pub now_ms: f64,
     /// The workers, each slot once.
     pub workers: &'a [WorkerView],
+    /// What moving KV takes.
+    pub transfers: &'a TransferRates,
+    /// What a [`crate::Roster`] has counted of the workers.
+    pub(crate) table: Option<&'a Table>,
+}
+
+impl<'a> Cluster<'a> {
+    /// A cluster at time 0 of which no transfer is known.
+    pub fn new(router: u64, workers: &'a [WorkerView]) -> Self {
+        static UNKNOWN: TransferRates = TransferRates::new();
+        Self {
+            router,
+            now_ms: 0.0,
+            workers,
+            transfers: &UNKNOWN,
+            table: None,
+        }
+    }
+
+    /// Works with what is counted of the workers, or counts it now.
+    pub(crate) fn with_table<T>(&self, work: impl FnOnce(&Table) -> T) -> T {
+        if let Some(table) = self.table {
+            return work(table);
+        }
+        let mut table = Table::new(&ClassTargets::default());
+        table.count_all(self.workers);
+        work(&table)
+    }
+
+    /// The same at another time.
+    #[must_use]
+    pub fn at(self, now_ms: f64) -> Self {
+        Self { now_ms, ..self }
+    }
+
+    /// The same with what is learnt of transfers.
+    #[must_use]
+    pub fn with_transfers(self, transfers: &'a TransferRates) -> Self {
+        Self { transfers, ..self }
+    }
 }

@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use std::sync::Arc;
 
 fn choose(workers: &[WorkerView], request: &RequestView<'_>) -> Result<Decision, NoPlan> {
-    KvCost::default().choose(&Cluster { router: 7, workers }, request)
+    KvCost::default().choose(&Cluster::new(7, workers), request)
 }
 
 fn pd(prefill: u32, decode: u32) -> Vec<WorkerView> {
@@ -48,13 +48,7 @@ fn every_policy_pairs_prefill_and_decode_workers() {
     for mut policy in every_policy() {
         for id in 0..20 {
             let decision = policy
-                .choose(
-                    &Cluster {
-                        router: 1,
-                        workers: &workers,
-                    },
-                    &request(&none, id),
-                )
+                .choose(&Cluster::new(1, &workers), &request(&none, id))
                 .unwrap();
             let Plan::Split {
                 prefill,
@@ -79,13 +73,7 @@ fn every_policy_serves_a_cluster_of_workers_that_do_both() {
         let mut seen = [0; 3];
         for id in 0..300 {
             let decision = policy
-                .choose(
-                    &Cluster {
-                        router: 1,
-                        workers: &workers,
-                    },
-                    &request(&none, id),
-                )
+                .choose(&Cluster::new(1, &workers), &request(&none, id))
                 .unwrap();
             let Plan::Whole {
                 worker,
@@ -194,10 +182,7 @@ fn two_routers_break_ties_apart_and_each_the_same_way_again() {
     let workers: Vec<WorkerView> = (0..4).map(|slot| worker(slot, Role::Both)).collect();
     let none = Matches::default();
     let run = |router| -> Vec<Plan> {
-        let cluster = Cluster {
-            router,
-            workers: &workers,
-        };
+        let cluster = Cluster::new(router, &workers);
         (0..64)
             .map(|id| {
                 KvCost::default()
@@ -217,10 +202,7 @@ fn two_equal_workers_share_evenly() {
     let workers: Vec<WorkerView> = (0..2).map(|slot| worker(slot, Role::Both)).collect();
     let none = Matches::default();
     for router in 0..10 {
-        let cluster = Cluster {
-            router,
-            workers: &workers,
-        };
+        let cluster = Cluster::new(router, &workers);
         let to_first = (0..1_000)
             .filter(|id| {
                 KvCost::default()
@@ -424,7 +406,7 @@ proptest! {
         let policy = |best_of_side| {
             KvCost::new(CostSettings { best_of_side, local_prefill, tie_ms: 0.0, tie_share: 0.0, ..CostSettings::default() })
         };
-        let cluster = Cluster { router: 1, workers: &workers };
+        let cluster = Cluster::new(1, &workers);
         let request = request(&matches, u128::from(id));
         let (narrow, full) = (policy(8).choose(&cluster, &request), policy(usize::MAX).choose(&cluster, &request));
         match (narrow, full) {
@@ -442,7 +424,7 @@ proptest! {
         let none = Matches::default();
         let request = request(&none, u128::from(id));
         for mut policy in every_policy() {
-            let Ok(decision) = policy.choose(&Cluster { router: 1, workers: &workers }, &request) else { continue };
+            let Ok(decision) = policy.choose(&Cluster::new(1, &workers), &request) else { continue };
             let find = |slot: WorkerSlot| workers.iter().find(|w| w.slot == slot).unwrap();
             let (p, d) = (find(decision.plan().prefill()), find(decision.plan().decode()));
             prop_assert!(!p.draining && !d.draining && d.role != Role::Prefill);
@@ -452,7 +434,7 @@ proptest! {
             for ms in [t.wait_ms, t.pull_ms, t.prefill_ms, t.transfer_ms, t.decode_wait_ms, t.own_stretch_ms, t.others_stretch_ms] {
                 prop_assert!(ms.is_finite() && ms >= 0.0, "{:?}", t);
             }
-            prop_assert_eq!(&policy.explain(&Cluster { router: 1, workers: &workers }, &request).is_ok(), &true);
+            prop_assert_eq!(&policy.explain(&Cluster::new(1, &workers), &request).is_ok(), &true);
         }
     }
 }

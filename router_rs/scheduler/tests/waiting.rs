@@ -142,7 +142,7 @@ fn admission_is_by_predicted_wait_and_deadline() {
     };
     let ask = |workers: &[_], ahead, left| {
         admit(
-            &Cluster { router: 1, workers },
+            &Cluster::new(1, workers),
             &request(&none, 1),
             ahead,
             left,

@@ -512,6 +512,8 @@ pub(super) fn request_view<'a>(
         max_tokens: request.max_tokens,
         expected_output,
         class: class_of(request.class),
+        virtual_deadline_ms: f64::INFINITY,
+        affinity: 0,
         needs: Needs {
             grammar: grammar.is_some(),
             grammar_continuation: grammar.is_some_and(|grammar| grammar.require_continuation),

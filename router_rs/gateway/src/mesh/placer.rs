@@ -132,6 +132,8 @@ impl Placer {
             step,
             load: Load::default(),
             booked: kvmesh_scheduler::Work::default(),
+            prompts: Vec::new(),
+            left: [256.0; 3],
         };
         let known = Known {
             standing: Standing::Absent,
@@ -311,10 +313,7 @@ impl Placer {
         ahead_ms: impl Fn(f64) -> f64,
     ) -> Result<Admission, Turned> {
         let workers = self.views();
-        let cluster = Cluster {
-            router: self.router,
-            workers: &workers,
-        };
+        let cluster = Cluster::new(self.router, &workers);
         match self.policy.explain(&cluster, request) {
             Ok(_)
             | Err(
@@ -340,10 +339,7 @@ impl Placer {
     /// Why there is no plan now.
     pub(super) fn choose(&mut self, wanted: &Wanted<'_>) -> Result<Placed, NoPlan> {
         let workers = self.views();
-        let cluster = Cluster {
-            router: self.router,
-            workers: &workers,
-        };
+        let cluster = Cluster::new(self.router, &workers);
         let considered = match wanted.explain {
             true => self.policy.explain(&cluster, &wanted.request)?,
             false => Vec::new(),
@@ -398,15 +394,14 @@ impl Placer {
             max_tokens: 2,
             expected_output: 2,
             class: Class::Standard,
+            virtual_deadline_ms: f64::INFINITY,
+            affinity: 0,
             needs: Needs::default(),
             cached: &found,
             excluded: &[],
         };
         let workers = self.views();
-        let cluster = Cluster {
-            router: self.router,
-            workers: &workers,
-        };
+        let cluster = Cluster::new(self.router, &workers);
         let answer = self.policy.explain(&cluster, &request);
         matches!(answer, Ok(_) | Err(NoPlan::NoRoom { .. }))
     }
@@ -476,6 +471,7 @@ fn share_of(share: Option<v1::LoadShare>) -> Share {
         decoding: share.decoding,
         decode_context: share.decode_context,
         receiving: share.receiving,
+        classes: kvmesh_scheduler::ByClass::default(),
     }
 }
 
@@ -502,6 +498,9 @@ fn abilities_of(
     let transfer = !record.transfer_address.is_empty();
     Abilities {
         streamed_hand_off: capabilities.streamed_hand_off && transfer,
+        prefill_emits_first_token: capabilities.prefill_emits_first_token,
+        layer_preemption: capabilities.layer_preemption,
+        host: "".into(),
         engine_connector: capabilities.engine_connector.as_str().into(),
         pairing: pairing.into(),
         prefix_pull: capabilities.prefix_pull && transfer,

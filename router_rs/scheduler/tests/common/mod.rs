@@ -19,6 +19,9 @@ pub(crate) fn worker(slot: u32, role: Role) -> WorkerView {
         adapters: Arc::default(),
         abilities: Arc::new(Abilities {
             streamed_hand_off: true,
+            prefill_emits_first_token: true,
+            layer_preemption: true,
+            host: "".into(),
             engine_connector: "".into(),
             pairing: "fp32".into(),
             prefix_pull: true,
@@ -49,6 +52,8 @@ pub(crate) fn worker(slot: u32, role: Role) -> WorkerView {
             ..Load::default()
         },
         booked: Work::default(),
+        prompts: Vec::new(),
+        left: [128.0; 3],
     }
 }
 
@@ -63,6 +68,8 @@ pub(crate) fn request<'a>(cached: &'a Matches, id: u128) -> RequestView<'a> {
         max_tokens: 256,
         expected_output: 128,
         class: Class::Standard,
+        virtual_deadline_ms: f64::INFINITY,
+        affinity: id as u64,
         needs: Needs::default(),
         cached,
         excluded: &[],

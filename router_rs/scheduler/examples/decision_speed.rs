@@ -1,0 +1,279 @@
+//! What a decision takes on one core: `cargo run --release -p kvmesh-scheduler
+//! --example decision_speed [-- decisions]`. Prints a line of JSON a case:
+//! benchmarks/decision.py makes a table of them.
+//!
+//! A decision is all that a router does between a request's chain values and a
+//! booked plan: look-up in the index, what changed since the last decision
+//! brought into the views, choice, bookings. Between two of them, not timed, a
+//! worker reports, and bookings made a while ago are released. Hashing of the
+//! prompt is timed apart.
+#![allow(clippy::unwrap_used)]
+
+use kvmesh_kv_index::{
+    CacheChange, IndexSettings, Knowledge, KvIndex, Matches, Tier, WorkerSlot, chain_values,
+};
+use kvmesh_scheduler::{
+    Abilities, Booking, Bookings, ByClass, Class, CostSettings, KvCost, KvRoom, Load, Needs, Phase,
+    Policy, RequestView, Role, Roster, Share, StepModel, TransferRates, Work, WorkerView,
+    virtual_deadline_ms,
+};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Instant;
+
+const PROMPT: usize = 5_000;
+const PROMPTS: u64 = 64;
+const WARM_UP: usize = 500;
+
+/// splitmix64.
+fn mix(seed: u64) -> u64 {
+    let mut z = seed.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+/// A worker with some load, all from its seed.
+fn view(slot: WorkerSlot, role: Role, abilities: &Arc<Abilities>) -> WorkerView {
+    WorkerView {
+        slot,
+        role,
+        phase: Phase::Serving,
+        draining: false,
+        suspect: false,
+        model: "llama-3.1-70b-instruct".into(),
+        digest: "6f".repeat(32).as_str().into(),
+        adapters: Arc::default(),
+        abilities: Arc::clone(abilities),
+        step: StepModel {
+            a_ms: 12.0,
+            b_ms: 0.05,
+            c_ms: 1e-6,
+            d_ms: 0.05,
+            e_ms: 2e-5,
+            relative_error: 0.1,
+            saturating_chunk: 2_048,
+        },
+        load: load(u64::from(slot.0)),
+        booked: Work::default(),
+        prompts: Vec::new(),
+        left: [200.0; 3],
+    }
+}
+
+/// A load report.
+fn load(seed: u64) -> Load {
+    let pick = |at: u64, below: u64| mix(seed * 8 + at) % below;
+    let share = |at: u64| {
+        let (queued, decoding) = (pick(at, 3) as u32, pick(at + 1, 24) as u32);
+        let tokens = u64::from(queued) * (500 + pick(at + 2, 4_000));
+        Share {
+            queued,
+            queued_prefill_tokens: tokens,
+            running_prefill_tokens: pick(at + 3, 2_000),
+            decoding,
+            decode_context: u64::from(decoding) * 2_500,
+            receiving: 0,
+            classes: ByClass {
+                waiting: [queued, 0, 0],
+                waiting_tokens: [tokens, 0, 0],
+                decoding: [decoding / 2, decoding - decoding / 2, 0],
+            },
+        }
+    };
+    Load {
+        own: share(0),
+        others: share(4),
+        kv: KvRoom {
+            free: 20_000,
+            evictable: 10_000,
+            running: 10_000,
+            ..KvRoom::default()
+        },
+        step_left_ms: pick(7, 30) as f64,
+    }
+}
+
+struct Case {
+    name: &'static str,
+    workers: usize,
+    roles: [Role; 4],
+}
+
+struct Bench {
+    index: KvIndex,
+    roster: Roster,
+    slots: Vec<WorkerSlot>,
+    ids: Vec<Vec<u32>>,
+    chains: Vec<Vec<u64>>,
+}
+
+impl Bench {
+    fn new(case: &Case) -> Self {
+        let index = KvIndex::new(IndexSettings::default());
+        let abilities = Arc::new(Abilities {
+            streamed_hand_off: true,
+            prefill_emits_first_token: true,
+            layer_preemption: true,
+            host: "".into(),
+            engine_connector: "".into(),
+            pairing: "KvCompatibility { dtype: bfloat16, format: 1, layers: 80 } 16".into(),
+            prefix_pull: true,
+            grammars: false,
+            grammars_over_continuation: false,
+            penalties_over_continuation: true,
+            max_logprobs: 20,
+            block_tokens: 16,
+            pool_blocks: 40_000,
+            block_bytes: 5 << 20,
+            max_batch: 256,
+            context_length: 131_072,
+        });
+        let mut roster = Roster::new();
+        let slots: Vec<WorkerSlot> = (0..case.workers)
+            .map(|at| {
+                let slot = index.add_worker(16, Knowledge::Events).unwrap();
+                roster.insert(view(slot, case.roles[at % 4], &abilities));
+                slot
+            })
+            .collect();
+        let ids: Vec<Vec<u32>> = (0..PROMPTS)
+            .map(|prompt| {
+                let id = |at: usize| mix(prompt << 20 | at as u64) as u32 % 128_000;
+                (0..PROMPT).map(id).collect()
+            })
+            .collect();
+        let chains: Vec<Vec<u64>> = ids.iter().map(|ids| chain_values(7, ids)).collect();
+        // Each prompt is held by an eighth of the workers, to different depths.
+        for (prompt, chain) in chains.iter().enumerate() {
+            for slot in &slots {
+                let draw = mix((prompt as u64) << 32 | u64::from(slot.0));
+                if draw.is_multiple_of(8) {
+                    let depth = (draw >> 8) as usize % chain.len();
+                    let held = [CacheChange::Stored {
+                        chain: &chain[..depth],
+                        tier: Tier::Device,
+                    }];
+                    index.apply(*slot, &held).unwrap();
+                }
+            }
+        }
+        Self {
+            index,
+            roster,
+            slots,
+            ids,
+            chains,
+        }
+    }
+
+    /// Times of each decision, and of each choice in it, in ns.
+    fn run(&mut self, decisions: usize) -> (Vec<u64>, Vec<u64>) {
+        let bookings = Bookings::new();
+        let rates = TransferRates::new();
+        let targets = CostSettings::default().targets;
+        let mut policy = KvCost::default();
+        let mut cached = Matches::default();
+        let mut guards: VecDeque<Vec<Booking>> = VecDeque::new();
+        let (mut all, mut choices) = (Vec::new(), Vec::new());
+        for n in 0..decisions + WARM_UP {
+            let slot = self.slots[mix(n as u64) as usize % self.slots.len()];
+            self.roster.get_mut(slot).unwrap().load = load(n as u64);
+            if guards.len() > self.slots.len() {
+                guards.pop_front();
+            }
+            let chain = &self.chains[n % self.chains.len()];
+            let now_ms = n as f64;
+            let began = Instant::now();
+            self.index.lookup_into(chain, &mut cached);
+            let request = RequestView {
+                id: u128::from(mix(n as u64)),
+                model: "llama-3.1-70b-instruct",
+                digest: "",
+                adapter: "",
+                prompt_tokens: PROMPT as u32,
+                output_tokens: 0,
+                max_tokens: 1_024,
+                expected_output: 300,
+                class: Class::Interactive,
+                virtual_deadline_ms: virtual_deadline_ms(
+                    &targets,
+                    Class::Interactive,
+                    now_ms,
+                    200.0,
+                ),
+                affinity: 0,
+                needs: Needs::default(),
+                cached: &cached,
+                excluded: &[],
+            };
+            self.roster.refresh(&bookings);
+            let cluster = self.roster.cluster(1).at(now_ms).with_transfers(&rates);
+            let choosing = Instant::now();
+            let decision = policy.choose(&cluster, &request).unwrap();
+            let chose = choosing.elapsed();
+            let booked = decision.work.iter().map(|(slot, work)| {
+                bookings.book_prompt(*slot, *work, request.virtual_deadline_ms)
+            });
+            guards.push_back(booked.collect());
+            let took = began.elapsed();
+            if n >= WARM_UP {
+                all.push(took.as_nanos() as u64);
+                choices.push(chose.as_nanos() as u64);
+            }
+        }
+        (all, choices)
+    }
+
+    /// Median time of hashing one prompt, ns.
+    fn hashing(&self) -> u64 {
+        let mut times: Vec<u64> = (0..500)
+            .map(|n| {
+                let began = Instant::now();
+                std::hint::black_box(chain_values(n as u64, &self.ids[n % self.ids.len()]));
+                began.elapsed().as_nanos() as u64
+            })
+            .collect();
+        quantile(&mut times, 0.5)
+    }
+}
+
+fn quantile(times: &mut [u64], share: f64) -> u64 {
+    times.sort_unstable();
+    times[((times.len() - 1) as f64 * share) as usize]
+}
+
+fn main() {
+    let decisions = std::env::args()
+        .nth(1)
+        .and_then(|count| count.parse().ok())
+        .unwrap_or(20_000);
+    let (p, d, b) = (Role::Prefill, Role::Decode, Role::Both);
+    for workers in [64, 1_024] {
+        for (name, roles) in [
+            ("prefill and decode", [p, d, p, d]),
+            ("both", [b, b, b, b]),
+            ("mixed", [p, d, b, d]),
+        ] {
+            let case = Case {
+                name,
+                workers,
+                roles,
+            };
+            let mut bench = Bench::new(&case);
+            let hash = bench.hashing();
+            let (mut all, mut choices) = bench.run(decisions);
+            println!(
+                "{{\"workers\": {}, \"roles\": \"{}\", \"decisions\": {decisions}, \"hash_us\": {:.2}, \
+                 \"p50_us\": {:.2}, \"p99_us\": {:.2}, \"choice_p50_us\": {:.2}, \"choice_p99_us\": {:.2}}}",
+                case.workers,
+                case.name,
+                hash as f64 / 1e3,
+                quantile(&mut all, 0.5) as f64 / 1e3,
+                quantile(&mut all, 0.99) as f64 / 1e3,
+                quantile(&mut choices, 0.5) as f64 / 1e3,
+                quantile(&mut choices, 0.99) as f64 / 1e3,
+            );
+        }
+    }
+}

@@ -1,0 +1,289 @@
+//! What the terms ask of a worker, counted once a change and not once a choice.
+//!
+//! A choice walks over one row a worker, all of them side by side in memory;
+//! names (models, kinds of KV) are numbers there.
+
+use crate::chunk::{ChunkBounds, OWN_STEP_SHARE, PREEMPTION_TARGET_MS, tokens_within};
+use crate::deadline::{ClassTargets, Weights};
+use crate::request::{Class, PerClass};
+use crate::step_model::StepModel;
+use crate::terms::queued::Waiting;
+use crate::worker::{Phase, Role, WorkerView};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Streams end at different times, and each gives its blocks back: of n streams
+/// with exponential lengths, each with L left, n L / e tokens are the most that
+/// they hold at once above what they hold now.
+const PEAK: f64 = std::f64::consts::E;
+
+/// Streams of one class on a worker.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Streams {
+    /// How many, each by the weight of a stretched step of its class.
+    pub(crate) weight: f64,
+    /// Output tokens that each has left.
+    pub(crate) left: f64,
+    /// ITL target in force: never under 1.5 of the worker's own step.
+    pub(crate) target_ms: f64,
+}
+
+/// One worker's row.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Facts {
+    /// Takes new work now, room apart.
+    pub(crate) ready: bool,
+    pub(crate) role: Role,
+    pub(crate) prefix_pull: bool,
+    /// May give a prefix.
+    pub(crate) gives: bool,
+    pub(crate) streamed: bool,
+    pub(crate) emits_first: bool,
+    /// Whether prompts wait there.
+    pub(crate) waits: bool,
+    /// Number of its model's name.
+    pub(crate) model: u32,
+    /// Number of its (digest, pairing): equal ones exchange KV.
+    pub(crate) kind: u32,
+    /// Number of its host; 0: not known.
+    pub(crate) host: u32,
+    pub(crate) slot: u32,
+    /// Streams that decode there or will.
+    pub(crate) batch: f64,
+    /// Places in a step's batch.
+    pub(crate) max_batch: f64,
+    pub(crate) step: StepModel,
+    /// A step of the streams, ms; that of an empty worker where there are none.
+    pub(crate) step_ms: f64,
+    /// What the streams add to a step that computes prompts, ms.
+    pub(crate) company_ms: f64,
+    /// Left of the running step, ms.
+    pub(crate) step_left_ms: f64,
+    /// Tokens of a typical chunk there, and one over that.
+    pub(crate) chunk: f64,
+    pub(crate) per_chunk: f64,
+    pub(crate) streams: PerClass<Streams>,
+    pub(crate) line: Waiting,
+    /// Tokens that a new request could get, those of one block, longest one.
+    pub(crate) room: f64,
+    pub(crate) block: f64,
+    pub(crate) limit: f64,
+    /// Bytes of a token's KV.
+    pub(crate) token_bytes: f64,
+    /// What its streams will hold more than now: mean and variance, tokens.
+    pub(crate) growth: f64,
+    pub(crate) growth_variance: f64,
+}
+
+impl Facts {
+    fn of(
+        worker: &WorkerView,
+        targets: &ClassTargets,
+        weights: &Weights,
+        names: &mut Names,
+    ) -> Self {
+        let (batch, context) = (worker.decode_batch(), worker.decode_context());
+        let there = worker.by_class();
+        let step_ms = worker.step.decode_ms(batch, context);
+        let chunk = chunk_there(worker, weights, &there.decoding, batch, step_ms);
+        let abilities = &*worker.abilities;
+        let ready = matches!(worker.phase, Phase::Serving | Phase::WarmingUp);
+        let block = f64::from(abilities.block_tokens.max(1));
+        let growth = |class: Class| worker.left[class.index()] / PEAK;
+        let streams = |class: Class| f64::from(there.decoding[class.index()]);
+        let sum = |of: &dyn Fn(Class) -> f64| Class::ALL.into_iter().map(of).sum();
+        let mut row = Self {
+            ready: ready && !worker.draining && !worker.suspect,
+            role: worker.role,
+            prefix_pull: abilities.prefix_pull,
+            gives: abilities.prefix_pull && !worker.suspect,
+            streamed: abilities.streamed_hand_off,
+            emits_first: abilities.prefill_emits_first_token,
+            waits: !worker.prompts.is_empty() || there.waiting_tokens != [0; 3],
+            model: names.model(&worker.model),
+            kind: names.kind(&worker.digest, &abilities.pairing),
+            host: names.host(&abilities.host),
+            slot: worker.slot.0,
+            batch: f64::from(batch),
+            max_batch: f64::from(abilities.max_batch.max(1)),
+            step: worker.step,
+            step_ms,
+            company_ms: step_ms - worker.step.a_ms,
+            step_left_ms: worker.load.step_left_ms,
+            chunk,
+            per_chunk: chunk.recip(),
+            streams: Class::ALL.map(|class| Streams {
+                weight: streams(class) * weights.itl[class.index()],
+                left: worker.left[class.index()],
+                target_ms: weights.itl_target_ms[class.index()].max(OWN_STEP_SHARE * step_ms),
+            }),
+            line: Waiting::default(),
+            room: worker.available_blocks() as f64 * block,
+            block,
+            limit: (abilities.pool_blocks as f64 * block).min(f64::from(abilities.context_length)),
+            token_bytes: abilities.block_bytes as f64 / block,
+            growth: sum(&|class| streams(class) * growth(class)),
+            growth_variance: sum(&|class| streams(class) * growth(class) * growth(class)),
+        };
+        if row.waits {
+            row.line = Waiting::of(&row, worker, &there, targets, weights);
+        }
+        row
+    }
+
+    /// A decode step with another stream of so many tokens, ms.
+    pub(crate) fn joined_ms(&self, sequence: f64) -> f64 {
+        self.step_ms + self.step.d_ms + self.step.e_ms * sequence
+    }
+
+    /// A decode step of one stream alone, ms.
+    pub(crate) fn alone_ms(&self, sequence: f64) -> f64 {
+        self.step.a_ms + self.step.d_ms + self.step.e_ms * sequence
+    }
+
+    /// Steps for so many prompt tokens with such a sum of contexts, ms: the
+    /// tokens, and the constant part of each step, which the streams there
+    /// share.
+    pub(crate) fn steps_ms(&self, tokens: f64, context: f64) -> f64 {
+        let steps = ceil(tokens * self.per_chunk);
+        steps * (self.step.a_ms + self.company_ms) + self.step.tokens_ms(tokens, context)
+    }
+
+    /// So many tokens of a backlog, ms: they share their steps with others, so
+    /// the constant part counts by the token.
+    pub(crate) fn flow_ms(&self, tokens: f64, context: f64) -> f64 {
+        let steps = tokens * self.per_chunk;
+        steps * (self.step.a_ms + self.company_ms) + self.step.tokens_ms(tokens, context)
+    }
+
+    /// KV bytes of so many tokens, in whole blocks.
+    pub(crate) fn kv_bytes(&self, tokens: f64) -> f64 {
+        ceil(tokens / self.block) * self.block * self.token_bytes
+    }
+}
+
+/// Rounds a number from 0 to 2^63 up; the processor's baseline has no
+/// instruction for it, and this is called for every worker.
+pub(crate) fn ceil(value: f64) -> f64 {
+    let whole = value as i64 as f64;
+    if whole < value { whole + 1.0 } else { whole }
+}
+
+/// Size of the chunks that a worker computes beside its streams.
+fn chunk_there(
+    worker: &WorkerView,
+    weights: &Weights,
+    decoding: &PerClass<u32>,
+    batch: u32,
+    step_ms: f64,
+) -> f64 {
+    let most = u64::from(worker.step.saturating_chunk.max(1));
+    let layers = worker.abilities.layer_preemption;
+    if batch == 0 && layers {
+        return most as f64;
+    }
+    let strictest = (0..Class::ALL.len())
+        .filter(|class| decoding[*class] > 0)
+        .map(|class| weights.itl_target_ms[class])
+        .fold(f64::INFINITY, f64::min);
+    let bounds = ChunkBounds {
+        itl_target_ms: strictest,
+        preemption_ms: if layers {
+            f64::INFINITY
+        } else {
+            PREEMPTION_TARGET_MS
+        },
+        block_tokens: worker.abilities.block_tokens,
+    };
+    // At the beginning of a prompt: later ones of the same budget are smaller.
+    let budget = bounds.budget_ms(batch > 0, step_ms);
+    let least = u64::from(bounds.block_tokens.max(1)).min(most);
+    tokens_within(&worker.step, budget, 0, most).max(least) as f64
+}
+
+/// Numbers for names.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Names {
+    models: BTreeMap<Arc<str>, u32>,
+    kinds: BTreeMap<(Arc<str>, Arc<str>), u32>,
+    hosts: BTreeMap<Arc<str>, u32>,
+}
+
+impl Names {
+    fn model(&mut self, name: &Arc<str>) -> u32 {
+        if let Some(number) = self.models.get(name) {
+            return *number;
+        }
+        let next = self.models.len() as u32;
+        self.models.insert(Arc::clone(name), next);
+        next
+    }
+
+    fn kind(&mut self, digest: &Arc<str>, pairing: &Arc<str>) -> u32 {
+        let next = self.kinds.len() as u32;
+        let key = (Arc::clone(digest), Arc::clone(pairing));
+        *self.kinds.entry(key).or_insert(next)
+    }
+
+    fn host(&mut self, name: &Arc<str>) -> u32 {
+        if name.is_empty() {
+            return 0;
+        }
+        let next = self.hosts.len() as u32 + 1;
+        *self.hosts.entry(Arc::clone(name)).or_insert(next)
+    }
+
+    /// The number of a model that some worker has or had.
+    pub(crate) fn find_model(&self, name: &str) -> Option<u32> {
+        self.models.get(name).copied()
+    }
+}
+
+/// The rows of all workers, in the order of their views.
+#[derive(Debug, Clone)]
+pub(crate) struct Table {
+    targets: ClassTargets,
+    weights: Weights,
+    pub(crate) names: Names,
+    pub(crate) rows: Vec<Facts>,
+}
+
+impl Table {
+    pub(crate) fn new(targets: &ClassTargets) -> Self {
+        Self {
+            targets: *targets,
+            weights: Weights::of(targets),
+            names: Names::default(),
+            rows: Vec::new(),
+        }
+    }
+
+    /// Counts one worker anew: its place is in the table, or is the next one.
+    pub(crate) fn count(&mut self, place: usize, worker: &WorkerView) {
+        let row = Facts::of(worker, &self.targets, &self.weights, &mut self.names);
+        match self.rows.get_mut(place) {
+            Some(there) => *there = row,
+            None => self.rows.push(row),
+        }
+    }
+
+    /// Counts all workers anew.
+    pub(crate) fn count_all(&mut self, workers: &[WorkerView]) {
+        self.rows.clear();
+        for (place, worker) in workers.iter().enumerate() {
+            self.count(place, worker);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::ceil;
+
+    #[test]
+    fn rounding_up_is_that_of_the_library() {
+        for value in [0.0, 0.2, 1.0, 1.0001, 7.9999, 1e9, 1e12 + 0.5] {
+            assert_eq!(ceil(value), f64::ceil(value), "{value}");
+        }
+    }
+}

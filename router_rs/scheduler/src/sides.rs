@@ -1,0 +1,255 @@
+//! The sides of a plan: J = prefill term + decode term + pair term.
+
+use crate::facts::{Facts, Table};
+use crate::fit::pairs;
+use crate::plan::{Considered, Plan, Terms};
+use crate::request::RequestView;
+use crate::terms::queued::{Line, line, queued_ms};
+use crate::terms::{Asked, People, first, room, stretch};
+use crate::transfer::{Path, TransferRate};
+use crate::worker::{Cluster, WorkerView};
+use kvmesh_kv_index::WorkerSlot;
+
+/// All that a term is computed from.
+pub(crate) struct Question<'a, 'r> {
+    pub(crate) cluster: &'a Cluster<'a>,
+    pub(crate) table: &'a Table,
+    pub(crate) request: &'a RequestView<'r>,
+    pub(crate) asked: Asked,
+    pub(crate) people: &'a People,
+    /// Worker that a prefix may be pulled from: its place, and tokens that it
+    /// holds.
+    pub(crate) holder: Option<(u32, u64)>,
+    /// Fewest tokens for which a prefix is pulled.
+    pub(crate) pull_from_tokens: u32,
+}
+
+/// One side of a plan: a worker and its terms.
+pub(crate) struct Side<'a> {
+    pub(crate) at: u32,
+    pub(crate) facts: &'a Facts,
+    pub(crate) line: Line,
+    pub(crate) terms: Terms,
+    pub(crate) cached: u64,
+    pub(crate) pull: Option<(u32, u64)>,
+}
+
+/// A plan, and where its workers are in the cluster.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Candidate {
+    pub(crate) considered: Considered,
+    pub(crate) prefill: u32,
+    pub(crate) decode: u32,
+}
+
+impl<'a> Question<'a, '_> {
+    fn view(&self, at: u32) -> &'a WorkerView {
+        &self.cluster.workers[at as usize]
+    }
+
+    fn facts(&self, at: u32) -> &'a Facts {
+        &self.table.rows[at as usize]
+    }
+
+    fn line(&self, at: u32, facts: &Facts) -> Line {
+        if facts.waits {
+            let prompts = &self.view(at).prompts;
+            line(facts, prompts, &self.asked, &self.people.weights.ttft)
+        } else {
+            Line::default()
+        }
+    }
+
+    fn cached(&self, facts: &Facts) -> u64 {
+        self.request.cached_on(WorkerSlot(facts.slot))
+    }
+
+    /// The worker that computes the prompt.
+    pub(crate) fn prefill_side(&self, at: u32) -> Side<'a> {
+        let facts = self.facts(at);
+        let line = self.line(at, facts);
+        let cached = self.cached(facts);
+        let mut terms = self.prompt_terms(facts, &line, cached, 0.0);
+        let mut pull = None;
+        if let Some((source, held)) = self.holder
+            && held >= cached + u64::from(self.pull_from_tokens)
+            && facts.prefix_pull
+            && self.facts(source).kind == facts.kind
+        {
+            let rate = self.rate(source, at);
+            let tokens = held - cached;
+            let pull_ms = first::pull_ms(facts, rate, tokens as f64);
+            let pulled = self.prompt_terms(facts, &line, held, pull_ms);
+            if pulled.total_ms() < terms.total_ms() {
+                terms = pulled;
+                pull = Some((source, tokens));
+            }
+        }
+        Side {
+            at,
+            facts,
+            line,
+            terms,
+            cached,
+            pull,
+        }
+    }
+
+    /// Computing the prompt where so many tokens of it are there, or are pulled
+    /// first.
+    fn prompt_terms(&self, facts: &Facts, line: &Line, there: u64, pull_ms: f64) -> Terms {
+        let (asked, people) = (&self.asked, self.people);
+        let there = there as f64;
+        let prefill_ms = first::prefill_ms(facts, asked, there);
+        Terms {
+            weight: people.weights.ttft[asked.class],
+            wait_ms: first::wait_ms(facts, line.ahead_ms),
+            pull_ms,
+            prefill_ms,
+            queued_ms: queued_ms(line, prefill_ms),
+            others_stretch_ms: stretch::chunks_stretch_ms(facts, asked, there, people),
+            ..Terms::default()
+        }
+    }
+
+    fn rate(&self, source: u32, target: u32) -> TransferRate {
+        let (from, to) = (self.facts(source), self.facts(target));
+        let path = Path::between_hosts(from.host, to.host);
+        let (from, to) = (WorkerSlot(from.slot), WorkerSlot(to.slot));
+        self.cluster.transfers.rate(from, to, path)
+    }
+
+    /// What the output costs on a worker. `chunks_ms`: prompts computed there
+    /// beside it.
+    fn add_decode(&self, terms: &mut Terms, facts: &Facts, chunks_ms: f64) {
+        let (asked, people) = (&self.asked, self.people);
+        let cached = self.cached(facts) as f64;
+        terms.decode_wait_ms = first::decode_wait_ms(facts, asked);
+        terms.own_stretch_ms += stretch::own_stretch_ms(facts, asked, people, chunks_ms);
+        terms.others_stretch_ms += stretch::joining_stretch_ms(facts, asked, people);
+        terms.recompute_ms += room::recompute_ms(facts, asked, people, cached);
+    }
+
+    /// The worker that produces the output, for another's prefill.
+    pub(crate) fn decode_side(&self, at: u32) -> Side<'a> {
+        let facts = self.facts(at);
+        let line = self.line(at, facts);
+        let mut terms = Terms::default();
+        self.add_decode(&mut terms, facts, line.ahead_ms + line.behind_ms);
+        Side {
+            at,
+            facts,
+            line,
+            terms,
+            cached: 0,
+            pull: None,
+        }
+    }
+
+    fn missing(&self, decode: &Facts) -> f64 {
+        self.asked.sequence - self.cached(decode) as f64
+    }
+
+    /// What a decode side costs for the choice of the best: its terms, and of
+    /// the pair term what does not depend on the partner.
+    pub(crate) fn decode_cost(&self, side: &Side<'_>) -> f64 {
+        let facts = side.facts;
+        let missing = self.missing(facts);
+        let late = if facts.streamed {
+            missing.min(facts.chunk)
+        } else {
+            missing
+        };
+        let rate = const { Path::SharedMemory.prior() };
+        let gap = side.terms.decode_wait_ms + first::pull_ms(facts, rate, late);
+        side.terms.total_ms() + stretch::gap_ms(facts, &self.asked, self.people, gap)
+    }
+
+    /// All of it on one worker.
+    pub(crate) fn whole(&self, at: u32) -> Candidate {
+        let side = self.prefill_side(at);
+        let mut terms = side.terms;
+        self.add_decode(&mut terms, side.facts, side.line.behind_ms);
+        if terms.decode_wait_ms > 0.0 {
+            let gap = terms.decode_wait_ms;
+            terms.gap_ms = stretch::gap_ms(side.facts, &self.asked, self.people, gap);
+        }
+        let plan = Plan::Whole {
+            worker: WorkerSlot(side.facts.slot),
+            source: self.source(&side),
+        };
+        candidate(plan, terms, &side, at)
+    }
+
+    fn source(&self, side: &Side<'_>) -> Option<WorkerSlot> {
+        side.pull
+            .map(|(source, _)| WorkerSlot(self.facts(source).slot))
+    }
+
+    /// The pair term: transfer, and the gap that it leaves. `None` where the two
+    /// cannot exchange KV.
+    fn pair_terms(&self, p: &Side<'_>, d: &Side<'_>) -> Option<(f64, f64)> {
+        let streamed = p.facts.streamed && d.facts.streamed;
+        let alike = p.facts.kind == d.facts.kind && p.at != d.at;
+        if !alike || !streamed && !pairs(self.view(p.at), self.view(d.at)) {
+            return None;
+        }
+        let rate = self.rate(p.at, d.at);
+        let missing = self.missing(d.facts);
+        let prefill_ms = p.terms.prefill_ms;
+        let transfer_ms = first::transfer_ms(p.facts, d.facts, rate, missing, prefill_ms);
+        if !p.facts.emits_first {
+            return Some((transfer_ms, 0.0));
+        }
+        let gap = transfer_ms + d.terms.decode_wait_ms;
+        let gap_ms = stretch::gap_ms(d.facts, &self.asked, self.people, gap);
+        Some((transfer_ms, gap_ms))
+    }
+
+    /// Cost of prompt on one worker and output on another; `None` where they
+    /// cannot exchange KV.
+    pub(crate) fn split_cost(&self, p: &Side<'_>, d: &Side<'_>) -> Option<f64> {
+        let (transfer_ms, gap_ms) = self.pair_terms(p, d)?;
+        let late = if p.facts.emits_first {
+            0.0
+        } else {
+            transfer_ms + d.terms.decode_wait_ms + d.facts.step_ms
+        };
+        Some(p.terms.total_ms() + d.terms.total_ms() + gap_ms + p.terms.weight * late)
+    }
+
+    /// That plan with its terms.
+    pub(crate) fn split(&self, p: &Side<'_>, d: &Side<'_>) -> Option<Candidate> {
+        let mut terms = p.terms;
+        (terms.transfer_ms, terms.gap_ms) = self.pair_terms(p, d)?;
+        terms.decode_wait_ms = d.terms.decode_wait_ms;
+        terms.own_stretch_ms = d.terms.own_stretch_ms;
+        terms.others_stretch_ms += d.terms.others_stretch_ms;
+        terms.recompute_ms = d.terms.recompute_ms;
+        if !p.facts.emits_first {
+            // The first token is a decode step after the KV is there.
+            terms.first_from_decode = true;
+            terms.decode_wait_ms += d.facts.step_ms;
+        }
+        let plan = Plan::Split {
+            prefill: WorkerSlot(p.facts.slot),
+            decode: WorkerSlot(d.facts.slot),
+            source: self.source(p),
+        };
+        Some(candidate(plan, terms, p, d.at))
+    }
+}
+
+fn candidate(plan: Plan, terms: Terms, side: &Side<'_>, decode: u32) -> Candidate {
+    let tokens = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
+    Candidate {
+        considered: Considered {
+            plan,
+            terms,
+            cached_tokens: tokens(side.cached),
+            pulled_tokens: tokens(side.pull.map_or(0, |(_, pulled)| pulled)),
+        },
+        prefill: side.at,
+        decode,
+    }
+}

@@ -1,0 +1,174 @@
+//! Who may do what for a request: one pass over the workers.
+
+use crate::facts::Table;
+use crate::fit::{Duty, Miss, able, fits_else, reason};
+use crate::plan::NoPlan;
+use crate::request::RequestView;
+use crate::terms::Asked;
+use crate::worker::{Cluster, Role};
+use kvmesh_kv_index::WorkerSlot;
+
+/// When a worker that decodes computes a prompt too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LocalPrefill {
+    /// `both` workers always; decode workers where no prefill worker is
+    /// there.
+    #[default]
+    WithoutPrefillWorkers,
+    /// Wherever it costs least.
+    ByCost,
+}
+
+/// Workers by what they may do for a request, each by its place in
+/// [`Cluster::workers`]. Used again from choice to choice.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Survey {
+    /// Compute the prompt for another.
+    pub(crate) prefill: Vec<u32>,
+    /// Take the KV over and produce the output.
+    pub(crate) decode: Vec<u32>,
+    /// Do all of it.
+    pub(crate) whole: Vec<u32>,
+    /// Holds most of the sequence and may give it: (place, tokens).
+    pub(crate) holder: Option<(u32, u64)>,
+    both: Vec<u32>,
+}
+
+impl Survey {
+    /// Looks at every worker.
+    ///
+    /// # Errors
+    /// Why there is no plan: the nearest miss.
+    pub(crate) fn look(
+        &mut self,
+        cluster: &Cluster<'_>,
+        table: &Table,
+        request: &RequestView<'_>,
+        local: LocalPrefill,
+    ) -> Result<(), NoPlan> {
+        let lists = [
+            &mut self.prefill,
+            &mut self.decode,
+            &mut self.whole,
+            &mut self.both,
+        ];
+        lists.into_iter().for_each(Vec::clear);
+        self.holder = None;
+        let Some(model) = table.names.find_model(request.model) else {
+            return Err(NoPlan::UnknownModel);
+        };
+        let pure_decode = self.sort(cluster, table, request, model);
+        let pure_prefill = !self.prefill.is_empty();
+        // A `both` worker computes prompts for others only where others exist.
+        if pure_decode || local == LocalPrefill::ByCost {
+            self.prefill.extend_from_slice(&self.both);
+        }
+        let decode_workers_compute = local == LocalPrefill::ByCost
+            || self.prefill.is_empty() && !waits_for_prefill(cluster, request, pure_prefill);
+        if !decode_workers_compute {
+            self.whole.clear();
+        }
+        self.whole.extend_from_slice(&self.both);
+        if self.prefill.is_empty() || self.decode.is_empty() {
+            self.prefill.clear();
+            self.decode.clear();
+        }
+        if self.prefill.is_empty() && self.whole.is_empty() {
+            return Err(why_none(cluster, request));
+        }
+        Ok(())
+    }
+
+    /// Puts each worker into its lists; whether one is there that only decodes.
+    fn sort(
+        &mut self,
+        cluster: &Cluster<'_>,
+        table: &Table,
+        request: &RequestView<'_>,
+        model: u32,
+    ) -> bool {
+        let asked = Asked::of(request, cluster.now_ms);
+        let found = request.cached.by_slot();
+        let longest = request.sequence().saturating_sub(1);
+        let plain = request.is_plain();
+        let mut pure_decode = false;
+        let mut most = 0;
+        for (at, row) in table.rows.iter().enumerate() {
+            if row.model != model {
+                continue;
+            }
+            let held = found.get(row.slot as usize).copied().unwrap_or(0);
+            let at = at as u32;
+            if u64::from(held) > most && row.gives {
+                most = u64::from(held);
+                self.holder = Some((at, most.min(longest)));
+            }
+            if !row.ready || asked.held > row.limit {
+                continue;
+            }
+            if asked.held > row.room {
+                // Its own prefix may be among the blocks in use.
+                let view = &cluster.workers[at as usize];
+                let cached = request.cached_on(WorkerSlot(row.slot));
+                let shared = view.blocks(cached).min(view.load.kv.running) as f64 * row.block;
+                if asked.held > row.room + shared {
+                    continue;
+                }
+            }
+            let mut decodes = true;
+            if !plain {
+                let view = &cluster.workers[at as usize];
+                if !fits_else(view, request) {
+                    continue;
+                }
+                decodes = !request.needs.penalties || view.abilities.penalties_over_continuation;
+            }
+            match row.role {
+                Role::Prefill => self.prefill.push(at),
+                Role::Decode => {
+                    pure_decode |= decodes;
+                    self.whole.push(at);
+                }
+                Role::Both => self.both.push(at),
+            }
+            if decodes && row.role != Role::Prefill {
+                self.decode.push(at);
+            }
+        }
+        pure_decode
+    }
+}
+
+/// A prefill worker that is only full will have room again: wait for it.
+fn waits_for_prefill(cluster: &Cluster<'_>, request: &RequestView<'_>, there: bool) -> bool {
+    let roles = [Role::Prefill];
+    !there && able(cluster, request, Duty::Prefill, &roles) == Err(Miss::NoRoom)
+}
+
+/// The nearest miss of all workers: what the client is told.
+fn why_none(cluster: &Cluster<'_>, request: &RequestView<'_>) -> NoPlan {
+    let any = [Role::Decode, Role::Both];
+    match able(cluster, request, Duty::Decode, &any) {
+        Err(miss) => reason(miss, Duty::Decode, request),
+        Ok(()) => match able(
+            cluster,
+            request,
+            Duty::Prefill,
+            &[Role::Prefill, Role::Both],
+        ) {
+            Err(miss) => reason(miss, Duty::Prefill, request),
+            Ok(()) => NoPlan::NoPair,
+        },
+    }
+}
+
+/// Whether a request can be placed now, whatever the policy: what admission
+/// asks.
+///
+/// # Errors
+/// [`NoPlan`], as [`crate::Policy::choose`] would say.
+pub fn placeable(cluster: &Cluster<'_>, request: &RequestView<'_>) -> Result<(), NoPlan> {
+    cluster.with_table(|table| {
+        Survey::default().look(cluster, table, request, LocalPrefill::default())
+    })
+}

@@ -1,0 +1,81 @@
+//! Streams that take longer: a request's own, and others'.
+
+use super::{Asked, People};
+use crate::chunk::OWN_STEP_SHARE;
+use crate::facts::{Facts, ceil};
+
+/// What a step costs a stream of this class that takes `to` instead of `from`:
+/// ε, and κ ε beyond the stream's target, by the weight of its class. The
+/// target in force is never under 1.5 of the worker's own step.
+pub(crate) fn stretch(
+    people: &People,
+    class: usize,
+    own_step_ms: f64,
+    from_ms: f64,
+    to_ms: f64,
+) -> f64 {
+    let target = people.weights.itl_target_ms[class].max(OWN_STEP_SHARE * own_step_ms);
+    let beyond = (to_ms - target).max(0.0) - (from_ms - target).max(0.0);
+    let stretched = (to_ms - from_ms) + (people.beyond_target - 1.0) * beyond;
+    people.stretch * people.weights.itl[class] * stretched.max(0.0)
+}
+
+/// The request's own stream, slower than on an empty worker: each of its steps
+/// by company, some by chunks of the prompts (`chunks_ms` of computing) that
+/// are left when it starts.
+pub(crate) fn own_stretch_ms(facts: &Facts, asked: &Asked, people: &People, chunks_ms: f64) -> f64 {
+    let (alone, joined) = (
+        facts.alone_ms(asked.sequence),
+        facts.joined_ms(asked.sequence),
+    );
+    let each = stretch(people, asked.class, facts.step_ms, alone, joined);
+    if chunks_ms <= 0.0 {
+        return asked.left * each;
+    }
+    let context = facts.chunk * asked.sequence / 2.0;
+    let chunk_ms = facts.step.tokens_ms(facts.chunk, context);
+    let slowed = (chunks_ms / chunk_ms.max(1e-6)).min(asked.left);
+    let to = joined + chunk_ms;
+    let with_chunk = stretch(people, asked.class, facts.step_ms, alone, to);
+    (asked.left - slowed) * each + slowed * with_chunk
+}
+
+/// The streams that are there, each slowed by this one from now on.
+pub(crate) fn joining_stretch_ms(facts: &Facts, asked: &Asked, people: &People) -> f64 {
+    if facts.batch == 0.0 {
+        return 0.0;
+    }
+    let joined = facts.joined_ms(asked.sequence);
+    of_all(facts, people, joined, f64::INFINITY)
+}
+
+/// The streams that decode where a prompt is computed, held up by its chunks.
+pub(crate) fn chunks_stretch_ms(facts: &Facts, asked: &Asked, there: f64, people: &People) -> f64 {
+    if facts.batch == 0.0 {
+        return 0.0;
+    }
+    let tokens = (asked.sequence - there).max(1.0);
+    let chunks = ceil(tokens * facts.per_chunk);
+    let all_ms = facts.step.tokens_ms(tokens, asked.context_after(there));
+    of_all(facts, people, facts.step_ms + all_ms / chunks, chunks)
+}
+
+/// Steps of all streams that take `to_ms` now, which is no less than before:
+/// as many as each has left, at most so many. As [`stretch`] would say of each.
+fn of_all(facts: &Facts, people: &People, to_ms: f64, most: f64) -> f64 {
+    let longer = to_ms - facts.step_ms;
+    let mut sum = 0.0;
+    for streams in &facts.streams {
+        let beyond = (to_ms - streams.target_ms).max(0.0);
+        let each = longer + (people.beyond_target - 1.0) * beyond;
+        sum += streams.weight * streams.left.min(most) * each;
+    }
+    people.stretch * sum
+}
+
+/// The gap between first and second token, where the first comes from prefill
+/// and the second waits for KV and for a place: one step, stretched to that.
+pub(crate) fn gap_ms(facts: &Facts, asked: &Asked, people: &People, gap_ms: f64) -> f64 {
+    let alone = facts.alone_ms(asked.sequence);
+    stretch(people, asked.class, facts.step_ms, alone, alone + gap_ms)
+}

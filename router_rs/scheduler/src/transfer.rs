@@ -1,0 +1,261 @@
+//! What moving KV takes, learnt for each pair of workers.
+
+use crate::worker::Abilities;
+use kvmesh_kv_index::WorkerSlot;
+
+/// Transfers after which an observation weighs half.
+const HALF_LIFE: f64 = 30.0;
+/// Transfers that the prior counts for.
+const PRIOR_WEIGHT: f64 = 2.0;
+/// Largest factor by which one transfer may differ from its prediction, as far
+/// as learning goes.
+const CLIP: f64 = 4.0;
+
+/// By which kind of path KV goes: what is believed of it before it is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Path {
+    /// One copy within a host's memory.
+    SharedMemory,
+    /// TCP between hosts.
+    Network,
+}
+
+impl Path {
+    /// The path between two workers.
+    pub fn between(source: &Abilities, target: &Abilities) -> Self {
+        let same = !source.host.is_empty() && source.host == target.host;
+        if same {
+            Self::SharedMemory
+        } else {
+            Self::Network
+        }
+    }
+
+    /// The path between two hosts by their numbers; 0 is not known.
+    pub(crate) fn between_hosts(source: u32, target: u32) -> Self {
+        if source != 0 && source == target {
+            Self::SharedMemory
+        } else {
+            Self::Network
+        }
+    }
+
+    /// Its prior: a copy runs at some 2.5 GB/s on a core; a network of 10
+    /// Gbit/s brings 1.1.
+    pub const fn prior(self) -> TransferRate {
+        match self {
+            Self::SharedMemory => TransferRate {
+                fixed_ms: 1.0,
+                bytes_per_ms: 2.5e6,
+            },
+            Self::Network => TransferRate {
+                fixed_ms: 2.0,
+                bytes_per_ms: 1.1e6,
+            },
+        }
+    }
+}
+
+/// A fixed part and a rate.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TransferRate {
+    /// ms a transfer, however small.
+    pub fixed_ms: f64,
+    /// Bytes a millisecond.
+    pub bytes_per_ms: f64,
+}
+
+impl TransferRate {
+    /// Time of a transfer of so many bytes, ms.
+    pub fn ms(&self, bytes: f64) -> f64 {
+        self.fixed_ms + bytes / self.bytes_per_ms
+    }
+}
+
+/// What is learnt of transfers, by (source, target).
+#[derive(Debug, Clone, Default)]
+pub struct TransferRates {
+    /// By source, then target: looked up for every pair of a choice.
+    rows: Vec<Vec<Option<Learnt>>>,
+}
+
+/// Weighted least squares of t = fixed + bytes / rate, by sums that forget.
+#[derive(Debug, Clone, Copy)]
+struct Learnt {
+    rate: TransferRate,
+    /// Sums of weight, bytes, bytes squared, ms, and bytes times ms.
+    sums: [f64; 5],
+}
+
+impl TransferRates {
+    /// Nothing is learnt.
+    pub const fn new() -> Self {
+        Self { rows: Vec::new() }
+    }
+
+    /// What a transfer takes: learnt, or the path's prior.
+    pub fn rate(&self, source: WorkerSlot, target: WorkerSlot, path: Path) -> TransferRate {
+        self.learnt(source, target)
+            .map_or_else(|| path.prior(), |learnt| learnt.rate)
+    }
+
+    fn learnt(&self, source: WorkerSlot, target: WorkerSlot) -> Option<&Learnt> {
+        self.rows
+            .get(source.0 as usize)?
+            .get(target.0 as usize)?
+            .as_ref()
+    }
+
+    /// A transfer took so long, waiting for the source to compute not
+    /// included. Nothing is learnt from one without bytes or time.
+    pub fn observe(
+        &mut self,
+        source: WorkerSlot,
+        target: WorkerSlot,
+        path: Path,
+        bytes: u64,
+        ms: f64,
+    ) {
+        if bytes == 0 || !ms.is_finite() || ms <= 0.0 {
+            return;
+        }
+        let (row, column) = (source.0 as usize, target.0 as usize);
+        if self.rows.len() <= row {
+            self.rows.resize_with(row + 1, Vec::new);
+        }
+        if self.rows[row].len() <= column {
+            self.rows[row].resize(column + 1, None);
+        }
+        let learnt = self.rows[row][column].get_or_insert_with(|| Learnt::new(path.prior()));
+        learnt.observe(bytes as f64, ms);
+    }
+
+    /// A worker left: its slot may go to another.
+    pub fn forget(&mut self, worker: WorkerSlot) {
+        let at = worker.0 as usize;
+        if let Some(row) = self.rows.get_mut(at) {
+            row.clear();
+        }
+        for row in &mut self.rows {
+            if let Some(cell) = row.get_mut(at) {
+                *cell = None;
+            }
+        }
+    }
+}
+
+impl Learnt {
+    /// The prior counts as two transfers: a small one and one of 64 MiB.
+    fn new(prior: TransferRate) -> Self {
+        let mut sums = [0.0; 5];
+        for bytes in [0.0, f64::from(1 << 26)] {
+            add(&mut sums, PRIOR_WEIGHT / 2.0, bytes, prior.ms(bytes));
+        }
+        Self { rate: prior, sums }
+    }
+
+    fn observe(&mut self, bytes: f64, ms: f64) {
+        let predicted = self.rate.ms(bytes);
+        let ms = ms.clamp(predicted / CLIP, predicted * CLIP);
+        let keep = 0.5f64.powf(1.0 / HALF_LIFE);
+        self.sums.iter_mut().for_each(|sum| *sum *= keep);
+        add(&mut self.sums, 1.0, bytes, ms);
+        let [weight, x, xx, y, xy] = self.sums;
+        let spread = weight * xx - x * x;
+        let slope = if spread > 1e-9 * weight * xx {
+            (weight * xy - x * y) / spread
+        } else {
+            0.0
+        };
+        // Neither part is negative: where one would be, the other explains all.
+        let mean = y / weight;
+        let fixed = mean - slope * x / weight;
+        self.rate = if slope <= 0.0 {
+            // All sizes took as long: a rate that does not matter.
+            TransferRate {
+                fixed_ms: mean,
+                bytes_per_ms: 1e12,
+            }
+        } else if fixed < 0.0 {
+            TransferRate {
+                fixed_ms: 0.0,
+                bytes_per_ms: (xx / xy).max(1.0),
+            }
+        } else {
+            TransferRate {
+                fixed_ms: fixed,
+                bytes_per_ms: (1.0 / slope).max(1.0),
+            }
+        };
+    }
+}
+
+/// Adds a point; errors are relative, so it weighs by the inverse square of
+/// its time.
+fn add(sums: &mut [f64; 5], weight: f64, bytes: f64, ms: f64) {
+    let weight = weight / (ms * ms).max(1e-6);
+    let parts = [1.0, bytes, bytes * bytes, ms, bytes * ms];
+    for (sum, part) in sums.iter_mut().zip(parts) {
+        *sum += weight * part;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: WorkerSlot = WorkerSlot(1);
+    const B: WorkerSlot = WorkerSlot(4);
+
+    #[test]
+    fn a_pair_that_was_never_seen_has_its_paths_prior() {
+        let rates = TransferRates::new();
+        for path in [Path::SharedMemory, Path::Network] {
+            assert_eq!(rates.rate(A, B, path), path.prior());
+        }
+    }
+
+    #[test]
+    fn rate_and_fixed_part_are_learnt_apart_and_followed() {
+        let mut rates = TransferRates::new();
+        for (fixed_ms, bytes_per_ms) in [(5.0, 4e5), (0.5, 8e6)] {
+            let truth = TransferRate {
+                fixed_ms,
+                bytes_per_ms,
+            };
+            for n in 0..300u64 {
+                let bytes = 1 << (16 + n % 10);
+                rates.observe(A, B, Path::Network, bytes, truth.ms(bytes as f64));
+            }
+            let got = rates.rate(A, B, Path::Network);
+            for bytes in [1e5, 1e6, 3e7] {
+                let error = got.ms(bytes) / truth.ms(bytes) - 1.0;
+                assert!(error.abs() < 0.05, "{bytes}: {got:?} for {truth:?}");
+            }
+        }
+        // The way back and other pairs know nothing of it.
+        assert_eq!(rates.rate(B, A, Path::Network), Path::Network.prior());
+        rates.forget(A);
+        assert_eq!(rates.rate(A, B, Path::Network), Path::Network.prior());
+    }
+
+    #[test]
+    fn what_is_no_measurement_teaches_nothing() {
+        let mut rates = TransferRates::new();
+        rates.observe(A, B, Path::Network, 0, 5.0);
+        rates.observe(A, B, Path::Network, 5, 0.0);
+        rates.observe(A, B, Path::Network, 5, f64::NAN);
+        assert_eq!(rates.rate(A, B, Path::Network), Path::Network.prior());
+    }
+
+    #[test]
+    fn sizes_that_are_all_alike_give_sound_figures() {
+        let mut rates = TransferRates::new();
+        for _ in 0..500 {
+            rates.observe(A, B, Path::SharedMemory, 1 << 20, 3.0);
+        }
+        let got = rates.rate(A, B, Path::SharedMemory);
+        assert!((got.ms(f64::from(1 << 20)) - 3.0).abs() < 0.1, "{got:?}");
+        assert!(got.fixed_ms >= 0.0 && got.bytes_per_ms > 0.0);
+    }
+}
