@@ -39,6 +39,9 @@ pub struct AdmittedRequest {
     pub trace: bool,
     /// Whether worker names may be told.
     pub admin: bool,
+    /// Whose it is, as a hash: tenants of a class take turns. Without keys the
+    /// client's address.
+    pub tenant: u64,
     /// Urgency; never unspecified.
     pub class: v1::RequestClass,
     /// Target between tokens, milliseconds; 0: none.

@@ -54,23 +54,29 @@ fn view(slot: WorkerSlot, role: Role, abilities: &Arc<Abilities>) -> WorkerView 
             relative_error: 0.1,
             saturating_chunk: 2_048,
         },
-        load: load(u64::from(slot.0)),
+        load: load(u64::from(slot.0), role),
         booked: Work::default(),
         prompts: Vec::new(),
         left: [200.0; 3],
     }
 }
 
-/// A load report.
-fn load(seed: u64) -> Load {
+/// A load report: of prompts where they are computed, of streams where they
+/// decode.
+fn load(seed: u64, role: Role) -> Load {
     let pick = |at: u64, below: u64| mix(seed * 8 + at) % below;
     let share = |at: u64| {
-        let (queued, decoding) = (pick(at, 3) as u32, pick(at + 1, 24) as u32);
+        let (mut queued, mut decoding) = (pick(at, 3) as u32, pick(at + 1, 24) as u32);
+        match role {
+            Role::Prefill => decoding = 0,
+            Role::Decode => queued = 0,
+            Role::Both => {}
+        }
         let tokens = u64::from(queued) * (500 + pick(at + 2, 4_000));
         Share {
             queued,
             queued_prefill_tokens: tokens,
-            running_prefill_tokens: pick(at + 3, 2_000),
+            running_prefill_tokens: u64::from(queued) * pick(at + 3, 1_000),
             decoding,
             decode_context: u64::from(decoding) * 2_500,
             receiving: 0,
@@ -178,7 +184,8 @@ impl Bench {
         let (mut all, mut choices) = (Vec::new(), Vec::new());
         for n in 0..decisions + WARM_UP {
             let slot = self.slots[mix(n as u64) as usize % self.slots.len()];
-            self.roster.get_mut(slot).unwrap().load = load(n as u64);
+            let reporting = self.roster.get_mut(slot).unwrap();
+            reporting.load = load(n as u64, reporting.role);
             if guards.len() > self.slots.len() {
                 guards.pop_front();
             }

@@ -110,8 +110,8 @@ impl Estimate {
                 }
                 let line = line(facts, &worker.prompts, &asked, &people.weights.ttft);
                 let cached = request.cached_on(worker.slot);
-                let work = first::prefill_ms(facts, &asked, cached as f64);
-                all.least_ms = all.least_ms.min(first::wait_ms(facts, line.ahead_ms));
+                let work = first::prefill(facts, &asked, cached as f64).ms();
+                all.least_ms = all.least_ms.min(first::wait_ms(facts, &line));
                 all.work_ms = all.work_ms.min(work);
                 all.workers += 1;
             }

@@ -181,6 +181,12 @@ impl Bookings {
         });
     }
 
+    /// Has the next [`Bookings::take_changes`] give this worker's sums, changed
+    /// or not: its view is new.
+    pub fn touch(&self, worker: WorkerSlot) {
+        self.lock().changed.insert(worker);
+    }
+
     /// What is booked on a worker.
     pub fn booked(&self, worker: WorkerSlot) -> Work {
         let ledger = self.lock();

@@ -57,7 +57,6 @@ impl CostSettings {
             stretch: self.stretch,
             beyond_target: self.beyond_target,
             weights: Weights::of(&self.targets),
-            targets: self.targets,
         }
     }
 }
@@ -106,8 +105,13 @@ impl KvCost {
         }
     }
 
+    /// Its settings.
+    pub fn settings(&self) -> &CostSettings {
+        &self.settings
+    }
+
     /// Weighs the plans of a request, and works with them: the cheapest first.
-    fn weigh<T>(
+    pub(crate) fn weigh<T>(
         &mut self,
         table: &Table,
         cluster: &Cluster<'_>,
@@ -156,7 +160,7 @@ impl KvCost {
     }
 
     /// The decision among plans in their order.
-    fn decide(
+    pub(crate) fn decide(
         settings: &CostSettings,
         plans: &Plans<'_, '_>,
         cluster: &Cluster<'_>,
@@ -171,17 +175,7 @@ impl KvCost {
         let at = (tie_break(cluster.router, request.id) % tied as u64) as usize;
         let mut decision = decision(cluster, request, &plans.candidate(at)?);
         decision.tied = u32::try_from(tied).unwrap_or(u32::MAX);
-        decision.weighed = u32::try_from(plans.order.len()).unwrap_or(u32::MAX);
-        let kept = settings.plans_kept.min(plans.order.len());
-        let best = (0..kept).filter_map(|at| plans.candidate(at));
-        decision.considered = Vec::with_capacity(kept + 1);
-        decision
-            .considered
-            .extend(best.map(|candidate| candidate.considered));
-        if kept > 0 && at >= kept {
-            decision.considered.push(decision.chosen);
-        }
-        Some(decision)
+        Some(plans.keep_considered(settings, decision, at))
     }
 }
 
@@ -221,7 +215,7 @@ impl Policy for KvCost {
 }
 
 /// The plans of one request.
-struct Plans<'a, 'r> {
+pub(crate) struct Plans<'a, 'r> {
     question: Question<'a, 'r>,
     keep: usize,
     mix: u32,
@@ -270,8 +264,33 @@ impl Plans<'_, '_> {
         }
     }
 
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.order.len()
+    }
+
+    /// Notes in a decision for one of them what it was chosen from.
+    pub(crate) fn keep_considered(
+        &self,
+        settings: &CostSettings,
+        mut decision: Decision,
+        at: usize,
+    ) -> Decision {
+        decision.weighed = u32::try_from(self.order.len()).unwrap_or(u32::MAX);
+        let kept = settings.plans_kept.min(self.order.len());
+        let best = (0..kept).filter_map(|at| self.candidate(at));
+        decision.considered = Vec::with_capacity(kept + 1);
+        decision
+            .considered
+            .extend(best.map(|candidate| candidate.considered));
+        if kept > 0 && at >= kept {
+            decision.considered.push(decision.chosen);
+        }
+        decision
+    }
+
     /// A plan in full, by its place in the order.
-    fn candidate(&self, at: usize) -> Option<Candidate> {
+    pub(crate) fn candidate(&self, at: usize) -> Option<Candidate> {
         match self.order.get(at)?.sides {
             Sides::Whole(at) => Some(self.question.whole(at)),
             Sides::Split(p, d) => {

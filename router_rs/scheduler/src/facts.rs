@@ -39,6 +39,8 @@ pub(crate) struct Facts {
     pub(crate) gives: bool,
     pub(crate) streamed: bool,
     pub(crate) emits_first: bool,
+    /// A prefill stops between layers for what is more urgent.
+    pub(crate) layers: bool,
     /// Whether prompts wait there.
     pub(crate) waits: bool,
     /// Number of its model's name.
@@ -99,6 +101,7 @@ impl Facts {
             gives: abilities.prefix_pull && !worker.suspect,
             streamed: abilities.streamed_hand_off,
             emits_first: abilities.prefill_emits_first_token,
+            layers: abilities.layer_preemption,
             waits: !worker.prompts.is_empty() || there.waiting_tokens != [0; 3],
             model: names.model(&worker.model),
             kind: names.kind(&worker.digest, &abilities.pairing),
@@ -141,12 +144,13 @@ impl Facts {
         self.step.a_ms + self.step.d_ms + self.step.e_ms * sequence
     }
 
-    /// Steps for so many prompt tokens with such a sum of contexts, ms: the
-    /// tokens, and the constant part of each step, which the streams there
-    /// share.
-    pub(crate) fn steps_ms(&self, tokens: f64, context: f64) -> f64 {
-        let steps = ceil(tokens * self.per_chunk);
-        steps * (self.step.a_ms + self.company_ms) + self.step.tokens_ms(tokens, context)
+    /// Computing so many prompt tokens with such a sum of contexts.
+    pub(crate) fn chunks(&self, tokens: f64, context: f64) -> Chunks {
+        Chunks {
+            steps: ceil(tokens * self.per_chunk),
+            tokens_ms: self.step.tokens_ms(tokens, context),
+            step_ms: self.step.a_ms + self.company_ms,
+        }
     }
 
     /// So many tokens of a backlog, ms: they share their steps with others, so
@@ -159,6 +163,25 @@ impl Facts {
     /// KV bytes of so many tokens, in whole blocks.
     pub(crate) fn kv_bytes(&self, tokens: f64) -> f64 {
         ceil(tokens / self.block) * self.block * self.token_bytes
+    }
+}
+
+/// A prompt as the steps that compute it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Chunks {
+    /// How many.
+    pub(crate) steps: f64,
+    /// What the prompt adds to all of them, ms.
+    pub(crate) tokens_ms: f64,
+    /// What each of them takes without it: the constant part, and the streams
+    /// that share it.
+    step_ms: f64,
+}
+
+impl Chunks {
+    /// All of it, ms.
+    pub(crate) fn ms(&self) -> f64 {
+        self.steps * self.step_ms + self.tokens_ms
     }
 }
 

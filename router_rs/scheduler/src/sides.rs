@@ -100,14 +100,15 @@ impl<'a> Question<'a, '_> {
     fn prompt_terms(&self, facts: &Facts, line: &Line, there: u64, pull_ms: f64) -> Terms {
         let (asked, people) = (&self.asked, self.people);
         let there = there as f64;
-        let prefill_ms = first::prefill_ms(facts, asked, there);
+        let chunks = first::prefill(facts, asked, there);
+        let prefill_ms = chunks.ms();
         Terms {
             weight: people.weights.ttft[asked.class],
-            wait_ms: first::wait_ms(facts, line.ahead_ms),
+            wait_ms: first::wait_ms(facts, line),
             pull_ms,
             prefill_ms,
             queued_ms: queued_ms(line, prefill_ms),
-            others_stretch_ms: stretch::chunks_stretch_ms(facts, asked, there, people),
+            others_stretch_ms: stretch::chunks_stretch_ms(facts, &chunks, people),
             ..Terms::default()
         }
     }

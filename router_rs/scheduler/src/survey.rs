@@ -57,14 +57,13 @@ impl Survey {
         let Some(model) = table.names.find_model(request.model) else {
             return Err(NoPlan::UnknownModel);
         };
-        let pure_decode = self.sort(cluster, table, request, model);
-        let pure_prefill = !self.prefill.is_empty();
+        let (pure_prefill, pure_decode) = self.sort(cluster, table, request, model);
         // A `both` worker computes prompts for others only where others exist.
         if pure_decode || local == LocalPrefill::ByCost {
             self.prefill.extend_from_slice(&self.both);
         }
         let decode_workers_compute = local == LocalPrefill::ByCost
-            || self.prefill.is_empty() && !waits_for_prefill(cluster, request, pure_prefill);
+            || self.prefill.is_empty() && !(pure_prefill && waits_for_prefill(cluster, request));
         if !decode_workers_compute {
             self.whole.clear();
         }
@@ -79,24 +78,27 @@ impl Survey {
         Ok(())
     }
 
-    /// Puts each worker into its lists; whether one is there that only decodes.
+    /// Puts each worker into its lists; whether workers are there that only
+    /// compute prompts, and whether some can take this one over that only
+    /// decode.
     fn sort(
         &mut self,
         cluster: &Cluster<'_>,
         table: &Table,
         request: &RequestView<'_>,
         model: u32,
-    ) -> bool {
+    ) -> (bool, bool) {
         let asked = Asked::of(request, cluster.now_ms);
         let found = request.cached.by_slot();
         let longest = request.sequence().saturating_sub(1);
         let plain = request.is_plain();
-        let mut pure_decode = false;
+        let (mut pure_prefill, mut pure_decode) = (false, false);
         let mut most = 0;
         for (at, row) in table.rows.iter().enumerate() {
             if row.model != model {
                 continue;
             }
+            pure_prefill |= row.role == Role::Prefill;
             let held = found.get(row.slot as usize).copied().unwrap_or(0);
             let at = at as u32;
             if u64::from(held) > most && row.gives {
@@ -135,14 +137,13 @@ impl Survey {
                 self.decode.push(at);
             }
         }
-        pure_decode
+        (pure_prefill, pure_decode)
     }
 }
 
 /// A prefill worker that is only full will have room again: wait for it.
-fn waits_for_prefill(cluster: &Cluster<'_>, request: &RequestView<'_>, there: bool) -> bool {
-    let roles = [Role::Prefill];
-    !there && able(cluster, request, Duty::Prefill, &roles) == Err(Miss::NoRoom)
+fn waits_for_prefill(cluster: &Cluster<'_>, request: &RequestView<'_>) -> bool {
+    able(cluster, request, Duty::Prefill, &[Role::Prefill]) == Err(Miss::NoRoom)
 }
 
 /// The nearest miss of all workers: what the client is told.

@@ -446,3 +446,11 @@ def _add(total: wire.LoadShare, share: wire.LoadShare) -> None:
     total.decoding += share.decoding
     total.decode_context += share.decode_context
     total.receiving += share.receiving
+    for to, of_class in (
+        (total.interactive, share.interactive),
+        (total.standard, share.standard),
+        (total.batch, share.batch),
+    ):
+        to.waiting += of_class.waiting
+        to.waiting_tokens += of_class.waiting_tokens
+        to.decoding += of_class.decoding

@@ -24,6 +24,8 @@ pub(crate) struct CallMetadata {
     pub(crate) deadline: Option<Instant>,
     /// From this machine itself.
     pub(crate) loopback: bool,
+    /// Whose call it is, as a hash; 0 until it is known.
+    pub(crate) tenant: u64,
 }
 
 impl CallMetadata {
@@ -43,6 +45,7 @@ impl CallMetadata {
             arrived,
             deadline: None,
             loopback,
+            tenant: 0,
         }
     }
 

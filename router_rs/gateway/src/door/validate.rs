@@ -381,6 +381,7 @@ pub(super) fn admit(
         placements: output.placements,
         trace: output.trace,
         admin: call.loopback,
+        tenant: call.tenant,
         class,
         itl_target_ms: match hints.itl_target_ms {
             0 => itl_target_ms(class),

@@ -91,6 +91,7 @@ pub(super) fn request(prompt: &[u32], max_tokens: u32) -> AdmittedRequest {
         placements: true,
         trace: false,
         admin: true,
+        tenant: 0,
         class: v1::RequestClass::Standard,
         itl_target_ms: 0.0,
         cache_salt: String::new(),

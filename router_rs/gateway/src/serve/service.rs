@@ -66,7 +66,9 @@ impl Shared {
             return reflection(request).await;
         }
         let loopback = peer.ip().to_canonical().is_loopback();
-        let metadata = CallMetadata::read(request.headers(), arrived, loopback);
+        let mut metadata = CallMetadata::read(request.headers(), arrived, loopback);
+        let address = peer.ip().to_canonical().to_string();
+        metadata.tenant = xxhash_rust::xxh3::xxh3_64(address.as_bytes());
         let (parts, body) = request.into_parts();
         let mut call = Call {
             headers: parts.headers,

@@ -1,18 +1,27 @@
 //! Until the first token, and from it to the second.
 
 use super::Asked;
-use crate::facts::Facts;
+use super::queued::Line;
+use crate::facts::{Chunks, Facts};
 use crate::transfer::TransferRate;
 
-/// Until a new prompt starts: the running step, and the prompts before it.
-pub(crate) fn wait_ms(facts: &Facts, ahead_ms: f64) -> f64 {
-    facts.step_left_ms + ahead_ms
+/// Until a new prompt starts: the running step, and the prompts before it. A
+/// step that computes prompts less urgent than all of this one's is stopped at
+/// the next layer, where the engine can: a decode step is left to end.
+pub(crate) fn wait_ms(facts: &Facts, line: &Line) -> f64 {
+    let stops = facts.layers && line.ahead_ms == 0.0 && line.behind_ms > 0.0;
+    let running = if stops {
+        facts.step_left_ms.min(facts.step_ms)
+    } else {
+        facts.step_left_ms
+    };
+    running + line.ahead_ms
 }
 
 /// Computing what is not there: its own tokens, and the steps that hold them.
-pub(crate) fn prefill_ms(facts: &Facts, asked: &Asked, there: f64) -> f64 {
+pub(crate) fn prefill(facts: &Facts, asked: &Asked, there: f64) -> Chunks {
     let tokens = (asked.sequence - there).max(1.0);
-    facts.steps_ms(tokens, asked.context_after(there))
+    facts.chunks(tokens, asked.context_after(there))
 }
 
 /// Pulling a prefix of so many tokens from another worker.

@@ -10,7 +10,7 @@ pub(crate) mod room;
 pub(crate) mod stretch;
 pub(crate) mod work;
 
-use crate::deadline::{ClassTargets, Weights};
+use crate::deadline::Weights;
 use crate::fit::tokens_held;
 use crate::request::RequestView;
 
@@ -23,7 +23,6 @@ pub(crate) struct People {
     pub(crate) beyond_target: f64,
     /// Milliseconds of one class against another's.
     pub(crate) weights: Weights,
-    pub(crate) targets: ClassTargets,
 }
 
 /// What the terms ask of a request, counted once a choice.

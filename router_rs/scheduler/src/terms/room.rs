@@ -30,6 +30,6 @@ pub(crate) fn recompute_ms(facts: &Facts, asked: &Asked, people: &People, cached
         return 0.0;
     }
     let length = asked.sequence + asked.left / 2.0;
-    let again = facts.steps_ms(length, length * length / 2.0);
+    let again = facts.chunks(length, length * length / 2.0).ms();
     probability * again * people.weights.ttft[asked.class]
 }

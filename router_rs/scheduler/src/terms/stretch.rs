@@ -2,7 +2,7 @@
 
 use super::{Asked, People};
 use crate::chunk::OWN_STEP_SHARE;
-use crate::facts::{Facts, ceil};
+use crate::facts::{Chunks, Facts};
 
 /// What a step costs a stream of this class that takes `to` instead of `from`:
 /// ε, and κ ε beyond the stream's target, by the weight of its class. The
@@ -50,14 +50,12 @@ pub(crate) fn joining_stretch_ms(facts: &Facts, asked: &Asked, people: &People) 
 }
 
 /// The streams that decode where a prompt is computed, held up by its chunks.
-pub(crate) fn chunks_stretch_ms(facts: &Facts, asked: &Asked, there: f64, people: &People) -> f64 {
+pub(crate) fn chunks_stretch_ms(facts: &Facts, chunks: &Chunks, people: &People) -> f64 {
     if facts.batch == 0.0 {
         return 0.0;
     }
-    let tokens = (asked.sequence - there).max(1.0);
-    let chunks = ceil(tokens * facts.per_chunk);
-    let all_ms = facts.step.tokens_ms(tokens, asked.context_after(there));
-    of_all(facts, people, facts.step_ms + all_ms / chunks, chunks)
+    let to_ms = facts.step_ms + chunks.tokens_ms / chunks.steps;
+    of_all(facts, people, to_ms, chunks.steps)
 }
 
 /// Steps of all streams that take `to_ms` now, which is no less than before:

@@ -10,8 +10,8 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use kvmesh_wire::v1::{
-    FinishReason, MeshHandOff, Place, RefusalReason, Stage, StageEnd, StageFailed, StageFinished,
-    StageTimings, TokenLogprobs, TokenRows, hand_off, stage_end::End,
+    FinishReason, MeshHandOff, Place, RefusalReason, RequestClass, Stage, StageEnd, StageFailed,
+    StageFinished, StageTimings, TokenLogprobs, TokenRows, hand_off, stage_end::End,
 };
 use tokio::time::Instant;
 
@@ -52,6 +52,7 @@ pub(super) struct Running {
     min_tokens: u32,
     stop_ids: Vec<u32>,
     logprobs: Option<u32>,
+    pub(super) class: RequestClass,
     pub(super) blocks: u64,
     placed: Instant,
     started: Option<Instant>,
@@ -109,6 +110,7 @@ impl Running {
             stage,
             mesh,
             phase,
+            class: continuation.request_class(),
             seed: TokenFunction::seed(&continuation.prompt_ids),
             prompt_tokens,
             next,

@@ -6,8 +6,8 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use kvmesh_wire::v1::{
     CacheEvents, Cancelled, EngineHandOff, Found, HandedOff, LoadShare, Opening, Place, Refused,
-    Reserved, RouterFrame, RouterHello, Stage, StageEnd, StepOutput, StepSample, TransferFailed,
-    WorkerFrame, WorkerHello, opening, router_frame, stage_end::End, worker_frame,
+    RequestClass, Reserved, RouterFrame, RouterHello, Stage, StageEnd, StepOutput, StepSample,
+    TransferFailed, WorkerFrame, WorkerHello, opening, router_frame, stage_end::End, worker_frame,
 };
 use tokio::{
     sync::{broadcast, mpsc},
@@ -431,15 +431,28 @@ impl Session {
     fn own(&self) -> LoadShare {
         let mut own = LoadShare::default();
         for request in &self.running {
+            let of_class = match request.class {
+                RequestClass::Interactive => &mut own.interactive,
+                RequestClass::Batch => &mut own.batch,
+                RequestClass::Standard | RequestClass::Unspecified => &mut own.standard,
+            }
+            .get_or_insert_default();
             match request.phase() {
                 Phase::Waiting(_) => {
+                    let tokens = u64::from(request.prompt_tokens());
                     own.queued += 1;
-                    own.queued_prefill_tokens += u64::from(request.prompt_tokens());
+                    own.queued_prefill_tokens += tokens;
+                    of_class.waiting += 1;
+                    of_class.waiting_tokens += tokens;
                 }
-                Phase::Receiving => own.receiving += 1,
+                Phase::Receiving => {
+                    own.receiving += 1;
+                    of_class.decoding += 1;
+                }
                 Phase::Decoding => {
                     own.decoding += 1;
                     own.decode_context += request.context();
+                    of_class.decoding += 1;
                 }
             }
         }

@@ -151,6 +151,7 @@ impl State {
                 decoding: all.decoding.saturating_sub(own.decoding),
                 decode_context: all.decode_context.saturating_sub(own.decode_context),
                 receiving: all.receiving.saturating_sub(own.receiving),
+                ..LoadShare::default()
             }),
             own: Some(own),
             step: self.counters.steps.get(),
@@ -241,6 +242,7 @@ impl Counters {
             decoding: self.decoding.get() as u32,
             decode_context: self.decode_context.get(),
             receiving: self.receiving.get() as u32,
+            ..LoadShare::default()
         }
     }
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from kvmesh.engine.core.sequence import Sequence, State
+from kvmesh.v1 import inference_pb2 as inference
 from kvmesh.v1 import worker_pb2 as wire
 
 
@@ -24,18 +25,25 @@ class Shares:
             share = shares.get(sequence.router)
             if share is None:
                 share = shares[sequence.router] = wire.LoadShare()
+            of_class = _of_class(share, sequence)
             left = sequence.length - sequence.computed
             match sequence.state:
                 case State.QUEUED | State.FETCHING:
                     share.queued += 1
                     share.queued_prefill_tokens += left
+                    of_class.waiting += 1
+                    of_class.waiting_tokens += left
                 case State.PREFILLING:
                     share.running_prefill_tokens += left
+                    of_class.waiting += 1
+                    of_class.waiting_tokens += left
                 case State.DECODING:
                     share.decoding += 1
                     share.decode_context += sequence.length
+                    of_class.decoding += 1
                 case State.RECEIVING:
                     share.receiving += 1
+                    of_class.decoding += 1
         self._shares = shares
 
     def stepped(self) -> None:
@@ -46,3 +54,14 @@ class Shares:
     def read(self) -> Mapping[str, wire.LoadShare]:
         """The newest counts. Not to be changed by the reader."""
         return self._shares
+
+
+def _of_class(share: wire.LoadShare, sequence: Sequence) -> wire.ClassShare:
+    """The part of a share that a sequence counts in; a router may weigh it by class."""
+    match sequence.continuation.request_class:
+        case inference.REQUEST_CLASS_INTERACTIVE:
+            return share.interactive
+        case inference.REQUEST_CLASS_BATCH:
+            return share.batch
+        case _:
+            return share.standard
