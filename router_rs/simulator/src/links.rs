@@ -34,6 +34,13 @@ impl Links {
         ends
     }
 
+    /// Bytes of so many tokens, and what they take alone, ms.
+    pub(crate) fn alone(&self, tokens: u32) -> (u64, f64) {
+        let bytes = f64::from(tokens) * self.bytes_per_token;
+        let ms = bytes / self.transfer.bytes_per_ms + self.transfer.fixed_ms;
+        (bytes as u64, ms)
+    }
+
     /// The fixed part of a hand-off, ms.
     pub(crate) fn fixed_ms(&self) -> f64 {
         self.transfer.fixed_ms

@@ -83,7 +83,17 @@ fn seed() -> u64 {
 #[serde(tag = "name", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum PolicySettings {
     /// Added milliseconds (SCHEDULING 2).
-    Cost,
+    Cost {
+        /// ε; none: as shipped.
+        #[serde(default)]
+        stretch: Option<f64>,
+        /// κ; none: as shipped.
+        #[serde(default)]
+        beyond_target: Option<f64>,
+        /// Share of the best cost within which plans tie; none: as shipped.
+        #[serde(default)]
+        tie_share: Option<f64>,
+    },
     /// One after the other.
     RoundRobin,
     /// Any.
@@ -92,8 +102,19 @@ pub enum PolicySettings {
     LeastLoaded,
     /// The less loaded of two.
     PowerOfTwo,
+    /// What belongs together goes together.
+    ConsistentHash,
     /// Longest cached prefix.
     PrefixGreedy,
+    /// The usual formula: weighted overlap and load.
+    OverlapLoad {
+        /// Weight of blocks to compute; none: as shipped.
+        #[serde(default)]
+        overlap_weight: Option<f64>,
+        /// Temperature of the draw; none: as shipped.
+        #[serde(default)]
+        temperature: Option<f64>,
+    },
     /// True lengths and coefficients, rolled forward for every candidate.
     Clairvoyant,
 }

@@ -1,6 +1,6 @@
 //! What an engine says of itself.
 
-use super::Engine;
+use super::{Engine, class_number};
 use kvmesh_scheduler::{KvRoom, Load, Share};
 
 /// A load report before it is told who asks.
@@ -37,6 +37,11 @@ fn add(sum: &mut Share, share: &Share) {
     sum.decoding += share.decoding;
     sum.decode_context += share.decode_context;
     sum.receiving += share.receiving;
+    for class in 0..3 {
+        sum.classes.waiting[class] += share.classes.waiting[class];
+        sum.classes.waiting_tokens[class] += share.classes.waiting_tokens[class];
+        sum.classes.decoding[class] += share.classes.decoding[class];
+    }
 }
 
 impl Engine {
@@ -46,6 +51,9 @@ impl Engine {
         for sequence in self.prompts.iter() {
             let share = &mut shares[sequence.router];
             let left = u64::from(sequence.left_to_compute());
+            let class = class_number(sequence.class);
+            share.classes.waiting[class] += 1;
+            share.classes.waiting_tokens[class] += left;
             if sequence.started {
                 share.running_prefill_tokens += left;
             } else {
@@ -56,10 +64,14 @@ impl Engine {
         for sequence in self.incoming.values() {
             let share = &mut shares[sequence.router];
             share.receiving += 1;
+            share.classes.decoding[class_number(sequence.class)] += 1;
         }
         for (router, share) in shares.iter_mut().enumerate() {
             let (decoding, context) = self.streams.of_router(router);
-            share.decoding = decoding;
+            share.decoding = decoding.iter().sum();
+            for (sum, decoding) in share.classes.decoding.iter_mut().zip(decoding) {
+                *sum += decoding;
+            }
             share.decode_context = context;
         }
         let reserved: u64 = self

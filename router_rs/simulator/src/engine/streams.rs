@@ -39,7 +39,7 @@ pub(super) struct Streams {
     steps: u64,
     context: u64,
     by_class: [u32; 3],
-    by_router: Vec<(u32, u64)>,
+    by_router: Vec<([u32; 3], u64)>,
     /// Streams by the step, modulo [`UNIT`], at which they grow.
     phases: [u64; UNIT as usize],
     /// Streams by the step of their first growth, while it has not come.
@@ -61,7 +61,7 @@ impl Streams {
             steps: 0,
             context: 0,
             by_class: [0; 3],
-            by_router: vec![(0, 0); routers],
+            by_router: vec![([0; 3], 0); routers],
             phases: [0; UNIT as usize],
             first_growths: BTreeMap::new(),
             room_until: 0,
@@ -80,8 +80,8 @@ impl Streams {
         self.context
     }
 
-    /// (streams, sum of their contexts) of a router.
-    pub(super) fn of_router(&self, router: usize) -> (u32, u64) {
+    /// (streams by class, sum of their contexts) of a router.
+    pub(super) fn of_router(&self, router: usize) -> ([u32; 3], u64) {
         self.by_router[router]
     }
 
@@ -112,7 +112,7 @@ impl Streams {
         self.context += context;
         self.by_class[class_number(stream.sequence.class)] += 1;
         let of_router = &mut self.by_router[stream.sequence.router];
-        of_router.0 += 1;
+        of_router.0[class_number(stream.sequence.class)] += 1;
         of_router.1 += context;
         *self.first_growths.entry(stream.first_growth).or_default() += 1;
         self.ends.insert((stream.ends(), request));
@@ -134,7 +134,7 @@ impl Streams {
         self.steps += 1;
         self.context += u64::from(batch);
         for (count, context) in &mut self.by_router {
-            *context += u64::from(*count);
+            *context += u64::from(count.iter().sum::<u32>());
         }
     }
 
@@ -177,7 +177,7 @@ impl Streams {
         self.context -= context;
         self.by_class[class_number(stream.sequence.class)] -= 1;
         let of_router = &mut self.by_router[stream.sequence.router];
-        of_router.0 -= 1;
+        of_router.0[class_number(stream.sequence.class)] -= 1;
         of_router.1 -= context;
         if stream.first_growth <= self.room_until {
             self.phases[(stream.first_growth % UNIT) as usize] -= 1;
@@ -216,9 +216,5 @@ impl Streams {
 
 /// Interactive 0, standard 1, batch 2.
 pub(crate) fn class_number(class: Class) -> usize {
-    match class {
-        Class::Interactive => 0,
-        Class::Standard => 1,
-        Class::Batch => 2,
-    }
+    class.index()
 }

@@ -9,9 +9,10 @@ use crate::settings::{Order, Settings};
 use crate::trace::Trace;
 use kvmesh_kv_index::{KvIndex, Matches, UNIT_TOKENS, WorkerSlot};
 use kvmesh_scheduler::{
-    Abilities, AdmissionSettings, Booking, Bookings, ClassTargets, Cluster, Considered, Decision,
-    Learner, Load, Needs, NoPlan, OutputLengths, Phase, Policy, Queue, Rejected, RequestView, Role,
-    StepSample, Work, WorkerView, admit, virtual_deadline_ms,
+    Abilities, AdmissionSettings, Booking, Bookings, Class, ClassTargets, Considered, Decision,
+    Estimate, Lane, Learner, Load, Needs, NoPlan, OutputLengths, Path, Phase, Policy, Queue, Rejected,
+    RequestView, Role, Roster, StepSample, Ticket, TransferRates, Work, WorkerView,
+    virtual_deadline_ms,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -21,6 +22,8 @@ const TRIED_AT_ONCE: usize = 64;
 /// A prior for the length of an output, tokens.
 const EXPECTED_OUTPUT: u32 = 256;
 const MODEL: &str = "model";
+/// Outputs after which what streams have left is estimated anew.
+const LEFT_EVERY: u64 = 32;
 
 /// What a router knows of a request.
 #[derive(Debug, Clone, Copy)]
@@ -73,9 +76,11 @@ pub(crate) struct Router {
     order: Order,
     dispatch_ahead_ms: f64,
     max_wait_ms: f64,
+    max_tokens: u32,
     lengths: OutputLengths,
     bookings: Bookings,
-    views: Vec<WorkerView>,
+    roster: Roster,
+    rates: TransferRates,
     learners: Vec<Learner>,
     step_ms: Vec<f64>,
     commands: Vec<u64>,
@@ -83,29 +88,34 @@ pub(crate) struct Router {
     /// By worker: keys of prompts that were sent and have not begun.
     unstarted: Vec<BTreeMap<u32, f64>>,
     booked: BTreeMap<u32, Vec<(usize, Booking)>>,
+    /// Bookings of those that wait, where they would go now: who chooses after
+    /// them sees them there. Each is chosen anew whenever it is tried.
+    intended: BTreeMap<u32, Vec<(usize, Booking)>>,
     /// Keys and predicted work of requests that have not ended.
     keys: BTreeMap<u32, (f64, f64)>,
     excluded: BTreeMap<u32, Vec<WorkerSlot>>,
     chain: Vec<u64>,
     cached: Matches,
+    /// Outputs that have ended.
+    ended: u64,
 }
 
 impl Router {
     pub(crate) fn new(number: usize, settings: &Settings) -> Self {
         let prior = settings.profile.step_model(1.0);
-        let views: Vec<WorkerView> = settings
-            .roles()
-            .into_iter()
-            .enumerate()
-            .map(|(slot, role)| view(slot, role, settings))
-            .collect();
-        let workers = views.len();
+        let mut roster = Roster::new();
+        let roles = settings.roles();
+        for (slot, role) in roles.iter().enumerate() {
+            roster.insert(view(slot, *role, settings));
+        }
+        let workers = roles.len();
         Self {
             hash: mix(settings.seed ^ (number as u64 + 1)),
             policy: policy(&settings.policy, settings.seed),
             order: settings.queue.order,
             dispatch_ahead_ms: settings.queue.dispatch_ahead_ms.unwrap_or(f64::INFINITY),
             max_wait_ms: settings.queue.max_wait_ms.unwrap_or(f64::INFINITY),
+            max_tokens: settings.max_tokens,
             lengths: OutputLengths::new(EXPECTED_OUTPUT),
             bookings: Bookings::new(),
             learners: vec![Learner::new(prior); workers],
@@ -114,11 +124,14 @@ impl Router {
             queue: Queue::new(usize::MAX),
             unstarted: vec![BTreeMap::new(); workers],
             booked: BTreeMap::new(),
+            intended: BTreeMap::new(),
             keys: BTreeMap::new(),
             excluded: BTreeMap::new(),
             chain: Vec::new(),
             cached: Matches::default(),
-            views,
+            ended: 0,
+            roster,
+            rates: TransferRates::new(),
         }
     }
 
@@ -143,22 +156,18 @@ impl Router {
         index: &KvIndex,
     ) -> Result<(), Rejected> {
         self.look_up(trace, index, asked.request);
-        let request = request_view(&self.lengths, &self.cached, trace, &asked, &[]);
-        let cluster = Cluster {
-            router: self.hash,
-            workers: &self.views,
-        };
-        let unbound = AdmissionSettings {
-            max_wait_ms: f64::INFINITY,
-        };
-        let alone = admit(&cluster, &request, 0.0, None, &unbound)?;
-        let class = trace.requests[asked.request as usize].class;
+        self.roster.refresh(&self.bookings);
+        let cluster = self.roster.cluster(self.hash).at(asked.arrival_ms);
+        let at = (asked, f64::INFINITY);
+        let request = request_view(&self.lengths, &self.cached, trace, at, &[]);
+        let work_ms = Estimate::of(&cluster, &request).work_ms;
+        let class = request.class;
         let key = match self.order {
             Order::Deadline => virtual_deadline_ms(
                 &ClassTargets::default(),
                 class,
                 asked.arrival_ms,
-                alone.work_ms,
+                work_ms,
             ),
             Order::Arrival => asked.arrival_ms,
         };
@@ -166,37 +175,40 @@ impl Router {
             let bound = AdmissionSettings {
                 max_wait_ms: self.max_wait_ms,
             };
-            let ahead_ms = self.queue.work_before_ms(key);
-            admit(&cluster, &request, ahead_ms, None, &bound)?;
+            let at = (asked, key);
+            let request = request_view(&self.lengths, &self.cached, trace, at, &[]);
+            let estimate = Estimate::of(&cluster, &request);
+            estimate.admit(self.queue.admission_ms(class, key), None, &bound)?;
         }
-        self.keys.insert(asked.request, (key, alone.work_ms));
+        self.keys.insert(asked.request, (key, work_ms));
         Ok(())
     }
 
-    /// Places a request, or lets it wait. New work does not pass what goes
-    /// before it.
-    pub(crate) fn place(&mut self, asked: Asked, trace: &Trace, index: &KvIndex) -> Tried {
-        let key = self.key(asked.request);
-        let behind = self
-            .queue
-            .first()
-            .is_some_and(|(_, first)| self.key(first.request) <= key);
-        let tried = if behind {
-            Tried::Waits { no_room: false }
-        } else {
-            self.try_plan(asked, trace, index, None)
-        };
+    /// Places a request, or lets it wait. Those that go before it are counted
+    /// where they would go, so that it passes nobody by going elsewhere.
+    pub(crate) fn place(
+        &mut self,
+        asked: Asked,
+        now_ms: f64,
+        trace: &Trace,
+        index: &KvIndex,
+    ) -> Tried {
+        let tried = self.try_plan(asked, now_ms, trace, index, None);
         if matches!(tried, Tried::Waits { .. }) {
-            self.wait(asked);
+            self.wait(asked, trace);
         }
         tried
     }
 
     /// Lets a request wait.
-    pub(crate) fn wait(&mut self, asked: Asked) {
+    pub(crate) fn wait(&mut self, asked: Asked, trace: &Trace) {
         let (key, work_ms) = self.keys.get(&asked.request).copied().unwrap_or_default();
+        let lane = Lane {
+            class: trace.requests[asked.request as usize].class,
+            tenant: 0,
+        };
         // It has no bound of its own.
-        let _ = self.queue.push(key, work_ms, asked);
+        let _ = self.queue.push_for(lane, key, work_ms, asked);
     }
 
     /// Chooses and books, if a worker would start the request soon. `choose`
@@ -204,18 +216,20 @@ impl Router {
     pub(crate) fn try_plan(
         &mut self,
         asked: Asked,
+        now_ms: f64,
         trace: &Trace,
         index: &KvIndex,
         choose: Option<&mut dyn FnMut(&[Considered]) -> usize>,
     ) -> Tried {
+        self.intended.remove(&asked.request);
         self.look_up(trace, index, asked.request);
         let excluded = self.excluded.get(&asked.request).cloned();
         let unwanted = excluded.as_deref().unwrap_or(&[]);
-        let request = request_view(&self.lengths, &self.cached, trace, &asked, unwanted);
-        let cluster = Cluster {
-            router: self.hash,
-            workers: &self.views,
-        };
+        let key = self.key(asked.request);
+        let request = request_view(&self.lengths, &self.cached, trace, (asked, key), unwanted);
+        self.roster.refresh(&self.bookings);
+        let cluster = self.roster.cluster(self.hash).at(now_ms);
+        let cluster = cluster.with_transfers(&self.rates);
         let decided = match choose {
             None => self.policy.choose(&cluster, &request),
             Some(choose) => self.policy.explain(&cluster, &request).map(|plans| {
@@ -223,7 +237,9 @@ impl Router {
                 Decision {
                     chosen,
                     tied: 1,
+                    weighed: 0,
                     start_ms: 0.0,
+                    considered: Vec::new(),
                     work: Vec::new(),
                 }
             }),
@@ -238,18 +254,18 @@ impl Router {
             Err(never) => return Tried::Never(never),
         };
         let on = decision.plan().prefill().0 as usize;
-        let key = self.key(asked.request);
         let ahead_ms = self.dispatch_ahead_ms.max(self.step_ms[on]);
-        if decision.start_ms > ahead_ms && !self.preempts(on, key) {
+        let waits = decision.start_ms > ahead_ms && !self.preempts(on, key);
+        let book = |(slot, work): &(WorkerSlot, Work)| {
+            let booking = self.bookings.book_prompt(*slot, *work, key);
+            (slot.0 as usize, booking)
+        };
+        let booked = decision.work.iter().map(book).collect();
+        if waits {
+            self.intended.insert(asked.request, booked);
             return Tried::Waits { no_room: false };
         }
         self.unstarted[on].insert(asked.request, key);
-        let mut booked = Vec::new();
-        for (slot, work) in &decision.work {
-            let worker = slot.0 as usize;
-            booked.push((worker, self.bookings.book(*slot, *work)));
-            self.views[worker].booked = self.bookings.booked(*slot);
-        }
         self.booked.insert(asked.request, booked);
         self.excluded.remove(&asked.request);
         Tried::Placed(Placed {
@@ -278,6 +294,9 @@ impl Router {
     /// A request made its first token, or is not there any more.
     pub(crate) fn started(&mut self, worker: usize, request: u32) {
         self.unstarted[worker].remove(&request);
+        for (_, booking) in self.booked.get(&request).into_iter().flatten() {
+            booking.started();
+        }
     }
 
     /// An attempt has ended, in whatever way.
@@ -285,7 +304,6 @@ impl Router {
         for (worker, booking) in self.booked.remove(&request).into_iter().flatten() {
             drop(booking);
             self.unstarted[worker].remove(&request);
-            self.views[worker].booked = self.bookings.booked(WorkerSlot(worker as u32));
         }
     }
 
@@ -295,9 +313,21 @@ impl Router {
     }
 
     /// A request has its last token.
-    pub(crate) fn finished(&mut self, request: u32, class: kvmesh_scheduler::Class, tokens: u32) {
+    pub(crate) fn finished(&mut self, request: u32, class: Class, tokens: u32) {
         self.lengths.observe(MODEL, class, tokens);
         self.keys.remove(&request);
+        self.ended += 1;
+        if self.ended.is_multiple_of(LEFT_EVERY) {
+            let left = Class::ALL
+                .map(|class| self.lengths.left_of_running(MODEL, class, self.max_tokens));
+            self.roster.change_all(|view| view.left = left);
+        }
+    }
+
+    /// KV went from one worker to another: how long it took.
+    pub(crate) fn transferred(&mut self, from: usize, to: usize, bytes: u64, ms: f64) {
+        let (from, to) = (WorkerSlot(from as u32), WorkerSlot(to as u32));
+        self.rates.observe(from, to, Path::Network, bytes, ms);
     }
 
     /// A worker has no room for a request: not again before its next report.
@@ -313,44 +343,50 @@ impl Router {
         for excluded in self.excluded.values_mut() {
             excluded.retain(|other| *other != slot);
         }
-        let view = &mut self.views[report.worker];
-        view.load = report.load;
-        view.booked = self.bookings.booked(slot);
-        self.step_ms[report.worker] = report.step_ms;
+        let learner = &mut self.learners[report.worker];
         if let Some(sample) = &report.sample {
-            self.learners[report.worker].observe(sample);
-            view.step = *self.learners[report.worker].model();
+            learner.observe(sample);
+        }
+        self.step_ms[report.worker] = report.step_ms;
+        if let Some(view) = self.roster.get_mut(slot) {
+            view.load = report.load;
+            view.step = *learner.model();
         }
     }
 
     /// A worker is gone, or back with nothing.
     pub(crate) fn stands(&mut self, worker: usize, serving: bool) {
-        self.bookings.session_ended(WorkerSlot(worker as u32));
+        let slot = WorkerSlot(worker as u32);
+        self.bookings.session_ended(slot);
         self.commands[worker] = 0;
         self.unstarted[worker].clear();
-        let view = &mut self.views[worker];
+        let Some(view) = self.roster.get_mut(slot) else {
+            return;
+        };
         view.phase = if serving {
             Phase::Serving
         } else {
             Phase::Stopping
         };
-        view.booked = Work::default();
         view.load = Load::default();
         view.load.kv.free = view.abilities.pool_blocks;
     }
 
-    /// What waits and is to be tried now, most urgent first.
-    pub(crate) fn to_try(&mut self) -> Vec<Asked> {
-        let first: Vec<_> = self
-            .queue
-            .iter()
-            .take(TRIED_AT_ONCE)
-            .map(|(ticket, _)| ticket)
-            .collect();
-        first
-            .into_iter()
-            .filter_map(|ticket| self.queue.remove(ticket))
-            .collect()
+    /// What waits and is to be tried now, most urgent first. Places are kept.
+    pub(crate) fn to_try(&mut self) -> Vec<(Ticket, Asked)> {
+        let first = self.queue.order(TRIED_AT_ONCE);
+        let taken = |ticket| Some((ticket, self.queue.take(ticket)?));
+        first.into_iter().filter_map(taken).collect()
+    }
+
+    /// One that was tried waits on.
+    pub(crate) fn put_back(&mut self, ticket: Ticket, asked: Asked) {
+        self.queue.put_back(ticket, asked);
+    }
+
+    /// One that was tried is placed.
+    pub(crate) fn served(&mut self, ticket: Ticket) {
+        self.queue.serve(ticket);
     }
 
     fn look_up(&mut self, trace: &Trace, index: &KvIndex, request: u32) {
@@ -370,7 +406,7 @@ fn request_view<'a>(
     lengths: &OutputLengths,
     cached: &'a Matches,
     trace: &Trace,
-    asked: &Asked,
+    (asked, virtual_deadline_ms): (Asked, f64),
     excluded: &'a [WorkerSlot],
 ) -> RequestView<'a> {
     let request = &trace.requests[asked.request as usize];
@@ -385,6 +421,11 @@ fn request_view<'a>(
         max_tokens: most,
         expected_output: lengths.expected(MODEL, request.class, made, most),
         class: request.class,
+        virtual_deadline_ms,
+        affinity: trace
+            .blocks(asked.request as usize)
+            .first()
+            .map_or(mix(u64::from(asked.request)), |block| mix(*block)),
         needs: Needs::default(),
         cached,
         excluded,
@@ -407,6 +448,9 @@ fn view(slot: usize, role: Role, settings: &Settings) -> WorkerView {
         adapters: Arc::new(BTreeSet::new()),
         abilities: Arc::new(Abilities {
             streamed_hand_off: true,
+            prefill_emits_first_token: true,
+            layer_preemption: profile.layer_preemption,
+            host: "".into(),
             engine_connector: "".into(),
             pairing: "".into(),
             prefix_pull: settings.prefix_pull,
@@ -423,5 +467,7 @@ fn view(slot: usize, role: Role, settings: &Settings) -> WorkerView {
         step: profile.step_model(1.0),
         load,
         booked: Work::default(),
+        prompts: Vec::new(),
+        left: [f64::from(EXPECTED_OUTPUT); 3],
     }
 }

@@ -55,6 +55,8 @@ struct Flight {
     there: u32,
     /// Tokens computed by prefill that were passed over or sent.
     passed: u32,
+    /// Tokens whose KV was sent.
+    sent: u32,
     /// When the last KV sent is there, ms.
     sent_ms: f64,
     /// Tokens pulled from another worker, and from which.

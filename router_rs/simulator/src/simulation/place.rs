@@ -52,7 +52,7 @@ impl Simulation<'_> {
             self.place_clairvoyant(router, asked);
             return;
         }
-        let tried = self.routers[router].place(asked, self.trace, &self.index);
+        let tried = self.routers[router].place(asked, self.now_ms, self.trace, &self.index);
         self.tried(router, asked, tried);
         self.recorder.queued(self.now_ms, self.waiting());
     }
@@ -94,9 +94,9 @@ impl Simulation<'_> {
             clairvoyant::choose(plans, &sequence, trace, now_ms, engine)
         };
         let tried =
-            self.routers[router].try_plan(asked, self.trace, &self.index, Some(&mut choose));
+            self.routers[router].try_plan(asked, now_ms, trace, &self.index, Some(&mut choose));
         if matches!(tried, Tried::Waits { .. }) {
-            self.routers[router].wait(asked);
+            self.routers[router].wait(asked, trace);
         }
         self.tried(router, asked, tried);
     }
@@ -115,7 +115,8 @@ impl Simulation<'_> {
         flight.attempt += 1;
         flight.prefill = chosen.plan.prefill().0;
         flight.decode = chosen.plan.decode().0;
-        (flight.there, flight.passed, flight.sent_ms) = (0, 0, 0.0);
+        (flight.there, flight.passed, flight.sent) = (0, 0, 0);
+        flight.sent_ms = 0.0;
         flight.pull = chosen
             .plan
             .source()
@@ -194,7 +195,7 @@ impl Simulation<'_> {
         self.flights[request as usize].attempt += 1;
         let router = self.flights[request as usize].router as usize;
         let asked = self.asked(request);
-        let tried = self.routers[router].place(asked, self.trace, &self.index);
+        let tried = self.routers[router].place(asked, self.now_ms, self.trace, &self.index);
         self.tried(router, asked, tried);
     }
 

@@ -3,7 +3,7 @@
 use super::{Said, Simulation, Worker};
 use crate::engine::Outcome;
 use crate::events::Event;
-use crate::router::{Report, Router};
+use crate::router::{Report, Router, Tried};
 use crate::seed::mix;
 use kvmesh_kv_index::{CacheChange, KvIndex, Tier, WorkerSlot};
 use kvmesh_scheduler::StepSample;
@@ -125,16 +125,18 @@ impl Simulation<'_> {
             return;
         }
         let mut held = false;
-        for asked in self.routers[router].to_try() {
+        for (ticket, asked) in self.routers[router].to_try() {
+            let queue = &mut self.routers[router];
             if held {
-                self.routers[router].wait(asked);
+                queue.put_back(ticket, asked);
                 continue;
             }
-            let tried = self.routers[router].try_plan(asked, self.trace, &self.index, None);
-            if let crate::router::Tried::Waits { no_room } = tried {
-                held |= no_room && self.routers[router].key(asked.request) <= self.now_ms;
-                self.routers[router].wait(asked);
+            let tried = queue.try_plan(asked, self.now_ms, self.trace, &self.index, None);
+            if let Tried::Waits { no_room } = tried {
+                held |= no_room && queue.key(asked.request) <= self.now_ms;
+                queue.put_back(ticket, asked);
             } else {
+                queue.served(ticket);
                 self.tried(router, asked, tried);
             }
         }
@@ -186,6 +188,7 @@ impl Simulation<'_> {
         if missing > 0 {
             let (from, to) = (flight.prefill as usize, flight.decode as usize);
             flight.sent_ms = self.links.send(from, to, missing, now_ms);
+            flight.sent += missing;
         }
     }
 
@@ -212,6 +215,10 @@ impl Simulation<'_> {
         self.workers[prefill]
             .engine
             .handed_over(request, self.trace);
+        // What a worker tells of a transfer is its wire time, without waiting
+        // for computing.
+        let (bytes, ms) = self.links.alone(flight.sent);
+        self.routers[flight.router as usize].transferred(prefill, decode, bytes, ms);
         let left = self.trace.requests[request as usize].output - flight.made;
         self.workers[decode]
             .engine
