@@ -20,6 +20,16 @@ def chain_values(parent: int, ids: bytes) -> list[int]:
     `ids` are u32, little-endian. ValueError where a part of an id is left.
     """
 
+# --- Simulator ----------------------------------------------------------------
+
+def simulate(replay: str, trace: str) -> str:
+    """Replays a trace over the index and the scheduler that serve.
+
+    `replay` is a JSON object (docs/simulator.md), `trace` the text of the trace
+    file; the results are JSON. Equal arguments give equal text. ValueError for
+    settings or a trace that cannot be used. Other threads run meanwhile.
+    """
+
 # --- KV pool and transfer -----------------------------------------------------
 
 Reason = Literal[

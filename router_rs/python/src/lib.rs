@@ -6,6 +6,7 @@ mod pool;
 mod registry;
 mod router;
 mod router_settings;
+mod simulate;
 mod transfer;
 
 use pyo3::prelude::*;
@@ -19,6 +20,7 @@ fn _router(module: &Bound<'_, PyModule>) -> PyResult<()> {
     registry::register(module)?;
     router::register(module)?;
     router_settings::register(module)?;
+    simulate::register(module)?;
     module.add_class::<attention::PyPagedKv>()?;
     Ok(())
 }

@@ -18,7 +18,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// Requests that are tried when a report comes: a bound on what it costs.
-const TRIED_AT_ONCE: usize = 64;
+const TRIED_AT_ONCE: usize = 32;
 /// A prior for the length of an output, tokens.
 const EXPECTED_OUTPUT: u32 = 256;
 const MODEL: &str = "model";
@@ -98,6 +98,7 @@ pub(crate) struct Router {
     cached: Matches,
     /// Outputs that have ended.
     ended: u64,
+    lacks_room: bool,
 }
 
 impl Router {
@@ -130,6 +131,7 @@ impl Router {
             chain: Vec::new(),
             cached: Matches::default(),
             ended: 0,
+            lacks_room: false,
             roster,
             rates: TransferRates::new(),
         }
@@ -193,8 +195,16 @@ impl Router {
         trace: &Trace,
         index: &KvIndex,
     ) -> Tried {
-        let tried = self.try_plan(asked, now_ms, trace, index, None);
-        if matches!(tried, Tried::Waits { .. }) {
+        let key = self.key(asked.request);
+        let last = self.queue.iter().nth(TRIED_AT_ONCE - 1);
+        let far = last.is_some_and(|(_, other)| self.key(other.request) <= key);
+        let tried = if far {
+            Tried::Waits { no_room: false }
+        } else {
+            self.try_plan(asked, now_ms, trace, index, None)
+        };
+        if let Tried::Waits { no_room } = tried {
+            self.lacks_room |= no_room;
             self.wait(asked, trace);
         }
         tried
@@ -257,7 +267,8 @@ impl Router {
         let ahead_ms = self.dispatch_ahead_ms.max(self.step_ms[on]);
         let waits = decision.start_ms > ahead_ms && !self.preempts(on, key);
         let book = |(slot, work): &(WorkerSlot, Work)| {
-            let booking = self.bookings.book_prompt(*slot, *work, key);
+            let work = if waits { prompt_alone(work) } else { *work };
+            let booking = self.bookings.book_prompt(*slot, work, key);
             (slot.0 as usize, booking)
         };
         let booked = decision.work.iter().map(book).collect();
@@ -372,9 +383,37 @@ impl Router {
         view.load.kv.free = view.abilities.pool_blocks;
     }
 
+    /// Whether a report of a worker may let somebody go: it would start a
+    /// prompt soon, or somebody waits for room.
+    pub(crate) fn may_take(&self, worker: usize) -> bool {
+        if self.queue.is_empty() {
+            return false;
+        }
+        let Some(view) = self.roster.get(WorkerSlot(worker as u32)) else {
+            return false;
+        };
+        let (own, others) = (&view.load.own, &view.load.others);
+        let queued = own.queued_prefill_tokens + others.queued_prefill_tokens;
+        let running = own.running_prefill_tokens + others.running_prefill_tokens;
+        let least_ms = (queued + running) as f64 * view.step.b_ms;
+        let ahead_ms = self.dispatch_ahead_ms.max(self.step_ms[worker]);
+        self.lacks_room || view.role != Role::Decode && least_ms <= ahead_ms
+    }
+
+    /// Whether somebody waits for room.
+    pub(crate) fn lacks_room(&mut self, lacks: bool) {
+        self.lacks_room = lacks;
+    }
+
     /// What waits and is to be tried now, most urgent first. Places are kept.
     pub(crate) fn to_try(&mut self) -> Vec<(Ticket, Asked)> {
         let first = self.queue.order(TRIED_AT_ONCE);
+        if self.intended.len() > TRIED_AT_ONCE {
+            // Those that were overtaken by many will choose again.
+            let near = self.queue.iter().take(TRIED_AT_ONCE);
+            let near: BTreeSet<u32> = near.map(|(_, asked)| asked.request).collect();
+            self.intended.retain(|request, _| near.contains(request));
+        }
         let taken = |ticket| Some((ticket, self.queue.take(ticket)?));
         first.into_iter().filter_map(taken).collect()
     }
@@ -399,6 +438,20 @@ impl Router {
             self.chain[(at + 1) * units - 1] = mix(*block);
         }
         index.lookup_into(&self.chain, &mut self.cached);
+    }
+}
+
+/// What one that waits means to those that choose after it: a prompt in line.
+/// Room and streams it takes when it goes.
+fn prompt_alone(work: &Work) -> Work {
+    let mut classes = work.classes;
+    classes.decoding = [0; 3];
+    Work {
+        decodes: 0,
+        decode_context: 0,
+        blocks: 0,
+        classes,
+        ..*work
     }
 }
 

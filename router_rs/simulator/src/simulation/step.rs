@@ -113,7 +113,9 @@ impl Simulation<'_> {
                 sample,
             };
             self.routers[router].reported(&report);
-            self.serve_queue(router);
+            if self.routers[router].may_take(number) {
+                self.serve_queue(router);
+            }
         }
     }
 
@@ -121,10 +123,7 @@ impl Simulation<'_> {
     /// that finds no room are tried too, until its virtual deadline has
     /// passed.
     pub(super) fn serve_queue(&mut self, router: usize) {
-        if self.routers[router].queued() == 0 {
-            return;
-        }
-        let mut held = false;
+        let (mut held, mut lacks_room) = (false, false);
         for (ticket, asked) in self.routers[router].to_try() {
             let queue = &mut self.routers[router];
             if held {
@@ -133,6 +132,7 @@ impl Simulation<'_> {
             }
             let tried = queue.try_plan(asked, self.now_ms, self.trace, &self.index, None);
             if let Tried::Waits { no_room } = tried {
+                lacks_room |= no_room;
                 held |= no_room && queue.key(asked.request) <= self.now_ms;
                 queue.put_back(ticket, asked);
             } else {
@@ -140,6 +140,7 @@ impl Simulation<'_> {
                 self.tried(router, asked, tried);
             }
         }
+        self.routers[router].lacks_room(lacks_room);
         let waiting = self.routers.iter().map(Router::queued).sum();
         self.recorder.queued(self.now_ms, waiting);
     }
