@@ -23,6 +23,7 @@ mod seed;
 mod settings;
 mod simulation;
 pub mod trace;
+mod weighted;
 
 pub use histogram::Histogram;
 pub use outcome::{

@@ -1,7 +1,9 @@
 //! Policies by name.
 
 use crate::settings::PolicySettings;
-use kvmesh_scheduler::{CostSettings, FixedPolicy, KvCost, Policy, Rule};
+use crate::weighted::Weighted;
+use kvmesh_scheduler::{CostSettings, FixedPolicy, KvCost, Policy, Rule, ScoredPolicy};
+use std::sync::Arc;
 
 /// The policy that settings name. Clairvoyance is not a policy's to have:
 /// its plans are those of the cost, the choice among them is the simulation's.
@@ -23,6 +25,15 @@ pub(crate) fn policy(settings: &PolicySettings, seed: u64) -> Box<dyn Policy> {
                 tie_share: tie_share.unwrap_or(cost.tie_share),
                 ..cost
             }));
+        }
+        PolicySettings::Weighted { overlap, decode } => {
+            // Every plan is scored, not only those that cost least.
+            let all = CostSettings {
+                best_of_side: usize::MAX,
+                ..cost
+            };
+            let scorer = Arc::new(Weighted { overlap, decode });
+            return Box::new(ScoredPolicy::new(all, scorer));
         }
         PolicySettings::RoundRobin => Rule::RoundRobin,
         PolicySettings::Random => Rule::Random { seed },

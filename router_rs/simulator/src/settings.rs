@@ -115,6 +115,14 @@ pub enum PolicySettings {
         #[serde(default)]
         temperature: Option<f64>,
     },
+    /// That formula with each weight free: `backlog - overlap x cached +
+    /// decode x decode context`, in tokens.
+    Weighted {
+        /// Weight of what is cached.
+        overlap: f64,
+        /// Weight of the streams' contexts.
+        decode: f64,
+    },
     /// True lengths and coefficients, rolled forward for every candidate.
     Clairvoyant,
 }
