@@ -83,6 +83,7 @@ pub struct TransferRates {
 #[derive(Debug, Clone, Copy)]
 struct Learnt {
     rate: TransferRate,
+    prior: TransferRate,
     /// Sums of weight, bytes, bytes squared, ms, and bytes times ms.
     sums: [f64; 5],
 }
@@ -149,9 +150,19 @@ impl Learnt {
     fn new(prior: TransferRate) -> Self {
         let mut sums = [0.0; 5];
         for bytes in [0.0, f64::from(1 << 26)] {
-            add(&mut sums, PRIOR_WEIGHT / 2.0, bytes, prior.ms(bytes));
+            add(
+                &mut sums,
+                &prior,
+                PRIOR_WEIGHT / 2.0,
+                bytes,
+                prior.ms(bytes),
+            );
         }
-        Self { rate: prior, sums }
+        Self {
+            rate: prior,
+            prior,
+            sums,
+        }
     }
 
     fn observe(&mut self, bytes: f64, ms: f64) {
@@ -159,7 +170,7 @@ impl Learnt {
         let ms = ms.clamp(predicted / CLIP, predicted * CLIP);
         let keep = 0.5f64.powf(1.0 / HALF_LIFE);
         self.sums.iter_mut().for_each(|sum| *sum *= keep);
-        add(&mut self.sums, 1.0, bytes, ms);
+        add(&mut self.sums, &self.prior, 1.0, bytes, ms);
         let [weight, x, xx, y, xy] = self.sums;
         let spread = weight * xx - x * x;
         let slope = if spread > 1e-9 * weight * xx {
@@ -191,9 +202,11 @@ impl Learnt {
 }
 
 /// Adds a point; errors are relative, so it weighs by the inverse square of
-/// its time.
-fn add(sums: &mut [f64; 5], weight: f64, bytes: f64, ms: f64) {
-    let weight = weight / (ms * ms).max(1e-6);
+/// what its size takes by the prior: of one size all weigh the same, however
+/// long they took.
+fn add(sums: &mut [f64; 5], prior: &TransferRate, weight: f64, bytes: f64, ms: f64) {
+    let scale = prior.ms(bytes);
+    let weight = weight / (scale * scale);
     let parts = [1.0, bytes, bytes * bytes, ms, bytes * ms];
     for (sum, part) in sums.iter_mut().zip(parts) {
         *sum += weight * part;

@@ -27,16 +27,9 @@ fn pd(prefill: u32, decode: u32) -> Vec<WorkerView> {
 }
 
 fn every_policy() -> Vec<Box<dyn Policy>> {
-    let fixed = [
-        Rule::RoundRobin,
-        Rule::Random { seed: 1 },
-        Rule::LeastLoaded,
-        Rule::PowerOfTwo { seed: 1 },
-        Rule::PrefixGreedy,
-    ];
-    let mut policies: Vec<Box<dyn Policy>> = fixed
+    let mut policies: Vec<Box<dyn Policy>> = Rule::NAMES
         .into_iter()
-        .map(|rule| Box::new(FixedPolicy::new(rule)) as Box<dyn Policy>)
+        .map(|name| Box::new(FixedPolicy::new(Rule::named(name, 1).unwrap())) as Box<dyn Policy>)
         .collect();
     policies.push(Box::new(KvCost::default()));
     policies
@@ -431,9 +424,11 @@ proptest! {
             prop_assert!(p.load.kv.free >= 68 && d.load.kv.free >= 68);
             prop_assert_eq!(matches!(decision.plan(), Plan::Whole { .. }), p.slot == d.slot);
             let t = decision.chosen.terms;
-            for ms in [t.wait_ms, t.pull_ms, t.prefill_ms, t.transfer_ms, t.decode_wait_ms, t.own_stretch_ms, t.others_stretch_ms] {
-                prop_assert!(ms.is_finite() && ms >= 0.0, "{:?}", t);
+            for (name, ms) in t.rows() {
+                prop_assert!(ms.is_finite() && ms >= 0.0, "{}: {:?}", name, t);
             }
+            let sum: f64 = t.rows().iter().map(|(_, ms)| ms).sum();
+            prop_assert!((sum - t.total_ms()).abs() <= 1e-6 * sum.max(1.0), "{:?}", t);
             prop_assert_eq!(&policy.explain(&Cluster::new(1, &workers), &request).is_ok(), &true);
         }
     }

@@ -1,7 +1,13 @@
 //! What the mesh counts, for `/metrics`. Plain atomics: read at any time,
 //! written without a label lookup on the data path.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+use kvmesh_session::generation::Plan;
+use kvmesh_wire::v1;
 
 /// A number that goes up and down.
 #[derive(Debug, Default)]
@@ -42,6 +48,43 @@ impl Count {
     }
 }
 
+/// Upper bounds of [`Ratios`].
+const RATIO_BOUNDS: [f64; 12] = [
+    0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 1.0, 2.0, 5.0,
+];
+
+/// How far predictions are off: |predicted / measured - 1|.
+#[derive(Debug, Default)]
+pub struct Ratios {
+    counts: [AtomicU64; RATIO_BOUNDS.len() + 1],
+    sum_millionths: AtomicU64,
+}
+
+impl Ratios {
+    /// Nothing is counted where nothing was measured.
+    fn observe(&self, predicted: f64, measured: f64) {
+        let ratio = (predicted / measured - 1.0).abs();
+        if !ratio.is_finite() || measured <= 0.0 {
+            return;
+        }
+        let bucket = RATIO_BOUNDS.partition_point(|bound| *bound < ratio);
+        self.counts[bucket].fetch_add(1, Ordering::Relaxed);
+        let millionths = (ratio * 1e6).min(1e15) as u64;
+        self.sum_millionths.fetch_add(millionths, Ordering::Relaxed);
+    }
+
+    /// Sum, number, and (bound, count) of each bucket.
+    #[must_use]
+    pub fn read(&self) -> (f64, u64, Vec<(f64, u64)>) {
+        let bounds = RATIO_BOUNDS.into_iter().chain([f64::INFINITY]);
+        let counts = self.counts.iter().map(|n| n.load(Ordering::Relaxed));
+        let buckets: Vec<_> = bounds.zip(counts).collect();
+        let all = buckets.iter().map(|(_, count)| count).sum();
+        let sum = self.sum_millionths.load(Ordering::Relaxed) as f64 / 1e6;
+        (sum, all, buckets)
+    }
+}
+
 /// Counters of the whole mesh.
 #[derive(Debug, Default)]
 pub struct Counters {
@@ -49,6 +92,16 @@ pub struct Counters {
     pub open_streams: Gauge,
     /// Attempts made.
     pub attempts: Count,
+    /// Plans with prompt and output on one worker.
+    pub plans_whole: Count,
+    /// Plans with prompt and output on two.
+    pub plans_split: Count,
+    /// Time from a request for a plan to its booking, microseconds.
+    pub decide_us: Count,
+    /// How far predicted first tokens were off.
+    pub ttft_errors: Ratios,
+    /// The same of computing prompts alone.
+    pub prefill_errors: Ratios,
     /// Placements sent.
     pub placements: Count,
     /// Placements refused by workers.
@@ -96,6 +149,25 @@ pub struct Counters {
     pub tokenizer_fetches: Count,
 }
 
+impl Counters {
+    /// A plan was made.
+    pub(super) fn decided(&self, plan: &Plan, took: Duration) {
+        match plan {
+            Plan::Whole { .. } => self.plans_whole.add(1),
+            Plan::Mesh { .. } | Plan::Engine { .. } => self.plans_split.add(1),
+        }
+        let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        self.decide_us.add(micros);
+    }
+
+    /// A first token came that was predicted.
+    pub(super) fn predicted(&self, predicted: &v1::PhaseTimes, actual: &v1::PhaseTimes) {
+        self.ttft_errors.observe(predicted.ttft_ms, actual.ttft_ms);
+        self.prefill_errors
+            .observe(predicted.prefill_ms, actual.prefill_ms);
+    }
+}
+
 /// Sessions by state, at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SessionCounts {
@@ -111,4 +183,22 @@ pub struct SessionCounts {
     pub half_open: u64,
     /// Refused: protocol, model or identity.
     pub refused: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_are_relative_to_what_was_measured() {
+        let ratios = Ratios::default();
+        ratios.observe(110.0, 100.0);
+        ratios.observe(50.0, 100.0);
+        ratios.observe(1.0, 0.0);
+        let (sum, count, buckets) = ratios.read();
+        assert_eq!(count, 2);
+        assert!((sum - 0.6).abs() < 1e-5, "{sum}");
+        let at = |bound: f64| buckets.iter().find(|(b, _)| *b == bound).map(|(_, n)| *n);
+        assert_eq!((at(0.15), at(0.6)), (Some(1), Some(1)));
+    }
 }

@@ -5,8 +5,39 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use kvmesh_session::GenerationId;
+use kvmesh_scheduler::{Considered, Plan};
+use kvmesh_session::{GenerationId, WorkerIndex};
 use kvmesh_wire::v1;
+
+/// One choice, as it was made: what people read of it is made when they ask.
+#[derive(Clone)]
+pub(super) struct Decided {
+    /// The attempt that it made.
+    pub(super) attempt: u32,
+    /// When, in ms since the request's arrival.
+    pub(super) at_ms: f64,
+    /// Name of the policy.
+    pub(super) policy: &'static str,
+    /// What was chosen.
+    pub(super) chosen: Plan,
+    /// The best plans, each with its workers: prefill, decode, prefix.
+    pub(super) plans: Vec<(Considered, [Option<WorkerIndex>; 3])>,
+    /// Plans weighed.
+    pub(super) weighed: u32,
+    /// Plans that tied.
+    pub(super) tied: u32,
+    /// What was predicted ...
+    pub(super) predicted: v1::PhaseTimes,
+    /// ... and what came of it.
+    pub(super) actual: Option<v1::PhaseTimes>,
+}
+
+/// What is known of one generation.
+#[derive(Clone, Default)]
+struct Known {
+    decisions: Vec<Decided>,
+    finished: Option<v1::Finished>,
+}
 
 /// A bounded memory of decisions; the oldest generation goes first.
 pub(super) struct Decisions {
@@ -17,7 +48,7 @@ pub(super) struct Decisions {
 #[derive(Default)]
 struct Kept {
     order: VecDeque<GenerationId>,
-    by_id: HashMap<GenerationId, v1::ExplainResponse>,
+    by_id: HashMap<GenerationId, Known>,
 }
 
 impl Decisions {
@@ -35,7 +66,7 @@ impl Decisions {
     }
 
     /// Adds a decision.
-    pub(super) fn decided(&self, id: GenerationId, decision: v1::Decision) {
+    pub(super) fn decided(&self, id: GenerationId, decision: Decided) {
         if self.most == 0 {
             return;
         }
@@ -51,46 +82,135 @@ impl Decisions {
         kept.by_id.entry(id).or_default().decisions.push(decision);
     }
 
-    /// Adds what came of it: the end, and when the first token came after the
-    /// last decision.
-    pub(super) fn finished(&self, id: GenerationId, finished: &v1::Finished, first_token_ms: f64) {
+    /// Adds what came of it: the end, and what the attempt took whose first
+    /// token was the first.
+    pub(super) fn finished(
+        &self,
+        id: GenerationId,
+        finished: &v1::Finished,
+        measured: Option<(u32, v1::PhaseTimes)>,
+    ) {
         let mut kept = self.lock();
-        if let Some(response) = kept.by_id.get_mut(&id) {
-            response.finished = Some(finished.clone());
-            if let Some(last) = response.decisions.last_mut() {
-                last.actual_ttft_ms = (first_token_ms - last.at_ms).max(0.0);
+        if let Some(known) = kept.by_id.get_mut(&id) {
+            known.finished = Some(finished.clone());
+            if let Some((attempt, actual)) = measured
+                && let Some(decision) = known
+                    .decisions
+                    .iter_mut()
+                    .find(|decision| decision.attempt == attempt)
+            {
+                decision.actual = Some(actual);
             }
         }
     }
 
-    /// What is known of a generation.
-    pub(super) fn explain(&self, id: GenerationId) -> Option<v1::ExplainResponse> {
-        self.lock().by_id.get(&id).cloned()
+    /// What is known of a generation; `name` gives a worker's id.
+    pub(super) fn explain(
+        &self,
+        id: GenerationId,
+        name: impl Fn(WorkerIndex) -> String,
+    ) -> Option<v1::ExplainResponse> {
+        let known = self.lock().by_id.get(&id).cloned()?;
+        let decisions = known.decisions.iter();
+        Some(v1::ExplainResponse {
+            decisions: decisions.map(|one| told(one, &name)).collect(),
+            finished: known.finished,
+        })
+    }
+}
+
+fn told(decision: &Decided, name: &impl Fn(WorkerIndex) -> String) -> v1::Decision {
+    let plans = decision.plans.iter().map(|(considered, workers)| {
+        let [prefill, decode, prefix] = workers.map(|worker| worker.map(name).unwrap_or_default());
+        let terms = considered.terms.rows().into_iter();
+        v1::PlanCost {
+            prefill_worker: prefill,
+            decode_worker: decode,
+            prefix_worker: prefix,
+            total_ms: considered.terms.total_ms(),
+            terms: terms
+                .map(|(name, ms)| v1::CostTerm {
+                    name: name.to_owned(),
+                    ms,
+                })
+                .collect(),
+            ttft_ms: considered.terms.ttft_ms(),
+            cached_tokens: considered.cached_tokens,
+            pulled_tokens: considered.pulled_tokens,
+        }
+    });
+    let chosen = decision
+        .plans
+        .iter()
+        .position(|(considered, _)| considered.plan == decision.chosen);
+    v1::Decision {
+        attempt: decision.attempt,
+        at_ms: decision.at_ms,
+        policy: decision.policy.to_owned(),
+        plans: plans.collect(),
+        chosen: chosen.and_then(|at| u32::try_from(at).ok()).unwrap_or(0),
+        predicted_ttft_ms: decision.predicted.ttft_ms,
+        actual_ttft_ms: decision.actual.map_or(0.0, |actual| actual.ttft_ms),
+        predicted: Some(decision.predicted),
+        actual: decision.actual,
+        weighed: decision.weighed,
+        tied: decision.tied,
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use kvmesh_kv_index::WorkerSlot;
+
     use super::*;
+
+    fn decided(attempt: u32) -> Decided {
+        Decided {
+            attempt,
+            at_ms: 1.0,
+            policy: "cost",
+            chosen: Plan::Whole {
+                worker: WorkerSlot(0),
+                source: None,
+            },
+            plans: Vec::new(),
+            weighed: 1,
+            tied: 1,
+            predicted: v1::PhaseTimes::default(),
+            actual: None,
+        }
+    }
 
     #[test]
     fn the_oldest_generation_goes_first() {
         let decisions = Decisions::new(2);
         let ids: Vec<_> = (0..3).map(|n| GenerationId([n; 16])).collect();
         for id in &ids {
-            decisions.decided(*id, v1::Decision::default());
-            decisions.decided(
-                *id,
-                v1::Decision {
-                    attempt: 2,
-                    ..v1::Decision::default()
-                },
-            );
+            decisions.decided(*id, decided(1));
+            decisions.decided(*id, decided(2));
         }
-        assert!(decisions.explain(ids[0]).is_none());
-        assert_eq!(
-            decisions.explain(ids[2]).map(|known| known.decisions.len()),
-            Some(2)
-        );
+        let explain = |id| decisions.explain(id, |_| String::new());
+        assert!(explain(ids[0]).is_none());
+        assert_eq!(explain(ids[2]).map(|known| known.decisions.len()), Some(2));
+    }
+
+    #[test]
+    fn what_happened_is_told_of_the_attempt_that_it_happened_to() {
+        let decisions = Decisions::new(2);
+        let id = GenerationId([1; 16]);
+        decisions.decided(id, decided(1));
+        decisions.decided(id, decided(2));
+        let took = v1::PhaseTimes {
+            ttft_ms: 7.0,
+            ..v1::PhaseTimes::default()
+        };
+        decisions.finished(id, &v1::Finished::default(), Some((2, took)));
+        let known = decisions.explain(id, |_| String::new());
+        let actual: Vec<f64> = known
+            .iter()
+            .flat_map(|known| &known.decisions)
+            .map(|decision| decision.actual_ttft_ms)
+            .collect();
+        assert_eq!(actual, [0.0, 7.0]);
     }
 }

@@ -1,6 +1,7 @@
 //! From a request for a plan to a booked plan, or to the queue (`queue`).
 
 use std::{
+    collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
@@ -9,11 +10,11 @@ use kvmesh_kv_index::{
     CacheChange, IndexSettings, KvIndex, Matches, WorkerSlot, chain_values, namespace_root,
 };
 use kvmesh_scheduler::{
-    Booking as Load, Class, Considered, Needs, NoPlan, OutputLengths, RequestView,
+    Booking as Load, Class, Needs, NoPlan, OutputLengths, PerClass, RequestView,
 };
 use kvmesh_session::{
     TransferId, WorkerIndex,
-    generation::{Cause, Event, Plan, PlanRequest},
+    generation::{Cause, Event, Plan, PlanRequest, Stop},
     parse::{Hello, LoadReport, Refusal},
 };
 use kvmesh_wire::v1;
@@ -21,40 +22,46 @@ use smallvec::SmallVec;
 
 use super::{
     Core,
+    decisions::Decided,
     figures::ms,
     models::{self, ServedModel},
     open::{Chosen, Open, Party},
-    placer::{Placed, Placer, Standing, Wanted, apply_cache},
-    queue::{Sent, Waits},
+    placer::{Placed, Placer, Standing},
+    policy::PolicySettings,
+    queue::Waits,
     table::WorkerEntry,
+    views::apply_cache,
 };
 use crate::request::AdmittedRequest;
 
 /// The placer, the index it asks, and the requests that wait.
 pub(super) struct Dispatcher {
+    /// Name of the policy.
+    policy: &'static str,
     pub(super) index: Arc<KvIndex>,
     placer: Mutex<Placer>,
     pub(super) waits: Waits,
-    lengths: Mutex<OutputLengths>,
+    lengths: Mutex<Lengths>,
 }
 
+/// Load that is booked while a request waits.
+pub(super) type Held = Vec<(WorkerIndex, Load)>;
+
 /// What came of trying to place a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Tried {
     /// It has its plan, or its end.
     Done,
     /// No worker has room, or is ready, at the moment.
     NoRoom,
-    /// Its worker would not start it soon.
-    NotYet,
+    /// Its worker would not start it soon, or others go first. It is booked
+    /// where it would go.
+    NotYet(Held),
 }
 
 /// Load that was booked at the moment of choice. Dropping it releases it, so
 /// that every way out does.
 pub(super) struct Booking {
-    loads: Vec<(WorkerIndex, Load)>,
-    /// Until the first token.
-    sent: Option<Sent>,
+    loads: Held,
 }
 
 impl Booking {
@@ -68,22 +75,35 @@ impl Booking {
         }
     }
 
-    /// Its first token came.
-    pub(super) fn started(&mut self) {
-        self.sent = None;
+    /// Its first token came: its prompt holds nobody up any more.
+    pub(super) fn started(&self) {
+        for (_, booked) in &self.loads {
+            booked.started();
+        }
     }
+}
+
+/// Lengths of outputs, and what the views were told of them.
+struct Lengths {
+    learnt: OutputLengths,
+    told: BTreeMap<String, PerClass<f64>>,
 }
 
 impl Dispatcher {
     /// An empty one; `router_id` sets how ties are broken.
-    pub(super) fn new(router_id: &str) -> Self {
+    pub(super) fn new(router_id: &str, policy: &PolicySettings) -> Self {
         let index = Arc::new(KvIndex::new(IndexSettings::default()));
         let router = xxhash_rust::xxh3::xxh3_64(router_id.as_bytes());
+        let placer = Placer::new(Arc::clone(&index), router, policy);
         Self {
-            placer: Mutex::new(Placer::new(Arc::clone(&index), router)),
+            policy: placer.policy(),
+            placer: Mutex::new(placer),
             index,
-            waits: Waits::new(),
-            lengths: Mutex::new(OutputLengths::new(EXPECTED_OUTPUT)),
+            waits: Waits::new(policy.queue),
+            lengths: Mutex::new(Lengths {
+                learnt: OutputLengths::new(policy.expected_output),
+                told: BTreeMap::new(),
+            }),
         }
     }
 
@@ -92,7 +112,7 @@ impl Dispatcher {
         self.placer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lengths(&self) -> MutexGuard<'_, OutputLengths> {
+    fn lengths(&self) -> MutexGuard<'_, Lengths> {
         self.lengths.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -103,16 +123,29 @@ impl Dispatcher {
         match request.expected_output_tokens {
             0 => {
                 let class = class_of(request.class);
-                self.lengths().expected(&request.model, class, made, most)
+                let lengths = self.lengths();
+                lengths.learnt.expected(&request.model, class, made, most)
             }
             told => told.min(most),
         }
     }
 
-    /// An output is complete.
+    /// An output is complete. Every view has what streams have left; it is told
+    /// anew where that changed by a tenth.
     pub(super) fn learn_output(&self, request: &AdmittedRequest, tokens: u32) {
-        let class = class_of(request.class);
-        self.lengths().observe(&request.model, class, tokens);
+        let model = &request.model;
+        let mut lengths = self.lengths();
+        let Lengths { learnt, told } = &mut *lengths;
+        learnt.observe(model, class_of(request.class), tokens);
+        let left = Class::ALL.map(|class| learnt.left_of_running(model, class, u32::MAX));
+        let known = told.get(model);
+        let same = |at: usize, known: &PerClass<f64>| (left[at] / known[at] - 1.0).abs() < 0.1;
+        if known.is_some_and(|known| (0..left.len()).all(|at| same(at, known))) {
+            return;
+        }
+        told.insert(model.clone(), left);
+        drop(lengths);
+        self.placer().left(model, left);
     }
 
     /// Requests that wait.
@@ -131,8 +164,13 @@ impl Core {
     pub(super) fn plan(self: &Arc<Self>, open: &Arc<Open>, request: &PlanRequest) {
         // New work does not pass what goes before it.
         let behind = request.cause == Cause::Start && self.dispatcher.waits.behind(open);
-        if !request.wait_for_room && !behind && self.try_plan(open, request) == Tried::Done {
-            return;
+        let mut held = Held::new();
+        if !request.wait_for_room {
+            match self.try_plan(open, request, !behind) {
+                Tried::Done => return,
+                Tried::NoRoom => {}
+                Tried::NotYet(booked) => held = booked,
+            }
         }
         // Whoever refused may have room when the next load comes; what an
         // engine cannot do it cannot do then either.
@@ -141,32 +179,20 @@ impl Core {
         request
             .excluded
             .retain(|(_, why)| *why == Refusal::Unsupported);
-        self.dispatcher.waits.push(open, request);
+        self.dispatcher.waits.push(open, request, held);
     }
 
-    /// Chooses and places, if a worker would start the request soon.
-    pub(super) fn try_plan(self: &Arc<Self>, open: &Arc<Open>, request: &PlanRequest) -> Tried {
+    /// Chooses and books; places if it may go and a worker would start the
+    /// request soon.
+    pub(super) fn try_plan(
+        self: &Arc<Self>,
+        open: &Arc<Open>,
+        request: &PlanRequest,
+        may_go: bool,
+    ) -> Tried {
         let began = Instant::now();
-        let mut cached = Matches::default();
-        self.dispatcher.index.lookup_into(open.chain(), &mut cached);
-        let id = u128::from_le_bytes(open.id.0);
         let border = open.next_index();
-        let expected = self.dispatcher.expected_output(&open.request, border);
-        let chosen = {
-            let mut placer = self.dispatcher.placer();
-            let excluded: SmallVec<[WorkerSlot; 4]> = request
-                .excluded
-                .iter()
-                .filter_map(|(worker, _)| placer.slot(*worker))
-                .collect();
-            let view = request_view(&open.request, id, border, expected, &cached, &excluded);
-            let explain = self.settings.decisions_kept > 0;
-            placer.choose(&Wanted {
-                request: view,
-                explain,
-            })
-        };
-        let placed = match chosen {
+        let placed = match self.choose(open, request, border) {
             Ok(placed) => placed,
             Err(
                 NoPlan::NoRoom { .. }
@@ -189,19 +215,81 @@ impl Core {
                 return Tried::Done;
             }
         };
+        if border == 0 && self.misses_deadline(open, &placed) {
+            open.apply(Event::Stop(Stop::Overloaded));
+            return Tried::Done;
+        }
+        let ahead = ms(self.settings.dispatch_ahead).max(placed.step_ms);
+        if !may_go || placed.start_ms > ahead {
+            return Tried::NotYet(placed.bookings);
+        }
         let Some(parties) = self.parties(&placed) else {
             return Tried::NoRoom;
         };
-        // What is dropped here releases its booking.
-        let ahead = ms(self.settings.dispatch_ahead).max(placed.step_ms);
+        self.go(open, placed, parties, border, began);
+        Tried::Done
+    }
+
+    fn choose(&self, open: &Open, request: &PlanRequest, border: u32) -> Result<Placed, NoPlan> {
+        let mut cached = Matches::default();
+        self.dispatcher.index.lookup_into(open.chain(), &mut cached);
+        let id = u128::from_le_bytes(open.id.0);
+        let expected = self.dispatcher.expected_output(&open.request, border);
         let waits = &self.dispatcher.waits;
-        if placed.start_ms > ahead && !waits.preempts(placed.prefill, open) {
-            return Tried::NotYet;
-        }
-        let sent = Some(waits.sent(placed.prefill, open));
+        let mut placer = self.dispatcher.placer();
+        let excluded: SmallVec<[WorkerSlot; 4]> = request
+            .excluded
+            .iter()
+            .filter_map(|(worker, _)| placer.slot(*worker))
+            .collect();
+        let view = RequestView {
+            virtual_deadline_ms: waits.deadline_ms(open),
+            affinity: affinity(open.chain(), id),
+            ..request_view(&open.request, id, border, expected, &cached, &excluded)
+        };
+        placer.choose(&view, waits.now_ms())
+    }
+
+    /// Whether the first token is predicted for after the client's deadline.
+    fn misses_deadline(&self, open: &Open, placed: &Placed) -> bool {
+        let Some(deadline) = open.request.deadline else {
+            return false;
+        };
+        let left = deadline.saturating_duration_since(Instant::now());
+        placed.chosen.terms.ttft_ms() > ms(left)
+    }
+
+    /// Places a request by its plan.
+    fn go(
+        self: &Arc<Self>,
+        open: &Arc<Open>,
+        placed: Placed,
+        parties: SmallVec<[Party; 2]>,
+        border: u32,
+        began: Instant,
+    ) {
         self.note_sent(open, &placed);
-        self.decisions
-            .decided(open.id, self.decision(open, &placed));
+        let terms = placed.chosen.terms;
+        let predicted = v1::PhaseTimes {
+            wait_ms: terms.wait_ms,
+            prefill_ms: terms.pull_ms + terms.prefill_ms,
+            transfer_ms: terms.transfer_ms,
+            ttft_ms: terms.ttft_ms(),
+        };
+        self.decisions.decided(
+            open.id,
+            Decided {
+                attempt: open.attempt() + 1,
+                at_ms: ms(open.request.arrived.elapsed()),
+                policy: self.dispatcher.policy,
+                chosen: placed.plan,
+                plans: placed.considered,
+                weighed: placed.weighed,
+                tied: placed.tied,
+                predicted,
+                actual: None,
+            },
+        );
         let prefix_from = placed.source.and_then(|source| {
             let (worker, incarnation, address) = self.table.sender(source);
             let tokens = placed.chosen.pulled_tokens;
@@ -213,20 +301,25 @@ impl Core {
                 tokens,
             })
         });
+        let left = open.request.max_tokens.saturating_sub(border);
+        let moved = placed.source.map(|source| (source, placed.prefill));
         open.planned(Chosen {
-            plan: plan_of(&placed, open.request.max_tokens.saturating_sub(border)),
+            plan: plan_of(placed.engine, placed.prefill, placed.decode, left),
             parties,
             cached_tokens: placed.chosen.cached_tokens,
             pulled_tokens: placed.chosen.pulled_tokens,
             prefix_from,
             predicted_start_ms: placed.start_ms,
+            predicted,
+            pulls: moved,
+            tail: placed
+                .tail
+                .map(|tail| (placed.prefill, placed.decode, tail)),
             booking: Booking {
                 loads: placed.bookings,
-                sent,
             },
             decide: began.elapsed(),
         });
-        Tried::Done
     }
 
     /// Workers without cache events: what is sent there counts as cached.
@@ -250,56 +343,6 @@ impl Core {
             Some(Party { worker, session })
         };
         workers.into_iter().map(party).collect()
-    }
-
-    fn decision(&self, open: &Open, placed: &Placed) -> v1::Decision {
-        let (policy, names) = {
-            let placer = self.dispatcher.placer();
-            let name = |slot| placer.worker_at(slot).map(|worker| self.table.name(worker));
-            let names = |plan: &kvmesh_scheduler::Plan| {
-                let decode = name(plan.decode()).unwrap_or_default();
-                let prefill = match plan {
-                    kvmesh_scheduler::Plan::Whole { .. } => String::new(),
-                    split => name(split.prefill()).unwrap_or_default(),
-                };
-                (
-                    prefill,
-                    decode,
-                    plan.source().and_then(name).unwrap_or_default(),
-                )
-            };
-            let named: Vec<_> = placed
-                .considered
-                .iter()
-                .take(PLANS_KEPT)
-                .map(|c| names(&c.plan))
-                .collect();
-            (placer.policy(), named)
-        };
-        let plans = placed
-            .considered
-            .iter()
-            .zip(names)
-            .map(|(considered, names)| {
-                let (prefill_worker, decode_worker, prefix_worker) = names;
-                v1::PlanCost {
-                    prefill_worker,
-                    decode_worker,
-                    prefix_worker,
-                    total_ms: considered.terms.total_ms(),
-                    terms: cost_terms(considered),
-                }
-            });
-        let chosen = placed.considered.iter().position(|c| c.plan == placed.plan);
-        v1::Decision {
-            attempt: open.attempt() + 1,
-            at_ms: ms(open.request.arrived.elapsed()),
-            policy: policy.to_owned(),
-            plans: plans.collect(),
-            chosen: chosen.and_then(|at| u32::try_from(at).ok()).unwrap_or(0),
-            predicted_ttft_ms: placed.chosen.terms.ttft_ms(),
-            actual_ttft_ms: 0.0,
-        }
     }
 
     /// A worker said who it is.
@@ -454,29 +497,14 @@ impl Core {
     }
 }
 
-/// Plans kept for `explain`.
-const PLANS_KEPT: usize = 8;
+/// Units of a prompt whose chain value stands for what belongs together.
+const AFFINITY_UNITS: usize = 16;
 
-/// A prior for the length of an output, in tokens, where nothing is known.
-const EXPECTED_OUTPUT: u32 = 256;
-
-fn cost_terms(considered: &Considered) -> Vec<v1::CostTerm> {
-    let terms = &considered.terms;
-    [
-        ("wait", terms.wait_ms),
-        ("pull", terms.pull_ms),
-        ("prefill", terms.prefill_ms),
-        ("transfer", terms.transfer_ms),
-        ("decode_wait", terms.decode_wait_ms),
-        ("own_stretch", terms.own_stretch_ms),
-        ("others_stretch", terms.others_stretch_ms),
-    ]
-    .into_iter()
-    .map(|(name, ms)| v1::CostTerm {
-        name: name.to_owned(),
-        ms,
-    })
-    .collect()
+/// What a request belongs to: the first 256 tokens of its prompt, or it stands
+/// for itself.
+fn affinity(chain: &[u64], id: u128) -> u64 {
+    let first = &chain[..chain.len().min(AFFINITY_UNITS)];
+    first.last().copied().unwrap_or(id as u64)
 }
 
 /// A class in the scheduler's terms.
@@ -536,11 +564,8 @@ pub(super) fn chain_of(request: &AdmittedRequest, model: &v1::ModelRecord) -> Ve
 }
 
 /// `left` is the number of tokens still to be made.
-fn plan_of(placed: &Placed, left: u32) -> Plan {
-    let Placed {
-        prefill, decode, ..
-    } = *placed;
-    match placed.engine {
+fn plan_of(engine: Option<bool>, prefill: WorkerIndex, decode: WorkerIndex, left: u32) -> Plan {
+    match engine {
         _ if prefill == decode => Plan::Whole { on: decode },
         // One token comes with the prompt: there is nothing to hand on.
         _ if left <= 1 => Plan::Whole { on: prefill },

@@ -25,6 +25,17 @@ pub(super) struct Figures {
     recomputed: u32,
     attempt: u32,
     spans: Vec<v1::TraceSpan>,
+    /// Of the attempt that brings the first token, or may.
+    predicted: Option<Predicted>,
+}
+
+/// What a decision said of a first token.
+#[derive(Clone, Copy)]
+struct Predicted {
+    attempt: u32,
+    /// When it was made.
+    at: Instant,
+    times: v1::PhaseTimes,
 }
 
 #[derive(Default)]
@@ -40,8 +51,18 @@ struct Sums {
 
 impl Figures {
     /// An attempt was placed.
-    pub(super) fn dispatched(&mut self, now: Instant, decide: Duration) {
+    pub(super) fn dispatched(
+        &mut self,
+        now: Instant,
+        decide: Duration,
+        attempt: u32,
+        times: v1::PhaseTimes,
+    ) {
         self.dispatched.get_or_insert(now);
+        if self.first_arrival.is_none() {
+            let at = now.checked_sub(decide).unwrap_or(now);
+            self.predicted = Some(Predicted { attempt, at, times });
+        }
         self.decide += decide;
         self.handed_off = None;
         self.after_hand_off = None;
@@ -142,6 +163,25 @@ impl Figures {
             longest_gap_ms: ms(self.longest_gap),
             transferred_bytes: self.sums.transferred_bytes,
         }
+    }
+
+    /// From the end of prefill to the first token that came after it.
+    pub(super) fn tail(&self) -> Option<Duration> {
+        let from = self.handed_off?;
+        Some(self.after_hand_off?.saturating_duration_since(from))
+    }
+
+    /// Of the attempt that brought the first token: its number, what was
+    /// predicted and what was measured. `None` where its end was not seen.
+    pub(super) fn prediction(&self) -> Option<(u32, v1::PhaseTimes, v1::PhaseTimes)> {
+        let predicted = self.predicted.filter(|one| one.attempt == self.attempt)?;
+        let actual = v1::PhaseTimes {
+            wait_ms: self.sums.worker_queue_ms,
+            prefill_ms: self.sums.prefill_ms,
+            transfer_ms: self.tail().map_or(0.0, ms),
+            ttft_ms: ms(self.first_taken?.saturating_duration_since(predicted.at)),
+        };
+        Some((predicted.attempt, predicted.times, actual))
     }
 
     /// What the generation waited for, as its workers told.

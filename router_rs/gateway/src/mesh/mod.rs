@@ -21,12 +21,14 @@ mod figures;
 mod models;
 mod open;
 mod placer;
+mod policy;
 mod queue;
 mod session;
 mod settings;
 mod stream;
 mod table;
 mod timers;
+mod views;
 
 use std::{
     collections::BTreeMap,
@@ -44,8 +46,9 @@ use kvmesh_text::TextStream;
 use kvmesh_wire::v1;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-pub use counters::{Count, Counters, Gauge, SessionCounts};
+pub use counters::{Count, Counters, Gauge, Ratios, SessionCounts};
 pub use models::ServedModel;
+pub use policy::{COST, PolicySettings, SCORED};
 pub use settings::MeshSettings;
 pub use stream::GenerationStream;
 
@@ -177,7 +180,7 @@ impl Mesh {
         let core = Arc::new(Core {
             table: Table::default(),
             models: Models::default(),
-            dispatcher: Dispatcher::new(&settings.router_id),
+            dispatcher: Dispatcher::new(&settings.router_id, &settings.policy),
             timers: Arc::default(),
             counters: Counters::default(),
             decisions: Decisions::new(settings.decisions_kept),
@@ -248,8 +251,31 @@ impl Mesh {
     /// Whatever keeps it from being run: no such model, no worker for a stage,
     /// a prompt that fits no pool, a full queue, a deadline that has passed.
     pub fn generate(&self, request: AdmittedRequest) -> Result<GenerationStream, RequestError> {
+        let chain = self.chain(&request)?;
+        self.generate_named(request, chain)
+    }
+
+    /// Chain values of a request's prompt: what [`Mesh::generate_named`] takes.
+    /// Some 3 ms for a million tokens: long prompts belong off the serving
+    /// threads.
+    ///
+    /// # Errors
+    /// As [`Mesh::model`].
+    pub fn chain(&self, request: &AdmittedRequest) -> Result<Vec<u64>, RequestError> {
         let model = self.model(&request.model)?;
-        let chain = dispatch::chain_of(&request, &model.record);
+        Ok(dispatch::chain_of(request, &model.record))
+    }
+
+    /// As [`Mesh::generate`], for a prompt whose chain values are known.
+    ///
+    /// # Errors
+    /// As [`Mesh::generate`].
+    pub fn generate_named(
+        &self,
+        request: AdmittedRequest,
+        chain: Vec<u64>,
+    ) -> Result<GenerationStream, RequestError> {
+        let model = self.model(&request.model)?;
         let admitted = self.core.admit(&request, &chain)?;
         let text: Option<TextStream> = match &request.text {
             None => None,
@@ -332,7 +358,10 @@ impl Mesh {
     /// Why a generation went where it went; `None` for one that is not kept.
     #[must_use]
     pub fn explain(&self, id: &str) -> Option<v1::ExplainResponse> {
-        self.core.decisions.explain(GenerationId::from_hex(id)?)
+        let name = |worker| self.core.table.name(worker);
+        self.core
+            .decisions
+            .explain(GenerationId::from_hex(id)?, name)
     }
 
     /// Counters, for `/metrics`.

@@ -28,7 +28,8 @@ use super::{
     Core,
     continuation::continuation,
     dispatch::Booking,
-    figures::Figures,
+    figures::{Figures, ms},
+    placer::Tail,
     queue::Admitted,
     session::{Outgoing, SessionHandle},
     timers::TimerKey,
@@ -58,6 +59,12 @@ pub(super) struct Chosen {
     pub(super) pulled_tokens: u32,
     pub(super) prefix_from: Option<v1::PrefixSource>,
     pub(super) predicted_start_ms: f64,
+    /// What the choice predicts of the first token.
+    pub(super) predicted: v1::PhaseTimes,
+    /// A prefix goes from the first to the second worker.
+    pub(super) pulls: Option<(WorkerIndex, WorkerIndex)>,
+    /// What is left to move from the first to the second when prefill ends.
+    pub(super) tail: Option<(WorkerIndex, WorkerIndex, Tail)>,
     /// What the choice took.
     pub(super) decide: Duration,
 }
@@ -215,7 +222,7 @@ impl Open {
         let attempt = state.machine.fence().attempt;
         if state.started != attempt {
             state.started = attempt;
-            if let Some(chosen) = &mut state.chosen {
+            if let Some(chosen) = &state.chosen {
                 chosen.booking.started();
             }
         }
@@ -252,6 +259,9 @@ impl Open {
             if matches!(end.end, End::HandedOff { .. }) {
                 state.figures.handed_off(Instant::now());
             }
+            if end.fence == state.machine.fence() {
+                self.learn_transfer(&state, &end);
+            }
         }
         if matches!(end.end, End::TransferFailed) {
             self.core.counters.transfers_failed.add(1);
@@ -267,6 +277,29 @@ impl Open {
         })
     }
 
+    /// What a stage says of how long KV takes from one worker to another.
+    fn learn_transfer(&self, state: &State, end: &StageEnd) {
+        let Some(chosen) = &state.chosen else {
+            return;
+        };
+        let told = &end.timings;
+        let mut placer = self.core.dispatcher.placer();
+        if end.stage != kvmesh_session::Stage::Decode {
+            if let Some((source, target)) = chosen.pulls
+                && told.pulled_tokens > 0
+            {
+                let (bytes, took) = (told.transferred_bytes, told.transfer_ms);
+                placer.transferred(source, target, bytes, took);
+            }
+        } else if let Some((source, target, tail)) = chosen.tail
+            && let Some(took) = state.figures.tail()
+        {
+            // What is seen ends with a decode step.
+            let took = (ms(took) - tail.step_ms).max(0.05);
+            placer.transferred(source, target, tail.bytes, took);
+        }
+    }
+
     /// Carries a plan out.
     pub(super) fn planned(self: &Arc<Self>, chosen: Chosen) {
         let plan = {
@@ -279,7 +312,11 @@ impl Open {
                 .request
                 .placements
                 .then(|| Box::new(self.placed_message(&state, &chosen)));
-            state.figures.dispatched(Instant::now(), chosen.decide);
+            let attempt = state.machine.fence().attempt + 1;
+            state
+                .figures
+                .dispatched(Instant::now(), chosen.decide, attempt, chosen.predicted);
+            self.core.counters.decided(&chosen.plan, chosen.decide);
             if matches!(chosen.plan, Plan::Mesh { .. }) {
                 self.core.counters.transfers_started.add(1);
             }
@@ -591,6 +628,14 @@ impl Open {
             },
             ..v1::Finished::default()
         }
+    }
+
+    /// What was predicted of the attempt that brought the first token, and what
+    /// it took; counted as it is told.
+    pub(super) fn measured(&self) -> Option<(u32, v1::PhaseTimes)> {
+        let (attempt, predicted, actual) = self.lock().figures.prediction()?;
+        self.core.counters.predicted(&predicted, &actual);
+        Some((attempt, actual))
     }
 
     /// The first message of a stream.

@@ -1,22 +1,24 @@
-//! What this router knows of its workers, in the scheduler's terms.
+//! What this router knows of its workers, and the choice among them.
 //!
-//! Translates hellos, loads and step samples into [`WorkerView`]s, keeps one
-//! index slot a worker, and asks the policy. Pure but for the index, which is
-//! shared with the sessions that feed it.
+//! Hellos, loads and step samples become views (`views`), which are kept in
+//! place: a choice reads them where they are. One index slot a worker. Pure but
+//! for the index, which is shared with the sessions that feed it.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, sync::Arc};
 
-use kvmesh_kv_index::{CacheChange, Knowledge, KvIndex, Matches, Tier, WorkerSlot};
+use kvmesh_kv_index::{Knowledge, KvIndex, Matches, WorkerSlot};
 use kvmesh_scheduler::{
-    Abilities, Admission, AdmissionSettings, Booking, Bookings, Class, Cluster, Considered, KvCost,
-    KvRoom, Learner, Load, Needs, NoPlan, Phase, Plan, Policy, Rejected, RequestView, Role, Share,
-    StepModel, StepSample, WorkerView, admit,
+    Admission, AdmissionSettings, Booking, Bookings, Class, Cluster, Considered, Decision,
+    Estimate, Learner, Needs, NoPlan, Path, PerClass, Plan, Policy, Rejected, RequestView, Roster,
+    StepModel, StepSample, TransferRates, WorkerView, placeable,
 };
 use kvmesh_session::{WorkerIndex, parse::LoadReport};
 use kvmesh_wire::v1;
+
+use super::{
+    policy::PolicySettings,
+    views::{load_of, phase_of, role_of, step_model_of, told, view_of},
+};
 
 /// How long what was sent to a worker without cache events counts as cached.
 const APPROXIMATE_TTL_MS: u64 = 120_000;
@@ -34,21 +36,16 @@ pub(super) enum Standing {
 
 /// A worker with what is learnt of it.
 struct Known {
+    slot: WorkerSlot,
     standing: Standing,
     /// Digests agree with those of the other workers of its model.
     fits: bool,
-    view: WorkerView,
+    /// Its view while it is not in the roster.
+    aside: Option<WorkerView>,
     learner: Learner,
     capabilities: v1::Capabilities,
     /// Predicted length of the step that runs.
     step_ms: f64,
-}
-
-/// What a plan is for.
-pub(super) struct Wanted<'a> {
-    pub(super) request: RequestView<'a>,
-    /// Whether the plans considered are wanted too.
-    pub(super) explain: bool,
 }
 
 /// A plan with its bookings.
@@ -62,9 +59,23 @@ pub(super) struct Placed {
     pub(super) engine: Option<bool>,
     pub(super) bookings: Vec<(WorkerIndex, Booking)>,
     pub(super) chosen: Considered,
-    pub(super) considered: Vec<Considered>,
+    /// The best plans, each with its workers: prefill, decode, prefix.
+    pub(super) considered: Vec<(Considered, [Option<WorkerIndex>; 3])>,
+    pub(super) weighed: u32,
+    pub(super) tied: u32,
+    /// What a streamed hand-off leaves to move when prefill ends.
+    pub(super) tail: Option<Tail>,
     pub(super) start_ms: f64,
     /// Predicted length of the step that runs where the prompt goes.
+    pub(super) step_ms: f64,
+}
+
+/// The end of a streamed hand-off.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Tail {
+    /// Bytes of KV.
+    pub(super) bytes: u64,
+    /// The decode step that comes before its tokens are seen, ms.
     pub(super) step_ms: f64,
 }
 
@@ -84,16 +95,24 @@ pub(super) struct Placer {
     policy: Box<dyn Policy>,
     bookings: Bookings,
     workers: BTreeMap<WorkerIndex, Known>,
+    /// Worker of each slot.
+    by_slot: Vec<Option<WorkerIndex>>,
+    /// Workers that can be chosen from.
+    roster: Roster,
+    transfers: TransferRates,
 }
 
 impl Placer {
-    pub(super) fn new(index: Arc<KvIndex>, router: u64) -> Self {
+    pub(super) fn new(index: Arc<KvIndex>, router: u64, policy: &PolicySettings) -> Self {
         Self {
             index,
             router,
-            policy: Box::new(KvCost::default()),
+            policy: policy.build(router),
             bookings: Bookings::new(),
             workers: BTreeMap::new(),
+            by_slot: Vec::new(),
+            roster: Roster::with_targets(&policy.cost.targets),
+            transfers: TransferRates::new(),
         }
     }
 
@@ -117,33 +136,23 @@ impl Placer {
             return;
         };
         self.bookings.session_ended(slot);
+        self.roster.remove(slot);
         let step = step_model.map_or_else(StepModel::default, step_model_of);
-        let view = WorkerView {
-            slot,
-            role: role_of(v1::Role::try_from(record.role).unwrap_or_default()),
-            // Until its first load it takes nothing.
-            phase: Phase::Loading,
-            draining: false,
-            suspect: false,
-            model: model.name.as_str().into(),
-            digest: model.digest.as_str().into(),
-            adapters: Arc::new(model.adapters.keys().cloned().collect::<BTreeSet<_>>()),
-            abilities: Arc::new(abilities_of(record, model, capabilities)),
-            step,
-            load: Load::default(),
-            booked: kvmesh_scheduler::Work::default(),
-            prompts: Vec::new(),
-            left: [256.0; 3],
-        };
         let known = Known {
+            slot,
             standing: Standing::Absent,
             fits,
-            view,
+            aside: Some(view_of(slot, record, model, capabilities, step)),
             learner: Learner::new(step),
             capabilities: capabilities.clone(),
             step_ms: 0.0,
         };
         self.workers.insert(worker, known);
+        let at = slot.0 as usize;
+        if self.by_slot.len() <= at {
+            self.by_slot.resize(at + 1, None);
+        }
+        self.by_slot[at] = Some(worker);
     }
 
     fn slot_for(
@@ -156,7 +165,7 @@ impl Placer {
             if before.block_tokens == capabilities.block_tokens
                 && before.cache_events == capabilities.cache_events
             {
-                return Some(known.view.slot);
+                return Some(known.slot);
             }
             self.remove(worker);
         }
@@ -182,19 +191,46 @@ impl Placer {
     /// A worker is off the table.
     pub(super) fn remove(&mut self, worker: WorkerIndex) {
         if let Some(known) = self.workers.remove(&worker) {
-            self.bookings.session_ended(known.view.slot);
+            self.bookings.session_ended(known.slot);
+            self.roster.remove(known.slot);
+            self.transfers.forget(known.slot);
+            self.by_slot[known.slot.0 as usize] = None;
             // It was there: nothing else takes slots out.
-            let _ = self.index.remove_worker(known.view.slot);
+            let _ = self.index.remove_worker(known.slot);
         }
     }
 
     /// Whether a worker can be placed on has changed.
     pub(super) fn stands(&mut self, worker: WorkerIndex, standing: Standing) {
-        if let Some(known) = self.workers.get_mut(&worker) {
-            known.standing = standing;
-            known.view.suspect = standing == Standing::Suspect;
-            if standing == Standing::Absent {
-                self.bookings.session_ended(known.view.slot);
+        let Some(known) = self.workers.get_mut(&worker) else {
+            return;
+        };
+        known.standing = standing;
+        if standing == Standing::Absent {
+            self.bookings.session_ended(known.slot);
+        }
+        if known.fits && standing != Standing::Absent {
+            if let Some(view) = known.aside.take() {
+                self.bookings.touch(known.slot);
+                self.roster.insert(view);
+            }
+        } else if let Some(view) = self.roster.remove(known.slot) {
+            known.aside = Some(view);
+        }
+        self.change(worker, |view| view.suspect = standing == Standing::Suspect);
+    }
+
+    /// Changes a worker's view, wherever it is.
+    fn change(&mut self, worker: WorkerIndex, change: impl FnOnce(&mut WorkerView)) {
+        let Some(known) = self.workers.get_mut(&worker) else {
+            return;
+        };
+        match &mut known.aside {
+            Some(view) => change(view),
+            None => {
+                if let Some(view) = self.roster.get_mut(known.slot) {
+                    change(view);
+                }
             }
         }
     }
@@ -206,29 +242,13 @@ impl Placer {
         };
         let load = &report.load;
         known.step_ms = load.step_predicted_ms;
-        let view = &mut known.view;
-        view.role = role_of(report.role);
-        view.draining = load.draining;
-        view.phase = match report.phase {
-            v1::WorkerPhase::Serving => Phase::Serving,
-            v1::WorkerPhase::WarmingUp => Phase::WarmingUp,
-            v1::WorkerPhase::Stopping => Phase::Stopping,
-            v1::WorkerPhase::Loading | v1::WorkerPhase::Unspecified => Phase::Loading,
-        };
-        let kv = load.kv.unwrap_or_default();
-        view.load = Load {
-            own: share_of(load.own),
-            others: share_of(load.others),
-            kv: KvRoom {
-                free: kv.free,
-                evictable: kv.evictable,
-                running: kv.running,
-                pinned: kv.pinned,
-                reserved: kv.reserved,
-            },
-            step_left_ms: (load.step_predicted_ms - load.step_age_ms).max(0.0),
-        };
-        self.bookings.echoed(view.slot, load.last_command);
+        self.bookings.echoed(known.slot, load.last_command);
+        self.change(worker, |view| {
+            view.role = role_of(report.role);
+            view.draining = load.draining;
+            view.phase = phase_of(report.phase);
+            view.load = load_of(load);
+        });
     }
 
     /// A step's service time came.
@@ -244,22 +264,47 @@ impl Placer {
             duration_ms: sample.duration_us as f64 / 1e3,
         });
         if learnt {
-            known.view.step = *known.learner.model();
+            let step = *known.learner.model();
+            self.change(worker, |view| view.step = step);
+        }
+    }
+
+    /// KV of so many bytes moved between two workers in this time, waiting for
+    /// its computing not included.
+    pub(super) fn transferred(
+        &mut self,
+        source: WorkerIndex,
+        target: WorkerIndex,
+        bytes: u64,
+        ms: f64,
+    ) {
+        let view = |worker| {
+            let known = self.workers.get(&worker)?;
+            known.aside.as_ref().or_else(|| self.roster.get(known.slot))
+        };
+        let (Some(from), Some(to)) = (view(source), view(target)) else {
+            return;
+        };
+        let path = Path::between(&from.abilities, &to.abilities);
+        let (from, to) = (from.slot, to.slot);
+        self.transfers.observe(from, to, path, bytes, ms);
+    }
+
+    /// What a stream of this model has left on average has changed.
+    pub(super) fn left(&mut self, model: &str, left: PerClass<f64>) {
+        let of_model: Vec<WorkerIndex> = self.workers.keys().copied().collect();
+        for worker in of_model {
+            self.change(worker, |view| {
+                if *view.model == *model {
+                    view.left = left;
+                }
+            });
         }
     }
 
     /// The step model in force of a worker.
     pub(super) fn step_model(&self, worker: WorkerIndex) -> Option<v1::StepModel> {
-        let model = &self.workers.get(&worker)?.view.step;
-        Some(v1::StepModel {
-            a_ms: model.a_ms,
-            b_ms: model.b_ms,
-            c_ms: model.c_ms,
-            d_ms: model.d_ms,
-            e_ms: model.e_ms,
-            relative_error: model.relative_error,
-            saturating_chunk: model.saturating_chunk,
-        })
+        Some(told(self.workers.get(&worker)?.learner.model()))
     }
 
     /// Bookings that no load shows yet, over all workers.
@@ -273,87 +318,142 @@ impl Placer {
 
     /// The slots of workers, for a request's list of the excluded.
     pub(super) fn slot(&self, worker: WorkerIndex) -> Option<WorkerSlot> {
-        self.workers.get(&worker).map(|known| known.view.slot)
+        self.workers.get(&worker).map(|known| known.slot)
     }
 
     /// The worker of a slot.
-    pub(super) fn worker_at(&self, slot: WorkerSlot) -> Option<WorkerIndex> {
-        self.workers
-            .iter()
-            .find(|(_, known)| known.view.slot == slot)
-            .map(|(index, _)| *index)
+    fn worker_at(&self, slot: WorkerSlot) -> Option<WorkerIndex> {
+        self.by_slot.get(slot.0 as usize).copied().flatten()
     }
 
-    fn views(&self) -> Vec<WorkerView> {
-        let booked = self.bookings.all();
-        let there = self
-            .workers
-            .values()
-            .filter(|known| known.fits && known.standing != Standing::Absent);
-        there
-            .map(|known| {
-                let mut view = known.view.clone();
-                view.booked = booked.get(&view.slot).copied().unwrap_or_default();
-                view
-            })
-            .collect()
+    fn cluster(&self, now_ms: f64) -> Cluster<'_> {
+        self.roster
+            .cluster(self.router)
+            .at(now_ms)
+            .with_transfers(&self.transfers)
     }
 
-    /// Whether a request may wait to be placed. `ahead_ms` gives the work that
-    /// is queued before one of so much work; `left_ms` is the time to its
-    /// deadline.
+    /// What a request would wait for and compute, apart from this router's
+    /// queue.
     ///
     /// # Errors
-    /// Why it may not.
-    pub(super) fn admit(
-        &self,
+    /// Why no worker will ever run it.
+    pub(super) fn estimate(
+        &mut self,
         request: &RequestView<'_>,
-        bound: &AdmissionSettings,
-        left_ms: Option<f64>,
-        ahead_ms: impl Fn(f64) -> f64,
-    ) -> Result<Admission, Turned> {
-        let workers = self.views();
-        let cluster = Cluster::new(self.router, &workers);
-        match self.policy.explain(&cluster, request) {
-            Ok(_)
+        now_ms: f64,
+    ) -> Result<Estimate, NoPlan> {
+        self.roster.refresh(&self.bookings);
+        let cluster = self.cluster(now_ms);
+        match placeable(&cluster, request) {
+            Ok(())
             | Err(
                 NoPlan::NoRoom { .. }
                 | NoPlan::NotReady {
                     draining: false, ..
                 },
-            ) => {}
-            Err(never) => return Err(Turned::Never(never)),
+            ) => Ok(Estimate::of(&cluster, request)),
+            Err(never) => Err(never),
         }
-        // Its work says what goes before it, and that what it waits for.
-        let unbound = AdmissionSettings {
-            max_wait_ms: f64::INFINITY,
+    }
+
+    /// Whether a request may wait to be placed. `queued_ms` gives, for its
+    /// predicted work, its virtual deadline, the work that is queued before it
+    /// and booked nowhere, and all queued work that is as urgent by class;
+    /// `left_ms` is the time to its deadline.
+    ///
+    /// # Errors
+    /// Why it may not.
+    pub(super) fn admit(
+        &mut self,
+        request: &RequestView<'_>,
+        bound: &AdmissionSettings,
+        now_ms: f64,
+        left_ms: Option<f64>,
+        queued_ms: impl Fn(f64) -> (f64, f64, f64),
+    ) -> Result<Admission, Turned> {
+        let alone = self.estimate(request, now_ms).map_err(Turned::Never)?;
+        if alone.workers == 0 {
+            return alone.admit(0.0, left_ms, bound).map_err(Turned::Waits);
+        }
+        let (virtual_deadline_ms, before_ms, as_urgent_ms) = queued_ms(alone.work_ms);
+        // The second bound keeps the queue bounded whatever arrives: ever
+        // shorter requests could pass all others, and each be admitted.
+        let queue_alone = Estimate {
+            least_ms: 0.0,
+            ..alone
         };
-        let alone = admit(&cluster, request, 0.0, None, &unbound).map_err(Turned::Waits)?;
-        let ahead = ahead_ms(alone.work_ms);
-        admit(&cluster, request, ahead, left_ms, bound).map_err(Turned::Waits)
+        let admitted = queue_alone.admit(as_urgent_ms, None, bound);
+        admitted.map_err(Turned::Waits)?;
+        let keyed = RequestView {
+            virtual_deadline_ms,
+            ..*request
+        };
+        let estimate = Estimate::of(&self.cluster(now_ms), &keyed);
+        let admitted = estimate.admit(before_ms, left_ms, bound);
+        admitted.map_err(Turned::Waits)
     }
 
     /// Chooses and books.
     ///
     /// # Errors
     /// Why there is no plan now.
-    pub(super) fn choose(&mut self, wanted: &Wanted<'_>) -> Result<Placed, NoPlan> {
-        let workers = self.views();
-        let cluster = Cluster::new(self.router, &workers);
-        let considered = match wanted.explain {
-            true => self.policy.explain(&cluster, &wanted.request)?,
-            false => Vec::new(),
+    pub(super) fn choose(
+        &mut self,
+        request: &RequestView<'_>,
+        now_ms: f64,
+    ) -> Result<Placed, NoPlan> {
+        self.roster.refresh(&self.bookings);
+        let cluster = self
+            .roster
+            .cluster(self.router)
+            .at(now_ms)
+            .with_transfers(&self.transfers);
+        let decision = self.policy.choose(&cluster, request)?;
+        let tail = self.tail(&decision.plan(), request);
+        let placed = self.place(decision, request.virtual_deadline_ms)?;
+        Ok(Placed { tail, ..placed })
+    }
+
+    fn tail(&self, plan: &Plan, request: &RequestView<'_>) -> Option<Tail> {
+        let Plan::Split {
+            prefill, decode, ..
+        } = plan
+        else {
+            return None;
         };
-        let decision = self.policy.choose(&cluster, &wanted.request)?;
+        let (p, d) = (self.roster.get(*prefill)?, self.roster.get(*decode)?);
+        let streamed = p.abilities.streamed_hand_off && d.abilities.streamed_hand_off;
+        let missing = request.sequence() - request.cached_on(*decode);
+        let late = missing.min(u64::from(p.step.saturating_chunk));
+        streamed.then(|| Tail {
+            bytes: d.blocks(late) * d.abilities.block_bytes,
+            step_ms: d.step.decode_ms(d.decode_batch() + 1, d.decode_context()),
+        })
+    }
+
+    fn place(&self, decision: Decision, virtual_deadline_ms: f64) -> Result<Placed, NoPlan> {
         let plan = decision.plan();
         let at = |slot| self.worker_at(slot).ok_or(NoPlan::NoPair);
         let (prefill, decode) = (at(plan.prefill())?, at(plan.decode())?);
-        let book = |(slot, work)| Ok((at(slot)?, self.bookings.book(slot, work)));
+        let book = |(slot, work)| {
+            let booking = self.bookings.book_prompt(slot, work, virtual_deadline_ms);
+            Ok((at(slot)?, booking))
+        };
         let bookings = decision
             .work
             .into_iter()
             .map(book)
             .collect::<Result<_, NoPlan>>()?;
+        let workers = |plan: &Plan| {
+            let prefill = match plan {
+                Plan::Whole { .. } => None,
+                Plan::Split { prefill, .. } => self.worker_at(*prefill),
+            };
+            let source = plan.source().and_then(|slot| self.worker_at(slot));
+            [prefill, self.worker_at(plan.decode()), source]
+        };
+        let considered = decision.considered.into_iter();
         Ok(Placed {
             plan,
             prefill,
@@ -362,7 +462,10 @@ impl Placer {
             engine: self.engine(prefill, decode),
             bookings,
             chosen: decision.chosen,
-            considered,
+            considered: considered.map(|one| (one, workers(&one.plan))).collect(),
+            tail: None,
+            weighed: decision.weighed,
+            tied: decision.tied,
             start_ms: decision.start_ms,
             step_ms: self
                 .workers
@@ -380,10 +483,9 @@ impl Placer {
         (!mesh).then_some(sender.prefill_emits_first_token)
     }
 
-    /// Which roles serve a model now.
-    pub(super) fn ready(&self, model: &str) -> bool {
-        let mut found = Matches::default();
-        self.index.lookup_into(&[], &mut found);
+    /// Whether a model's roles are all served now.
+    pub(super) fn ready(&mut self, model: &str) -> bool {
+        let found = Matches::default();
         let request = RequestView {
             id: 0,
             model,
@@ -400,118 +502,8 @@ impl Placer {
             cached: &found,
             excluded: &[],
         };
-        let workers = self.views();
-        let cluster = Cluster::new(self.router, &workers);
-        let answer = self.policy.explain(&cluster, &request);
-        matches!(answer, Ok(_) | Err(NoPlan::NoRoom { .. }))
-    }
-}
-
-/// What a frame of the cache lane came to.
-pub(super) struct Fed {
-    /// Number of the last event that is applied; `None` while a snapshot is not
-    /// whole.
-    pub(super) last: Option<u64>,
-    /// Events of a kind that this version does not know.
-    pub(super) dropped: u64,
-}
-
-/// Feeds a frame of the cache lane to the index.
-pub(super) fn apply_cache(index: &KvIndex, slot: WorkerSlot, events: &v1::CacheEvents) -> Fed {
-    let changes: Vec<CacheChange<'_>> = events
-        .events
-        .iter()
-        .filter_map(|event| match event.kind.as_ref()? {
-            v1::cache_event::Kind::Stored(stored) => Some(CacheChange::Stored {
-                chain: &stored.chain,
-                tier: tier_of(stored.tier),
-            }),
-            v1::cache_event::Kind::Removed(removed) => Some(CacheChange::Removed {
-                chain: &removed.chain,
-                tier: tier_of(removed.tier),
-            }),
-            v1::cache_event::Kind::Cleared(_) => Some(CacheChange::Cleared),
-        })
-        .collect();
-    let count = events.events.len() as u64;
-    let dropped = count - changes.len() as u64;
-    if let Some(part) = &events.snapshot {
-        // The slot is this session's own: it is there.
-        let _ = index.snapshot(slot, &changes, part.first, part.last);
-        let last = part.last.then_some(part.as_of_event);
-        return Fed { last, dropped };
-    }
-    let _ = index.apply(slot, &changes);
-    let last = (count > 0).then(|| events.first_event.saturating_add(count - 1));
-    Fed { last, dropped }
-}
-
-fn tier_of(tier: i32) -> Tier {
-    match v1::CacheTier::try_from(tier) {
-        Ok(v1::CacheTier::Host) => Tier::Host,
-        Ok(v1::CacheTier::Disk) => Tier::Disk,
-        Ok(v1::CacheTier::Device) | Err(_) => Tier::Device,
-    }
-}
-
-fn role_of(role: v1::Role) -> Role {
-    match role {
-        v1::Role::Prefill => Role::Prefill,
-        v1::Role::Decode => Role::Decode,
-        v1::Role::Both | v1::Role::Unspecified => Role::Both,
-    }
-}
-
-fn share_of(share: Option<v1::LoadShare>) -> Share {
-    let share = share.unwrap_or_default();
-    Share {
-        queued: share.queued,
-        queued_prefill_tokens: share.queued_prefill_tokens,
-        running_prefill_tokens: share.running_prefill_tokens,
-        decoding: share.decoding,
-        decode_context: share.decode_context,
-        receiving: share.receiving,
-        classes: kvmesh_scheduler::ByClass::default(),
-    }
-}
-
-fn step_model_of(model: v1::StepModel) -> StepModel {
-    StepModel {
-        a_ms: model.a_ms,
-        b_ms: model.b_ms,
-        c_ms: model.c_ms,
-        d_ms: model.d_ms,
-        e_ms: model.e_ms,
-        relative_error: model.relative_error,
-        saturating_chunk: model.saturating_chunk,
-    }
-}
-
-fn abilities_of(
-    record: &v1::WorkerRecord,
-    model: &v1::ModelRecord,
-    capabilities: &v1::Capabilities,
-) -> Abilities {
-    // All of it as one text: only equal ones exchange KV. Unequal block sizes
-    // are unequal geometry, which the first release refuses.
-    let pairing = format!("{:?} {}", capabilities.kv, capabilities.block_tokens);
-    let transfer = !record.transfer_address.is_empty();
-    Abilities {
-        streamed_hand_off: capabilities.streamed_hand_off && transfer,
-        prefill_emits_first_token: capabilities.prefill_emits_first_token,
-        layer_preemption: capabilities.layer_preemption,
-        host: "".into(),
-        engine_connector: capabilities.engine_connector.as_str().into(),
-        pairing: pairing.into(),
-        prefix_pull: capabilities.prefix_pull && transfer,
-        grammars: capabilities.grammars,
-        grammars_over_continuation: capabilities.grammars_over_continuation,
-        penalties_over_continuation: capabilities.penalties_over_continuation,
-        max_logprobs: capabilities.max_logprobs,
-        block_tokens: capabilities.block_tokens,
-        pool_blocks: capabilities.pool_blocks,
-        block_bytes: capabilities.block_bytes,
-        max_batch: capabilities.max_batch,
-        context_length: model.context_length,
+        self.roster.refresh(&self.bookings);
+        let answer = placeable(&self.cluster(0.0), &request);
+        matches!(answer, Ok(()) | Err(NoPlan::NoRoom { .. }))
     }
 }

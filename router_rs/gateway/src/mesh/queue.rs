@@ -4,7 +4,6 @@
 //! order is kept here, where it can still change, and not in an engine's queue.
 
 use std::{
-    collections::BTreeMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -14,16 +13,14 @@ use std::{
 
 use kvmesh_kv_index::Matches;
 use kvmesh_scheduler::{
-    AdmissionSettings, ClassTargets, NoPlan, Queue, Rejected, Ticket, virtual_deadline_ms,
+    AdmissionSettings, Class, Lane, NoPlan, Queue, QueueSettings, Rejected, RequestView, Ticket,
+    virtual_deadline_ms,
 };
-use kvmesh_session::{
-    WorkerIndex,
-    generation::{Event, PlanRequest, Stop},
-};
+use kvmesh_session::generation::{Event, PlanRequest, Stop};
 
 use super::{
     Core,
-    dispatch::{Tried, class_of, request_view},
+    dispatch::{Held, Tried, class_of, request_view},
     figures::ms,
     open::Open,
     placer::Turned,
@@ -43,50 +40,30 @@ pub(super) struct Waiting {
     pub(super) request: PlanRequest,
     /// When it came into the queue, for the bound on waiting.
     since: Instant,
+    /// Booked where it would go now: those that come after it see it there. Let
+    /// go of before it is tried again.
+    held: Held,
 }
 
-/// The queue, and the prompts that were sent and have not begun.
+/// The queue.
 pub(super) struct Waits {
     /// Zero of the queue's clock.
     started: Instant,
     queue: Mutex<Queue<Waiting>>,
     length: AtomicUsize,
-    unstarted: Arc<Mutex<Unstarted>>,
 }
 
-#[derive(Default)]
-struct Unstarted {
-    next: u64,
-    /// Virtual deadlines, by worker and number.
-    deadlines: BTreeMap<(WorkerIndex, u64), f64>,
-}
-
-/// A prompt that was sent and has not begun; dropped with its first token, or
-/// with its attempt.
-pub(super) struct Sent {
-    unstarted: Arc<Mutex<Unstarted>>,
-    key: (WorkerIndex, u64),
-}
-
-impl Drop for Sent {
-    fn drop(&mut self) {
-        lock(&self.unstarted).deadlines.remove(&self.key);
-    }
-}
-
-// What these locks guard is whole after each operation on it.
+// What this lock guards is whole after each operation on it.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Waits {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(settings: QueueSettings) -> Self {
         Self {
             started: Instant::now(),
-            // Admission bounds what is new; what was admitted may come back.
-            queue: Mutex::new(Queue::new(usize::MAX)),
+            queue: Mutex::new(Queue::with_settings(settings)),
             length: AtomicUsize::new(0),
-            unstarted: Arc::default(),
         }
     }
 
@@ -96,7 +73,7 @@ impl Waits {
     }
 
     /// A request's virtual deadline on the queue's clock, ms.
-    fn deadline_ms(&self, open: &Open) -> f64 {
+    pub(super) fn deadline_ms(&self, open: &Open) -> f64 {
         ms(open.request.arrived.saturating_duration_since(self.started)) + open.urgency_ms
     }
 
@@ -106,27 +83,44 @@ impl Waits {
     }
 
     /// Lets a request wait. One that was returned waits with its first arrival.
-    pub(super) fn push(&self, open: &Arc<Open>, request: PlanRequest) {
-        self.put(Waiting {
+    pub(super) fn push(&self, open: &Arc<Open>, request: PlanRequest, held: Held) {
+        let (deadline, work) = (self.deadline_ms(open), open.work_ms);
+        let lane = Lane {
+            class: class_of(open.request.class),
+            tenant: open.request.tenant,
+        };
+        let entry = Waiting {
             open: Arc::clone(open),
             request,
             since: Instant::now(),
-        });
-    }
-
-    fn put(&self, entry: Waiting) {
-        let (deadline, work) = (self.deadline_ms(&entry.open), entry.open.work_ms);
+            held,
+        };
         let mut queue = lock(&self.queue);
         // It has no bound of its own.
-        let _ = queue.push(deadline, work, entry);
+        let _ = queue.push_for(lane, deadline, work, entry);
         self.length.store(queue.len(), Ordering::Relaxed);
     }
 
+    /// Takes a request to try it; whoever takes it owns it until it is given
+    /// back or leaves.
     fn take(&self, ticket: Ticket) -> Option<Waiting> {
+        lock(&self.queue).take(ticket)
+    }
+
+    fn put_back(&self, ticket: Ticket, entry: Waiting) {
+        lock(&self.queue).put_back(ticket, entry);
+    }
+
+    /// A request leaves. With `served` its tenant pays for it.
+    fn leaves(&self, ticket: Ticket, served: bool) -> Option<Waiting> {
         let mut queue = lock(&self.queue);
-        let taken = queue.remove(ticket);
+        let entry = if served {
+            queue.serve(ticket)
+        } else {
+            queue.remove(ticket)
+        };
         self.length.store(queue.len(), Ordering::Relaxed);
-        taken
+        entry
     }
 
     /// Whether a request of the same model waits that goes before this one.
@@ -142,43 +136,28 @@ impl Waits {
             .is_some_and(|other| self.deadline_ms(other) <= deadline)
     }
 
-    /// Predicted work of the model's requests that would go before one with
-    /// this deadline, ms.
-    fn ahead_ms(&self, model: &str, deadline_ms: f64) -> f64 {
+    /// Predicted work, in ms, of the model's requests that wait: of those that
+    /// would go before one with this deadline and are booked nowhere, and of
+    /// all that are as urgent by class.
+    fn ahead_ms(&self, model: &str, class: Class, deadline_ms: f64) -> (f64, f64) {
+        let (mut before, mut as_urgent) = (0.0, 0.0);
         if self.len() == 0 {
-            return 0.0;
+            return (before, as_urgent);
         }
         let queue = lock(&self.queue);
-        let waiting = queue.iter().map(|(_, entry)| &entry.open);
-        waiting
-            .take_while(|open| self.deadline_ms(open) <= deadline_ms)
-            .filter(|open| open.request.model == model)
-            .map(|open| open.work_ms)
-            .sum()
-    }
-
-    /// Notes a prompt that goes to a worker.
-    pub(super) fn sent(&self, worker: WorkerIndex, open: &Open) -> Sent {
-        let mut unstarted = lock(&self.unstarted);
-        unstarted.next += 1;
-        let key = (worker, unstarted.next);
-        unstarted.deadlines.insert(key, self.deadline_ms(open));
-        Sent {
-            unstarted: Arc::clone(&self.unstarted),
-            key,
+        for (_, entry) in queue.iter() {
+            let open = &entry.open;
+            if open.request.model != model {
+                continue;
+            }
+            if entry.held.is_empty() && self.deadline_ms(open) <= deadline_ms {
+                before += open.work_ms;
+            }
+            if class_of(open.request.class) <= class {
+                as_urgent += open.work_ms;
+            }
         }
-    }
-
-    /// Whether a request would go before all prompts that this router has sent
-    /// to a worker: it would preempt what runs there.
-    pub(super) fn preempts(&self, worker: WorkerIndex, open: &Open) -> bool {
-        let deadline = self.deadline_ms(open);
-        let unstarted = lock(&self.unstarted);
-        let mut there = unstarted
-            .deadlines
-            .range((worker, 0)..=(worker, u64::MAX))
-            .peekable();
-        there.peek().is_some() && there.all(|(_, other)| deadline < *other)
+        (before, as_urgent)
     }
 }
 
@@ -210,20 +189,27 @@ impl Core {
         let mut cached = Matches::default();
         self.dispatcher.index.lookup_into(chain, &mut cached);
         let expected = self.dispatcher.expected_output(request, 0);
-        let view = request_view(request, 0, 0, expected, &cached, &[]);
         let waits = &self.dispatcher.waits;
+        let view = RequestView {
+            virtual_deadline_ms: f64::INFINITY,
+            ..request_view(request, 0, 0, expected, &cached, &[])
+        };
         let arrival = ms(request.arrived.saturating_duration_since(waits.started));
-        let targets = ClassTargets::default();
-        let deadline_of =
-            |work| virtual_deadline_ms(&targets, class_of(request.class), arrival, work);
+        let targets = &self.settings.policy.cost.targets;
+        let class = class_of(request.class);
+        let deadline_of = |work| virtual_deadline_ms(targets, class, arrival, work);
         let bound = AdmissionSettings {
             max_wait_ms: ms(self.settings.queue_timeout),
         };
-        let ahead = |work| waits.ahead_ms(&request.model, deadline_of(work));
-        let admitted = self
-            .dispatcher
-            .placer()
-            .admit(&view, &bound, left_ms, ahead);
+        let ahead = |work| {
+            let deadline = deadline_of(work);
+            let (before, as_urgent) = waits.ahead_ms(&request.model, class, deadline);
+            (deadline, before, as_urgent)
+        };
+        let admitted =
+            self.dispatcher
+                .placer()
+                .admit(&view, &bound, waits.now_ms(), left_ms, ahead);
         let admission = admitted.map_err(|why| turned(request, why))?;
         if waits.len() >= self.settings.queue_length {
             return Err(RequestError::Overloaded {
@@ -249,32 +235,34 @@ impl Core {
         }
         let tickets: Vec<Ticket> = {
             let queue = lock(&waits.queue);
-            let first = queue.iter().take(TRIED_AT_ONCE);
-            first.map(|(ticket, _)| ticket).collect()
+            queue.order(TRIED_AT_ONCE)
         };
-        let mut held: Vec<String> = Vec::new();
+        let mut blocked: Vec<String> = Vec::new();
         for ticket in tickets {
-            // Whoever takes it out owns it: two load frames may be here at once.
-            let Some(entry) = waits.take(ticket) else {
+            let Some(mut entry) = waits.take(ticket) else {
                 continue;
             };
             if entry.open.ended() {
+                waits.leaves(ticket, false);
                 continue;
             }
             let model = &entry.open.request.model;
-            if held.contains(model) {
-                waits.put(entry);
+            if blocked.contains(model) {
+                waits.put_back(ticket, entry);
                 continue;
             }
-            let tried = self.try_plan(&entry.open, &entry.request);
-            if tried == Tried::Done {
-                continue;
-            }
+            entry.held.clear();
             let late = waits.deadline_ms(&entry.open) <= waits.now_ms();
-            if tried == Tried::NoRoom && late {
-                held.push(model.clone());
+            match self.try_plan(&entry.open, &entry.request, true) {
+                Tried::Done => {
+                    waits.leaves(ticket, true);
+                    continue;
+                }
+                Tried::NoRoom if late => blocked.push(model.clone()),
+                Tried::NoRoom => {}
+                Tried::NotYet(held) => entry.held = held,
             }
-            waits.put(entry);
+            waits.put_back(ticket, entry);
         }
     }
 
@@ -290,7 +278,7 @@ impl Core {
         };
         for (ticket, since, open) in waiting {
             let old = now.saturating_duration_since(since) > bound;
-            if (old || open.ended()) && waits.take(ticket).is_some() {
+            if (old || open.ended()) && waits.leaves(ticket, false).is_some() {
                 open.apply(Event::Stop(Stop::Overloaded));
             }
         }
@@ -309,8 +297,11 @@ fn turned(request: &AdmittedRequest, why: Turned) -> RequestError {
             reason: "the predicted wait is too long",
             retry_after: retry_after(retry_after_ms),
         },
-        Turned::Waits(Rejected::DeadlineCannotBeMet { .. }) => {
-            RequestError::DeadlineExceeded { next_index: 0 }
+        Turned::Waits(Rejected::DeadlineCannotBeMet { ttft_ms, left_ms }) => {
+            RequestError::Overloaded {
+                reason: "the deadline cannot be met",
+                retry_after: retry_after(ttft_ms - left_ms),
+            }
         }
         Turned::Never(NoPlan::TooLong { tokens, limit }) => {
             RequestError::PromptTooLong { tokens, limit }

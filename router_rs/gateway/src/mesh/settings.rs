@@ -2,6 +2,8 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use super::policy::PolicySettings;
+
 /// Settings of the mesh.
 #[derive(Clone, Debug)]
 pub struct MeshSettings {
@@ -33,6 +35,8 @@ pub struct MeshSettings {
     pub orphan_timeout: Duration,
     /// Generations whose decisions are kept.
     pub decisions_kept: usize,
+    /// Which policy chooses, and how what waits is served.
+    pub policy: PolicySettings,
 }
 
 impl Default for MeshSettings {
@@ -52,6 +56,7 @@ impl Default for MeshSettings {
             answer_timeout: Duration::from_secs(10),
             orphan_timeout: Duration::from_secs(10),
             decisions_kept: 4_096,
+            policy: PolicySettings::default(),
         }
     }
 }

@@ -144,11 +144,11 @@ impl GenerationStream {
             text,
             ..self.open.finished(reason, stop_token, self.delivered)
         };
-        let first_token_ms = finished.timings.as_ref().map_or(0.0, |t| t.first_token_ms);
+        let measured = self.open.measured();
         self.open
             .core
             .decisions
-            .finished(self.open.id, &finished, first_token_ms);
+            .finished(self.open.id, &finished, measured);
         Message::Finished(finished)
     }
 }

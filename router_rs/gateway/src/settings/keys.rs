@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 /// What values a key takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Kind {
     /// Any text.
     Text,
@@ -17,6 +17,8 @@ pub enum Kind {
     Flag,
     /// A whole number within bounds, both allowed.
     Number(u64, u64),
+    /// A number within bounds, both allowed.
+    Real(f64, f64),
     /// Bytes within bounds; `16MiB`, `512KiB` or a bare number of bytes.
     Bytes(u64, u64),
     /// A time in milliseconds within bounds; written `250ms`, `10s`, `5m`,
@@ -263,6 +265,87 @@ pub const KEYS: &[Key] = &[
         "Generations whose decisions are kept for `explain`.",
     ),
     key(
+        "plans_kept",
+        Kind::Number(0, 1_000),
+        "8",
+        "Plans kept of each decision, the best first. 0: none.",
+    ),
+    key(
+        "policy",
+        Kind::OneOf(&[
+            "cost",
+            "round-robin",
+            "random",
+            "least-loaded",
+            "power-of-two",
+            "consistent-hash",
+            "prefix-greedy",
+            "overlap-load",
+        ]),
+        "cost",
+        "How workers are chosen. cost: the least added delay, summed over everyone.",
+    ),
+    key(
+        "stretch_weight",
+        Kind::Real(0.0, 100.0),
+        "0.1",
+        "Policy cost: a millisecond of stretched streaming, in milliseconds of waiting for a first token.",
+    ),
+    key(
+        "beyond_target_weight",
+        Kind::Real(1.0, 1_000.0),
+        "4",
+        "Policy cost: how many times more it counts beyond the target between tokens.",
+    ),
+    key(
+        "best_of_side",
+        Kind::Number(1, 10_000),
+        "8",
+        "Policy cost: prefill and decode workers that are paired with each other.",
+    ),
+    key(
+        "pull_from_tokens",
+        Kind::Number(1, 1 << 32),
+        "128",
+        "Policy cost: fewest tokens for which a prefix is pulled from another worker.",
+    ),
+    key(
+        "local_prefill",
+        Kind::OneOf(&["without-prefill-workers", "by-cost"]),
+        "without-prefill-workers",
+        "Policy cost: when decode workers compute prompts.",
+    ),
+    key(
+        "overlap_weight",
+        Kind::Real(0.0, 1e6),
+        "1",
+        "Policy overlap-load: weight of a block to compute against a block that a stream holds.",
+    ),
+    key(
+        "overlap_temperature",
+        Kind::Real(0.0, 1e6),
+        "0",
+        "Policy overlap-load: 0 takes the least cost, more draws.",
+    ),
+    key(
+        "expected_output_tokens",
+        Kind::Number(1, 1 << 32),
+        "256",
+        "Length of an output where none was seen yet.",
+    ),
+    key(
+        "fair_quantum",
+        Kind::Time(1, HOUR),
+        "100ms",
+        "Predicted work that a tenant may add to its account in a turn; tenants of a class take turns.",
+    ),
+    key(
+        "batch_strict",
+        Kind::Flag,
+        "false",
+        "Batch requests leave the queue only where no others wait.",
+    ),
+    key(
         "drain_delay",
         Kind::Time(0, HOUR),
         "500ms",
@@ -317,6 +400,7 @@ impl Key {
             Kind::List => "a list of texts, or one text with commas".to_owned(),
             Kind::Flag => "true | false".to_owned(),
             Kind::Number(least, most) => format!("a whole number, {least} to {most}"),
+            Kind::Real(least, most) => format!("a number, {least} to {most}"),
             Kind::Bytes(least, most) => {
                 format!("bytes, {least} to {most}, or with a unit, such as 16MiB")
             }
@@ -366,6 +450,13 @@ impl Key {
             },
             Kind::Number(least, most) => {
                 let number = value.as_u64().or_else(|| text()?.parse().ok());
+                number
+                    .filter(|n| (least..=most).contains(n))
+                    .map(|n| json!(n))
+                    .ok_or_else(allowed)
+            }
+            Kind::Real(least, most) => {
+                let number = value.as_f64().or_else(|| text()?.parse().ok());
                 number
                     .filter(|n| (least..=most).contains(n))
                     .map(|n| json!(n))
@@ -448,6 +539,9 @@ mod tests {
         assert!(time.check(&json!("2 weeks")).is_err());
         assert!(time.check(&json!("-1s")).is_err());
         assert!(time.check(&json!("NaN")).is_err());
+        let real = key("r", Kind::Real(0.0, 2.0), "1", "");
+        assert_eq!(real.check(&json!("0.5")), Ok(json!(0.5)));
+        assert!(real.check(&json!(2.5)).is_err() && real.check(&json!("NaN")).is_err());
         let size = key("b", Kind::Bytes(1, GIB), "1", "");
         assert_eq!(size.check(&json!("16MiB")), Ok(json!(16 << 20)));
         assert!(size.check(&json!("16MB")).is_err());

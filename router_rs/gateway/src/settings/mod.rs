@@ -9,11 +9,12 @@ mod keys;
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
 
+use kvmesh_scheduler::{CostSettings, LocalPrefill, QueueSettings};
 use serde_json::Value;
 
 pub use keys::{KEYS, Key, Kind};
 
-use crate::mesh::MeshSettings;
+use crate::mesh::{MeshSettings, PolicySettings};
 
 /// A setting that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -171,6 +172,10 @@ impl Layers {
         self.value(name).as_u64().unwrap_or_default()
     }
 
+    fn real(&self, name: &'static str) -> f64 {
+        self.value(name).as_f64().unwrap_or_default()
+    }
+
     fn duration(&self, name: &'static str) -> Duration {
         Duration::from_millis(self.number(name))
     }
@@ -226,6 +231,7 @@ pub struct Settings {
     pub orphan_ttl: Duration,
     pub worker_keep_alive: Duration,
     pub decisions_kept: usize,
+    pub policy: PolicySettings,
     pub drain_delay: Duration,
     pub grace: Duration,
     pub log_format: String,
@@ -284,6 +290,7 @@ impl Settings {
             orphan_ttl: layers.duration("orphan_ttl"),
             worker_keep_alive: layers.duration("worker_keep_alive"),
             decisions_kept: size("decisions_kept"),
+            policy: policy(layers),
             drain_delay: layers.duration("drain_delay"),
             grace: layers.duration("grace"),
             log_format: layers.text("log_format"),
@@ -330,7 +337,40 @@ impl Settings {
             answer_timeout: self.answer_timeout,
             orphan_timeout: self.orphan_ttl,
             decisions_kept: self.decisions_kept,
+            policy: self.policy.clone(),
         }
+    }
+}
+
+/// How workers are chosen.
+fn policy(layers: &Layers) -> PolicySettings {
+    let shipped = PolicySettings::default();
+    let size = |name| usize::try_from(layers.number(name)).unwrap_or(usize::MAX);
+    let small = |name| u32::try_from(layers.number(name)).unwrap_or(u32::MAX);
+    let kept = layers.number("decisions_kept") > 0;
+    PolicySettings {
+        name: layers.text("policy"),
+        overlap_weight: layers.real("overlap_weight"),
+        temperature: layers.real("overlap_temperature"),
+        cost: CostSettings {
+            local_prefill: match layers.text("local_prefill").as_str() {
+                "by-cost" => LocalPrefill::ByCost,
+                _ => LocalPrefill::WithoutPrefillWorkers,
+            },
+            best_of_side: size("best_of_side"),
+            pull_from_tokens: small("pull_from_tokens"),
+            stretch: layers.real("stretch_weight"),
+            beyond_target: layers.real("beyond_target_weight"),
+            plans_kept: if kept { size("plans_kept") } else { 0 },
+            ..shipped.cost
+        },
+        queue: QueueSettings {
+            quantum_ms: layers.number("fair_quantum") as f64,
+            batch_strict: layers.flag("batch_strict"),
+            ..shipped.queue
+        },
+        expected_output: small("expected_output_tokens"),
+        scorer: None,
     }
 }
 

@@ -20,7 +20,7 @@ use prometheus_client::{
 use tokio::sync::watch;
 
 use super::{Telemetry, histogram::Histogram};
-use crate::mesh::{Count, Mesh};
+use crate::mesh::{Count, Mesh, Ratios};
 
 /// The figures of a router in the form that scrapers read.
 pub(crate) struct Exposition {
@@ -128,6 +128,17 @@ fn histogram(
     metric.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
 }
 
+fn ratios(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    from: &Ratios,
+) -> fmt::Result {
+    let (sum, count, buckets) = from.read();
+    let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
+    metric.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
+}
+
 impl Collector for Figures {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         self.requests(&mut encoder)?;
@@ -180,6 +191,21 @@ impl Figures {
         )?;
         for (name, help, from) in [
             ("attempts", "Attempts made", &counts.attempts),
+            (
+                "plans_whole",
+                "Plans with prompt and output on one worker",
+                &counts.plans_whole,
+            ),
+            (
+                "plans_split",
+                "Plans with prompt and output on two workers",
+                &counts.plans_split,
+            ),
+            (
+                "decide_microseconds",
+                "Time from asking for a plan to its bookings",
+                &counts.decide_us,
+            ),
             (
                 "placements",
                 "Placements sent to workers",
@@ -270,6 +296,20 @@ impl Figures {
             ("queue_seconds", "Arrival to dispatch", &figures.queue),
         ] {
             histogram(encoder, name, help, from)?;
+        }
+        for (name, help, from) in [
+            (
+                "ttft_prediction_error_ratio",
+                "First token as predicted at placement: |predicted / measured - 1|",
+                &counts.ttft_errors,
+            ),
+            (
+                "prefill_prediction_error_ratio",
+                "Computing of the prompt: |predicted / measured - 1|",
+                &counts.prefill_errors,
+            ),
+        ] {
+            ratios(encoder, name, help, from)?;
         }
         Ok(())
     }

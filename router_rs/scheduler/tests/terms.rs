@@ -1,0 +1,369 @@
+//! What each term of the cost says, seen from outside: plans as `explain`
+//! shows them.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::{cached, request, worker};
+use kvmesh_kv_index::{Matches, WorkerSlot};
+use kvmesh_scheduler::{
+    Bookings, Class, ClassTargets, Cluster, Considered, CostSettings, KvCost, Path, Plan, Policy,
+    Prompt, RequestView, Role, Roster, Terms, TransferRates, Work, WorkerView, prefill_context,
+};
+use proptest::prelude::*;
+use std::sync::Arc;
+
+fn explain(workers: &[WorkerView], request: &RequestView<'_>) -> Vec<Considered> {
+    KvCost::default()
+        .explain(&Cluster::new(7, workers), request)
+        .unwrap()
+}
+
+/// The terms of one worker that does all of it.
+fn whole(worker: &WorkerView, request: &RequestView<'_>) -> Terms {
+    explain(std::slice::from_ref(worker), request)[0].terms
+}
+
+fn of_class(class: Class, request: RequestView<'_>) -> RequestView<'_> {
+    RequestView { class, ..request }
+}
+
+fn prompt(class: Class, virtual_deadline_ms: f64, tokens: u64) -> Prompt {
+    Prompt {
+        virtual_deadline_ms,
+        class,
+        tokens,
+        context: prefill_context(0, tokens) as u64,
+    }
+}
+
+/// A worker on which these own prompts wait.
+fn with_prompts(prompts: &[Prompt]) -> WorkerView {
+    let mut worker = worker(0, Role::Both);
+    for prompt in prompts {
+        worker.load.own.queued += 1;
+        worker.load.own.queued_prefill_tokens += prompt.tokens;
+        let classes = &mut worker.load.own.classes;
+        classes.waiting[prompt.class.index()] += 1;
+        classes.waiting_tokens[prompt.class.index()] += prompt.tokens;
+    }
+    worker.prompts = prompts.to_vec();
+    worker
+}
+
+/// A worker on which so many streams of a class decode.
+fn with_streams(class: Class, streams: u32) -> WorkerView {
+    let mut worker = worker(0, Role::Both);
+    worker.load.own.decoding = streams;
+    worker.load.own.decode_context = u64::from(streams) * 500;
+    worker.load.own.classes.decoding[class.index()] = streams;
+    worker
+}
+
+#[test]
+fn an_idle_worker_costs_the_prompt_and_nothing_else() {
+    let none = Matches::default();
+    let terms = whole(&worker(0, Role::Both), &request(&none, 1));
+    // 1,024 tokens in four chunks: 4 x 5 + 0.5 x 1,024 + 1e-5 x 524,800.
+    assert!((terms.prefill_ms - 537.248).abs() < 1e-9, "{terms:?}");
+    assert_eq!(terms.ttft_ms(), terms.prefill_ms);
+    // The default class counts a fifth of an interactive one.
+    assert!(
+        (terms.total_ms() - 0.2 * terms.prefill_ms).abs() < 1e-9,
+        "{terms:?}"
+    );
+}
+
+#[test]
+fn those_before_a_request_are_waited_for_and_those_behind_it_are_counted() {
+    let none = Matches::default();
+    let waiting = [
+        prompt(Class::Standard, 1_000.0, 200),
+        prompt(Class::Interactive, 5_000.0, 400),
+        prompt(Class::Batch, 30_000.0, 800),
+    ];
+    let worker = with_prompts(&waiting);
+    let at = |virtual_deadline_ms| {
+        let keyed = RequestView {
+            virtual_deadline_ms,
+            ..request(&none, 1)
+        };
+        whole(&worker, &keyed)
+    };
+    let (first, second, last) = (at(0.0), at(2_000.0), at(40_000.0));
+    assert_eq!(first.wait_ms, 0.0);
+    assert!(second.wait_ms > 100.0 && last.wait_ms > 6.0 * second.wait_ms);
+    // Each behind it waits for its prompt, by the weight of its class.
+    let weight = |terms: &Terms| terms.queued_ms / terms.prefill_ms;
+    assert!((weight(&first) - (0.2 + 1.0 + 1.0 / 60.0)).abs() < 1e-9);
+    assert!((weight(&second) - (1.0 + 1.0 / 60.0)).abs() < 1e-9);
+    assert_eq!(last.queued_ms, 0.0);
+}
+
+#[test]
+fn of_other_routers_prompts_the_class_says_who_is_first() {
+    let none = Matches::default();
+    let mut worker = worker(0, Role::Both);
+    worker.load.others.queued = 2;
+    worker.load.others.queued_prefill_tokens = 1_000;
+    let class = Class::Batch.index();
+    worker.load.others.classes.waiting[class] = 2;
+    worker.load.others.classes.waiting_tokens[class] = 1_000;
+    let keyed = RequestView {
+        virtual_deadline_ms: 3_000.0,
+        ..request(&none, 1)
+    };
+    let cluster = std::slice::from_ref(&worker);
+    let at = |now_ms| {
+        let cluster = Cluster::new(7, cluster).at(now_ms);
+        KvCost::default().explain(&cluster, &keyed).unwrap()[0].terms
+    };
+    // Batch prompts that came now are due in 30 s and more.
+    let now = at(0.0);
+    assert_eq!(now.wait_ms, 0.0);
+    assert!((now.queued_ms / now.prefill_ms - 2.0 / 60.0).abs() < 1e-9);
+    // A request whose deadline is farther than theirs goes behind them.
+    let later = at(-40_000.0);
+    assert!(later.wait_ms > 400.0 && later.queued_ms == 0.0);
+}
+
+#[test]
+fn a_running_step_is_waited_for_unless_layers_let_a_more_urgent_one_in() {
+    let none = Matches::default();
+    let mut worker = with_prompts(&[prompt(Class::Batch, 30_000.0, 4_000)]);
+    worker.load.step_left_ms = 300.0;
+    let urgent = RequestView {
+        virtual_deadline_ms: 1_000.0,
+        ..request(&none, 1)
+    };
+    assert!(whole(&worker, &urgent).wait_ms <= 10.0);
+    Arc::make_mut(&mut worker.abilities).layer_preemption = false;
+    assert_eq!(whole(&worker, &urgent).wait_ms, 300.0);
+    let patient = request(&none, 1);
+    Arc::make_mut(&mut worker.abilities).layer_preemption = true;
+    assert!(whole(&worker, &patient).wait_ms > 2_000.0);
+}
+
+#[test]
+fn a_stream_counts_by_its_class_and_more_beyond_its_target() {
+    let none = Matches::default();
+    let cost = |class, streams| whole(&with_streams(class, streams), &request(&none, 1));
+    let at = |class, streams| cost(class, streams).others_stretch_ms;
+    assert!(at(Class::Interactive, 8) > at(Class::Standard, 8));
+    assert!(at(Class::Standard, 8) > at(Class::Batch, 8));
+    // Chunks are cut to the target: none of them stretches a step beyond it.
+    // What passes the target is the decode step itself, once it is that long.
+    let terms = cost(Class::Interactive, 45);
+    let patient = CostSettings {
+        beyond_target: 1.0,
+        ..CostSettings::default()
+    };
+    let worker = [with_streams(Class::Interactive, 45)];
+    let plain = KvCost::new(patient)
+        .explain(&Cluster::new(7, &worker), &request(&none, 1))
+        .unwrap()[0]
+        .terms;
+    assert!(terms.own_stretch_ms >= plain.own_stretch_ms);
+    assert!(terms.total_ms() >= plain.total_ms());
+}
+
+#[test]
+fn beyond_the_target_a_millisecond_counts_four_times() {
+    let none = Matches::default();
+    // Alone a step takes 7 ms, the gap to the second token is what the
+    // transfer leaves: of 32 MB at 2.5 GB/s, or 1.1 GB/s.
+    let mut workers = vec![worker(0, Role::Prefill), worker(1, Role::Decode)];
+    for worker in &mut workers {
+        let abilities = Arc::make_mut(&mut worker.abilities);
+        abilities.block_bytes = 32 << 16;
+    }
+    let of = |beyond_target| {
+        let settings = CostSettings {
+            beyond_target,
+            ..CostSettings::default()
+        };
+        let interactive = of_class(Class::Interactive, request(&none, 1));
+        let plans = KvCost::new(settings)
+            .explain(&Cluster::new(7, &workers), &interactive)
+            .unwrap();
+        plans[0].terms
+    };
+    let (plain, steep) = (of(1.0), of(4.0));
+    let gap = plain.transfer_ms;
+    assert!((plain.gap_ms - 0.1 * gap).abs() < 1e-9, "{plain:?}");
+    let alone = 5.0 + 1.0 + 0.001 * 1_024.0;
+    let beyond = (alone + gap - 50.0f64).max(0.0);
+    assert!(
+        (steep.gap_ms - 0.1 * (gap + 3.0 * beyond)).abs() < 1e-9,
+        "{steep:?}"
+    );
+    // Prefill emits the first token: the gap is not part of it.
+    assert_eq!(steep.ttft_ms(), steep.wait_ms + steep.prefill_ms);
+    Arc::make_mut(&mut workers[0].abilities).prefill_emits_first_token = false;
+    let late = KvCost::default()
+        .explain(&Cluster::new(7, &workers), &request(&none, 1))
+        .unwrap()[0]
+        .terms;
+    assert!(late.first_from_decode && late.ttft_ms() > late.prefill_ms + late.transfer_ms);
+    assert_eq!(late.gap_ms, 0.0);
+}
+
+#[test]
+fn a_pool_that_will_be_full_costs_computing_again() {
+    let none = Matches::default();
+    let mut worker = with_streams(Class::Standard, 20);
+    let roomy = whole(&worker, &request(&none, 1)).recompute_ms;
+    assert_eq!(roomy, 0.0);
+    worker.load.kv.free = 90;
+    let tight = whole(&worker, &request(&none, 1)).recompute_ms;
+    worker.load.kv.free = 70;
+    let full = whole(&worker, &request(&none, 1)).recompute_ms;
+    assert!(tight > 0.0 && full > tight, "{tight} {full}");
+    // At most certain, and then all of it, by the weight of the class.
+    let all = whole(&worker, &request(&none, 1)).prefill_ms;
+    assert!(full <= 0.2 * 1.2 * all, "{full} {all}");
+}
+
+#[test]
+fn learnt_transfers_decide_where_a_prefix_comes_from() {
+    let held = cached(&[(1, 1_008)]);
+    let mut workers: Vec<WorkerView> = (0..2).map(|slot| worker(slot, Role::Both)).collect();
+    workers[1].load.others.queued_prefill_tokens = 50_000;
+    let plan = |rates: &TransferRates| {
+        let cluster = Cluster::new(7, &workers).with_transfers(rates);
+        KvCost::default()
+            .choose(&cluster, &request(&held, 1))
+            .unwrap()
+            .plan()
+    };
+    let mut rates = TransferRates::new();
+    let pulled = Plan::Whole {
+        worker: WorkerSlot(0),
+        source: Some(WorkerSlot(1)),
+    };
+    assert_eq!(plan(&rates), pulled);
+    // The path turns out to take longer than computing it.
+    for _ in 0..200 {
+        let (from, to) = (WorkerSlot(1), WorkerSlot(0));
+        rates.observe(from, to, Path::Network, 64 << 10, 5_000.0);
+    }
+    let computed = Plan::Whole {
+        worker: WorkerSlot(0),
+        source: None,
+    };
+    assert_eq!(plan(&rates), computed);
+}
+
+#[test]
+fn a_decode_worker_that_computes_prompts_stretches_what_joins_it() {
+    let none = Matches::default();
+    let mut workers = vec![
+        worker(0, Role::Prefill),
+        worker(1, Role::Both),
+        worker(2, Role::Both),
+        worker(3, Role::Decode),
+    ];
+    workers[1].load.own.queued_prefill_tokens = 4_000;
+    let plans = explain(&workers, &request(&none, 1));
+    let joined = |decode: u32| {
+        let split = |one: &&Considered| {
+            let split = matches!(one.plan, Plan::Split { .. });
+            split && one.plan.prefill().0 == 0 && one.plan.decode().0 == decode
+        };
+        plans.iter().find(split).unwrap().terms.own_stretch_ms
+    };
+    assert!(joined(1) > joined(2), "{} {}", joined(1), joined(2));
+    assert_eq!(joined(2), joined(3));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(500))]
+
+    /// Another router's or this one's: more of anything makes a worker no
+    /// cheaper; beside more streams chunks are smaller, which may spare some of
+    /// them a little.
+    #[test]
+    fn more_load_never_costs_less(
+        tokens in 0u64..20_000,
+        streams in 0u32..60,
+        more in 1u32..20,
+        class in 0usize..3,
+        own in any::<bool>(),
+    ) {
+        let none = Matches::default();
+        let request = of_class(Class::ALL[class], request(&none, 1));
+        let with = |tokens: u64, streams: u32| {
+            let mut worker = worker(0, Role::Both);
+            let share = if own { &mut worker.load.own } else { &mut worker.load.others };
+            share.queued = u32::from(tokens > 0);
+            share.queued_prefill_tokens = tokens;
+            share.decoding = streams;
+            share.decode_context = u64::from(streams) * 300;
+            share.classes.decoding[class] = streams;
+            worker
+        };
+        let base = with(tokens, streams);
+        let longer = with(tokens + u64::from(more) * 100, streams);
+        let fuller = with(tokens, streams + more);
+        let cost = |worker: &WorkerView| whole(worker, &request).total_ms();
+        prop_assert!(cost(&longer) >= cost(&base) - 1e-9);
+        prop_assert!(cost(&fuller) >= 0.97 * cost(&base));
+    }
+
+    /// A roster says the same as its views counted anew, whatever happened to
+    /// it.
+    #[test]
+    fn a_roster_is_its_views(
+        actions in prop::collection::vec((0u8..5, 0u32..6, 1u64..3_000), 1..60),
+        virtual_deadline_ms in 0.0f64..1e4,
+    ) {
+        let none = Matches::default();
+        let keyed = RequestView { virtual_deadline_ms, ..request(&none, 1) };
+        let bookings = Bookings::new();
+        let mut roster = Roster::new();
+        let mut guards = Vec::new();
+        for (kind, slot, amount) in actions {
+            let at = WorkerSlot(slot);
+            match kind {
+                0 => roster.insert(worker(slot, Role::Both)),
+                1 => { roster.remove(at); }
+                2 => {
+                    let mut work = Work { prefills: 1, prefill_tokens: amount, ..Work::default() };
+                    work.classes.waiting[1] = 1;
+                    work.classes.waiting_tokens[1] = amount;
+                    guards.push(bookings.book_prompt(at, work, amount as f64));
+                }
+                3 if !guards.is_empty() => { guards.swap_remove(amount as usize % guards.len()); }
+                _ => if let Some(view) = roster.get_mut(at) {
+                    view.load.others.decoding = amount as u32 % 40;
+                    view.load.others.decode_context = amount;
+                },
+            }
+        }
+        roster.refresh(&bookings);
+        for view in roster.views() {
+            // A view that came after its bookings is told when they change.
+            let fresh = view.booked == bookings.booked(view.slot);
+            prop_assert!(fresh || view.booked == Work::default());
+        }
+        let kept = KvCost::default().explain(&roster.cluster(7), &keyed);
+        let counted = KvCost::default().explain(&Cluster::new(7, roster.views()), &keyed);
+        prop_assert_eq!(kept, counted);
+    }
+}
+
+#[test]
+fn weights_follow_the_targets() {
+    let none = Matches::default();
+    let mut targets = ClassTargets::default();
+    targets.standard.ttft_ms = 500.0;
+    let settings = CostSettings {
+        targets,
+        ..CostSettings::default()
+    };
+    let workers = [worker(0, Role::Both)];
+    let plans = KvCost::new(settings)
+        .explain(&Cluster::new(7, &workers), &request(&none, 1))
+        .unwrap();
+    assert_eq!(plans[0].terms.weight, 2.0);
+}
