@@ -3,8 +3,8 @@
 Every policy replays the same trace over the same simulated workers (docs/simulator.md), by the
 definitions of SCHEDULING 6:
 
-- 100 % load is the highest replay speed at which the best baseline, run with our queue order, still
-  serves 90 % of the requests within SLO (first token within 5x its unloaded time at that length, mean
+- 100 % load is the highest replay speed at which the best baseline, with our queue order, still
+  serves 90 % of requests within SLO (first token within 5x its unloaded time at that length, mean
   time between tokens within the class's target); found by bisection, the same for all.
 - Two tables: placement alone (every policy with our order), and whole (baselines first come first
   served). With our order a baseline may hold requests in the router as we do, or not: the better

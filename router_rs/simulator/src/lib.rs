@@ -32,7 +32,5 @@ pub use outcome::{
 pub use profile::{Coefficients, Profile, Transfer};
 pub use replay::{Replay, ReplayError, Source, replay_json};
 pub use seed::Seeded;
-pub use settings::{
-    Failure, Noise, Order, PolicySettings, QueueSettings, Settings, Slo,
-};
+pub use settings::{Failure, Noise, Order, PolicySettings, QueueSettings, Settings, Slo};
 pub use simulation::{SimulationError, simulate};

@@ -21,9 +21,7 @@ impl Scorer for Weighted {
         let column = |name| plans.column(name).ok_or(missing.clone());
         let (backlog, cached) = (column("prefill_backlog_tokens")?, column("cached_tokens")?);
         let context = column("decode_context")?;
-        let score = |at: usize| {
-            backlog[at] - self.overlap * cached[at] + self.decode * context[at]
-        };
+        let score = |at: usize| backlog[at] - self.overlap * cached[at] + self.decode * context[at];
         Ok((0..plans.plans()).map(score).collect())
     }
 

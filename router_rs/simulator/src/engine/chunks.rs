@@ -16,12 +16,7 @@ pub(super) struct Budget {
 
 impl Budget {
     /// Beside so many streams, whose step alone takes `decode_ms`.
-    pub(super) fn new(
-        settings: &EngineSettings,
-        batch: u32,
-        decode_ms: f64,
-        itl_ms: f64,
-    ) -> Self {
+    pub(super) fn new(settings: &EngineSettings, batch: u32, decode_ms: f64, itl_ms: f64) -> Self {
         let mut ms = if settings.layer_preemption {
             f64::INFINITY
         } else {

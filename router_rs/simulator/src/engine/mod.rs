@@ -166,7 +166,6 @@ pub(crate) enum Outcome {
 struct Step {
     /// (request, tokens).
     chunks: Vec<(u32, u32)>,
-    sample: StepSample,
 }
 
 /// One worker's engine.
@@ -198,11 +197,6 @@ impl Engine {
             step: None,
             settings,
         }
-    }
-
-    /// What it is.
-    pub(crate) fn settings(&self) -> &EngineSettings {
-        &self.settings
     }
 
     /// Its KV pool.
@@ -282,6 +276,10 @@ impl Engine {
 
     /// A request that is not wanted here any more.
     pub(crate) fn cancel(&mut self, request: u32, trace: &Trace) {
+        if let Some(step) = &mut self.step {
+            // It may come again before the step has ended.
+            step.chunks.retain(|(other, _)| *other != request);
+        }
         let gone = [
             self.prompts.remove(request),
             self.outgoing.remove(&request),
@@ -296,7 +294,9 @@ impl Engine {
     /// still to come of each.
     pub(crate) fn lose_all(&mut self) -> Vec<(u32, u32)> {
         let waiting = self.prompts.iter();
-        let held = waiting.chain(self.incoming.values()).chain(self.outgoing.values());
+        let held = waiting
+            .chain(self.incoming.values())
+            .chain(self.outgoing.values());
         let mut lost: Vec<(u32, u32)> = held
             .map(|sequence| (sequence.request, sequence.left))
             .collect();
@@ -313,7 +313,11 @@ impl Engine {
 
     /// Begins a step, if there is something to do; gives what it holds, with
     /// its mean duration.
-    pub(crate) fn begin_step(&mut self, trace: &Trace, out: &mut Vec<Outcome>) -> Option<StepSample> {
+    pub(crate) fn begin_step(
+        &mut self,
+        trace: &Trace,
+        out: &mut Vec<Outcome>,
+    ) -> Option<StepSample> {
         debug_assert!(self.step.is_none(), "one step at a time");
         let truth = self.settings.truth;
         let (batch, context) = (self.streams.batch(), self.streams.context());
@@ -346,7 +350,7 @@ impl Engine {
             batch,
             context,
         );
-        self.step = Some(Step { chunks, sample });
+        self.step = Some(Step { chunks });
         Some(sample)
     }
 

@@ -50,7 +50,6 @@ pub(crate) struct Pool {
     unused: u64,
     /// (stored, name).
     events: Vec<(bool, u64)>,
-    evicted: u64,
 }
 
 impl Pool {
@@ -67,7 +66,6 @@ impl Pool {
             newest: NONE,
             unused: 0,
             events: Vec::new(),
-            evicted: 0,
         }
     }
 
@@ -99,11 +97,6 @@ impl Pool {
     /// Units that can be had.
     pub(crate) fn available(&self) -> u64 {
         self.free_units() + self.evictable()
-    }
-
-    /// Blocks that went for others, since the start.
-    pub(crate) fn evicted(&self) -> u64 {
-        self.evicted
     }
 
     /// How many of the blocks are cached, from the first on.
@@ -230,7 +223,6 @@ impl Pool {
         self.names.remove(&name);
         self.vacant.push(at);
         self.events.push((false, name));
-        self.evicted += 1;
     }
 
     fn link(&mut self, at: u32) {

@@ -225,7 +225,11 @@ impl Recorder {
     /// Requests that have not ended.
     pub(crate) fn open(&self) -> Vec<u32> {
         let open = |row: &&Row| row.end_ms.is_nan() && !row.rejected;
-        self.rows.iter().filter(open).map(|row| row.request).collect()
+        self.rows
+            .iter()
+            .filter(open)
+            .map(|row| row.request)
+            .collect()
     }
 
     pub(crate) fn finish(self, settings: &Settings, trace: &Trace) -> Run {

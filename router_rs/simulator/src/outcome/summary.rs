@@ -126,13 +126,9 @@ pub(super) fn summarise(
     floors: &[f64],
 ) -> Summary {
     let counted = &recorder.rows[recorder.first..];
-    let served: Vec<&Row> = counted
-        .iter()
-        .filter(|row| !row.end_ms.is_nan())
-        .collect();
-    let of = |value: &dyn Fn(&Row) -> f64| -> Vec<f64> {
-        served.iter().map(|row| value(row)).collect()
-    };
+    let served: Vec<&Row> = counted.iter().filter(|row| !row.end_ms.is_nan()).collect();
+    let of =
+        |value: &dyn Fn(&Row) -> f64| -> Vec<f64> { served.iter().map(|row| value(row)).collect() };
     let unloaded = |row: &Row| recorder.unloaded.ttft_ms(0, row.prompt);
     let good = served
         .iter()

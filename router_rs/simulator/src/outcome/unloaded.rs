@@ -38,7 +38,11 @@ impl Unloaded {
             let linear = step.b_ms + step.c_ms * (at + 0.5);
             let root = (linear * linear + 2.0 * step.c_ms * self.chunk_ms).sqrt();
             let within = 2.0 * self.chunk_ms / (linear + root);
-            let within = if within.is_nan() { f64::INFINITY } else { within };
+            let within = if within.is_nan() {
+                f64::INFINITY
+            } else {
+                within
+            };
             let tokens = within
                 .min(f64::from(step.saturating_chunk))
                 .max(16.0)

@@ -10,8 +10,8 @@ use crate::trace::Trace;
 use kvmesh_kv_index::{KvIndex, Matches, UNIT_TOKENS, WorkerSlot};
 use kvmesh_scheduler::{
     Abilities, AdmissionSettings, Booking, Bookings, Class, ClassTargets, Considered, Decision,
-    Estimate, Lane, Learner, Load, Needs, NoPlan, OutputLengths, Path, Phase, Policy, Queue, Rejected,
-    RequestView, Role, Roster, StepSample, Ticket, TransferRates, Work, WorkerView,
+    Estimate, Lane, Learner, Load, Needs, NoPlan, OutputLengths, Path, Phase, Policy, Queue,
+    Rejected, RequestView, Role, Roster, StepSample, Ticket, TransferRates, Work, WorkerView,
     virtual_deadline_ms,
 };
 use std::collections::{BTreeMap, BTreeSet};
@@ -49,7 +49,7 @@ pub(crate) enum Tried {
         no_room: bool,
     },
     /// Nobody will ever run it.
-    Never(NoPlan),
+    Never,
 }
 
 /// A plan that was chosen.
@@ -165,12 +165,9 @@ impl Router {
         let work_ms = Estimate::of(&cluster, &request).work_ms;
         let class = request.class;
         let key = match self.order {
-            Order::Deadline => virtual_deadline_ms(
-                &ClassTargets::default(),
-                class,
-                asked.arrival_ms,
-                work_ms,
-            ),
+            Order::Deadline => {
+                virtual_deadline_ms(&ClassTargets::default(), class, asked.arrival_ms, work_ms)
+            }
             Order::Arrival => asked.arrival_ms,
         };
         if self.max_wait_ms.is_finite() {
@@ -261,7 +258,7 @@ impl Router {
             }
             // Those who refused for now may be all that there are.
             Err(_) if excluded.is_some() => return Tried::Waits { no_room: true },
-            Err(never) => return Tried::Never(never),
+            Err(_) => return Tried::Never,
         };
         let on = decision.plan().prefill().0 as usize;
         let ahead_ms = self.dispatch_ahead_ms.max(self.step_ms[on]);
@@ -329,8 +326,8 @@ impl Router {
         self.keys.remove(&request);
         self.ended += 1;
         if self.ended.is_multiple_of(LEFT_EVERY) {
-            let left = Class::ALL
-                .map(|class| self.lengths.left_of_running(MODEL, class, self.max_tokens));
+            let left =
+                Class::ALL.map(|class| self.lengths.left_of_running(MODEL, class, self.max_tokens));
             self.roster.change_all(|view| view.left = left);
         }
     }

@@ -35,8 +35,8 @@ impl Simulation<'_> {
         let request = self.next as u32;
         self.next += 1;
         self.plan_arrival();
-        let router = (mix(u64::from(request) ^ self.settings.seed)
-            % self.settings.routers as u64) as usize;
+        let router =
+            (mix(u64::from(request) ^ self.settings.seed) % self.settings.routers as u64) as usize;
         let flight = &mut self.flights[request as usize];
         flight.router = router as u32;
         flight.last_ms = f64::NAN;
@@ -65,7 +65,7 @@ impl Simulation<'_> {
         match tried {
             Tried::Placed(placed) => self.dispatch(router, asked, &placed),
             Tried::Waits { .. } => {}
-            Tried::Never(_) => self.recorder.rejected(asked.request),
+            Tried::Never => self.recorder.rejected(asked.request),
         }
     }
 
@@ -88,7 +88,10 @@ impl Simulation<'_> {
             );
             let engine = |slot: WorkerSlot| {
                 let worker = &workers[slot.0 as usize];
-                let ends_ms = worker.step.as_ref().map_or(now_ms, |(ends_ms, ..)| *ends_ms);
+                let ends_ms = worker
+                    .step
+                    .as_ref()
+                    .map_or(now_ms, |(ends_ms, ..)| *ends_ms);
                 (&worker.engine, (ends_ms - now_ms).max(0.0))
             };
             clairvoyant::choose(plans, &sequence, trace, now_ms, engine)

@@ -78,9 +78,12 @@ impl Simulation<'_> {
         if self.settings.noise.reports_a_step_late || !worker.alive {
             return;
         }
-        let (mean_ms, left_ms) = worker.step.as_ref().map_or((0.0, 0.0), |(ends, sample, _)| {
-            (sample.duration_ms, (ends - self.now_ms).max(0.0))
-        });
+        let (mean_ms, left_ms) = worker
+            .step
+            .as_ref()
+            .map_or((0.0, 0.0), |(ends, sample, _)| {
+                (sample.duration_ms, (ends - self.now_ms).max(0.0))
+            });
         let said = Said::now(worker, mean_ms, left_ms);
         self.send_report(number, said, sample);
     }
@@ -206,7 +209,8 @@ impl Simulation<'_> {
             let noise = &self.settings.noise;
             let at_ms = flight.sent_ms.max(self.now_ms + noise.network_ms);
             let at_ms = at_ms + self.links.fixed_ms();
-            self.events.at(at_ms, Event::HandedOver { request, attempt });
+            self.events
+                .at(at_ms, Event::HandedOver { request, attempt });
         }
     }
 
@@ -220,6 +224,8 @@ impl Simulation<'_> {
         // for computing.
         let (bytes, ms) = self.links.alone(flight.sent);
         self.routers[flight.router as usize].transferred(prefill, decode, bytes, ms);
+        // From here on only its decode worker's fate is its own.
+        self.flights[request as usize].prefill = flight.decode;
         let left = self.trace.requests[request as usize].output - flight.made;
         self.workers[decode]
             .engine
