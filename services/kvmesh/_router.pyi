@@ -78,6 +78,16 @@ class KvIndex:
     def held(self, worker: int) -> int: ...
     def stats(self) -> tuple[int, int, int, int, int, int]: ...
 
+# --- Simulator ----------------------------------------------------------------
+
+def simulate(replay: str, trace: str) -> str:
+    """Replays a trace over the index and the scheduler that serve.
+
+    `replay` is a JSON object (docs/simulator.md), `trace` the text of the trace
+    file; the results are JSON. Equal arguments give equal text. ValueError for
+    settings or a trace that cannot be used. Other threads run meanwhile.
+    """
+
 # --- KV pool and transfer -----------------------------------------------------
 
 Reason = Literal[

@@ -30,7 +30,7 @@ MAY_KNOW = {
     },
 }  # fmt: skip
 
-PURE = ("kv-index", "scheduler", "session", "text")
+PURE = ("kv-index", "scheduler", "session", "text", "simulator")
 
 FORBIDDEN_IN_PURE = {"tokio", "rand", "getrandom", "mio", "socket2", "chrono", "time"}
 

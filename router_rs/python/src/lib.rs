@@ -9,6 +9,7 @@ mod router;
 mod router_settings;
 mod scoring;
 mod sim;
+mod simulate;
 mod transfer;
 mod worker_port;
 
@@ -26,6 +27,7 @@ fn _router(module: &Bound<'_, PyModule>) -> PyResult<()> {
     worker_port::register(module)?;
     router_settings::register(module)?;
     scoring::register(module)?;
+    simulate::register(module)?;
     module.add_class::<attention::PyPagedKv>()?;
     module.add_class::<sim::PySimStreams>()?;
     Ok(())

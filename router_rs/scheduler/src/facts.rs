@@ -64,6 +64,8 @@ pub(crate) struct Facts {
     /// Tokens of a typical chunk there, and one over that.
     pub(crate) chunk: f64,
     pub(crate) per_chunk: f64,
+    /// One over what a chunk there may take, ms; 0 where nothing bounds it.
+    pub(crate) per_budget: f64,
     pub(crate) streams: PerClass<Streams>,
     pub(crate) line: Waiting,
     /// Tokens that a new request could get, those of one block, longest one.
@@ -87,7 +89,7 @@ impl Facts {
         let (batch, context) = (worker.decode_batch(), worker.decode_context());
         let there = worker.by_class();
         let step_ms = worker.step.decode_ms(batch, context);
-        let chunk = chunk_there(worker, weights, &there.decoding, batch, step_ms);
+        let (chunk, budget_ms) = chunk_there(worker, weights, &there.decoding, batch, step_ms);
         let abilities = &*worker.abilities;
         let ready = matches!(worker.phase, Phase::Serving | Phase::WarmingUp);
         let block = f64::from(abilities.block_tokens.max(1));
@@ -115,6 +117,7 @@ impl Facts {
             step_left_ms: worker.load.step_left_ms,
             chunk,
             per_chunk: chunk.recip(),
+            per_budget: budget_ms.recip(),
             streams: Class::ALL.map(|class| Streams {
                 weight: streams(class) * weights.itl[class.index()],
                 left: worker.left[class.index()],
@@ -146,9 +149,10 @@ impl Facts {
 
     /// Computing so many prompt tokens with such a sum of contexts.
     pub(crate) fn chunks(&self, tokens: f64, context: f64) -> Chunks {
+        let tokens_ms = self.step.tokens_ms(tokens, context);
         Chunks {
-            steps: ceil(tokens * self.per_chunk),
-            tokens_ms: self.step.tokens_ms(tokens, context),
+            steps: ceil(self.steps(tokens, tokens_ms)),
+            tokens_ms,
             step_ms: self.step.a_ms + self.company_ms,
         }
     }
@@ -156,8 +160,15 @@ impl Facts {
     /// So many tokens of a backlog, ms: they share their steps with others, so
     /// the constant part counts by the token.
     pub(crate) fn flow_ms(&self, tokens: f64, context: f64) -> f64 {
-        let steps = tokens * self.per_chunk;
-        steps * (self.step.a_ms + self.company_ms) + self.step.tokens_ms(tokens, context)
+        let tokens_ms = self.step.tokens_ms(tokens, context);
+        let steps = self.steps(tokens, tokens_ms);
+        steps * (self.step.a_ms + self.company_ms) + tokens_ms
+    }
+
+    /// Steps for so many tokens that take so long: a chunk fits the budget
+    /// whatever its context, so late in a long prompt chunks hold fewer tokens.
+    fn steps(&self, tokens: f64, tokens_ms: f64) -> f64 {
+        (tokens * self.per_chunk).max(tokens_ms * self.per_budget)
     }
 
     /// KV bytes of so many tokens, in whole blocks.
@@ -199,11 +210,11 @@ fn chunk_there(
     decoding: &PerClass<u32>,
     batch: u32,
     step_ms: f64,
-) -> f64 {
+) -> (f64, f64) {
     let most = u64::from(worker.step.saturating_chunk.max(1));
     let layers = worker.abilities.layer_preemption;
     if batch == 0 && layers {
-        return most as f64;
+        return (most as f64, f64::INFINITY);
     }
     let strictest = (0..Class::ALL.len())
         .filter(|class| decoding[*class] > 0)
@@ -221,7 +232,10 @@ fn chunk_there(
     // At the beginning of a prompt: later ones of the same budget are smaller.
     let budget = bounds.budget_ms(batch > 0, step_ms);
     let least = u64::from(bounds.block_tokens.max(1)).min(most);
-    tokens_within(&worker.step, budget, 0, most).max(least) as f64
+    let chunk = tokens_within(&worker.step, budget, 0, most).max(least) as f64;
+    // At least a block, whatever it takes.
+    let block_ms = worker.step.tokens_ms(least as f64, 0.0);
+    (chunk, budget.max(block_ms).max(1e-3))
 }
 
 /// Numbers for names.

@@ -108,7 +108,7 @@ impl<'a> Question<'a, '_> {
             pull_ms,
             prefill_ms,
             queued_ms: queued_ms(line, prefill_ms),
-            others_stretch_ms: stretch::chunks_stretch_ms(facts, &chunks, people),
+            others_stretch_ms: stretch::chunks_stretch_ms(facts, &chunks, line.ahead_ms, people),
             ..Terms::default()
         }
     }

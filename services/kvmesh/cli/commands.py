@@ -19,6 +19,7 @@ COMMANDS = {
     "drain": "let a worker finish what it has, and give it nothing new",
     "role": "change what a worker does, without a restart",
     "explain": "say why a request went where it went",
+    "simulate": "replay a trace over the scheduler, with simulated engines",
     "models": "list models, or get one",
     "version": "print the version",
 }

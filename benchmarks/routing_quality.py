@@ -1,0 +1,391 @@
+"""How much better are the router's choices than a formula's, in time to first token and to the end?
+
+Every policy replays the same trace over the same simulated workers (docs/simulator.md), by the
+definitions of SCHEDULING 6:
+
+- 100 % load is the highest replay speed at which the best baseline, with our queue order, still
+  serves 90 % of requests within SLO (first token within 5x its unloaded time at that length, mean
+  time between tokens within the class's target); found by bisection, the same for all.
+- Two tables: placement alone (every policy with our order), and whole (baselines first come first
+  served). With our order a baseline may hold requests in the router as we do, or not: the better
+  counts.
+- Baselines are tuned over GRID on the first third, once for TTFT and once for end-to-end time, at
+  each load; all are judged on the rest. `overlap-load` is Dynamo's formula with its one weight,
+  `weighted` the same with two free weights, which no product has: shown, and not the figure's base.
+- Clairvoyant: true lengths and coefficients, no report delay, each candidate rolled forward, least
+  sum of first-token times of everyone who waits.
+
+    python benchmarks/routing_quality.py [--quick] [--json FILE] [--traces DIR] [--workers 8,16]
+        [--only mooncake,azure-conv,azure-code] [--pools unified,pd] [--loads 50,80,95] [--seeds N]
+
+Figures are means over worker counts of the Mooncake trace, as ratios; a ratio under 1 is ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import geometric_mean, mean
+from typing import Any
+
+from alternating import Figure, print_table, write_json
+
+from kvmesh.simulate.profiles import load_profile
+from kvmesh.simulate.replay import AT_ONCE, FIFO, PERFECT, Cluster, Policy, TraceFile, replay
+
+PROFILE = "h100-70b-tp4"
+WEIGHTS = (0.25, 1.0, 4.0, 16.0, 64.0, 256.0)
+OVERLAPS, DECODES = (0.5, 1.0, 2.0, 4.0), (0.0, 1 / 256, 1 / 64, 1 / 16, 1 / 4)
+FIXED = (
+    "round-robin",
+    "random",
+    "least-loaded",
+    "power-of-two",
+    "consistent-hash",
+    "prefix-greedy",
+)
+SERVED, TUNED_SHARE = 0.9, 1 / 3
+TRACES = {
+    "mooncake": "mooncake_conversation_part1.jsonl",
+    "azure-conv": "azure_conv_2023_part1.csv",
+    "azure-code": "azure_code_2023_part1.csv",
+}
+LIVE: Mapping[str, Any] = {}
+"""Our queue as shipped: order by virtual deadline, held back in the router."""
+
+
+def formula(weight: float, queue: Mapping[str, Any] = AT_ONCE) -> Policy:
+    return Policy("overlap-load", {"overlap_weight": weight}, queue)
+
+
+def weighted(overlap: float, decode: float, queue: Mapping[str, Any] = AT_ONCE) -> Policy:
+    return Policy("weighted", {"overlap": overlap, "decode": decode}, queue)
+
+
+FORMULAS = [formula(w, q) for w, q in itertools.product(WEIGHTS, (AT_ONCE, LIVE))]
+FREE = [weighted(o, d) for o, d in itertools.product(OVERLAPS, DECODES)]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A trace, a cluster and a seed count: what a table is about."""
+
+    name: str
+    trace: TraceFile
+    cluster: Cluster
+    seeds: Sequence[int]
+    most: float
+    """Highest replay speed that is looked at."""
+    share: float = 1.0
+    """Of the trace."""
+    runs: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def judge(
+        self, policy: Policy, speed: float, seeds: Sequence[int] | None = None, **more: Any
+    ) -> Figures:
+        """On all but the first third."""
+        runs = [
+            replay(
+                self.trace, self.cluster, policy, speed=speed, share=self.share, seed=seed,
+                **{"warm_up": TUNED_SHARE, **more},
+            )["summary"]
+            for seed in seeds or self.seeds
+        ]  # fmt: skip
+        return Figures.of(runs)
+
+    def tune(self, policies: Iterable[Policy], speed: float) -> list[tuple[Policy, Figures]]:
+        """On the first third."""
+        return [
+            (
+                policy,
+                Figures.of(
+                    [
+                        replay(
+                            self.trace, self.cluster, policy, speed=speed,
+                            share=self.share * TUNED_SHARE, seed=self.seeds[0],
+                        )["summary"]
+                    ]
+                ),
+            )
+            for policy in policies
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Means over seeds."""
+
+    ttft: float
+    above: float
+    e2e: float
+    slowdown: float
+    good: float
+    hits: float
+    floor: float
+    pooled: float
+
+    @classmethod
+    def of(cls, runs: Sequence[Mapping[str, Any]]) -> Figures:
+        def over(pick: Any) -> float:
+            return mean(float(pick(run)) for run in runs)
+
+        return cls(
+            over(lambda s: s["ttft_ms"]["mean"]),
+            over(lambda s: s["above_floor_ms"]),
+            over(lambda s: s["end_to_end_ms"]["mean"]),
+            over(lambda s: s["slowdown"]["p99"]),
+            over(lambda s: s["goodput_share"]),
+            over(lambda s: s["hit_rate"]),
+            over(lambda s: s["bounds"]["no_wait_ms"]),
+            over(lambda s: s["bounds"]["pooled_ms"]),
+        )
+
+
+def full_load(cell: Cell, steps: int) -> float:
+    """100 %: bisection over the best of the baselines."""
+    order = [*FORMULAS[::-1], *(Policy(name, {}, AT_ONCE) for name in FIXED)]
+
+    def served(speed: float) -> bool:
+        for at, policy in enumerate(order):
+            good = cell.judge(policy, speed, cell.seeds[:1], warm_up=0.2).good
+            if good >= SERVED:
+                # Who did best here is asked first next time.
+                order.insert(0, order.pop(at))
+                return True
+        return False
+
+    low, high = 0.0, cell.most
+    for _ in range(steps):
+        middle = (low + high) / 2 if low else high / 2
+        if served(middle):
+            low = middle
+        else:
+            high = middle
+        if low and high - low < 0.02 * low:
+            break
+    return low
+
+
+Row = tuple[str, Figures]
+
+
+def label(policy: Policy) -> str:
+    numbers = ", ".join(f"{key} {value:.4g}" for key, value in policy.numbers.items())
+    held = "" if policy.queue in (AT_ONCE, FIFO) else ", held"
+    return f"{policy.name} ({numbers}{held})" if numbers or held else policy.name
+
+
+def placement(cell: Cell, speed: float, fixed: bool) -> dict[str, Row]:
+    """Every policy with our order."""
+    rows: dict[str, Row] = {"ours": ("ours", cell.judge(Policy("cost"), speed))}
+    for key, grid in (("formula", FORMULAS), ("free", FREE)):
+        tried = cell.tune(grid, speed)
+        for goal in ("ttft", "e2e"):
+            best = min(tried, key=lambda entry: getattr(entry[1], goal))[0]
+            rows[f"{key}_{goal}"] = (f"{goal}: {label(best)}", cell.judge(best, speed))
+    rows["default"] = ("as shipped: overlap-load", cell.judge(formula(1.0), speed))
+    rows["clairvoyant"] = (
+        "clairvoyant",
+        cell.judge(Policy("clairvoyant", {}, AT_ONCE), speed, noise=clear_sight()),
+    )
+    if fixed:
+        for name in FIXED:
+            policy = Policy(name, {}, AT_ONCE)
+            rows[name] = (name, cell.judge(policy, speed, cell.seeds[:1]))
+    return rows
+
+
+def clear_sight() -> dict[str, Any]:
+    """The workers' true noise, but nothing is told late."""
+    late = ("reports_a_step_late", "report_ms", "network_ms")
+    return {key: PERFECT[key] for key in late}
+
+
+def whole(cell: Cell, speed: float, fixed: bool) -> dict[str, Row]:
+    """Baselines first come first served."""
+    rows: dict[str, Row] = {"ours": ("ours", cell.judge(Policy("cost"), speed))}
+    tried = cell.tune([formula(w, FIFO) for w in WEIGHTS], speed)
+    for goal in ("ttft", "e2e"):
+        best = min(tried, key=lambda entry: getattr(entry[1], goal))[0]
+        rows[f"formula_{goal}"] = (f"{goal}: {label(best)}", cell.judge(best, speed))
+    rows["default"] = ("as shipped: overlap-load", cell.judge(formula(1.0, FIFO), speed))
+    if fixed:
+        for name in FIXED:
+            rows[name] = (name, cell.judge(Policy(name, {}, FIFO), speed, cell.seeds[:1]))
+    return rows
+
+
+HEAD = (
+    "policy",
+    "TTFT ms",
+    "of ours",
+    "above floor",
+    "e2e s",
+    "of ours",
+    "slow p99",
+    "goodput",
+    "hits",
+)
+
+
+def show(title: str, rows: Mapping[str, Row]) -> None:
+    ours = rows["ours"][1]
+    print_table(
+        title,
+        HEAD,
+        [
+            (
+                name, f.ttft, f"{f.ttft / ours.ttft:.3f}", f.above, f.e2e / 1e3,
+                f"{f.e2e / ours.e2e:.3f}", f.slowdown, f"{f.good:.1%}", f"{f.hits:.1%}",
+            )
+            for name, f in rows.values()
+        ],
+    )  # fmt: skip
+    print(
+        f"bounds of the mean TTFT: no waiting and every hit {ours.floor:,.0f} ms; "
+        f"pooled {ours.pooled:,.0f} ms"
+    )
+
+
+def split_cluster(trace: TraceFile, workers: int, args: argparse.Namespace, most: float) -> Cluster:
+    """The P:D ratio at which the usual formula serves most."""
+    best = (0.0, Cluster({}))
+    profile = load_profile(PROFILE)
+    shares = (0.5, 0.625, 0.6875, 0.75, 0.8125)
+    for prefill in sorted({round(workers * share) for share in shares}):
+        cluster = Cluster(profile, 0, prefill, workers - prefill)
+        cell = Cell("", trace, cluster, args.seed_list[:1], most, args.share)
+        order = [formula(1.0)]
+
+        def served(speed: float, cell: Cell = cell, order: Sequence[Policy] = order) -> bool:
+            return cell.judge(order[0], speed, warm_up=0.2).good >= SERVED
+
+        low, high = 0.0, most
+        for _ in range(5):
+            middle = (low + high) / 2
+            low, high = (middle, high) if served(middle) else (low, middle)
+        best = max(best, (low, cluster), key=lambda entry: entry[0])
+    return best[1]
+
+
+def cells(args: argparse.Namespace) -> Iterable[tuple[str, Cell]]:
+    profile = load_profile(PROFILE)
+    for name in args.only:
+        path = args.traces / TRACES[name]
+        kinds = [(name, TraceFile.read(path))]
+        if name != "mooncake" and not args.quick:
+            kinds.append((f"{name} without prefixes", TraceFile.read(path, prefixes=False)))
+        for kind, trace in kinds:
+            for workers, pool in itertools.product(args.workers, args.pools):
+                if kind != name and (pool == "pd" or workers != max(args.workers)):
+                    continue
+                # Azure's prompts are a tenth as long.
+                most = workers / 2 if name == "mooncake" else workers * 6.0
+                if pool == "pd":
+                    cluster = split_cluster(trace, workers, args, most)
+                else:
+                    cluster = Cluster(profile, workers)
+                title = f"{kind}, {cluster.name} workers"
+                yield pool, Cell(title, trace, cluster, args.seed_list, most, args.share)
+
+
+def main() -> int:
+    args = arguments()
+    began = time.monotonic()
+    ratios: dict[str, list[float]] = {}
+    tables: list[dict[str, Any]] = []
+    for pool, cell in cells(args):
+        speed = full_load(cell, 6 if args.quick else 9)
+        print(
+            f"\n== {cell.name}: 100 % load is replay speed {speed:.3f} (best baseline, our order)"
+        )
+        for load in args.loads:
+            at = speed * load / 100
+            for table, rows in (
+                ("placement alone", placement(cell, at, not args.quick)),
+                ("whole", whole(cell, at, not args.quick)),
+            ):
+                show(f"{cell.name}, {load} % load, {table}", rows)
+                tables.append(
+                    {"cell": cell.name, "load": load, "table": table, "speed": at,
+                     "rows": {key: {"name": n, **vars(f)} for key, (n, f) in rows.items()}}
+                )  # fmt: skip
+                if cell.trace.source["format"] == "mooncake":
+                    collect(ratios, pool, load, table, rows)
+    figures = [Figure(name, geometric_mean(of), "ratio", "lower") for name, of in ratios.items()]
+    print_table("figures", ("figure", "ratio"), [(f.name, f"{f.value:.3f}") for f in figures])
+    print(f"{time.monotonic() - began:.0f} s" + (", quick: no evidence" if args.quick else ""))
+    if args.json:
+        write_json(args.json, figures, tables=tables, quick=args.quick)
+    return 0
+
+
+def collect(
+    ratios: dict[str, list[float]], pool: str, load: int, table: str, rows: Mapping[str, Row]
+) -> None:
+    """The figures' ratios, ours over the other."""
+    ours = rows["ours"][1]
+
+    def note(name: str, key: str, what: str) -> None:
+        value = getattr(ours, what) / getattr(rows[key][1], what)
+        ratios.setdefault(f"{name}_{load}", []).append(value)
+
+    if table == "whole":
+        note(
+            "whole_ttft_over_default" if pool == "unified" else "pd_whole_ttft_over_default",
+            "default",
+            "ttft",
+        )
+        return
+    if pool == "unified":
+        note("unified_ttft_over_tuned", "formula_ttft", "ttft")
+        note("unified_e2e_over_tuned", "formula_e2e", "e2e")
+        note("unified_ttft_over_e2e_tuned", "formula_e2e", "ttft")
+        note("unified_ttft_over_default", "default", "ttft")
+        note("unified_ttft_over_free_weights", "free_ttft", "ttft")
+        note("ttft_over_clairvoyant", "clairvoyant", "ttft")
+    else:
+        note("pd_ttft_over_tuned", "formula_ttft", "ttft")
+        note("pd_ttft_over_default", "default", "ttft")
+        note("pd_ttft_over_free_weights", "free_ttft", "ttft")
+        note("pd_ttft_over_clairvoyant", "clairvoyant", "ttft")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = Path(__file__).resolve().parents[2] / "shared" / "traces"
+    parser.add_argument("--quick", action="store_true", help="under a minute; no evidence")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--traces", type=Path, default=default)
+    names = lambda text: text.split(",")  # noqa: E731
+    numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
+    parser.add_argument("--only", type=names, default=list(TRACES))
+    parser.add_argument("--workers", type=numbers, default=[8, 16])
+    parser.add_argument("--pools", type=names, default=["unified", "pd"])
+    parser.add_argument("--loads", type=numbers, default=[50, 80, 95])
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    args.share = 1.0
+    if args.quick:
+        args.only, args.workers, args.loads, args.seeds, args.share = (
+            ["mooncake"],
+            [8],
+            [80],
+            1,
+            0.25,
+        )
+    args.seed_list = list(range(1, args.seeds + 1))
+    if not args.traces.is_dir():
+        parser.error(f"{args.traces} is no folder: --traces says where the traces are")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

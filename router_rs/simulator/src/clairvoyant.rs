@@ -1,0 +1,72 @@
+//! What one could choose who knew lengths and coefficients.
+
+use crate::engine::{Engine, Outcome, Sequence};
+use crate::trace::Trace;
+use kvmesh_kv_index::WorkerSlot;
+use kvmesh_scheduler::Considered;
+use std::collections::BTreeMap;
+
+/// Chooses among plans by rolling each worker forward with the request and
+/// without: the smallest growth of the sum of first-token times of everyone
+/// who waits there, the request's own included. Where two workers share a
+/// plan, the decode side is the one that the cost prefers.
+pub(crate) fn choose<'a>(
+    plans: &[Considered],
+    sequence: &Sequence,
+    trace: &Trace,
+    now_ms: f64,
+    engine: impl Fn(WorkerSlot) -> (&'a Engine, f64),
+) -> usize {
+    let mut costs: BTreeMap<WorkerSlot, f64> = BTreeMap::new();
+    let mut best = (f64::INFINITY, 0);
+    for (at, plan) in plans.iter().enumerate() {
+        let on = plan.plan.prefill();
+        let cost = *costs.entry(on).or_insert_with(|| {
+            let (there, left_ms) = engine(on);
+            let mut with = there.clone();
+            with.submit(sequence.clone());
+            let with = first_tokens_ms(with, trace, now_ms, left_ms);
+            with - first_tokens_ms(there.clone(), trace, now_ms, left_ms)
+        });
+        // Plans come cheapest first: among equals the first stays.
+        if cost < best.0 - 1e-9 {
+            best = (cost, at);
+        }
+    }
+    best.1
+}
+
+/// Sum of the times to the first tokens of all prompts on a worker, ms from
+/// now. `left_ms`: until the step that runs ends.
+fn first_tokens_ms(mut engine: Engine, trace: &Trace, now_ms: f64, left_ms: f64) -> f64 {
+    let mut waiting = engine.waiting();
+    let (mut after_ms, mut sum) = (left_ms, 0.0);
+    let mut outcomes = Vec::new();
+    if !engine.running() {
+        match engine.begin_step(trace, &mut outcomes) {
+            Some(step) => after_ms = step.duration_ms,
+            None => return f64::INFINITY,
+        }
+    }
+    while waiting > 0 {
+        outcomes.clear();
+        engine.end_step(now_ms + after_ms, trace, &mut outcomes);
+        for outcome in &outcomes {
+            match outcome {
+                Outcome::Token { request, .. } => {
+                    sum += after_ms;
+                    waiting -= 1;
+                    engine.handed_over(*request, trace);
+                }
+                Outcome::Returned { .. } => sum += after_ms,
+                _ => {}
+            }
+        }
+        match engine.begin_step(trace, &mut outcomes) {
+            Some(step) => after_ms += step.duration_ms,
+            // What is left waits for room that only others can make.
+            None => return sum + waiting as f64 * after_ms,
+        }
+    }
+    sum
+}

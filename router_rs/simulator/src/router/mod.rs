@@ -1,0 +1,523 @@
+//! A router: what it believes of its workers, and what waits in it.
+//!
+//! Belief comes from reports alone, as in life. The decisions are those of
+//! `kvmesh-scheduler`; what is here is what the gateway has around them.
+
+use crate::policies::policy;
+use crate::seed::mix;
+use crate::settings::{Order, Settings};
+use crate::trace::Trace;
+use kvmesh_kv_index::{KvIndex, Matches, UNIT_TOKENS, WorkerSlot};
+use kvmesh_scheduler::{
+    Abilities, AdmissionSettings, Booking, Bookings, Class, ClassTargets, Considered, Decision,
+    Estimate, Lane, Learner, Load, Needs, NoPlan, OutputLengths, Path, Phase, Policy, Queue,
+    Rejected, RequestView, Role, Roster, StepSample, Ticket, TransferRates, Work, WorkerView,
+    virtual_deadline_ms,
+};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+/// Requests that are tried when a report comes: a bound on what it costs.
+const TRIED_AT_ONCE: usize = 32;
+/// A prior for the length of an output, tokens.
+const EXPECTED_OUTPUT: u32 = 256;
+const MODEL: &str = "model";
+/// Outputs after which what streams have left is estimated anew.
+const LEFT_EVERY: u64 = 32;
+
+/// What a router knows of a request.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Asked {
+    /// Its number in the trace.
+    pub(crate) request: u32,
+    /// Arrival, ms.
+    pub(crate) arrival_ms: f64,
+    /// Output tokens so far.
+    pub(crate) made: u32,
+    /// Most output tokens.
+    pub(crate) max_tokens: u32,
+}
+
+/// What came of trying to place a request.
+#[derive(Debug)]
+pub(crate) enum Tried {
+    /// It is placed and booked.
+    Placed(Placed),
+    /// It waits.
+    Waits {
+        /// There was no room.
+        no_room: bool,
+    },
+    /// Nobody will ever run it.
+    Never,
+}
+
+/// A plan that was chosen.
+#[derive(Debug)]
+pub(crate) struct Placed {
+    pub(crate) chosen: Considered,
+}
+
+/// A worker's report as it comes in.
+#[derive(Debug, Clone)]
+pub(crate) struct Report {
+    pub(crate) worker: usize,
+    pub(crate) load: Load,
+    pub(crate) last_command: u64,
+    /// Predicted length of the step that it is of, ms.
+    pub(crate) step_ms: f64,
+    pub(crate) sample: Option<StepSample>,
+}
+
+/// A router.
+pub(crate) struct Router {
+    hash: u64,
+    policy: Box<dyn Policy>,
+    order: Order,
+    dispatch_ahead_ms: f64,
+    max_wait_ms: f64,
+    max_tokens: u32,
+    lengths: OutputLengths,
+    bookings: Bookings,
+    roster: Roster,
+    rates: TransferRates,
+    learners: Vec<Learner>,
+    step_ms: Vec<f64>,
+    commands: Vec<u64>,
+    queue: Queue<Asked>,
+    /// By worker: keys of prompts that were sent and have not begun.
+    unstarted: Vec<BTreeMap<u32, f64>>,
+    booked: BTreeMap<u32, Vec<(usize, Booking)>>,
+    /// Bookings of those that wait, where they would go now: who chooses after
+    /// them sees them there. Each is chosen anew whenever it is tried.
+    intended: BTreeMap<u32, Vec<(usize, Booking)>>,
+    /// Keys and predicted work of requests that have not ended.
+    keys: BTreeMap<u32, (f64, f64)>,
+    excluded: BTreeMap<u32, Vec<WorkerSlot>>,
+    chain: Vec<u64>,
+    cached: Matches,
+    /// Outputs that have ended.
+    ended: u64,
+    lacks_room: bool,
+}
+
+impl Router {
+    pub(crate) fn new(number: usize, settings: &Settings) -> Self {
+        let prior = settings.profile.step_model(1.0);
+        let mut roster = Roster::new();
+        let roles = settings.roles();
+        for (slot, role) in roles.iter().enumerate() {
+            roster.insert(view(slot, *role, settings));
+        }
+        let workers = roles.len();
+        Self {
+            hash: mix(settings.seed ^ (number as u64 + 1)),
+            policy: policy(&settings.policy, settings.seed),
+            order: settings.queue.order,
+            dispatch_ahead_ms: settings.queue.dispatch_ahead_ms.unwrap_or(f64::INFINITY),
+            max_wait_ms: settings.queue.max_wait_ms.unwrap_or(f64::INFINITY),
+            max_tokens: settings.max_tokens,
+            lengths: OutputLengths::new(EXPECTED_OUTPUT),
+            bookings: Bookings::new(),
+            learners: vec![Learner::new(prior); workers],
+            step_ms: vec![0.0; workers],
+            commands: vec![0; workers],
+            queue: Queue::new(usize::MAX),
+            unstarted: vec![BTreeMap::new(); workers],
+            booked: BTreeMap::new(),
+            intended: BTreeMap::new(),
+            keys: BTreeMap::new(),
+            excluded: BTreeMap::new(),
+            chain: Vec::new(),
+            cached: Matches::default(),
+            ended: 0,
+            lacks_room: false,
+            roster,
+            rates: TransferRates::new(),
+        }
+    }
+
+    /// Requests that wait here.
+    pub(crate) fn queued(&self) -> usize {
+        self.queue.len()
+    }
+
+    /// The key of a request: smaller goes first.
+    pub(crate) fn key(&self, request: u32) -> f64 {
+        self.keys.get(&request).map_or(0.0, |(key, _)| *key)
+    }
+
+    /// A request came. It is admitted or not, and gets its virtual deadline.
+    ///
+    /// # Errors
+    /// Why it may not wait.
+    pub(crate) fn arrive(
+        &mut self,
+        asked: Asked,
+        trace: &Trace,
+        index: &KvIndex,
+    ) -> Result<(), Rejected> {
+        self.look_up(trace, index, asked.request);
+        self.roster.refresh(&self.bookings);
+        let cluster = self.roster.cluster(self.hash).at(asked.arrival_ms);
+        let at = (asked, f64::INFINITY);
+        let request = request_view(&self.lengths, &self.cached, trace, at, &[]);
+        let work_ms = Estimate::of(&cluster, &request).work_ms;
+        let class = request.class;
+        let key = match self.order {
+            Order::Deadline => {
+                virtual_deadline_ms(&ClassTargets::default(), class, asked.arrival_ms, work_ms)
+            }
+            Order::Arrival => asked.arrival_ms,
+        };
+        if self.max_wait_ms.is_finite() {
+            let bound = AdmissionSettings {
+                max_wait_ms: self.max_wait_ms,
+            };
+            let at = (asked, key);
+            let request = request_view(&self.lengths, &self.cached, trace, at, &[]);
+            let estimate = Estimate::of(&cluster, &request);
+            estimate.admit(self.queue.admission_ms(class, key), None, &bound)?;
+        }
+        self.keys.insert(asked.request, (key, work_ms));
+        Ok(())
+    }
+
+    /// Places a request, or lets it wait. Those that go before it are counted
+    /// where they would go, so that it passes nobody by going elsewhere.
+    pub(crate) fn place(
+        &mut self,
+        asked: Asked,
+        now_ms: f64,
+        trace: &Trace,
+        index: &KvIndex,
+    ) -> Tried {
+        let key = self.key(asked.request);
+        let last = self.queue.iter().nth(TRIED_AT_ONCE - 1);
+        let far = last.is_some_and(|(_, other)| self.key(other.request) <= key);
+        let tried = if far {
+            Tried::Waits { no_room: false }
+        } else {
+            self.try_plan(asked, now_ms, trace, index, None)
+        };
+        if let Tried::Waits { no_room } = tried {
+            self.lacks_room |= no_room;
+            self.wait(asked, trace);
+        }
+        tried
+    }
+
+    /// Lets a request wait.
+    pub(crate) fn wait(&mut self, asked: Asked, trace: &Trace) {
+        let (key, work_ms) = self.keys.get(&asked.request).copied().unwrap_or_default();
+        let lane = Lane {
+            class: trace.requests[asked.request as usize].class,
+            tenant: 0,
+        };
+        // It has no bound of its own.
+        let _ = self.queue.push_for(lane, key, work_ms, asked);
+    }
+
+    /// Chooses and books, if a worker would start the request soon. `choose`
+    /// picks another plan among those that the policy weighs.
+    pub(crate) fn try_plan(
+        &mut self,
+        asked: Asked,
+        now_ms: f64,
+        trace: &Trace,
+        index: &KvIndex,
+        choose: Option<&mut dyn FnMut(&[Considered]) -> usize>,
+    ) -> Tried {
+        self.intended.remove(&asked.request);
+        self.look_up(trace, index, asked.request);
+        let excluded = self.excluded.get(&asked.request).cloned();
+        let unwanted = excluded.as_deref().unwrap_or(&[]);
+        let key = self.key(asked.request);
+        let request = request_view(&self.lengths, &self.cached, trace, (asked, key), unwanted);
+        self.roster.refresh(&self.bookings);
+        let cluster = self.roster.cluster(self.hash).at(now_ms);
+        let cluster = cluster.with_transfers(&self.rates);
+        let decided = match choose {
+            None => self.policy.choose(&cluster, &request),
+            Some(choose) => self.policy.explain(&cluster, &request).map(|plans| {
+                let chosen = plans[choose(&plans)];
+                Decision {
+                    chosen,
+                    tied: 1,
+                    weighed: 0,
+                    start_ms: 0.0,
+                    considered: Vec::new(),
+                    work: Vec::new(),
+                }
+            }),
+        };
+        let decision = match decided {
+            Ok(decision) => decision,
+            Err(NoPlan::NoRoom { .. } | NoPlan::NotReady { .. }) => {
+                return Tried::Waits { no_room: true };
+            }
+            // Those who refused for now may be all that there are.
+            Err(_) if excluded.is_some() => return Tried::Waits { no_room: true },
+            Err(_) => return Tried::Never,
+        };
+        let on = decision.plan().prefill().0 as usize;
+        let ahead_ms = self.dispatch_ahead_ms.max(self.step_ms[on]);
+        let waits = decision.start_ms > ahead_ms && !self.preempts(on, key);
+        let book = |(slot, work): &(WorkerSlot, Work)| {
+            let work = if waits { prompt_alone(work) } else { *work };
+            let booking = self.bookings.book_prompt(*slot, work, key);
+            (slot.0 as usize, booking)
+        };
+        let booked = decision.work.iter().map(book).collect();
+        if waits {
+            self.intended.insert(asked.request, booked);
+            return Tried::Waits { no_room: false };
+        }
+        self.unstarted[on].insert(asked.request, key);
+        self.booked.insert(asked.request, booked);
+        self.excluded.remove(&asked.request);
+        Tried::Placed(Placed {
+            chosen: decision.chosen,
+        })
+    }
+
+    /// Whether a request would go before all prompts that were sent to a
+    /// worker: it would preempt what runs there.
+    fn preempts(&self, worker: usize, key: f64) -> bool {
+        let there = &self.unstarted[worker];
+        !there.is_empty() && there.values().all(|other| key < *other)
+    }
+
+    /// A command about a request goes to a worker; its number.
+    pub(crate) fn send(&mut self, worker: usize, request: u32) -> u64 {
+        self.commands[worker] += 1;
+        for (on, booking) in self.booked.get(&request).into_iter().flatten() {
+            if *on == worker {
+                booking.sent(self.commands[worker]);
+            }
+        }
+        self.commands[worker]
+    }
+
+    /// A request made its first token, or is not there any more.
+    pub(crate) fn started(&mut self, worker: usize, request: u32) {
+        self.unstarted[worker].remove(&request);
+        for (_, booking) in self.booked.get(&request).into_iter().flatten() {
+            booking.started();
+        }
+    }
+
+    /// An attempt has ended, in whatever way.
+    pub(crate) fn released(&mut self, request: u32) {
+        for (worker, booking) in self.booked.remove(&request).into_iter().flatten() {
+            drop(booking);
+            self.unstarted[worker].remove(&request);
+        }
+    }
+
+    /// Whether a request is placed.
+    pub(crate) fn has(&self, request: u32) -> bool {
+        self.booked.contains_key(&request)
+    }
+
+    /// A request has its last token.
+    pub(crate) fn finished(&mut self, request: u32, class: Class, tokens: u32) {
+        self.lengths.observe(MODEL, class, tokens);
+        self.keys.remove(&request);
+        self.ended += 1;
+        if self.ended.is_multiple_of(LEFT_EVERY) {
+            let left =
+                Class::ALL.map(|class| self.lengths.left_of_running(MODEL, class, self.max_tokens));
+            self.roster.change_all(|view| view.left = left);
+        }
+    }
+
+    /// KV went from one worker to another: how long it took.
+    pub(crate) fn transferred(&mut self, from: usize, to: usize, bytes: u64, ms: f64) {
+        let (from, to) = (WorkerSlot(from as u32), WorkerSlot(to as u32));
+        self.rates.observe(from, to, Path::Network, bytes, ms);
+    }
+
+    /// A worker has no room for a request: not again before its next report.
+    pub(crate) fn refused(&mut self, request: u32, worker: usize) {
+        let slot = WorkerSlot(worker as u32);
+        self.excluded.entry(request).or_default().push(slot);
+    }
+
+    /// A report came.
+    pub(crate) fn reported(&mut self, report: &Report) {
+        let slot = WorkerSlot(report.worker as u32);
+        self.bookings.echoed(slot, report.last_command);
+        for excluded in self.excluded.values_mut() {
+            excluded.retain(|other| *other != slot);
+        }
+        let learner = &mut self.learners[report.worker];
+        if let Some(sample) = &report.sample {
+            learner.observe(sample);
+        }
+        self.step_ms[report.worker] = report.step_ms;
+        if let Some(view) = self.roster.get_mut(slot) {
+            view.load = report.load;
+            view.step = *learner.model();
+        }
+    }
+
+    /// A worker is gone, or back with nothing.
+    pub(crate) fn stands(&mut self, worker: usize, serving: bool) {
+        let slot = WorkerSlot(worker as u32);
+        self.bookings.session_ended(slot);
+        self.commands[worker] = 0;
+        self.unstarted[worker].clear();
+        let Some(view) = self.roster.get_mut(slot) else {
+            return;
+        };
+        view.phase = if serving {
+            Phase::Serving
+        } else {
+            Phase::Stopping
+        };
+        view.load = Load::default();
+        view.load.kv.free = view.abilities.pool_blocks;
+    }
+
+    /// Whether a report of a worker may let somebody go: it would start a
+    /// prompt soon, or somebody waits for room.
+    pub(crate) fn may_take(&self, worker: usize) -> bool {
+        if self.queue.is_empty() {
+            return false;
+        }
+        let Some(view) = self.roster.get(WorkerSlot(worker as u32)) else {
+            return false;
+        };
+        let (own, others) = (&view.load.own, &view.load.others);
+        let queued = own.queued_prefill_tokens + others.queued_prefill_tokens;
+        let running = own.running_prefill_tokens + others.running_prefill_tokens;
+        let least_ms = (queued + running) as f64 * view.step.b_ms;
+        let ahead_ms = self.dispatch_ahead_ms.max(self.step_ms[worker]);
+        self.lacks_room || view.role != Role::Decode && least_ms <= ahead_ms
+    }
+
+    /// Whether somebody waits for room.
+    pub(crate) fn lacks_room(&mut self, lacks: bool) {
+        self.lacks_room = lacks;
+    }
+
+    /// What waits and is to be tried now, most urgent first. Places are kept.
+    pub(crate) fn to_try(&mut self) -> Vec<(Ticket, Asked)> {
+        let first = self.queue.order(TRIED_AT_ONCE);
+        if self.intended.len() > TRIED_AT_ONCE {
+            // Those that were overtaken by many will choose again.
+            let near = self.queue.iter().take(TRIED_AT_ONCE);
+            let near: BTreeSet<u32> = near.map(|(_, asked)| asked.request).collect();
+            self.intended.retain(|request, _| near.contains(request));
+        }
+        let taken = |ticket| Some((ticket, self.queue.take(ticket)?));
+        first.into_iter().filter_map(taken).collect()
+    }
+
+    /// One that was tried waits on.
+    pub(crate) fn put_back(&mut self, ticket: Ticket, asked: Asked) {
+        self.queue.put_back(ticket, asked);
+    }
+
+    /// One that was tried is placed.
+    pub(crate) fn served(&mut self, ticket: Ticket) {
+        self.queue.serve(ticket);
+    }
+
+    fn look_up(&mut self, trace: &Trace, index: &KvIndex, request: u32) {
+        let units = (trace.block_tokens as usize / UNIT_TOKENS).max(1);
+        let blocks = trace.blocks(request as usize);
+        // Only the values at the ends of blocks are read: all workers have
+        // the block size of the trace.
+        self.chain.resize(blocks.len() * units, 0);
+        for (at, block) in blocks.iter().enumerate() {
+            self.chain[(at + 1) * units - 1] = mix(*block);
+        }
+        index.lookup_into(&self.chain, &mut self.cached);
+    }
+}
+
+/// What one that waits means to those that choose after it: a prompt in line.
+/// Room and streams it takes when it goes.
+fn prompt_alone(work: &Work) -> Work {
+    let mut classes = work.classes;
+    classes.decoding = [0; 3];
+    Work {
+        decodes: 0,
+        decode_context: 0,
+        blocks: 0,
+        classes,
+        ..*work
+    }
+}
+
+fn request_view<'a>(
+    lengths: &OutputLengths,
+    cached: &'a Matches,
+    trace: &Trace,
+    (asked, virtual_deadline_ms): (Asked, f64),
+    excluded: &'a [WorkerSlot],
+) -> RequestView<'a> {
+    let request = &trace.requests[asked.request as usize];
+    let (made, most) = (asked.made, asked.max_tokens);
+    RequestView {
+        id: u128::from(mix(u64::from(asked.request))),
+        model: MODEL,
+        digest: "",
+        adapter: "",
+        prompt_tokens: request.prompt,
+        output_tokens: made,
+        max_tokens: most,
+        expected_output: lengths.expected(MODEL, request.class, made, most),
+        class: request.class,
+        virtual_deadline_ms,
+        affinity: trace
+            .blocks(asked.request as usize)
+            .first()
+            .map_or(mix(u64::from(asked.request)), |block| mix(*block)),
+        needs: Needs::default(),
+        cached,
+        excluded,
+    }
+}
+
+fn view(slot: usize, role: Role, settings: &Settings) -> WorkerView {
+    let profile = &settings.profile;
+    let pool_blocks = profile.pool_tokens / UNIT_TOKENS as u64;
+    let mut load = Load::default();
+    load.kv.free = pool_blocks;
+    WorkerView {
+        slot: WorkerSlot(slot as u32),
+        role,
+        phase: Phase::Serving,
+        draining: false,
+        suspect: false,
+        model: MODEL.into(),
+        digest: "".into(),
+        adapters: Arc::new(BTreeSet::new()),
+        abilities: Arc::new(Abilities {
+            streamed_hand_off: true,
+            prefill_emits_first_token: true,
+            layer_preemption: profile.layer_preemption,
+            host: "".into(),
+            engine_connector: "".into(),
+            pairing: "".into(),
+            prefix_pull: settings.prefix_pull,
+            grammars: false,
+            grammars_over_continuation: false,
+            penalties_over_continuation: false,
+            max_logprobs: 0,
+            block_tokens: UNIT_TOKENS as u32,
+            pool_blocks,
+            block_bytes: profile.kv_bytes_per_token * UNIT_TOKENS as u64,
+            max_batch: profile.max_batch,
+            context_length: profile.context_length,
+        }),
+        step: profile.step_model(1.0),
+        load,
+        booked: Work::default(),
+        prompts: Vec::new(),
+        left: [f64::from(EXPECTED_OUTPUT); 3],
+    }
+}

@@ -1,0 +1,251 @@
+//! From arrival to a worker.
+
+use super::{Flight, Simulation};
+use crate::clairvoyant;
+use crate::engine::{Sequence, Stage};
+use crate::events::Event;
+use crate::router::{Asked, Placed, Router, Tried};
+use crate::seed::mix;
+use crate::settings::PolicySettings;
+use kvmesh_kv_index::WorkerSlot;
+use kvmesh_scheduler::{Considered, Plan};
+
+impl Simulation<'_> {
+    pub(super) fn plan_arrival(&mut self) {
+        if let Some(request) = self.trace.requests.get(self.next) {
+            self.events
+                .at(request.arrival_ms / self.settings.speed, Event::Arrival);
+        }
+    }
+
+    pub(super) fn asked(&self, request: u32) -> Asked {
+        let (flight, row) = (
+            &self.flights[request as usize],
+            &self.trace.requests[request as usize],
+        );
+        Asked {
+            request,
+            arrival_ms: row.arrival_ms / self.settings.speed,
+            made: flight.made,
+            max_tokens: row.output.max(self.settings.max_tokens),
+        }
+    }
+
+    pub(super) fn arrival(&mut self) {
+        let request = self.next as u32;
+        self.next += 1;
+        self.plan_arrival();
+        let router =
+            (mix(u64::from(request) ^ self.settings.seed) % self.settings.routers as u64) as usize;
+        let flight = &mut self.flights[request as usize];
+        flight.router = router as u32;
+        flight.last_ms = f64::NAN;
+        let asked = self.asked(request);
+        if self.routers[router]
+            .arrive(asked, self.trace, &self.index)
+            .is_err()
+        {
+            self.recorder.rejected(request);
+            return;
+        }
+        if self.settings.policy == PolicySettings::Clairvoyant {
+            self.place_clairvoyant(router, asked);
+            return;
+        }
+        let tried = self.routers[router].place(asked, self.now_ms, self.trace, &self.index);
+        self.tried(router, asked, tried);
+        self.recorder.queued(self.now_ms, self.waiting());
+    }
+
+    pub(super) fn waiting(&self) -> usize {
+        self.routers.iter().map(Router::queued).sum()
+    }
+
+    pub(super) fn tried(&mut self, router: usize, asked: Asked, tried: Tried) {
+        match tried {
+            Tried::Placed(placed) => self.dispatch(router, asked, &placed),
+            Tried::Waits { .. } => {}
+            Tried::Never => self.recorder.rejected(asked.request),
+        }
+    }
+
+    fn place_clairvoyant(&mut self, router: usize, asked: Asked) {
+        let (workers, trace, now_ms) = (&self.workers, self.trace, self.now_ms);
+        let key = self.routers[router].key(asked.request);
+        let row = &trace.requests[asked.request as usize];
+        let left = row.output - asked.made;
+        let length = row.prompt + asked.made;
+        let mut choose = |plans: &[Considered]| {
+            let sequence = Sequence::new(
+                asked.request,
+                router,
+                row.class,
+                key,
+                Stage::Whole,
+                length,
+                left,
+                f64::NAN,
+            );
+            let engine = |slot: WorkerSlot| {
+                let worker = &workers[slot.0 as usize];
+                let ends_ms = worker
+                    .step
+                    .as_ref()
+                    .map_or(now_ms, |(ends_ms, ..)| *ends_ms);
+                (&worker.engine, (ends_ms - now_ms).max(0.0))
+            };
+            clairvoyant::choose(plans, &sequence, trace, now_ms, engine)
+        };
+        let tried =
+            self.routers[router].try_plan(asked, now_ms, trace, &self.index, Some(&mut choose));
+        if matches!(tried, Tried::Waits { .. }) {
+            self.routers[router].wait(asked, trace);
+        }
+        self.tried(router, asked, tried);
+    }
+
+    fn dispatch(&mut self, router: usize, asked: Asked, placed: &Placed) {
+        let request = asked.request;
+        let chosen = &placed.chosen;
+        self.recorder.placed(
+            request,
+            self.now_ms,
+            chosen.terms.ttft_ms(),
+            chosen.plan.prefill().0,
+            chosen.plan.decode().0,
+        );
+        let flight = &mut self.flights[request as usize];
+        flight.attempt += 1;
+        flight.prefill = chosen.plan.prefill().0;
+        flight.decode = chosen.plan.decode().0;
+        (flight.there, flight.passed, flight.sent) = (0, 0, 0);
+        flight.sent_ms = 0.0;
+        flight.pull = chosen
+            .plan
+            .source()
+            .map(|source| (source.0, chosen.pulled_tokens));
+        let attempt = flight.attempt;
+        let event = match chosen.plan {
+            Plan::Whole { worker, .. } => {
+                self.routers[router].send(worker.0 as usize, request);
+                Event::Submit { request, attempt }
+            }
+            Plan::Split { decode, .. } => {
+                self.routers[router].send(decode.0 as usize, request);
+                Event::Reserve { request, attempt }
+            }
+        };
+        self.later(self.settings.noise.network_ms, event);
+    }
+
+    fn sequence(&self, request: u32, stage: Stage) -> Sequence {
+        let flight = &self.flights[request as usize];
+        let row = &self.trace.requests[request as usize];
+        let router = flight.router as usize;
+        Sequence::new(
+            request,
+            router,
+            row.class,
+            self.routers[router].key(request),
+            stage,
+            row.prompt + flight.made,
+            row.output - flight.made,
+            flight.last_ms,
+        )
+    }
+
+    pub(super) fn reserve(&mut self, request: u32) {
+        let Flight {
+            router,
+            decode,
+            prefill,
+            attempt,
+            ..
+        } = self.flights[request as usize];
+        let sequence = self.sequence(request, Stage::Whole);
+        let worker = &mut self.workers[decode as usize];
+        if !worker.alive {
+            return;
+        }
+        worker.commands[router as usize] += 1;
+        let blocks = self.trace.blocks(request as usize);
+        let most = (sequence.length.saturating_sub(1) / self.trace.block_tokens) as usize;
+        let reserved = worker
+            .engine
+            .reserve(sequence, &blocks[..most.min(blocks.len())]);
+        let network_ms = self.settings.noise.network_ms;
+        match reserved {
+            Some(there) => {
+                self.flights[request as usize].there = there;
+                self.routers[router as usize].send(prefill as usize, request);
+                self.later(2.0 * network_ms, Event::Submit { request, attempt });
+            }
+            None => self.later(network_ms, Event::Refused { request, attempt }),
+        }
+        self.report_if_idle(decode as usize);
+    }
+
+    pub(super) fn refused(&mut self, request: u32) {
+        let flight = self.flights[request as usize];
+        self.recorder.refused();
+        let router = flight.router as usize;
+        self.routers[router].released(request);
+        self.routers[router].refused(request, flight.decode as usize);
+        self.place_again(request);
+    }
+
+    pub(super) fn place_again(&mut self, request: u32) {
+        self.flights[request as usize].attempt += 1;
+        let router = self.flights[request as usize].router as usize;
+        let asked = self.asked(request);
+        let tried = self.routers[router].place(asked, self.now_ms, self.trace, &self.index);
+        self.tried(router, asked, tried);
+    }
+
+    pub(super) fn submit(&mut self, request: u32) {
+        let Flight {
+            router,
+            prefill,
+            decode,
+            pull,
+            attempt,
+            ..
+        } = self.flights[request as usize];
+        let stage = if prefill == decode {
+            Stage::Whole
+        } else {
+            Stage::Prefill
+        };
+        let sequence = self.sequence(request, stage);
+        let worker = &mut self.workers[prefill as usize];
+        if !worker.alive {
+            return;
+        }
+        worker.commands[router as usize] += 1;
+        match pull {
+            Some((source, tokens)) if self.workers[source as usize].alive => {
+                self.workers[prefill as usize]
+                    .engine
+                    .submit_fetching(sequence);
+                let (from, to) = (source as usize, prefill as usize);
+                let there_ms = self.links.send(from, to, tokens, self.now_ms);
+                let at_ms = there_ms + self.links.fixed_ms();
+                self.events.at(at_ms, Event::Fetched { request, attempt });
+            }
+            _ => self.workers[prefill as usize].engine.submit(sequence),
+        }
+        self.work(prefill as usize);
+    }
+
+    pub(super) fn fetched(&mut self, request: u32) {
+        let Flight { prefill, pull, .. } = self.flights[request as usize];
+        let blocks = self.trace.blocks(request as usize);
+        let engine = &mut self.workers[prefill as usize].engine;
+        // What it had and what came; the source may have dropped some of it
+        // meanwhile, which only time tells.
+        let (had, pulled) = (engine.pool().find(blocks), pull.map_or(0, |(_, t)| t));
+        let all = had + (pulled / self.trace.block_tokens) as usize;
+        engine.fetched(request, &blocks[..all.min(blocks.len())]);
+        self.work(prefill as usize);
+    }
+}
