@@ -93,9 +93,7 @@ def main() -> None:
     )
     if args.quick:
         print("\n--quick: too short to be evidence")
-    worst = {
-        workers: max(row[4] for row in rows if row[0] == workers) for workers in (64, 1_024)
-    }
+    worst = {workers: max(row[4] for row in rows if row[0] == workers) for workers in (64, 1_024)}
     figures = [
         Figure("p99_us_64_workers", worst[64], "us", "lower"),
         Figure("p99_us_1024_workers", worst[1_024], "us", "lower"),
