@@ -21,12 +21,14 @@ fn explained(mesh: &Mesh, answer: &Answer) -> v1::Decision {
 
 #[tokio::test]
 async fn a_decision_shows_every_plan_with_its_terms_and_what_came_of_it() {
-    let workers = [
-        worker(Role::Prefill),
-        worker(Role::Prefill),
-        worker(Role::Decode),
-        worker(Role::Decode),
-    ];
+    let workers = [Role::Prefill, Role::Prefill, Role::Decode, Role::Decode].map(|role| {
+        MockWorker::start(MockConfig {
+            role,
+            step: Duration::from_millis(1),
+            ..MockConfig::default()
+        })
+        .unwrap()
+    });
     let mesh = mesh_of(&workers.each_ref()).await;
     let answer = collect(mesh.generate(request(&[1; 64], 5)).unwrap()).await;
     let decision = explained(&mesh, &answer);
@@ -49,7 +51,10 @@ async fn a_decision_shows_every_plan_with_its_terms_and_what_came_of_it() {
     assert_eq!(answer.placed[0].prefill_worker, chosen.prefill_worker);
     assert_eq!(answer.placed[0].decode_worker, chosen.decode_worker);
     let (predicted, actual) = (decision.predicted.unwrap(), decision.actual.unwrap());
-    assert!(predicted.prefill_ms > 0.0 && actual.ttft_ms > 0.0);
+    assert!(
+        predicted.ttft_ms > 0.0 && actual.ttft_ms > 0.0,
+        "{decision:?}"
+    );
     assert_eq!(actual.ttft_ms, decision.actual_ttft_ms);
     let counters = mesh.counters();
     assert_eq!(counters.ttft_errors.read().1, 1);
@@ -123,30 +128,34 @@ async fn a_scorer_chooses_instead_of_the_cost() {
 #[tokio::test]
 async fn tenants_of_a_class_take_turns() {
     let both = MockWorker::start(MockConfig {
-        step: Duration::from_millis(5),
+        step: Duration::from_millis(20),
         prefill: Duration::from_millis(60),
         ..MockConfig::default()
     })
     .unwrap();
     let mesh = mesh_of(&[&both]).await;
-    let prompt: Vec<u32> = (0..5_120).map(|id| id % 50).collect();
-    let of = |tenant| AdmittedRequest {
-        tenant,
-        ..request(&prompt, 2)
+    // 200 ms each by the mock's step model; no two share a prefix.
+    let of = |n: u32, tenant| {
+        let prompt: Vec<u32> = (n..n + 5_120).map(|id| id % 50).collect();
+        AdmittedRequest {
+            tenant,
+            ..request(&prompt, 2)
+        }
     };
     let order = Arc::new(Mutex::new(Vec::new()));
     let mut all = Vec::new();
     // One tenant sends four, then another one.
-    for tenant in [1, 1, 1, 1, 2] {
-        let stream = mesh.generate(of(tenant)).unwrap();
+    for (n, tenant) in [1, 1, 1, 1, 2].into_iter().enumerate() {
+        let stream = mesh.generate(of(n as u32, tenant)).unwrap();
         let order = Arc::clone(&order);
         all.push(tokio::spawn(async move {
             assert_eq!(collect(stream).await.error, None);
             order.lock().unwrap().push(tenant);
         }));
     }
-    // The first is under way; what waits is booked where it would go.
-    assert_eq!((mesh.queued(), mesh.booked()), (4, 5));
+    // The first is under way, prompt and output; what waits is listed where it
+    // would go.
+    assert_eq!((mesh.queued(), mesh.booked()), (4, 2 + 4));
     for one in all {
         one.await.unwrap();
     }
