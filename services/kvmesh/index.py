@@ -111,7 +111,11 @@ class KvIndex:
         self._index = _router.KvIndex(max_bytes, max_workers)
 
     def add_worker(
-        self, block_tokens: int = UNIT_TOKENS, *, ttl_ms: int | None = None, max_units: int = 1 << 20
+        self,
+        block_tokens: int = UNIT_TOKENS,
+        *,
+        ttl_ms: int | None = None,
+        max_units: int = 1 << 20,
     ) -> int:
         """Takes a worker in and returns its number, the lowest that is free.
 
