@@ -787,19 +787,18 @@ class SimStreams:
     ) -> SimStreams:
         """`pool`: bytes, writable; held as long as this object. Raises ValueError."""
 
-    def join(self, streams: Sequence[tuple[int, int, int]]) -> None:
-        """Takes other streams: (state, reading, tag) before their next position."""
+    def join(self, streams: Sequence[tuple[int, int, int, int]]) -> None:
+        """Takes other streams: (position, state, reading, tag) each, of what is
+        computed next."""
 
-    def states(self) -> list[tuple[int, int]]:
-        """(state, reading) of each stream now."""
+    def states(self) -> list[tuple[int, int, int]]:
+        """(position, state, reading) of each stream now."""
 
-    def step(
-        self, ids: bytes, positions: npt.NDArray[np.int64], tables: npt.NDArray[np.uint32]
-    ) -> bytes:
+    def step(self, ids: bytes, tables: npt.NDArray[np.uint32]) -> bytes:
         """Computes a token a stream; returns the tokens drawn.
 
-        `ids` and the answer are packed u32, `positions` int64 [streams],
-        `tables` uint32 [streams, blocks]. Raises ValueError, IndexError.
+        `ids` and the answer are packed u32, `tables` uint32 [streams, blocks].
+        Raises ValueError, IndexError.
         """
 
 def router_settings() -> list[tuple[str, str, str, str, bool]]:

@@ -104,7 +104,7 @@ class Driver:
                 generation = rows.generations[16 * row : 16 * row + 16]
                 attempt = self.attempts[AttemptId(generation, owners[row], attempts[row])]
                 assert attempt.end is None, "tokens after the end"
-                assert firsts[row] == attempt.border + len(attempt.tokens)
+                assert firsts[row] + rows.index_offset == attempt.border + len(attempt.tokens)
                 attempt.tokens += ids[at : at + count]
                 at += count
                 attempt.logprobs += logprobs.get(row, ())

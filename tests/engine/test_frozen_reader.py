@@ -105,6 +105,7 @@ async def test_a_killed_reader_gives_the_senders_blocks_back_at_once() -> None:
         ids, hand_off = prompt(320), mesh_from(sender, "p", 11)
         d.place(ids, 1, hand_off)
         assert (await d.said())[0] == "reserved"
+        await asked_for(sender)
         prefill = p.place(
             ids, Stage.PREFILL, id=AttemptId((1).to_bytes(16, "big"), 1, 1), hand_off=hand_off
         )

@@ -66,20 +66,25 @@ impl PySimStreams {
         })
     }
 
-    /// Takes other streams: (state, reading, tag) each.
-    fn join(&self, streams: Vec<(u64, u64, u64)>) -> PyResult<()> {
-        let streams = streams.into_iter().map(|(state, reading, tag)| Stream {
-            state,
-            reading,
-            tag,
-        });
+    /// Takes other streams: (position, state, reading, tag) each.
+    fn join(&self, streams: Vec<(u64, u64, u64, u64)>) -> PyResult<()> {
+        let streams = streams
+            .into_iter()
+            .map(|(position, state, reading, tag)| Stream {
+                position,
+                state,
+                reading,
+                tag,
+            });
         *self.lock()? = streams.collect();
         Ok(())
     }
 
-    /// (state, reading) of each stream now.
-    fn states(&self) -> PyResult<Vec<(u64, u64)>> {
-        Ok(self.lock()?.iter().map(|s| (s.state, s.reading)).collect())
+    /// (position, state, reading) of each stream now.
+    fn states(&self) -> PyResult<Vec<(u64, u64, u64)>> {
+        let streams = self.lock()?;
+        let told = streams.iter().map(|s| (s.position, s.state, s.reading));
+        Ok(told.collect())
     }
 
     /// Computes a token a stream; returns the tokens drawn, packed as u32.
@@ -87,13 +92,11 @@ impl PySimStreams {
         &self,
         py: Python<'py>,
         ids: &[u8],
-        positions: PyBuffer<i64>,
         tables: PyBuffer<u32>,
     ) -> PyResult<Bound<'py, PyBytes>> {
         let mut streams = self.lock()?;
         let (ids, _) = ids.as_chunks::<4>();
         let rows = streams.len();
-        let positions = positions.to_vec(py)?;
         let width = tables.shape().get(1).copied().unwrap_or(0);
         if tables.dimensions() != 2
             || !tables.is_c_contiguous()
@@ -103,15 +106,15 @@ impl PySimStreams {
                 "tables must be contiguous, a row a stream",
             ));
         }
-        if ids.len() != rows || positions.len() != rows {
+        if ids.len() != rows {
             return Err(PyValueError::new_err("columns are one entry a stream"));
         }
         let words = self.content.words();
         let limit = self.pool.item_count() / size_of::<u64>();
         let mut drawn = Vec::with_capacity(4 * rows);
         for (row, stream) in streams.iter_mut().enumerate() {
-            let position = usize::try_from(positions[row])
-                .map_err(|_| PyIndexError::new_err("a position is negative"))?;
+            let position = usize::try_from(stream.position)
+                .map_err(|_| PyIndexError::new_err("a position is out of range"))?;
             let block = position / self.content.block_tokens;
             let begin = (block < width).then(|| {
                 let at = tables.buf_ptr().cast::<u32>();
@@ -132,7 +135,7 @@ impl PySimStreams {
                 std::slice::from_raw_parts_mut(data, words)
             };
             let token = u32::from_ne_bytes(ids[row]);
-            let next = self.content.step(stream, token, position as u64, block);
+            let next = self.content.step(stream, token, block);
             drawn.extend_from_slice(&next.to_ne_bytes());
         }
         Ok(PyBytes::new(py, &drawn))

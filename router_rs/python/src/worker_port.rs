@@ -362,11 +362,18 @@ fn rows(columns: &Bound<'_, PyAny>) -> PyResult<Rows> {
     let py = columns.py();
     let of = |name| column::<u32>(&columns.getattr(name)?);
     let generations = columns.getattr(intern!(py, "generations"))?;
+    let offset: u32 = columns.getattr(intern!(py, "index_offset"))?.extract()?;
+    let mut first_indices = of(intern!(py, "first_indices"))?;
+    for index in &mut first_indices {
+        *index = index
+            .checked_add(offset)
+            .ok_or_else(|| PyValueError::new_err("columns of a step: an index is too large"))?;
+    }
     Ok(Rows {
         generations: generations.extract::<&[u8]>()?.to_vec(),
         owners: of(intern!(py, "owners"))?,
         attempts: of(intern!(py, "attempts"))?,
-        first_indices: of(intern!(py, "first_indices"))?,
+        first_indices,
         counts: of(intern!(py, "counts"))?,
         ids: of(intern!(py, "ids"))?,
         logprobs: messages(&columns.getattr(intern!(py, "logprobs"))?)?,

@@ -32,7 +32,9 @@ pub struct Content {
 /// A stream between two steps.
 #[derive(Clone, Copy, Debug)]
 pub struct Stream {
-    /// h before the position that is computed next.
+    /// The position that is computed next.
+    pub position: u64,
+    /// h before it.
     pub state: u64,
     /// S before it.
     pub reading: u64,
@@ -53,9 +55,9 @@ impl Content {
         (slot as usize * self.block_tokens + position % self.block_tokens) * self.words()
     }
 
-    /// Computes a token at a position: its words, and the token drawn after it.
+    /// Computes the next token: its words, and the token drawn after it.
     #[must_use]
-    pub fn step(&self, stream: &mut Stream, token: u32, position: u64, words: &mut [u64]) -> u32 {
+    pub fn step(&self, stream: &mut Stream, token: u32, words: &mut [u64]) -> u32 {
         let number = u64::from(token)
             .wrapping_add(1)
             .wrapping_mul(self.token_factor);
@@ -66,7 +68,8 @@ impl Content {
         for (word, factor) in words.iter_mut().zip(&self.spread) {
             *word = factor.wrapping_mul(stream.state);
         }
-        let weight = position.wrapping_mul(2).wrapping_add(1);
+        let weight = stream.position.wrapping_mul(2).wrapping_add(1);
+        stream.position += 1;
         let read = self.gain.wrapping_mul(stream.state).wrapping_mul(weight);
         stream.reading = stream.reading.wrapping_add(read);
         let drawn = self.mix(stream.state ^ stream.reading ^ stream.tag);
@@ -113,14 +116,15 @@ mod tests {
         let content = content();
         let run = |tokens: [u32; 3], tag| {
             let mut stream = Stream {
+                position: 0,
                 state: 1,
                 reading: 0,
                 tag,
             };
             let mut words = [0; 2];
-            let drawn = (0u64..)
-                .zip(tokens)
-                .map(|(position, token)| content.step(&mut stream, token, position, &mut words))
+            let drawn = tokens
+                .into_iter()
+                .map(|token| content.step(&mut stream, token, &mut words))
                 .collect::<Vec<_>>();
             assert_eq!(words, [stream.state, stream.state.wrapping_mul(3)]);
             assert!(drawn.iter().all(|id| (3..13).contains(id)));

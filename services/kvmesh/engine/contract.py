@@ -77,7 +77,7 @@ class TokenColumns:
     """New tokens of all requests of one router, by columns (wire: TokenRows).
 
     Row i is `generations[16 * i : 16 * i + 16]`, `owners[i]`, `attempts[i]`,
-    `first_indices[i]`, `counts[i]` and the next `counts[i]` of `ids`. Columns
+    `first_indices[i] + index_offset`, `counts[i]` and the next `counts[i]` of `ids`. Columns
     let a step of 64 streams cost some microseconds of Python, not some a token.
     """
 
@@ -87,6 +87,8 @@ class TokenColumns:
     first_indices: Column = ()
     counts: Column = ()
     ids: Column = ()
+    index_offset: int = 0
+    """Added to each of `first_indices`: these then last from step to step."""
     logprobs: Sequence[wire.RowLogprobs] = ()
 
 

@@ -62,7 +62,7 @@ class Answers:
             sequence.router,
             TokenColumns(
                 identity.generation, [identity.owner], [identity.attempt], [first_index],
-                [len(ids)], list(ids), rows,
+                [len(ids)], list(ids), logprobs=rows,
             ),
         )  # fmt: skip
 
@@ -97,8 +97,12 @@ def _joined(first: TokenColumns, second: TokenColumns) -> TokenColumns:
         first.generations + second.generations,
         owners + more,
         integers(first.attempts) + integers(second.attempts),
-        integers(first.first_indices) + integers(second.first_indices),
+        _indices(first) + _indices(second),
         integers(first.counts) + integers(second.counts),
         integers(first.ids) + integers(second.ids),
-        [*first.logprobs, *moved],
+        logprobs=[*first.logprobs, *moved],
     )
+
+
+def _indices(columns: TokenColumns) -> list[int]:
+    return [index + columns.index_offset for index in integers(columns.first_indices)]

@@ -8,6 +8,7 @@ whose next token is due. Steps so nest; each counts only its own time.
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 
 from kvmesh.engine.contract import Stage, StepOutput, StepSample
-from kvmesh.engine.core.decode_rows import U32, DecodeBatch
+from kvmesh.engine.core.decode_rows import DecodeBatch
 from kvmesh.engine.core.queue import Plan, Priority
 from kvmesh.engine.core.runner import ColumnRunner, Runner, Sampled, Slice
 from kvmesh.engine.core.sequence import Sequence, State
@@ -95,7 +96,7 @@ class Steps:
             if self._suspect_turn:
                 return Plan(alone=self._loop.streams.suspects[0])
         batch.prepare()
-        decode = StepLoad(decode_batch=len(batch), decode_context=batch.context)
+        decode = StepLoad(decode_batch=len(batch), decode_context=batch.rows.context)
         chunks = self._loop.queue.chunks(self._model, decode, batch.itl_target_ms, above)
         if chunks and chunks[0].sequence.alone:
             if above is None:
@@ -168,7 +169,7 @@ class Steps:
         if self._said.composition != batch.rows.composition:
             self._said = _Said(batch, self._model)
         said, running, now = self._said, self.running, self._clock.now
-        context = batch.context
+        context = batch.rows.context
         predicted_ms = said.base_ms + said.context_ms * context
         running.predicted_ms = predicted_ms
         running.since = begun = now()
@@ -207,7 +208,7 @@ class Steps:
         if plan.decode:
             load.decode_batch, load.decode_context = (
                 len(self._loop.streams.batch),
-                self._loop.streams.batch.context,
+                self._loop.streams.batch.rows.context,
             )
         elif plan.alone is not None:
             load.decode_batch, load.decode_context = 1, plan.alone.length
@@ -215,7 +216,7 @@ class Steps:
 
     def _forward(
         self, plan: Plan, nested: list[float]
-    ) -> tuple[list[Sampled | None], U32, list[Sampled | None]] | None:
+    ) -> tuple[list[Sampled | None], bytes, list[Sampled | None]] | None:
         """Runs the model. Returns draws of chunks, tokens of rows, draws of rows as slices.
 
         None: abandoned, nobody wants it any more.
@@ -244,7 +245,7 @@ class Steps:
             return sampled, tokens, []
         first = len(slices)
         draws: list[Sampled | None] = result[first:]
-        tokens = np.array([draw.token_id for draw in draws if draw is not None], np.uint32)
+        tokens = array("I", [draw.token_id for draw in draws if draw is not None]).tobytes()
         return result[:first], tokens, draws
 
     def _slice(self, sequence: Sequence, tokens: int) -> Slice:
@@ -314,7 +315,7 @@ class Steps:
         self,
         plan: Plan,
         sampled: list[Sampled | None],
-        tokens: U32,
+        tokens: bytes,
         draws: list[Sampled | None],
         now: float,
     ) -> None:

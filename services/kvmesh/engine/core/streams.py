@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvmesh.engine.core.blocks import BlockPool, Hold
-from kvmesh.engine.core.decode_rows import U32, DecodeBatch
+from kvmesh.engine.core.decode_rows import DecodeBatch
 from kvmesh.engine.core.runner import Sampled
 from kvmesh.engine.core.sequence import Sequence, State
 from kvmesh.engine.core.settings import CoreSettings
@@ -48,11 +48,11 @@ class Streams:
         self.decoded_at = float("-inf")
         """When the last step with these streams ended."""
 
-    def take_tokens(self, tokens: U32, draws: Seq[Sampled | None]) -> None:
+    def take_tokens(self, tokens: bytes, draws: Seq[Sampled | None]) -> None:
         """The decoding streams' new tokens."""
         self.take_due(tokens, draws, self.batch.advance(tokens))
 
-    def take_due(self, tokens: U32, draws: Seq[Sampled | None], due: Seq[int]) -> None:
+    def take_due(self, tokens: bytes, draws: Seq[Sampled | None], due: Seq[int]) -> None:
         """As `take_tokens`, where it is known which rows need a look."""
         loop = self._loop
         batch = self.batch

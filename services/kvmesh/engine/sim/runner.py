@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmesh._router import KvPool, SimStreams
-from kvmesh.engine.core.decode_rows import U32
 from kvmesh.engine.core.runner import DecodeRows, Sampled, Slice
 from kvmesh.engine.core.step_model import StepLoad, predict_ms
 from kvmesh.engine.sim.content import FIRST_STATE, TOKEN, U64, Content, K, mix
@@ -37,9 +36,8 @@ class SimClock(Protocol):
 class WallClock:
     """Real time."""
 
-    def now(self) -> float:
-        """Now, seconds."""
-        return time.monotonic()
+    now = staticmethod(time.monotonic)
+    """Now, seconds."""
 
     def sleep_until(self, moment: float) -> None:
         """Sleeps, without the GIL."""
@@ -63,7 +61,6 @@ class SimRunner:
         # What was computed here, by sequence: (next position, state, reading).
         self._known: dict[int, tuple[int, int, int]] = {}
         self._streams: SimStreams | None = None
-        self._joined = _Joined(0, [], [])
 
     @property
     def block_tokens(self) -> int:
@@ -114,6 +111,7 @@ class SimRunner:
             end_id=self._ends[-1],
             block_tokens=self._size,
         )
+        self._joined = _Joined(0, [], self._streams, 0.0, 0.0)
 
     def close(self) -> None:
         """Lets the pool go."""
@@ -133,13 +131,10 @@ class SimRunner:
 
     def forward_columns(
         self, batch: Sequence[Slice], rows: DecodeRows
-    ) -> Generator[None, None, tuple[list[Sampled | None], U32]]:
+    ) -> Generator[None, None, tuple[list[Sampled | None], bytes]]:
         """As `forward`, with decoding streams by columns."""
-        positions = rows.positions
         if not self._settings.instant:
-            load = StepLoad(
-                decode_batch=len(positions), decode_context=int(positions.sum()) + len(positions)
-            )
+            load = StepLoad(decode_batch=len(rows.keys), decode_context=rows.context)
             for piece in batch:
                 self._count(load, piece)
             yield from self._take_time(load)
@@ -147,16 +142,15 @@ class SimRunner:
             yield
         return [self._compute(piece) for piece in batch], self._decode(rows)
 
-    def decode_columns(self, rows: DecodeRows) -> U32:
+    def decode_columns(self, rows: DecodeRows) -> bytes:
         """Takes the time of a step of decoding streams alone; then writes and draws."""
+        joined = self._joined
+        if joined.composition != rows.composition:
+            joined = self._join(rows)
         if not self._settings.instant:
-            load = StepLoad(
-                decode_batch=len(rows.keys),
-                decode_context=int(rows.positions.sum()) + len(rows.keys),
-            )
-            seconds = predict_ms(self._profile.model, load) / 1000 / self._settings.speed
+            seconds = joined.base_s + joined.context_s * rows.context
             self._clock.sleep_until(self._clock.now() + seconds)
-        return self._decode(rows)
+        return joined.streams.step(rows.ids, rows.tables)
 
     @staticmethod
     def _count(load: StepLoad, piece: Slice) -> None:
@@ -220,32 +214,38 @@ class SimRunner:
             token = self._vocabulary.start + number % len(self._vocabulary)
         return Sampled(token)
 
-    def _decode(self, rows: DecodeRows) -> U32:
+    def _decode(self, rows: DecodeRows) -> bytes:
+        joined = self._joined
+        if joined.composition != rows.composition:
+            joined = self._join(rows)
+        return joined.streams.step(rows.ids, rows.tables)
+
+    def _join(self, rows: DecodeRows) -> _Joined:
+        """States and readings of the new composition; new streams are read."""
         streams = self._streams
         if streams is None:
             raise RuntimeError("no pool is bound")
-        if self._joined.composition != rows.composition:
-            self._join(rows, streams)
-        drawn = streams.step(rows.ids.tobytes(), rows.positions, rows.tables)
-        self._joined.steps += 1
-        return np.frombuffer(drawn, np.uint32)
-
-    def _join(self, rows: DecodeRows, streams: SimStreams) -> None:
-        """States and readings of the new composition; new streams are read."""
-        old = self._joined
-        for key, first, state in zip(old.keys, old.firsts, streams.states(), strict=True):
-            self._remember(key, first + old.steps, *state)
-        positions = rows.positions.tolist()
+        for key, known in zip(self._joined.keys, streams.states(), strict=True):
+            self._remember(key, *known)
+        positions = (rows.firsts + rows.steps).tolist()
         tags = rows.tags if self._settings.attempt_tokens else [0] * len(rows.tags)
         streams.join(
             [
-                (*self._before(key, position, table), tag)
+                (position, *self._before(key, position, table), tag)
                 for key, position, table, tag in zip(
                     rows.keys, positions, rows.tables, tags, strict=True
                 )
             ]
         )
-        self._joined = _Joined(rows.composition, rows.keys, positions)
+        model, speed = self._profile.model, 1000 * self._settings.speed
+        self._joined = _Joined(
+            rows.composition,
+            rows.keys,
+            streams,
+            (model.a_ms + model.d_ms * len(rows.keys)) / speed,
+            model.e_ms / speed,
+        )
+        return self._joined
 
 
 @dataclass(slots=True)
@@ -254,7 +254,8 @@ class _Joined:
 
     composition: int
     keys: list[int]
-    firsts: list[int]
-    """Positions of the first step in this composition."""
-    steps: int = 0
-    """Steps made in it."""
+    streams: SimStreams
+    base_s: float
+    """Time of a step but for contexts, seconds."""
+    context_s: float
+    """Seconds a token of context."""
