@@ -10,157 +10,24 @@ mod chunks;
 mod load;
 mod pool;
 mod prompts;
+mod room;
+mod sequence;
 mod streams;
 
 pub(crate) use load::EngineLoad;
 pub(crate) use pool::Pool;
+pub(crate) use sequence::{EngineSettings, Outcome, Sequence, Stage};
 pub(crate) use streams::class_number;
 
 use crate::trace::Trace;
 use chunks::Budget;
-use kvmesh_scheduler::{Class, Role, StepModel, StepSample};
+use kvmesh_scheduler::{Role, StepSample};
 use prompts::Prompts;
 use std::collections::BTreeMap;
-use streams::{Stream, Streams};
+use streams::Streams;
 
 /// Tokens that decoding reserves beyond the prompt.
 pub(crate) const HEADROOM: u32 = 64;
-
-/// What a worker's engine is and how it behaves.
-#[derive(Debug, Clone)]
-pub(crate) struct EngineSettings {
-    /// True mean step times.
-    pub truth: StepModel,
-    /// KV pool in units of 16 tokens.
-    pub pool_units: u64,
-    /// Tokens of a block that can be shared: a multiple of 16.
-    pub block_tokens: u32,
-    /// Most requests in a step.
-    pub max_batch: u32,
-    /// Whether chunks can be stopped between layers.
-    pub layer_preemption: bool,
-    /// Longest chunk where they cannot, ms.
-    pub preemption_target_ms: f64,
-    /// ITL target by class (interactive, standard, batch), ms.
-    pub itl_ms: [f64; 3],
-    /// Routers.
-    pub routers: usize,
-}
-
-/// What a sequence is there for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Stage {
-    /// Prompt and output.
-    Whole,
-    /// Prompt, then hand-off.
-    Prefill,
-}
-
-/// A request, or what is left of one, as an engine has it.
-#[derive(Debug, Clone)]
-pub(crate) struct Sequence {
-    /// Its number in the trace.
-    pub request: u32,
-    /// Router that sent it.
-    pub router: usize,
-    /// Urgency.
-    pub class: Class,
-    /// Virtual deadline: smaller goes first.
-    pub key: f64,
-    /// What it is there for.
-    pub stage: Stage,
-    /// Tokens whose KV must be there before the next one is made.
-    pub length: u32,
-    /// Output tokens still to be made; the truth.
-    pub left: u32,
-    /// When its client got the last token, ms.
-    pub last_ms: f64,
-    /// Tokens whose KV is there.
-    pub computed: u32,
-    /// Of these, found in the cache.
-    pub cached: u32,
-    /// Cached blocks that it holds, from the first on.
-    held: u32,
-    /// Units that are its own.
-    own_units: u64,
-    started: bool,
-    /// It waits for a prefix from another worker.
-    fetching: bool,
-}
-
-impl Sequence {
-    /// One that holds nothing yet.
-    #[expect(clippy::too_many_arguments, reason = "each is a fact of the request")]
-    pub(crate) fn new(
-        request: u32,
-        router: usize,
-        class: Class,
-        key: f64,
-        stage: Stage,
-        length: u32,
-        left: u32,
-        last_ms: f64,
-    ) -> Self {
-        Self {
-            request,
-            router,
-            class,
-            key,
-            stage,
-            length,
-            left,
-            last_ms,
-            computed: 0,
-            cached: 0,
-            held: 0,
-            own_units: 0,
-            started: false,
-            fetching: false,
-        }
-    }
-
-    fn left_to_compute(&self) -> u32 {
-        self.length - self.computed
-    }
-}
-
-/// What came of a step.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) enum Outcome {
-    /// A prompt started for the first time: so many tokens were cached.
-    Started {
-        /// The request.
-        request: u32,
-        /// Tokens.
-        cached: u32,
-    },
-    /// A chunk of a prompt that is handed on is computed.
-    Chunk {
-        /// The request.
-        request: u32,
-        /// Tokens.
-        tokens: u32,
-    },
-    /// A first token of an attempt is made. `left` are still to come.
-    Token {
-        /// The request.
-        request: u32,
-        /// Tokens still to come.
-        left: u32,
-    },
-    /// Its last token is made.
-    Finished {
-        /// The request.
-        request: u32,
-    },
-    /// It lost its room and goes back to its router.
-    Returned {
-        /// The request.
-        request: u32,
-        /// Tokens still to come.
-        left: u32,
-    },
-}
 
 #[derive(Debug, Clone, Default)]
 struct Step {
@@ -423,19 +290,6 @@ impl Engine {
         true
     }
 
-    /// Takes room from started prompts behind place `before`, the last first,
-    /// until so many units can be had. What they computed stays cached.
-    fn make_room(&mut self, units: u64, before: usize, trace: &Trace) -> bool {
-        let mut last = self.prompts.len();
-        while units > self.pool.available() && last > before + 1 {
-            last -= 1;
-            if self.prompts.at(last).started {
-                self.stop(last, trace);
-            }
-        }
-        units <= self.pool.available()
-    }
-
     /// Ends the step that runs.
     pub(crate) fn end_step(&mut self, now_ms: f64, trace: &Trace, out: &mut Vec<Outcome>) {
         let Some(step) = self.step.take() else {
@@ -511,70 +365,6 @@ impl Engine {
             self.drop_stream(&stream, trace);
         }
         self.grow(trace, out);
-    }
-
-    /// Room for the next tokens of the streams whose last unit is full.
-    fn grow(&mut self, trace: &Trace, out: &mut Vec<Outcome>) {
-        loop {
-            if self.pool.allocate(self.streams.growth()) {
-                self.streams.grown();
-                return;
-            }
-            if self.stop_last_prompt(trace) {
-                continue;
-            }
-            // The youngest stream of the lowest class goes back to its router.
-            let Some((stream, left)) = self.streams.take_victim() else {
-                return;
-            };
-            out.push(Outcome::Returned {
-                request: stream.sequence.request,
-                left,
-            });
-            self.drop_stream(&stream, trace);
-        }
-    }
-
-    /// Takes the room of the last prompt that has some.
-    fn stop_last_prompt(&mut self, trace: &Trace) -> bool {
-        let started = (0..self.prompts.len()).rfind(|at| self.prompts.at(*at).started);
-        if let Some(at) = started {
-            self.stop(at, trace);
-        }
-        started.is_some()
-    }
-
-    fn stop(&mut self, at: usize, trace: &Trace) {
-        let sequence = self.prompts.stop(at);
-        let blocks = trace.blocks(sequence.request as usize);
-        self.pool.free(sequence.own_units);
-        self.pool.release(&blocks[..sequence.held as usize]);
-        sequence.own_units = 0;
-        sequence.held = 0;
-        sequence.computed = 0;
-    }
-
-    /// Makes blocks that became full shareable.
-    fn store(&mut self, sequence: &mut Sequence, trace: &Trace) {
-        let blocks = trace.blocks(sequence.request as usize);
-        let full = (sequence.computed / self.settings.block_tokens) as usize;
-        for block in &blocks[(sequence.held as usize).min(blocks.len())..full.min(blocks.len())] {
-            self.pool.store(*block);
-            sequence.own_units -= self.pool.block_units();
-            sequence.held += 1;
-        }
-    }
-
-    fn drop_room(&mut self, sequence: &Sequence, trace: &Trace) {
-        let blocks = trace.blocks(sequence.request as usize);
-        self.pool.free(sequence.own_units);
-        self.pool.release(&blocks[..sequence.held as usize]);
-    }
-
-    fn drop_stream(&mut self, stream: &Stream, trace: &Trace) {
-        let grown = self.streams.grown_by(stream);
-        self.pool.free(grown);
-        self.drop_room(&stream.sequence, trace);
     }
 
     /// Times between tokens since the last call: (gap in ms, how many).

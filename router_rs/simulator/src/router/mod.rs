@@ -3,19 +3,21 @@
 //! Belief comes from reports alone, as in life. The decisions are those of
 //! `kvmesh-scheduler`; what is here is what the gateway has around them.
 
+mod belief;
+mod waiting;
+
 use crate::policies::policy;
 use crate::seed::mix;
 use crate::settings::{Order, Settings};
 use crate::trace::Trace;
+use belief::{prompt_alone, request_view, view};
 use kvmesh_kv_index::{KvIndex, Matches, UNIT_TOKENS, WorkerSlot};
 use kvmesh_scheduler::{
-    Abilities, AdmissionSettings, Booking, Bookings, Class, ClassTargets, Considered, Decision,
-    Estimate, Lane, Learner, Load, Needs, NoPlan, OutputLengths, Path, Phase, Policy, Queue,
-    Rejected, RequestView, Role, Roster, StepSample, Ticket, TransferRates, Work, WorkerView,
-    virtual_deadline_ms,
+    AdmissionSettings, Booking, Bookings, Class, ClassTargets, Considered, Decision, Estimate,
+    Lane, Learner, Load, NoPlan, OutputLengths, Path, Phase, Policy, Queue, Rejected, Roster,
+    StepSample, TransferRates, Work, virtual_deadline_ms,
 };
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::collections::BTreeMap;
 
 /// Requests that are tried when a report comes: a bound on what it costs.
 const TRIED_AT_ONCE: usize = 32;
@@ -37,6 +39,9 @@ pub(crate) struct Asked {
     /// Most output tokens.
     pub(crate) max_tokens: u32,
 }
+
+/// Picks another plan among those that the policy weighs.
+pub(crate) type Choice<'a> = &'a mut dyn FnMut(&[Considered]) -> usize;
 
 /// What came of trying to place a request.
 #[derive(Debug)]
@@ -226,7 +231,7 @@ impl Router {
         now_ms: f64,
         trace: &Trace,
         index: &KvIndex,
-        choose: Option<&mut dyn FnMut(&[Considered]) -> usize>,
+        choose: Option<Choice<'_>>,
     ) -> Tried {
         self.intended.remove(&asked.request);
         self.look_up(trace, index, asked.request);
@@ -380,51 +385,6 @@ impl Router {
         view.load.kv.free = view.abilities.pool_blocks;
     }
 
-    /// Whether a report of a worker may let somebody go: it would start a
-    /// prompt soon, or somebody waits for room.
-    pub(crate) fn may_take(&self, worker: usize) -> bool {
-        if self.queue.is_empty() {
-            return false;
-        }
-        let Some(view) = self.roster.get(WorkerSlot(worker as u32)) else {
-            return false;
-        };
-        let (own, others) = (&view.load.own, &view.load.others);
-        let queued = own.queued_prefill_tokens + others.queued_prefill_tokens;
-        let running = own.running_prefill_tokens + others.running_prefill_tokens;
-        let least_ms = (queued + running) as f64 * view.step.b_ms;
-        let ahead_ms = self.dispatch_ahead_ms.max(self.step_ms[worker]);
-        self.lacks_room || view.role != Role::Decode && least_ms <= ahead_ms
-    }
-
-    /// Whether somebody waits for room.
-    pub(crate) fn lacks_room(&mut self, lacks: bool) {
-        self.lacks_room = lacks;
-    }
-
-    /// What waits and is to be tried now, most urgent first. Places are kept.
-    pub(crate) fn to_try(&mut self) -> Vec<(Ticket, Asked)> {
-        let first = self.queue.order(TRIED_AT_ONCE);
-        if self.intended.len() > TRIED_AT_ONCE {
-            // Those that were overtaken by many will choose again.
-            let near = self.queue.iter().take(TRIED_AT_ONCE);
-            let near: BTreeSet<u32> = near.map(|(_, asked)| asked.request).collect();
-            self.intended.retain(|request, _| near.contains(request));
-        }
-        let taken = |ticket| Some((ticket, self.queue.take(ticket)?));
-        first.into_iter().filter_map(taken).collect()
-    }
-
-    /// One that was tried waits on.
-    pub(crate) fn put_back(&mut self, ticket: Ticket, asked: Asked) {
-        self.queue.put_back(ticket, asked);
-    }
-
-    /// One that was tried is placed.
-    pub(crate) fn served(&mut self, ticket: Ticket) {
-        self.queue.serve(ticket);
-    }
-
     fn look_up(&mut self, trace: &Trace, index: &KvIndex, request: u32) {
         let units = (trace.block_tokens as usize / UNIT_TOKENS).max(1);
         let blocks = trace.blocks(request as usize);
@@ -435,89 +395,5 @@ impl Router {
             self.chain[(at + 1) * units - 1] = mix(*block);
         }
         index.lookup_into(&self.chain, &mut self.cached);
-    }
-}
-
-/// What one that waits means to those that choose after it: a prompt in line.
-/// Room and streams it takes when it goes.
-fn prompt_alone(work: &Work) -> Work {
-    let mut classes = work.classes;
-    classes.decoding = [0; 3];
-    Work {
-        decodes: 0,
-        decode_context: 0,
-        blocks: 0,
-        classes,
-        ..*work
-    }
-}
-
-fn request_view<'a>(
-    lengths: &OutputLengths,
-    cached: &'a Matches,
-    trace: &Trace,
-    (asked, virtual_deadline_ms): (Asked, f64),
-    excluded: &'a [WorkerSlot],
-) -> RequestView<'a> {
-    let request = &trace.requests[asked.request as usize];
-    let (made, most) = (asked.made, asked.max_tokens);
-    RequestView {
-        id: u128::from(mix(u64::from(asked.request))),
-        model: MODEL,
-        digest: "",
-        adapter: "",
-        prompt_tokens: request.prompt,
-        output_tokens: made,
-        max_tokens: most,
-        expected_output: lengths.expected(MODEL, request.class, made, most),
-        class: request.class,
-        virtual_deadline_ms,
-        affinity: trace
-            .blocks(asked.request as usize)
-            .first()
-            .map_or(mix(u64::from(asked.request)), |block| mix(*block)),
-        needs: Needs::default(),
-        cached,
-        excluded,
-    }
-}
-
-fn view(slot: usize, role: Role, settings: &Settings) -> WorkerView {
-    let profile = &settings.profile;
-    let pool_blocks = profile.pool_tokens / UNIT_TOKENS as u64;
-    let mut load = Load::default();
-    load.kv.free = pool_blocks;
-    WorkerView {
-        slot: WorkerSlot(slot as u32),
-        role,
-        phase: Phase::Serving,
-        draining: false,
-        suspect: false,
-        model: MODEL.into(),
-        digest: "".into(),
-        adapters: Arc::new(BTreeSet::new()),
-        abilities: Arc::new(Abilities {
-            streamed_hand_off: true,
-            prefill_emits_first_token: true,
-            layer_preemption: profile.layer_preemption,
-            host: "".into(),
-            engine_connector: "".into(),
-            pairing: "".into(),
-            prefix_pull: settings.prefix_pull,
-            grammars: false,
-            grammars_over_continuation: false,
-            penalties_over_continuation: false,
-            max_logprobs: 0,
-            block_tokens: UNIT_TOKENS as u32,
-            pool_blocks,
-            block_bytes: profile.kv_bytes_per_token * UNIT_TOKENS as u64,
-            max_batch: profile.max_batch,
-            context_length: profile.context_length,
-        }),
-        step: profile.step_model(1.0),
-        load,
-        booked: Work::default(),
-        prompts: Vec::new(),
-        left: [f64::from(EXPECTED_OUTPUT); 3],
     }
 }

@@ -127,7 +127,7 @@ impl Simulation<'_> {
     /// passed.
     pub(super) fn serve_queue(&mut self, router: usize) {
         let (mut held, mut lacks_room) = (false, false);
-        for (ticket, asked) in self.routers[router].to_try() {
+        for (ticket, asked) in self.routers[router].take_first() {
             let queue = &mut self.routers[router];
             if held {
                 queue.put_back(ticket, asked);
