@@ -5,8 +5,9 @@ use kvmesh_wire::v1::{
     GetTokenizerResponse, TokenizerFile, TokenizerHeader, get_tokenizer_response::Part,
 };
 
-/// Bytes in one message.
-const PART_BYTES: usize = 1 << 20;
+/// Bytes in one message: few, so that the frames of a step wait for none of
+/// them for long.
+const PART_BYTES: usize = 128 << 10;
 
 /// Files of a tokeniser and their digest (worker.proto, `TokenizerHeader`).
 #[derive(Clone, Debug, Default)]

@@ -98,6 +98,8 @@ class BlockPool:
         self._holds = [array("i", bytes(4 * slots)) for _ in Hold]
         self._state = array("b", bytes([_FREE]) * slots)
         self._counts = [0, 0, 0, slots, 0]
+        self.settled = 0
+        """Differs when `room` does."""
         # Of cached blocks only; readers on other threads see whole values.
         self.chain = array("Q", bytes(8 * slots))
         self.parent = array("q", [_NO_PARENT]) * slots
@@ -154,6 +156,7 @@ class BlockPool:
             self._state[slot] = hold
         self._counts[_FREE] -= count
         self._counts[hold] += count
+        self.settled += 1
         return slots
 
     def take(self, slots: Iterable[int], hold: Hold) -> None:
@@ -198,6 +201,7 @@ class BlockPool:
         self._state[slot] = state
         self._counts[before] -= 1
         self._counts[state] += 1
+        self.settled += 1
         if state == _FREE:
             self._free.append(slot)
         elif state == _EVICTABLE and not self._children[slot]:

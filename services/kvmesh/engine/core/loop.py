@@ -148,19 +148,17 @@ class EngineLoop:
 
     def take_in(self) -> bool:
         """Commands and transfer events that have come. False: none has."""
-        changed = bool(self._inbox)
+        events = self._node.poll() if self._node is not None else ()
+        if not (events or self._inbox or self.streams.stalled):
+            return False
         while self._inbox:
             self._inbox.popleft()(self)
-        if self._node is not None:
-            for event in self._node.poll():
-                self.admission.transfer_event(event)
-                changed = True
+        for event in events:
+            self.admission.transfer_event(event)
         if self.streams.stalled:
             self.streams.retry_stalled()
-            changed = True
-        if changed:
-            self.count_shares()
-        return changed
+        self.count_shares()
+        return True
 
     def count_shares(self) -> None:
         """Counts the work of each router anew."""

@@ -54,7 +54,7 @@ class Running:
 class _Said:
     """What steps of one composition of streams say alike."""
 
-    __slots__ = ("base_ms", "composition", "context_ms", "output", "size")
+    __slots__ = ("base_ms", "composition", "context_ms", "output", "settled", "size")
 
     def __init__(self, batch: DecodeBatch, model: wire.StepModel) -> None:
         self.composition = batch.rows.composition
@@ -62,6 +62,8 @@ class _Said:
         self.base_ms = model.a_ms + model.d_ms * self.size
         self.context_ms = model.e_ms
         self.output = StepOutput(routers=batch.answers)
+        self.settled = -1
+        """State of the pool that `output` tells (`BlockPool.settled`)."""
 
 
 class Steps:
@@ -197,7 +199,9 @@ class Steps:
         output = said.output
         output.step, output.sample = running.number, sample
         load = output.load
-        load.kv, load.shares, load.step = loop.pool.room(), loop.shares.read(), running.number
+        load.shares, load.step = loop.shares.read(), running.number
+        if said.settled != loop.pool.settled:
+            said.settled, load.kv = loop.pool.settled, loop.pool.room()
         loop.sink.step(output)
         return True
 
