@@ -347,3 +347,29 @@ async fn a_client_that_leaves_its_last_message_unread_is_given_up_too() {
     mesh.wait_figure("kvmesh_slow_clients_total", 1).await;
     mesh.wait_figure("kvmesh_open_streams", 0).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_streams_of_one_connection_are_each_whole() {
+    let mesh = Mesh::start(vec![steps_of(5)], json!({})).await;
+    let mut sender = h2_connection(&mesh).await;
+    let mut running = Vec::new();
+    for _ in 0..1_000 {
+        sender = sender.ready().await.unwrap();
+        let (response, mut body) = sender.send_request(call(), false).unwrap();
+        body.send_data(framed(&request(20)), true).unwrap();
+        running.push(tokio::spawn(async move {
+            let mut body = response.await.unwrap().into_body();
+            while let Some(data) = body.data().await {
+                let length = data.unwrap().len();
+                body.flow_control().release_capacity(length).unwrap();
+            }
+            let trailers = body.trailers().await.unwrap().unwrap();
+            trailers["grpc-status"].to_str().unwrap().to_owned()
+        }));
+    }
+    for status in running {
+        assert_eq!(status.await.unwrap(), "0");
+    }
+    mesh.wait_figure("kvmesh_tokens_total", 20_000).await;
+    mesh.wait_figure("kvmesh_open_streams", 0).await;
+}

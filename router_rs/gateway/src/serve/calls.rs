@@ -24,6 +24,10 @@ use std::{
 
 use crate::mesh::GivenUp;
 
+/// Streams polled before others of the thread have their turn: half a
+/// millisecond of work.
+const MOST_AT_ONCE: usize = 256;
+
 thread_local! {
     /// The stream that this thread polls.
     static POLLED: Polled = const { Polled::nobody() };
@@ -280,12 +284,14 @@ impl<C> Carrier<C> {
         self.connection.as_mut()
     }
 
-    /// Polls every stream that was woken, once.
+    /// Polls the streams that were woken, each once, as many as may be at once.
     fn poll_streams(&mut self) {
         let arrived = {
             let mut ready = self.shared.lock();
             ready.task = None;
             std::mem::swap(&mut ready.queue, &mut self.queue);
+            let now = self.queue.len().min(MOST_AT_ONCE);
+            ready.queue.extend(self.queue.drain(now..));
             std::mem::take(&mut ready.arrived)
         };
         for stream in arrived {
