@@ -193,19 +193,8 @@ impl Core {
         let most = chain.len().min(MOST_SLOTS - place.slot);
         self.heap -= self.runs[place.run].heap();
         self.runs[place.run].reserve(most);
-        let mut count = 0;
-        while count < most {
-            if count.is_multiple_of(WARM) {
-                let end = most.min(count + WARM);
-                self.warm(&chain[count..end]);
-            }
-            let slot = place.slot + count;
-            if !self.claim(chain[count], Place { slot, ..place }) {
-                break;
-            }
-            self.runs[place.run].put(&chain[count..=count]);
-            count += 1;
-        }
+        let count = self.claim_all(place, &chain[..most]);
+        self.runs[place.run].put(&chain[..count]);
         let step = Step {
             place,
             count,
@@ -213,6 +202,25 @@ impl Core {
         };
         self.close(step, holders);
         Some(step)
+    }
+
+    /// Notes values at a place and after it, up to one that somebody holds.
+    /// How many.
+    fn claim_all(&mut self, place: Place, chain: &[u64]) -> usize {
+        let mut count = 0;
+        for part in chain.chunks(WARM) {
+            self.warm(part);
+            for &value in part {
+                let slot = place.slot + count;
+                // They are not in the run yet, where one may come twice.
+                let fresh = &chain[..count];
+                if !self.claim(value, Place { slot, ..place }, place, fresh) {
+                    return count;
+                }
+                count += 1;
+            }
+        }
+        count
     }
 
     /// As [`Core::store_new`], where the other copy found that it comes to this.

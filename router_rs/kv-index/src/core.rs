@@ -154,12 +154,24 @@ impl Core {
         run.is_some_and(|run| run.holds(place.slot, value))
     }
 
-    /// Whether nobody held a value; then it is noted to be at this place.
-    pub(crate) fn claim(&mut self, value: u64, place: Place) -> bool {
+    /// Whether nobody held a value; then it is noted to be at `place`. Before
+    /// it come the values `fresh`, from `first` on.
+    pub(crate) fn claim(&mut self, value: u64, place: Place, first: Place, fresh: &[u64]) -> bool {
+        let holds = |at: Place| {
+            let among = at
+                .slot
+                .checked_sub(first.slot)
+                .filter(|_| at.run == first.run);
+            match among.and_then(|at| fresh.get(at)) {
+                Some(fresh) => *fresh == value,
+                None => self.holds(at, value),
+            }
+        };
         if self.pass == Pass::Second {
-            return self.find(value).is_none();
+            // Those that come twice are known by the notes of the first copy.
+            return self.table.find(value, holds).is_none();
         }
-        let claim = self.table.claim(value, place, |at| self.holds(at, value));
+        let claim = self.table.claim(value, place, holds);
         if claim == Claim::Full {
             self.note(value, place);
         }
@@ -235,6 +247,10 @@ impl Core {
     }
 }
 
+/// Values of a run, and where each of its sets of holders ends.
+#[cfg(test)]
+type Layout = (Vec<u64>, Vec<(HolderId, usize)>);
+
 #[cfg(test)]
 impl Core {
     /// Whether what is counted is what is there, and each value is found.
@@ -274,7 +290,7 @@ impl Core {
     }
 
     /// Everything but the heat.
-    pub(crate) fn layout(&self) -> Vec<(Vec<u64>, Vec<(HolderId, usize)>)> {
+    pub(crate) fn layout(&self) -> Vec<Layout> {
         let runs = self.runs.iter();
         runs.map(|run| (run.values().to_vec(), run.spans_from(0).collect()))
             .collect()

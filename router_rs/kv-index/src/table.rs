@@ -60,44 +60,61 @@ fn hash(key: u64) -> u64 {
     key.wrapping_mul(SPREAD) >> PLACE_BITS
 }
 
+/// Bits of a bucket's state below the count of keys that found it full: a bit
+/// for each entry in use.
+const USED_BITS: u32 = 8;
+
 #[derive(Debug, Default)]
 #[repr(align(64))]
 struct Bucket {
     /// 0 where free.
     entries: [AtomicU64; WIDTH],
-    /// Keys that found this bucket full.
-    passed: AtomicU64,
+    /// Which entries are in use, and how many keys went past.
+    state: AtomicU64,
 }
 
 impl Bucket {
-    /// A bit for each entry that has the same hash as this one. Without
-    /// branches: which entry it is cannot be foretold.
-    fn alike(&self, wanted: u64) -> u32 {
-        let mut alike = 0;
-        for (at, entry) in self.entries.iter().enumerate() {
-            let same = (entry.load(Ordering::Relaxed) ^ wanted) >> PLACE_BITS == 0;
-            alike |= u32::from(same) << at;
-        }
-        alike
+    fn state(&self) -> u64 {
+        self.state.load(Ordering::Relaxed)
+    }
+
+    /// Whether no key went past, so that a probe ends here.
+    fn is_last(&self) -> bool {
+        self.state() >> USED_BITS == 0
     }
 
     /// Where a key with this hash is, if an entry here says so.
     fn held(&self, wanted: u64, holds: &impl Fn(Place) -> bool) -> Option<Place> {
-        let mut alike = self.alike(wanted);
-        while alike != 0 {
-            let entry = self.entries[alike.trailing_zeros() as usize].load(Ordering::Relaxed);
-            let place = Place::unpack(entry);
-            if entry != 0 && holds(place) {
-                return Some(place);
-            }
-            alike &= alike - 1;
+        // Without branches: most buckets have no such entry, and which one it
+        // is cannot be foretold.
+        let alike = |entry: &AtomicU64| (entry.load(Ordering::Relaxed) ^ wanted) >> PLACE_BITS == 0;
+        let any = self
+            .entries
+            .iter()
+            .fold(false, |any, entry| any | alike(entry));
+        if !any {
+            return None;
         }
-        None
+        let mut places = self
+            .entries
+            .iter()
+            .filter(|entry| alike(entry))
+            .filter_map(|entry| {
+                let entry = entry.load(Ordering::Relaxed);
+                (entry != 0).then(|| Place::unpack(entry))
+            });
+        places.find(|place| holds(*place))
     }
 
     fn free(&self) -> Option<usize> {
-        let mut entries = self.entries.iter();
-        entries.position(|entry| entry.load(Ordering::Relaxed) == 0)
+        let free = (!self.state()).trailing_zeros() as usize;
+        (free < WIDTH).then_some(free)
+    }
+
+    /// Puts an entry where [`Bucket::free`] said, or 0 where one was.
+    fn set(&self, at: usize, entry: u64) {
+        self.entries[at].store(entry, Ordering::Relaxed);
+        self.state.store(self.state() ^ 1 << at, Ordering::Relaxed);
     }
 }
 
@@ -117,6 +134,8 @@ pub(crate) struct Table {
     buckets: Vec<Bucket>,
     /// Entries. Only who changes the table reads and writes it.
     len: AtomicUsize,
+    /// Most entries: above this share keys pass on often.
+    most: usize,
 }
 
 impl Table {
@@ -130,6 +149,7 @@ impl Table {
         Self {
             buckets,
             len: AtomicUsize::new(0),
+            most: count * WIDTH * 78 / 100,
         }
     }
 
@@ -154,9 +174,7 @@ impl Table {
     /// after the other. Returns nothing of meaning.
     pub(crate) fn warm(&self, keys: &[u64]) -> u64 {
         keys.iter().fold(0, |sum, key| {
-            sum ^ self.buckets[self.home(hash(*key))]
-                .passed
-                .load(Ordering::Relaxed)
+            sum ^ self.buckets[self.home(hash(*key))].state()
         })
     }
 
@@ -169,7 +187,7 @@ impl Table {
             if let Some(place) = bucket.held(hash << PLACE_BITS, &holds) {
                 return Some(place);
             }
-            if bucket.passed.load(Ordering::Relaxed) == 0 {
+            if bucket.is_last() {
                 return None;
             }
             at = self.after(at);
@@ -188,7 +206,7 @@ impl Table {
                 return Claim::Held(held);
             }
             spot = spot.or_else(|| Some((at, bucket.free()?)));
-            if bucket.passed.load(Ordering::Relaxed) == 0 {
+            if bucket.is_last() {
                 break;
             }
             at = self.after(at);
@@ -204,14 +222,13 @@ impl Table {
             spot = self.buckets[at].free().map(|free| (at, free));
         };
         self.pass(home, end, 1);
-        self.buckets[end].entries[free].store(wanted | place.pack(), Ordering::Relaxed);
+        self.buckets[end].set(free, wanted | place.pack());
         self.count(1);
         Claim::Noted
     }
 
-    /// Above this share keys pass on often.
     fn is_full(&self) -> bool {
-        self.len.load(Ordering::Relaxed) * 100 >= self.buckets.len() * WIDTH * 78
+        self.len.load(Ordering::Relaxed) >= self.most
     }
 
     fn count(&self, more: isize) {
@@ -224,9 +241,9 @@ impl Table {
     fn pass(&self, home: usize, end: usize, more: i64) {
         let mut at = home;
         while at != end {
-            let passed = &self.buckets[at].passed;
-            let count = passed.load(Ordering::Relaxed);
-            passed.store(count.wrapping_add_signed(more), Ordering::Relaxed);
+            let bucket = &self.buckets[at];
+            let state = bucket.state().wrapping_add_signed(more << USED_BITS);
+            bucket.state.store(state, Ordering::Relaxed);
             at = self.after(at);
         }
     }
@@ -249,7 +266,7 @@ impl Table {
         loop {
             if let Some(free) = self.buckets[at].free() {
                 self.pass(home, at, 1);
-                self.buckets[at].entries[free].store(entry, Ordering::Relaxed);
+                self.buckets[at].set(free, entry);
                 return;
             }
             at = self.after(at);
@@ -264,11 +281,11 @@ impl Table {
         loop {
             let bucket = &self.buckets[at];
             let mut entries = bucket.entries.iter();
-            if let Some(entry) = entries.find(|entry| entry.load(Ordering::Relaxed) == wanted) {
-                entry.store(0, Ordering::Relaxed);
+            if let Some(entry) = entries.position(|entry| entry.load(Ordering::Relaxed) == wanted) {
+                bucket.set(entry, 0);
                 break;
             }
-            if bucket.passed.load(Ordering::Relaxed) == 0 {
+            if bucket.is_last() {
                 return;
             }
             at = self.after(at);
