@@ -75,6 +75,21 @@ sanitize-thread:
 	RUSTFLAGS="-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer" $(SANITIZE) \
 		--target-dir target/sanitize-thread -p kvmesh-transfer --lib
 
+# Every order in which threads can meet in the index's own protocol between
+# readers and changes. The flag changes every crate: a folder of its own.
+.PHONY: loom
+loom: ## Check the index's protocol between threads under loom
+	@echo "== tests under loom: kvmesh-kv-index"
+	RUSTFLAGS="--cfg loom" cargo test --release --target-dir target/loom -p kvmesh-kv-index --lib
+
+test-long: loom
+
+# What benchmarks compare with in Rust: workspaces of their own.
+.PHONY: peers
+peers: ## Build the Rust programs that benchmarks compare with (some minutes, once)
+	cargo build --release --locked --manifest-path benchmarks/peers/index/Cargo.toml \
+		--target-dir benchmarks/peers/index/target
+
 ifeq ($(shell uname -m),x86_64)
 test: sanitize-address
 test-long: sanitize

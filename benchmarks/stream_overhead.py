@@ -36,6 +36,8 @@ from alternating import Blocks, Figure, alternate, print_table, write_json
 ROOT = Path(__file__).resolve().parent.parent
 # Longer than any block: no stream ends while CPU a token is taken.
 ENDLESS_TOKENS = 120_000
+WORKER_TOKENS = 4_000
+"""Output length of the Python worker's streams; its pool holds them all."""
 # Output length of the blocks that measure first tokens, by streams: short enough for many
 # requests, long enough that the other streams run meanwhile.
 SHORT_TOKENS = {1: 2, 64: 32, 256: 64}
@@ -314,8 +316,10 @@ def start_envoy(bench: Bench, envoy: Path, mock_port: int, folder: Path) -> Targ
 
 def build(*packages: str) -> list[Path]:
     """Builds binaries of the workspace; gives where they are."""
-    names = [word for package in packages for word in ("-p", package)]
-    subprocess.run(["cargo", "build", "--release", *names], cwd=ROOT, check=True)
+    # Chosen from the workspace, as the tests are: then nothing is built anew for it.
+    chosen = ["--workspace", "--exclude", "kvmesh-python"]
+    chosen += [word for package in packages for word in ("--bin", package)]
+    subprocess.run(["cargo", "build", "--release", *chosen], cwd=ROOT, check=True)
     folder = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
     return [folder / package for package in packages]
 
@@ -405,29 +409,60 @@ def figures_of(results: dict[Cell, Blocks[Reading]]) -> list[Figure]:
     return figures
 
 
-def measure_worker(bench: Bench, command: Sequence[str], rounds: int) -> list[dict[str, Any]]:
-    """The Python worker behind a raw Attach client: one reading a round."""
-    port = free_port()
-    process = bench.start([part.format(port=port) for part in command], bench.router_core)
-    deadline = time.monotonic() + START_SECONDS
-    attach = [
+@dataclass(frozen=True)
+class Pace:
+    """How the Python worker's steps follow one another."""
+
+    name: str
+    engine: str
+    """Arguments of the engine sim."""
+    figure: str
+
+
+PACES = (
+    Pace("10 ms a step", "profile=step-10ms", "worker_cpu_us_per_token"),
+    Pace("no pause", "speed=inf", "worker_cpu_us_per_token_no_pause"),
+)
+
+
+def attach_command(bench: Bench, port: int, pid: int, warm_up: float, window: float) -> list[str]:
+    """A raw Attach client that keeps 64 streams running, and watches the worker."""
+    return [
         *(str(bench.testkit), "attach-load", "--target", f"127.0.0.1:{port}"),
-        *("--streams", "64", "--max-tokens", "4000", "--watch-pid", str(process.pid)),
+        *("--streams", "64", "--max-tokens", str(WORKER_TOKENS), "--watch-pid", str(pid)),
+        *("--warm-up", str(warm_up), "--window", str(window)),
     ]
+
+
+def start_python_worker(bench: Bench, command: Sequence[str], pace: Pace) -> Target:
+    """Starts a Python worker and waits until it takes a session."""
+    port = free_port()
+    filled = [part.format(port=port, engine=pace.engine) for part in command]
+    process = bench.start(filled, bench.router_core)
+    deadline = time.monotonic() + START_SECONDS
     while True:
         if process.poll() is not None:
-            raise SystemExit(f"{command!r} ended with {process.returncode}")
+            raise SystemExit(f"{filled!r} ended with {process.returncode}")
         try:
-            bench.run([*attach, "--warm-up", "0.2", "--window", "0.2"])
-            break
+            bench.run(attach_command(bench, port, process.pid, 0.2, 0.2))
+            return Target(port, process.pid)
         except subprocess.CalledProcessError:
             if time.monotonic() > deadline:
-                raise SystemExit(f"{command!r} takes no session") from None
+                raise SystemExit(f"{filled!r} takes no session") from None
             time.sleep(0.2)
-    seconds = bench.seconds
-    timed = ["--warm-up", str(seconds.warm_up), "--window", str(seconds.flow)]
-    blocks = alternate({"worker": lambda: bench.run([*attach, *timed])}, rounds, lambda: bench.pids)
-    return blocks.results["worker"]
+
+
+def measure_worker(bench: Bench, command: Sequence[str], rounds: int) -> Blocks[dict[str, Any]]:
+    """The Python worker behind a raw Attach client, paced and not."""
+    cases: dict[str, Callable[[], dict[str, Any]]] = {}
+    for pace in PACES:
+        worker = start_python_worker(bench, command, pace)
+        assert worker.pid is not None
+        timed = attach_command(
+            bench, worker.port, worker.pid, bench.seconds.warm_up, bench.seconds.flow
+        )
+        cases[pace.name] = lambda timed=timed: bench.run(timed)  # type: ignore[misc]
+    return alternate(cases, rounds, lambda: bench.pids)
 
 
 def arguments() -> argparse.Namespace:
@@ -442,9 +477,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--without", action="append", default=[], choices=CASES, help="leave out")
     parser.add_argument(
         "--worker-command",
-        help="starts the Python worker; {port} is replaced",
+        help="starts the Python worker; {port} and {engine} are replaced",
         default=f"{sys.executable} -m kvmesh.cli worker --role both --engine sim "
-        "--listen 127.0.0.1:{port}",
+        f"--kv-pool-tokens {80 * WORKER_TOKENS} --listen 127.0.0.1:{{port}} "
+        "--engine-arguments {engine}",
     )
     return parser.parse_args()
 
@@ -485,11 +521,13 @@ def main() -> None:
             print(f"{cell}: done, {blocks.repeated} blocks repeated", file=sys.stderr)
         print_table("Streams through a router and directly", HEAD, rows)
         figures = figures_of(results)
+        measured: list[Blocks[Any]] = [*results.values()]
         if "worker" not in options.without:
-            readings = measure_worker(bench, options.worker_command.split(), rounds)
-            figures.append(show_worker(readings))
-    repeated = sum(blocks.repeated for blocks in results.values())
-    kept_busy = sum(blocks.kept_busy for blocks in results.values())
+            worker = measure_worker(bench, options.worker_command.split(), rounds)
+            figures += show_worker(worker)
+            measured.append(worker)
+    repeated = sum(blocks.repeated for blocks in measured)
+    kept_busy = sum(blocks.kept_busy for blocks in measured)
     print_table("Figures", ["name", "value", "unit"], [[f.name, f.value, f.unit] for f in figures])
     print(f"\n{repeated} blocks were repeated because others used the machine, ", end="")
     print(f"{kept_busy} were kept although they did.")
@@ -507,21 +545,23 @@ def main() -> None:
         write_json(options.json, figures, **more, blocks=grid)
 
 
-def show_worker(readings: list[dict[str, Any]]) -> Figure:
-    """Prints the second table; gives its figure."""
-    rows = [
-        [
-            r["tokens_per_s"],
-            r["tokens_per_frame"],
-            r["watched"]["cpu_us_per_token"],
-            r["watched"]["rss_mib"],
-        ]
-        for r in readings
-    ]
-    head = ["tokens/s", "tokens/frame", "CPU us/token", "RSS MiB"]
+def show_worker(blocks: Blocks[dict[str, Any]]) -> list[Figure]:
+    """Prints the second table; gives its figures."""
+    rows, figures = [], []
+    for pace in PACES:
+        for reading in blocks.results[pace.name]:
+            cpu = reading["watched"]["cpu_us_per_token"]
+            rows.append(
+                [
+                    *(pace.name, reading["tokens_per_s"], reading["tokens_per_frame"], cpu),
+                    *(cpu * reading["tokens_per_frame"], reading["watched"]["rss_mib"]),
+                ]
+            )
+        value = blocks.median(pace.name, lambda r: r["watched"]["cpu_us_per_token"])
+        figures.append(Figure(pace.figure, value, "us", "lower"))
+    head = ["steps", "tokens/s", "tokens/frame", "CPU us/token", "CPU us/frame", "RSS MiB"]
     print_table("Python worker (sim), 64 streams, raw Attach client", head, rows)
-    values = sorted(r["watched"]["cpu_us_per_token"] for r in readings)
-    return Figure("worker_cpu_us_per_token", values[len(values) // 2], "us", "lower")
+    return figures
 
 
 if __name__ == "__main__":

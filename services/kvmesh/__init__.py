@@ -1,8 +1,10 @@
 """kvmesh: a gRPC mesh for disaggregated LLM serving.
 
 `Client` and `AsyncClient` need grpcio and protobuf only; workers and engines
-are extras (`kvmesh[torch]`).
+are extras (`kvmesh[torch]`). `KvIndex` needs NumPy and the native module.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from kvmesh.client import (
     Accepted,
@@ -25,6 +27,9 @@ from kvmesh.client import (
     Usage,
 )
 
+if TYPE_CHECKING:
+    from kvmesh.index import KvIndex
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -35,6 +40,7 @@ __all__ = [
     "FieldViolation",
     "Finished",
     "InvalidRequestError",
+    "KvIndex",
     "MeshError",
     "MeshUnavailableError",
     "ModelNotFoundError",
@@ -47,3 +53,12 @@ __all__ = [
     "TraceSpan",
     "Usage",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # A client's environment has no NumPy.
+    if name == "KvIndex":
+        from kvmesh.index import KvIndex
+
+        return KvIndex
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,11 +3,13 @@
 Checked against the built module by stubtest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, final
 
 import numpy as np
 import numpy.typing as npt
+
+from kvmesh.engine.contract import CacheChange, StepOutput
 
 # --- Names of prompt prefixes ---------------------------------------------------
 
@@ -19,6 +21,62 @@ def chain_values(parent: int, ids: bytes) -> list[int]:
 
     `ids` are u32, little-endian. ValueError where a part of an id is left.
     """
+
+def chain_values_to(parent: int, ids: npt.NDArray[np.uint32], out: npt.NDArray[np.uint64]) -> None:
+    """As `chain_values`, array to array, without the GIL. `out`: a value for each unit."""
+
+# --- Index --------------------------------------------------------------------
+
+@final
+class KvIndex:
+    """What `kvmesh.KvIndex` is made of: the same methods, of bare arrays and numbers.
+
+    A tier is 0 (device), 1 (host) or 2 (disk); a change (kind, parent, chain, tier) with kind 0
+    (stored), 1 (removed) or 2 (cleared). KeyError for a worker that is not there.
+    """
+
+    def __new__(cls, max_bytes: int, max_workers: int) -> KvIndex: ...
+    def add_worker(
+        self, block_tokens: int, ttl_ms: int | None = None, max_units: int = 0
+    ) -> int: ...
+    def remove_worker(self, worker: int) -> None: ...
+    def stored(
+        self, worker: int, parent: int | None, chain: npt.NDArray[np.uint64], tier: int
+    ) -> None: ...
+    def stored_many(
+        self,
+        workers: npt.NDArray[np.uint32],
+        parents: npt.NDArray[np.uint64],
+        offsets: npt.NDArray[np.uint64],
+        chain: npt.NDArray[np.uint64],
+        tier: int,
+    ) -> None: ...
+    def removed(self, worker: int, chain: npt.NDArray[np.uint64], tier: int) -> None: ...
+    def apply(
+        self,
+        worker: int,
+        changes: Sequence[tuple[int, int | None, npt.NDArray[np.uint64] | None, int]],
+    ) -> None: ...
+    def snapshot(
+        self,
+        worker: int,
+        changes: Sequence[tuple[int, int | None, npt.NDArray[np.uint64] | None, int]],
+        first: bool,
+        last: bool,
+    ) -> None: ...
+    def record_sent(self, worker: int, chain: npt.NDArray[np.uint64], now_ms: int) -> None: ...
+    def expire(self, now_ms: int) -> None: ...
+    def lookup(
+        self,
+        chain: npt.NDArray[np.uint64],
+        tokens: npt.NDArray[np.uint32],
+        host: npt.NDArray[np.uint32] | None = None,
+        disk: npt.NDArray[np.uint32] | None = None,
+    ) -> None: ...
+    @property
+    def slots(self) -> int: ...
+    def held(self, worker: int) -> int: ...
+    def stats(self) -> tuple[int, int, int, int, int, int]: ...
 
 # --- Simulator ----------------------------------------------------------------
 
@@ -489,6 +547,163 @@ def list_routers(
 ) -> list[tuple[str, str]]:
     """Routers of a cluster as (id, "host:port"). Raises RegistryUnreachableError."""
 
+# --- Worker port --------------------------------------------------------------
+
+@final
+class Placed:
+    """A placement that the engine answers. `place` is a serialised kvmesh.v1.Place."""
+
+    @property
+    def session(self) -> str: ...
+    @property
+    def place(self) -> bytes: ...
+    @property
+    def age_s(self) -> float:
+        """Seconds since it was read."""
+
+@final
+class Ended:
+    """Attempts to end: a router cancelled them, or its session is gone."""
+
+    @property
+    def attempts(self) -> list[tuple[bytes, int, int]]:
+        """Each (generation, owner, attempt)."""
+
+@final
+class HandOverAsked:
+    """A serialised kvmesh.v1.HandOver."""
+
+    @property
+    def command(self) -> bytes: ...
+
+@final
+class SnapshotWanted:
+    """A router needs the cache's content: answer with `begin_snapshot`."""
+
+    @property
+    def session(self) -> str: ...
+
+@final
+class InfoWanted:
+    """GetInfo waits: answer with `answer_info`."""
+
+    @property
+    def call(self) -> int: ...
+
+@final
+class StopAsked:
+    """Drain with `stop`."""
+
+    @property
+    def grace_s(self) -> float | None:
+        """Time for running work, seconds. None: the worker's own setting."""
+
+@final
+class RoleChanged:
+    """SetRole was called; load reports and GetInfo have the role already."""
+
+    @property
+    def role(self) -> int: ...
+
+@final
+class EngineEnded:
+    """The engine called `ended`."""
+
+PortEvent = (
+    Placed
+    | Ended
+    | HandOverAsked
+    | SnapshotWanted
+    | InfoWanted
+    | StopAsked
+    | RoleChanged
+    | EngineEnded
+)
+
+@final
+class WorkerPort:
+    """A worker's gRPC port: kvmesh.v1.Worker, health and reflection.
+
+    Sessions, lanes and encoding are native; nothing of Python runs on its
+    thread. It is the `contract.OutputSink` of the worker's engine. Nothing
+    blocks but `wait`, `wait_idle`, `add_snapshot` and `close`, which release
+    the GIL.
+    """
+
+    def __new__(
+        cls,
+        listen: str,
+        *,
+        step_lane_bytes: int = 8_388_608,
+        step_lane_age_s: float = 10.0,
+        cache_ring_events: int = 65_536,
+        cache_coalesce_ms: float = 20.0,
+        snapshot_interval_ms: float = 5.0,
+        load_interval_ms: float = 250.0,
+        load_coalesce_ms: float = 5.0,
+    ) -> WorkerPort:
+        """Binds "host:port", port 0 a free one. Raises OSError, ValueError."""
+
+    @property
+    def port(self) -> int:
+        """The bound port."""
+
+    def serve(
+        self, record: bytes, tokenizer: Sequence[tuple[str, bytes]], tokenizer_digest: str
+    ) -> None:
+        """Begins to serve, once. `record` is a serialised kvmesh.v1.WorkerRecord,
+        `tokenizer` names and contents in the order of the digest.
+
+        Raises ValueError, RuntimeError (a second time, or after `close`).
+        """
+
+    # contract.OutputSink.
+    def begin_step(self, predicted_ms: float) -> None:
+        """A step begins."""
+
+    def step(self, output: StepOutput) -> None:
+        """Hands what a step brought to the sessions. Raises ValueError."""
+
+    def ended(self) -> None:
+        """The engine says nothing more: `EngineEnded` follows."""
+
+    # Snapshots.
+    def begin_snapshot(self, session: str) -> bool:
+        """To be called before the cache is read. False: nobody wants it now."""
+
+    def add_snapshot(self, session: str, changes: Sequence[CacheChange] | None) -> bool:
+        """Adds a part, stores only; None ends it. Waits while the router has
+        enough. False: its session is gone."""
+
+    def fail_snapshot(self, session: str) -> None:
+        """Ends the session: the cache cannot be read."""
+
+    # The worker's process.
+    def wait(self, timeout_s: float) -> list[PortEvent] | None:
+        """Waits for events. Empty: none came in time. None: the port is closed."""
+
+    def answer_info(self, call: int, residue: bytes) -> None:
+        """Answers `InfoWanted` with a serialised kvmesh.v1.Residue. Raises ValueError."""
+
+    def running(self) -> int:
+        """Attempts that have not ended."""
+
+    def begin_stop(self) -> None:
+        """Takes no new work; health and load say so."""
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Waits until nothing runs. False: it still does."""
+
+    def give_back(self) -> None:
+        """Ends what runs with `returned`; `Ended` follows for the engine."""
+
+    def close(self, linger_s: float = 1.0) -> None:
+        """Ends the sessions once their step output has gone, within
+        `linger_s`, and the thread. Idempotent."""
+
+    def __enter__(self) -> WorkerPort: ...
+    def __exit__(self, *exc: Any) -> None: ...
+
 # --- Attention ----------------------------------------------------------------
 
 @final
@@ -547,8 +762,62 @@ class PagedKv:
         `out` float32 [n, heads * head_size], the others uint32.
         """
 
+# --- Simulated engine ----------------------------------------------------------
+
+@final
+class SimStreams:
+    """Streams of the simulated engine that decode together (sim/content.py).
+
+    One thread at a time.
+    """
+
+    def __new__(
+        cls,
+        pool: KvPool | bytearray,
+        *,
+        state_factor: int,
+        token_factor: int,
+        spread: Sequence[int],
+        gain: int,
+        first_token: int,
+        tokens: int,
+        end_of_text: int,
+        end_id: int,
+        block_tokens: int,
+    ) -> SimStreams:
+        """`pool`: bytes, writable; held as long as this object. Raises ValueError."""
+
+    def join(self, streams: Sequence[tuple[int, int, int, int]]) -> None:
+        """Takes other streams: (position, state, reading, tag) each, of what is
+        computed next."""
+
+    def states(self) -> list[tuple[int, int, int]]:
+        """(position, state, reading) of each stream now."""
+
+    def step(self, ids: bytes, tables: npt.NDArray[np.uint32]) -> bytes:
+        """Computes a token a stream; returns the tokens drawn.
+
+        `ids` and the answer are packed u32, `tables` uint32 [streams, blocks].
+        Raises ValueError, IndexError.
+        """
+
 def router_settings() -> list[tuple[str, str, str, str, bool]]:
     """Every setting of a router: (name, default, meaning, what is allowed, is a switch)."""
+
+# --- Scoring plans ---------------------------------------------------------------
+
+def measure_scorer(
+    scorer: Callable[
+        [dict[str, npt.NDArray[np.float64]]], Sequence[float] | npt.NDArray[np.float64]
+    ],
+    plans: int,
+    calls: int,
+) -> list[float]:
+    """What a scorer costs a decision, seconds a call.
+
+    It is called as a router calls it, with so many plans of made-up figures.
+    ValueError where it fails.
+    """
 
 # --- Router -------------------------------------------------------------------
 
@@ -557,14 +826,29 @@ class InternalError(Exception):
 
 @final
 class Router:
-    """A router that serves until it is closed. No Python runs on its threads."""
+    """A router that serves until it is closed. No Python runs on its threads.
 
-    def __new__(cls, settings_json: str) -> Router:
+    But for a scorer, where one is given.
+    """
+
+    def __new__(
+        cls,
+        settings_json: str,
+        scorer: Callable[
+            [dict[str, npt.NDArray[np.float64]]], Sequence[float] | npt.NDArray[np.float64]
+        ]
+        | None = None,
+    ) -> Router:
         """Starts a router.
 
         `settings_json` is an object with the keys of `router_settings`; it is
         stronger than KVMESH_* variables. Raises ValueError for a setting,
         OSError where it cannot start.
+
+        `scorer` chooses instead of the setting `policy`: it gets the plans that
+        the cost would weigh, a column a name (docs/scheduling.md), and gives a
+        score a plan; the least is chosen. It runs under the GIL, once a
+        decision. Where it fails the cost decides, and `kvmesh.scorer` logs it.
         """
 
     @property

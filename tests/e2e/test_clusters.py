@@ -20,7 +20,7 @@ from kvmesh.v1 import admin_pb2, inference_pb2, inference_pb2_grpc
 
 PROMPTS = [f"Prompt {number} of several. " * (3 + 5 * number) for number in range(8)]
 OPTIONS = {"max_tokens": 24, "temperature": 0, "ignore_end_of_text": True}
-VLLM = ("--engine-arguments", "like=vllm")
+VLLM = ("--like", "vllm")
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
 

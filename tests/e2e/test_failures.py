@@ -1,6 +1,7 @@
 """What breaks is told, and nobody else notices."""
 
 import threading
+import time
 
 import pytest
 
@@ -128,3 +129,29 @@ def test_a_role_is_flipped_without_a_restart(fresh) -> None:
     fresh.wait_table(endpoint, lambda t: t["b"].load.role == worker_pb2.ROLE_DECODE)
     with kvmesh.Client(endpoint) as client:
         assert client.complete(prompt="Still there", max_tokens=2).token_ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep_data", [True, False], ids=["with its data", "without its data"])
+def test_etcd_may_be_away_for_half_a_minute(fresh, keep_data) -> None:
+    """Fifteen times as long as a lease; the clock here is the outage itself."""
+    endpoint = fresh.start_router()
+    fresh.start_worker("p", "prefill")
+    fresh.start_worker("d", "decode")
+    fresh.wait_live(endpoint, "p", "d")
+    with kvmesh.Client(endpoint) as client:
+        fresh.kill_etcd()
+        back = time.monotonic() + 30
+        answered = 0
+        while time.monotonic() < back:
+            assert client.complete(prompt=f"While it is away, {answered}", max_tokens=16).token_ids
+            answered += 1
+        fresh.restart_etcd(keep_data=keep_data)
+        fresh.wait_table(
+            endpoint,
+            lambda table: all(n in table and table[n].registered for n in ("p", "d")),
+        )
+        assert client.complete(prompt="When it is back", max_tokens=4).token_ids
+    second = fresh.start_router()
+    fresh.wait_live(second, "p", "d")
+    fresh.wait_empty("p", "d")

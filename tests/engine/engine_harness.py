@@ -1,13 +1,14 @@
 """Drives an engine as the worker service does, and collects what it says."""
 
 import asyncio
+import copy
 import itertools
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from kvmesh.engine.contract import AttemptId, Placement, Stage
+from kvmesh.engine.contract import REMOVED, STORED, AttemptId, Placement, Stage, integers
 from kvmesh.engine.core.engine import TransferSettings
 from kvmesh.engine.sim.build import build_engine
 from kvmesh.engine.sim.settings import SimSettings
@@ -52,22 +53,40 @@ class Attempt:
 
 
 class Driver:
-    """One engine and its outputs."""
+    """One engine and its sink: hands what it says to the event loop."""
 
     def __init__(self, engine) -> None:
         self.engine = engine
         self.attempts: dict[AttemptId, Attempt] = {}
         self.samples = []
+        self.batches = []
         self.changed = asyncio.Event()
+        self.over = asyncio.Event()
+        self.failure: BaseException | None = None
+        self._loop = asyncio.get_running_loop()
 
-    async def read(self) -> None:
-        async for output in self.engine.outputs():
+    # Called by the engine's thread; what it is given may change afterwards.
+    def begin_step(self, predicted_ms) -> None: ...
+
+    def step(self, output) -> None:
+        self._loop.call_soon_threadsafe(self._take, copy.deepcopy(output))
+
+    def ended(self) -> None:
+        self._loop.call_soon_threadsafe(self.over.set)
+
+    def _take(self, output) -> None:
+        try:
             if output.sample is not None:
                 self.samples.append(output.sample)
+            if output.cache is not None:
+                self.batches.append(output.cache)
             for router, step in output.routers.items():
                 assert router == "router"
                 self.take(step)
-            self.changed.set()
+        except BaseException as failure:
+            # Raised where the test ends: here nobody would see it.
+            self.failure = self.failure or failure
+        self.changed.set()
 
     def take(self, step) -> None:
         for opening in step.openings:
@@ -79,16 +98,18 @@ class Driver:
         if rows is not None:
             at = 0
             logprobs = {entry.row: entry.tokens for entry in rows.logprobs}
-            for row, count in enumerate(rows.counts):
+            owners, attempts = integers(rows.owners), integers(rows.attempts)
+            firsts, ids = integers(rows.first_indices), integers(rows.ids)
+            for row, count in enumerate(integers(rows.counts)):
                 generation = rows.generations[16 * row : 16 * row + 16]
-                attempt = self.attempts[AttemptId(generation, rows.owners[row], rows.attempts[row])]
+                attempt = self.attempts[AttemptId(generation, owners[row], attempts[row])]
                 assert attempt.end is None, "tokens after the end"
-                assert rows.first_indices[row] == attempt.border + len(attempt.tokens)
-                attempt.tokens += rows.ids[at : at + count]
+                assert firsts[row] + rows.index_offset == attempt.border + len(attempt.tokens)
+                attempt.tokens += ids[at : at + count]
                 at += count
                 attempt.logprobs += logprobs.get(row, ())
                 attempt.changed.set()
-            assert at == len(rows.ids)
+            assert at == len(ids)
         for end in step.ends:
             attempt = self._of(end)
             assert attempt.opening is not None
@@ -136,6 +157,15 @@ class Driver:
         assert sum_of(self.engine.load().kv) == self.engine.capabilities().pool_blocks
 
 
+async def until(holds) -> None:
+    """Until something holds of which nothing tells."""
+    async with asyncio.timeout(30):
+        while True:
+            if holds():
+                return
+            await asyncio.sleep(0.001)
+
+
 def sum_of(room) -> int:
     return room.free + room.evictable + room.running + room.pinned + room.reserved
 
@@ -143,20 +173,26 @@ def sum_of(room) -> int:
 @asynccontextmanager
 async def running(engine) -> AsyncIterator[Driver]:
     driver = Driver(engine)
-    await asyncio.to_thread(engine.start)
-    reader = asyncio.create_task(driver.read())
+    await asyncio.to_thread(engine.start, driver)
     try:
         yield driver
-        if reader.done():
-            await reader
     finally:
         await engine.close()
         async with asyncio.timeout(10):
-            await reader
+            await driver.over.wait()
+        if driver.failure is not None:
+            raise driver.failure
 
 
 def sim(
-    like="kvmesh", blocks=512, transfer=False, worker_id="w", incarnation=1, clock=None, **settings
+    like="kvmesh",
+    blocks=512,
+    transfer=False,
+    worker_id="w",
+    incarnation=1,
+    clock=None,
+    node=None,
+    **settings,
 ):
     settings.setdefault("speed", float("inf"))
     return build_engine(
@@ -164,7 +200,7 @@ def sim(
         pool_blocks=blocks,
         worker_id=worker_id,
         incarnation=incarnation,
-        transfer=TransferSettings() if transfer else None,
+        transfer=TransferSettings(**(node or {})) if transfer else None,
         clock=clock,
     )
 
@@ -183,3 +219,18 @@ def mesh_from(engine, worker_id="w", incarnation=1, transfer_id=None) -> wire.Ha
 
 def prompt(length, seed=0) -> list[int]:
     return [(seed * 7919 + i * (i + 3) * 31) % 1900 + 50 for i in range(length)]
+
+
+def apply(chains: set[int], batch) -> None:
+    """What a router's index does with cache events."""
+    for change in batch.changes:
+        if change.kind == STORED:
+            chains.update(map(int, change.chain))
+        else:
+            assert change.kind == REMOVED
+            chains.difference_update(map(int, change.chain))
+
+
+def chains_of(parts) -> list[int]:
+    """Chain values that a snapshot tells."""
+    return [int(value) for part in parts for change in part for value in change.chain]

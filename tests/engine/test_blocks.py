@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from kvmesh.engine.contract import REMOVED, STORED
 from kvmesh.engine.core.blocks import BlockPool, Hold
 from kvmesh.engine.core.snapshot import _hottest_first, _runs
 
@@ -113,13 +114,14 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def events_tell_what_is_cached(self) -> None:
         batch = self.pool.journal.drain()
-        for event in batch.events if batch else ():
-            if event.HasField("stored"):
-                assert not self.index & set(event.stored.chain)
-                self.index |= set(event.stored.chain)
+        for change in batch.changes if batch else ():
+            if change.kind == STORED:
+                assert not self.index & set(change.chain)
+                self.index |= set(change.chain)
             else:
-                assert set(event.removed.chain) <= self.index
-                self.index -= set(event.removed.chain)
+                assert change.kind == REMOVED
+                assert set(change.chain) <= self.index
+                self.index -= set(change.chain)
         pool = self.pool
         cached = {pool.chain[s] for s in range(self.BLOCKS) if pool.parent[s] != -1}
         assert cached == self.index
@@ -132,12 +134,12 @@ class PoolMachine(RuleBasedStateMachine):
         used, parent = np.frombuffer(pool.last_used[:], np.uint64), np.array(pool.parent)
         order = _hottest_first(used, parent)
         assert all(a >= b for a, b in zip(used[order], used[order][1:], strict=False))
-        events = (
+        changes = (
             _runs(order, np.frombuffer(pool.chain[:], np.uint64), parent, pool)
             if len(order)
             else []
         )
-        told = [value for event in events for value in event.stored.chain]
+        told = [value for change in changes for value in change.chain]
         assert len(told) == len(set(told))
         assert set(told) == self.index
 

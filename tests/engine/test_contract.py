@@ -3,9 +3,9 @@
 import asyncio
 
 import pytest
-from engine_harness import VOCABULARY, mesh_from, prompt, running, sim
+from engine_harness import VOCABULARY, apply, chains_of, mesh_from, prompt, running, sim
 
-from kvmesh.engine.contract import AttemptId, Stage
+from kvmesh.engine.contract import STORED, AttemptId, Stage
 from kvmesh.engine.sim.content import reference_tokens
 from kvmesh.v1 import inference_pb2 as inference
 from kvmesh.v1 import worker_pb2 as wire
@@ -246,22 +246,16 @@ async def test_samples_tell_what_steps_held(like) -> None:
 
 async def test_events_and_snapshot_tell_the_same_cache(like) -> None:
     engine = sim(like, blocks=30)
-    told: set[int] = set()
-
-    async def follow() -> None:
-        async for batch in engine.events():
-            for event in batch.events:
-                told.update(event.stored.chain)
-                told.difference_update(event.removed.chain)
-
     async with running(engine) as driver:
-        follower = asyncio.create_task(follow())
         for i in range(9):
             await driver.place(prompt(100, i)).ended()
         await driver.idle()
-        parts = [part async for part in engine.snapshot()]
-    await follower
-    chains = [value for _, stores in parts for s in stores for value in s.stored.chain]
+        parts = list(engine.snapshot())
+    told: set[int] = set()
+    for batch in driver.batches:
+        apply(told, batch)
+    assert {change.kind for part in parts for change in part} == {STORED}
+    chains = chains_of(parts)
     assert set(chains) == told
     assert len(chains) == len(told) == engine.load().kv.evictable
 
@@ -308,4 +302,19 @@ async def test_token_ids_outside_the_vocabulary_are_refused(like) -> None:
         attempt = driver.place([5, 2000, 7])
         assert await attempt.ended() == "refused"
         assert "2000" in attempt.opening.refused.message
+        await driver.idle()
+
+
+async def test_streams_that_grow_take_no_room_from_a_prompt_within_its_step(like) -> None:
+    # Prompts are computed beside streams that fill the pool: who gives way is
+    # given back, and nobody's chunk is counted in blocks that went to others.
+    async with running(sim(like, blocks=120)) as driver:
+        attempts = [driver.place(prompt(64 + i, i), max_tokens=300) for i in range(60)]
+        ends = [await attempt.ended() for attempt in attempts]
+        assert set(ends) <= {"finished", "returned"}
+        assert "returned" in ends
+        for attempt, end in zip(attempts, ends, strict=True):
+            if end == "finished":
+                expected = prompt(64 + attempts.index(attempt), attempts.index(attempt))
+                assert attempt.tokens == reference_tokens(expected, 300, VOCABULARY)
         await driver.idle()

@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from engine_harness import VOCABULARY, prompt, running, sim
+from engine_harness import VOCABULARY, Driver, prompt, running, sim
 
 from kvmesh.engine.sim.content import reference_tokens
 from kvmesh.engine.sim.runner import SimRunner
@@ -16,6 +16,11 @@ class Breaker:
         self.prompts = self.streams = False
         for name in ("forward", "forward_columns"):
             monkeypatch.setattr(SimRunner, name, self._wrapped(getattr(SimRunner, name)))
+        decode = self._wrapped(lambda runner, _, rows: decode_columns(runner, rows))
+        decode_columns = SimRunner.decode_columns
+        monkeypatch.setattr(
+            SimRunner, "decode_columns", lambda runner, rows: decode(runner, [], rows)
+        )
 
     def _wrapped(self, whole):
         def step(runner, batch, *rows):
@@ -61,16 +66,17 @@ async def test_running_streams_whose_step_raised_have_failed(breaker) -> None:
         await driver.idle()
 
 
-async def test_an_engine_thread_that_fails_ends_both_of_its_streams(monkeypatch) -> None:
+async def test_an_engine_thread_that_fails_says_so(monkeypatch) -> None:
     engine = sim()
 
     def broken(above) -> None:
         raise ArithmeticError("no plan")
 
-    await asyncio.to_thread(engine.start)
+    driver = Driver(engine)
+    await asyncio.to_thread(engine.start, driver)
     monkeypatch.setattr(engine._loop.steps, "plan", broken)
     engine.cancel([(bytes(16), 1, 1)])
     async with asyncio.timeout(30):
-        assert [output async for output in engine.outputs()] == []
-        assert [batch async for batch in engine.events()] == []
+        await driver.over.wait()
+    assert driver.samples == driver.batches == []
     await engine.close()

@@ -251,3 +251,76 @@ async def test_a_dead_sender_fails_the_transfer() -> None:
             await decode.opened()
         assert await decode.ended() == "transfer_failed"
         await d.idle()
+
+
+async def test_a_running_stream_is_not_handed_over_and_its_receiver_is_told_at_once() -> None:
+    # An offer that never came would be waited for much longer than this test.
+    node = {"offer_timeout_s": 600.0}
+    async with pair(profile="step-10ms", speed=5, node=node) as (p, d):
+        stream = p.place(prompt(50), max_tokens=200)
+        await stream.until(lambda a: len(a.tokens) >= 3)
+        hand_off = hand_off_from(p)
+        id = AttemptId(stream.id.generation, 1, 2)
+        receiver = d.place(
+            prompt(50), Stage.DECODE, id=id, output=stream.tokens[:3], hand_off=hand_off
+        )
+        assert not (await receiver.opened()).HasField("refused")
+        p.engine.hand_over(stream.id, 2, hand_off)
+        assert await receiver.ended() == "transfer_failed"
+        assert "not handed over" in receiver.end.transfer_failed.message
+        assert await stream.ended() == "finished"
+        assert stream.tokens == reference_tokens(prompt(50), 200, VOCABULARY)
+        await p.idle()
+        await d.idle()
+
+
+async def test_an_offer_that_nobody_pulls_is_held_no_longer_than_its_lease() -> None:
+    async with pair(node={"lease_s": 0.5}) as (p, d):
+        prefill = p.place(prompt(300), Stage.PREFILL, hand_off=hand_off_from(p))
+        assert await prefill.ended() == "handed_off"
+        assert p.engine.residue().transfers == 1
+        assert p.engine.load().kv.pinned == 19
+        await p.idle()
+        # What was pinned is cached prefix now, and serves the next request.
+        again = p.place(prompt(300))
+        assert await again.ended() == "finished"
+        assert again.end.timings.cached_tokens == 288
+        await p.idle()
+        await d.idle()
+
+
+@pytest.mark.parametrize("side", ["p", "d"])
+@pytest.mark.parametrize("state", ["reserved", "flowing", "committed"])
+async def test_blocks_of_a_cancelled_side_serve_others_at_once(state, side) -> None:
+    """Both pools hold little more than the hand-off: others take its blocks."""
+    async with pair(blocks=40, profile="step-10ms", speed=2) as (p, d):
+        hand_off, ids = hand_off_from(p), prompt(500)
+        decode = d.place(ids, Stage.DECODE, hand_off=hand_off, max_tokens=400)
+        await decode.opened()
+        prefill = None
+        if state != "reserved":
+            prefill = p.place(ids, Stage.PREFILL, id=decode.id, hand_off=hand_off, max_tokens=400)
+            await prefill.opened()
+        if state == "committed":
+            assert await prefill.ended() == "handed_off"
+            await decode.until(lambda a: len(a.tokens) >= 2)
+        if side == "d":
+            d.engine.cancel([decode.id])
+            assert await decode.ended() == "cancelled"
+        elif prefill is not None:
+            p.engine.cancel([prefill.id])
+            await prefill.ended()
+        others = [driver.place(prompt(500, seed=9), max_tokens=20) for driver in (p, d)]
+        for other in others:
+            # Where the other side still holds its room, the prompt waits for it.
+            if side == "d" or state != "committed":
+                assert await other.ended() == "finished"
+                assert other.tokens == reference_tokens(prompt(500, seed=9), 20, VOCABULARY)
+        if side == "p" and state == "committed":
+            assert await decode.ended() in ("finished", "returned")
+            assert await others[0].ended() == await others[1].ended() == "finished"
+        assert decode.tokens == reference_tokens(ids, 400, VOCABULARY)[: len(decode.tokens)]
+        if decode.end is None:
+            assert await decode.ended() == "transfer_failed"
+        await p.idle()
+        await d.idle()

@@ -29,6 +29,16 @@ async def test_a_whole_request_is_told_from_queue_to_decode() -> None:
         assert begins == sorted(begins)
 
 
+async def test_spans_count_from_the_arrival_of_the_request() -> None:
+    async with running(sim()) as driver:
+        attempt = driver.place(prompt(1_000), trace=True, max_tokens=9, waited_ms=5_000.0)
+        await attempt.ended()
+        (queued,) = spans(attempt, "worker_queue")
+        # Before its placement nothing happened here; a Place itself takes no time.
+        assert 5_000 <= queued.start_ms < 5_000 + 1
+        assert all(span.start_ms >= 5_000 for span in attempt.end.timings.trace)
+
+
 async def test_a_hand_off_is_told_by_both_sides() -> None:
     sender = sim(transfer=True, worker_id="p", incarnation=3)
     receiver = sim(transfer=True, worker_id="d", incarnation=4)

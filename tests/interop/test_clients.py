@@ -28,6 +28,14 @@ def test_go_finds_a_router_through_etcds_resolver_and_streams(endpoint, go_clien
     check(answer, expected)
 
 
+def test_go_without_an_authority_of_its_own_is_refused_by_http2(endpoint, go_client):
+    # As docs/protocols.md says. Should this fail, h2 has learnt to take it: say so there.
+    answer = go_client(etcd=endpoint.etcd, cluster=endpoint.cluster, authority="", timeout="20s")
+    assert answer["code"] == "Internal", answer
+    assert "PROTOCOL_ERROR" in answer["message"]
+    assert answer["token_ids"] == []
+
+
 def test_go_sees_the_status_of_an_unknown_model(endpoint, go_client):
     answer = go_client(target=endpoint.target, model="no-such-model")
     assert answer["code"] == "NotFound"

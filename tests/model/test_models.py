@@ -16,7 +16,7 @@ import transformers
 from safetensors.numpy import load_file
 
 from kvmesh import models
-from kvmesh.models import catalog, gguf_convert, hub, store
+from kvmesh.models import catalog, gguf_convert, hub, package_index, store
 from kvmesh.models.gguf_tokenizer import tokenizer_json
 
 HEADS, KV_HEADS, HEAD_SIZE, LAYERS, INNER = 4, 2, 8, 2, 48
@@ -350,3 +350,11 @@ def test_a_package_stands_in_for_a_hub_that_is_away(gguf_file, cache, monkeypatc
     (folder / "config.json").write_text("{}")
     with pytest.raises(models.ModelError, match="damaged"):
         models.verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("version", "bar"), [("23.2.1", "off"), ("24.0", "off"), ("24.1", "raw"), ("26.1.2", "raw")]
+)
+def test_pip_is_asked_for_the_progress_that_it_can_tell(monkeypatch, version, bar):
+    monkeypatch.setattr(package_index.metadata, "version", lambda _: version)
+    assert package_index._progress_bar() == bar

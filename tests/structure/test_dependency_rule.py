@@ -10,6 +10,7 @@ MAY_KNOW = {
     "wire": set(),
     "text": set(),
     "attention": set(),
+    "sim-content": set(),
     "kv-index": set(),
     "scheduler": {"kv-index"},
     "simulator": {"kv-index", "scheduler"},
@@ -17,6 +18,7 @@ MAY_KNOW = {
     "rpc": {"wire"},
     "registry": {"wire"},
     "transfer": {"wire"},
+    "worker-port": {"wire"},
     "testkit": {"wire", "rpc", "session", "registry", "kv-index", "text"},
     "gateway": {
         "wire", "rpc", "kv-index", "scheduler", "session", "text", "registry",
@@ -24,7 +26,7 @@ MAY_KNOW = {
     "router": {"gateway", "rpc"},
     "python": {
         "wire", "kv-index", "scheduler", "session", "text", "registry", "transfer", "gateway",
-        "simulator", "attention",
+        "simulator", "attention", "worker-port", "sim-content",
     },
 }  # fmt: skip
 
@@ -103,6 +105,33 @@ def test_only_transfer_and_python_may_be_unsafe(metadata, root):
 def test_one_version_of_what_must_be_one(metadata, crate):
     versions = {p["version"] for p in metadata["packages"] if p["name"] == crate}
     assert len(versions) <= 1, f"{crate}: {versions}"
+
+
+# Small crates that pyo3's build script has with other features: built twice, in seconds.
+BUILT_TWICE = {"libc", "getrandom", "once_cell"}
+
+
+def test_wheel_tests_and_tools_share_one_build_of_each_crate(cargo):
+    """A crate with other features is another build, and so is all that stands on it."""
+
+    def features(*selection: str) -> dict[str, set[str]]:
+        tree = cargo("cargo", "tree", "--locked", *selection, "--prefix", "none",
+                     "--format", "{p}|{f}")  # fmt: skip
+        found: dict[str, set[str]] = {}
+        for line in tree.replace(" (*)", "").splitlines():
+            crate, bar, enabled = line.replace(" (proc-macro)", "").partition("|")
+            if bar and "kvmesh" not in crate:
+                found.setdefault(crate, set()).add(enabled)
+        return found
+
+    tools = ("--workspace", "--exclude", "kvmesh-python")
+    tests = features(*tools, "--edges", "normal,build,dev")
+    for other in (
+        features("--package", "kvmesh-python", "--edges", "normal,build"),
+        features(*tools, "--edges", "normal,build"),
+    ):
+        differ = {c for c in tests.keys() & other.keys() if tests[c] != other[c]}
+        assert {crate.split()[0] for crate in differ} <= BUILT_TWICE
 
 
 def test_one_tls_provider(cargo):

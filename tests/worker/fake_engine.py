@@ -1,49 +1,54 @@
 """An engine that does what a test says, behind the real worker service."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import itertools
 
-from kvmesh.engine.contract import AttemptId, CacheBatch, EngineLoad, RouterStep, StepOutput
+from kvmesh.engine.contract import (
+    STORED,
+    AttemptId,
+    CacheBatch,
+    CacheChange,
+    EngineLoad,
+    KvRoom,
+    RouterStep,
+    StepOutput,
+)
 from kvmesh.v1 import worker_pb2 as wire
 
 
 class FakeEngine:
+    """What the service asks comes on its thread, and goes to the test's loop."""
+
     def __init__(self) -> None:
         self.placed = asyncio.Queue()
         self.cancelled: asyncio.Queue[AttemptId] = asyncio.Queue()
-        self.steps: asyncio.Queue[StepOutput] = asyncio.Queue()
-        self.batches: asyncio.Queue[CacheBatch] = asyncio.Queue()
-        self.content: list[wire.CacheEvent] = []
-        self.shares: dict[str, wire.LoadShare] = {}
+        self.content: list[CacheChange] = []
+        self.shares = {}
+        self.sink = None
+        self._loop = asyncio.get_running_loop()
+        self._events = itertools.count(1)
 
-    def start(self) -> None: ...
+    def start(self, sink) -> None:
+        self.sink = sink
 
     def submit(self, placement) -> None:
-        self.placed.put_nowait(placement)
+        self._loop.call_soon_threadsafe(self.placed.put_nowait, placement)
 
     def hand_over(self, attempt, next_attempt, hand_off) -> None: ...
 
     def cancel(self, attempts) -> None:
         for attempt in attempts:
-            self.cancelled.put_nowait(attempt)
+            self._loop.call_soon_threadsafe(self.cancelled.put_nowait, attempt)
 
-    async def outputs(self) -> AsyncIterator[StepOutput]:
-        while True:
-            yield await self.steps.get()
-
-    async def events(self) -> AsyncIterator[CacheBatch]:
-        while True:
-            yield await self.batches.get()
-
-    async def snapshot(self):
-        for event in self.content:
-            yield 0, [event]
+    def snapshot(self):
+        for change in self.content:
+            yield [change]
 
     def load(self) -> EngineLoad:
-        return EngineLoad(wire.KvRoom(free=8), dict(self.shares), 1, 0.0, 0.0)
+        return EngineLoad(KvRoom(free=8), dict(self.shares), 1)
 
     def residue(self) -> wire.Residue:
-        return wire.Residue()
+        return wire.Residue(held_blocks=5)
 
     def capabilities(self) -> wire.Capabilities:
         return wire.Capabilities(engine="fake", block_tokens=16, hash_scheme=1)
@@ -57,5 +62,15 @@ class FakeEngine:
 
     async def close(self) -> None: ...
 
+    # -- what the test makes it say ----------------------------------------
+
     def emit(self, router: str, step: int = 1, sample=None, **parts) -> None:
-        self.steps.put_nowait(StepOutput(step, {router: RouterStep(**parts)}, sample))
+        self.sink.step(StepOutput(step, {router: RouterStep(**parts)}, sample, self.load()))
+
+    def store(self, *chains) -> None:
+        """One cache event a chain."""
+        changes = [CacheChange(STORED, 1, chain) for chain in chains]
+        first = next(self._events)
+        for _ in changes[1:]:
+            next(self._events)
+        self.sink.step(StepOutput(load=self.load(), cache=CacheBatch(first, changes)))

@@ -1,54 +1,61 @@
 """The Worker service over real sockets, with an engine that a test drives."""
 
 import asyncio
+from array import array
 from contextlib import asynccontextmanager
 
 import grpc
 import grpc.aio
+import numpy as np
 import pytest
 from fake_engine import FakeEngine
 
-from kvmesh.engine.contract import AttemptId, CacheBatch, RouterStep, TokenColumns
+from kvmesh._router import WorkerPort
+from kvmesh.engine.contract import (
+    STORED,
+    AttemptId,
+    CacheBatch,
+    CacheChange,
+    StepOutput,
+    StepSample,
+    TokenColumns,
+)
 from kvmesh.v1 import worker_pb2 as wire
 from kvmesh.v1 import worker_pb2_grpc as rpc
 from kvmesh.worker.service import WorkerService
-from kvmesh.worker.session import LaneBounds, Session, SessionClosedError
-from kvmesh.worker.settings import WorkerSettings
 from kvmesh.worker.tokenizer_files import TokenizerFiles
 
 GENERATION = bytes(range(16))
 
 
 class Rig:
-    def __init__(self, engine, service, stub) -> None:
-        self.engine, self.service, self.stub = engine, service, stub
+    def __init__(self, engine, port, stub) -> None:
+        self.engine, self.port, self.stub = engine, port, stub
+        self.roles = asyncio.Queue()
 
 
 @asynccontextmanager
 async def running(**settings):
+    loop = asyncio.get_running_loop()
     engine = FakeEngine()
     record = wire.WorkerRecord(
-        worker_id="w", incarnation=7, role=wire.ROLE_BOTH, model=wire.ModelRecord(name="m")
-    )
+        worker_id="w", incarnation=7, role=wire.ROLE_BOTH, model=wire.ModelRecord(name="m"),
+        step_model=engine.step_model(),
+    )  # fmt: skip
     files = TokenizerFiles.of({"tokenizer.json": b"{}" * 900_000})
-    service = WorkerService(engine, record, files, WorkerSettings(engine="sim", **settings))
-    server = grpc.aio.server()
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.add_generic_rpc_handlers((service.handlers(),))
-    await server.start()
-    tasks = [
-        asyncio.create_task(service.distribute_outputs()),
-        asyncio.create_task(service.distribute_events()),
-        asyncio.create_task(service.report_load()),
-    ]
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+    port = WorkerPort("127.0.0.1:0", **settings)
+    service = WorkerService(engine, port, record)
+    engine.start(port)
+    service.start()
+    port.serve(record.SerializeToString(), list(files.files.items()), files.digest)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port.port}") as channel:
+        rig = Rig(engine, port, rpc.WorkerStub(channel))
+        service.on_role = lambda: loop.call_soon_threadsafe(rig.roles.put_nowait, record.role)
         try:
-            yield Rig(engine, service, rpc.WorkerStub(channel))
+            yield rig
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await server.stop(None)
+            await asyncio.to_thread(port.close, 0.1)
+            await asyncio.to_thread(service.join)
 
 
 async def attach(rig, router_id="r", **hello):
@@ -80,6 +87,12 @@ def place(number=1, attempt=1, **fields) -> wire.RouterFrame:
     )
 
 
+def reserved() -> wire.Opening:
+    return wire.Opening(
+        generation=GENERATION, owner=1, attempt=1, reserved=wire.Reserved(tokens_reserved=66)
+    )
+
+
 def end(attempt=1) -> wire.StageEnd:
     return wire.StageEnd(
         generation=GENERATION, owner=1, attempt=attempt, finished=wire.StageFinished()
@@ -95,11 +108,8 @@ async def test_a_placement_runs_and_its_tokens_come_in_order() -> None:
         placed = await rig.engine.placed.get()
         assert list(placed.continuation.prompt_ids) == [1, 2]
         rows = TokenColumns(GENERATION, [1], [1], [0], [1], [42])
-        opening = wire.Opening(
-            generation=GENERATION, owner=1, attempt=1, reserved=wire.Reserved(tokens_reserved=66)
-        )
-        rig.engine.emit(placed.router, step=0, openings=[opening])
-        rig.engine.emit(placed.router, step=1, tokens=rows, sample=wire.StepSample(decode_batch=1))
+        rig.engine.emit(placed.router, step=0, openings=[reserved()])
+        rig.engine.emit(placed.router, step=1, tokens=rows, sample=StepSample(decode_batch=1))
         rig.engine.emit(placed.router, step=2, ends=[end()])
         first = await read(call, "step")
         assert first.openings[0].reserved.tokens_reserved == 66
@@ -107,14 +117,24 @@ async def test_a_placement_runs_and_its_tokens_come_in_order() -> None:
         assert list(second.tokens.ids) == [42]
         assert second.sample.decode_batch == 1
         assert (await read(call, "step")).ends[0].HasField("finished")
-        assert rig.service.running() == 0
+        assert rig.port.running() == 0
 
 
 async def test_load_echoes_the_last_command() -> None:
     async with running() as rig:
         call, _ = await attach(rig)
         await call.write(place(number=5))
-        while (await read(call, "load")).last_command != 5:
+        placed = await rig.engine.placed.get()
+        # Until the engine has answered, its load does not hold the placement.
+        assert (await read(call, "load")).last_command < 5
+        rig.engine.emit(placed.router, step=0, openings=[reserved()])
+        assert (await read(call, "step")).openings
+        await call.write(
+            wire.RouterFrame(
+                number=6, cancel=wire.Cancel(generation=GENERATION, owner=1, attempt=1)
+            )
+        )
+        while (await read(call, "load")).last_command != 6:
             pass
 
 
@@ -125,7 +145,7 @@ async def test_a_router_that_goes_leaves_nothing_running() -> None:
         await rig.engine.placed.get()
         call.cancel()
         assert await rig.engine.cancelled.get() == AttemptId(GENERATION, 1, 1)
-        assert rig.service.running() == 0
+        assert rig.port.running() == 0
 
 
 async def test_cancel_ends_the_attempt_and_those_before_it_only() -> None:
@@ -205,7 +225,7 @@ async def test_what_cannot_run_here_is_refused_with_a_reason(fields, says) -> No
         opening = (await read(call, "step")).openings[0]
         assert opening.refused.reason == wire.REFUSAL_REASON_UNSUPPORTED
         assert says in opening.refused.message
-        assert rig.service.running() == 0
+        assert rig.port.running() == 0
 
 
 async def test_a_draining_worker_refuses_and_finishes_what_runs() -> None:
@@ -217,9 +237,10 @@ async def test_a_draining_worker_refuses_and_finishes_what_runs() -> None:
         await call.write(place(number=2, attempt=2))
         refused = (await read(call, "step")).openings[0].refused
         assert refused.reason == wire.REFUSAL_REASON_DRAINING
-        stopping = asyncio.create_task(rig.service.stop(60))
+        rig.port.begin_stop()
+        stopping = asyncio.create_task(asyncio.to_thread(rig.port.wait_idle, 60))
         rig.engine.emit(placed.router, ends=[end()])
-        await stopping
+        assert await stopping
         assert rig.engine.cancelled.empty()
 
 
@@ -228,7 +249,9 @@ async def test_what_outlives_the_grace_is_given_back() -> None:
         call, _ = await attach(rig)
         await call.write(place())
         await rig.engine.placed.get()
-        await rig.service.stop(0.0)
+        rig.port.begin_stop()
+        assert not rig.port.wait_idle(0.0)
+        rig.port.give_back()
         step = await read(call, "step")
         assert step.ends[0].returned.reason == wire.REFUSAL_REASON_DRAINING
         assert await rig.engine.cancelled.get() == AttemptId(GENERATION, 1, 1)
@@ -241,6 +264,7 @@ async def test_a_role_is_changed_and_told() -> None:
         assert answer.role == wire.ROLE_DECODE
         while (await read(call, "load")).role != wire.ROLE_DECODE:
             pass
+        assert await rig.roles.get() == wire.ROLE_DECODE
         with pytest.raises(grpc.aio.AioRpcError, match="ROLE_PREFILL, ROLE_DECODE and ROLE_BOTH"):
             await rig.stub.SetRole(wire.SetRoleRequest())
 
@@ -256,15 +280,11 @@ async def test_tokenizer_files_come_whole_unless_they_are_known() -> None:
         assert len([part async for part in rig.stub.GetTokenizer(known)]) == 1
 
 
-def stored(*chain: int) -> wire.CacheEvent:
-    return wire.CacheEvent(stored=wire.BlocksStored(chain=chain))
-
-
 async def test_a_new_router_gets_a_snapshot_and_then_the_events() -> None:
     async with running(cache_ring_events=1) as rig:
-        rig.engine.content = [stored(1, 2), stored(3)]
-        rig.engine.batches.put_nowait(CacheBatch(1, [stored(1, 2)]))
-        rig.engine.batches.put_nowait(CacheBatch(2, [stored(3)]))
+        rig.engine.content = [CacheChange(STORED, 1, (1, 2)), CacheChange(STORED, 1, (3,))]
+        rig.engine.store((1, 2))
+        rig.engine.store((3,))
         probe, _ = await attach(rig, "probe")
         await read(probe, "cache")
         call, hello = await attach(rig)
@@ -273,17 +293,17 @@ async def test_a_new_router_gets_a_snapshot_and_then_the_events() -> None:
         assert (first.snapshot.first, first.snapshot.last) == (True, False)
         assert (last.snapshot.first, last.snapshot.last) == (False, True)
         assert last.snapshot.as_of_event == 2
-        rig.engine.batches.put_nowait(CacheBatch(3, [stored(9)]))
+        rig.engine.store((9,))
         live = await read(call, "cache")
         assert (live.first_event, live.events[0].stored.chain[0]) == (3, 9)
 
 
 async def test_a_router_that_comes_back_gets_only_what_it_missed() -> None:
     async with running() as rig:
-        rig.engine.batches.put_nowait(CacheBatch(1, [stored(1)]))
+        rig.engine.store((1,))
         first, _ = await attach(rig)
         await read(first, "cache")
-        rig.engine.batches.put_nowait(CacheBatch(2, [stored(2)]))
+        rig.engine.store((2,))
         await read(first, "cache")
         again, hello = await attach(rig, known_worker_incarnation=7, known_event=1)
         assert hello.resume_event == 2
@@ -293,8 +313,8 @@ async def test_a_router_that_comes_back_gets_only_what_it_missed() -> None:
 
 async def test_another_incarnation_is_told_from_the_beginning() -> None:
     async with running() as rig:
-        rig.engine.content = [stored(1)]
-        rig.engine.batches.put_nowait(CacheBatch(1, [stored(1)]))
+        rig.engine.content = [CacheChange(STORED, 1, (1,))]
+        rig.engine.store((1,))
         first, _ = await attach(rig)
         await read(first, "cache")
         again, hello = await attach(rig, "other", known_worker_incarnation=6, known_event=1)
@@ -302,26 +322,83 @@ async def test_another_incarnation_is_told_from_the_beginning() -> None:
         assert (await read(again, "cache")).snapshot.first
 
 
-def session(step_bytes: int) -> Session:
-    class NoCache:
-        last_event = 0
-
-    return Session(
-        key="r/1",
-        router_id="r",
-        bounds=LaneBounds(step_bytes, 10.0, 0.005),
-        cache=NoCache(),
-        next_event=1,
-        read_load=lambda _: wire.Load(),
-        snapshot=lambda: None,
-    )
-
-
 async def test_a_router_that_does_not_read_is_closed_and_nobody_waits_for_it() -> None:
-    slow = session(step_bytes=2_000)
-    rows = TokenColumns(GENERATION, [1], [1], [0], [1], [42])
-    closed = asyncio.create_task(slow.closed())
-    for _ in range(100):
-        slow.push_step(1, RouterStep(tokens=rows), None)
-    with pytest.raises(SessionClosedError, match="allowed are 2000"):
-        await closed
+    async with running(step_lane_bytes=200_000) as rig:
+        slow, _ = await attach(rig, "slow")
+        other, _ = await attach(rig, "other")
+        await slow.write(place())
+        key = (await rig.engine.placed.get()).router
+        rows = TokenColumns(
+            GENERATION * 9_000, [1] * 9_000, [1] * 9_000, [0] * 9_000, [1] * 9_000, [42] * 9_000
+        )
+        # Windows and socket buffers take some of it, not all.
+        for step in range(1, 200):
+            rig.engine.emit(key, step=step, tokens=rows)
+            if not rig.engine.cancelled.empty():
+                break
+        assert await rig.engine.cancelled.get() == AttemptId(GENERATION, 1, 1)
+        await other.write(place(attempt=2))
+        placed = await rig.engine.placed.get()
+        rig.engine.emit(placed.router, step=0, openings=[reserved()])
+        assert (await read(other, "step")).openings
+        with pytest.raises(grpc.aio.AioRpcError, match="allowed are 200000"):
+            await read(slow, "none")
+
+
+@pytest.mark.parametrize(
+    "column",
+    [list, tuple, lambda ids: array("I", ids), lambda ids: np.array(ids, np.uint32), np.array],
+)
+async def test_columns_of_any_kind_are_told(column) -> None:
+    async with running() as rig:
+        call, _ = await attach(rig)
+        await call.write(place())
+        key = (await rig.engine.placed.get()).router
+        rows = TokenColumns(
+            2 * GENERATION, column([1, 2]), column([3, 4]), column([0, 70_000]), column([1, 2]),
+            column([5, 6, 4_000_000_000]),
+        )  # fmt: skip
+        rig.engine.emit(key, step=1, tokens=rows)
+        tokens = (await read(call, "step")).tokens
+        assert tokens.generations == 2 * GENERATION
+        assert list(tokens.owners) == [1, 2]
+        assert list(tokens.attempts) == [3, 4]
+        assert list(tokens.first_indices) == [0, 70_000]
+        assert list(tokens.counts) == [1, 2]
+        assert list(tokens.ids) == [5, 6, 4_000_000_000]
+
+
+async def test_what_does_not_fit_is_refused_to_the_engine() -> None:
+    async with running() as rig:
+        for rows in (
+            TokenColumns(GENERATION, [1], [1], [0], [2], [5]),
+            TokenColumns(GENERATION, [1, 1], [1], [0], [1], [5]),
+            TokenColumns(b"short", [1], [1], [0], [1], [5]),
+        ):
+            with pytest.raises(ValueError, match="columns of a step"):
+                rig.engine.emit("nobody", tokens=rows)
+        with pytest.raises(ValueError, match="event 7 came where 1 was due"):
+            rig.port.step(StepOutput(cache=CacheBatch(7, [CacheChange(STORED, 1, (1,))])))
+
+
+async def test_info_tells_what_the_engine_holds_and_who_is_here() -> None:
+    async with running() as rig:
+        await attach(rig, "b")
+        await attach(rig, "a")
+        info = await rig.stub.GetInfo(wire.GetInfoRequest())
+        assert info.record.worker_id == "w"
+        assert list(info.routers) == ["a", "b"]
+        assert info.residue.held_blocks == 5
+
+
+async def test_a_port_closes_once_and_says_so_to_its_routers() -> None:
+    async with running() as rig:
+        call, _ = await attach(rig)
+        await asyncio.to_thread(rig.port.close)
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await read(call, "none")
+        assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+        rig.port.close()
+        assert rig.port.wait(0.0) is None
+        with pytest.raises(RuntimeError, match="was closed"):
+            rig.port.serve(b"", [], "")

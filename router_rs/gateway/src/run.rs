@@ -3,6 +3,7 @@
 use std::{
     io,
     net::SocketAddr,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -36,6 +37,14 @@ pub enum StartError {
     /// TLS cannot be set up.
     #[error("tls: {0}")]
     Tls(#[from] TlsError),
+    /// A file for TLS to etcd cannot be read.
+    #[error("etcd: {file}: {error}")]
+    EtcdFile {
+        /// The file.
+        file: String,
+        /// What the system says.
+        error: io::Error,
+    },
     /// The registry's settings are not usable.
     #[error("etcd: {0}")]
     Registry(#[from] kvmesh_registry::SettingsError),
@@ -121,6 +130,37 @@ pub async fn run(settings: &Settings, shutdown: CancellationToken) -> Result<(),
     Ok(())
 }
 
+/// How etcd is reached.
+fn etcd_of(settings: &Settings) -> Result<kvmesh_registry::Settings, StartError> {
+    let read = |file: &Path| {
+        std::fs::read(file).map_err(|error| StartError::EtcdFile {
+            file: file.display().to_string(),
+            error,
+        })
+    };
+    let mut to = kvmesh_registry::Settings::new(settings.etcd.clone(), settings.cluster.clone());
+    to.ttl = settings.etcd_ttl;
+    if let Some(authorities) = &settings.etcd_ca {
+        let identity_pem = match (&settings.etcd_cert, &settings.etcd_key) {
+            (Some(certificate), Some(key)) => Some((read(certificate)?, read(key)?)),
+            _ => None,
+        };
+        let name = settings.etcd_server_name.as_str();
+        to.tls = Some(kvmesh_registry::Tls {
+            ca_pem: read(authorities)?,
+            identity_pem,
+            server_name: (!name.is_empty()).then(|| name.to_owned()),
+        });
+    }
+    if !settings.etcd_user.is_empty() {
+        to.credentials = Some(kvmesh_registry::Credentials {
+            user: settings.etcd_user.clone(),
+            password: settings.etcd_password.0.clone(),
+        });
+    }
+    Ok(to)
+}
+
 struct Parts {
     shared: Arc<Shared>,
     registration: Option<Registration>,
@@ -135,12 +175,7 @@ impl Parts {
         };
         let registry = match settings.etcd.is_empty() {
             true => None,
-            false => {
-                let mut to =
-                    kvmesh_registry::Settings::new(settings.etcd.clone(), settings.cluster.clone());
-                to.ttl = settings.etcd_ttl;
-                Some(Registry::new(to)?)
-            }
+            false => Some(Registry::new(etcd_of(settings)?)?),
         };
         let advertised = match settings.advertise.as_str() {
             "" => address.to_string(),

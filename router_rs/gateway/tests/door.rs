@@ -6,7 +6,7 @@ mod common;
 use std::time::Duration;
 
 use bytes::Bytes;
-use common::{Mesh, read, request};
+use common::{Mesh, call, framed, h2_connection, read, request};
 use kvmesh_testkit::mock::MockConfig;
 use kvmesh_wire::v1::{self, generate_request::Input};
 use serde_json::json;
@@ -271,33 +271,6 @@ async fn names_of_a_call_come_back_and_gzip_is_taken() {
         (status.code(), reason(&status).as_str()),
         (Code::ResourceExhausted, "MESSAGE_TOO_LARGE")
     );
-}
-
-async fn h2_connection(mesh: &Mesh) -> h2::client::SendRequest<Bytes> {
-    let socket = TcpStream::connect(mesh.address()).await.unwrap();
-    let (sender, connection) = h2::client::Builder::new()
-        .initial_max_send_streams(10_000)
-        .handshake(socket)
-        .await
-        .unwrap();
-    tokio::spawn(connection);
-    sender
-}
-
-fn call() -> http::Request<()> {
-    http::Request::post("http://router/kvmesh.v1.Inference/Generate")
-        .header("content-type", "application/grpc")
-        .header("te", "trailers")
-        .body(())
-        .unwrap()
-}
-
-fn framed(message: &v1::GenerateRequest) -> Bytes {
-    let message = prost::Message::encode_to_vec(message);
-    let mut frame = vec![0];
-    frame.extend(u32::try_from(message.len()).unwrap().to_be_bytes());
-    frame.extend(message);
-    frame.into()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

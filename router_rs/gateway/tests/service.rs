@@ -5,15 +5,11 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Mesh, read, request};
+use common::{Mesh, get, read, request};
 use kvmesh_rpc::v1::admin_client::AdminClient;
 use kvmesh_testkit::mock::MockConfig;
 use kvmesh_wire::v1;
 use serde_json::json;
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-};
 use tonic::Code;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
@@ -24,15 +20,6 @@ fn ask(service: &str) -> HealthCheckRequest {
     HealthCheckRequest {
         service: service.to_owned(),
     }
-}
-
-async fn get(mesh: &Mesh, path: &str) -> String {
-    let mut socket = TcpStream::connect(mesh.address()).await.unwrap();
-    let request = format!("GET {path} HTTP/1.1\r\nhost: router\r\nconnection: close\r\n\r\n");
-    socket.write_all(request.as_bytes()).await.unwrap();
-    let mut answer = String::new();
-    socket.read_to_string(&mut answer).await.unwrap();
-    answer
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -115,6 +102,9 @@ async fn metrics_stay_within_their_bound_at_64_workers() {
     assert!(series <= 2_000, "{series} series");
     for name in [
         "kvmesh_open_streams 0",
+        "kvmesh_open_attempts 0",
+        "kvmesh_transfers{state=\"flowing\"} 0",
+        "kvmesh_tokenizer_failures_total 0",
         "kvmesh_attempts_total",
         "kvmesh_stale_frames_total",
         "kvmesh_sessions{state=\"live\"}",

@@ -1,13 +1,14 @@
 //! What a worker without cache events is taken to hold: what was sent there.
 
 use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasherDefault, DefaultHasher};
 
 /// Units sent to one worker and when they are forgotten.
 #[derive(Debug)]
 pub(crate) struct Approximate {
     ttl_ms: u64,
     max_units: usize,
-    expiry: HashMap<u64, u64>,
+    expiry: HashMap<u64, u64, BuildHasherDefault<DefaultHasher>>,
     /// In order of expiry; an older date of a unit sent again stays here until
     /// its turn.
     order: VecDeque<(u64, u64)>,
@@ -18,7 +19,7 @@ impl Approximate {
         Self {
             ttl_ms,
             max_units,
-            expiry: HashMap::new(),
+            expiry: HashMap::default(),
             order: VecDeque::new(),
         }
     }

@@ -37,6 +37,10 @@ impl Bits {
         self.0.get(i).copied().unwrap_or(0)
     }
 
+    pub(crate) fn as_words(&self) -> &[u64] {
+        &self.0
+    }
+
     pub(crate) fn words(&self) -> usize {
         self.0.len()
     }

@@ -1,19 +1,25 @@
 //! Who holds a block: sets of (worker, tier), each kept once.
 //!
-//! Neighbouring blocks nearly always have the same holders, so a table entry
-//! names a set by number and a look-up combines sets only where the number
-//! changes. Sets are counted and go when the last block leaves them.
+//! Neighbouring blocks nearly always have the same holders, so a run names a
+//! set by number for many of them and a look-up combines sets only where the
+//! number changes. Sets are counted and go when the last block leaves them.
 
 use crate::bits::Bits;
-use crate::table::MAX_HOLDER_ID;
 use crate::worker::Tier;
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, DefaultHasher};
 
 /// Number of a set. 0 is the empty one.
 pub(crate) type HolderId = u32;
 
 /// Nobody.
 pub(crate) const NOBODY: HolderId = 0;
+
+/// Changes that are remembered.
+const MEMOS: usize = 64;
+
+/// Sets at a time.
+const MOST_SETS: usize = 1 << 24;
 
 /// Who holds a block, by tier.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
@@ -30,6 +36,16 @@ impl Holders {
     fn is_tiered(&self) -> bool {
         !self.tiers[1].is_empty() || !self.tiers[2].is_empty()
     }
+}
+
+/// A change of a set and the set that it makes.
+#[derive(Debug, Clone, Copy)]
+struct Memo {
+    from: HolderId,
+    worker: usize,
+    tier: Tier,
+    present: bool,
+    to: HolderId,
 }
 
 #[derive(Debug, Default)]
@@ -51,10 +67,11 @@ impl Kept {
 #[derive(Debug)]
 pub(crate) struct HolderSets {
     sets: Vec<Kept>,
-    numbers: HashMap<Holders, HolderId>,
+    /// Without random keys: equal histories take equal time.
+    numbers: HashMap<Holders, HolderId, BuildHasherDefault<DefaultHasher>>,
     unused: Vec<HolderId>,
-    /// Last change made: neighbours change alike.
-    memo: Option<(HolderId, usize, Tier, bool, HolderId)>,
+    /// Last changes made, by worker: neighbours change alike.
+    memo: [Option<Memo>; MEMOS],
     /// Bytes that the sets in use take.
     heap: usize,
     /// Sets with holders below the device.
@@ -65,9 +82,9 @@ impl HolderSets {
     pub(crate) fn new() -> Self {
         Self {
             sets: vec![Kept::default()],
-            numbers: HashMap::new(),
+            numbers: HashMap::default(),
             unused: Vec::new(),
-            memo: None,
+            memo: [None; MEMOS],
             heap: 0,
             tiered: 0,
         }
@@ -89,7 +106,7 @@ impl HolderSets {
     }
 
     /// The set with one (worker, tier) added or taken out. The caller moves
-    /// its block there by [`HolderSets::move_block`] before it asks again.
+    /// its blocks there by [`HolderSets::move_blocks`] before it asks again.
     /// Where numbers run out, a block gets no new holder: that costs a hit,
     /// never more.
     pub(crate) fn changed(
@@ -99,12 +116,12 @@ impl HolderSets {
         tier: Tier,
         present: bool,
     ) -> HolderId {
-        if let Some((from, w, t, p, to)) = self.memo
-            && (from, w, t, p) == (id, worker, tier, present)
+        if let Some(memo) = self.memo[worker % MEMOS]
+            && (memo.from, memo.worker, memo.tier, memo.present) == (id, worker, tier, present)
         {
-            return to;
+            return memo.to;
         }
-        if present && self.unused.is_empty() && self.sets.len() > MAX_HOLDER_ID as usize {
+        if present && self.unused.is_empty() && self.sets.len() >= MOST_SETS {
             return id;
         }
         let mut holders = self.sets[id as usize].holders.clone();
@@ -115,7 +132,13 @@ impl HolderSets {
             bits.clear(worker)
         }
         let to = self.number(holders);
-        self.memo = Some((id, worker, tier, present, to));
+        self.memo[worker % MEMOS] = Some(Memo {
+            from: id,
+            worker,
+            tier,
+            present,
+            to,
+        });
         to
     }
 
@@ -156,22 +179,24 @@ impl HolderSets {
         id
     }
 
-    /// A block goes from one set to another.
-    pub(crate) fn move_block(&mut self, from: HolderId, to: HolderId) {
+    /// Blocks go from one set to another.
+    pub(crate) fn move_blocks(&mut self, from: HolderId, to: HolderId, count: usize) {
         if to != NOBODY {
-            self.sets[to as usize].blocks += 1;
+            self.sets[to as usize].blocks += count as u64;
         }
         if from != NOBODY {
             let kept = &mut self.sets[from as usize];
-            kept.blocks -= 1;
+            kept.blocks -= count as u64;
             if kept.blocks == 0 {
                 let kept = std::mem::take(kept);
                 self.heap -= kept.bytes();
                 self.tiered -= usize::from(kept.holders.is_tiered());
                 self.numbers.remove(&kept.holders);
                 self.unused.push(from);
-                if self.memo.is_some_and(|(f, .., t)| f == from || t == from) {
-                    self.memo = None;
+                for memo in &mut self.memo {
+                    if memo.is_some_and(|memo| memo.from == from || memo.to == from) {
+                        *memo = None;
+                    }
                 }
             }
         }

@@ -3,14 +3,15 @@
 use crate::approximate::Approximate;
 use crate::chain::UNIT_TOKENS;
 use crate::core::Core;
+use crate::edit::{Batch, Edit, KeptEdit};
+use crate::left_right::LeftRight;
 use crate::worker::{CacheChange, Knowledge, Matches, SlotError, Tier, WorkerSlot};
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Tries of a reader before it waits in line. A try fails only if both copies
-/// changed roles between two instructions of the reader.
-const TRIES: usize = 64;
+/// Values that wait in the log for a reader to leave, at most: what is applied
+/// in the few milliseconds that a thread can be without its processor.
+const LOG_VALUES: usize = 1 << 15;
 
 /// Bounds of an index.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,16 +52,14 @@ pub struct IndexStats {
 
 /// Which worker holds which prefix. Share it by `Arc`.
 ///
-/// Two copies of the content (left-right, P. Ramalhete and A. Correia): a
-/// change is made in the copy that nobody reads, the copies change roles, and
-/// it is made in the other one once its last reader has left. So a look-up
-/// never waits for a change, and sees each call's changes whole or not at
-/// all. Those who change the index take turns.
+/// The content is there twice: one copy is read while the other one is changed.
+/// So a look-up never waits for a change, and sees each call's changes whole or
+/// not at all. It sees them when the call has returned; where another look-up is
+/// held up in the middle, at the latest when that one ends. Those who change the
+/// index take turns.
 #[derive(Debug)]
 pub struct KvIndex {
-    copies: [RwLock<Core>; 2],
-    /// Copy that readers take.
-    active: AtomicUsize,
+    copies: LeftRight<Core, KeptEdit>,
     writer: Mutex<Writer>,
     settings: IndexSettings,
 }
@@ -69,6 +68,8 @@ pub struct KvIndex {
 struct Writer {
     workers: BTreeMap<usize, Member>,
     evicted: u64,
+    /// Where the search for cold blocks goes on.
+    hand: usize,
 }
 
 #[derive(Debug)]
@@ -83,8 +84,7 @@ impl KvIndex {
     /// An empty index.
     pub fn new(settings: IndexSettings) -> Self {
         Self {
-            copies: [RwLock::new(Core::new()), RwLock::new(Core::new())],
-            active: AtomicUsize::new(0),
+            copies: LeftRight::new(Core::pair(), LOG_VALUES),
             writer: Mutex::new(Writer::default()),
             settings,
         }
@@ -122,7 +122,7 @@ impl KvIndex {
                 staged: None,
             },
         );
-        self.write(&mut writer, |core| core.add_worker(slot, units));
+        self.write(&mut writer, Edit::Add(slot, units));
         Ok(WorkerSlot(slot as u32))
     }
 
@@ -136,7 +136,7 @@ impl KvIndex {
             .workers
             .remove(&worker.at())
             .ok_or(SlotError::Unknown(worker.0))?;
-        self.write(&mut writer, |core| core.remove_worker(worker.at()));
+        self.write(&mut writer, Edit::Drop(worker.at()));
         Ok(())
     }
 
@@ -153,7 +153,28 @@ impl KvIndex {
         {
             approximate.clear();
         }
-        self.write(&mut writer, |core| core.apply(worker.at(), changes));
+        self.write(&mut writer, Edit::apply(Batch::One(worker.at(), changes)));
+        Ok(())
+    }
+
+    /// Makes changes of several workers' caches, in order; look-ups see all of
+    /// them or none. Faster than one by one.
+    ///
+    /// # Errors
+    /// [`SlotError::Unknown`]; nothing is changed then.
+    pub fn apply_many(&self, changes: &[(WorkerSlot, CacheChange<'_>)]) -> Result<(), SlotError> {
+        let mut writer = self.writer();
+        for (worker, _) in changes {
+            member(&mut writer, *worker)?;
+        }
+        for (worker, change) in changes {
+            if let CacheChange::Cleared = change
+                && let Some(approximate) = &mut member(&mut writer, *worker)?.approximate
+            {
+                approximate.clear();
+            }
+        }
+        self.write(&mut writer, Edit::apply(Batch::Many(changes)));
         Ok(())
     }
 
@@ -180,7 +201,8 @@ impl KvIndex {
         for change in stored {
             match *change {
                 // Hottest come first: what is above the bound is the coldest.
-                CacheChange::Stored { chain, tier } => {
+                CacheChange::Stored { chain, tier }
+                | CacheChange::StoredAfter { chain, tier, .. } => {
                     let take = chain.len().min(room.saturating_sub(staged.len()));
                     staged.extend(chain[..take].iter().map(|value| (*value, tier)));
                 }
@@ -193,7 +215,7 @@ impl KvIndex {
         }
         if last {
             let blocks = member.staged.take().unwrap_or_default();
-            self.write(&mut writer, |core| core.replace(worker.at(), &blocks));
+            self.write(&mut writer, Edit::Replace(worker.at(), &blocks));
         }
         Ok(())
     }
@@ -233,7 +255,7 @@ impl KvIndex {
             CacheChange::Stored { chain: &ends, tier },
             CacheChange::Removed { chain: &over, tier },
         ];
-        self.write(&mut writer, |core| core.apply(worker.at(), &changes));
+        self.write(&mut writer, Edit::apply(Batch::One(worker.at(), &changes)));
         Ok(())
     }
 
@@ -251,18 +273,13 @@ impl KvIndex {
                 }
             }
         }
-        if !gone.is_empty() {
-            self.write(&mut writer, |core| {
-                for (slot, chain) in &gone {
-                    core.apply(
-                        *slot,
-                        &[CacheChange::Removed {
-                            chain,
-                            tier: Tier::Device,
-                        }],
-                    );
-                }
-            });
+        for (slot, chain) in gone {
+            let tier = Tier::Device;
+            let changes = [CacheChange::Removed {
+                chain: &chain,
+                tier,
+            }];
+            self.write(&mut writer, Edit::apply(Batch::One(slot, &changes)));
         }
     }
 
@@ -276,13 +293,19 @@ impl KvIndex {
 
     /// As [`KvIndex::lookup`], into a result that is used again.
     pub fn lookup_into(&self, chain: &[u64], found: &mut Matches) {
-        self.reader().lookup(chain, found);
+        self.copies.read(|core| core.lookup(chain, found));
+    }
+
+    /// Worker slots in use so far, free ones included: the length of
+    /// [`Matches::by_slot`].
+    pub fn slots(&self) -> usize {
+        self.copies.read(Core::slots)
     }
 
     /// Blocks of a worker that are here, in any tier; 0 for a slot without a
     /// worker. Walks over the sets of holders: not for every request.
     pub fn held(&self, worker: WorkerSlot) -> u64 {
-        self.reader().held(worker.at())
+        self.copies.read(|core| core.held(worker.at()))
     }
 
     /// How full it is. Walks over the sets of holders: not for every request.
@@ -294,70 +317,41 @@ impl KvIndex {
             .filter_map(|member| member.approximate.as_ref())
             .map(Approximate::bytes)
             .sum();
-        let bytes: usize = (0..2).map(|copy| self.read(copy).bytes()).sum();
-        let core = self.reader();
-        IndexStats {
+        self.copies.read_both(|core, other| IndexStats {
             workers: writer.workers.len(),
             blocks: core.blocks(),
             entries: core.entries(),
             holder_sets: core.holder_sets(),
-            bytes: bytes + approximate,
+            // A copy that is in use now is as large as the other one.
+            bytes: core.bytes() + other.unwrap_or(core).bytes() + core.table_bytes() + approximate,
             evicted: writer.evicted,
-        }
+        })
     }
 
     fn writer(&self) -> MutexGuard<'_, Writer> {
         self.writer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn read(&self, copy: usize) -> RwLockReadGuard<'_, Core> {
-        self.copies[copy]
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn reader(&self) -> RwLockReadGuard<'_, Core> {
-        for _ in 0..TRIES {
-            if let Ok(core) = self.copies[self.active.load(Ordering::Acquire)].try_read() {
-                return core;
-            }
-        }
-        self.read(self.active.load(Ordering::Acquire))
-    }
-
-    /// Makes a change in both copies, then brings them under the bound.
-    fn write(&self, writer: &mut Writer, mut change: impl FnMut(&mut Core)) {
-        self.write_both(&mut change);
-        while 2 * self.reader().charge() > self.settings.max_bytes {
-            let active = self.active.load(Ordering::Acquire);
-            let victims = {
-                let other = self.read(active);
-                let mut idle = self.copies[1 - active]
-                    .write()
-                    .unwrap_or_else(PoisonError::into_inner);
-                idle.coldest(Some(&other))
-            };
-            if victims.is_empty() {
+    /// Makes a change, then brings the content under the bound.
+    fn write(&self, writer: &mut Writer, edit: Edit<'_>) {
+        self.copies
+            .write(|core, pass| edit.make(core, pass), || edit.keep());
+        // What waits for a reader is not counted yet: the next call does.
+        while !self.copies.is_behind() {
+            let tails = self.copies.read_both(|core, other| {
+                let over = core.charge() > self.settings.max_bytes;
+                over.then(|| core.coldest(&mut writer.hand, other))
+            });
+            let Some(tails) = tails.filter(|tails| !tails.is_empty()) else {
                 break;
-            }
-            writer.evicted += victims.len() as u64;
-            self.write_both(&mut |core: &mut Core| core.forget(&victims));
+            };
+            let before = self.copies.read(Core::blocks);
+            let edit = Edit::Forget(&tails);
+            self.copies
+                .write(|core, pass| edit.make(core, pass), || edit.keep());
+            let after = self.copies.read(Core::blocks);
+            writer.evicted += before.saturating_sub(after) as u64;
         }
-    }
-
-    fn write_both(&self, change: &mut impl FnMut(&mut Core)) {
-        let idle = 1 - self.active.load(Ordering::Acquire);
-        change(
-            &mut self.copies[idle]
-                .write()
-                .unwrap_or_else(PoisonError::into_inner),
-        );
-        self.active.store(idle, Ordering::Release);
-        change(
-            &mut self.copies[1 - idle]
-                .write()
-                .unwrap_or_else(PoisonError::into_inner),
-        );
     }
 }
 
@@ -366,4 +360,21 @@ fn member(writer: &mut Writer, worker: WorkerSlot) -> Result<&mut Member, SlotEr
         .workers
         .get_mut(&worker.at())
         .ok_or(SlotError::Unknown(worker.0))
+}
+
+#[cfg(test)]
+impl KvIndex {
+    pub(crate) fn is_behind(&self) -> bool {
+        self.copies.is_behind()
+    }
+
+    /// Looks at both copies.
+    pub(crate) fn both(&self, look: impl FnOnce(&Core, Option<&Core>)) {
+        self.copies.read_both(look);
+    }
+
+    /// Does something while a look-up goes on.
+    pub(crate) fn held_up(&self, act: impl FnOnce()) {
+        self.copies.read(|_| act());
+    }
 }

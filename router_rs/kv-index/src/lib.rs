@@ -10,12 +10,21 @@
 mod approximate;
 mod bits;
 mod chain;
+mod change;
 mod core;
+mod edit;
+mod foreign;
 mod holders;
 mod index;
+mod left_right;
+mod lookup;
+#[cfg(all(test, not(loom)))]
+mod replica_tests;
+mod run;
 mod table;
 mod worker;
 
 pub use chain::{HASH_SCHEME, UNIT_TOKENS, chain_values, chain_values_into, namespace_root};
+pub use foreign::{Dropped, Foreign, ForeignBlocks, ForeignStats, Heard, OwnBlocks};
 pub use index::{IndexSettings, IndexStats, KvIndex};
 pub use worker::{CacheChange, Knowledge, Matches, SlotError, Tier, WorkerSlot};

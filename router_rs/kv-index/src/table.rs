@@ -1,209 +1,350 @@
-//! The map from chain value to the number of its holders' set.
+//! The map from chain value to the place where it is kept.
 //!
-//! Open addressing with linear probing in an array of 12-byte entries, grown
-//! by a quarter: 17 to 21 bytes a block. Chain values are hashes already; one
-//! multiplication spreads those that are not. Look-ups of a prompt's values
-//! do not depend on each other, so the processor overlaps their cache misses.
+//! Both copies of the index share one table, since it is the larger part of a
+//! change's work and most of the memory beside the values themselves. That is
+//! sound because an entry only proposes a place: a copy asks its own runs
+//! whether the value is there. So an entry may come before the copy that is
+//! read has the value, and stays until no copy has it; and entries never move
+//! while a table is in use, so that a look-up beside a change misses none.
+//!
+//! Buckets of seven entries and a count, one cache line each. A key that finds
+//! its bucket full goes to the next one, and each bucket counts how many keys
+//! went past it: a probe ends at a count of 0, and taking out leaves no mark. An
+//! entry has 29 bits of the hash and the place, which is all that growing needs.
 
-use crate::holders::{HolderId, NOBODY};
-use std::sync::atomic::{AtomicU32, Ordering};
+#[cfg(loom)]
+use loom::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+#[cfg(not(loom))]
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-/// Spreads keys over the array (2^64 / golden ratio).
+/// Spreads keys over the array (2^64 / golden ratio): chain values are hashes
+/// already, but need not be.
 const SPREAD: u64 = 0x9E37_79B9_7F4A_7C15;
-const SMALLEST: usize = 64;
+const SMALLEST: usize = if cfg!(loom) { 2 } else { 16 };
+const WIDTH: usize = 7;
+
+const SLOT_BITS: u32 = 9;
+const RUN_BITS: u32 = 26;
+const PLACE_BITS: u32 = SLOT_BITS + RUN_BITS;
+const HASH_BITS: u32 = 64 - PLACE_BITS;
+
+/// Values a run can have.
+pub(crate) const MOST_SLOTS: usize = 1 << SLOT_BITS;
+/// Runs that can be numbered; 0 is none.
+pub(crate) const MOST_RUNS: usize = 1 << RUN_BITS;
 
 /// Bytes a block costs in a table that has just grown.
-pub(crate) const BYTES_A_BLOCK: usize = 21;
+pub(crate) const BYTES_A_BLOCK: usize = 23;
 
-/// Most sets that the 24 bits of an entry can number, less one.
-pub(crate) const MAX_HOLDER_ID: HolderId = (1 << 24) - 1;
-
-/// Free where the holders are [`NOBODY`]. The key is in two halves so that an
-/// entry needs no padding. `state` is the holders' number in its upper 24 bits
-/// and the heat in its lower 8: the tick in which the block was last asked for
-/// or stored. Look-ups write it under a shared lock; a lost race costs a tick.
-#[derive(Debug, Default)]
-struct Entry {
-    low: u32,
-    high: u32,
-    state: AtomicU32,
+/// Where a value is kept: a run of values and the slot in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) run: usize,
+    pub(crate) slot: usize,
 }
 
-impl Entry {
-    fn new(key: u64, holders: HolderId, heat: u8) -> Self {
-        let state = AtomicU32::new(holders << 8 | u32::from(heat));
+impl Place {
+    fn pack(self) -> u64 {
+        (self.run as u64) << SLOT_BITS | self.slot as u64
+    }
+
+    fn unpack(entry: u64) -> Self {
         Self {
-            low: key as u32,
-            high: (key >> 32) as u32,
-            state,
+            run: (entry >> SLOT_BITS) as usize & (MOST_RUNS - 1),
+            slot: entry as usize & (MOST_SLOTS - 1),
         }
     }
+}
 
-    fn key(&self) -> u64 {
-        u64::from(self.high) << 32 | u64::from(self.low)
+fn hash(key: u64) -> u64 {
+    key.wrapping_mul(SPREAD) >> PLACE_BITS
+}
+
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct Bucket {
+    /// 0 where free.
+    entries: [AtomicU64; WIDTH],
+    /// Keys that found this bucket full.
+    passed: AtomicU64,
+}
+
+impl Bucket {
+    /// A bit for each entry that has the same hash as this one. Without
+    /// branches: which entry it is cannot be foretold.
+    fn alike(&self, wanted: u64) -> u32 {
+        let mut alike = 0;
+        for (at, entry) in self.entries.iter().enumerate() {
+            let same = (entry.load(Ordering::Relaxed) ^ wanted) >> PLACE_BITS == 0;
+            alike |= u32::from(same) << at;
+        }
+        alike
     }
 
-    fn state(&self) -> u32 {
-        self.state.load(Ordering::Relaxed)
+    /// Where a key with this hash is, if an entry here says so.
+    fn held(&self, wanted: u64, holds: &impl Fn(Place) -> bool) -> Option<Place> {
+        let mut alike = self.alike(wanted);
+        while alike != 0 {
+            let entry = self.entries[alike.trailing_zeros() as usize].load(Ordering::Relaxed);
+            let place = Place::unpack(entry);
+            if entry != 0 && holds(place) {
+                return Some(place);
+            }
+            alike &= alike - 1;
+        }
+        None
     }
 
-    fn holders(&self) -> HolderId {
-        self.state() >> 8
+    fn free(&self) -> Option<usize> {
+        let mut entries = self.entries.iter();
+        entries.position(|entry| entry.load(Ordering::Relaxed) == 0)
     }
+}
 
-    fn heat(&self) -> u8 {
-        self.state() as u8
-    }
+/// What [`Table::claim`] came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Claim {
+    /// The key is here already.
+    Held(Place),
+    /// It was not, and is now.
+    Noted,
+    /// It is not, and there is no room: a larger table is needed.
+    Full,
 }
 
 #[derive(Debug)]
 pub(crate) struct Table {
-    entries: Vec<Entry>,
-    len: usize,
+    buckets: Vec<Bucket>,
+    /// Entries. Only who changes the table reads and writes it.
+    len: AtomicUsize,
 }
 
 impl Table {
     pub(crate) fn new() -> Self {
-        Self::with_capacity(SMALLEST)
+        Self::with_buckets(SMALLEST)
     }
 
-    fn with_capacity(capacity: usize) -> Self {
-        let mut entries = Vec::new();
-        entries.resize_with(capacity, Entry::default);
-        Self { entries, len: 0 }
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.len
-    }
-
-    pub(crate) fn capacity(&self) -> usize {
-        self.entries.len()
+    fn with_buckets(count: usize) -> Self {
+        let mut buckets = Vec::new();
+        buckets.resize_with(count, Bucket::default);
+        Self {
+            buckets,
+            len: AtomicUsize::new(0),
+        }
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.entries.capacity() * size_of::<Entry>()
+        self.buckets.capacity() * size_of::<Bucket>()
     }
 
-    fn home(&self, key: u64) -> usize {
-        let spread = u128::from(key.wrapping_mul(SPREAD));
-        ((spread * self.entries.len() as u128) >> 64) as usize
+    fn home(&self, hash: u64) -> usize {
+        (hash.wrapping_mul(self.buckets.len() as u64) >> HASH_BITS) as usize
     }
 
     fn after(&self, at: usize) -> usize {
-        if at + 1 == self.entries.len() {
+        if at + 1 == self.buckets.len() {
             0
         } else {
             at + 1
         }
     }
 
-    /// Where the key is, or the free place where it would go.
-    fn place(&self, key: u64) -> usize {
-        let (low, high) = (key as u32, (key >> 32) as u32);
-        let mut at = self.home(key);
-        loop {
-            let entry = &self.entries[at];
-            if (entry.low == low && entry.high == high) || entry.holders() == NOBODY {
-                return at;
-            }
-            at = self.after(at);
-        }
-    }
-
-    /// Reads the home places of some keys, so that their cache lines are on
+    /// Reads the home buckets of some keys, so that their cache lines are on
     /// the way together: probing ends in branches that wait for memory one
     /// after the other. Returns nothing of meaning.
-    pub(crate) fn warm(&self, keys: &[u64]) -> u32 {
-        keys.iter()
-            .fold(0, |sum, key| sum ^ self.entries[self.home(*key)].low)
+    pub(crate) fn warm(&self, keys: &[u64]) -> u64 {
+        keys.iter().fold(0, |sum, key| {
+            sum ^ self.buckets[self.home(hash(*key))]
+                .passed
+                .load(Ordering::Relaxed)
+        })
     }
 
-    /// Holders of a block; [`NOBODY`] for an unknown one.
-    pub(crate) fn holders(&self, key: u64) -> HolderId {
-        self.entries[self.place(key)].holders()
-    }
-
-    /// As [`Table::holders`], and the block counts as asked for now.
-    pub(crate) fn touch(&self, key: u64, now: u8) -> HolderId {
-        let entry = &self.entries[self.place(key)];
-        let holders = entry.holders();
-        if holders != NOBODY && entry.heat() != now {
-            entry
-                .state
-                .store(holders << 8 | u32::from(now), Ordering::Relaxed);
-        }
-        holders
-    }
-
-    /// When a block was last asked for.
-    pub(crate) fn heat(&self, key: u64) -> Option<u8> {
-        let entry = &self.entries[self.place(key)];
-        (entry.holders() != NOBODY).then(|| entry.heat())
-    }
-
-    /// Changes a block's holders to what `change` makes of them; [`NOBODY`]
-    /// takes it out.
-    pub(crate) fn change(&mut self, key: u64, now: u8, change: impl FnOnce(HolderId) -> HolderId) {
-        let at = self.place(key);
-        let before = self.entries[at].holders();
-        let holders = change(before);
-        if holders == NOBODY {
-            if before != NOBODY {
-                self.take_out(at);
-            }
-            return;
-        }
-        self.entries[at] = Entry::new(key, holders, now);
-        if before == NOBODY {
-            self.len += 1;
-            // Above this share probes grow long faster than memory shrinks.
-            if self.len * 100 > self.entries.len() * 72 {
-                self.grow();
-            }
-        }
-    }
-
-    fn grow(&mut self) {
-        let mut larger = Self::with_capacity(self.entries.len() + self.entries.len() / 4);
-        for entry in std::mem::take(&mut self.entries) {
-            if entry.holders() != NOBODY {
-                let at = larger.place(entry.key());
-                larger.entries[at] = entry;
-            }
-        }
-        larger.len = self.len;
-        *self = larger;
-    }
-
-    /// Takes an entry out and moves those behind it up, so that no probe
-    /// meets a hole (Knuth, TAOCP 6.4, algorithm R).
-    fn take_out(&mut self, mut hole: usize) {
-        self.len -= 1;
-        let mut at = hole;
+    /// Where a key is. `holds` says whether a place holds it.
+    pub(crate) fn find(&self, key: u64, holds: impl Fn(Place) -> bool) -> Option<Place> {
+        let hash = hash(key);
+        let mut at = self.home(hash);
         loop {
+            let bucket = &self.buckets[at];
+            if let Some(place) = bucket.held(hash << PLACE_BITS, &holds) {
+                return Some(place);
+            }
+            if bucket.passed.load(Ordering::Relaxed) == 0 {
+                return None;
+            }
             at = self.after(at);
-            if self.entries[at].holders() == NOBODY {
+        }
+    }
+
+    /// As [`Table::find`], and where the key is nowhere notes that it is at
+    /// `place` now, in one probe.
+    pub(crate) fn claim(&self, key: u64, place: Place, holds: impl Fn(Place) -> bool) -> Claim {
+        let wanted = hash(key) << PLACE_BITS;
+        let home = self.home(hash(key));
+        let (mut at, mut spot) = (home, None);
+        loop {
+            let bucket = &self.buckets[at];
+            if let Some(held) = bucket.held(wanted, &holds) {
+                return Claim::Held(held);
+            }
+            spot = spot.or_else(|| Some((at, bucket.free()?)));
+            if bucket.passed.load(Ordering::Relaxed) == 0 {
                 break;
             }
-            let home = self.home(self.entries[at].key());
-            let stays = if hole <= at {
-                hole < home && home <= at
-            } else {
-                hole < home || home <= at
-            };
-            if !stays {
-                self.entries.swap(hole, at);
-                hole = at;
-            }
+            at = self.after(at);
         }
-        self.entries[hole] = Entry::default();
+        if self.is_full() {
+            return Claim::Full;
+        }
+        let (end, free) = loop {
+            if let Some(spot) = spot {
+                break spot;
+            }
+            at = self.after(at);
+            spot = self.buckets[at].free().map(|free| (at, free));
+        };
+        self.pass(home, end, 1);
+        self.buckets[end].entries[free].store(wanted | place.pack(), Ordering::Relaxed);
+        self.count(1);
+        Claim::Noted
     }
 
-    /// The block in a place of the array, if one is there.
-    pub(crate) fn at(&self, place: usize) -> Option<(u64, HolderId)> {
-        let entry = &self.entries[place];
-        let holders = entry.holders();
-        (holders != NOBODY).then(|| (entry.key(), holders))
+    /// Above this share keys pass on often.
+    fn is_full(&self) -> bool {
+        self.len.load(Ordering::Relaxed) * 100 >= self.buckets.len() * WIDTH * 78
+    }
+
+    fn count(&self, more: isize) {
+        let len = self.len.load(Ordering::Relaxed);
+        self.len
+            .store(len.wrapping_add_signed(more), Ordering::Relaxed);
+    }
+
+    /// So many more keys went past the buckets from `home` to before `end`.
+    fn pass(&self, home: usize, end: usize, more: i64) {
+        let mut at = home;
+        while at != end {
+            let passed = &self.buckets[at].passed;
+            let count = passed.load(Ordering::Relaxed);
+            passed.store(count.wrapping_add_signed(more), Ordering::Relaxed);
+            at = self.after(at);
+        }
+    }
+
+    /// Notes that a key is at a place. Where the table is full, nothing is
+    /// noted: a larger one is needed.
+    #[must_use]
+    pub(crate) fn insert(&self, key: u64, place: Place) -> bool {
+        let fits = !self.is_full();
+        if fits {
+            self.count(1);
+            self.put(hash(key) << PLACE_BITS | place.pack());
+        }
+        fits
+    }
+
+    fn put(&self, entry: u64) {
+        let home = self.home(entry >> PLACE_BITS);
+        let mut at = home;
+        loop {
+            if let Some(free) = self.buckets[at].free() {
+                self.pass(home, at, 1);
+                self.buckets[at].entries[free].store(entry, Ordering::Relaxed);
+                return;
+            }
+            at = self.after(at);
+        }
+    }
+
+    /// Takes out that a key is at a place; nothing where it was not noted.
+    pub(crate) fn remove(&self, key: u64, place: Place) {
+        let wanted = hash(key) << PLACE_BITS | place.pack();
+        let home = self.home(hash(key));
+        let mut at = home;
+        loop {
+            let bucket = &self.buckets[at];
+            let mut entries = bucket.entries.iter();
+            if let Some(entry) = entries.find(|entry| entry.load(Ordering::Relaxed) == wanted) {
+                entry.store(0, Ordering::Relaxed);
+                break;
+            }
+            if bucket.passed.load(Ordering::Relaxed) == 0 {
+                return;
+            }
+            at = self.after(at);
+        }
+        self.pass(home, at, -1);
+        self.count(-1);
+    }
+
+    /// Entries.
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        self.len.load(Ordering::Relaxed)
+    }
+
+    /// Whether so few entries are left that a smaller table would do.
+    pub(crate) fn is_sparse(&self) -> bool {
+        let most = self.buckets.len() * WIDTH;
+        self.buckets.len() > 16 * SMALLEST && self.len.load(Ordering::Relaxed) * 5 < most
+    }
+
+    /// A table with the same entries and room for as many more.
+    pub(crate) fn resized(&self) -> Self {
+        let len = self.len.load(Ordering::Relaxed);
+        let larger = Self::with_buckets((len * 5 / 2 / WIDTH).max(SMALLEST));
+        for bucket in &self.buckets {
+            for entry in &bucket.entries {
+                let entry = entry.load(Ordering::Relaxed);
+                if entry != 0 {
+                    larger.put(entry);
+                }
+            }
+        }
+        larger.len.store(len, Ordering::Relaxed);
+        larger
+    }
+}
+
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    /// Keys that have the same home, so that they fill it and pass on.
+    fn neighbours(table: &Table) -> Vec<u64> {
+        let at_home = |key: &u64| table.home(hash(*key)) == 0;
+        (1..).filter(at_home).take(WIDTH + 3).collect()
+    }
+
+    /// A reader that needs a key finds it, whatever is noted and taken out
+    /// meanwhile, before it and behind it.
+    #[test]
+    fn a_key_is_found_while_others_come_and_go() {
+        loom::model(|| {
+            let table = loom::sync::Arc::new(Table::new());
+            let keys = neighbours(&table);
+            let place = |at: usize| Place {
+                run: at + 1,
+                slot: 0,
+            };
+            // The last of these, the one to be found, is in the next bucket.
+            for (at, key) in keys[..WIDTH + 2].iter().enumerate() {
+                assert!(table.insert(*key, place(at)));
+            }
+            let writer = {
+                let (table, keys) = (table.clone(), keys.clone());
+                loom::thread::spawn(move || {
+                    table.remove(keys[WIDTH], place(WIDTH));
+                    assert!(table.insert(keys[WIDTH + 2], place(WIDTH + 2)));
+                })
+            };
+            let names: BTreeMap<u64, usize> =
+                (0..).map(|at| (keys[at], at)).take(WIDTH + 3).collect();
+            let wanted = keys[WIDTH + 1];
+            let found = table.find(wanted, |at| at == place(names[&wanted]));
+            assert_eq!(found, Some(place(WIDTH + 1)));
+            writer.join().unwrap();
+        });
     }
 }

@@ -1,6 +1,5 @@
 //! What the index knows of a worker, and what it says of one.
 
-use crate::bits::Bits;
 use crate::chain::UNIT_TOKENS;
 use thiserror::Error;
 
@@ -52,6 +51,16 @@ pub enum CacheChange<'a> {
         /// Where the blocks lie.
         tier: Tier,
     },
+    /// As `Stored`, and told where they belong: these lie together then, and
+    /// are found faster.
+    StoredAfter {
+        /// Value of the block before the first. Need not be known.
+        parent: u64,
+        /// The values, best in a prompt's order.
+        chain: &'a [u64],
+        /// Where the blocks lie.
+        tier: Tier,
+    },
     /// Blocks are gone.
     Removed {
         /// The values, in any order.
@@ -86,18 +95,27 @@ pub struct Matches {
     pub(crate) host: Vec<u32>,
     /// Of these, tokens that lie on disk, by slot. Empty where none do.
     pub(crate) disk: Vec<u32>,
-    /// Workers that hold all blocks so far; the look-up's own.
+    /// Workers of one block size that hold all blocks so far; the look-up's own.
     pub(crate) alive: Vec<u64>,
+    /// Whether any of `tokens` is not 0.
+    pub(crate) any: bool,
 }
 
 impl Matches {
-    pub(crate) fn reset(&mut self, slots: usize, all: &Bits) {
-        self.tokens.clear();
-        self.tokens.resize(slots, 0);
+    pub(crate) fn reset(&mut self, slots: usize) {
+        if self.any || self.tokens.len() != slots {
+            self.tokens.clear();
+            self.tokens.resize(slots, 0);
+            self.any = false;
+        }
         self.host.clear();
         self.disk.clear();
         self.alive.clear();
-        self.alive.extend((0..all.words()).map(|i| all.word(i)));
+    }
+
+    pub(crate) fn reset_tiers(&mut self) {
+        self.host.resize(self.tokens.len(), 0);
+        self.disk.resize(self.tokens.len(), 0);
     }
 
     /// Longest prefix that the worker holds without a hole, in tokens: a
@@ -119,6 +137,18 @@ impl Matches {
     /// Tokens of all slots, by slot number.
     pub fn by_slot(&self) -> &[u32] {
         &self.tokens
+    }
+
+    /// [`Matches::host_tokens`] of all slots, by slot number; empty where there
+    /// are none.
+    pub fn host_by_slot(&self) -> &[u32] {
+        &self.host
+    }
+
+    /// [`Matches::disk_tokens`] of all slots, by slot number; empty where there
+    /// are none.
+    pub fn disk_by_slot(&self) -> &[u32] {
+        &self.disk
     }
 
     /// Workers that hold something, with their tokens.

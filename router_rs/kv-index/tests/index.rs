@@ -147,6 +147,50 @@ fn a_planted_collision_is_only_a_wrong_guess() {
 }
 
 #[test]
+fn changes_of_several_workers_are_made_together_or_not_at_all() {
+    let index = KvIndex::new(IndexSettings::default());
+    let (a, b) = (exact(&index), exact(&index));
+    let (chain, tier) = (prompt(1, 40), Tier::Device);
+    let (first, rest) = chain.split_at(20);
+    let parent = first[19];
+    let changes = [
+        (a, CacheChange::Stored { chain: first, tier }),
+        (
+            b,
+            CacheChange::Stored {
+                chain: &chain,
+                tier,
+            },
+        ),
+        (
+            a,
+            CacheChange::StoredAfter {
+                parent,
+                chain: rest,
+                tier,
+            },
+        ),
+        (
+            b,
+            CacheChange::Removed {
+                chain: &rest[10..],
+                tier,
+            },
+        ),
+    ];
+    let missing = WorkerSlot(7);
+    let wrong = [changes[0], (missing, CacheChange::Cleared)];
+    assert_eq!(index.apply_many(&wrong), Err(SlotError::Unknown(7)));
+    assert_eq!(index.stats().blocks, 0);
+    index.apply_many(&changes).unwrap();
+    assert_eq!(index.lookup(&chain).by_slot(), [640, 480]);
+    index
+        .apply_many(&[(a, CacheChange::Cleared), changes[3]])
+        .unwrap();
+    assert_eq!(index.lookup(&chain).by_slot(), [0, 480]);
+}
+
+#[test]
 fn the_old_view_stays_until_a_snapshot_is_whole() {
     let index = KvIndex::new(IndexSettings::default());
     let slot = exact(&index);

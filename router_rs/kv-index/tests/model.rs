@@ -15,7 +15,8 @@ type Held = BTreeSet<(u64, Tier)>;
 
 #[derive(Debug, Clone)]
 enum Action {
-    Store(usize, Vec<u64>, Tier),
+    /// With the value that it says comes before, be that so or not.
+    Store(usize, Option<u64>, Vec<u64>, Tier),
     Remove(usize, Vec<u64>, Tier),
     Clear(usize),
     Snapshot(usize, Vec<(u64, Tier)>),
@@ -37,9 +38,27 @@ fn prompt(which: usize) -> Vec<u64> {
 }
 
 fn values() -> impl Strategy<Value = Vec<u64>> {
-    // Mostly runs of a prompt, as engines store them, in any order.
-    (0usize..2, 0usize..UNITS, 1usize..=UNITS)
-        .prop_map(|(which, from, count)| prompt(which).into_iter().skip(from).take(count).collect())
+    // Parts of a prompt, as engines store them: in order, from the end, or with
+    // holes as workers of larger blocks do.
+    let part = (
+        0usize..2,
+        0usize..UNITS,
+        1usize..=UNITS,
+        1usize..4,
+        any::<bool>(),
+    );
+    part.prop_map(|(which, from, count, step, turned)| {
+        let mut chain: Vec<u64> = prompt(which)
+            .into_iter()
+            .skip(from)
+            .step_by(step)
+            .take(count)
+            .collect();
+        if turned && step == 1 {
+            chain.reverse();
+        }
+        chain
+    })
 }
 
 fn tier() -> impl Strategy<Value = Tier> {
@@ -49,7 +68,8 @@ fn tier() -> impl Strategy<Value = Tier> {
 fn action() -> impl Strategy<Value = Action> {
     let worker = 0usize..SIZES.len();
     prop_oneof![
-        8 => (worker.clone(), values(), tier()).prop_map(|(w, v, t)| Action::Store(w, v, t)),
+        8 => (worker.clone(), prop::option::of(0u64..13), values(), tier())
+            .prop_map(|(w, p, v, t)| Action::Store(w, p, v, t)),
         4 => (worker.clone(), values(), tier()).prop_map(|(w, v, t)| Action::Remove(w, v, t)),
         1 => worker.clone().prop_map(Action::Clear),
         1 => (worker.clone(), prop::collection::vec((1u64..13, tier()), 0..20)).prop_map(|(w, v)| Action::Snapshot(w, v)),
@@ -126,9 +146,14 @@ proptest! {
         let mut model: BTreeMap<usize, Held> = (0..SIZES.len()).map(|w| (w, Held::new())).collect();
         for action in &actions {
             match action {
-                Action::Store(w, chain, tier) => {
-                    index.apply(slots[*w], &[CacheChange::Stored { chain, tier: *tier }]).unwrap();
-                    model.get_mut(w).unwrap().extend(chain.iter().map(|value| (*value, *tier)));
+                Action::Store(w, parent, chain, tier) => {
+                    let tier = *tier;
+                    let change = match *parent {
+                        Some(parent) => CacheChange::StoredAfter { parent, chain, tier },
+                        None => CacheChange::Stored { chain, tier },
+                    };
+                    index.apply(slots[*w], &[change]).unwrap();
+                    model.get_mut(w).unwrap().extend(chain.iter().map(|value| (*value, tier)));
                 }
                 Action::Remove(w, chain, tier) => {
                     index.apply(slots[*w], &[CacheChange::Removed { chain, tier: *tier }]).unwrap();
@@ -157,5 +182,58 @@ proptest! {
             }
         }
         check(&index, &slots, &model);
+    }
+}
+
+/// Block sizes of the workers in the test below, in units.
+const LONG: [usize; 4] = [1, 2, 32, 1];
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: histories() / 100, ..ProptestConfig::default() })]
+
+    /// Prompts longer than anything that is kept together, in blocks of 16, 32
+    /// and 512 tokens, stored in parts and lost from the end or the middle.
+    #[test]
+    fn long_prompts_in_several_block_sizes_are_exact(
+        changes in prop::collection::vec(
+            (0..LONG.len(), any::<bool>(), 0usize..1_300, 1usize..600, prop::bool::weighted(0.8)), 1..30),
+    ) {
+        // A second prompt leaves the first one after 700 units.
+        let prompts: [Vec<u64>; 2] = [0, 1].map(|which| {
+            (0..1_300).map(|at| at + 1 + if at < 700 { 0 } else { which * 10_000 }).collect()
+        });
+        let index = KvIndex::new(IndexSettings::default());
+        let slots = LONG.map(|units| index.add_worker(16 * units as u32, Knowledge::Events).unwrap());
+        let mut model: Vec<Held> = vec![Held::new(); LONG.len()];
+        for (worker, second, from, count, store) in changes {
+            let units = LONG[worker];
+            let names: Vec<u64> =
+                prompts[usize::from(second)].iter().skip(units - 1).step_by(units).copied().collect();
+            let from = from.min(names.len() - 1);
+            let chain = &names[from..names.len().min(from + count)];
+            let (tier, parent) = (Tier::Device, from.checked_sub(1).map(|at| names[at]));
+            let change = match (store, parent) {
+                (true, Some(parent)) => CacheChange::StoredAfter { parent, chain, tier },
+                (true, None) => CacheChange::Stored { chain, tier },
+                (false, _) => CacheChange::Removed { chain, tier },
+            };
+            index.apply(slots[worker], &[change]).unwrap();
+            for value in chain {
+                if store {
+                    model[worker].insert((*value, tier));
+                } else {
+                    model[worker].remove(&(*value, tier));
+                }
+            }
+        }
+        for prompt in &prompts {
+            for length in [1_300, 1_299, 701, 512, 33, 0] {
+                let found = index.lookup(&prompt[..length]);
+                for (worker, slot) in slots.iter().enumerate() {
+                    let want = naive(&model[worker], &prompt[..length], 16 * LONG[worker] as u32);
+                    prop_assert_eq!(found.tokens(*slot), want.0, "worker {}", worker);
+                }
+            }
+        }
     }
 }

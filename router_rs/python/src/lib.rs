@@ -2,12 +2,16 @@
 
 mod attention;
 mod chain;
+mod kv_index;
 mod pool;
 mod registry;
 mod router;
 mod router_settings;
+mod scoring;
+mod sim;
 mod simulate;
 mod transfer;
+mod worker_port;
 
 use pyo3::prelude::*;
 
@@ -17,10 +21,14 @@ fn _router(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<pool::PyKvPool>()?;
     transfer::add(module)?;
     chain::add(module)?;
+    kv_index::register(module)?;
     registry::register(module)?;
     router::register(module)?;
+    worker_port::register(module)?;
     router_settings::register(module)?;
+    scoring::register(module)?;
     simulate::register(module)?;
     module.add_class::<attention::PyPagedKv>()?;
+    module.add_class::<sim::PySimStreams>()?;
     Ok(())
 }

@@ -1,7 +1,8 @@
-//! `Router`: the router inside a Python process. No Python runs on its threads.
+//! `Router`: the router inside a Python process. No Python runs on its threads,
+//! but for a scorer where one is given.
 
 use std::{
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -15,6 +16,8 @@ use tokio::{
     runtime::{Builder, Runtime},
     sync::watch,
 };
+
+use crate::scoring::PyScorer;
 
 create_exception!(
     kvmesh._router,
@@ -34,7 +37,7 @@ pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
 }
 
 /// Runs code of ours; a panic in it becomes [`InternalError`].
-fn guarded<T>(work: impl FnOnce() -> PyResult<T>) -> PyResult<T> {
+pub(crate) fn guarded<T>(work: impl FnOnce() -> PyResult<T>) -> PyResult<T> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or_else(|panic| {
         let text = panic
             .downcast_ref::<String>()
@@ -90,8 +93,15 @@ impl PyRouter {
 impl PyRouter {
     /// Starts a router. `settings_json`: an object with the keys of
     /// `kvmesh-router --help`, `_` for `-`; stronger than `KVMESH_*` variables.
+    /// `scorer`: scores the plans of each request instead of `policy`.
     #[new]
-    fn new(py: Python<'_>, settings_json: &str) -> PyResult<Self> {
+    #[pyo3(signature = (settings_json, scorer = None))]
+    fn new(
+        py: Python<'_>,
+        settings_json: &str,
+        scorer: Option<Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let scorer = scorer.map(PyScorer::new).transpose()?;
         py.detach(|| {
             guarded(|| {
                 let wrong = |error: kvmesh_gateway::settings::SettingsError| {
@@ -100,7 +110,9 @@ impl PyRouter {
                 let mut layers = Layers::default();
                 layers.add_environment(std::env::vars()).map_err(wrong)?;
                 layers.add_json("settings", settings_json).map_err(wrong)?;
-                start(&Settings::resolve(&layers).map_err(wrong)?)
+                let mut settings = Settings::resolve(&layers).map_err(wrong)?;
+                settings.policy.scorer = scorer.map(|scorer| Arc::new(scorer) as _);
+                start(&settings)
             })
         })
     }

@@ -28,8 +28,17 @@ fn refused(error: Refused) -> PyErr {
     TransferError::new_err((error.reason.name(), error.message))
 }
 
-fn transfer_id(bytes: &[u8]) -> PyResult<TransferId> {
-    TransferId::parse(bytes).ok_or_else(|| PyValueError::new_err("a transfer id has 16 bytes"))
+/// A transfer id as an argument: 16 bytes.
+struct Id(TransferId);
+
+impl<'py> FromPyObject<'_, 'py> for Id {
+    type Error = PyErr;
+
+    fn extract(argument: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        TransferId::parse(argument.extract()?)
+            .map(Self)
+            .ok_or_else(|| PyValueError::new_err("a transfer id has 16 bytes"))
+    }
 }
 
 fn seconds(name: &str, value: f64) -> PyResult<Duration> {
@@ -313,19 +322,19 @@ impl PyTransferNode {
     }
 
     #[pyo3(signature = (transfer_id, pins=0))]
-    fn offer(&self, py: Python<'_>, transfer_id: &[u8], pins: u64) -> PyResult<()> {
-        let id = self::transfer_id(transfer_id)?;
+    fn offer(&self, py: Python<'_>, transfer_id: Id, pins: u64) -> PyResult<()> {
+        let Id(id) = transfer_id;
         py.detach(|| self.node.offer(id, pins)).map_err(refused)
     }
 
     fn ready(
         &self,
         py: Python<'_>,
-        transfer_id: &[u8],
+        transfer_id: Id,
         first_block: u32,
         slots: Vec<u32>,
     ) -> PyResult<()> {
-        let id = self::transfer_id(transfer_id)?;
+        let Id(id) = transfer_id;
         py.detach(|| self.node.ready(id, first_block, &slots))
             .map_err(refused)
     }
@@ -334,13 +343,13 @@ impl PyTransferNode {
     fn commit(
         &self,
         py: Python<'_>,
-        transfer_id: &[u8],
+        transfer_id: Id,
         kv_tokens: u32,
         partial: Option<(u32, u32)>,
         output_ids: Vec<u32>,
         logprobs: Vec<Vec<u8>>,
     ) -> PyResult<()> {
-        let id = self::transfer_id(transfer_id)?;
+        let Id(id) = transfer_id;
         let logprobs: Vec<Bytes> = logprobs.into_iter().map(Bytes::from).collect();
         check_logprobs(&logprobs).map_err(refused)?;
         let tail = Tail {
@@ -355,11 +364,11 @@ impl PyTransferNode {
     fn offer_prefix(
         &self,
         py: Python<'_>,
-        transfer_id: &[u8],
+        transfer_id: Id,
         tokens: u32,
         slots: Vec<u32>,
     ) -> PyResult<()> {
-        let id = self::transfer_id(transfer_id)?;
+        let Id(id) = transfer_id;
         py.detach(|| self.node.offer_prefix(id, tokens, &slots))
             .map_err(refused)
     }
@@ -372,7 +381,7 @@ impl PyTransferNode {
     fn pull(
         &self,
         py: Python<'_>,
-        transfer_id: &[u8],
+        transfer_id: Id,
         address: String,
         worker: String,
         incarnation: u64,
@@ -382,7 +391,7 @@ impl PyTransferNode {
         request_id: &str,
     ) -> PyResult<()> {
         let request = PullRequest {
-            id: self::transfer_id(transfer_id)?,
+            id: transfer_id.0,
             address,
             worker,
             incarnation,
@@ -404,7 +413,7 @@ impl PyTransferNode {
     fn pull_prefix(
         &self,
         py: Python<'_>,
-        transfer_id: &[u8],
+        transfer_id: Id,
         address: String,
         worker: String,
         incarnation: u64,
@@ -417,7 +426,7 @@ impl PyTransferNode {
         request_id: &str,
     ) -> PyResult<()> {
         let request = PullRequest {
-            id: self::transfer_id(transfer_id)?,
+            id: transfer_id.0,
             address,
             worker,
             incarnation,
@@ -438,11 +447,11 @@ impl PyTransferNode {
     fn abort(
         &self,
         py: Python<'_>,
-        transfer_id: &[u8],
+        transfer_id: Id,
         reason: &str,
         message: &str,
     ) -> PyResult<bool> {
-        let id = self::transfer_id(transfer_id)?;
+        let Id(id) = transfer_id;
         let reason = Reason::by_name(reason)
             .ok_or_else(|| PyValueError::new_err(format!("no reason is called {reason:?}")))?;
         Ok(py.detach(|| self.node.abort(id, reason, message)))

@@ -94,7 +94,7 @@ fn command() -> Command {
                 .default_missing_value("true")
                 .value_name("BOOL"),
             Kind::List => arg.action(ArgAction::Append).value_name("LIST"),
-            Kind::Number(..) => arg.value_name("N"),
+            Kind::Number(..) | Kind::Real(..) => arg.value_name("N"),
             Kind::Bytes(..) => arg.value_name("BYTES"),
             Kind::Time(..) => arg.value_name("TIME"),
             Kind::Address => arg.value_name("IP:PORT"),

@@ -91,6 +91,13 @@ impl Eq for Key {}
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ticket(Key);
 
+impl Ticket {
+    /// The item's virtual deadline, ms.
+    pub fn virtual_deadline_ms(&self) -> f64 {
+        self.0.deadline_ms
+    }
+}
+
 impl<T> Queue<T> {
     /// An empty queue of at most `limit` items.
     pub fn new(limit: usize) -> Self {

@@ -72,6 +72,18 @@ impl Columns {
         "decode_free_blocks",
     ];
 
+    /// Columns of these rows: to try a scorer on.
+    pub fn of(rows: &[[f64; Self::NAMES.len()]]) -> Self {
+        let mut columns = Self::default();
+        for row in rows {
+            for (column, value) in columns.values.iter_mut().zip(row) {
+                column.push(*value);
+            }
+        }
+        columns.plans = rows.len();
+        columns
+    }
+
     /// Number of plans.
     pub fn plans(&self) -> usize {
         self.plans

@@ -3,7 +3,9 @@
 //! streams and a load client that costs little itself.
 #![forbid(unsafe_code)]
 
+pub mod certificates;
 pub mod checker;
+pub mod etcd;
 pub mod fault_proxy;
 pub mod load;
 pub mod mock;

@@ -8,16 +8,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from kvmesh.cli.client import CONNECTION, DEFAULT_ENDPOINT, client_settings, connect, explain
 
-if TYPE_CHECKING:
-    from kvmesh.v1 import worker_pb2 as wire
-
 _Answer = TypeVar("_Answer")
 
-ROLES = ("prefill", "decode", "both")
 _TIMEOUT_S = 10.0
 
 
@@ -42,20 +38,6 @@ def call_admin(
             text = explain(error_from_rpc(error), endpoint)
             print(f"kvmesh {command}: {text}", file=sys.stderr)
             return None
-
-
-def role_name(role: wire.Role) -> str:
-    """A role as people write it."""
-    from kvmesh.v1 import worker_pb2 as wire
-
-    return wire.Role.Name(role).removeprefix("ROLE_").lower()
-
-
-def role_number(name: Literal["prefill", "decode", "both"]) -> wire.Role:
-    """A role as the wire has it."""
-    from kvmesh.v1 import worker_pb2 as wire
-
-    return {"prefill": wire.ROLE_PREFILL, "decode": wire.ROLE_DECODE, "both": wire.ROLE_BOTH}[name]
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:

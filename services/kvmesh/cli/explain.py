@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 Shows each decision of a router about a request: the plans that it considered, best
-first, and what each would have added, in milliseconds. The id is in `accepted`.
+first, and what each would have added, in milliseconds, by term (docs/scheduling.md);
+then what was predicted of the first token and what came of it. The id is in `accepted`.
 """
 
 
@@ -36,16 +37,30 @@ def run(args: argparse.Namespace) -> int:
     for decision in answer.decisions:
         print(
             f"attempt {decision.attempt}, after {decision.at_ms:.1f} ms, by {decision.policy}: "
-            f"first token predicted after {decision.predicted_ttft_ms:.1f} ms"
-            + (f", was {decision.actual_ttft_ms:.1f} ms" if decision.actual_ttft_ms else "")
+            f"{decision.weighed} plans weighed, {decision.tied} within reach of the best"
         )
         _print_plans(decision)
+        _print_phases(decision)
     return 0
+
+
+def _print_phases(decision: admin_pb2.Decision) -> None:
+    """What was predicted of the first token, and what came of it."""
+    rows = [("MS", "WAIT", "PREFILL", "TRANSFER", "FIRST TOKEN")]
+    told = [("predicted", decision.predicted)]
+    if decision.HasField("actual"):
+        told.append(("measured", decision.actual))
+    rows += [
+        (name, *(f"{ms:.1f}" for ms in (p.wait_ms, p.prefill_ms, p.transfer_ms, p.ttft_ms)))
+        for name, p in told
+    ]
+    print_table(rows)
 
 
 def _print_plans(decision: admin_pb2.Decision) -> None:
     terms = list(dict.fromkeys(term.name for plan in decision.plans for term in plan.terms))
-    rows = [("", "PREFILL", "DECODE", "PREFIX FROM", "TOTAL MS", *map(str.upper, terms))]
+    head = ("", "PREFILL", "DECODE", "PREFIX FROM", "CACHED", "TTFT MS", "COST MS")
+    rows = [(*head, *map(str.upper, terms))]
     for number, plan in enumerate(decision.plans):
         share = {term.name: f"{term.ms:.1f}" for term in plan.terms}
         rows.append(
@@ -53,7 +68,9 @@ def _print_plans(decision: admin_pb2.Decision) -> None:
                 "*" if number == decision.chosen else "",
                 plan.prefill_worker or "-",
                 plan.decode_worker,
-                plan.prefix_worker or "-",
+                f"{plan.prefix_worker} ({plan.pulled_tokens})" if plan.prefix_worker else "-",
+                str(plan.cached_tokens),
+                f"{plan.ttft_ms:.1f}",
                 f"{plan.total_ms:.1f}",
                 *(share.get(term, "-") for term in terms),
             )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from kvmesh.cli.admin import ROLES, call_admin, role_name, role_number
+from kvmesh.cli.admin import call_admin
 from kvmesh.cli.client import CONNECTION
 from kvmesh.cli.settings import add_settings
+from kvmesh.roles import ROLES, role_name, role_number
 
 _EPILOG = """\
 What runs goes on; new work follows the new role. Refused where that would leave a role

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import signal
+import sys
+from collections.abc import Callable
 from functools import cache
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
 from kvmesh.cli.announce import add_announce, announcer
 from kvmesh.cli.settings import Setting, UsageError, add_settings, merged
@@ -32,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A flag for each setting of a router."""
     parser.epilog = _EPILOG
     add_settings(parser, settings())
+    parser.add_argument(
+        "--scorer",
+        metavar="MODULE:FUNCTION",
+        help="Python function that scores the plans of each request instead of --policy: NumPy "
+        "columns in, a score a plan out, the least is chosen (docs/scheduling.md)",
+    )
     add_announce(parser)
 
 
@@ -40,11 +49,12 @@ def run(args: argparse.Namespace) -> int:
     from kvmesh._router import Router
 
     values = merged("router", settings(), args)
+    scorer = _scorer(args.scorer) if args.scorer else None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _told)
     announce = announcer(args.announce_fd)
     try:
-        router = Router(json.dumps(values))
+        router = Router(json.dumps(values), scorer)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     except _Told:
@@ -58,6 +68,19 @@ def run(args: argparse.Namespace) -> int:
         router.close()
     announce("stopped")
     return 0
+
+
+def _scorer(name: str) -> Callable[[dict[str, Any]], Any]:
+    module, _, function = name.partition(":")
+    # Like `python -m`: what lies in the working directory counts.
+    sys.path.insert(0, "")
+    try:
+        scorer = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"--scorer {name}: {error}; allowed: MODULE:FUNCTION") from error
+    if not callable(scorer):
+        raise UsageError(f"--scorer {name}: not a function")
+    return cast("Callable[[dict[str, Any]], Any]", scorer)
 
 
 def _told(number: int, _: FrameType | None) -> NoReturn:

@@ -6,9 +6,10 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from kvmesh.cli.admin import call_admin, print_table, role_name
+from kvmesh.cli.admin import call_admin, print_table
 from kvmesh.cli.client import CONNECTION
 from kvmesh.cli.settings import Setting, UsageError, add_settings, endpoints, merged
+from kvmesh.roles import role_name
 
 if TYPE_CHECKING:
     from kvmesh.v1 import admin_pb2

@@ -1,8 +1,11 @@
 """What a worker asks of an engine, and what an engine answers.
 
 The contract is push-style and batched: one `StepOutput` an engine step with
-everything that the step brought, for all requests. It never assumes who owns
-the loop: an engine may have its own thread, its own process or neither.
+everything that the step brought, for all requests. The engine hands it to its
+`OutputSink`, from whatever runs it: a thread of its own, an event loop that
+reads another process, or neither. The sink takes it at once and never waits,
+so an engine needs no queue towards its worker. In a worker the sink is native
+(`kvmesh._router.WorkerPort`), and columns (`Column`) cost it no object a token.
 
 Everything of a request's life is told in terms of an *attempt*: one placement
 of one generation. An attempt is answered by one `Opening` and, if that was
@@ -13,9 +16,11 @@ openings, tokens, ends, as on the wire (worker.proto, StepOutput).
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy.typing as npt
 
 from kvmesh.v1 import worker_pb2 as wire
 
@@ -57,21 +62,33 @@ class Placement:
     trace: bool = False
 
 
+Column = Sequence[int] | npt.NDArray[Any] | bytes
+"""Integers: packed bytes of u32 (of u64 for chain values) in the machine's
+order, an array of these, or any other sequence; the first are read fastest."""
+
+
+def integers(column: Column) -> list[int]:
+    """A column of u32, as a list."""
+    return [*memoryview(column).cast("I")] if isinstance(column, bytes) else [*map(int, column)]
+
+
 @dataclass(slots=True)
 class TokenColumns:
     """New tokens of all requests of one router, by columns (wire: TokenRows).
 
     Row i is `generations[16 * i : 16 * i + 16]`, `owners[i]`, `attempts[i]`,
-    `first_indices[i]`, `counts[i]` and the next `counts[i]` of `ids`. Columns
+    `first_indices[i] + index_offset`, `counts[i]` and the next `counts[i]` of `ids`. Columns
     let a step of 64 streams cost some microseconds of Python, not some a token.
     """
 
     generations: bytes = b""
-    owners: Sequence[int] = ()
-    attempts: Sequence[int] = ()
-    first_indices: Sequence[int] = ()
-    counts: Sequence[int] = ()
-    ids: Sequence[int] = ()
+    owners: Column = ()
+    attempts: Column = ()
+    first_indices: Column = ()
+    counts: Column = ()
+    ids: Column = ()
+    index_offset: int = 0
+    """Added to each of `first_indices`: these then last from step to step."""
     logprobs: Sequence[wire.RowLogprobs] = ()
 
 
@@ -84,14 +101,33 @@ class RouterStep:
     ends: list[wire.StageEnd] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class StepOutput:
-    """What one engine step brought. `step` 0: between steps."""
+class StepSample(NamedTuple):
+    """Service time of a step and what it held (wire: StepSample)."""
 
-    step: int
-    routers: Mapping[str, RouterStep]
-    sample: wire.StepSample | None = None
-    """Service time of the step; None between steps."""
+    prefill_tokens: int = 0
+    prefill_context: int = 0
+    decode_batch: int = 0
+    decode_context: int = 0
+    duration_us: int = 0
+
+
+STORED: Literal[0] = 0
+"""Kind of a `CacheChange`: a run of blocks became full, each the child of the one before."""
+REMOVED: Literal[1] = 1
+"""Kind of a `CacheChange`: blocks are gone; `parent` is 0."""
+CLEARED: Literal[2] = 2
+"""Kind of a `CacheChange`: all blocks are gone."""
+
+
+class CacheChange(NamedTuple):
+    """One change of the prefix cache (wire: CacheEvent)."""
+
+    kind: int
+    """STORED, REMOVED or CLEARED."""
+    parent: int
+    """Chain value of the parent of a stored run's first block."""
+    chain: Column
+    """Chain value at the end of each block; at most 4,096."""
 
 
 @dataclass(slots=True)
@@ -99,32 +135,102 @@ class CacheBatch:
     """Changes of the prefix cache in order, numbered from `first_event`."""
 
     first_event: int
-    events: Sequence[wire.CacheEvent]
+    changes: Sequence[CacheChange]
 
 
-@dataclass(frozen=True, slots=True)
+class KvRoom(NamedTuple):
+    """The KV pool by state, in blocks (wire: KvRoom)."""
+
+    free: int = 0
+    evictable: int = 0
+    running: int = 0
+    pinned: int = 0
+    reserved: int = 0
+
+
+@dataclass(slots=True)
+class ClassShare:
+    """The requests of one class in a share (wire: ClassShare)."""
+
+    waiting: int = 0
+    waiting_tokens: int = 0
+    decoding: int = 0
+
+
+@dataclass(slots=True)
+class LoadShare:
+    """A router session's share of the work (wire: LoadShare)."""
+
+    queued: int = 0
+    queued_prefill_tokens: int = 0
+    running_prefill_tokens: int = 0
+    decoding: int = 0
+    decode_context: int = 0
+    receiving: int = 0
+    interactive: ClassShare = field(default_factory=ClassShare)
+    standard: ClassShare = field(default_factory=ClassShare)
+    batch: ClassShare = field(default_factory=ClassShare)
+
+
+@dataclass(slots=True)
 class EngineLoad:
     """State of an engine at one moment (wire: Load, without the session part)."""
 
-    kv: wire.KvRoom
-    shares: Mapping[str, wire.LoadShare]
+    kv: KvRoom = field(default_factory=KvRoom)
+    shares: dict[str, LoadShare] = field(default_factory=dict)
     """Work by router session."""
-    step: int
-    step_age_ms: float
-    step_predicted_ms: float
+    step: int = 0
+    """Number of the running step, or of the last one."""
+    step_age_ms: float = 0.0
+    step_predicted_ms: float = 0.0
+    """Both 0 when no step runs."""
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """What one engine step brought. `step` 0: between steps."""
+
+    step: int = 0
+    routers: dict[str, RouterStep] = field(default_factory=dict)
+    sample: StepSample | None = None
+    """Service time of the step; None between steps."""
+    load: EngineLoad = field(default_factory=EngineLoad)
+    """State now."""
+    cache: CacheBatch | None = None
+    """What changed in the prefix cache since the last output."""
+
+
+class OutputSink(Protocol):
+    """Takes what an engine says. No call waits, and none keeps what it is given:
+    an engine may change it afterwards. From any thread, one at a time."""
+
+    def begin_step(self, predicted_ms: float) -> None:
+        """A step begins. Engines that cannot tell leave it out."""
+
+    def step(self, output: StepOutput) -> None:
+        """One call an engine step, and calls between steps: at the start, when a
+        placement is answered, an attempt ends, or the load has changed. Raises ValueError
+        for columns that do not fit each other and for a gap in cache events."""
+
+    def ended(self) -> None:
+        """The engine says nothing more. Before `close` that is a failure."""
 
 
 class Engine(Protocol):
     """An engine. All methods may be called from any thread, and none blocks."""
 
-    def start(self) -> None:
+    def start(self, sink: OutputSink) -> None:
         """Loads nothing; begins to work. Called once."""
 
     def submit(self, placement: Placement) -> None:
-        """Takes a placement; the answer is an `Opening` in `outputs`."""
+        """Takes a placement; its `Opening` goes to the sink."""
 
     def hand_over(self, attempt: AttemptId, next_attempt: int, hand_off: wire.HandOff) -> None:
-        """Passes a running attempt on, as HandOver in worker.proto."""
+        """Passes a running attempt on, as HandOver in worker.proto.
+
+        An engine that cannot goes on with it, and fails the transfer, so that
+        the receiver does not wait.
+        """
 
     def cancel(self, attempts: Iterable[AttemptId]) -> None:
         """Ends attempts at the next layer or step border and frees their blocks.
@@ -132,23 +238,17 @@ class Engine(Protocol):
         An attempt that is not known, or has ended, is ignored.
         """
 
-    def outputs(self) -> AsyncIterator[StepOutput]:
-        """One item an engine step, and items between steps. One reader."""
+    def snapshot(self) -> Iterator[Sequence[CacheChange]]:
+        """Parts of the cache's content, stores only, hottest first.
 
-    def events(self) -> AsyncIterator[CacheBatch]:
-        """Cache changes, one batch a step at most. One reader."""
-
-    def snapshot(self) -> AsyncIterator[tuple[int, Sequence[wire.CacheEvent]]]:
-        """Parts of the cache's content, hottest first, as (last event, stores).
-
-        Never holds an engine step: the parts may be read at different moments.
-        All events after the first part's number are applied over them by the
-        receiver, in order (worker.proto, SnapshotPart). A store's run is at
-        most 4,096 blocks, and so is one of `events`.
+        Takes time, so call it on a thread of its own; it never holds an engine
+        step. The parts may be read at different moments: all events after the
+        last one that was told before the call are applied over them by the
+        receiver, in order (worker.proto, SnapshotPart).
         """
 
     def load(self) -> EngineLoad:
-        """State now; cheap enough for every step."""
+        """State now, as in the newest output or newer."""
 
     def residue(self) -> wire.Residue:
         """What is held; all zero when nothing runs."""

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import IO
 
@@ -43,7 +44,8 @@ def _download(requirement: str, folder: Path, progress: Progress) -> Path:
     step = f"download {requirement}"
     progress(step, 0, None)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    command += ["--disable-pip-version-check", "--progress-bar", "raw", "--dest", str(folder)]
+    command += ["--disable-pip-version-check", "--progress-bar", _progress_bar()]
+    command += ["--dest", str(folder)]
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(
             [*command, requirement],
@@ -61,6 +63,15 @@ def _download(requirement: str, folder: Path, progress: Progress) -> Path:
         last = text.splitlines()[-1] if text else f"pip ended with {process.returncode}"
         raise SourceUnreachableError(f"{requirement} cannot be downloaded: {last}")
     return wheels[0]
+
+
+def _progress_bar() -> str:
+    """How pip tells a program of its progress: "raw" since 24.1, before that not at all."""
+    try:
+        major, minor = (int(part) for part in metadata.version("pip").split(".")[:2])
+    except (metadata.PackageNotFoundError, ValueError):
+        return "off"
+    return "raw" if (major, minor) >= (24, 1) else "off"
 
 
 def _follow(lines: IO[str], step: str, progress: Progress) -> None:

@@ -111,7 +111,7 @@ class ExplainResponse(_message.Message):
     def __init__(self, decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., finished: _Optional[_Union[_inference_pb2.Finished, _Mapping]] = ...) -> None: ...
 
 class Decision(_message.Message):
-    __slots__ = ("attempt", "at_ms", "policy", "plans", "chosen", "predicted_ttft_ms", "actual_ttft_ms")
+    __slots__ = ("attempt", "at_ms", "policy", "plans", "chosen", "predicted_ttft_ms", "actual_ttft_ms", "predicted", "actual", "weighed", "tied")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     AT_MS_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +119,10 @@ class Decision(_message.Message):
     CHOSEN_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_TTFT_MS_FIELD_NUMBER: _ClassVar[int]
     ACTUAL_TTFT_MS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_FIELD_NUMBER: _ClassVar[int]
+    ACTUAL_FIELD_NUMBER: _ClassVar[int]
+    WEIGHED_FIELD_NUMBER: _ClassVar[int]
+    TIED_FIELD_NUMBER: _ClassVar[int]
     attempt: int
     at_ms: float
     policy: str
@@ -126,21 +130,43 @@ class Decision(_message.Message):
     chosen: int
     predicted_ttft_ms: float
     actual_ttft_ms: float
-    def __init__(self, attempt: _Optional[int] = ..., at_ms: _Optional[float] = ..., policy: _Optional[str] = ..., plans: _Optional[_Iterable[_Union[PlanCost, _Mapping]]] = ..., chosen: _Optional[int] = ..., predicted_ttft_ms: _Optional[float] = ..., actual_ttft_ms: _Optional[float] = ...) -> None: ...
+    predicted: PhaseTimes
+    actual: PhaseTimes
+    weighed: int
+    tied: int
+    def __init__(self, attempt: _Optional[int] = ..., at_ms: _Optional[float] = ..., policy: _Optional[str] = ..., plans: _Optional[_Iterable[_Union[PlanCost, _Mapping]]] = ..., chosen: _Optional[int] = ..., predicted_ttft_ms: _Optional[float] = ..., actual_ttft_ms: _Optional[float] = ..., predicted: _Optional[_Union[PhaseTimes, _Mapping]] = ..., actual: _Optional[_Union[PhaseTimes, _Mapping]] = ..., weighed: _Optional[int] = ..., tied: _Optional[int] = ...) -> None: ...
+
+class PhaseTimes(_message.Message):
+    __slots__ = ("wait_ms", "prefill_ms", "transfer_ms", "ttft_ms")
+    WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_MS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_MS_FIELD_NUMBER: _ClassVar[int]
+    TTFT_MS_FIELD_NUMBER: _ClassVar[int]
+    wait_ms: float
+    prefill_ms: float
+    transfer_ms: float
+    ttft_ms: float
+    def __init__(self, wait_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., transfer_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ...) -> None: ...
 
 class PlanCost(_message.Message):
-    __slots__ = ("prefill_worker", "decode_worker", "prefix_worker", "total_ms", "terms")
+    __slots__ = ("prefill_worker", "decode_worker", "prefix_worker", "total_ms", "terms", "ttft_ms", "cached_tokens", "pulled_tokens")
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
     PREFIX_WORKER_FIELD_NUMBER: _ClassVar[int]
     TOTAL_MS_FIELD_NUMBER: _ClassVar[int]
     TERMS_FIELD_NUMBER: _ClassVar[int]
+    TTFT_MS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PULLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prefill_worker: str
     decode_worker: str
     prefix_worker: str
     total_ms: float
     terms: _containers.RepeatedCompositeFieldContainer[CostTerm]
-    def __init__(self, prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., prefix_worker: _Optional[str] = ..., total_ms: _Optional[float] = ..., terms: _Optional[_Iterable[_Union[CostTerm, _Mapping]]] = ...) -> None: ...
+    ttft_ms: float
+    cached_tokens: int
+    pulled_tokens: int
+    def __init__(self, prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., prefix_worker: _Optional[str] = ..., total_ms: _Optional[float] = ..., terms: _Optional[_Iterable[_Union[CostTerm, _Mapping]]] = ..., ttft_ms: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., pulled_tokens: _Optional[int] = ...) -> None: ...
 
 class CostTerm(_message.Message):
     __slots__ = ("name", "ms")

@@ -702,20 +702,36 @@ class KvRoom(_message.Message):
     def __init__(self, free: _Optional[int] = ..., evictable: _Optional[int] = ..., running: _Optional[int] = ..., pinned: _Optional[int] = ..., reserved: _Optional[int] = ...) -> None: ...
 
 class LoadShare(_message.Message):
-    __slots__ = ("queued", "queued_prefill_tokens", "running_prefill_tokens", "decoding", "decode_context", "receiving")
+    __slots__ = ("queued", "queued_prefill_tokens", "running_prefill_tokens", "decoding", "decode_context", "receiving", "interactive", "standard", "batch")
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     QUEUED_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DECODING_FIELD_NUMBER: _ClassVar[int]
     DECODE_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     RECEIVING_FIELD_NUMBER: _ClassVar[int]
+    INTERACTIVE_FIELD_NUMBER: _ClassVar[int]
+    STANDARD_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
     queued: int
     queued_prefill_tokens: int
     running_prefill_tokens: int
     decoding: int
     decode_context: int
     receiving: int
-    def __init__(self, queued: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., running_prefill_tokens: _Optional[int] = ..., decoding: _Optional[int] = ..., decode_context: _Optional[int] = ..., receiving: _Optional[int] = ...) -> None: ...
+    interactive: ClassShare
+    standard: ClassShare
+    batch: ClassShare
+    def __init__(self, queued: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., running_prefill_tokens: _Optional[int] = ..., decoding: _Optional[int] = ..., decode_context: _Optional[int] = ..., receiving: _Optional[int] = ..., interactive: _Optional[_Union[ClassShare, _Mapping]] = ..., standard: _Optional[_Union[ClassShare, _Mapping]] = ..., batch: _Optional[_Union[ClassShare, _Mapping]] = ...) -> None: ...
+
+class ClassShare(_message.Message):
+    __slots__ = ("waiting", "waiting_tokens", "decoding")
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DECODING_FIELD_NUMBER: _ClassVar[int]
+    waiting: int
+    waiting_tokens: int
+    decoding: int
+    def __init__(self, waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., decoding: _Optional[int] = ...) -> None: ...
 
 class CacheEvents(_message.Message):
     __slots__ = ("first_event", "events", "snapshot")

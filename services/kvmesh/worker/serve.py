@@ -8,34 +8,21 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager
-from typing import Any
-
-import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from collections.abc import Callable
+from contextlib import ExitStack
 
 import kvmesh
-from kvmesh._router import WorkerRegistration
+from kvmesh._router import WorkerPort, WorkerRegistration
+from kvmesh.roles import role_number
 from kvmesh.v1 import worker_pb2 as wire
 from kvmesh.worker.engines import BuiltEngine, build_engine
-from kvmesh.worker.service import SERVICE, WorkerService
-from kvmesh.worker.settings import ROLES, WorkerSettings, split_address
+from kvmesh.worker.service import WorkerService
+from kvmesh.worker.settings import WorkerSettings, split_address
 
 _log = logging.getLogger(__name__)
 
-_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-
-_SERVER_OPTIONS = (
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-    # Routers ping every 10 s, also in a silent prefill of minutes.
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-    ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.so_reuseport", 0),
-)
+_LINGER_S = 1.0
+"""Time that routers have, at the end, to take what was said last."""
 
 
 def main(settings: WorkerSettings, announce: Callable[[str], None] = print) -> int:
@@ -45,103 +32,107 @@ def main(settings: WorkerSettings, announce: Callable[[str], None] = print) -> i
 
 
 async def serve(settings: WorkerSettings, announce: Callable[[str], None]) -> int:
-    """As `main`, inside a running loop. `announce` gets a line a milestone."""
-    stop = asyncio.Event()
+    """As `main`, inside a running loop. `announce` gets a line a milestone.
+
+    The loop waits for signals and the end; gRPC is served by the native port,
+    and the engine runs on its own thread.
+    """
+    told = _Told(settings.grace_s)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, told.stop)
 
     worker_id = settings.resolved_worker_id()
     incarnation = secrets.randbits(63) | 1
     started = time.monotonic()
     announce(f"worker {worker_id}: loading {settings.model} with engine {settings.engine}")
     built = await asyncio.to_thread(build_engine, settings, worker_id, incarnation, announce)
-    server = grpc.aio.server(options=_SERVER_OPTIONS)
-    port = server.add_insecure_port(settings.listen)
-    record = _record(settings, built, worker_id, incarnation, port)
-    service = WorkerService(built.engine, record, built.tokenizer, settings)
-    status = _add_services(server, service)
+    engine = built.engine
+    port = _port(settings)
+    record = _record(settings, built, worker_id, incarnation, port.port)
+    service = WorkerService(engine, port, record)
+    service.on_stop = lambda grace_s: loop.call_soon_threadsafe(told.stop, grace_s)
+    service.on_role = lambda: loop.call_soon_threadsafe(told.role.set)
+    service.on_engine_end = lambda: loop.call_soon_threadsafe(told.fail)
     try:
-        await asyncio.to_thread(built.engine.start)
-        record.step_model.CopyFrom(built.engine.step_model())
-        record.capabilities.CopyFrom(built.engine.capabilities())
-        await server.start()
-        await status.set("", health_pb2.HealthCheckResponse.SERVING)
-        await status.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        await asyncio.to_thread(engine.start, port)
+        record.step_model.CopyFrom(engine.step_model())
+        record.capabilities.CopyFrom(engine.capabilities())
+        service.start()
+        port.serve(
+            record.SerializeToString(), list(built.tokenizer.files.items()), built.tokenizer.digest
+        )
         announce(
             f"worker {worker_id}: serving {record.model.name} on {record.address} "
             f"after {time.monotonic() - started:.1f} s"
         )
         with ExitStack() as stack:
             registration = await asyncio.to_thread(_register, settings, record, stack)
-            async with _tasks(service, registration) as failed:
-                await _until_told(stop, service, failed)
-                await status.enter_graceful_shutdown()
-                announce(f"worker {worker_id}: draining, {service.running()} running")
+            roles = asyncio.create_task(_follow_role(record, told, registration), name="role")
+            try:
+                await asyncio.wait([told.stopped, roles], return_when=asyncio.FIRST_COMPLETED)
+                # A role that cannot be written is a failure, as an engine that ended.
+                await (roles if roles.done() else told.stopped)
+                port.begin_stop()
+                announce(f"worker {worker_id}: draining, {port.running()} running")
                 # The streams that still run need their tokens until the grace ends.
-                await service.stop(service.stop_grace_s)
+                if not await asyncio.to_thread(port.wait_idle, told.grace_s):
+                    _log.warning("grace ended running=%d", port.running())
+                    port.give_back()
+            finally:
+                roles.cancel()
+                await asyncio.gather(roles, return_exceptions=True)
     finally:
-        await server.stop(grace=1.0)
-        await built.engine.close()
+        await asyncio.to_thread(port.close, _LINGER_S)
+        await engine.close()
+        await asyncio.to_thread(service.join)
         announce(f"worker {worker_id}: stopped")
     return 0
 
 
-@asynccontextmanager
-async def _tasks(
-    service: WorkerService, registration: WorkerRegistration | None
-) -> AsyncIterator[asyncio.Future[None]]:
-    """Runs the worker's tasks; the future fails when one of them ends."""
-    failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+class _Told:
+    """What the worker was told to do. Used by the event loop alone."""
 
-    def ended(task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and not failed.done():
-            # None of these tasks ends by itself: say what went wrong.
-            failed.set_exception(
-                task.exception() or RuntimeError(f"the worker's task {task.get_name()} ended")
-            )
+    def __init__(self, grace_s: float) -> None:
+        self.grace_s = grace_s
+        self.role = asyncio.Event()
+        self.stopped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    tasks = [
-        asyncio.create_task(service.distribute_outputs(), name="outputs"),
-        asyncio.create_task(service.distribute_events(), name="events"),
-        asyncio.create_task(service.report_load(), name="load"),
-        asyncio.create_task(_follow_role(service, registration), name="role"),
-    ]
-    for task in tasks:
-        task.add_done_callback(ended)
-    try:
-        yield failed
-    finally:
-        for task in tasks:
-            task.remove_done_callback(ended)
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    def stop(self, grace_s: float | None = None) -> None:
+        """A signal, or Drain with `stop`."""
+        if grace_s is not None:
+            self.grace_s = grace_s
+        if not self.stopped.done():
+            self.stopped.set_result(None)
+
+    def fail(self) -> None:
+        """The engine ended by itself."""
+        if not self.stopped.done():
+            self.stopped.set_exception(RuntimeError("the engine has ended"))
 
 
-async def _until_told(
-    stop: asyncio.Event, service: WorkerService, failed: asyncio.Future[None]
+async def _follow_role(
+    record: wire.WorkerRecord, told: _Told, registration: WorkerRegistration | None
 ) -> None:
-    """Waits for a signal or a Drain that stops; raises what a task raised."""
-    waits: list[asyncio.Future[Any]] = [
-        asyncio.create_task(stop.wait(), name="signal"),
-        asyncio.create_task(service.stopping.wait(), name="drain"),
-    ]
-    try:
-        await asyncio.wait([*waits, failed], return_when=asyncio.FIRST_COMPLETED)
-        if failed.done():
-            await failed
-    finally:
-        for task in waits:
-            task.cancel()
-
-
-async def _follow_role(service: WorkerService, registration: WorkerRegistration | None) -> None:
     """Writes a changed role to the registry."""
     while True:
-        await service.role_changed.wait()
-        service.role_changed.clear()
+        await told.role.wait()
+        told.role.clear()
         if registration is not None:
-            await asyncio.to_thread(registration.update, service.record.SerializeToString())
+            await asyncio.to_thread(registration.update, record.SerializeToString())
+
+
+def _port(settings: WorkerSettings) -> WorkerPort:
+    return WorkerPort(
+        settings.listen,
+        step_lane_bytes=settings.step_lane_bytes,
+        step_lane_age_s=settings.step_lane_age_s,
+        cache_ring_events=settings.cache_ring_events,
+        cache_coalesce_ms=settings.cache_coalesce_ms,
+        snapshot_interval_ms=settings.snapshot_interval_ms,
+        load_interval_ms=settings.load_interval_ms,
+        load_coalesce_ms=settings.load_coalesce_ms,
+    )
 
 
 def _register(
@@ -154,16 +145,6 @@ def _register(
     )
     stack.callback(registration.close)
     return registration
-
-
-def _add_services(server: grpc.aio.Server, service: WorkerService) -> health.aio.HealthServicer:
-    server.add_generic_rpc_handlers((service.handlers(),))
-    status = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(status, server)
-    reflection.enable_server_reflection(
-        (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-    )
-    return status
 
 
 def _record(
@@ -181,7 +162,7 @@ def _record(
         incarnation=incarnation,
         address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
         transfer_address=built.engine.transfer_address,
-        role=ROLES[settings.role],
+        role=role_number(settings.role),
         model=model,
         capabilities=built.engine.capabilities(),
         version=kvmesh.__version__,

@@ -11,14 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
-from kvmesh.v1 import worker_pb2 as wire
+from kvmesh.roles import ROLES
 
-ROLES: Mapping[str, wire.Role] = {
-    "prefill": wire.ROLE_PREFILL,
-    "decode": wire.ROLE_DECODE,
-    "both": wire.ROLE_BOTH,
-}
 ENGINES = ("torch", "sim")
+LIKE = ("kvmesh", "vllm")
 DType = Literal["float32", "float16", "bfloat16"]
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -46,6 +42,8 @@ class WorkerSettings:
     """Address of the gRPC port; port 0 takes a free one."""
     transfer_listen: str = "127.0.0.1:0"
     """Address of the transfer port; port 0 takes a free one."""
+    transfer_tcp: bool = False
+    """Move KV by TCP also between workers of one host, not by shared memory."""
     advertise_host: str = ""
     """Host that others reach this worker by. Empty: the host of `listen`."""
     insecure: bool = False
@@ -76,12 +74,16 @@ class WorkerSettings:
     """Cache events kept for routers that come back."""
     cache_coalesce_ms: float = 20.0
     """Longest time that cache events wait for others, milliseconds."""
+    snapshot_interval_ms: float = 5.0
+    """Shortest time between two frames of a snapshot of the cache, milliseconds."""
     load_interval_ms: float = 250.0
     """Longest time between two load reports, milliseconds."""
     load_coalesce_ms: float = 5.0
     """Shortest time between two load reports, milliseconds."""
     switch_interval_ms: float = 1.0
-    """Python's thread switch interval: engine thread and event loop share the GIL."""
+    """Python's thread switch interval: engine thread and others share the GIL."""
+    like: str = ""
+    """Whose behaviour the engine sim has: kvmesh or vllm. Empty: kvmesh."""
     engine_arguments: Mapping[str, str] = field(default_factory=dict)
     """Further settings of the engine, by name."""
 
@@ -89,6 +91,10 @@ class WorkerSettings:
         self._one_of("role", self.role, ROLES)
         self._one_of("engine", self.engine, ENGINES)
         self._one_of("dtype", self.dtype, get_args(DType))
+        if self.like:
+            self._one_of("like", self.like, LIKE)
+            if self.engine != "sim":
+                raise SettingError(f"like is {self.like!r}; allowed is none but with engine sim")
         for name in ("worker_id", "cluster"):
             value = getattr(self, name)
             if value and not _ID.fullmatch(value):
@@ -105,8 +111,8 @@ class WorkerSettings:
                 )
         positive = (
             "lease_ttl_s", "kv_pool_tokens", "threads", "step_lane_bytes", "step_lane_age_s",
-            "cache_ring_events", "cache_coalesce_ms", "load_interval_ms", "load_coalesce_ms",
-            "switch_interval_ms",
+            "cache_ring_events", "cache_coalesce_ms", "snapshot_interval_ms", "load_interval_ms",
+            "load_coalesce_ms", "switch_interval_ms",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:

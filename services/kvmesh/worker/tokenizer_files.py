@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvmesh.v1 import worker_pb2 as wire
-
 NAMES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 """In the order of the digest. The first is required."""
-
-PART_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +35,3 @@ class TokenizerFiles:
             raise FileNotFoundError(f"{folder} has no {NAMES[0]}: routers could not tokenise")
         found = {name: folder / name for name in NAMES}
         return cls.of({n: path.read_bytes() for n, path in found.items() if path.is_file()})
-
-    def messages(self, known_digest: str) -> Iterator[wire.GetTokenizerResponse]:
-        """The answer to GetTokenizer: header, then bytes unless they are known."""
-        header = wire.TokenizerHeader(
-            digest=self.digest,
-            files=[
-                wire.TokenizerFile(name=name, size=len(content))
-                for name, content in self.files.items()
-            ],
-        )
-        yield wire.GetTokenizerResponse(header=header)
-        if known_digest == self.digest:
-            return
-        for content in self.files.values():
-            for begin in range(0, len(content), PART_BYTES):
-                yield wire.GetTokenizerResponse(data=content[begin : begin + PART_BYTES])

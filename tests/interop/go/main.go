@@ -48,9 +48,10 @@ func main() {
 	model := flag.String("model", "", "model; empty for the only one")
 	tokens := flag.String("tokens", "20,21,22", "prompt token ids")
 	max := flag.Uint("max", 16, "most output tokens")
+	authority := flag.String("authority", "kvmesh", "authority of calls through etcd; empty for grpc-go's own")
 	timeout := flag.Duration("timeout", 30*time.Second, "deadline of the call")
 	flag.Parse()
-	got, err := run(*etcd, *cluster, *target, *model, *tokens, uint32(*max), *timeout)
+	got, err := run(*etcd, *cluster, *target, *authority, *model, *tokens, uint32(*max), *timeout)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
@@ -60,7 +61,7 @@ func main() {
 	}
 }
 
-func run(etcd, cluster, target, model, tokens string, max uint32, timeout time.Duration) (*answer, error) {
+func run(etcd, cluster, target, authority, model, tokens string, max uint32, timeout time.Duration) (*answer, error) {
 	ids, err := parseIds(tokens)
 	if err != nil {
 		return nil, err
@@ -78,7 +79,10 @@ func run(etcd, cluster, target, model, tokens string, max uint32, timeout time.D
 		}
 		// Without an authority of its own grpc-go sends the percent-encoded path
 		// of the target, which HTTP/2 servers in Rust refuse as malformed.
-		options = append(options, grpc.WithResolvers(builder), grpc.WithAuthority("kvmesh"),
+		if authority != "" {
+			options = append(options, grpc.WithAuthority(authority))
+		}
+		options = append(options, grpc.WithResolvers(builder),
 			grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"round_robin":{}}]}`))
 		target = fmt.Sprintf("etcd:///kvmesh/v1/%s/routers", cluster)
 	}

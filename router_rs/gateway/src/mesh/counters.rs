@@ -145,8 +145,25 @@ pub struct Counters {
     pub cache_bytes: Count,
     /// Cache events that were dropped: of a kind that is not known here.
     pub cache_events_dropped: Count,
-    /// Tokeniser downloads.
+    /// Tokeniser downloads begun.
     pub tokenizer_fetches: Count,
+    /// Tokeniser downloads that failed.
+    pub tokenizer_failures: Count,
+}
+
+/// Attempts and their mesh transfers, at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AttemptCounts {
+    /// Attempts that run.
+    pub open: u64,
+    /// Transfers whose decode worker has not answered.
+    pub placed: u64,
+    /// Transfers with room at decode whose prefill worker has not answered.
+    pub reserved: u64,
+    /// Transfers whose prompt is being computed.
+    pub flowing: u64,
+    /// Transfers that prefill has handed off.
+    pub committed: u64,
 }
 
 impl Counters {

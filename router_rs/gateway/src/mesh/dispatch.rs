@@ -24,7 +24,7 @@ use super::{
     Core,
     decisions::Decided,
     figures::ms,
-    models::{self, ServedModel},
+    models::ServedModel,
     open::{Chosen, Open, Party},
     placer::{Placed, Placer, Standing},
     policy::PolicySettings,
@@ -44,8 +44,8 @@ pub(super) struct Dispatcher {
     lengths: Mutex<Lengths>,
 }
 
-/// Load that is booked while a request waits.
-pub(super) type Held = Vec<(WorkerIndex, Load)>;
+/// A prompt that is listed where it would go, while it waits.
+pub(super) type Held = Option<Load>;
 
 /// What came of trying to place a request.
 pub(super) enum Tried {
@@ -61,7 +61,7 @@ pub(super) enum Tried {
 /// Load that was booked at the moment of choice. Dropping it releases it, so
 /// that every way out does.
 pub(super) struct Booking {
-    loads: Held,
+    loads: Vec<(WorkerIndex, Load)>,
 }
 
 impl Booking {
@@ -164,9 +164,10 @@ impl Core {
     pub(super) fn plan(self: &Arc<Self>, open: &Arc<Open>, request: &PlanRequest) {
         // New work does not pass what goes before it.
         let behind = request.cause == Cause::Start && self.dispatcher.waits.behind(open);
-        let mut held = Held::new();
+        let mut held = None;
         if !request.wait_for_room {
-            match self.try_plan(open, request, !behind) {
+            let key_ms = self.dispatcher.waits.deadline_ms(open);
+            match self.try_plan(open, request, (!behind).then_some(key_ms)) {
                 Tried::Done => return,
                 Tried::NoRoom => {}
                 Tried::NotYet(booked) => held = booked,
@@ -182,17 +183,18 @@ impl Core {
         self.dispatcher.waits.push(open, request, held);
     }
 
-    /// Chooses and books; places if it may go and a worker would start the
-    /// request soon.
+    /// Chooses and books; places if it may go, as one with this virtual
+    /// deadline, and a worker would start the request soon.
     pub(super) fn try_plan(
         self: &Arc<Self>,
         open: &Arc<Open>,
         request: &PlanRequest,
-        may_go: bool,
+        goes_as_ms: Option<f64>,
     ) -> Tried {
         let began = Instant::now();
         let border = open.next_index();
-        let placed = match self.choose(open, request, border) {
+        let key_ms = goes_as_ms.unwrap_or_else(|| self.dispatcher.waits.deadline_ms(open));
+        let placed = match self.choose(open, request, border, key_ms) {
             Ok(placed) => placed,
             Err(
                 NoPlan::NoRoom { .. }
@@ -220,8 +222,8 @@ impl Core {
             return Tried::Done;
         }
         let ahead = ms(self.settings.dispatch_ahead).max(placed.step_ms);
-        if !may_go || placed.start_ms > ahead {
-            return Tried::NotYet(placed.bookings);
+        if goes_as_ms.is_none() || placed.start_ms > ahead {
+            return Tried::NotYet(Some(self.dispatcher.placer().hold(&placed, key_ms)));
         }
         let Some(parties) = self.parties(&placed) else {
             return Tried::NoRoom;
@@ -230,7 +232,13 @@ impl Core {
         Tried::Done
     }
 
-    fn choose(&self, open: &Open, request: &PlanRequest, border: u32) -> Result<Placed, NoPlan> {
+    fn choose(
+        &self,
+        open: &Open,
+        request: &PlanRequest,
+        border: u32,
+        virtual_deadline_ms: f64,
+    ) -> Result<Placed, NoPlan> {
         let mut cached = Matches::default();
         self.dispatcher.index.lookup_into(open.chain(), &mut cached);
         let id = u128::from_le_bytes(open.id.0);
@@ -243,7 +251,7 @@ impl Core {
             .filter_map(|(worker, _)| placer.slot(*worker))
             .collect();
         let view = RequestView {
-            virtual_deadline_ms: waits.deadline_ms(open),
+            virtual_deadline_ms,
             affinity: affinity(open.chain(), id),
             ..request_view(&open.request, id, border, expected, &cached, &excluded)
         };
@@ -367,31 +375,6 @@ impl Core {
             Some(true) => self.fetch_tokenizer(worker, model.tokenizer_digest.clone()),
             Some(false) => {}
         }
-    }
-
-    fn fetch_tokenizer(self: &Arc<Self>, worker: &Arc<WorkerEntry>, digest: String) {
-        let core = Arc::clone(self);
-        let worker = Arc::clone(worker);
-        self.counters.tokenizer_fetches.add(1);
-        self.tasks.spawn(async move {
-            let address = worker.address();
-            let cache = core.settings.cache_dir.as_deref();
-            let fetched = tokio::select! {
-                () = core.stop.cancelled() => return,
-                fetched = models::fetch(&address, &digest, cache) => fetched,
-            };
-            match fetched {
-                Ok(text) => {
-                    tracing::info!(worker = %worker.name(), %digest, "tokeniser ready");
-                    core.models.fetched(&digest, Some(text));
-                }
-                Err(error) => {
-                    tracing::warn!(worker = %worker.name(), %digest, %error, "no tokeniser");
-                    worker.set_detail(format!("its tokeniser cannot be used: {error}"));
-                    core.models.fetched(&digest, None);
-                }
-            }
-        });
     }
 
     /// A worker's load came.

@@ -13,11 +13,13 @@
 //! registry, one sweep a second, one a tokeniser download. All belong to a
 //! tracker that [`Mesh::shutdown`] waits for.
 
+mod backoff;
 mod continuation;
 mod counters;
 mod decisions;
 mod dispatch;
 mod figures;
+mod given_up;
 mod models;
 mod open;
 mod placer;
@@ -28,10 +30,12 @@ mod settings;
 mod stream;
 mod table;
 mod timers;
+mod tokenizer;
 mod views;
 
 use std::{
     collections::BTreeMap,
+    pin::pin,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -44,9 +48,11 @@ use kvmesh_session::{
 };
 use kvmesh_text::TextStream;
 use kvmesh_wire::v1;
+use tokio::sync::Notify;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-pub use counters::{Count, Counters, Gauge, Ratios, SessionCounts};
+pub use counters::{AttemptCounts, Count, Counters, Gauge, Ratios, SessionCounts};
+pub use given_up::GivenUp;
 pub use models::ServedModel;
 pub use policy::{COST, PolicySettings, SCORED};
 pub use settings::MeshSettings;
@@ -71,6 +77,8 @@ struct Core {
     counters: Counters,
     decisions: Decisions,
     open: Mutex<ById<Arc<Open>>>,
+    /// Told when the last open generation is gone.
+    idle: Notify,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -86,6 +94,23 @@ impl Core {
         let mut all = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if all.remove(&id).is_some() {
             self.counters.open_streams.sub(1);
+            if all.is_empty() {
+                self.idle.notify_waiters();
+            }
+        }
+    }
+
+    /// Waits until no generation is open.
+    async fn all_closed(&self) {
+        loop {
+            // Listens before it looks: no end can pass between the two.
+            let idle = self.idle.notified();
+            let mut idle = pin!(idle);
+            idle.as_mut().enable();
+            if self.counters.open_streams.get() == 0 {
+                return;
+            }
+            idle.await;
         }
     }
 
@@ -185,6 +210,7 @@ impl Mesh {
             counters: Counters::default(),
             decisions: Decisions::new(settings.decisions_kept),
             open: Mutex::default(),
+            idle: Notify::new(),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
             settings,
@@ -376,6 +402,16 @@ impl Mesh {
         self.core.table.session_counts()
     }
 
+    /// Attempts that run, and their transfers by state.
+    #[must_use]
+    pub fn attempts(&self) -> AttemptCounts {
+        let mut counts = AttemptCounts::default();
+        for open in self.core.all_open() {
+            open.count(&mut counts);
+        }
+        counts
+    }
+
     /// Requests that wait for room.
     #[must_use]
     pub fn queued(&self) -> usize {
@@ -391,11 +427,8 @@ impl Mesh {
     /// Lets running generations end for up to `grace`, then ends the rest and
     /// every task.
     pub async fn shutdown(&self, grace: Duration) {
-        let until = tokio::time::Instant::now() + grace;
-        while self.core.counters.open_streams.get() > 0 && tokio::time::Instant::now() < until {
-            // Streams end by their clients; there is nothing else to wait on.
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        // Over is over: what is still open is ended below.
+        let _ = tokio::time::timeout(grace, self.core.all_closed()).await;
         for open in self.core.all_open() {
             open.apply(Event::Stop(Stop::Shutdown));
         }

@@ -8,9 +8,9 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use kvmesh_kv_index::{Knowledge, KvIndex, Matches, WorkerSlot};
 use kvmesh_scheduler::{
-    Admission, AdmissionSettings, Booking, Bookings, Class, Cluster, Considered, Decision,
+    Admission, AdmissionSettings, Booking, Bookings, ByClass, Class, Cluster, Considered, Decision,
     Estimate, Learner, Needs, NoPlan, Path, PerClass, Plan, Policy, Rejected, RequestView, Roster,
-    StepModel, StepSample, TransferRates, WorkerView, placeable,
+    StepModel, StepSample, TransferRates, Work, WorkerView, placeable,
 };
 use kvmesh_session::{WorkerIndex, parse::LoadReport};
 use kvmesh_wire::v1;
@@ -58,6 +58,8 @@ pub(super) struct Placed {
     /// count; else a mesh transfer.
     pub(super) engine: Option<bool>,
     pub(super) bookings: Vec<(WorkerIndex, Booking)>,
+    /// The prompt, for where it is computed.
+    pub(super) prompt: (WorkerSlot, Work),
     pub(super) chosen: Considered,
     /// The best plans, each with its workers: prefill, decode, prefix.
     pub(super) considered: Vec<(Considered, [Option<WorkerIndex>; 3])>,
@@ -440,6 +442,17 @@ impl Placer {
             let booking = self.bookings.book_prompt(slot, work, virtual_deadline_ms);
             Ok((at(slot)?, booking))
         };
+        let (slot, work) = decision.work.first().copied().ok_or(NoPlan::NoPair)?;
+        let prompt = Work {
+            prefills: work.prefills,
+            prefill_tokens: work.prefill_tokens,
+            prefill_context: work.prefill_context,
+            classes: ByClass {
+                decoding: [0; 3],
+                ..work.classes
+            },
+            ..Work::default()
+        };
         let bookings = decision
             .work
             .into_iter()
@@ -461,6 +474,7 @@ impl Placer {
             source: plan.source().and_then(|slot| self.worker_at(slot)),
             engine: self.engine(prefill, decode),
             bookings,
+            prompt: (slot, prompt),
             chosen: decision.chosen,
             considered: considered.map(|one| (one, workers(&one.plan))).collect(),
             tail: None,
@@ -472,6 +486,14 @@ impl Placer {
                 .get(&prefill)
                 .map_or(0.0, |known| known.step_ms),
         })
+    }
+
+    /// Lists a prompt that waits in this router's queue where it would go now:
+    /// those that come after it see it there. It takes no room: whoever goes
+    /// first must get it.
+    pub(super) fn hold(&self, placed: &Placed, virtual_deadline_ms: f64) -> Booking {
+        let (slot, work) = placed.prompt;
+        self.bookings.book_prompt(slot, work, virtual_deadline_ms)
     }
 
     /// Whether two workers hand over by their engine's connector, and then

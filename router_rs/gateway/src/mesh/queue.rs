@@ -34,13 +34,16 @@ const RETRY_AFTER: (Duration, Duration) = (Duration::from_millis(100), Duration:
 /// load frame costs. Those behind them are tried with the next one.
 const TRIED_AT_ONCE: usize = 64;
 
+/// By how much a request that goes before another is before it, ms.
+const BEFORE_MS: f64 = 1e-3;
+
 /// A request that waits.
 pub(super) struct Waiting {
     pub(super) open: Arc<Open>,
     pub(super) request: PlanRequest,
     /// When it came into the queue, for the bound on waiting.
     since: Instant,
-    /// Booked where it would go now: those that come after it see it there. Let
+    /// Listed where it would go now: those that come after it see it there. Let
     /// go of before it is tried again.
     held: Held,
 }
@@ -50,6 +53,8 @@ pub(super) struct Waits {
     /// Zero of the queue's clock.
     started: Instant,
     queue: Mutex<Queue<Waiting>>,
+    /// Those that hold a place at a worker.
+    holding: Mutex<Vec<Ticket>>,
     length: AtomicUsize,
 }
 
@@ -63,6 +68,7 @@ impl Waits {
         Self {
             started: Instant::now(),
             queue: Mutex::new(Queue::with_settings(settings)),
+            holding: Mutex::default(),
             length: AtomicUsize::new(0),
         }
     }
@@ -95,10 +101,41 @@ impl Waits {
             since: Instant::now(),
             held,
         };
+        let holds = entry.held.is_some();
         let mut queue = lock(&self.queue);
         // It has no bound of its own.
-        let _ = queue.push_for(lane, deadline, work, entry);
+        let pushed = queue.push_for(lane, deadline, work, entry);
         self.length.store(queue.len(), Ordering::Relaxed);
+        drop(queue);
+        if let (Ok(ticket), true) = (pushed, holds) {
+            lock(&self.holding).push(ticket);
+        }
+    }
+
+    /// The next ones to be tried, each with the virtual deadline that it goes
+    /// as. Turns of tenants may let a request go before others with earlier
+    /// keys: for as long as they all wait here, it is before them, and of equal
+    /// ones the first is. What held a place and is not among them gives it up.
+    fn next(&self) -> Vec<(Ticket, f64)> {
+        let tickets = lock(&self.queue).order(TRIED_AT_ONCE);
+        let mut next_ms = f64::INFINITY;
+        let mut next: Vec<(Ticket, f64)> = Vec::with_capacity(tickets.len());
+        for ticket in tickets.into_iter().rev() {
+            next_ms = ticket.virtual_deadline_ms().min(next_ms - BEFORE_MS);
+            next.push((ticket, next_ms));
+        }
+        next.reverse();
+        let now_held = next.iter().map(|(ticket, _)| *ticket).collect();
+        let before = std::mem::replace(&mut *lock(&self.holding), now_held);
+        for ticket in before {
+            if !next.iter().any(|(other, _)| *other == ticket)
+                && let Some(mut entry) = self.take(ticket)
+            {
+                entry.held = None;
+                self.put_back(ticket, entry);
+            }
+        }
+        next
     }
 
     /// Takes a request to try it; whoever takes it owns it until it is given
@@ -150,7 +187,7 @@ impl Waits {
             if open.request.model != model {
                 continue;
             }
-            if entry.held.is_empty() && self.deadline_ms(open) <= deadline_ms {
+            if entry.held.is_none() && self.deadline_ms(open) <= deadline_ms {
                 before += open.work_ms;
             }
             if class_of(open.request.class) <= class {
@@ -233,12 +270,8 @@ impl Core {
         if waits.len() == 0 {
             return;
         }
-        let tickets: Vec<Ticket> = {
-            let queue = lock(&waits.queue);
-            queue.order(TRIED_AT_ONCE)
-        };
         let mut blocked: Vec<String> = Vec::new();
-        for ticket in tickets {
+        for (ticket, key_ms) in waits.next() {
             let Some(mut entry) = waits.take(ticket) else {
                 continue;
             };
@@ -251,9 +284,9 @@ impl Core {
                 waits.put_back(ticket, entry);
                 continue;
             }
-            entry.held.clear();
+            entry.held = None;
             let late = waits.deadline_ms(&entry.open) <= waits.now_ms();
-            match self.try_plan(&entry.open, &entry.request, true) {
+            match self.try_plan(&entry.open, &entry.request, Some(key_ms)) {
                 Tried::Done => {
                     waits.leaves(ticket, true);
                     continue;

@@ -33,6 +33,8 @@ pub struct MeshSettings {
     pub answer_timeout: Duration,
     /// Decode has to bring a token within this after prefill's session broke.
     pub orphan_timeout: Duration,
+    /// First and longest pause before a tokeniser's download is tried again.
+    pub tokenizer_retry: (Duration, Duration),
     /// Generations whose decisions are kept.
     pub decisions_kept: usize,
     /// Which policy chooses, and how what waits is served.
@@ -55,6 +57,7 @@ impl Default for MeshSettings {
             dispatch_ahead: Duration::from_millis(50),
             answer_timeout: Duration::from_secs(10),
             orphan_timeout: Duration::from_secs(10),
+            tokenizer_retry: (Duration::from_millis(250), Duration::from_secs(30)),
             decisions_kept: 4_096,
             policy: PolicySettings::default(),
         }

@@ -4,6 +4,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
+    time::Instant,
 };
 
 use futures_util::Stream;
@@ -14,7 +15,10 @@ use kvmesh_session::{
 use kvmesh_text::TextStream;
 use kvmesh_wire::v1::{self, generate_response::Event as Message};
 
-use super::open::{Batch, Open};
+use super::{
+    GivenUp,
+    open::{Batch, Open},
+};
 use crate::error::RequestError;
 
 /// One generation's answer. Dropping it cancels the generation on its workers.
@@ -30,6 +34,8 @@ pub struct GenerationStream {
     message: v1::GenerateResponse,
     /// The stop string that ended the text.
     stopped: Option<String>,
+    /// When `pending` was taken.
+    taken: Instant,
     /// Tokens handed out.
     delivered: u32,
     done: bool,
@@ -45,6 +51,7 @@ impl GenerationStream {
             pending: Batch::default(),
             message: v1::GenerateResponse::default(),
             stopped: None,
+            taken: Instant::now(),
             delivered: 0,
             done: false,
         }
@@ -54,6 +61,24 @@ impl GenerationStream {
     #[must_use]
     pub fn id(&self) -> String {
         self.open.id.to_string()
+    }
+
+    /// When the tokens of the last message were taken from the generation.
+    #[must_use]
+    pub fn taken(&self) -> Instant {
+        self.taken
+    }
+
+    /// Tokens handed out.
+    #[must_use]
+    pub fn delivered(&self) -> u32 {
+        self.delivered
+    }
+
+    /// Said when its client reads nothing for too long.
+    #[must_use]
+    pub fn given_up(&self) -> GivenUp {
+        self.open.given_up.clone()
     }
 
     /// The next message of what is at hand is in `message`. False: nothing is.
@@ -120,7 +145,7 @@ impl GenerationStream {
             }
             match self.next_message() {
                 Ok(true) => return Poll::Ready(Some(Ok(&self.message))),
-                Ok(false) => ready!(self.open.poll_take(cx, &mut self.pending)),
+                Ok(false) => self.taken = ready!(self.open.poll_take(cx, &mut self.pending)),
                 Err(error) => return Poll::Ready(Some(Err(error))),
             }
         }

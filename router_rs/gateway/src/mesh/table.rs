@@ -226,6 +226,8 @@ fn wire_state(state: &State) -> v1::SessionState {
 pub(super) struct Table {
     entries: RwLock<Vec<Arc<WorkerEntry>>>,
     next: Mutex<u32>,
+    /// Held while it is decided who goes.
+    deciding: Mutex<()>,
 }
 
 /// What a new list of workers changed.
@@ -296,6 +298,7 @@ impl Table {
 
     /// Takes the registry's list of (worker id, gRPC address).
     pub(super) fn sync(&self, registered: &BTreeMap<String, String>) -> Difference {
+        let _deciding = self.deciding.lock().unwrap_or_else(PoisonError::into_inner);
         let mut difference = Difference::default();
         let mut known: Vec<String> = Vec::new();
         for entry in self.all() {
@@ -333,6 +336,20 @@ impl Table {
         }
         self.remove(&difference.removed);
         difference
+    }
+
+    /// Whether an entry has neither key nor session now that its session has
+    /// ended. It is then off the table.
+    pub(super) fn drop_gone(&self, entry: &Arc<WorkerEntry>) -> bool {
+        let _deciding = self.deciding.lock().unwrap_or_else(PoisonError::into_inner);
+        let gone = {
+            let view = entry.view();
+            entry.expected_id.is_some() && !view.registered && view.session.is_none()
+        };
+        if gone {
+            self.remove(std::slice::from_ref(entry));
+        }
+        gone
     }
 
     /// Whether an entry at a fixed address turned out to be a worker that the
@@ -395,6 +412,22 @@ mod tests {
         assert_eq!((gone.len(), gone[0].index), (1, added[0].index));
         assert!(!fixed.status().registered);
         assert_eq!(table.all().len(), 1);
+    }
+
+    #[test]
+    fn a_key_that_went_under_a_session_takes_the_entry_with_the_session() {
+        let table = Table::default();
+        let added = table.sync(&list(&[("a", "127.0.0.1:1")])).added;
+        let (session, _commands) = SessionHandle::new();
+        added[0].attach(session);
+        assert!(table.sync(&list(&[])).removed.is_empty());
+        assert!(!table.drop_gone(&added[0]), "its session lives");
+        added[0].detach();
+        assert!(table.drop_gone(&added[0]));
+        assert!(table.all().is_empty());
+        // One that has its key keeps its place without a session.
+        let again = table.sync(&list(&[("a", "127.0.0.1:1")])).added;
+        assert!(!table.drop_gone(&again[0]));
     }
 
     #[test]

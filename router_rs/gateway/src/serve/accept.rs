@@ -9,7 +9,7 @@ use hyper::{
     server::conn::{http1, http2},
     service::service_fn,
 };
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite},
     net::{TcpListener, TcpStream},
@@ -21,7 +21,9 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     body::ResponseBody,
-    io::{OpenStreams, Socket},
+    calls::{CallEnd, Carrier},
+    io::Prefixed,
+    lazily::Lazily,
     service::Shared,
     tls::{self, TlsError},
 };
@@ -182,55 +184,61 @@ impl Connection {
                 first.starts_with(PREFACE)
             }
         };
-        let streams = OpenStreams::default();
-        let socket = TokioIo::new(Socket::new(stream, Bytes::from(first), streams.clone()));
+        let socket = TokioIo::new(Prefixed::new(stream, Bytes::from(first)));
         if http2 {
-            self.http2(socket, streams).await
+            self.http2(socket).await
         } else {
-            self.http1(socket, streams).await
+            self.http1(socket).await
         }
     }
 
+    /// Answers requests; `begin` tells of each one and gives what can end it.
     fn service(
         &self,
-        streams: OpenStreams,
-    ) -> impl Fn(Request<Incoming>) -> Answer + Clone + use<> {
+        begin: impl Fn() -> CallEnd + Clone,
+    ) -> impl Fn(Request<Incoming>) -> Answer + Clone {
         let (shared, peer) = (Arc::clone(&self.shared), self.peer);
         move |request| {
-            let answer = Arc::clone(&shared).answer(request, peer, streams.clone());
+            let answer = Arc::clone(&shared).answer(request, peer, begin());
             Box::pin(async move { Ok(answer.await) })
         }
     }
 
-    async fn http2<S>(&self, socket: S, streams: OpenStreams) -> Result<(), BoxError>
+    async fn http2<S>(&self, socket: S) -> Result<(), BoxError>
     where
         S: hyper::rt::Read + hyper::rt::Write + Unpin + 'static,
     {
-        let mut builder = http2::Builder::new(TokioExecutor::new());
-        builder
-            .timer(TokioTimer::new())
-            // h2 answers every ping and holds none against a client, so pings
-            // in a silent prefill are permitted at any rate.
-            .keep_alive_interval(self.limits.keep_alive.0)
-            .keep_alive_timeout(self.limits.keep_alive.1)
-            .max_concurrent_streams(self.limits.streams)
-            .max_pending_accept_reset_streams(self.limits.resets)
-            // Resets that we cause: a client cannot raise them without bound,
-            // since each needs a stream of its own within the limit above.
-            .max_local_error_reset_streams(self.limits.resets)
-            .initial_stream_window_size(1 << 20)
-            .initial_connection_window_size(4 << 20)
-            .max_header_list_size(32 << 10);
-        let connection = builder.serve_connection(socket, service_fn(self.service(streams)));
-        let mut connection = pin!(connection);
+        let mut connection = Carrier::new(|calls| {
+            let begin = {
+                let calls = calls.clone();
+                move || calls.begin()
+            };
+            http2::Builder::new(calls)
+                .timer(TokioTimer::new())
+                // h2 answers every ping and holds none against a client, so
+                // pings in a silent prefill are permitted at any rate.
+                .keep_alive_interval(self.limits.keep_alive.0)
+                .keep_alive_timeout(self.limits.keep_alive.1)
+                .max_concurrent_streams(self.limits.streams)
+                .max_pending_accept_reset_streams(self.limits.resets)
+                // Resets that we cause: a client cannot raise them without
+                // bound, since each needs a stream of its own within the limit
+                // above.
+                .max_local_error_reset_streams(self.limits.resets)
+                .initial_stream_window_size(1 << 20)
+                .initial_connection_window_size(4 << 20)
+                .max_header_list_size(32 << 10)
+                .serve_connection(socket, service_fn(self.service(begin)))
+        });
         tokio::select! {
-            ended = connection.as_mut() => return Ok(ended?),
-            () = self.time_to_go() => connection.as_mut().graceful_shutdown(),
+            biased;
+            ended = &mut connection => return Ok(ended?),
+            () = Lazily::new(self.time_to_go()) => connection.connection().graceful_shutdown(),
         }
         self.last_calls(connection).await
     }
 
-    async fn http1<S>(&self, socket: S, streams: OpenStreams) -> Result<(), BoxError>
+    async fn http1<S>(&self, socket: S) -> Result<(), BoxError>
     where
         S: hyper::rt::Read + hyper::rt::Write + Unpin + 'static,
     {
@@ -238,7 +246,9 @@ impl Connection {
         builder
             .timer(TokioTimer::new())
             .header_read_timeout(self.limits.handshake);
-        let connection = builder.serve_connection(socket, service_fn(self.service(streams)));
+        // One call at a time; the connection's task runs it.
+        let service = service_fn(self.service(CallEnd::default));
+        let connection = builder.serve_connection(socket, service);
         let mut connection = pin!(connection);
         tokio::select! {
             ended = connection.as_mut() => return Ok(ended?),

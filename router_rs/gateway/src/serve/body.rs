@@ -13,7 +13,7 @@ use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use kvmesh_wire::v1::generate_response::Event;
 
-use super::{grpc, health::Watch, io::StreamGuard};
+use super::{calls, grpc, health::Watch, tokens};
 use crate::{
     error::RequestError,
     mesh::GenerationStream,
@@ -63,7 +63,11 @@ impl Body for ResponseBody {
                 let frame = data.or_else(|| trailers.take().map(Frame::trailers));
                 Poll::Ready(frame.map(Ok))
             }
-            Self::Generate(body) => body.poll(cx).map(|frame| frame.map(Ok)),
+            Self::Generate(body) => {
+                let polled = body.poll(cx).map(|frame| frame.map(Ok));
+                calls::body_was_polled(polled.is_pending());
+                polled
+            }
             Self::Watch(watch) => watch.poll(cx).map(|frame| frame.map(Ok)),
             Self::Reflection(body) => Pin::new(body)
                 .poll_frame(cx)
@@ -105,7 +109,6 @@ pub(crate) struct GenerateBody {
     arrived: Instant,
     trailers: Option<HeaderMap>,
     done: bool,
-    _open: StreamGuard,
 }
 
 impl GenerateBody {
@@ -115,7 +118,6 @@ impl GenerateBody {
         metadata: HeaderMap,
         request_id: String,
         arrived: Instant,
-        open: StreamGuard,
     ) -> Self {
         Self {
             generation: stream.id(),
@@ -128,7 +130,6 @@ impl GenerateBody {
             arrived,
             trailers: None,
             done: false,
-            _open: open,
         }
     }
 
@@ -153,17 +154,21 @@ impl GenerateBody {
             };
             match next {
                 Poll::Ready(Some(Ok(message))) => {
-                    grpc::encode_into(message, &mut self.buffer);
                     // A message with tokens holds all that were pending, so
                     // there is nothing to wait for behind it.
-                    match &message.event {
-                        Some(Event::Tokens(tokens)) => {
-                            self.figures.tokens(tokens.ids.len(), &self.telemetry);
-                            break;
+                    if let Some(Event::Tokens(tokens)) = &message.event {
+                        if !tokens::encode_into(tokens, &mut self.buffer) {
+                            grpc::encode_into(message, &mut self.buffer);
                         }
-                        Some(Event::Finished(finished)) => self.telemetry.finished(finished),
-                        _ => {}
+                        let count = tokens.ids.len();
+                        let taken = self.stream.taken();
+                        self.figures.tokens(count, taken, &self.telemetry);
+                        break;
                     }
+                    if let Some(Event::Finished(finished)) = &message.event {
+                        self.telemetry.finished(finished);
+                    }
+                    grpc::encode_into(message, &mut self.buffer);
                 }
                 Poll::Ready(Some(Err(error))) => {
                     self.end(Some(&error));
@@ -214,9 +219,16 @@ fn guarded<R>(run: impl FnOnce() -> R) -> std::thread::Result<R> {
 
 impl Drop for GenerateBody {
     fn drop(&mut self) {
-        // Not ended by us: the client reset the call or its connection went.
-        if !self.done && self.trailers.is_none() {
-            self.log(Some(&RequestError::Cancelled));
+        if self.done || self.trailers.is_some() {
+            return;
         }
+        // The client reset the call, or its connection went, or we gave it up.
+        let error = match self.stream.given_up().was_said() {
+            true => RequestError::SlowClient {
+                next_index: self.stream.delivered(),
+            },
+            false => RequestError::Cancelled,
+        };
+        self.log(Some(&error));
     }
 }

@@ -56,7 +56,7 @@ async fn generate(shared: &Arc<Shared>, call: Call) -> Response<ResponseBody> {
         headers,
         body,
         metadata,
-        streams,
+        end,
     } = call;
     let back = metadata.headers();
     let opened = async {
@@ -68,13 +68,13 @@ async fn generate(shared: &Arc<Shared>, call: Call) -> Response<ResponseBody> {
     };
     match opened.await {
         Ok(stream) => {
+            end.follow(stream.given_up());
             let body = GenerateBody::new(
                 stream,
                 Arc::clone(&shared.telemetry),
                 back.clone(),
                 metadata.request_id,
                 metadata.arrived,
-                streams.enter(),
             );
             grpc::response(ResponseBody::Generate(Box::new(body)), &back)
         }

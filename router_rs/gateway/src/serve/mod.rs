@@ -3,12 +3,15 @@
 mod accept;
 mod admin;
 pub(crate) mod body;
+mod calls;
 pub(crate) mod grpc;
 mod health;
 mod inference;
 mod io;
+mod lazily;
 mod service;
 mod tls;
+mod tokens;
 
 pub(crate) use accept::{Acceptor, bind};
 pub(crate) use health::Health;

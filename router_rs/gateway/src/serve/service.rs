@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tonic_reflection::server::Builder as Reflection;
 use tower::ServiceExt;
 
-use super::{admin, body::ResponseBody, grpc, health::Health, inference, io::OpenStreams};
+use super::{admin, body::ResponseBody, calls::CallEnd, grpc, health::Health, inference};
 use crate::{
     door::{CallMetadata, Door},
     error::RequestError,
@@ -43,7 +43,7 @@ pub(crate) struct Call {
     pub(crate) headers: HeaderMap,
     pub(crate) body: Incoming,
     pub(crate) metadata: CallMetadata,
-    pub(crate) streams: OpenStreams,
+    pub(crate) end: CallEnd,
 }
 
 impl Shared {
@@ -52,7 +52,7 @@ impl Shared {
         self: Arc<Self>,
         request: Request<Incoming>,
         peer: SocketAddr,
-        streams: OpenStreams,
+        end: CallEnd,
     ) -> Response<ResponseBody> {
         let arrived = Instant::now();
         let is_grpc = request
@@ -74,7 +74,7 @@ impl Shared {
             headers: parts.headers,
             body,
             metadata,
-            streams,
+            end,
         };
         if let Err(error) = call.metadata.read_deadline(&call.headers) {
             self.telemetry.rejected(Step::Validate, &error);

@@ -91,6 +91,42 @@ pub const KEYS: &[Key] = &[
         "Members of etcd, host:port each. Empty: only the workers named here.",
     ),
     key(
+        "etcd_ca",
+        Kind::Text,
+        "",
+        "PEM file of the authorities that etcd's certificate must come from. Given: etcd is spoken to over TLS.",
+    ),
+    key(
+        "etcd_cert",
+        Kind::Text,
+        "",
+        "PEM file of this router's certificate for etcd. Needs etcd_key and etcd_ca.",
+    ),
+    key(
+        "etcd_key",
+        Kind::Text,
+        "",
+        "PEM file of that certificate's key.",
+    ),
+    key(
+        "etcd_server_name",
+        Kind::Text,
+        "",
+        "Name that etcd's certificate has, where it is not the one in etcd's address.",
+    ),
+    key(
+        "etcd_user",
+        Kind::Text,
+        "",
+        "User at etcd. Needs etcd_password.",
+    ),
+    key(
+        "etcd_password",
+        Kind::Text,
+        "",
+        "Password at etcd. Best given by its variable: flags can be read by everyone on the machine.",
+    ),
+    key(
         "etcd_ttl",
         Kind::Time(2_000, HOUR),
         "10s",
@@ -367,7 +403,7 @@ pub const KEYS: &[Key] = &[
         "log_level",
         Kind::Text,
         "info",
-        "Level of log lines: error, warn, info, debug, trace, or directives such as kvmesh=debug.",
+        "Level of log lines: error, warn, info, debug, or directives such as kvmesh=debug.",
     ),
 ];
 

@@ -191,6 +191,19 @@ impl Layers {
     }
 }
 
+/// A text that is never printed.
+#[derive(Clone, Default)]
+pub struct Secret(
+    /// The text.
+    pub String,
+);
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("…")
+    }
+}
+
 /// Settings of a router, all of them decided. `kvmesh-router --help` and
 /// [`KEYS`] say what each one is.
 #[derive(Clone, Debug)]
@@ -202,6 +215,12 @@ pub struct Settings {
     pub tls_cert: Option<PathBuf>,
     pub tls_key: Option<PathBuf>,
     pub etcd: Vec<String>,
+    pub etcd_ca: Option<PathBuf>,
+    pub etcd_cert: Option<PathBuf>,
+    pub etcd_key: Option<PathBuf>,
+    pub etcd_server_name: String,
+    pub etcd_user: String,
+    pub etcd_password: Secret,
     pub etcd_ttl: Duration,
     pub cluster: String,
     pub router_id: String,
@@ -260,6 +279,12 @@ impl Settings {
             tls_cert: layers.path("tls_cert"),
             tls_key: layers.path("tls_key"),
             etcd: layers.list("etcd"),
+            etcd_ca: layers.path("etcd_ca"),
+            etcd_cert: layers.path("etcd_cert"),
+            etcd_key: layers.path("etcd_key"),
+            etcd_server_name: layers.text("etcd_server_name"),
+            etcd_user: layers.text("etcd_user"),
+            etcd_password: Secret(layers.text("etcd_password")),
             etcd_ttl: layers.duration("etcd_ttl"),
             cluster: layers.text("cluster"),
             router_id: layers.text("router_id"),
@@ -305,6 +330,18 @@ impl Settings {
         if self.tls_cert.is_some() != self.tls_key.is_some() {
             return wrong("tls_cert and tls_key go together; one of them is not set");
         }
+        if self.etcd_cert.is_some() != self.etcd_key.is_some() {
+            return wrong("etcd_cert and etcd_key go together; one of them is not set");
+        }
+        if self.etcd_ca.is_none() && (self.etcd_cert.is_some() || !self.etcd_server_name.is_empty())
+        {
+            return wrong(
+                "etcd_cert and etcd_server_name need etcd_ca: without it there is no TLS",
+            );
+        }
+        if self.etcd_user.is_empty() != self.etcd_password.0.is_empty() {
+            return wrong("etcd_user and etcd_password go together; one of them is not set");
+        }
         if !self.listen.ip().is_loopback() && self.tls_cert.is_none() && !self.insecure {
             return Err(SettingsError::Together(format!(
                 "listen is {}, which other machines can reach without any check; set tls_cert \
@@ -338,6 +375,7 @@ impl Settings {
             orphan_timeout: self.orphan_ttl,
             decisions_kept: self.decisions_kept,
             policy: self.policy.clone(),
+            ..MeshSettings::default()
         }
     }
 }

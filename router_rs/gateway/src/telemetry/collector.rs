@@ -102,6 +102,11 @@ fn gauges(
     Ok(())
 }
 
+fn by_state(states: &[(&'static str, u64)]) -> Vec<Series<'static>> {
+    let series = |(state, n): &(&'static str, u64)| (vec![("state", *state)], *n);
+    states.iter().map(series).collect()
+}
+
 fn gauge(encoder: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: u64) -> fmt::Result {
     let value = ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));
     value.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)
@@ -189,6 +194,20 @@ impl Figures {
             "Token ids kept for clients that have not taken them",
             counts.undelivered_ids.get(),
         )?;
+        let attempts = self.mesh.attempts();
+        gauge(encoder, "open_attempts", "Attempts that run", attempts.open)?;
+        let transfers = [
+            ("placed", attempts.placed),
+            ("reserved", attempts.reserved),
+            ("flowing", attempts.flowing),
+            ("committed", attempts.committed),
+        ];
+        gauges(
+            encoder,
+            "transfers",
+            "Mesh hand-offs under way by state",
+            &by_state(&transfers),
+        )?;
         for (name, help, from) in [
             ("attempts", "Attempts made", &counts.attempts),
             (
@@ -270,8 +289,13 @@ impl Figures {
             ),
             (
                 "tokenizer_fetches",
-                "Tokeniser downloads",
+                "Tokeniser downloads begun",
                 &counts.tokenizer_fetches,
+            ),
+            (
+                "tokenizer_failures",
+                "Tokeniser downloads that failed",
+                &counts.tokenizer_failures,
             ),
         ] {
             counter(encoder, name, help, from)?;
@@ -324,15 +348,11 @@ impl Figures {
             ("half_open", now.half_open),
             ("refused", now.refused),
         ];
-        let series: Vec<Series<'_>> = states
-            .iter()
-            .map(|(state, n)| (vec![("state", *state)], *n))
-            .collect();
         gauges(
             encoder,
             "sessions",
             "Sessions with workers by state",
-            &series,
+            &by_state(&states),
         )?;
         let counts = self.mesh.counters();
         let lanes = |of: [&Count; 3]| -> Vec<(&'static str, u64)> {

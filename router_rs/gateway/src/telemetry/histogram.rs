@@ -12,13 +12,24 @@ pub(super) const BOUNDS: [f64; 18] = [
 ];
 const BUCKETS: usize = BOUNDS.len() + 1;
 
-fn bucket(time: Duration) -> usize {
-    let seconds = time.as_secs_f64();
-    BOUNDS.partition_point(|bound| *bound < seconds)
+/// The same in microseconds.
+const BOUNDS_US: [u64; BOUNDS.len()] = {
+    let mut us = [0; BOUNDS.len()];
+    let mut i = 0;
+    while i < us.len() {
+        us[i] = (BOUNDS[i] * 1e6 + 0.5) as u64;
+        i += 1;
+    }
+    us
+};
+
+fn bucket(us: u64) -> usize {
+    BOUNDS_US.partition_point(|bound| *bound < us)
 }
 
 fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+    let seconds = time.as_secs().saturating_mul(1_000_000);
+    seconds.saturating_add(u64::from(time.subsec_micros()))
 }
 
 /// A histogram that many write.
@@ -30,8 +41,9 @@ pub(super) struct Histogram {
 
 impl Histogram {
     pub(super) fn observe(&self, time: Duration) {
-        self.counts[bucket(time)].fetch_add(1, Ordering::Relaxed);
-        self.sum_us.fetch_add(micros(time), Ordering::Relaxed);
+        let us = micros(time);
+        self.counts[bucket(us)].fetch_add(1, Ordering::Relaxed);
+        self.sum_us.fetch_add(us, Ordering::Relaxed);
     }
 
     /// Takes a local one over and empties it.
@@ -76,8 +88,9 @@ pub(super) struct LocalHistogram {
 
 impl LocalHistogram {
     pub(super) fn observe(&mut self, time: Duration) {
-        self.counts[bucket(time)] += 1;
-        self.sum_us = self.sum_us.saturating_add(micros(time));
+        let us = micros(time);
+        self.counts[bucket(us)] += 1;
+        self.sum_us = self.sum_us.saturating_add(us);
         self.count += 1;
     }
 

@@ -202,9 +202,8 @@ impl StreamFigures {
         }
     }
 
-    /// A message with tokens goes out.
-    pub(crate) fn tokens(&mut self, count: usize, telemetry: &Telemetry) {
-        let now = Instant::now();
+    /// A message with tokens goes out, at `now`.
+    pub(crate) fn tokens(&mut self, count: usize, now: Instant, telemetry: &Telemetry) {
         match self.last.replace(now) {
             None => telemetry
                 .first_token

@@ -3,11 +3,16 @@
 
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use kvmesh_gateway::{Router, Settings, settings::Layers};
 use kvmesh_rpc::v1::inference_client::InferenceClient;
 use kvmesh_testkit::mock::{MockConfig, MockWorker};
 use kvmesh_wire::v1::{self, generate_request::Input, generate_response::Event};
 use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 use tonic::{Status, transport::Channel};
 
 pub(crate) type Client = InferenceClient<Channel>;
@@ -41,6 +46,28 @@ impl Mesh {
         mesh
     }
 
+    /// A figure of `/metrics`: the sum of all series that begin so.
+    pub(crate) async fn figure(&self, series: &str) -> u64 {
+        let text = get(self, "/metrics").await;
+        let values = text.lines().filter(|line| line.starts_with(series));
+        values
+            .map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap())
+            .sum()
+    }
+
+    /// Looks until a figure has a value.
+    pub(crate) async fn wait_figure(&self, series: &str, wanted: u64) {
+        let until = Instant::now() + Duration::from_secs(60);
+        loop {
+            let now = self.figure(series).await;
+            if now == wanted {
+                return;
+            }
+            assert!(Instant::now() < until, "{series} is {now}, not {wanted}");
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
     pub(crate) fn address(&self) -> std::net::SocketAddr {
         self.router.as_ref().unwrap().address()
     }
@@ -57,7 +84,7 @@ impl Mesh {
         InferenceClient::new(self.channel().await).max_encoding_message_size(usize::MAX)
     }
 
-    async fn wait_ready(&self) {
+    pub(crate) async fn wait_ready(&self) {
         let mut client = self.client().await;
         let until = Instant::now() + Duration::from_secs(60);
         loop {
@@ -80,6 +107,46 @@ impl Mesh {
         router.stop_token().cancel();
         router.ended().await;
     }
+}
+
+/// Asks over HTTP/1.
+pub(crate) async fn get(mesh: &Mesh, path: &str) -> String {
+    let mut socket = TcpStream::connect(mesh.address()).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nhost: router\r\nconnection: close\r\n\r\n");
+    socket.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).await.unwrap();
+    answer
+}
+
+/// An HTTP/2 connection whose frames are the test's.
+pub(crate) async fn h2_connection(mesh: &Mesh) -> h2::client::SendRequest<Bytes> {
+    let socket = TcpStream::connect(mesh.address()).await.unwrap();
+    let (sender, connection) = h2::client::Builder::new()
+        .initial_max_send_streams(10_000)
+        .handshake(socket)
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    sender
+}
+
+/// The head of a Generate call.
+pub(crate) fn call() -> http::Request<()> {
+    http::Request::post("http://router/kvmesh.v1.Inference/Generate")
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .body(())
+        .unwrap()
+}
+
+/// A message with gRPC's prefix.
+pub(crate) fn framed(message: &v1::GenerateRequest) -> Bytes {
+    let message = prost::Message::encode_to_vec(message);
+    let mut frame = vec![0];
+    frame.extend(u32::try_from(message.len()).unwrap().to_be_bytes());
+    frame.extend(message);
+    frame.into()
 }
 
 /// A request of token ids for `max_tokens`.

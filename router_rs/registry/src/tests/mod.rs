@@ -2,7 +2,6 @@
 //! on a clock.
 #![allow(clippy::unwrap_used)]
 
-mod etcd;
 mod register;
 mod survive;
 
@@ -16,10 +15,10 @@ use std::{
     time::Duration,
 };
 
+use kvmesh_testkit::etcd::Etcd;
 use kvmesh_wire::v1::{Role, WorkerRecord};
 
 use crate::{Probe, Registration, RegistrationState, Registry, Settings};
-use etcd::Etcd;
 
 const CLUSTER: &str = "test";
 

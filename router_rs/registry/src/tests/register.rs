@@ -2,10 +2,10 @@
 
 use std::sync::{Arc, atomic::Ordering};
 
-use super::{CLUSTER, Told, etcd::Etcd, register, registry, settings, worker};
+use super::{CLUSTER, Etcd, Told, register, registry, settings, worker};
 use crate::{
     Credentials, RecordError, RegistrationState, Registry, RegistryError, RouterRecord, Settings,
-    client::Client,
+    Tls, client::Client,
 };
 
 #[tokio::test]
@@ -209,6 +209,42 @@ async fn user_and_password_are_used_and_a_wrong_one_is_said() {
     ));
     assert!(registry(&etcd).list_workers().await.is_err());
     registration.close().await;
+}
+
+#[tokio::test]
+async fn tls_and_a_certificate_of_our_own_are_used() {
+    let etcd = Etcd::start_tls();
+    let files = etcd.tls().unwrap();
+    let read = |path: &std::path::Path| std::fs::read(path).unwrap();
+    let with = |authority: Vec<u8>, certified: bool| {
+        let client = &files.client;
+        let mut settings = settings(&etcd);
+        settings.tls = Some(Tls {
+            ca_pem: authority,
+            identity_pem: certified.then(|| (read(&client.certificate), read(&client.key))),
+            server_name: None,
+        });
+        Registry::new(settings).unwrap()
+    };
+    let right = with(read(&files.authority), true);
+    let registration = register(&right, worker("a", 1)).await;
+    assert_eq!(right.watch_workers().listed().await.workers.len(), 1);
+    registration.close().await;
+    // Without a certificate of ours etcd does not talk to us, and we do not
+    // talk to an etcd whose authority is another.
+    assert!(
+        with(read(&files.authority), false)
+            .list_workers()
+            .await
+            .is_err()
+    );
+    let other = kvmesh_testkit::certificates::Authority::new("another").unwrap();
+    assert!(
+        with(other.pem().into_bytes(), true)
+            .list_workers()
+            .await
+            .is_err()
+    );
 }
 
 #[tokio::test]

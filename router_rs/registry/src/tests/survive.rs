@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::transport::Server;
 
-use super::{CLUSTER, etcd::Etcd, register, registry, settings, worker};
+use super::{CLUSTER, Etcd, register, registry, settings, worker};
 use crate::{
     RegistrationState, RegistryError, Settings, Status, WatchBreak, WorkerTable,
     client::Client,

@@ -12,7 +12,7 @@
 
 use kvmesh_wire::v1;
 
-use super::{Action, Actions, Loss, Plan, PlannedHandOff, Timer};
+use super::{Action, Actions, Loss, Plan, PlannedHandOff, Timer, TransferState};
 use crate::{
     Fence, Stage, TransferId, Violation, WorkerIndex,
     parse::{Answer, End},
@@ -267,6 +267,24 @@ impl Attempt {
     /// Whether decode has brought a token, and so holds the attempt.
     pub(super) fn decodes(&self) -> bool {
         self.decode.seen > self.border
+    }
+
+    /// The state of its mesh transfer, while it has one that is not over.
+    pub(super) fn transfer(&self) -> Option<TransferState> {
+        let (Route::Mesh(_), Some(prefill)) = (&self.route, &self.prefill) else {
+            return None;
+        };
+        if self.decodes() {
+            return None;
+        }
+        match (self.decode.at, prefill.at) {
+            (At::Unsent | At::Placed, _) => Some(TransferState::Placed),
+            (At::Reserved, At::Unsent | At::Placed) => Some(TransferState::Reserved),
+            // Where prefill's session is gone decode knows more than we do.
+            (At::Reserved, At::Reserved | At::Gone) => Some(TransferState::Flowing),
+            (At::Reserved, At::Ended) => Some(TransferState::Committed),
+            (At::Ended | At::Gone, _) => None,
+        }
     }
 
     /// Whether the attempt can go on after a running part's session ended. Only

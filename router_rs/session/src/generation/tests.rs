@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
+use crate::TransferId;
 
 const P: WorkerIndex = WorkerIndex(1);
 const D: WorkerIndex = WorkerIndex(2);

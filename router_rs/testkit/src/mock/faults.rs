@@ -14,6 +14,8 @@ pub struct FaultPlan {
     pub refuse_next: u32,
     /// Reason given for them.
     pub refuse_reason: RefusalReason,
+    /// So many downloads of the tokeniser from now on fail.
+    pub fail_tokenizer_next: u32,
     /// So many placements from now on get neither `reserved` nor `refused`;
     /// they run all the same.
     pub skip_openings: u32,
@@ -46,6 +48,7 @@ impl Default for FaultPlan {
         Self {
             refuse_next: 0,
             refuse_reason: RefusalReason::NoRoom,
+            fail_tokenizer_next: 0,
             skip_openings: 0,
             delay_first_token: Duration::ZERO,
             die_after_tokens: None,

@@ -57,6 +57,13 @@ impl Worker for WorkerService {
         &self,
         request: Request<GetTokenizerRequest>,
     ) -> Result<Response<Self::GetTokenizerStream>, Status> {
+        {
+            let mut plan = self.0.faults.plan();
+            if plan.fail_tokenizer_next > 0 {
+                plan.fail_tokenizer_next -= 1;
+                return Err(Status::unavailable("asked to fail"));
+            }
+        }
         let vocabulary = self.0.tokens.vocabulary();
         let header = TokenizerHeader {
             digest: vocabulary.digest().to_owned(),

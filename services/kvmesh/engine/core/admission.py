@@ -23,7 +23,7 @@ from kvmesh._router import (
     SenderReleased,
     TransferError,
 )
-from kvmesh.engine.contract import Placement, Stage
+from kvmesh.engine.contract import AttemptId, Placement, Stage
 from kvmesh.engine.core.blocks import Hold
 from kvmesh.engine.core.hand_off import Receiving
 from kvmesh.engine.core.runner import Sampled
@@ -66,6 +66,14 @@ class Admission:
             self._receive(sequence)
         else:
             self._enqueue(sequence)
+
+    def refuse_hand_over(self, attempt: AttemptId, hand_off: wire.HandOff) -> None:
+        """Tells whoever pulls a running stream that it stays here."""
+        hand_offs = self._loop.hand_offs
+        if hand_offs is None or not hand_off.HasField("mesh"):
+            return
+        _log.info("hand-over refused generation=%s", attempt.generation.hex())
+        hand_offs.refuse(hand_off.mesh.transfer_id, "a running stream is not handed over here")
 
     def refuse_unread(self, placement: Placement) -> None:
         """Answers a placement that could not be taken in."""

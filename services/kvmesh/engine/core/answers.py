@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from typing import Any
 
-from kvmesh.engine.contract import RouterStep, StepOutput, TokenColumns
+from kvmesh.engine.contract import RouterStep, TokenColumns, integers
 from kvmesh.engine.core.sequence import Sequence
 from kvmesh.v1 import inference_pb2 as inference
 from kvmesh.v1 import worker_pb2 as wire
@@ -62,7 +62,7 @@ class Answers:
             sequence.router,
             TokenColumns(
                 identity.generation, [identity.owner], [identity.attempt], [first_index],
-                [len(ids)], list(ids), rows,
+                [len(ids)], list(ids), logprobs=rows,
             ),
         )  # fmt: skip
 
@@ -82,24 +82,27 @@ class Answers:
             getattr(message, field).SetInParent()
         self._router(sequence.router).ends.append(message)
 
-    def take(self, step: int, sample: wire.StepSample | None) -> StepOutput | None:
-        """All of it as one item; None: nothing to say."""
-        if not self._routers and sample is None:
-            return None
-        output = StepOutput(step, self._routers, sample)
-        self._routers = {}
-        return output
+    def take(self) -> dict[str, RouterStep]:
+        """All of it, by router session."""
+        routers, self._routers = self._routers, {}
+        return routers
 
 
 def _joined(first: TokenColumns, second: TokenColumns) -> TokenColumns:
-    shift = len(first.counts)
-    moved = [wire.RowLogprobs(row=row.row + shift, tokens=row.tokens) for row in second.logprobs]
+    owners, more = integers(first.owners), integers(second.owners)
+    moved = [
+        wire.RowLogprobs(row=row.row + len(owners), tokens=row.tokens) for row in second.logprobs
+    ]
     return TokenColumns(
         first.generations + second.generations,
-        [*first.owners, *second.owners],
-        [*first.attempts, *second.attempts],
-        [*first.first_indices, *second.first_indices],
-        [*first.counts, *second.counts],
-        [*first.ids, *second.ids],
-        [*first.logprobs, *moved],
+        owners + more,
+        integers(first.attempts) + integers(second.attempts),
+        _indices(first) + _indices(second),
+        integers(first.counts) + integers(second.counts),
+        integers(first.ids) + integers(second.ids),
+        logprobs=[*first.logprobs, *moved],
     )
+
+
+def _indices(columns: TokenColumns) -> list[int]:
+    return [index + columns.index_offset for index in integers(columns.first_indices)]

@@ -26,8 +26,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from kvmesh.engine.contract import KvRoom
 from kvmesh.engine.core.cache_events import CacheJournal, ChainHashes, ChainRoot
-from kvmesh.v1 import worker_pb2 as wire
 
 UNIT_TOKENS = 16
 """Tokens of one link of the chain (hash scheme 1)."""
@@ -129,12 +129,10 @@ class BlockPool:
         counts = self._counts
         return counts[Hold.RUNNING] + counts[Hold.PINNED] + counts[Hold.RESERVED]
 
-    def room(self) -> wire.KvRoom:
+    def room(self) -> KvRoom:
         """Blocks by state. May be called from any thread."""
         running, pinned, reserved, free, evictable = self._counts
-        return wire.KvRoom(
-            free=free, evictable=evictable, running=running, pinned=pinned, reserved=reserved
-        )
+        return KvRoom(free, evictable, running, pinned, reserved)
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold this many tokens."""

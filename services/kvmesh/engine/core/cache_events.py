@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kvmesh.engine.contract import CacheBatch
-from kvmesh.v1 import worker_pb2 as wire
+from kvmesh.engine.contract import REMOVED, STORED, CacheBatch, CacheChange
 
 RUN_BLOCKS = 4096
-"""Most blocks of one event (contract.Engine.snapshot)."""
+"""Most blocks of one event (contract.CacheChange)."""
 
 ChainHashes = Callable[[int, bytes], Sequence[int]]
 """(parent value, ids as u32 little-endian) -> value after each 16 ids (hash scheme 1)."""
@@ -23,7 +22,7 @@ class CacheJournal:
     def __init__(self) -> None:
         self.last_event = 0
         """Number of the last change that was drained."""
-        self._events: list[wire.CacheEvent] = []
+        self._changes: list[CacheChange] = []
         self._stored: list[int] = []
         self._stored_parent = 0
         self._removed: list[int] = []
@@ -47,20 +46,18 @@ class CacheJournal:
 
     def drain(self) -> CacheBatch | None:
         """Everything since the last call; None: nothing."""
-        self._close_run()
-        if not self._events:
+        if not (self._stored or self._removed or self._changes):
             return None
-        batch = CacheBatch(self.last_event + 1, self._events)
-        self.last_event += len(self._events)
-        self._events = []
+        self._close_run()
+        batch = CacheBatch(self.last_event + 1, self._changes)
+        self.last_event += len(self._changes)
+        self._changes = []
         return batch
 
     def _close_run(self) -> None:
         if self._stored:
-            run = wire.BlocksStored(parent=self._stored_parent, chain=self._stored)
-            self._events.append(wire.CacheEvent(stored=run))
+            self._changes.append(CacheChange(STORED, self._stored_parent, self._stored))
             self._stored = []
         if self._removed:
-            gone = wire.BlocksRemoved(chain=self._removed)
-            self._events.append(wire.CacheEvent(removed=gone))
+            self._changes.append(CacheChange(REMOVED, 0, self._removed))
             self._removed = []

@@ -3,59 +3,52 @@
 A step of 64 streams may cost tens of microseconds of Python, not some a
 token. So all that is the same as in the step before is kept: the columns of
 the runner, the columns of the answer, and a calendar that says at which step
-which stream fills a block or reaches its limit. Nothing is looked at a stream
-a step but its new token.
+which stream fills its blocks or reaches its limit. Blocks that it fills before
+are cached then, or when it ends. Nothing is looked at a stream
+a step: the new tokens are one column of a table, and a stream's own list gets
+them when somebody is about to read it (`sync`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
-from operator import itemgetter
-from typing import Any
+from array import array
+from collections.abc import Iterable
 
 import numpy as np
 
-from kvmesh.engine.contract import TokenColumns
+from kvmesh.engine.contract import RouterStep, TokenColumns
 from kvmesh.engine.core.runner import DecodeRows, Slice
 from kvmesh.engine.core.sequence import Sequence
 
 _SPARE_BLOCKS = 8
 """Columns of a block table that are kept for growth."""
 
+_NONE: list[int] = []
+
+_KEPT_STEPS = 64
+"""Steps whose tokens are kept by columns before all streams get theirs."""
+
 
 class _RouterRows:
     """Rows of one router: what its answers have in every step."""
 
-    __slots__ = ("attempts", "counts", "first_indices", "generations", "owners", "pick", "size")
+    __slots__ = ("columns", "rows")
 
     def __init__(self, rows: list[int], sequences: list[Sequence], everything: bool) -> None:
         members = [sequences[row] for row in rows]
-        self.size = len(rows)
-        self.generations = b"".join(s.id.generation for s in members)
-        self.owners = [s.id.owner for s in members]
-        self.attempts = [s.id.attempt for s in members]
-        self.counts = [1] * len(rows)
-        self.first_indices = [len(s.output_ids) for s in members]
-        self.pick: Callable[[list[int]], Any] | None = None
-        if not everything:
-            # itemgetter of one index gives the item, not a tuple.
-            self.pick = (
-                itemgetter(*rows) if len(rows) > 1 else itemgetter(slice(rows[0], rows[0] + 1))
-            )
-
-    def columns(self, tokens: list[int]) -> TokenColumns:
-        """The answer of a step; advances the indices."""
-        firsts = self.first_indices
-        self.first_indices = [index + 1 for index in firsts]
-        return TokenColumns(
-            self.generations,
-            self.owners,
-            self.attempts,
-            firsts,
-            self.counts,
-            tokens if self.pick is None else self.pick(tokens),
+        self.columns = TokenColumns(
+            generations=b"".join(s.id.generation for s in members),
+            owners=_packed(s.id.owner for s in members),
+            attempts=_packed(s.id.attempt for s in members),
+            first_indices=_packed(len(s.output_ids) for s in members),
+            counts=_packed([1] * len(rows)),
         )
+        self.rows = None if everything else np.array(rows)
+
+
+def _packed(numbers: Iterable[int]) -> bytes:
+    return array("I", numbers).tobytes()
 
 
 class DecodeBatch:
@@ -69,15 +62,22 @@ class DecodeBatch:
         """Ids that end at least one of the streams."""
         self.plain = True
         """Whether all streams ask for the token alone."""
-        self.context = 0
-        """Sum of the context lengths in the next step."""
+        self.steady = False
+        """Whether there are streams, as in the step before, and all are plain."""
         self.itl_target_ms = 0.0
         """Tightest target that a stream names; 0: none does."""
-        self.routers: dict[str, _RouterRows] = {}
+        self.answers: dict[str, RouterStep] = {}
+        """What the newest step brought (`tell`), by router."""
+        self._routers: list[_RouterRows] = []
         self._dirty = False
-        self._tick = 0
         self._calendar: dict[int, list[int]] = {}
-        self._outputs: list[list[int]] = []
+        self._made: list[bytes] = []
+        """Tokens of the last steps, packed."""
+        self._synced: list[int] = []
+        """Of a row: steps in `_made` that its stream has."""
+        self._members: list[Sequence] = []
+        """The streams by row, also where some have left since."""
+        self._stop_ids: list[bytes] = []
         self.rows = self._empty()
 
     def __len__(self) -> int:
@@ -88,21 +88,24 @@ class DecodeBatch:
             next(self._compositions),
             [],
             [],
-            np.empty(0, np.uint32),
             np.empty(0, np.int64),
             np.empty((0, 0), np.uint32),
+            b"",
+            0,
         )
 
     def join(self, sequence: Sequence) -> None:
         """Adds a stream whose newest token is not computed yet."""
+        self.sync()
         self.sequences.append(sequence)
-        self._dirty = True
+        self._dirty, self.steady = True, False
 
     def leave(self, gone: Iterable[Sequence]) -> None:
-        """Takes streams out."""
+        """Takes streams out. They have all their tokens."""
         out = {sequence.key for sequence in gone}
+        self.sync()
         self.sequences = [s for s in self.sequences if s.key not in out]
-        self._dirty = True
+        self._dirty, self.steady = True, False
 
     def prepare(self) -> None:
         """Brings the columns up to date. Called before each step."""
@@ -111,52 +114,85 @@ class DecodeBatch:
 
     def _rebuild(self) -> None:
         sequences, size = self.sequences, self._block_tokens
+        self._made = []
+        self._synced = [0] * len(sequences)
+        self._members = list(sequences)
         self._dirty = False
-        self._tick = 0
         self._calendar = {}
         positions = [s.length - 1 for s in sequences]
         width = max((len(s.blocks) for s in sequences), default=0) + _SPARE_BLOCKS
         tables = np.zeros((len(sequences), width), np.uint32)
         for row, sequence in enumerate(sequences):
             tables[row, : len(sequence.blocks)] = sequence.blocks
-            self._note(row, size - positions[row] % size)
-            self._note(row, sequence.limit - sequence.length)
         self.rows = DecodeRows(
             next(self._compositions),
             [s.key for s in sequences],
             [s.tag for s in sequences],
-            np.array(
-                [s.output_ids[-1] if s.output_ids else s.base[-1] for s in sequences], np.uint32
-            ),
             np.array(positions, np.int64),
             tables,
+            _packed(s.output_ids[-1] if s.output_ids else s.base[-1] for s in sequences),
+            sum(positions) + len(positions),
         )
-        self._outputs = [s.output_ids for s in sequences]
-        self.context = sum(positions) + len(positions)
+        for row, sequence in enumerate(sequences):
+            self._note(row, len(sequence.blocks) * size - positions[row])
+            self._note(row, sequence.limit - sequence.length)
         self.stop_ids = frozenset().union(*(s.stop_ids for s in sequences))
+        self._stop_ids = [_packed([stop_id]) for stop_id in sorted(self.stop_ids)]
         self.plain = all(s.plain for s in sequences)
+        self.steady = self.plain and bool(sequences)
         self.itl_target_ms = min(
             (s.itl_target_ms for s in sequences if s.itl_target_ms), default=0.0
         )
         by_router: dict[str, list[int]] = {}
         for row, sequence in enumerate(sequences):
             by_router.setdefault(sequence.router, []).append(row)
-        self.routers = {
+        parts = {
             router: _RouterRows(rows, sequences, len(rows) == len(sequences))
             for router, rows in by_router.items()
         }
+        self._routers = list(parts.values())
+        self.answers = {router: RouterStep(tokens=part.columns) for router, part in parts.items()}
+
+    def tell(self, tokens: bytes) -> None:
+        """Makes `answers` those of a step, once after each `advance`."""
+        made = self.rows.steps - 1
+        for part in self._routers:
+            columns = part.columns
+            columns.index_offset = made
+            columns.ids = tokens
+            if part.rows is not None:
+                columns.ids = np.frombuffer(tokens, np.uint32)[part.rows].tobytes()
 
     def _note(self, row: int, steps: int) -> None:
-        self._calendar.setdefault(self._tick + steps, []).append(row)
+        self._calendar.setdefault(self.rows.steps + steps, []).append(row)
+
+    # -- tokens of a stream ------------------------------------------------
+
+    def sync(self) -> None:
+        """Gives all streams the tokens that they have not yet."""
+        if self._made:
+            self._give(range(len(self._members)))
+            self._made.clear()
+            self._synced = [0] * len(self._members)
+
+    def _give(self, rows: Iterable[int]) -> None:
+        """Gives some streams their tokens."""
+        made = np.frombuffer(b"".join(self._made), np.uint32).reshape(len(self._made), -1)
+        for row in rows:
+            first = self._synced[row]
+            self._members[row].output_ids.extend(made[first:, row].tolist())
+            self._synced[row] = len(made)
 
     def slices(self) -> list[Slice]:
         """The streams as slices, for runners and samplings that need them."""
-        ids, positions, tables = self.rows.ids, self.rows.positions.tolist(), self.rows.tables
+        self.sync()
+        rows = self.rows
+        ids, positions = np.frombuffer(rows.ids, np.uint32), (rows.firsts + rows.steps).tolist()
         return [
             Slice(
                 ids=ids[row : row + 1],
                 start=position,
-                blocks=tables[row, : position // self._block_tokens + 1],
+                blocks=rows.tables[row, : position // self._block_tokens + 1],
                 sample=self.sequences[row].sample_spec(),
                 tag=self.sequences[row].tag,
                 key=self.sequences[row].key,
@@ -164,25 +200,37 @@ class DecodeBatch:
             for row, position in enumerate(positions)
         ]
 
-    def advance(self, tokens: list[int]) -> list[int]:
-        """Takes the new token of each row. Returns rows that need a look.
+    def advance(self, tokens: bytes) -> list[int]:
+        """Takes the new token of each row, packed. Returns rows that need a look.
 
-        Those filled a block, reached their limit or may have drawn a stop id;
-        the answer may name a row twice.
+        Those filled their blocks, reached their limit or may have drawn a stop id;
+        the answer may name a row twice. Their streams have all their tokens.
         """
-        for output, token in zip(self._outputs, tokens, strict=True):
-            output.append(token)
-        self.rows.ids[:] = tokens
-        self.rows.positions += 1
-        self.context += len(tokens)
-        self._tick += 1
-        due = self._calendar.pop(self._tick, [])
+        made, rows = self._made, self.rows
+        if len(made) == _KEPT_STEPS:
+            self.sync()
+        made.append(tokens)
+        rows.ids = tokens
+        rows.context += len(self._members)
+        rows.steps = step = rows.steps + 1
+        due = self._calendar.pop(step, _NONE)
         if not self.plain:
-            due = list(range(len(tokens)))
-            self.plain = all(s.plain for s in self.sequences)
-        elif not self.stop_ids.isdisjoint(tokens):
-            due = due + [row for row, token in enumerate(tokens) if token in self.stop_ids]
+            self.sync()
+            self.plain = self.steady = all(s.plain for s in self.sequences)
+            return list(range(len(self._members)))
+        for packed in self._stop_ids:
+            # Mostly not there at all; what is found may lie across two ids.
+            if packed in tokens:
+                due = due + self._drew(packed, tokens)
+        if due:
+            self._give(due)
         return due
+
+    @staticmethod
+    def _drew(packed: bytes, tokens: bytes) -> list[int]:
+        drawn = np.frombuffer(tokens, np.uint32) == np.frombuffer(packed, np.uint32)
+        rows: list[int] = np.flatnonzero(drawn).tolist()
+        return rows
 
     def grown(self, row: int, sequence: Sequence, first: int) -> None:
         """Takes over a stream's blocks from `first` on, after they changed."""
@@ -191,6 +239,5 @@ class DecodeBatch:
             wider = np.zeros((tables.shape[0], len(blocks) + _SPARE_BLOCKS), np.uint32)
             wider[:, : tables.shape[1]] = tables
             self.rows.tables = tables = wider
-        for place in range(first, len(blocks)):
-            tables[row, place] = blocks[place]
-        self._note(row, self._block_tokens)
+        tables[row, first : len(blocks)] = blocks[first:]
+        self._note(row, len(blocks) * self._block_tokens - sequence.computed)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kvmesh._router import KvPool, TransferNode
-from kvmesh.engine.contract import AttemptId, CacheBatch, EngineLoad, Placement, StepOutput
+from kvmesh.engine.contract import AttemptId, CacheChange, EngineLoad, OutputSink, Placement
 from kvmesh.engine.core.blocks import BlockPool
 from kvmesh.engine.core.chain import Chain
 from kvmesh.engine.core.loop import EngineLoop
@@ -28,9 +28,8 @@ from kvmesh.v1 import worker_pb2 as wire
 class MonotonicClock:
     """Time as it passes."""
 
-    def now(self) -> float:
-        """Now, as `Placement.received_at`."""
-        return time.monotonic()
+    now = staticmethod(time.monotonic)
+    """Now, as `Placement.received_at`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +116,7 @@ class CoreEngine:
 
     # -- life --------------------------------------------------------------
 
-    def start(self) -> None:
+    def start(self, sink: OutputSink) -> None:
         """Times a few steps where the step model is not known, then begins to work.
 
         The one call that takes time: seconds with a slow runner.
@@ -130,6 +129,7 @@ class CoreEngine:
             if known is None
             else known
         )
+        self._loop.sink = sink
         self._thread = threading.Thread(target=self._loop.run, name="engine", daemon=True)
         self._thread.start()
 
@@ -149,15 +149,16 @@ class CoreEngine:
     # -- work --------------------------------------------------------------
 
     def submit(self, placement: Placement) -> None:
-        """Takes a placement; the answer is an `Opening` in `outputs`."""
+        """Takes a placement; its `Opening` goes to the sink."""
         self._loop.post(lambda loop: loop.submit(placement))
 
     def hand_over(self, attempt: AttemptId, next_attempt: int, hand_off: wire.HandOff) -> None:
-        """Not done yet: a running attempt stays where it is, and finishes there.
+        """Refused: a running stream finishes where it is.
 
-        The receiver's pull finds no offer and ends as `transfer_failed`, which
-        leaves the stream as it was.
+        The receiver, which reserved and pulls already, is told at once, and its
+        attempt ends as `transfer_failed`; no token changes.
         """
+        self._loop.post(lambda loop: loop.admission.refuse_hand_over(attempt, hand_off))
 
     def cancel(self, attempts: Iterable[AttemptId]) -> None:
         """Ends attempts at the next layer or step border."""
@@ -165,20 +166,7 @@ class CoreEngine:
         if ended:
             self._loop.post(lambda loop: loop.cancel(ended))
 
-    def outputs(self) -> AsyncIterator[StepOutput]:
-        """One item an engine step, and items between steps. One reader."""
-        return self._loop.outputs.read()
-
-    def events(self) -> AsyncIterator[CacheBatch]:
-        """Cache changes, each once and in order. One reader.
-
-        Read from the start: before the first reader only the newest are kept,
-        and who comes later has to begin with a snapshot. A reader that stops
-        to read stops the engine (`CoreSettings.outbox_cache_batches`).
-        """
-        return self._loop.events.read()
-
-    def snapshot(self) -> AsyncIterator[tuple[int, Sequence[wire.CacheEvent]]]:
+    def snapshot(self) -> Iterator[Sequence[CacheChange]]:
         """The cache's content, hottest first."""
         return snapshot_parts(self._pool)
 
@@ -186,15 +174,7 @@ class CoreEngine:
 
     def load(self) -> EngineLoad:
         """State now."""
-        running = self._loop.steps.running
-        since = running.since
-        return EngineLoad(
-            kv=self._pool.room(),
-            shares=self._loop.shares.read(),
-            step=running.number + (1 if since else 0),
-            step_age_ms=max(0.0, (self._clock.now() - since) * 1000) if since else 0.0,
-            step_predicted_ms=running.predicted_ms if since else 0.0,
-        )
+        return self._loop.load()
 
     def residue(self) -> wire.Residue:
         """What is held; all zero when nothing runs."""

@@ -16,6 +16,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from kvmesh._router import TransferError
 from kvmesh.engine.core.blocks import BlockPool, Hold
 from kvmesh.engine.core.sequence import Sequence
 from kvmesh.v1 import inference_pb2 as inference
@@ -74,6 +75,15 @@ class HandOffs:
         self._node.offer(transfer_id)
         self._sending[transfer_id] = Sending(transfer_id, sequence)
         self._of_sequence[sequence.key] = transfer_id
+
+    def refuse(self, transfer_id: bytes, message: str) -> None:
+        """Fails a transfer that somebody pulls, or will pull, from here."""
+        try:
+            self._node.offer(transfer_id)
+        except (TransferError, ValueError):
+            # It was aborted before, or runs: then it is not this command's.
+            return
+        self._node.abort(transfer_id, "failed", message)
 
     def has_announced(self, sequence: Sequence) -> bool:
         """Whether a peer may be copying blocks of this prompt."""

@@ -13,12 +13,18 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kvmesh.engine.contract import AttemptId, CacheBatch, Placement, StepOutput
+from kvmesh.engine.contract import (
+    AttemptId,
+    EngineLoad,
+    OutputSink,
+    Placement,
+    StepOutput,
+    StepSample,
+)
 from kvmesh.engine.core.admission import Admission
 from kvmesh.engine.core.answers import Answers
 from kvmesh.engine.core.blocks import BlockPool, Hold
 from kvmesh.engine.core.hand_off import HandOffs
-from kvmesh.engine.core.outbox import Outbox
 from kvmesh.engine.core.queue import PromptQueue
 from kvmesh.engine.core.runner import Runner, Sampled
 from kvmesh.engine.core.sequence import Sequence, State
@@ -35,6 +41,19 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
+class _Nobody:
+    """Hears what an engine says that was not started."""
+
+    def begin_step(self, predicted_ms: float) -> None:
+        """Nothing."""
+
+    def step(self, output: StepOutput) -> None:
+        """Nothing."""
+
+    def ended(self) -> None:
+        """Nothing."""
+
+
 class EngineLoop:
     """What the engine thread does."""
 
@@ -49,12 +68,9 @@ class EngineLoop:
         max_logprobs: int,
     ) -> None:
         self.pool = pool
+        self.sink: OutputSink = _Nobody()
+        """Set before the thread starts."""
         self.shares = Shares()
-        self.outputs: Outbox[StepOutput] = Outbox(settings.outbox_steps)
-        # Not dropped where it is full: routers' views follow from every event.
-        # One event loop reads both boxes, so where this one fills, the other
-        # would soon. An engine that is used without its events keeps few.
-        self.events: Outbox[CacheBatch] = Outbox(settings.outbox_cache_batches, keeps_unread=False)
         self.sequences: dict[AttemptId, Sequence] = {}
         self.hand_offs = HandOffs(node, pool) if node is not None else None
         self._node = node
@@ -63,6 +79,8 @@ class EngineLoop:
         self._wake = threading.Event()
         self.closing = False
         self._answers = Answers()
+        # Routers are told of an idle engine, too.
+        self._load_changed = True
         self.queue = PromptQueue(pool, settings, self._begin, self._may_lose_room)
         self.admission = Admission(self, settings, max_logprobs)
         self.streams = Streams(self, pool, settings)
@@ -103,9 +121,9 @@ class EngineLoop:
         """Works until `stop`."""
         try:
             while not self.closing:
-                self.take_in()
-                self.flush(0, None)
-                if not (self.outputs.wait_for_room(0.1) and self.events.wait_for_room(0.1)):
+                if self.take_in() or self._load_changed:
+                    self.flush(0, None)
+                if self.steps.run_streams():
                     continue
                 plan = self.steps.plan(None)
                 if plan is None:
@@ -113,12 +131,11 @@ class EngineLoop:
                 else:
                     self.steps.run(plan)
         except Exception:
-            # The worker ends with the outputs: an engine half alive helps nobody.
+            # The worker ends with it: an engine half alive helps nobody.
             _log.critical("engine thread failed", exc_info=True)
         finally:
             self._end_all()
-            self.outputs.close()
-            self.events.close()
+            self.sink.ended()
 
     def _wait(self) -> None:
         if self._inbox or self.closing:
@@ -129,8 +146,8 @@ class EngineLoop:
             self._wake.wait()
             self._wake.clear()
 
-    def take_in(self) -> None:
-        """Commands and transfer events that have come."""
+    def take_in(self) -> bool:
+        """Commands and transfer events that have come. False: none has."""
         changed = bool(self._inbox)
         while self._inbox:
             self._inbox.popleft()(self)
@@ -140,17 +157,34 @@ class EngineLoop:
                 changed = True
         if self.streams.stalled:
             self.streams.retry_stalled()
+            changed = True
         if changed:
-            self.shares.count(self.sequences.values())
+            self.count_shares()
+        return changed
 
-    def flush(self, step: int, sample: wire.StepSample | None) -> None:
+    def count_shares(self) -> None:
+        """Counts the work of each router anew."""
+        self.streams.batch.sync()
+        self.shares.count(self.sequences.values())
+        self._load_changed = True
+
+    def load(self) -> EngineLoad:
+        """State now. From any thread."""
+        running = self.steps.running
+        since = running.since
+        load = EngineLoad(self.pool.room(), self.shares.read(), running.number)
+        if since:
+            load.step += 1
+            load.step_age_ms = max(0.0, (self.clock.now() - since) * 1000)
+            load.step_predicted_ms = running.predicted_ms
+        return load
+
+    def flush(self, step: int, sample: StepSample | None) -> None:
         """Says what there is to say."""
-        output = self._answers.take(step, sample)
-        if output is not None:
-            self.outputs.put(output)
-        batch = self.pool.journal.drain()
-        if batch is not None:
-            self.events.put(batch)
+        routers, cache = self._answers.take(), self.pool.journal.drain()
+        if routers or cache is not None or sample is not None or self._load_changed:
+            self._load_changed = False
+            self.sink.step(StepOutput(step, routers, sample, self.load(), cache))
 
     # -- progress ----------------------------------------------------------
 
@@ -190,6 +224,11 @@ class EngineLoop:
         """Ends an attempt, says so, and frees what no copy or step still uses."""
         if sequence.state is State.ENDED:
             return
+        if sequence.state is State.DECODING:
+            # What it computed stays as prefix.
+            self.streams.batch.sync()
+            sequence.computed = sequence.length - 1
+            self.store(sequence)
         if sequence.trace is not None:
             sequence.trace.ended(self.clock.now(), sequence.made)
         self._answers.end(sequence, **end)

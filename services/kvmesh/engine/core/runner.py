@@ -67,8 +67,8 @@ class DecodeRows:
     """Decoding streams by columns: each computes one token and draws the next.
 
     The same object comes every step while nobody joins or leaves; then
-    `composition` changes and the columns are new. Ids and positions are
-    changed in place between steps. Row i is as a `Slice` of one token.
+    `composition` changes and the columns are new. Row i is as a `Slice` of one
+    token.
     """
 
     composition: int
@@ -76,12 +76,16 @@ class DecodeRows:
     """`Slice.key` a row."""
     tags: list[int]
     """`Slice.tag` a row."""
-    ids: npt.NDArray[np.uint32]
-    """[rows] token to compute."""
-    positions: npt.NDArray[np.int64]
-    """[rows] its position; everything before lies in the blocks."""
+    firsts: npt.NDArray[np.int64]
+    """[rows] positions of the first step of this composition."""
     tables: npt.NDArray[np.uint32]
     """[rows, width] pool slots; only those up to the position mean something."""
+    ids: bytes
+    """[rows] tokens to compute, packed as u32; everything before lies in the blocks."""
+    context: int
+    """Sum of the context lengths, these tokens included."""
+    steps: int = 0
+    """Steps made in this composition: positions are `firsts + steps`."""
 
 
 @dataclass(slots=True)
@@ -134,5 +138,8 @@ class ColumnRunner(Runner, Protocol):
 
     def forward_columns(
         self, batch: Sequence[Slice], rows: DecodeRows
-    ) -> Generator[None, None, tuple[list[Sampled | None], list[int]]]:
-        """As `forward`, with the token drawn for each row as second result."""
+    ) -> Generator[None, None, tuple[list[Sampled | None], bytes]]:
+        """As `forward`, with the tokens drawn for the rows, packed, as second result."""
+
+    def decode_columns(self, rows: DecodeRows) -> bytes:
+        """A step of decoding streams alone, which nothing stops: the tokens drawn, packed."""

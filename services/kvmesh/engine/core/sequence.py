@@ -100,7 +100,9 @@ class Sequence:
         self.computed = 0
         """Leading tokens whose KV is in the blocks."""
         self.times = Times()
-        self.trace = Trace(placement.received_at) if placement.trace else None
+        self.trace: Trace | None = None
+        if placement.trace:
+            self.trace = Trace(placement.received_at, continuation.waited_ms / 1000)
         wanted = continuation.logprobs if continuation.HasField("logprobs") else None
         self.sample = SampleSpec(
             sampling=continuation.sampling,

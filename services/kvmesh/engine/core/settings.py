@@ -37,11 +37,6 @@ class CoreSettings:
     """Target between tokens of streams that name none, milliseconds."""
     alone_tokens: int = 32
     """New tokens after which a suspect shares its steps again (DESIGN 5)."""
-    outbox_steps: int = 256
-    """Steps that may wait for the event loop; then the engine waits."""
-    outbox_cache_batches: int = 4_096
-    """Steps whose cache changes may wait for the event loop; then the engine
-    waits. A step changes as many blocks as it fills, so this bounds memory."""
     output_behaviour: OutputBehaviour | None = None
     """How hand-offs behave; None: streamed, as kvmesh's own engines do."""
     step_model: wire.StepModel | None = None

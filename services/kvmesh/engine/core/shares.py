@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
+from kvmesh.engine.contract import ClassShare, LoadShare
 from kvmesh.engine.core.sequence import Sequence, State
 from kvmesh.v1 import inference_pb2 as inference
-from kvmesh.v1 import worker_pb2 as wire
 
 
 class Shares:
@@ -16,15 +16,15 @@ class Shares:
     """
 
     def __init__(self) -> None:
-        self._shares: dict[str, wire.LoadShare] = {}
+        self._shares: dict[str, LoadShare] = {}
 
     def count(self, sequences: Iterable[Sequence]) -> None:
         """Counts all there is."""
-        shares: dict[str, wire.LoadShare] = {}
+        shares: dict[str, LoadShare] = {}
         for sequence in sequences:
             share = shares.get(sequence.router)
             if share is None:
-                share = shares[sequence.router] = wire.LoadShare()
+                share = shares[sequence.router] = LoadShare()
             of_class = _of_class(share, sequence)
             left = sequence.length - sequence.computed
             match sequence.state:
@@ -51,12 +51,12 @@ class Shares:
         for share in self._shares.values():
             share.decode_context += share.decoding
 
-    def read(self) -> Mapping[str, wire.LoadShare]:
+    def read(self) -> dict[str, LoadShare]:
         """The newest counts. Not to be changed by the reader."""
         return self._shares
 
 
-def _of_class(share: wire.LoadShare, sequence: Sequence) -> wire.ClassShare:
+def _of_class(share: LoadShare, sequence: Sequence) -> ClassShare:
     """The part of a share that a sequence counts in; a router may weigh it by class."""
     match sequence.continuation.request_class:
         case inference.REQUEST_CLASS_INTERACTIVE:

@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Sequence
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from kvmesh.engine.contract import STORED, CacheChange
 from kvmesh.engine.core.blocks import BlockPool
 from kvmesh.engine.core.cache_events import RUN_BLOCKS
-from kvmesh.v1 import worker_pb2 as wire
+
+_COPIED = 32_768
+"""Slots copied at once: some 50 us in which the engine thread may have to wait."""
 
 
-async def snapshot_parts(pool: BlockPool) -> AsyncIterator[tuple[int, Sequence[wire.CacheEvent]]]:
-    """Parts of at most 4,096 blocks, hottest first, each (last event, stores).
+def snapshot_parts(pool: BlockPool) -> Iterator[Sequence[CacheChange]]:
+    """Stores of at most 4,096 blocks a part, hottest first.
 
     Copies the pool's columns once, a few megabytes for a million blocks, and
-    never holds the engine thread. A block that changes meanwhile is in the
-    events that follow, which the receiver applies over this.
+    never holds the engine thread for longer than one slice of them takes. A
+    block that changes meanwhile is in the events that follow, which the
+    receiver applies over this.
     """
-    last_event = pool.journal.last_event
-    used = np.frombuffer(pool.last_used[:], np.uint64)
-    chain = np.frombuffer(pool.chain[:], np.uint64)
-    parent = np.frombuffer(pool.parent[:], np.int64)
-    order = await asyncio.to_thread(_hottest_first, used, parent)
+    used, chain = _copy(pool.last_used, np.uint64), _copy(pool.chain, np.uint64)
+    parent = _copy(pool.parent, np.int64)
+    order = _hottest_first(used, parent)
     for begin in range(0, len(order), RUN_BLOCKS):
-        part = order[begin : begin + RUN_BLOCKS]
-        yield last_event, _runs(part, chain, parent, pool)
-        # Others of the event loop go first: a snapshot is never urgent.
-        await asyncio.sleep(0)
+        yield _runs(order[begin : begin + RUN_BLOCKS], chain, parent, pool)
+
+
+def _copy(column: array[int], dtype: Any) -> npt.NDArray[Any]:
+    """A column of the pool, slice by slice: the engine thread runs in between."""
+    view, copy = np.frombuffer(column, dtype), np.empty(len(column), dtype)
+    for begin in range(0, len(column), _COPIED):
+        copy[begin : begin + _COPIED] = view[begin : begin + _COPIED]
+    return copy
 
 
 def _hottest_first(
@@ -61,16 +69,14 @@ def _runs(
     chain: npt.NDArray[np.uint64],
     parent: npt.NDArray[np.int64],
     pool: BlockPool,
-) -> list[wire.CacheEvent]:
+) -> list[CacheChange]:
     """Neighbours of which each is the child of the one before become one store."""
     borders = np.flatnonzero(parent[slots[1:]] != slots[:-1]) + 1
-    events = []
+    changes = []
     for run in np.split(slots, borders):
         above = int(parent[run[0]])
         value = int(chain[above]) if above >= 0 else pool.root_chain(above)
         # None: its namespace went while this was read.
-        if value is None:
-            continue
-        stored = wire.BlocksStored(parent=value, chain=chain[run].tolist())
-        events.append(wire.CacheEvent(stored=stored))
-    return events
+        if value is not None:
+            changes.append(CacheChange(STORED, value, chain[run]))
+    return changes

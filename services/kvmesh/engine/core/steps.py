@@ -8,13 +8,15 @@ whose next token is due. Steps so nest; each counts only its own time.
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
-from kvmesh.engine.contract import Stage
+from kvmesh.engine.contract import Stage, StepOutput, StepSample
+from kvmesh.engine.core.decode_rows import DecodeBatch
 from kvmesh.engine.core.queue import Plan, Priority
 from kvmesh.engine.core.runner import ColumnRunner, Runner, Sampled, Slice
 from kvmesh.engine.core.sequence import Sequence, State
@@ -49,6 +51,19 @@ class Running:
     predicted_ms: float = 0.0
 
 
+class _Said:
+    """What steps of one composition of streams say alike."""
+
+    __slots__ = ("base_ms", "composition", "context_ms", "output", "size")
+
+    def __init__(self, batch: DecodeBatch, model: wire.StepModel) -> None:
+        self.composition = batch.rows.composition
+        self.size = len(batch)
+        self.base_ms = model.a_ms + model.d_ms * self.size
+        self.context_ms = model.e_ms
+        self.output = StepOutput(routers=batch.answers)
+
+
 class Steps:
     """Chooses and runs steps. Used by the engine thread alone, but for `running`."""
 
@@ -68,6 +83,7 @@ class Steps:
         self._model = model
         self._clock = clock
         self._suspect_turn = False
+        self._said = _Said(loop.streams.batch, model)
 
     # -- a step ------------------------------------------------------------
 
@@ -80,7 +96,7 @@ class Steps:
             if self._suspect_turn:
                 return Plan(alone=self._loop.streams.suspects[0])
         batch.prepare()
-        decode = StepLoad(decode_batch=len(batch), decode_context=batch.context)
+        decode = StepLoad(decode_batch=len(batch), decode_context=batch.rows.context)
         chunks = self._loop.queue.chunks(self._model, decode, batch.itl_target_ms, above)
         if chunks and chunks[0].sequence.alone:
             if above is None:
@@ -97,6 +113,7 @@ class Steps:
         outer = (self.running.since, self.running.predicted_ms)
         self.running.predicted_ms = predict_ms(self._model, load)
         self.running.since = begun
+        self._loop.sink.begin_step(self.running.predicted_ms)
         keys = {chunk.sequence.key for chunk in plan.chunks}
         self._loop.queue.in_step |= keys
         for chunk in plan.chunks:
@@ -114,11 +131,11 @@ class Steps:
                 "step failed prompts=%d decode=%d", len(plan.chunks), len(self._loop.streams.batch)
             )
             self._fail(plan, error)
-        self._loop.queue.in_step -= keys
         self.running.since, self.running.predicted_ms = outer
         self._drop_ended(plan)
         if result is None:
-            self._loop.shares.count(self._loop.sequences.values())
+            self._loop.queue.in_step -= keys
+            self._loop.count_shares()
             self._loop.flush(0, None)
             return
         ended = self._clock.now()
@@ -130,14 +147,59 @@ class Steps:
         self._take_result(plan, *result, ended)
         self.running.number += 1
         duration = max(0.0, ended - begun - nested[0])
-        sample = wire.StepSample(
-            prefill_tokens=load.prefill_tokens,
-            prefill_context=load.prefill_context,
-            decode_batch=load.decode_batch,
-            decode_context=load.decode_context,
-            duration_us=int(duration * 1e6),
+        sample = StepSample(
+            load.prefill_tokens,
+            load.prefill_context,
+            load.decode_batch,
+            load.decode_context,
+            int(duration * 1e6),
         )
         self._loop.flush(self.running.number, sample)
+
+    def run_streams(self) -> bool:
+        """A step of decoding streams alone, by columns. False: there is more to weigh.
+
+        This is what most steps are, so nothing here is done a stream, and what
+        the step before said is said again with what has changed.
+        """
+        loop, columns = self._loop, self._columns
+        batch = loop.streams.batch
+        if columns is None or loop.queue.waiting or loop.streams.suspects or not batch.steady:
+            return False
+        if self._said.composition != batch.rows.composition:
+            self._said = _Said(batch, self._model)
+        said, running, now = self._said, self.running, self._clock.now
+        context = batch.rows.context
+        predicted_ms = said.base_ms + said.context_ms * context
+        running.predicted_ms = predicted_ms
+        running.since = begun = now()
+        loop.sink.begin_step(predicted_ms)
+        try:
+            tokens = columns.decode_columns(batch.rows)
+        except Exception as error:
+            _log.exception("step failed prompts=0 decode=%d", said.size)
+            running.since = running.predicted_ms = 0.0
+            self._fail(Plan(decode=True), error)
+            loop.count_shares()
+            loop.flush(0, None)
+            return True
+        loop.streams.decoded_at = ended = now()
+        running.since = running.predicted_ms = 0.0
+        running.number += 1
+        sample = StepSample(0, 0, said.size, context, int((ended - begun) * 1e6))
+        due = batch.advance(tokens)
+        if due:
+            loop.streams.take_due(tokens, (), due)
+            loop.flush(running.number, sample)
+            return True
+        batch.tell(tokens)
+        loop.shares.stepped()
+        output = said.output
+        output.step, output.sample = running.number, sample
+        load = output.load
+        load.kv, load.shares, load.step = loop.pool.room(), loop.shares.read(), running.number
+        loop.sink.step(output)
+        return True
 
     def _load_of(self, plan: Plan) -> StepLoad:
         load = StepLoad()
@@ -146,7 +208,7 @@ class Steps:
         if plan.decode:
             load.decode_batch, load.decode_context = (
                 len(self._loop.streams.batch),
-                self._loop.streams.batch.context,
+                self._loop.streams.batch.rows.context,
             )
         elif plan.alone is not None:
             load.decode_batch, load.decode_context = 1, plan.alone.length
@@ -154,7 +216,7 @@ class Steps:
 
     def _forward(
         self, plan: Plan, nested: list[float]
-    ) -> tuple[list[Sampled | None], list[int], list[Sampled | None]] | None:
+    ) -> tuple[list[Sampled | None], bytes, list[Sampled | None]] | None:
         """Runs the model. Returns draws of chunks, tokens of rows, draws of rows as slices.
 
         None: abandoned, nobody wants it any more.
@@ -183,7 +245,8 @@ class Steps:
             return sampled, tokens, []
         first = len(slices)
         draws: list[Sampled | None] = result[first:]
-        return result[:first], [draw.token_id for draw in draws if draw is not None], draws
+        tokens = array("I", [draw.token_id for draw in draws if draw is not None]).tobytes()
+        return result[:first], tokens, draws
 
     def _slice(self, sequence: Sequence, tokens: int) -> Slice:
         start = sequence.computed
@@ -252,19 +315,22 @@ class Steps:
         self,
         plan: Plan,
         sampled: list[Sampled | None],
-        tokens: list[int],
+        tokens: bytes,
         draws: list[Sampled | None],
         now: float,
     ) -> None:
         if plan.decode:
             self._loop.streams.take_tokens(tokens, draws)
+        # Only now: a stream that needs a block may not take it from a prompt
+        # whose chunk has not been counted yet.
+        self._loop.queue.in_step -= {chunk.sequence.key for chunk in plan.chunks}
         for chunk, draw in zip(plan.chunks, sampled, strict=False):
             if chunk.sequence.state is not State.ENDED:
                 self._take_chunk(chunk.sequence, chunk.tokens, draw, now)
         if plan.alone is not None and sampled[-1] is not None:
             self._loop.streams.take_suspect(plan.alone, sampled[-1])
         if plan.chunks or plan.alone is not None:
-            self._loop.shares.count(self._loop.sequences.values())
+            self._loop.count_shares()
 
     def _take_chunk(
         self, sequence: Sequence, tokens: int, draw: Sampled | None, now: float

@@ -8,6 +8,8 @@ always stays, so somebody always advances.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvmesh.engine.core.blocks import BlockPool, Hold
@@ -21,7 +23,7 @@ from kvmesh.v1 import worker_pb2 as wire
 if TYPE_CHECKING:
     from kvmesh.engine.core.loop import EngineLoop
 
-_GROWTH_BLOCKS = 4
+_GROWTH_BLOCKS = 8
 """Blocks that a stream gets at once while a quarter of the pool can be had."""
 
 _CLASS_ORDER = {
@@ -46,29 +48,37 @@ class Streams:
         self.decoded_at = float("-inf")
         """When the last step with these streams ended."""
 
-    def take_tokens(self, tokens: list[int], draws: list[Sampled | None]) -> None:
+    def take_tokens(self, tokens: bytes, draws: Seq[Sampled | None]) -> None:
         """The decoding streams' new tokens."""
+        self.take_due(tokens, draws, self.batch.advance(tokens))
+
+    def take_due(self, tokens: bytes, draws: Seq[Sampled | None], due: Seq[int]) -> None:
+        """As `take_tokens`, where it is known which rows need a look."""
         loop = self._loop
         batch = self.batch
         # A stream that ends leaves the batch; rows count as they were.
         sequences = batch.sequences
-        due = batch.advance(tokens)
-        for router, rows in batch.routers.items():
-            loop.answers.columns(router, rows.columns(tokens))
-        places: dict[str, int] = {}
-        for row, draw in enumerate(draws):
-            sequence = sequences[row]
-            place = places[sequence.router] = places.get(sequence.router, -1) + 1
-            if draw is not None and draw.logprobs is not None:
-                loop.answers.logprobs(sequence, place, draw.logprobs)
+        batch.tell(tokens)
+        for router, answer in batch.answers.items():
+            if answer.tokens is not None:
+                loop.answers.columns(router, replace(answer.tokens))
+        if draws:
+            self._tell_logprobs(sequences, draws)
         loop.shares.stepped()
         if due:
             stays = [self._look(row, sequences[row]) for row in sorted(set(due))]
             if not all(stays):
-                loop.shares.count(loop.sequences.values())
+                loop.count_shares()
+
+    def _tell_logprobs(self, sequences: list[Sequence], draws: Seq[Sampled | None]) -> None:
+        places: dict[str, int] = {}
+        for sequence, draw in zip(sequences, draws, strict=True):
+            place = places[sequence.router] = places.get(sequence.router, -1) + 1
+            if draw is not None and draw.logprobs is not None:
+                self._loop.answers.logprobs(sequence, place, draw.logprobs)
 
     def _look(self, row: int, sequence: Sequence) -> bool:
-        """A stream that filled a block or may have ended. False: it left the batch."""
+        """A stream that filled its blocks or may have ended. False: it left the batch."""
         loop = self._loop
         if sequence.state is State.ENDED:
             return False
@@ -77,7 +87,7 @@ class Streams:
             loop.finish(sequence, reason)
             return False
         sequence.computed = sequence.length - 1
-        if sequence.computed % loop.pool.block_tokens:
+        if sequence.computed < len(sequence.blocks) * loop.pool.block_tokens:
             return True
         changed = sequence.stored
         loop.store(sequence)

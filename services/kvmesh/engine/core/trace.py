@@ -12,15 +12,18 @@ _SHORTEST_PAUSE_S = 50e-6
 
 
 class Trace:
-    """Spans of a stage. Times are seconds on the engine's clock.
+    """Spans of a stage. Times are seconds on the engine's clock; the spans'
+    beginnings count from the request's arrival at its first router.
 
     A chunk that was held between layers has its pauses within it.
     """
 
-    __slots__ = ("_begun", "_last", "_spans", "cause", "decoding_since", "idle_since")
+    __slots__ = ("_arrived", "_begun", "_last", "_spans", "cause", "decoding_since", "idle_since")
 
-    def __init__(self, begun: float) -> None:
+    def __init__(self, begun: float, waited_s: float = 0.0) -> None:
+        """When the placement came, and how long the request had waited by then."""
         self._begun = begun
+        self._arrived = begun - waited_s
         self._spans: list[inference.TraceSpan] = []
         self._last: dict[str, inference.TraceSpan] = {}
         self.idle_since = begun
@@ -31,7 +34,7 @@ class Trace:
 
     def add(self, name: str, begin: float, end: float, tokens: int = 0, cause: str = "") -> None:
         """Something that it did or waited for; names as in `TraceSpan`."""
-        start_ms = max(0.0, (begin - self._begun) * 1000)
+        start_ms = max(0.0, (begin - self._arrived) * 1000)
         duration_ms = max(0.0, (end - begin) * 1000)
         last = self._last.get(name)
         if len(self._spans) >= MAX_SPANS and last is not None:
@@ -50,7 +53,7 @@ class Trace:
         if "worker_queue" not in self._last:
             # A transfer may have come first; what follows it is a pause.
             first = min((span.start_ms for span in self._spans), default=float("inf"))
-            self.add("worker_queue", self._begun, min(now, self._begun + first / 1000))
+            self.add("worker_queue", self._begun, min(now, self._arrived + first / 1000))
         if now - self.idle_since > _SHORTEST_PAUSE_S:
             self.add("pause", self.idle_since, now, cause=self.cause or "steps without it")
         self.cause = ""

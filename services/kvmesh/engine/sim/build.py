@@ -22,8 +22,11 @@ def build(
     settings: WorkerSettings, worker_id: str, incarnation: int, progress: Callable[[str], None]
 ) -> BuiltEngine:
     """Builds the engine; there is nothing to load. Raises SettingError."""
+    arguments = dict(settings.engine_arguments)
+    if settings.like and arguments.setdefault("like", settings.like) != settings.like:
+        raise SettingError("like is given twice, and differently; allowed is once")
     try:
-        sim = SimSettings.from_arguments(settings.engine_arguments)
+        sim = SimSettings.from_arguments(arguments)
     except SimSettingError as error:
         raise SettingError(f"engine_arguments: {error}") from error
     engine = build_engine(
@@ -32,7 +35,9 @@ def build(
         worker_id=worker_id,
         incarnation=incarnation,
         transfer=TransferSettings(
-            listen=settings.transfer_listen, advertise=settings.advertise_host
+            listen=settings.transfer_listen,
+            advertise=settings.advertise_host,
+            shared_memory=not settings.transfer_tcp,
         ),
     )
     progress(f"sim: times of {sim.profile}, {PROFILES[sim.profile].source}")

@@ -22,14 +22,13 @@ MASK = (1 << 64) - 1
 K = 0x9E3779B97F4A7C15 | 1
 SEED = 0x2545F4914F6CDD1D
 FIRST_STATE = 0x6A09E667F3BCC909
-_TOKEN = 0xD6E8FEB86659FD93
-_TOKEN_U64 = np.uint64(_TOKEN)
-_HALF = np.uint64(32)
+TOKEN = 0xD6E8FEB86659FD93
+_TOKEN_U64 = np.uint64(TOKEN)
 
 
 def token_number(token: int) -> int:
     """a(t) of a token id."""
-    return (token + 1) * _TOKEN & MASK
+    return (token + 1) * TOKEN & MASK
 
 
 def token_numbers(ids: npt.NDArray[np.uint32]) -> U64:
@@ -46,16 +45,8 @@ def odd_numbers(count: int, seed: int) -> U64:
 
 def mix(value: int) -> int:
     """Spreads 64 bits over 64 bits: xor-shift, multiply, xor-shift."""
-    value = (value ^ value >> 32) * _TOKEN & MASK
+    value = (value ^ value >> 32) * TOKEN & MASK
     return value ^ value >> 32
-
-
-def mix_all(values: U64) -> U64:
-    """`mix` of many; changes what it is given."""
-    values ^= values >> _HALF
-    values *= _TOKEN_U64
-    values ^= values >> _HALF
-    return values
 
 
 class Content:

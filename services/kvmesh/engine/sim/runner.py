@@ -5,28 +5,19 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from kvmesh._router import KvPool
+from kvmesh._router import KvPool, SimStreams
 from kvmesh.engine.core.runner import DecodeRows, Sampled, Slice
 from kvmesh.engine.core.step_model import StepLoad, predict_ms
-from kvmesh.engine.sim.content import (
-    FIRST_STATE,
-    U64,
-    Content,
-    K,
-    mix,
-    mix_all,
-    token_numbers,
-)
+from kvmesh.engine.sim.content import FIRST_STATE, TOKEN, U64, Content, K, mix
 from kvmesh.engine.sim.settings import PROFILES, SimSettings
 from kvmesh.engine.sim.vocabulary import end_of_text_ids
 from kvmesh.v1 import worker_pb2 as wire
-
-_K = np.uint64(K)
 
 _REMEMBERED = 4096
 """Sequences whose running sums are kept; others are read from their blocks."""
@@ -45,9 +36,8 @@ class SimClock(Protocol):
 class WallClock:
     """Real time."""
 
-    def now(self) -> float:
-        """Now, seconds."""
-        return time.monotonic()
+    now = staticmethod(time.monotonic)
+    """Now, seconds."""
 
     def sleep_until(self, moment: float) -> None:
         """Sleeps, without the GIL."""
@@ -67,14 +57,10 @@ class SimRunner:
         self._content = Content(settings.block_bytes // settings.block_tokens // 8)
         self._ends = end_of_text_ids()
         self._vocabulary = range(max(self._ends) + 1, settings.vocabulary)
-        self._first, self._span = (
-            np.uint64(self._vocabulary.start),
-            np.uint64(len(self._vocabulary)),
-        )
         self._words: U64 = np.empty((0, 0, 0), np.uint64)
         # What was computed here, by sequence: (next position, state, reading).
         self._known: dict[int, tuple[int, int, int]] = {}
-        self._columns = _Columns(0, {})
+        self._streams: SimStreams | None = None
 
     @property
     def block_tokens(self) -> int:
@@ -112,10 +98,25 @@ class SimRunner:
         """Sees the pool as [block, token, word]."""
         words: U64 = np.frombuffer(memoryview(pool), dtype=np.uint64)
         self._words = words.reshape(-1, self._size, self._content.words)
+        content = self._content
+        self._streams = SimStreams(
+            pool,
+            state_factor=K,
+            token_factor=TOKEN,
+            spread=content.spread.tolist(),
+            gain=int(content.gain),
+            first_token=self._vocabulary.start,
+            tokens=len(self._vocabulary),
+            end_of_text=self._settings.end_of_text,
+            end_id=self._ends[-1],
+            block_tokens=self._size,
+        )
+        self._joined = _Joined(0, [], self._streams, 0.0, 0.0)
 
     def close(self) -> None:
         """Lets the pool go."""
         self._words = np.empty((0, 0, 0), np.uint64)
+        self._streams = None
         self._known.clear()
 
     # -- steps -------------------------------------------------------------
@@ -130,19 +131,26 @@ class SimRunner:
 
     def forward_columns(
         self, batch: Sequence[Slice], rows: DecodeRows
-    ) -> Generator[None, None, tuple[list[Sampled | None], list[int]]]:
+    ) -> Generator[None, None, tuple[list[Sampled | None], bytes]]:
         """As `forward`, with decoding streams by columns."""
-        positions = rows.positions
         if not self._settings.instant:
-            load = StepLoad(
-                decode_batch=len(positions), decode_context=int(positions.sum()) + len(positions)
-            )
+            load = StepLoad(decode_batch=len(rows.keys), decode_context=rows.context)
             for piece in batch:
                 self._count(load, piece)
             yield from self._take_time(load)
         elif batch:
             yield
         return [self._compute(piece) for piece in batch], self._decode(rows)
+
+    def decode_columns(self, rows: DecodeRows) -> bytes:
+        """Takes the time of a step of decoding streams alone; then writes and draws."""
+        joined = self._joined
+        if joined.composition != rows.composition:
+            joined = self._join(rows)
+        if not self._settings.instant:
+            seconds = joined.base_s + joined.context_s * rows.context
+            self._clock.sleep_until(self._clock.now() + seconds)
+        return joined.streams.step(rows.ids, rows.tables)
 
     @staticmethod
     def _count(load: StepLoad, piece: Slice) -> None:
@@ -206,59 +214,48 @@ class SimRunner:
             token = self._vocabulary.start + number % len(self._vocabulary)
         return Sampled(token)
 
-    def _decode(self, rows: DecodeRows) -> list[int]:
-        columns, content, positions = self._columns, self._content, rows.positions
-        if columns.composition != rows.composition:
-            columns = self._columns = self._join(rows)
-        states = columns.states
-        states *= _K
-        states += token_numbers(rows.ids)
-        weights = (2 * positions + 1).view(np.uint64)
-        columns.readings += states * content.gain * weights
-        blocks, places = np.divmod(positions, self._size)
-        self._words[rows.tables[columns.rows, blocks], places] = states[:, None] * content.spread
-        numbers = mix_all(states ^ columns.readings ^ columns.tags)
-        tokens = numbers % self._span
-        tokens += self._first
-        if self._settings.end_of_text:
-            ends = mix_all(numbers) % np.uint64(self._settings.end_of_text) == 0
-            tokens[ends] = self._ends[-1]
-        columns.positions = positions
-        drawn: list[int] = tokens.tolist()
-        return drawn
+    def _decode(self, rows: DecodeRows) -> bytes:
+        joined = self._joined
+        if joined.composition != rows.composition:
+            joined = self._join(rows)
+        return joined.streams.step(rows.ids, rows.tables)
 
-    def _join(self, rows: DecodeRows) -> _Columns:
+    def _join(self, rows: DecodeRows) -> _Joined:
         """States and readings of the new composition; new streams are read."""
-        old = self._columns
-        for key, row in old.row_of.items():
-            self._remember(
-                key, int(old.positions[row]) + 1, int(old.states[row]), int(old.readings[row])
-            )
-        before = [
-            self._before(key, position, table)
-            for key, position, table in zip(
-                rows.keys, rows.positions.tolist(), rows.tables, strict=True
-            )
-        ]
-        columns = _Columns(rows.composition, {key: row for row, key in enumerate(rows.keys)})
-        columns.rows = np.arange(len(rows.keys))
-        columns.states = np.array([state for state, _ in before], np.uint64)
-        columns.readings = np.array([reading for _, reading in before], np.uint64)
+        streams = self._streams
+        if streams is None:
+            raise RuntimeError("no pool is bound")
+        for key, known in zip(self._joined.keys, streams.states(), strict=True):
+            self._remember(key, *known)
+        positions = (rows.firsts + rows.steps).tolist()
         tags = rows.tags if self._settings.attempt_tokens else [0] * len(rows.tags)
-        columns.tags = np.array(tags, np.uint64)
-        return columns
+        streams.join(
+            [
+                (position, *self._before(key, position, table), tag)
+                for key, position, table, tag in zip(
+                    rows.keys, positions, rows.tables, tags, strict=True
+                )
+            ]
+        )
+        model, speed = self._profile.model, 1000 * self._settings.speed
+        self._joined = _Joined(
+            rows.composition,
+            rows.keys,
+            streams,
+            (model.a_ms + model.d_ms * len(rows.keys)) / speed,
+            model.e_ms / speed,
+        )
+        return self._joined
 
 
-class _Columns:
-    """What is kept of the decoding streams from step to step."""
+@dataclass(slots=True)
+class _Joined:
+    """Which streams decode together."""
 
-    __slots__ = ("composition", "positions", "readings", "row_of", "rows", "states", "tags")
-
-    def __init__(self, composition: int, row_of: dict[int, int]) -> None:
-        self.composition = composition
-        self.row_of = row_of
-        self.rows: npt.NDArray[np.int64] = np.empty(0, np.int64)
-        self.positions: npt.NDArray[np.int64] = np.empty(0, np.int64)
-        self.states: U64 = np.empty(0, np.uint64)
-        self.readings: U64 = np.empty(0, np.uint64)
-        self.tags: U64 = np.empty(0, np.uint64)
+    composition: int
+    keys: list[int]
+    streams: SimStreams
+    base_s: float
+    """Time of a step but for contexts, seconds."""
+    context_s: float
+    """Seconds a token of context."""

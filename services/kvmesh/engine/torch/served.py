@@ -69,7 +69,11 @@ def build(
             penalties_over_continuation=True,
             max_logprobs=MAX_LOGPROBS,
         ),
-        TransferSettings(listen=settings.transfer_listen, advertise=settings.advertise_host),
+        TransferSettings(
+            listen=settings.transfer_listen,
+            advertise=settings.advertise_host,
+            shared_memory=not settings.transfer_tcp,
+        ),
     )
     return BuiltEngine(engine, built.record, TokenizerFiles.read(built.folder))
 

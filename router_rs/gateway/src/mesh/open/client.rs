@@ -1,0 +1,192 @@
+//! What the client's stream asks of its generation.
+
+use std::{
+    sync::Arc,
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use kvmesh_session::{
+    generation::{Event, Outcome, Stop},
+    parse::FinishReason,
+};
+use kvmesh_wire::v1;
+
+use super::{Batch, Open};
+use crate::error::RequestError;
+
+impl Open {
+    /// Puts what the client has not got yet into `batch`, which is empty;
+    /// registers the waker where there is nothing. Gives the time.
+    pub(in crate::mesh) fn poll_take(
+        &self,
+        cx: &mut Context<'_>,
+        batch: &mut Batch,
+    ) -> Poll<Instant> {
+        let mut state = self.lock();
+        let pending = state.output.len() - state.taken;
+        if pending == 0 && state.placed.is_none() && state.outcome.is_none() {
+            match &mut state.waker {
+                Some(waker) => waker.clone_from(cx.waker()),
+                none => *none = Some(cx.waker().clone()),
+            }
+            return Poll::Pending;
+        }
+        batch.placed = state.placed.take().map(|placed| *placed);
+        batch.ids.extend_from_slice(&state.output[state.taken..]);
+        batch.logprobs.append(&mut state.logprobs);
+        if let Some(outcome) = &state.outcome {
+            batch.outcome = Some((outcome.clone(), state.machine.next_index()));
+        }
+        state.taken = state.output.len();
+        let now = Instant::now();
+        state.progress = now;
+        if pending > 0 {
+            state.figures.tokens_taken(now);
+        }
+        drop(state);
+        self.core.counters.undelivered_ids.sub(pending as u64);
+        Poll::Ready(now)
+    }
+
+    /// Whether it waits with ids, or with its end, that nobody took since
+    /// `since`, or holds more than `most` ids.
+    pub(in crate::mesh) fn starved(&self, since: Instant, most: usize) -> bool {
+        let state = self.lock();
+        let pending = state.output.len() - state.taken;
+        let owes = pending > 0 || state.outcome.is_some();
+        owes && (state.progress <= since || pending > most) && !self.given_up.was_said()
+    }
+
+    /// Drops what a client did not read, and ends the stream for it.
+    pub(in crate::mesh) fn give_up_on_client(self: &Arc<Self>) {
+        if self.ended() {
+            // The machine, which counts its own ends, has nothing to stop.
+            self.core.counters.slow_clients.add(1);
+        }
+        self.apply(Event::Stop(Stop::SlowClient));
+        let (pending, waker) = {
+            let mut state = self.lock();
+            let pending = state.output.len() - state.taken;
+            let taken = state.taken;
+            state.output.truncate(taken);
+            state.logprobs = Vec::new();
+            // Also where the output was complete: the client never got it.
+            state.outcome = Some(Outcome::Stopped(Stop::SlowClient));
+            (pending, state.waker.take())
+        };
+        self.core.counters.undelivered_ids.sub(pending as u64);
+        self.given_up.say();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    /// The client's stream is gone.
+    pub(in crate::mesh) fn close(self: &Arc<Self>) {
+        self.apply(Event::Stop(Stop::ClientGone));
+        let pending = {
+            let mut state = self.lock();
+            let pending = state.output.len() - state.taken;
+            state.taken = state.output.len();
+            pending
+        };
+        self.core.counters.undelivered_ids.sub(pending as u64);
+        self.core.unregister(self.id);
+    }
+
+    /// The last message of a stream that ended well. `output_tokens` is what
+    /// the client got.
+    pub(in crate::mesh) fn finished(
+        &self,
+        reason: FinishReason,
+        stop_token: Option<u32>,
+        output_tokens: u32,
+    ) -> v1::Finished {
+        let state = self.lock();
+        let prompt = u32::try_from(self.request.prompt_ids.len()).unwrap_or(u32::MAX);
+        v1::Finished {
+            reason: match reason {
+                FinishReason::Stop => v1::FinishReason::Stop.into(),
+                FinishReason::Length => v1::FinishReason::Length.into(),
+            },
+            usage: Some(
+                state
+                    .figures
+                    .usage(prompt, output_tokens, state.machine.fence().attempt),
+            ),
+            timings: Some(state.figures.timings(&self.request)),
+            stop_token_id: stop_token,
+            trace: if self.request.trace {
+                state.figures.trace()
+            } else {
+                Vec::new()
+            },
+            ..v1::Finished::default()
+        }
+    }
+
+    /// What was predicted of the attempt that brought the first token, and what
+    /// it took; counted as it is told.
+    pub(in crate::mesh) fn measured(&self) -> Option<(u32, v1::PhaseTimes)> {
+        let (attempt, predicted, actual) = self.lock().figures.prediction()?;
+        self.core.counters.predicted(&predicted, &actual);
+        Some((attempt, actual))
+    }
+
+    /// The first message of a stream.
+    pub(in crate::mesh) fn accepted(&self) -> v1::Accepted {
+        let request = &self.request;
+        v1::Accepted {
+            generation_id: self.id.to_string(),
+            seed: request.sampling.seed,
+            prompt_tokens: u32::try_from(request.prompt_ids.len()).unwrap_or(u32::MAX),
+            max_tokens: request.max_tokens,
+            model: request.model.clone(),
+        }
+    }
+
+    /// A stop string of the request, by its number.
+    pub(in crate::mesh) fn stop_string(&self, index: usize) -> String {
+        let stops = self.request.text.as_ref().map(|text| text.stops.as_slice());
+        stops
+            .and_then(|stops| stops.get(index))
+            .cloned()
+            .unwrap_or_default()
+    }
+
+    /// What the client is told of an end that is no success.
+    pub(in crate::mesh) fn error(&self, outcome: &Outcome, next_index: u32) -> RequestError {
+        match outcome {
+            Outcome::Stopped(Stop::ClientGone | Stop::StopString) | Outcome::Finished { .. } => {
+                RequestError::Cancelled
+            }
+            Outcome::Stopped(Stop::SlowClient) => RequestError::SlowClient { next_index },
+            Outcome::Stopped(Stop::Shutdown) => RequestError::ShuttingDown { next_index },
+            Outcome::Stopped(Stop::Overloaded) => RequestError::Overloaded {
+                reason: "no worker had room in time",
+                retry_after: Duration::from_secs(1),
+            },
+            Outcome::DeadlineExceeded => RequestError::DeadlineExceeded { next_index },
+            Outcome::NoPlan => RequestError::NoWorker(self.request.model.clone()),
+            Outcome::Unsupported => {
+                RequestError::Unsupported(format!("by the engine of {}", self.request.model))
+            }
+            Outcome::TakenOver => RequestError::TakenOver { next_index },
+            Outcome::WorkerLost(_) => {
+                let reason = "the worker was lost".to_owned();
+                RequestError::WorkerLost { reason, next_index }
+            }
+            Outcome::Exhausted => {
+                let reason = "too many attempts failed".to_owned();
+                RequestError::WorkerLost { reason, next_index }
+            }
+            Outcome::Failed(failure) => RequestError::WorkerFailed {
+                code: failure.code,
+                reason: failure.reason.clone(),
+                message: failure.message.clone(),
+                next_index,
+            },
+        }
+    }
+}

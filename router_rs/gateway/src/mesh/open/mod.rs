@@ -1,0 +1,424 @@
+//! One open generation: its machine, its output, and who waits for it.
+//!
+//! Two tasks meet here: a worker's session pushes token ids, a client's stream
+//! takes them. Between them is one short std mutex and one waker, no channel.
+//! Nothing awaits under the lock.
+//!
+//! Lock order: a generation's lock may be held while the scheduler's, a
+//! timer's or a command queue's is taken, never the other way round.
+
+mod carry;
+mod client;
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::Waker,
+    time::{Duration, Instant},
+};
+
+use kvmesh_session::{
+    Generation, GenerationId, Taken, Violation, WorkerIndex,
+    generation::{Event, Outcome, Plan, Policy, Stop, Timer, TransferState},
+    parse::{End, Row, StageEnd},
+};
+use kvmesh_wire::v1;
+use smallvec::SmallVec;
+
+use super::{
+    Core,
+    counters::AttemptCounts,
+    dispatch::Booking,
+    figures::{Figures, ms},
+    given_up::GivenUp,
+    placer::Tail,
+    queue::Admitted,
+    session::SessionHandle,
+    timers::TimerKey,
+};
+use crate::request::AdmittedRequest;
+
+/// Owner number of a generation that began at this router. Another router that
+/// takes it over raises it.
+const FIRST_OWNER: u32 = 1;
+
+/// A worker's part in a plan: what is needed to speak to it.
+#[derive(Clone)]
+pub(super) struct Party {
+    /// Number of the worker.
+    pub(super) worker: WorkerIndex,
+    /// The session as it was when the plan was made. If it has ended since, a
+    /// command to it fails, and that is the session's loss.
+    pub(super) session: Arc<SessionHandle>,
+}
+
+/// A plan that the scheduler chose, with what it takes to carry it out.
+pub(super) struct Chosen {
+    pub(super) plan: Plan,
+    pub(super) parties: SmallVec<[Party; 2]>,
+    pub(super) booking: Booking,
+    pub(super) cached_tokens: u32,
+    pub(super) pulled_tokens: u32,
+    pub(super) prefix_from: Option<v1::PrefixSource>,
+    pub(super) predicted_start_ms: f64,
+    /// What the choice predicts of the first token.
+    pub(super) predicted: v1::PhaseTimes,
+    /// A prefix goes from the first to the second worker.
+    pub(super) pulls: Option<(WorkerIndex, WorkerIndex)>,
+    /// What is left to move from the first to the second when prefill ends.
+    pub(super) tail: Option<(WorkerIndex, WorkerIndex, Tail)>,
+    /// What the choice took.
+    pub(super) decide: Duration,
+}
+
+/// An open generation.
+pub(super) struct Open {
+    pub(super) id: GenerationId,
+    pub(super) request: AdmittedRequest,
+    pub(super) core: Arc<Core>,
+    /// From arrival to virtual deadline, ms: the key of every queue.
+    pub(super) urgency_ms: f64,
+    /// Predicted work of the prompt at arrival, ms.
+    pub(super) work_ms: f64,
+    /// Said when the client is given up.
+    pub(super) given_up: GivenUp,
+    /// Chain values of the prompt.
+    chain: Vec<u64>,
+    state: Mutex<State>,
+}
+
+struct State {
+    machine: Generation,
+    /// All output ids. From `taken` on the client lacks them.
+    output: Vec<u32>,
+    taken: usize,
+    /// Attempt that brought the last token.
+    started: u32,
+    /// Log-probabilities of `output[taken..]`, where they were asked for.
+    logprobs: Vec<v1::TokenLogprobs>,
+    waker: Option<Waker>,
+    outcome: Option<Outcome>,
+    // Boxed: a token's way touches this struct, but not these.
+    chosen: Option<Box<Chosen>>,
+    placed: Option<Box<v1::Placed>>,
+    armed: SmallVec<[(Timer, TimerKey); 3]>,
+    /// When the client last took something, or had nothing to take.
+    progress: Instant,
+    figures: Figures,
+}
+
+/// What a client's stream takes at once.
+#[derive(Default)]
+pub(super) struct Batch {
+    pub(super) placed: Option<v1::Placed>,
+    pub(super) ids: Vec<u32>,
+    pub(super) logprobs: Vec<v1::TokenLogprobs>,
+    pub(super) outcome: Option<(Outcome, u32)>,
+}
+
+impl Open {
+    /// Opens a generation; it asks for its first plan at once.
+    pub(super) fn start(
+        core: Arc<Core>,
+        chain: Vec<u64>,
+        request: AdmittedRequest,
+        admitted: Admitted,
+        id: GenerationId,
+    ) -> Arc<Self> {
+        let deadline = request.deadline;
+        let (machine, actions) = Generation::start(
+            FIRST_OWNER,
+            request.max_tokens,
+            deadline.is_some(),
+            Policy::default(),
+        );
+        let now = Instant::now();
+        let state = State {
+            machine,
+            output: Vec::new(),
+            taken: 0,
+            started: 0,
+            logprobs: Vec::new(),
+            waker: None,
+            outcome: None,
+            chosen: None,
+            placed: None,
+            armed: SmallVec::new(),
+            progress: now,
+            figures: Figures::default(),
+        };
+        let open = Arc::new(Self {
+            id,
+            request,
+            core,
+            urgency_ms: admitted.urgency_ms,
+            work_ms: admitted.work_ms,
+            given_up: GivenUp::default(),
+            chain,
+            state: Mutex::new(state),
+        });
+        open.core.register(&open);
+        let plan = {
+            let mut state = open.lock();
+            open.perform(&mut state, actions)
+        };
+        open.ask(plan);
+        open
+    }
+
+    // A panic under this lock is a bug of ours in straight-line code; the
+    // stream then ends by its own checks rather than by poisoning others.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Feeds an event that cannot break the protocol.
+    pub(super) fn apply(self: &Arc<Self>, event: Event) {
+        if let Err(violation) = self.try_apply(event) {
+            tracing::error!(generation = %self.id, %violation, "event out of turn");
+        }
+    }
+
+    /// Feeds an event of a session.
+    pub(super) fn try_apply(self: &Arc<Self>, event: Event) -> Result<(), Violation> {
+        let (plan, waker) = {
+            let mut state = self.lock();
+            let actions = state.machine.apply(event)?;
+            let plan = self.perform(&mut state, actions);
+            (
+                plan,
+                if state.outcome.is_some() {
+                    state.waker.take()
+                } else {
+                    None
+                },
+            )
+        };
+        self.ask(plan);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+        Ok(())
+    }
+
+    /// Takes a row of tokens: the path of every token. Returns how many are
+    /// new, or `None` for a stale row; the waker goes to `wake`.
+    pub(super) fn tokens(
+        &self,
+        from: WorkerIndex,
+        row: &Row<'_>,
+        now: Instant,
+        wake: &mut Vec<Waker>,
+    ) -> Result<Option<usize>, Violation> {
+        let mut state = self.lock();
+        let count = u32::try_from(row.ids.len()).unwrap_or(u32::MAX);
+        let skip = match state
+            .machine
+            .tokens(from, row.fence, row.first_index, count)?
+        {
+            Taken::New { skip } => skip as usize,
+            Taken::Nothing => return Ok(Some(0)),
+            Taken::Stale => return Ok(None),
+        };
+        let new = row.ids.get(skip..).unwrap_or_default();
+        if state.taken == state.output.len() {
+            state.progress = now;
+        }
+        let attempt = state.machine.fence().attempt;
+        if state.started != attempt {
+            state.started = attempt;
+            if let Some(chosen) = &state.chosen {
+                chosen.booking.started();
+            }
+        }
+        state.output.extend_from_slice(new);
+        if self.request.logprobs.is_some() {
+            let missing = v1::TokenLogprobs::default();
+            let given = row.logprobs.iter().chain(std::iter::repeat(&missing));
+            state
+                .logprobs
+                .extend(given.skip(skip).take(new.len()).cloned());
+        }
+        state.figures.tokens_arrived(now);
+        wake.extend(state.waker.take());
+        Ok(Some(new.len()))
+    }
+
+    /// Takes the end of a stage.
+    pub(super) fn stage_end(
+        self: &Arc<Self>,
+        from: WorkerIndex,
+        end: StageEnd,
+    ) -> Result<(), Violation> {
+        {
+            let mut state = self.lock();
+            if end.fence <= state.machine.fence() {
+                self.core
+                    .counters
+                    .transferred_bytes
+                    .add(end.timings.transferred_bytes);
+                state
+                    .figures
+                    .stage_ended(end.stage, end.fence.attempt, &end.timings);
+            }
+            if matches!(end.end, End::HandedOff { .. }) {
+                state.figures.handed_off(Instant::now());
+            }
+            if end.fence == state.machine.fence() {
+                self.learn_transfer(&state, &end);
+            }
+        }
+        if matches!(end.end, End::TransferFailed) {
+            self.core.counters.transfers_failed.add(1);
+        }
+        let StageEnd {
+            fence, stage, end, ..
+        } = end;
+        self.try_apply(Event::StageEnd {
+            from,
+            fence,
+            stage,
+            end,
+        })
+    }
+
+    /// What a stage says of how long KV takes from one worker to another.
+    fn learn_transfer(&self, state: &State, end: &StageEnd) {
+        let Some(chosen) = &state.chosen else {
+            return;
+        };
+        let told = &end.timings;
+        let mut placer = self.core.dispatcher.placer();
+        if end.stage != kvmesh_session::Stage::Decode {
+            if let Some((source, target)) = chosen.pulls
+                && told.pulled_tokens > 0
+            {
+                let (bytes, took) = (told.transferred_bytes, told.transfer_ms);
+                placer.transferred(source, target, bytes, took);
+            }
+        } else if let Some((source, target, tail)) = chosen.tail
+            && let Some(took) = state.figures.tail()
+        {
+            // What is seen ends with a decode step.
+            let took = (ms(took) - tail.step_ms).max(0.05);
+            placer.transferred(source, target, tail.bytes, took);
+        }
+    }
+
+    /// Carries a plan out.
+    pub(super) fn planned(self: &Arc<Self>, chosen: Chosen) {
+        let plan = {
+            let mut state = self.lock();
+            if state.machine.ended() {
+                return;
+            }
+            let event = Event::Planned(chosen.plan);
+            state.placed = self
+                .request
+                .placements
+                .then(|| Box::new(self.placed_message(&state, &chosen)));
+            let attempt = state.machine.fence().attempt + 1;
+            state
+                .figures
+                .dispatched(Instant::now(), chosen.decide, attempt, chosen.predicted);
+            self.core.counters.decided(&chosen.plan, chosen.decide);
+            if matches!(chosen.plan, Plan::Mesh { .. }) {
+                self.core.counters.transfers_started.add(1);
+            }
+            self.core.counters.attempts.add(1);
+            state.chosen = Some(Box::new(chosen));
+            let waker = state.placed.is_some().then(|| state.waker.take()).flatten();
+            let plan = match state.machine.apply(event) {
+                Ok(actions) => self.perform(&mut state, actions),
+                Err(_) => None,
+            };
+            drop(state);
+            if let Some(waker) = waker {
+                waker.wake();
+            }
+            plan
+        };
+        self.ask(plan);
+    }
+
+    fn placed_message(&self, state: &State, chosen: &Chosen) -> v1::Placed {
+        let name = |worker| match self.request.admin {
+            true => self.core.table.name(worker),
+            false => String::new(),
+        };
+        let (prefill, decode) = match chosen.plan {
+            Plan::Whole { on } => (String::new(), name(on)),
+            Plan::Mesh {
+                prefill, decode, ..
+            }
+            | Plan::Engine {
+                prefill, decode, ..
+            } => (name(prefill), name(decode)),
+        };
+        v1::Placed {
+            attempt: state.machine.fence().attempt + 1,
+            cached_tokens: chosen.cached_tokens,
+            pulled_tokens: chosen.pulled_tokens,
+            prefill_worker: prefill,
+            decode_worker: decode,
+        }
+    }
+
+    fn end(&self, state: &mut State, outcome: Outcome) {
+        for (_, key) in state.armed.drain(..) {
+            self.core.timers.disarm(key);
+        }
+        let counters = &self.core.counters;
+        match &outcome {
+            Outcome::Finished { .. } => {
+                counters.finished.add(1);
+                let made = state.machine.next_index();
+                self.core.dispatcher.learn_output(&self.request, made);
+            }
+            Outcome::Stopped(Stop::ClientGone) => counters.cancelled.add(1),
+            Outcome::Stopped(Stop::SlowClient) => {
+                counters.slow_clients.add(1);
+                counters.failed.add(1);
+            }
+            _ => counters.failed.add(1),
+        }
+        let now = Instant::now();
+        if state.taken == state.output.len() {
+            state.progress = now;
+        }
+        state.figures.ended(now);
+        state.outcome = Some(outcome);
+    }
+
+    /// Whether the machine has ended.
+    pub(super) fn ended(&self) -> bool {
+        self.lock().machine.ended()
+    }
+
+    /// Adds the attempt that runs, and its transfer, to `counts`.
+    pub(super) fn count(&self, counts: &mut AttemptCounts) {
+        let state = self.lock();
+        counts.open += u64::from(state.machine.running());
+        match state.machine.transfer() {
+            Some(TransferState::Placed) => counts.placed += 1,
+            Some(TransferState::Reserved) => counts.reserved += 1,
+            Some(TransferState::Flowing) => counts.flowing += 1,
+            Some(TransferState::Committed) => counts.committed += 1,
+            None => {}
+        }
+    }
+
+    /// Chain values of the prompt.
+    pub(super) fn chain(&self) -> &[u64] {
+        &self.chain
+    }
+
+    /// Number of the attempt in force; 0 before the first.
+    pub(super) fn attempt(&self) -> u32 {
+        self.lock().machine.fence().attempt
+    }
+
+    /// Output ids so far, counted.
+    pub(super) fn next_index(&self) -> u32 {
+        self.lock().machine.next_index()
+    }
+}

@@ -1,0 +1,136 @@
+//! What a worker's frames do: the path of every token.
+
+use std::{sync::Arc, time::Instant};
+
+use kvmesh_session::{
+    Fence, GenerationId, Violation,
+    generation::Event as GenerationEvent,
+    link::Event,
+    parse::{self, Answer, Inbound, LoadReport, StepFrame},
+};
+use kvmesh_wire::v1;
+use prost::Message as _;
+
+use super::{super::open::Open, Session};
+
+impl Session {
+    pub(super) fn frame(&mut self, frame: v1::WorkerFrame) -> Result<(), Violation> {
+        let counters = &self.core.counters;
+        let bytes = frame.encoded_len() as u64;
+        let now = Instant::now();
+        self.worker.heard(now);
+        match parse::worker_frame(frame)? {
+            Inbound::Step(step) => {
+                counters.step_frames.add(1);
+                counters.step_bytes.add(bytes);
+                let actions = self.link.apply(Event::Frame(step.load.as_ref()))?;
+                self.perform(actions);
+                self.step(&step, now)?;
+                self.ends(*step)
+            }
+            Inbound::Load(load) => {
+                counters.load_frames.add(1);
+                counters.load_bytes.add(bytes);
+                let actions = self.link.apply(Event::Frame(Some(&*load)))?;
+                self.perform(actions);
+                self.load(&load);
+                Ok(())
+            }
+            Inbound::Cache(events) => {
+                counters.cache_frames.add(1);
+                counters.cache_bytes.add(bytes);
+                let actions = self.link.apply(Event::Frame(None))?;
+                self.perform(actions);
+                if self.link.indexed()
+                    && let Some(event) = self.core.cache_events(&self.worker, &events)
+                {
+                    self.link.saw_event(event);
+                }
+                Ok(())
+            }
+            Inbound::Unknown => Ok(()),
+        }
+    }
+
+    /// Openings and tokens of a step.
+    fn step(&mut self, step: &StepFrame, now: Instant) -> Result<(), Violation> {
+        let index = self.worker.index;
+        for opening in &step.openings {
+            self.feed(Event::Answered);
+            let ends = matches!(opening.answer, Answer::Refused(_));
+            if ends {
+                self.core.counters.refusals.add(1);
+            }
+            let Some(open) = self.held(&opening.generation, opening.fence, ends) else {
+                self.core.counters.stale_frames.add(1);
+                continue;
+            };
+            open.try_apply(GenerationEvent::Opening {
+                from: index,
+                fence: opening.fence,
+                stage: opening.stage,
+                answer: opening.answer.clone(),
+            })?;
+        }
+        let mut new = 0;
+        let mut stale = 0;
+        let mut violation = None;
+        for row in step.rows.iter() {
+            let Some(held) = self.open.get(&row.generation) else {
+                stale += 1;
+                continue;
+            };
+            match held.open.tokens(index, &row, now, &mut self.wake) {
+                Ok(Some(count)) => new += count as u64,
+                Ok(None) => stale += 1,
+                Err(broken) => {
+                    violation = Some(broken);
+                    break;
+                }
+            }
+        }
+        self.core.counters.tokens.add(new);
+        self.core.counters.undelivered_ids.add(new);
+        if stale > 0 {
+            self.core.counters.stale_frames.add(stale);
+        }
+        // After the counts: a stream that is woken takes from them.
+        for waker in self.wake.drain(..) {
+            waker.wake();
+        }
+        violation.map_or(Ok(()), Err)
+    }
+
+    /// The generation that a frame speaks of. With `ends` it is let go of,
+    /// unless a newer attempt of it is here.
+    fn held(&mut self, id: &GenerationId, fence: Fence, ends: bool) -> Option<Arc<Open>> {
+        let held = self.open.get(id)?;
+        if ends && held.fence <= fence {
+            return self.open.remove(id).map(|held| held.open);
+        }
+        Some(Arc::clone(&held.open))
+    }
+
+    /// Ends of a step, and what it took.
+    fn ends(&mut self, step: StepFrame) -> Result<(), Violation> {
+        for end in step.ends {
+            self.feed(Event::Answered);
+            match self.held(&end.generation, end.fence, true) {
+                Some(open) => open.stage_end(self.worker.index, end)?,
+                None => self.core.counters.stale_frames.add(1),
+            }
+        }
+        if let Some(sample) = &step.sample {
+            self.core.step_sample(&self.worker, sample);
+        }
+        if let Some(load) = &step.load {
+            self.load(load);
+        }
+        Ok(())
+    }
+
+    fn load(&mut self, report: &LoadReport) {
+        self.worker.loaded(report);
+        self.core.worker_loaded(&self.worker, report);
+    }
+}

@@ -1,0 +1,207 @@
+//! A request's way, where nothing goes wrong.
+
+use super::*;
+
+#[tokio::test]
+async fn one_worker_answers_a_request() {
+    let both = worker(Role::Both);
+    let mesh = mesh_of(&[&both]).await;
+    let answer = collect(mesh.generate(request(&[1, 2, 3], 20)).unwrap()).await;
+    assert_eq!(answer.error, None);
+    assert_eq!(answer.ids, both.tokens().expected(&[1, 2, 3], 20));
+    assert_eq!(answer.text, both.tokens().expected_text(&[1, 2, 3], 20));
+    assert_eq!(answer.accepted.unwrap().prompt_tokens, 3);
+    let finished = answer.finished.unwrap();
+    assert_eq!(finished.reason(), v1::FinishReason::Length);
+    let usage = finished.usage.unwrap();
+    assert_eq!((usage.output_tokens, usage.attempts), (20, 1));
+    assert!(until(|| nothing_left(&mesh, &[&both])).await);
+    mesh.shutdown(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn prefill_and_decode_share_a_request() {
+    let (prefill, decode) = (worker(Role::Prefill), worker(Role::Decode));
+    let mesh = mesh_of(&[&prefill, &decode]).await;
+    let answer = collect(mesh.generate(request(&[5, 6], 50)).unwrap()).await;
+    assert_eq!(answer.error, None);
+    assert_eq!(answer.ids, decode.tokens().expected(&[5, 6], 50));
+    assert_eq!(prefill.counters().handed_off, 1);
+    assert_eq!(decode.counters().finished, 1);
+    assert_eq!(answer.placed[0].prefill_worker, prefill.worker_id());
+    assert_eq!(answer.placed[0].decode_worker, decode.worker_id());
+    assert!(until(|| nothing_left(&mesh, &[&prefill, &decode])).await);
+    let id = answer.accepted.unwrap().generation_id;
+    let why = mesh.explain(&id).unwrap();
+    assert_eq!(why.decisions.len(), 1);
+    assert!(why.finished.is_some());
+}
+
+#[tokio::test]
+async fn an_engine_hand_off_goes_prefill_first() {
+    for emits in [true, false] {
+        let config = |role| MockConfig {
+            role,
+            engine_connector: "mock".to_owned(),
+            prefill_emits_first_token: emits,
+            ..MockConfig::default()
+        };
+        let prefill = MockWorker::start(config(Role::Prefill)).unwrap();
+        let decode = MockWorker::start(config(Role::Decode)).unwrap();
+        let mesh = mesh_of(&[&prefill, &decode]).await;
+        let answer = collect(mesh.generate(request(&[9, 8, 7], 30)).unwrap()).await;
+        assert_eq!(answer.error, None);
+        assert_eq!(answer.ids, decode.tokens().expected(&[9, 8, 7], 30));
+        assert_eq!(prefill.counters().handed_off, 1);
+    }
+}
+
+#[tokio::test]
+async fn a_request_of_one_token_stays_on_one_worker() {
+    let (prefill, decode) = (worker(Role::Prefill), worker(Role::Decode));
+    let mesh = mesh_of(&[&prefill, &decode]).await;
+    let answer = collect(mesh.generate(request(&[5, 6], 1)).unwrap()).await;
+    assert_eq!(answer.ids.len(), 1);
+    assert_eq!(prefill.counters().finished, 1);
+    assert_eq!(decode.counters().placed, 0);
+}
+
+#[tokio::test]
+async fn many_streams_are_each_whole() {
+    let config = |role| MockConfig {
+        role,
+        step: Duration::from_millis(2),
+        ..Default::default()
+    };
+    let prefill = MockWorker::start(config(Role::Prefill)).unwrap();
+    let decode = MockWorker::start(config(Role::Decode)).unwrap();
+    let both = MockWorker::start(config(Role::Both)).unwrap();
+    let mesh = mesh_of(&[&prefill, &decode, &both]).await;
+    let streams: Vec<_> = (0..64)
+        .map(|n| tokio::spawn(collect(mesh.generate(request(&[n, n + 1], 40)).unwrap())))
+        .collect();
+    for (n, stream) in (0..64).zip(streams) {
+        let answer = stream.await.unwrap();
+        assert_eq!(answer.error, None);
+        assert_eq!(answer.ids, both.tokens().expected(&[n, n + 1], 40));
+    }
+    assert!(until(|| nothing_left(&mesh, &[&prefill, &decode, &both])).await);
+    assert_eq!(mesh.counters().stale_frames.get(), 0);
+}
+
+#[tokio::test]
+async fn a_dropped_stream_cancels_on_both_workers() {
+    let slow = |role| MockConfig {
+        role,
+        step: Duration::from_millis(5),
+        ..MockConfig::default()
+    };
+    let prefill = MockWorker::start(slow(Role::Prefill)).unwrap();
+    let decode = MockWorker::start(slow(Role::Decode)).unwrap();
+    let mesh = mesh_of(&[&prefill, &decode]).await;
+    let mut stream = mesh.generate(request(&[1, 2], 100_000)).unwrap();
+    first_tokens(&mut stream).await;
+    drop(stream);
+    assert!(until(|| nothing_left(&mesh, &[&prefill, &decode])).await);
+    assert_eq!(decode.counters().cancelled, 1);
+    assert_eq!(mesh.counters().cancelled.get(), 1);
+}
+
+#[tokio::test]
+async fn a_deadline_ends_the_stream_and_its_worker() {
+    let config = MockConfig {
+        step: Duration::from_millis(5),
+        ..MockConfig::default()
+    };
+    let both = MockWorker::start(config).unwrap();
+    let mesh = mesh_of(&[&both]).await;
+    let deadline = Some(Instant::now() + Duration::from_millis(100));
+    let asked = AdmittedRequest {
+        deadline,
+        ..request(&[3], 100_000)
+    };
+    let answer = collect(mesh.generate(asked).unwrap()).await;
+    let next_index = u32::try_from(answer.ids.len()).unwrap();
+    assert_eq!(
+        answer.error,
+        Some(RequestError::DeadlineExceeded { next_index })
+    );
+    assert!(until(|| nothing_left(&mesh, &[&both])).await);
+}
+
+#[tokio::test]
+async fn a_stop_string_ends_the_output_across_tokens() {
+    let config = MockConfig {
+        step: Duration::from_millis(1),
+        ..MockConfig::default()
+    };
+    let both = MockWorker::start(config).unwrap();
+    let mesh = mesh_of(&[&both]).await;
+    let whole = both.tokens().expected_text(&[4, 4], 40);
+    let from = whole
+        .char_indices()
+        .nth(whole.chars().count() / 2)
+        .unwrap()
+        .0;
+    let stop: String = whole[from..].chars().take(9).collect();
+    let text = Some(TextSettings {
+        stops: vec![stop.clone()],
+        ..TextSettings::default()
+    });
+    let asked = AdmittedRequest {
+        text,
+        ..request(&[4, 4], 1_000)
+    };
+    let answer = collect(mesh.generate(asked).unwrap()).await;
+    let finished = answer.finished.unwrap();
+    assert_eq!(finished.reason(), v1::FinishReason::Stop);
+    assert_eq!(finished.stop_string, stop);
+    assert_eq!(answer.text, whole[..whole.find(&stop).unwrap()]);
+    assert_eq!(
+        finished.usage.unwrap().output_tokens as usize,
+        answer.ids.len()
+    );
+    assert!(until(|| nothing_left(&mesh, &[&both])).await);
+}
+
+#[tokio::test]
+async fn attempts_and_transfers_are_counted_by_state() {
+    let slow = |role, prefill_ms, step_ms| {
+        MockWorker::start(MockConfig {
+            role,
+            prefill: Duration::from_millis(prefill_ms),
+            step: Duration::from_millis(step_ms),
+            ..MockConfig::default()
+        })
+        .unwrap()
+    };
+    let (prefill, decode) = (slow(Role::Prefill, 300, 0), slow(Role::Decode, 0, 5));
+    let mesh = mesh_of(&[&prefill, &decode]).await;
+    assert_eq!(mesh.attempts(), AttemptCounts::default());
+    let mut stream = mesh.generate(request(&[1, 2], 100_000)).unwrap();
+    let flowing = AttemptCounts {
+        open: 1,
+        flowing: 1,
+        ..AttemptCounts::default()
+    };
+    assert!(
+        until(|| mesh.attempts() == flowing).await,
+        "{:?}",
+        mesh.attempts()
+    );
+    let first = first_tokens(&mut stream).await;
+    assert!(!first.ids.is_empty());
+    // Decode has brought tokens of its own: the transfer is over.
+    let decodes = AttemptCounts {
+        open: 1,
+        ..AttemptCounts::default()
+    };
+    assert!(
+        until(|| mesh.attempts() == decodes).await,
+        "{:?}",
+        mesh.attempts()
+    );
+    drop(stream);
+    assert_eq!(mesh.attempts(), AttemptCounts::default());
+    assert!(until(|| nothing_left(&mesh, &[&prefill, &decode])).await);
+}

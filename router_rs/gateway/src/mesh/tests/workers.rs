@@ -1,0 +1,134 @@
+//! What workers say of themselves, and what is fetched from them.
+
+use super::*;
+
+#[tokio::test]
+async fn a_draining_worker_gets_no_new_work() {
+    let (one, two) = (worker(Role::Both), worker(Role::Both));
+    let mesh = mesh_of(&[&one, &two]).await;
+    one.set_draining(true);
+    let told = || {
+        let rows = mesh.workers();
+        rows.iter()
+            .any(|row| row.load.as_ref().is_some_and(|load| load.draining))
+    };
+    assert!(until(told).await);
+    for n in 0..8 {
+        assert_eq!(
+            collect(mesh.generate(request(&[n], 3)).unwrap())
+                .await
+                .ids
+                .len(),
+            3
+        );
+    }
+    assert_eq!((one.counters().placed, two.counters().placed), (0, 8));
+    let drain = v1::DrainWorkerRequest {
+        worker_id: two.worker_id().to_owned(),
+        ..v1::DrainWorkerRequest::default()
+    };
+    assert!(matches!(
+        mesh.drain(&drain).await,
+        Err(MeshError::EmptiesRole)
+    ));
+}
+
+#[tokio::test]
+async fn another_protocol_major_is_refused_by_name() {
+    let config = MockConfig {
+        version: (2, 0),
+        ..MockConfig::default()
+    };
+    let other = MockWorker::start(config).unwrap();
+    let mesh = Mesh::start(settings(&[&other]), None);
+    let refused = || mesh.workers()[0].state_detail.contains("protocol 2.0");
+    assert!(until(refused).await, "{:?}", mesh.workers());
+    assert!(matches!(
+        mesh.model("mock"),
+        Err(RequestError::UnknownModel { .. })
+    ));
+}
+
+#[tokio::test]
+async fn a_tokenizer_is_fetched_once_a_digest_and_kept_on_disk() {
+    let (one, two) = (worker(Role::Both), worker(Role::Both));
+    let folder = std::env::temp_dir().join(format!("kvmesh-mesh-{}", std::process::id()));
+    let cached = MeshSettings {
+        cache_dir: Some(folder.clone()),
+        ..settings(&[&one, &two])
+    };
+    let mesh = mesh_with(cached).await;
+    assert_eq!(mesh.counters().tokenizer_fetches.get(), 1);
+    let digest = mesh.model("mock").unwrap().record.tokenizer_digest.clone();
+    let kept = folder
+        .join("tokenizers")
+        .join(&digest)
+        .join("tokenizer.json");
+    assert!(until(|| kept.exists()).await);
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+#[tokio::test]
+async fn a_failed_tokenizer_download_is_tried_again_until_it_comes() {
+    let both = worker(Role::Both);
+    both.faults().set(|plan| plan.fail_tokenizer_next = 3);
+    let retrying = MeshSettings {
+        tokenizer_retry: (Duration::from_millis(1), Duration::from_millis(4)),
+        ..settings(&[&both])
+    };
+    let mesh = mesh_with(retrying).await;
+    let counters = mesh.counters();
+    let tries = (
+        counters.tokenizer_fetches.get(),
+        counters.tokenizer_failures.get(),
+    );
+    assert_eq!(tries, (4, 3));
+    let answer = collect(mesh.generate(request(&[1], 5)).unwrap()).await;
+    assert_eq!(answer.error, None);
+}
+
+#[tokio::test]
+async fn a_tokenizer_comes_from_another_worker_where_one_fails() {
+    let (broken, sound) = (worker(Role::Both), worker(Role::Both));
+    broken
+        .faults()
+        .set(|plan| plan.fail_tokenizer_next = u32::MAX);
+    let retrying = MeshSettings {
+        tokenizer_retry: (Duration::from_millis(1), Duration::from_millis(4)),
+        ..settings(&[&broken, &sound])
+    };
+    let mesh = mesh_with(retrying).await;
+    let answer = collect(mesh.generate(request(&[1], 5)).unwrap()).await;
+    assert_eq!(answer.error, None);
+    // One failure is enough to ask the other; none where it was asked first.
+    assert!(mesh.counters().tokenizer_failures.get() <= 1);
+}
+
+#[tokio::test]
+async fn a_shutdown_ends_with_the_last_stream_and_not_with_its_grace() {
+    let config = MockConfig {
+        step: Duration::from_millis(5),
+        ..MockConfig::default()
+    };
+    let both = MockWorker::start(config).unwrap();
+    let mesh = mesh_of(&[&both]).await;
+    let mut stream = mesh.generate(request(&[1], 40)).unwrap();
+    first_tokens(&mut stream).await;
+    let rest = tokio::spawn(collect_rest(stream));
+    let hour = Duration::from_secs(3_600);
+    tokio::time::timeout(LIMIT, mesh.shutdown(hour))
+        .await
+        .expect("it ends with its streams");
+    assert!(rest.await.unwrap().is_some(), "the stream finished");
+}
+
+/// The last message of a stream that has begun, if it ends well.
+async fn collect_rest(mut stream: GenerationStream) -> Option<v1::Finished> {
+    let mut finished = None;
+    while let Some(item) = stream.next().await {
+        if let Some(Message::Finished(end)) = item.ok()?.event {
+            finished = Some(end);
+        }
+    }
+    finished
+}

@@ -1,0 +1,167 @@
+//! Changes of the index's content, made at once or kept for later.
+
+use crate::change::Steps;
+use crate::core::{Core, Tail};
+use crate::left_right::{Kept, Pass};
+use crate::worker::{CacheChange, Tier, WorkerSlot};
+use smallvec::SmallVec;
+use std::cell::RefCell;
+
+/// Changes of workers' caches.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Batch<'a> {
+    /// Of one worker.
+    One(usize, &'a [CacheChange<'a>]),
+    /// Each with its worker.
+    Many(&'a [(WorkerSlot, CacheChange<'a>)]),
+}
+
+impl<'a> Batch<'a> {
+    pub(crate) fn get(&self, at: usize) -> Option<(usize, CacheChange<'a>)> {
+        match self {
+            Self::One(worker, changes) => Some((*worker, *changes.get(at)?)),
+            Self::Many(changes) => changes.get(at).map(|(slot, change)| (slot.at(), *change)),
+        }
+    }
+
+    pub(crate) fn each(self) -> impl Iterator<Item = (usize, CacheChange<'a>)> {
+        (0..).map_while(move |at| self.get(at))
+    }
+}
+
+/// A change of one copy, with what it needs borrowed.
+#[derive(Debug)]
+pub(crate) enum Edit<'a> {
+    /// A worker comes, with its block size in units.
+    Add(usize, usize),
+    /// A worker goes.
+    Drop(usize),
+    /// Caches change; what that came to in the first copy.
+    Apply(Batch<'a>, RefCell<Steps>),
+    /// What a worker holds becomes this.
+    Replace(usize, &'a [(u64, Tier)]),
+    /// Ends of runs go, to make room.
+    Forget(&'a [Tail]),
+}
+
+impl<'a> Edit<'a> {
+    pub(crate) fn apply(batch: Batch<'a>) -> Self {
+        Self::Apply(batch, RefCell::default())
+    }
+
+    pub(crate) fn make(&self, core: &mut Core, pass: Pass) {
+        core.begin(pass);
+        match *self {
+            Edit::Add(worker, units) => core.add_worker(worker, units),
+            Edit::Drop(worker) => core.remove_worker(worker),
+            Edit::Apply(batch, ref steps) => match pass {
+                Pass::First => *steps.borrow_mut() = core.apply(batch),
+                Pass::Second => core.follow(batch, &steps.borrow()),
+            },
+            Edit::Replace(worker, blocks) => core.replace(worker, blocks),
+            Edit::Forget(tails) => core.forget(tails),
+        }
+        core.end();
+    }
+
+    pub(crate) fn keep(&self) -> KeptEdit {
+        match *self {
+            Edit::Add(worker, units) => KeptEdit::Add(worker, units),
+            Edit::Drop(worker) => KeptEdit::Drop(worker),
+            Edit::Apply(batch, _) => {
+                let mut values = Vec::new();
+                let parts = batch
+                    .each()
+                    .map(|(worker, change)| (worker, Part::of(&change, &mut values)))
+                    .collect();
+                KeptEdit::Apply(parts, values)
+            }
+            Edit::Replace(worker, blocks) => KeptEdit::Replace(worker, blocks.to_vec()),
+            Edit::Forget(tails) => KeptEdit::Forget(tails.to_vec()),
+        }
+    }
+}
+
+/// A [`CacheChange`] without its chain.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Part {
+    Stored(Option<u64>, Tier, usize),
+    Removed(Tier, usize),
+    Cleared,
+}
+
+impl Part {
+    fn of(change: &CacheChange<'_>, values: &mut Vec<u64>) -> Self {
+        let (part, chain) = match *change {
+            CacheChange::Stored { chain, tier } => (Self::Stored(None, tier, chain.len()), chain),
+            CacheChange::StoredAfter {
+                parent,
+                chain,
+                tier,
+            } => (Self::Stored(Some(parent), tier, chain.len()), chain),
+            CacheChange::Removed { chain, tier } => (Self::Removed(tier, chain.len()), chain),
+            CacheChange::Cleared => (Self::Cleared, [].as_slice()),
+        };
+        values.extend_from_slice(chain);
+        part
+    }
+
+    /// The change again; takes its chain off the front of `values`.
+    fn change<'a>(self, values: &mut &'a [u64]) -> CacheChange<'a> {
+        let length = match self {
+            Self::Stored(_, _, length) | Self::Removed(_, length) => length,
+            Self::Cleared => 0,
+        };
+        let (chain, rest) = values.split_at(length);
+        *values = rest;
+        match self {
+            Self::Stored(None, tier, _) => CacheChange::Stored { chain, tier },
+            Self::Stored(Some(parent), tier, _) => CacheChange::StoredAfter {
+                parent,
+                chain,
+                tier,
+            },
+            Self::Removed(tier, _) => CacheChange::Removed { chain, tier },
+            Self::Cleared => CacheChange::Cleared,
+        }
+    }
+}
+
+/// An [`Edit`] that waits until a copy is free.
+#[derive(Debug)]
+pub(crate) enum KeptEdit {
+    Add(usize, usize),
+    Drop(usize),
+    Apply(SmallVec<[(usize, Part); 1]>, Vec<u64>),
+    Replace(usize, Vec<(u64, Tier)>),
+    Forget(Vec<Tail>),
+}
+
+impl Kept<Core> for KeptEdit {
+    fn make(&self, core: &mut Core, pass: Pass) {
+        core.begin(pass);
+        match self {
+            Self::Add(worker, units) => core.add_worker(*worker, *units),
+            Self::Drop(worker) => core.remove_worker(*worker),
+            Self::Apply(parts, values) => {
+                let mut values = values.as_slice();
+                for (worker, part) in parts {
+                    let change = part.change(&mut values);
+                    let _ = core.apply(Batch::One(*worker, &[change]));
+                }
+            }
+            Self::Replace(worker, blocks) => core.replace(*worker, blocks),
+            Self::Forget(tails) => core.forget(tails),
+        }
+        core.end();
+    }
+
+    /// Values, and some for what goes with them.
+    fn weight(&self) -> usize {
+        match self {
+            Self::Apply(parts, values) => 16 + 4 * parts.len() + values.len(),
+            Self::Replace(_, blocks) => 16 + 2 * blocks.len(),
+            _ => 16,
+        }
+    }
+}

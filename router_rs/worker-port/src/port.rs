@@ -1,0 +1,443 @@
+//! The port itself: its socket, its thread, and what its worker calls.
+
+use std::{
+    collections::HashMap,
+    net::{SocketAddr, TcpListener, ToSocketAddrs},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use kvmesh_wire::v1::{Residue, WorkerPhase, WorkerRecord};
+use tokio::sync::{Notify, oneshot, watch};
+use tonic::{
+    Status,
+    transport::{Server, server::TcpIncoming},
+};
+use tonic_health::pb::health_server::HealthServer;
+
+use crate::{
+    cache_log::Change,
+    error::PortError,
+    event::Event,
+    health::WorkerHealth,
+    report::Report,
+    service::{SERVICE, WorkerService},
+    settings::Settings,
+    state::{State, ended},
+    tokenizer::TokenizerFiles,
+};
+
+/// Calls that may wait for the process at once.
+const MAX_ASKED: usize = 256;
+/// Window of one stream and of one connection, bytes: a Place may be long.
+const STREAM_WINDOW: u32 = 4 << 20;
+const CONNECTION_WINDOW: u32 = 16 << 20;
+
+/// Calls that wait for the process, and the number of the last one.
+type Asked = (u64, HashMap<u64, oneshot::Sender<Residue>>);
+
+/// What the thread, the streams and the worker's calls share.
+pub(crate) struct Shared {
+    state: Mutex<State>,
+    /// Something was told to the process, or running work ended.
+    changed: Condvar,
+    /// A snapshot may have room.
+    snapshots: Condvar,
+    /// Commands may have room.
+    pub(crate) room: Notify,
+    asked: Mutex<Asked>,
+    tokenizer: Mutex<TokenizerFiles>,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does something under the lock, then wakes whom it concerns.
+    pub(crate) fn with<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = self.lock();
+        let result = work(&mut state);
+        let wakers = state.take_wakers();
+        let told = state.has_events();
+        drop(state);
+        for waker in wakers {
+            waker.wake();
+        }
+        if told {
+            self.changed.notify_all();
+        }
+        result
+    }
+
+    /// A session's stream is gone.
+    pub(crate) fn forget(&self, key: &str) {
+        self.with(|state| state.forget(key));
+        self.changed.notify_all();
+        self.snapshots.notify_all();
+    }
+
+    /// The tokeniser's files; contents are shared.
+    pub(crate) fn tokenizer(&self) -> TokenizerFiles {
+        let files = self.tokenizer.lock();
+        files.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Asks the process what the engine holds. `None`: too many ask, or it is gone.
+    pub(crate) async fn ask(&self, event: impl FnOnce(u64) -> Event) -> Option<Residue> {
+        let (answer, asked) = oneshot::channel();
+        let call = {
+            let mut calls = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+            calls.1.retain(|_, answer| !answer.is_closed());
+            if calls.1.len() >= MAX_ASKED {
+                return None;
+            }
+            calls.0 += 1;
+            let call = calls.0;
+            calls.1.insert(call, answer);
+            call
+        };
+        self.with(|state| state.tell(event(call)));
+        asked.await.ok()
+    }
+}
+
+/// A worker's gRPC port. Nothing here waits, except where it says so.
+pub struct Port {
+    shared: Arc<Shared>,
+    address: SocketAddr,
+    listener: Mutex<Option<TcpListener>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    stop: watch::Sender<bool>,
+    serves: watch::Sender<bool>,
+}
+
+impl Port {
+    /// Binds "host:port"; connections wait until [`Port::serve`].
+    ///
+    /// # Errors
+    /// Where the address cannot be resolved or bound.
+    pub fn bind(listen: &str, settings: Settings) -> Result<Self, PortError> {
+        let os = |source| PortError::Os {
+            what: format!("bind {listen}"),
+            source,
+        };
+        let addresses: Vec<_> = listen.to_socket_addrs().map_err(os)?.collect();
+        let listener = TcpListener::bind(&addresses[..]).map_err(os)?;
+        listener.set_nonblocking(true).map_err(os)?;
+        let address = listener.local_addr().map_err(os)?;
+        let shared = Shared {
+            state: Mutex::new(State::new(settings)),
+            changed: Condvar::new(),
+            snapshots: Condvar::new(),
+            room: Notify::new(),
+            asked: Mutex::default(),
+            tokenizer: Mutex::default(),
+        };
+        Ok(Self {
+            shared: Arc::new(shared),
+            address,
+            listener: Mutex::new(Some(listener)),
+            thread: Mutex::new(None),
+            stop: watch::Sender::new(false),
+            serves: watch::Sender::new(true),
+        })
+    }
+
+    /// The bound address.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Begins to serve, on a thread of its own. `record`: what routers are told.
+    ///
+    /// # Errors
+    /// Where it serves already, was closed, or no thread can be started.
+    pub fn serve(&self, record: WorkerRecord, tokenizer: TokenizerFiles) -> Result<(), PortError> {
+        let os = |source| PortError::Os {
+            what: "start the port's thread".to_owned(),
+            source,
+        };
+        let listener = self
+            .listener
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let listener = listener.ok_or(PortError::Serves)?;
+        *self
+            .shared
+            .tokenizer
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = tokenizer;
+        let interval = self.shared.with(|state| {
+            state.record = record;
+            state.settings.load_interval
+        });
+        // One thread serves a worker: what it sends a step is one write.
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(os)?;
+        let serving = serve(
+            Arc::clone(&self.shared),
+            listener,
+            WorkerHealth(self.serves.subscribe()),
+            self.stop.subscribe(),
+            interval,
+        );
+        let shared = Arc::clone(&self.shared);
+        let thread = std::thread::Builder::new()
+            .name("kvmesh-port".to_owned())
+            .spawn(move || {
+                runtime.block_on(serving);
+                // Streams that are left go with their runtime.
+                drop(runtime);
+                shared.with(|state| state.closed = true);
+                shared.changed.notify_all();
+                shared.snapshots.notify_all();
+            })
+            .map_err(os)?;
+        *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+        Ok(())
+    }
+
+    // -- the engine's side -------------------------------------------------
+
+    /// A step begins; predicted length in ms.
+    pub fn begin_step(&self, predicted_ms: f64) {
+        self.shared
+            .lock()
+            .engine
+            .begin_step(predicted_ms, Instant::now());
+    }
+
+    /// Hands what the engine says to the sessions that it concerns.
+    ///
+    /// # Errors
+    /// Where columns do not fit each other, or cache events leave a gap.
+    pub fn step(&self, report: Report) -> Result<(), PortError> {
+        let rows = report
+            .parts
+            .iter()
+            .filter_map(|(_, part)| part.tokens.as_ref());
+        for rows in rows {
+            if let Some(problem) = rows.problem() {
+                return Err(PortError::Columns(problem));
+            }
+        }
+        let ends = report.parts.iter().any(|(_, part)| !part.ends.is_empty());
+        self.shared
+            .with(|state| state.report(report, Instant::now()))?;
+        if ends {
+            self.shared.changed.notify_all();
+        }
+        Ok(())
+    }
+
+    /// The engine says nothing more.
+    pub fn engine_ended(&self) {
+        self.shared.with(|state| state.tell(Event::EngineEnded));
+    }
+
+    // -- snapshots ---------------------------------------------------------
+
+    /// Begins a snapshot; the cache is to be read after this. False: nobody
+    /// wants it any more.
+    #[must_use]
+    pub fn begin_snapshot(&self, session: &str) -> bool {
+        self.shared.with(|state| {
+            let as_of = state.log.last_event();
+            let session = state.sessions.get_mut(session).filter(|s| s.is_open());
+            session.is_some_and(|session| session.lanes.begin_snapshot(as_of))
+        })
+    }
+
+    /// Adds a part; `None`: there are no more. Waits while the session has
+    /// enough. False: the session is gone.
+    #[must_use]
+    pub fn add_snapshot(&self, session: &str, part: Option<Vec<Change>>) -> bool {
+        let mut state = self.shared.lock();
+        loop {
+            if state.closed {
+                return false;
+            }
+            let found = state.sessions.get_mut(session).filter(|s| s.is_open());
+            let Some(open) = found else { return false };
+            let Some(snapshot) = open.lanes.snapshot() else {
+                return false;
+            };
+            if snapshot.has_room() {
+                match part {
+                    Some(stores) => snapshot.add(stores),
+                    None => snapshot.end(),
+                }
+                break;
+            }
+            state = self
+                .shared
+                .snapshots
+                .wait_timeout(state, Duration::from_millis(100))
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        let waker = state.sessions.get_mut(session).and_then(|s| s.waker.take());
+        drop(state);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+        true
+    }
+
+    /// Ends a session because the cache cannot be read.
+    pub fn fail_snapshot(&self, session: &str) {
+        let status = Status::internal("the cache cannot be read");
+        self.shared.with(|state| state.end(session, ended(status)));
+    }
+
+    // -- the process's side ------------------------------------------------
+
+    /// Waits for events, `timeout` at most. Empty: none came; `None`: closed.
+    #[must_use]
+    pub fn wait(&self, timeout: Duration) -> Option<Vec<Event>> {
+        let waiting = |state: &mut State| !state.has_events() && !state.closed;
+        let (mut state, _) = self
+            .shared
+            .changed
+            .wait_timeout_while(self.shared.lock(), timeout, waiting)
+            .unwrap_or_else(PoisonError::into_inner);
+        let events = state.take_events();
+        let closed = state.closed;
+        drop(state);
+        if !events.is_empty() {
+            self.shared.room.notify_waiters();
+        }
+        (!closed || !events.is_empty()).then_some(events)
+    }
+
+    /// Answers [`Event::InfoWanted`].
+    pub fn answer_info(&self, call: u64, residue: Residue) {
+        let mut asked = self
+            .shared
+            .asked
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(answer) = asked.1.remove(&call) {
+            // Gone: nobody waits any more.
+            let _ = answer.send(residue);
+        }
+    }
+
+    /// Attempts that have not ended.
+    #[must_use]
+    pub fn running(&self) -> usize {
+        self.shared.lock().running()
+    }
+
+    /// The worker is about to stop: takes no new work, health says so.
+    pub fn begin_stop(&self) {
+        self.serves.send_replace(false);
+        self.shared.with(|state| {
+            state.phase = WorkerPhase::Stopping;
+            state.drain();
+        });
+    }
+
+    /// Waits until nothing runs. False: it still does.
+    #[must_use]
+    pub fn wait_idle(&self, timeout: Duration) -> bool {
+        let busy = |state: &mut State| state.running() > 0 && !state.closed;
+        let (state, _) = self
+            .shared
+            .changed
+            .wait_timeout_while(self.shared.lock(), timeout, busy)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.running() == 0
+    }
+
+    /// Gives what still runs back to its routers.
+    pub fn give_back(&self) {
+        self.shared.with(|state| state.give_back(Instant::now()));
+    }
+
+    /// Ends the sessions once their step output has gone, within `linger`, and
+    /// the thread. Waits for that; again is allowed and does nothing.
+    pub fn close(&self, linger: Duration) {
+        self.serves.send_replace(false);
+        self.listener
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let thread = self
+            .thread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        self.shared.with(State::end_all);
+        self.shared.changed.notify_all();
+        self.shared.snapshots.notify_all();
+        if let Some(thread) = thread {
+            let busy = |state: &mut State| !state.sessions.is_empty();
+            drop(
+                self.shared
+                    .changed
+                    .wait_timeout_while(self.shared.lock(), linger, busy),
+            );
+            self.stop.send_replace(true);
+            // A panic of the thread was already printed.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Port {
+    fn drop(&mut self) {
+        self.stop.send_replace(true);
+    }
+}
+
+async fn serve(
+    shared: Arc<Shared>,
+    listener: TcpListener,
+    health: WorkerHealth,
+    mut stop: watch::Receiver<bool>,
+    interval: Duration,
+) {
+    let Ok(listener) = tokio::net::TcpListener::from_std(listener) else {
+        return;
+    };
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    // h2 answers pings at any rate and holds none against a router, so those of
+    // a silent prefill are permitted. TLS would be `tls_config` here.
+    let mut server = Server::builder()
+        .initial_stream_window_size(Some(STREAM_WINDOW))
+        .initial_connection_window_size(Some(CONNECTION_WINDOW))
+        .add_service(WorkerService(Arc::clone(&shared)))
+        .add_service(HealthServer::new(health));
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(kvmesh_wire::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .with_service_name(SERVICE)
+            .with_service_name("grpc.health.v1.Health")
+    };
+    if let (Ok(v1), Ok(alpha)) = (reflection().build_v1(), reflection().build_v1alpha()) {
+        server = server.add_service(v1).add_service(alpha);
+    }
+    let server = server.serve_with_incoming(incoming);
+    let ticks = async {
+        let mut ticks = tokio::time::interval(interval);
+        loop {
+            ticks.tick().await;
+            shared.with(|state| state.tick(Instant::now()));
+            shared.snapshots.notify_all();
+        }
+    };
+    // An error is the sender's end: the port was dropped.
+    tokio::select! {
+        _ = server => {}
+        () = ticks => {}
+        _ = stop.wait_for(|stop| *stop) => {}
+    }
+}
