@@ -74,6 +74,9 @@ fn of_all(facts: &Facts, people: &People, to_ms: f64, before: f64, most: f64) ->
     let longer = to_ms - facts.step_ms;
     let mut sum = 0.0;
     for streams in &facts.streams {
+        if streams.weight == 0.0 {
+            continue;
+        }
         let beyond = (to_ms - streams.target_ms).max(0.0);
         let each = longer + (people.beyond_target - 1.0) * beyond;
         sum += streams.weight * steps_there(streams.left, before, most) * each;

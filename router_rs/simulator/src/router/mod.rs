@@ -104,6 +104,7 @@ pub(crate) struct Router {
     /// Outputs that have ended.
     ended: u64,
     lacks_room: bool,
+    next_pass_ms: f64,
 }
 
 impl Router {
@@ -137,6 +138,7 @@ impl Router {
             cached: Matches::default(),
             ended: 0,
             lacks_room: false,
+            next_pass_ms: 0.0,
             roster,
             rates: TransferRates::new(),
         }

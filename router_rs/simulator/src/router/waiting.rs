@@ -2,13 +2,18 @@
 
 use super::{Asked, Router, TRIED_AT_ONCE};
 use kvmesh_kv_index::WorkerSlot;
-use kvmesh_scheduler::{Role, Ticket};
+use kvmesh_scheduler::{Booking, Role, Ticket};
 use std::collections::BTreeSet;
+
+/// Between two looks at all that wait, ms.
+const PASS_MS: f64 = 5.0;
 
 impl Router {
     /// Whether a report of a worker may let somebody go: it would start a
-    /// prompt soon, or somebody waits for room.
-    pub(crate) fn may_take(&self, worker: usize) -> bool {
+    /// prompt soon, or somebody waits for room. With many workers somebody
+    /// reports all the time: those who mean to go elsewhere are tried every
+    /// [`PASS_MS`] only.
+    pub(crate) fn may_take(&self, worker: usize, now_ms: f64) -> bool {
         if self.queue.is_empty() {
             return false;
         }
@@ -20,7 +25,9 @@ impl Router {
         let running = own.running_prefill_tokens + others.running_prefill_tokens;
         let least_ms = (queued + running) as f64 * view.step.b_ms;
         let ahead_ms = self.dispatch_ahead_ms.max(self.step_ms[worker]);
-        self.lacks_room || view.role != Role::Decode && least_ms <= ahead_ms
+        let may = self.lacks_room || view.role != Role::Decode && least_ms <= ahead_ms;
+        let intends = |booked: &Vec<(usize, Booking)>| booked.iter().any(|(on, _)| *on == worker);
+        may && (now_ms >= self.next_pass_ms || self.intended.values().any(intends))
     }
 
     /// Whether somebody waits for room.
@@ -29,7 +36,8 @@ impl Router {
     }
 
     /// What waits and is to be tried now, most urgent first. Places are kept.
-    pub(crate) fn take_first(&mut self) -> Vec<(Ticket, Asked)> {
+    pub(crate) fn take_first(&mut self, now_ms: f64) -> Vec<(Ticket, Asked)> {
+        self.next_pass_ms = now_ms + PASS_MS;
         let first = self.queue.order(TRIED_AT_ONCE);
         if self.intended.len() > TRIED_AT_ONCE {
             // Those that were overtaken by many will choose again.

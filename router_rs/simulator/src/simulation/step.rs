@@ -116,7 +116,7 @@ impl Simulation<'_> {
                 sample,
             };
             self.routers[router].reported(&report);
-            if self.routers[router].may_take(number) {
+            if self.routers[router].may_take(number, self.now_ms) {
                 self.serve_queue(router);
             }
         }
@@ -127,7 +127,7 @@ impl Simulation<'_> {
     /// passed.
     pub(super) fn serve_queue(&mut self, router: usize) {
         let (mut held, mut lacks_room) = (false, false);
-        for (ticket, asked) in self.routers[router].take_first() {
+        for (ticket, asked) in self.routers[router].take_first(self.now_ms) {
             let queue = &mut self.routers[router];
             if held {
                 queue.put_back(ticket, asked);
