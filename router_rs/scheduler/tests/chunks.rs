@@ -88,7 +88,7 @@ proptest! {
         let (start, length) = (start * block, start * block + left);
         let tokens = chunk_tokens(&model, &bounds, start, length, batch, 0);
         prop_assert!(tokens >= 1 && tokens <= left);
-        prop_assert!(tokens == left || (start + tokens) % block == 0);
+        prop_assert!(tokens == left || (start + tokens).is_multiple_of(block));
         let decode_ms = model.decode_ms(batch, 0);
         let budget = bounds.budget_ms(batch > 0, decode_ms);
         let takes = b_ms * tokens as f64 + c_ms * (tokens * start + tokens * (tokens + 1) / 2) as f64;
