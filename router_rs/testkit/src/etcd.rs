@@ -85,15 +85,20 @@ impl Etcd {
     }
 
     fn launch(folder: PathBuf, tls: Option<TlsFiles>) -> Self {
-        let (client, peer) = free_ports();
-        let child = spawn(client, peer, &folder.join("data"), tls.as_ref());
-        Self {
-            child,
-            client,
-            peer,
-            data: folder,
-            tls,
+        // A port that was free a moment ago may be somebody else's by now.
+        for _ in 0..5 {
+            let (client, peer) = free_ports();
+            if let Some(child) = spawn(client, peer, &folder.join("data"), tls.as_ref()) {
+                return Self {
+                    child,
+                    client,
+                    peer,
+                    data: folder,
+                    tls,
+                };
+            }
         }
+        panic!("etcd ended before it served, five times");
     }
 
     /// Address for clients, host:port.
@@ -118,7 +123,8 @@ impl Etcd {
     /// Starts it again, at the same address, with the data it had.
     pub fn start_again(&mut self) {
         let data = self.data.join("data");
-        self.child = spawn(self.client, self.peer, &data, self.tls.as_ref());
+        self.child = spawn(self.client, self.peer, &data, self.tls.as_ref())
+            .expect("its ports were its own");
     }
 
     /// Removes its data; it has to be dead.
@@ -167,8 +173,9 @@ impl Drop for Etcd {
     }
 }
 
-/// Starts etcd and waits until it says that it serves.
-fn spawn(client: u16, peer: u16, data: &Path, tls: Option<&TlsFiles>) -> Child {
+/// Starts etcd and waits until it says that it serves; `None` where it ended
+/// before.
+fn spawn(client: u16, peer: u16, data: &Path, tls: Option<&TlsFiles>) -> Option<Child> {
     let binary = binary();
     let scheme = if tls.is_some() { "https" } else { "http" };
     let mut command = Command::new(&binary);
@@ -205,8 +212,11 @@ fn spawn(client: u16, peer: u16, data: &Path, tls: Option<&TlsFiles>) -> Child {
     });
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
     let ready = lines.any(|line| line.unwrap().contains("ready to serve client requests"));
-    assert!(ready, "etcd ended before it served");
+    if !ready {
+        child.wait().unwrap();
+        return None;
+    }
     // Nobody may read on: a full pipe would stop etcd.
     std::thread::spawn(move || lines.for_each(drop));
-    child
+    Some(child)
 }

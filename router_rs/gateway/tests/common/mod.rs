@@ -124,6 +124,9 @@ pub(crate) async fn h2_connection(mesh: &Mesh) -> h2::client::SendRequest<Bytes>
     let socket = TcpStream::connect(mesh.address()).await.unwrap();
     let (sender, connection) = h2::client::Builder::new()
         .initial_max_send_streams(10_000)
+        // Its own bound on small frames that nobody has read: some 150 by
+        // default, less than a step of many streams brings.
+        .data_frame_budget(64 << 20)
         .handshake(socket)
         .await
         .unwrap();
