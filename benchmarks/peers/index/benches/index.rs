@@ -1,4 +1,4 @@
-//! How fast the index is on one core: `cargo bench -p kvmesh-kv-index`. 500
+//! How fast the index is on one core: `cargo bench` here. 500
 //! prompts of 512 blocks over 64 workers, every twentieth on 8 of them, stored
 //! in events of 32 blocks. `benchmarks/kv_index.py` has the whole workload.
 #![allow(clippy::unwrap_used, missing_docs)]
