@@ -64,6 +64,8 @@ def wait_load(
         load = cluster.info(name).load
         whole = worker_pb2.LoadShare()
         for field in whole.DESCRIPTOR.fields:
+            if field.message_type is not None:
+                continue
             share = getattr(load.own, field.name) + getattr(load.others, field.name)
             setattr(whole, field.name, share)
         if holds(whole, load.kv):
