@@ -43,7 +43,7 @@ impl Default for CostSettings {
             tie_ms: 2.0,
             tie_share: 0.03,
             pull_from_tokens: 128,
-            stretch: 0.1,
+            stretch: 0.05,
             beyond_target: 4.0,
             targets: ClassTargets::default(),
             plans_kept: 8,

@@ -189,12 +189,12 @@ fn beyond_the_target_a_millisecond_counts_four_times() {
         plans[0].terms
     };
     let (plain, steep) = (of(1.0), of(4.0));
-    let gap = plain.transfer_ms;
-    assert!((plain.gap_ms - 0.1 * gap).abs() < 1e-9, "{plain:?}");
+    let (gap, stretch) = (plain.transfer_ms, CostSettings::default().stretch);
+    assert!((plain.gap_ms - stretch * gap).abs() < 1e-9, "{plain:?}");
     let alone = 5.0 + 1.0 + 0.001 * 1_024.0;
     let beyond = (alone + gap - 50.0f64).max(0.0);
     assert!(
-        (steep.gap_ms - 0.1 * (gap + 3.0 * beyond)).abs() < 1e-9,
+        (steep.gap_ms - stretch * (gap + 3.0 * beyond)).abs() < 1e-9,
         "{steep:?}"
     );
     // Prefill emits the first token: the gap is not part of it.
