@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _print_phases(decision: admin_pb2.Decision) -> None:
     """What was predicted of the first token, and what came of it."""
-    rows = [("MS", "WAIT", "PREFILL", "TRANSFER", "FIRST TOKEN")]
+    rows: list[tuple[str, ...]] = [("MS", "WAIT", "PREFILL", "TRANSFER", "FIRST TOKEN")]
     told = [("predicted", decision.predicted)]
     if decision.HasField("actual"):
         told.append(("measured", decision.actual))
