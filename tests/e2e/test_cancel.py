@@ -208,7 +208,9 @@ async def test_two_hundred_that_leave_at_random_leave_nothing(tmp_path) -> None:
         rng = random.Random(3)
         async with kvmesh.AsyncClient(endpoint) as client:
             ends = await asyncio.gather(*(leave_at_random(client, rng) for _ in range(200)))
-            assert set(ends) == {"left", "DEADLINE_EXCEEDED"}
+            # A deadline that cannot be met is refused at once, not waited for.
+            allowed = {"left", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"}
+            assert {"left", "DEADLINE_EXCEEDED"} <= set(ends) <= allowed
             wait_quiet(cluster, endpoint, "p1", "p2", "d1", "d2")
             cluster.assert_alive()
             assert figures(endpoint)["violations_total"] == 0

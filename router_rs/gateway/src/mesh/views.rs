@@ -91,7 +91,8 @@ pub(super) fn apply_cache(index: &KvIndex, slot: WorkerSlot, events: &v1::CacheE
         .events
         .iter()
         .filter_map(|event| match event.kind.as_ref()? {
-            v1::cache_event::Kind::Stored(stored) => Some(CacheChange::Stored {
+            v1::cache_event::Kind::Stored(stored) => Some(CacheChange::StoredAfter {
+                parent: stored.parent,
                 chain: &stored.chain,
                 tier: tier_of(stored.tier),
             }),
