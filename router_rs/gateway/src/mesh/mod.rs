@@ -54,7 +54,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 pub use counters::{AttemptCounts, Count, Counters, Gauge, Ratios, SessionCounts};
 pub use given_up::GivenUp;
 pub use models::ServedModel;
-pub use policy::{COST, PolicySettings, SCORED};
+pub use policy::{COST, POLICIES, PolicySettings, SCORED};
 pub use settings::MeshSettings;
 pub use stream::GenerationStream;
 

@@ -10,6 +10,16 @@ use kvmesh_scheduler::{
 pub const COST: &str = "cost";
 /// Name of the policy whose plans a function scores.
 pub const SCORED: &str = "scored";
+/// Names that the setting takes: the cost, and every fixed rule.
+pub const POLICIES: [&str; 1 + Rule::NAMES.len()] = {
+    let mut names = [COST; 1 + Rule::NAMES.len()];
+    let mut at = 0;
+    while at < Rule::NAMES.len() {
+        names[at + 1] = Rule::NAMES[at];
+        at += 1;
+    }
+    names
+};
 
 /// Which policy chooses, and how what waits is served.
 #[derive(Clone)]

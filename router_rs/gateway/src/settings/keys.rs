@@ -2,6 +2,8 @@
 
 use serde_json::{Value, json};
 
+use crate::mesh::POLICIES;
+
 /// What values a key takes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Kind {
@@ -308,16 +310,7 @@ pub const KEYS: &[Key] = &[
     ),
     key(
         "policy",
-        Kind::OneOf(&[
-            "cost",
-            "round-robin",
-            "random",
-            "least-loaded",
-            "power-of-two",
-            "consistent-hash",
-            "prefix-greedy",
-            "overlap-load",
-        ]),
+        Kind::OneOf(&POLICIES),
         "cost",
         "How workers are chosen. cost: the least added delay, summed over everyone.",
     ),
