@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, fmt, time::Duration};
 
-use tonic::{Code, Status};
+use tonic::{Code, Status, metadata::MetadataMap};
 use tonic_types::{ErrorDetails, StatusExt};
 
 /// Domain of `google.rpc.ErrorInfo` in every status of ours.
@@ -229,12 +229,27 @@ impl RequestError {
             Self::Unsupported(what) => {
                 details.add_bad_request_violation(what.as_str(), "not supported");
             }
-            Self::Overloaded { retry_after, .. } => {
-                details.set_retry_info(Some(*retry_after));
-            }
             _ => {}
         }
-        Status::with_error_details(code, cut(self.to_string()), details)
+        let mut metadata = MetadataMap::new();
+        if let Some(wait) = self.retry_after() {
+            details.set_retry_info(Some(wait));
+            // gRPC's own clients wait for what this says (gRFC A6); RetryInfo is
+            // for those who read details.
+            let ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
+            metadata.insert("grpc-retry-pushback-ms", ms.into());
+        }
+        let message = cut(self.to_string());
+        Status::with_error_details_and_metadata(code, message, details, metadata)
+    }
+
+    /// How long a client should wait before it tries again, where that is known.
+    #[must_use]
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Overloaded { retry_after, .. } => Some(*retry_after),
+            _ => None,
+        }
     }
 
     fn metadata(&self) -> HashMap<String, String> {
@@ -261,12 +276,17 @@ impl RequestError {
     }
 }
 
-/// A worker chooses its code, but not one that means success or says that the
-/// client did something it did not do.
+/// A worker says whether the request, its state or the worker is at fault. All
+/// else, say who the client is or what it may do, is the router's to say.
 fn worker_code(code: u32) -> Code {
     match Code::from(i32::try_from(code).unwrap_or(i32::MAX)) {
-        Code::Ok | Code::Cancelled | Code::Unknown => Code::Internal,
-        code => code,
+        code @ (Code::InvalidArgument
+        | Code::FailedPrecondition
+        | Code::ResourceExhausted
+        | Code::Unimplemented
+        | Code::Unavailable
+        | Code::DataLoss) => code,
+        _ => Code::Internal,
     }
 }
 

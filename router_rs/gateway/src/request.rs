@@ -15,6 +15,8 @@ pub struct AdmittedRequest {
     pub traceparent: String,
     /// W3C trace state; may be empty.
     pub tracestate: String,
+    /// W3C baggage; may be empty.
+    pub baggage: String,
     /// Name of the model; it is served.
     pub model: String,
     /// Prompt token ids, at least one.

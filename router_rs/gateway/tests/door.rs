@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use common::{Mesh, call, framed, h2_connection, read, request};
 use kvmesh_testkit::mock::MockConfig;
-use kvmesh_wire::v1::{self, generate_request::Input};
+use kvmesh_wire::v1::{self, generate_request::Input, generate_response::Event};
 use serde_json::json;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -240,8 +240,44 @@ async fn no_worker_worker_failure_and_deadline_have_their_statuses() {
         .unwrap_err();
     assert_eq!(
         (status.code(), reason(&status).as_str()),
-        (Code::NotFound, "UNKNOWN_MODEL")
+        (Code::Unavailable, "NO_WORKER")
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_queue_says_when_to_come_back_in_both_of_grpcs_ways() {
+    // Room for one prompt of 32 tokens at a time.
+    let small = MockConfig {
+        pool_blocks: 8,
+        step: Duration::from_millis(1),
+        ..MockConfig::default()
+    };
+    let mesh = Mesh::start(vec![small], json!({ "queue_length": 0 })).await;
+    let mut client = mesh.client().await;
+    let of = |max_tokens| v1::GenerateRequest {
+        input: Some(Input::TokenIds(v1::TokenIds { ids: vec![1; 32] })),
+        ..request(max_tokens)
+    };
+    let mut running = client.generate(of(100_000)).await.unwrap().into_inner();
+    loop {
+        let event = running.message().await.unwrap().unwrap().event;
+        if matches!(event, Some(Event::Tokens(_))) {
+            break;
+        }
+    }
+    let status = client.generate(of(5)).await.map(|_| ()).unwrap_err();
+    assert_eq!(
+        (status.code(), reason(&status).as_str()),
+        (Code::ResourceExhausted, "OVERLOADED")
+    );
+    let wait = status
+        .get_details_retry_info()
+        .unwrap()
+        .retry_delay
+        .unwrap();
+    assert!(!wait.is_zero());
+    let pushback = status.metadata().get("grpc-retry-pushback-ms").unwrap();
+    assert_eq!(pushback.to_str().unwrap(), wait.as_millis().to_string());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

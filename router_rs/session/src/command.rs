@@ -57,6 +57,8 @@ pub struct Placement {
     pub traceparent: String,
     /// W3C trace state; may be empty.
     pub tracestate: String,
+    /// W3C baggage; may be empty.
+    pub baggage: String,
     /// The client's request id, or the router's.
     pub request_id: String,
     /// Predicted start there, in milliseconds from now.
@@ -180,6 +182,7 @@ fn place(generation: GenerationId, fence: Fence, placement: Placement) -> v1::Pl
         prefix_from: placement.prefix_from,
         traceparent: placement.traceparent,
         tracestate: placement.tracestate,
+        baggage: placement.baggage,
         request_id: placement.request_id,
         predicted_start_ms: placement.predicted_start_ms,
         trace: placement.trace,

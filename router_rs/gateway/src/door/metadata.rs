@@ -11,6 +11,8 @@ use crate::{error::RequestError, serve::grpc};
 
 /// Longest `x-request-id` that is taken over, in bytes.
 const MAX_REQUEST_ID: usize = 128;
+/// Longest `baggage` that is passed on, in bytes (W3C Baggage).
+const MAX_BAGGAGE: usize = 8_192;
 /// Longest `tracestate` that is passed on, in bytes (W3C Trace Context).
 const MAX_TRACESTATE: usize = 512;
 
@@ -20,6 +22,7 @@ pub(crate) struct CallMetadata {
     pub(crate) request_id: String,
     pub(crate) traceparent: String,
     pub(crate) tracestate: String,
+    pub(crate) baggage: String,
     pub(crate) arrived: Instant,
     pub(crate) deadline: Option<Instant>,
     /// From this machine itself.
@@ -37,11 +40,13 @@ impl CallMetadata {
             .map_or_else(|| hex(&rand::random::<[u8; 16]>()), str::to_owned);
         let given = text("traceparent").filter(|value| is_traceparent(value));
         let tracestate = text("tracestate").filter(|state| state.len() <= MAX_TRACESTATE);
+        let baggage = text("baggage").filter(|baggage| baggage.len() <= MAX_BAGGAGE);
         Self {
             request_id,
             traceparent: given.map_or_else(new_traceparent, str::to_owned),
             // State belongs to the parent that it came with.
             tracestate: given.and(tracestate).unwrap_or_default().to_owned(),
+            baggage: baggage.unwrap_or_default().to_owned(),
             arrived,
             deadline: None,
             loopback,

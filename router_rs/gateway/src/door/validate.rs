@@ -369,6 +369,7 @@ pub(super) fn admit(
         request_id: call.request_id.clone(),
         traceparent: call.traceparent.clone(),
         tracestate: call.tracestate.clone(),
+        baggage: call.baggage.clone(),
         model: model.record.name.clone(),
         prompt_ids: Arc::from(ids),
         sampling: resolve(request.sampling.unwrap_or_default()),

@@ -7,7 +7,7 @@ use std::{
 };
 
 use kvmesh_kv_index::{
-    CacheChange, IndexSettings, KvIndex, Matches, WorkerSlot, chain_values, namespace_root,
+    CacheChange, IndexStats, KvIndex, Matches, WorkerSlot, chain_values, namespace_root,
 };
 use kvmesh_scheduler::{
     Booking as Load, Class, Needs, NoPlan, OutputLengths, PerClass, RequestView,
@@ -92,7 +92,7 @@ struct Lengths {
 impl Dispatcher {
     /// An empty one; `router_id` sets how ties are broken.
     pub(super) fn new(router_id: &str, policy: &PolicySettings) -> Self {
-        let index = Arc::new(KvIndex::new(IndexSettings::default()));
+        let index = Arc::new(KvIndex::new(policy.index.clone()));
         let router = xxhash_rust::xxh3::xxh3_64(router_id.as_bytes());
         let placer = Placer::new(Arc::clone(&index), router, policy);
         Self {
@@ -105,6 +105,11 @@ impl Dispatcher {
                 told: BTreeMap::new(),
             }),
         }
+    }
+
+    /// How full the index is.
+    pub(super) fn index(&self) -> IndexStats {
+        self.index.stats()
     }
 
     // No map of it is left half changed by an operation on it.

@@ -40,6 +40,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use kvmesh_kv_index::IndexStats;
 use kvmesh_registry::WorkerWatch;
 use kvmesh_rpc::v1::worker_client::WorkerClient;
 use kvmesh_session::{
@@ -241,7 +242,7 @@ impl Mesh {
     ///
     /// # Errors
     /// [`RequestError::UnknownModel`], or [`RequestError::NoWorker`] while its
-    /// tokeniser is on its way.
+    /// tokeniser is on its way or workers are yet to be heard of.
     pub fn model(&self, name: &str) -> Result<Arc<ServedModel>, RequestError> {
         let models = self.core.models.all();
         if name.is_empty() && models.len() == 1 {
@@ -250,10 +251,12 @@ impl Mesh {
         if let Some(model) = self.core.models.get(name) {
             return Ok(model);
         }
-        if name.is_empty() && models.is_empty() {
-            // Nothing was named that could be unknown: workers are to come.
-            let none = "any model: none is ready";
-            return Err(RequestError::NoWorker(none.to_owned()));
+        let named = if name.is_empty() { "any model" } else { name };
+        let unheard = self.core.table.all().iter().any(|worker| worker.unheard());
+        if models.is_empty() || unheard {
+            // Nobody can say yet that it is unknown: workers are to come.
+            let why = format!("{named}: not every worker has answered yet");
+            return Err(RequestError::NoWorker(why));
         }
         if self.core.models.told(name) {
             return Err(RequestError::NoWorker(format!(
@@ -410,6 +413,12 @@ impl Mesh {
             open.count(&mut counts);
         }
         counts
+    }
+
+    /// How full the prefix index is.
+    #[must_use]
+    pub fn index(&self) -> IndexStats {
+        self.core.dispatcher.index()
     }
 
     /// Requests that wait for room.

@@ -20,9 +20,6 @@ use super::{
     views::{load_of, phase_of, role_of, step_model_of, told, view_of},
 };
 
-/// How long what was sent to a worker without cache events counts as cached.
-const APPROXIMATE_TTL_MS: u64 = 120_000;
-
 /// Whether a worker can be placed on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Standing {
@@ -102,6 +99,7 @@ pub(super) struct Placer {
     /// Workers that can be chosen from.
     roster: Roster,
     transfers: TransferRates,
+    approximate_ttl_ms: u64,
 }
 
 impl Placer {
@@ -115,6 +113,8 @@ impl Placer {
             by_slot: Vec::new(),
             roster: Roster::with_targets(&policy.cost.targets),
             transfers: TransferRates::new(),
+            approximate_ttl_ms: u64::try_from(policy.approximate_ttl.as_millis())
+                .unwrap_or(u64::MAX),
         }
     }
 
@@ -177,7 +177,7 @@ impl Placer {
             let units = capabilities.pool_blocks * u64::from(capabilities.block_tokens / 16);
             let max_units = usize::try_from(units).unwrap_or(usize::MAX);
             Knowledge::Approximate {
-                ttl_ms: APPROXIMATE_TTL_MS,
+                ttl_ms: self.approximate_ttl_ms,
                 max_units,
             }
         };

@@ -1,7 +1,8 @@
 //! Which policy chooses, and its settings.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Duration};
 
+use kvmesh_kv_index::IndexSettings;
 use kvmesh_scheduler::{
     CostSettings, FixedPolicy, KvCost, Policy, QueueSettings, Rule, ScoredPolicy, Scorer,
 };
@@ -36,6 +37,11 @@ pub struct PolicySettings {
     pub queue: QueueSettings,
     /// Output tokens expected where nothing is learnt.
     pub expected_output: u32,
+    /// Bounds of the prefix index.
+    pub index: IndexSettings,
+    /// How long an engine without cache events is believed to hold what was
+    /// sent to it.
+    pub approximate_ttl: Duration,
     /// Scores the plans, where one is given.
     pub scorer: Option<Arc<dyn Scorer>>,
 }
@@ -53,6 +59,8 @@ impl Default for PolicySettings {
                 ..QueueSettings::default()
             },
             expected_output: 256,
+            index: IndexSettings::default(),
+            approximate_ttl: Duration::from_secs(120),
             scorer: None,
         }
     }
@@ -82,8 +90,13 @@ impl fmt::Debug for PolicySettings {
             .field("name", &self.name)
             .field("cost", &self.cost)
             .field("queue", &self.queue)
+            .field("overlap_weight", &self.overlap_weight)
+            .field("temperature", &self.temperature)
+            .field("expected_output", &self.expected_output)
+            .field("index", &self.index)
+            .field("approximate_ttl", &self.approximate_ttl)
             .field("scored", &self.scorer.is_some())
-            .finish_non_exhaustive()
+            .finish()
     }
 }
 

@@ -166,6 +166,13 @@ impl WorkerEntry {
         );
     }
 
+    /// Whether it is still to be heard of: it was neither greeted nor found
+    /// unable to.
+    pub(super) fn unheard(&self) -> bool {
+        let view = self.view();
+        view.record.is_none() && view.detail.is_empty()
+    }
+
     /// The record of its last hello.
     pub(super) fn record(&self) -> Option<v1::WorkerRecord> {
         self.view().record.clone()

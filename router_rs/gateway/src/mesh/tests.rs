@@ -76,6 +76,7 @@ pub(super) fn request(prompt: &[u32], max_tokens: u32) -> AdmittedRequest {
         request_id: "test".to_owned(),
         traceparent: String::new(),
         tracestate: String::new(),
+        baggage: String::new(),
         model: "mock".to_owned(),
         prompt_ids: prompt.into(),
         sampling: v1::ResolvedSampling {

@@ -317,7 +317,7 @@ pub const KEYS: &[Key] = &[
     key(
         "stretch_weight",
         Kind::Real(0.0, 100.0),
-        "0.1",
+        "0.05",
         "Policy cost: a millisecond of stretched streaming, in milliseconds of waiting for a first token.",
     ),
     key(
@@ -361,6 +361,24 @@ pub const KEYS: &[Key] = &[
         Kind::Number(1, 1 << 32),
         "256",
         "Length of an output where none was seen yet.",
+    ),
+    key(
+        "index_bytes",
+        Kind::Bytes(1 << 20, 1 << 40),
+        "1GiB",
+        "Memory of the prefix index. Above it the blocks longest not asked for go.",
+    ),
+    key(
+        "index_workers",
+        Kind::Number(1, 1 << 20),
+        "4096",
+        "Most workers. One above it gets no requests, and a warning says so.",
+    ),
+    key(
+        "approximate_ttl",
+        Kind::Time(1_000, 24 * HOUR),
+        "2m",
+        "How long a prompt counts as cached where it was sent, for engines without cache events.",
     ),
     key(
         "fair_quantum",

@@ -149,6 +149,7 @@ impl Collector for Figures {
         self.requests(&mut encoder)?;
         self.sessions(&mut encoder)?;
         self.workers(&mut encoder)?;
+        self.index(&mut encoder)?;
         self.registry(&mut encoder)
     }
 }
@@ -432,6 +433,26 @@ impl Figures {
             "Blocks of a worker in the index",
             &indexed,
         )
+    }
+
+    fn index(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let index = self.mesh.index();
+        let bytes = index.bytes as u64;
+        gauge(encoder, "index_bytes", "Memory of the prefix index", bytes)?;
+        let blocks = index.blocks as u64;
+        gauge(
+            encoder,
+            "index_blocks",
+            "Distinct blocks in the index",
+            blocks,
+        )?;
+        let evicted = ConstCounter::new(index.evicted);
+        evicted.encode(encoder.encode_descriptor(
+            "index_evicted_blocks",
+            "Blocks that the bound of the index took out",
+            None,
+            MetricType::Counter,
+        )?)
     }
 
     fn registry(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {

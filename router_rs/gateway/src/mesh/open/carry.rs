@@ -137,6 +137,7 @@ impl Open {
             prefix_from: chosen.and_then(|chosen| chosen.prefix_from.clone()),
             traceparent: self.request.traceparent.clone(),
             tracestate: self.request.tracestate.clone(),
+            baggage: self.request.baggage.clone(),
             request_id: self.request.request_id.clone(),
             predicted_start_ms: chosen.map_or(0.0, |chosen| chosen.predicted_start_ms),
             trace: self.request.trace,
