@@ -45,7 +45,7 @@ async fn another_protocol_major_is_refused_by_name() {
     assert!(until(refused).await, "{:?}", mesh.workers());
     assert!(matches!(
         mesh.model("mock"),
-        Err(RequestError::UnknownModel { .. })
+        Err(RequestError::NoWorker(_))
     ));
 }
 
