@@ -252,7 +252,7 @@ async fn a_full_queue_says_when_to_come_back_in_both_of_grpcs_ways() {
         step: Duration::from_millis(1),
         ..MockConfig::default()
     };
-    let mesh = Mesh::start(vec![small], json!({ "queue_length": 0 })).await;
+    let mesh = Mesh::start(vec![small], json!({ "queue_length": 1 })).await;
     let mut client = mesh.client().await;
     let of = |max_tokens| v1::GenerateRequest {
         input: Some(Input::TokenIds(v1::TokenIds { ids: vec![1; 32] })),
@@ -265,6 +265,8 @@ async fn a_full_queue_says_when_to_come_back_in_both_of_grpcs_ways() {
             break;
         }
     }
+    // Admitted is what has its headers: the one that waits is in the queue then.
+    let _waiting = client.generate(of(5)).await.unwrap();
     let status = client.generate(of(5)).await.map(|_| ()).unwrap_err();
     assert_eq!(
         (status.code(), reason(&status).as_str()),
