@@ -80,7 +80,7 @@ pub(crate) struct Facts {
 }
 
 impl Facts {
-    fn of(
+    pub(crate) fn of(
         worker: &WorkerView,
         targets: &ClassTargets,
         weights: &Weights,

@@ -21,6 +21,7 @@ mod fixed;
 mod learn;
 mod lengths;
 mod plan;
+pub mod planner;
 mod queue;
 mod request;
 mod roster;
