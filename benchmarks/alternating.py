@@ -7,6 +7,7 @@ repeated, and counted.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -76,6 +77,16 @@ def process_cpu_seconds(pid: int) -> float:
     # The name in parentheses may hold spaces; utime is field 14 of the line.
     fields = text.rpartition(")")[2].split()
     return sum(int(ticks) for ticks in fields[11:15]) / TICKS_PER_SECOND
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all below it."""
+    found = [pid]
+    for task in found:
+        for children in Path(f"/proc/{task}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                found += [int(child) for child in children.read_text().split()]
+    return found
 
 
 @dataclass

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from alternating import Figure, MachineWatch, alternate, print_table
+from alternating import Figure, MachineWatch, alternate, descendants, print_table
 
 from kvmesh.client import Client, Finished, Tokens
 
@@ -89,16 +89,6 @@ def cluster(folder: Path, prefill: int, decode: int, both: int) -> Iterator[tupl
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def descendants(pid: int) -> list[int]:
-    """A process and all below it."""
-    found = [pid]
-    for task in found:
-        for children in Path(f"/proc/{task}/task").glob("*/children"):
-            with contextlib.suppress(OSError):
-                found += [int(child) for child in children.read_text().split()]
-    return found
 
 
 def prompt(tokens: int) -> list[int]:
