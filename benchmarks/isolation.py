@@ -215,6 +215,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, help="chunks of (b), instead of trying some")
     parser.add_argument("--rounds", type=int, help="of two phases each")
     parser.add_argument("--alone-s", type=float, help="length of a phase alone")
+    parser.add_argument("--documents-alone", type=int, help="how many R is measured on")
     parser.add_argument("--storm-s", type=float, help="length of a storm")
     parser.add_argument("--trace", action="store_true", help="keep what each request waited for")
     return parser.parse_args(arguments)
@@ -228,7 +229,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
         options.alone_s or base.alone_s,
         options.storm_s or base.storm_s,
         base.document_tokens,
-        base.documents_alone,
+        options.documents_alone or base.documents_alone,
         base.sweep_s,
         options.trace,
     )

@@ -3,7 +3,7 @@
 from engine_harness import mesh_from, prompt, running, sim
 
 from kvmesh.engine.contract import Stage
-from kvmesh.engine.core.trace import MAX_SPANS, Trace
+from kvmesh.engine.core.trace import MAX_SPANS, StepLog, Trace
 
 
 def spans(attempt, name):
@@ -84,3 +84,31 @@ def test_a_trace_is_bounded_and_still_counts_every_token() -> None:
     ends = [span.start_ms + span.duration_ms for span in spans if span.name == "prefill_chunk"]
     assert max(ends) == 4_999_500
     assert sum(span.ByteSize() for span in spans) < 48 * 1024
+
+
+def test_the_longest_gap_of_a_stream_has_its_cause() -> None:
+    log = StepLog()
+    log.add(0.0, 1.0)  # before it joined
+    log.add(10.0, 10.1)
+    log.add(10.1, 10.4, 64)
+    log.add(10.6, 10.7)
+    assert log.longest_gap(10.0, 10.5) == (10.1, 10.4, 64, "prompts in the same step")
+    log.add(11.4, 11.5)
+    begin, end, tokens, cause = log.longest_gap(10.0, 20.0)
+    assert (begin, end, tokens, cause) == (10.7, 11.5, 0, "steps without it")
+    assert log.longest_gap(11.0, 20.0) is None
+    assert log.longest_gap(30.0, 40.0) is None
+
+
+async def test_only_the_most_urgent_prompt_is_timed_to_its_first_layer() -> None:
+    async with running(sim()) as driver:
+        first = driver.place(prompt(2_000), deadline_ms=1_000.0)
+        behind = driver.place(prompt(100), deadline_ms=5_000.0)
+        before = driver.place(prompt(64), deadline_ms=10.0)
+        for attempt in (first, behind, before):
+            await attempt.ended()
+        timings = {name: attempt.end.timings for name, attempt in
+                   (("first", first), ("behind", behind), ("before", before))}  # fmt: skip
+        assert timings["first"].HasField("urgent_start_ms")
+        assert timings["before"].HasField("urgent_start_ms")
+        assert not timings["behind"].HasField("urgent_start_ms")

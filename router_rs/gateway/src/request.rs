@@ -46,6 +46,8 @@ pub struct AdmittedRequest {
     pub tenant: u64,
     /// Urgency; never unspecified.
     pub class: v1::RequestClass,
+    /// Target for the first token, milliseconds.
+    pub ttft_target_ms: f64,
     /// Target between tokens, milliseconds; 0: none.
     pub itl_target_ms: f64,
     /// Keeps cached prefixes apart.

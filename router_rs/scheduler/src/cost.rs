@@ -42,7 +42,7 @@ impl Default for CostSettings {
             best_of_side: 8,
             tie_ms: 2.0,
             tie_share: 0.03,
-            pull_from_tokens: 128,
+            pull_from_tokens: 32,
             stretch: 0.05,
             beyond_target: 4.0,
             targets: ClassTargets::default(),

@@ -18,6 +18,7 @@ COMMANDS = {
     "workers": "list the workers of a cluster",
     "drain": "let a worker finish what it has, and give it nothing new",
     "role": "change what a worker does, without a restart",
+    "planner": "watch the pools: recommend changes of role, or make them",
     "explain": "say why a request went where it went",
     "simulate": "replay a trace over the scheduler, with simulated engines",
     "models": "list models, or get one",

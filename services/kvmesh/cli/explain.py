@@ -10,12 +10,14 @@ from kvmesh.cli.client import CONNECTION
 from kvmesh.cli.settings import add_settings
 
 if TYPE_CHECKING:
-    from kvmesh.v1 import admin_pb2
+    from kvmesh.v1 import admin_pb2, inference_pb2
 
 _EPILOG = """\
 Shows each decision of a router about a request: the plans that it considered, best
 first, and what each would have added, in milliseconds, by term (docs/scheduling.md);
-then what was predicted of the first token and what came of it. The id is in `accepted`.
+then what was predicted of the first token and what came of it, and, once it has ended,
+where its time went and what its longest gap was. The id is in `accepted`. A request that
+asked for a trace (`kvmesh generate --trace`) is told span by span.
 """
 
 
@@ -41,7 +43,39 @@ def run(args: argparse.Namespace) -> int:
         )
         _print_plans(decision)
         _print_phases(decision)
+    if answer.HasField("finished"):
+        _print_end(answer.finished)
     return 0
+
+
+def _print_end(finished: inference_pb2.Finished) -> None:
+    """Where the time of the whole request went."""
+    t, u = finished.timings, finished.usage
+    print(
+        f"{u.prompt_tokens} prompt tokens: {u.cached_tokens} cached, {u.pulled_tokens} pulled, "
+        f"{u.computed_tokens} computed, {u.recomputed_tokens} again; {u.output_tokens} made"
+    )
+    names = ("queue", "tokenize", "decide", "worker_queue", "prefill", "transfer",
+             "transfer_tail", "first_token", "decode", "total")  # fmt: skip
+    print_table(
+        [
+            ("MS", *(name.replace("_", " ").upper() for name in names)),
+            ("", *(f"{getattr(t, f'{name}_ms'):.1f}" for name in names)),
+        ]
+    )
+    if t.longest_gap_cause:
+        print(
+            f"longest gap {t.longest_gap_ms:.1f} ms, {t.longest_gap_start_ms:.0f} ms after its "
+            f"arrival: {t.longest_gap_cause}"
+        )
+    if finished.trace:
+        rows: list[tuple[str, ...]] = [("FROM MS", "MS", "WHAT", "TOKENS", "ATTEMPT", "CAUSE")]
+        rows += [
+            (f"{s.start_ms:.1f}", f"{s.duration_ms:.1f}", s.name, str(s.tokens or "-"),
+             str(s.attempt or "-"), s.cause or "-")
+            for s in finished.trace
+        ]  # fmt: skip
+        print_table(rows)
 
 
 def _print_phases(decision: admin_pb2.Decision) -> None:

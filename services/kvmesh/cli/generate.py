@@ -43,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
     )
     parser.add_argument("--ignore-end-of-text", action="store_true", help="do not end by itself")
+    parser.add_argument(
+        "--trace", action="store_true", help="also say what it waited for, span by span"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     add_settings(parser, CONNECTION + SAMPLING)
 
@@ -57,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
         options["stop"] = args.stop
     if args.ignore_end_of_text:
         options["ignore_end_of_text"] = True
+    if args.trace:
+        options["trace"] = True
     timeout = values.get("timeout_s")
     with connect(values) as client:
         try:
@@ -71,6 +76,9 @@ def run(args: argparse.Namespace) -> int:
             return 1
     if finished is not None and sys.stderr.isatty():
         print(timings_line(finished), file=sys.stderr)
+    for span in finished.trace if finished is not None else ():
+        what = f"{span.name} {span.tokens or ''} {span.cause}".strip()
+        print(f"{span.start_ms:10.1f} ms {span.duration_ms:10.1f} ms  {what}", file=sys.stderr)
     return 0
 
 

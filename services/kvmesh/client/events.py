@@ -89,6 +89,8 @@ class Timings:
     total_ms: float = 0.0
     longest_gap_ms: float = 0.0
     transferred_bytes: int = 0
+    longest_gap_start_ms: float = 0.0
+    longest_gap_cause: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,6 +176,62 @@ class CostTerm(_message.Message):
     ms: float
     def __init__(self, name: _Optional[str] = ..., ms: _Optional[float] = ...) -> None: ...
 
+class AdvisePoolsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AdvisePoolsResponse(_message.Message):
+    __slots__ = ("models",)
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    models: _containers.RepeatedCompositeFieldContainer[PoolAdvice]
+    def __init__(self, models: _Optional[_Iterable[_Union[PoolAdvice, _Mapping]]] = ...) -> None: ...
+
+class PoolAdvice(_message.Message):
+    __slots__ = ("model", "now", "flip", "hold")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    NOW_FIELD_NUMBER: _ClassVar[int]
+    FLIP_FIELD_NUMBER: _ClassVar[int]
+    HOLD_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    now: PoolOutlook
+    flip: RoleFlip
+    hold: str
+    def __init__(self, model: _Optional[str] = ..., now: _Optional[_Union[PoolOutlook, _Mapping]] = ..., flip: _Optional[_Union[RoleFlip, _Mapping]] = ..., hold: _Optional[str] = ...) -> None: ...
+
+class RoleFlip(_message.Message):
+    __slots__ = ("worker_id", "from_role", "to_role", "after")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    FROM_ROLE_FIELD_NUMBER: _ClassVar[int]
+    TO_ROLE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    from_role: _worker_pb2.Role
+    to_role: _worker_pb2.Role
+    after: PoolOutlook
+    def __init__(self, worker_id: _Optional[str] = ..., from_role: _Optional[_Union[_worker_pb2.Role, str]] = ..., to_role: _Optional[_Union[_worker_pb2.Role, str]] = ..., after: _Optional[_Union[PoolOutlook, _Mapping]] = ...) -> None: ...
+
+class PoolOutlook(_message.Message):
+    __slots__ = ("prefill", "decode", "both", "interactive_ttft_ms", "standard_ttft_ms", "batch_ttft_ms", "itl_ms", "prefill_pressure", "decode_pressure")
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    BOTH_FIELD_NUMBER: _ClassVar[int]
+    INTERACTIVE_TTFT_MS_FIELD_NUMBER: _ClassVar[int]
+    STANDARD_TTFT_MS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_TTFT_MS_FIELD_NUMBER: _ClassVar[int]
+    ITL_MS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_PRESSURE_FIELD_NUMBER: _ClassVar[int]
+    DECODE_PRESSURE_FIELD_NUMBER: _ClassVar[int]
+    prefill: int
+    decode: int
+    both: int
+    interactive_ttft_ms: float
+    standard_ttft_ms: float
+    batch_ttft_ms: float
+    itl_ms: float
+    prefill_pressure: float
+    decode_pressure: float
+    def __init__(self, prefill: _Optional[int] = ..., decode: _Optional[int] = ..., both: _Optional[int] = ..., interactive_ttft_ms: _Optional[float] = ..., standard_ttft_ms: _Optional[float] = ..., batch_ttft_ms: _Optional[float] = ..., itl_ms: _Optional[float] = ..., prefill_pressure: _Optional[float] = ..., decode_pressure: _Optional[float] = ...) -> None: ...
+
 class GetRouterInfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -55,6 +55,11 @@ class AdminStub(object):
                 request_serializer=kvmesh_dot_v1_dot_admin__pb2.ExplainRequest.SerializeToString,
                 response_deserializer=kvmesh_dot_v1_dot_admin__pb2.ExplainResponse.FromString,
                 _registered_method=True)
+        self.AdvisePools = channel.unary_unary(
+                '/kvmesh.v1.Admin/AdvisePools',
+                request_serializer=kvmesh_dot_v1_dot_admin__pb2.AdvisePoolsRequest.SerializeToString,
+                response_deserializer=kvmesh_dot_v1_dot_admin__pb2.AdvisePoolsResponse.FromString,
+                _registered_method=True)
         self.GetRouterInfo = channel.unary_unary(
                 '/kvmesh.v1.Admin/GetRouterInfo',
                 request_serializer=kvmesh_dot_v1_dot_admin__pb2.GetRouterInfoRequest.SerializeToString,
@@ -95,6 +100,16 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AdvisePools(self, request, context):
+        """What a pool controller makes of the workers now: how many should compute
+        prompts and how many decode. It changes nothing; SetWorkerRole does. The
+        controller remembers between calls what it saw: it wants to be asked about
+        once a second, and by one caller.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetRouterInfo(self, request, context):
         """Version and state of this router.
         """
@@ -124,6 +139,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=kvmesh_dot_v1_dot_admin__pb2.ExplainRequest.FromString,
                     response_serializer=kvmesh_dot_v1_dot_admin__pb2.ExplainResponse.SerializeToString,
+            ),
+            'AdvisePools': grpc.unary_unary_rpc_method_handler(
+                    servicer.AdvisePools,
+                    request_deserializer=kvmesh_dot_v1_dot_admin__pb2.AdvisePoolsRequest.FromString,
+                    response_serializer=kvmesh_dot_v1_dot_admin__pb2.AdvisePoolsResponse.SerializeToString,
             ),
             'GetRouterInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetRouterInfo,
@@ -240,6 +260,33 @@ class Admin(object):
             '/kvmesh.v1.Admin/Explain',
             kvmesh_dot_v1_dot_admin__pb2.ExplainRequest.SerializeToString,
             kvmesh_dot_v1_dot_admin__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AdvisePools(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvmesh.v1.Admin/AdvisePools',
+            kvmesh_dot_v1_dot_admin__pb2.AdvisePoolsRequest.SerializeToString,
+            kvmesh_dot_v1_dot_admin__pb2.AdvisePoolsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -294,7 +294,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., pulled_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., attempts: _Optional[int] = ...) -> None: ...
 
 class Timings(_message.Message):
-    __slots__ = ("queue_ms", "tokenize_ms", "decide_ms", "worker_queue_ms", "prefill_ms", "transfer_ms", "transfer_tail_ms", "first_token_ms", "decode_ms", "total_ms", "longest_gap_ms", "transferred_bytes")
+    __slots__ = ("queue_ms", "tokenize_ms", "decide_ms", "worker_queue_ms", "prefill_ms", "transfer_ms", "transfer_tail_ms", "first_token_ms", "decode_ms", "total_ms", "longest_gap_ms", "transferred_bytes", "longest_gap_start_ms", "longest_gap_cause")
     QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
     TOKENIZE_MS_FIELD_NUMBER: _ClassVar[int]
     DECIDE_MS_FIELD_NUMBER: _ClassVar[int]
@@ -307,6 +307,8 @@ class Timings(_message.Message):
     TOTAL_MS_FIELD_NUMBER: _ClassVar[int]
     LONGEST_GAP_MS_FIELD_NUMBER: _ClassVar[int]
     TRANSFERRED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LONGEST_GAP_START_MS_FIELD_NUMBER: _ClassVar[int]
+    LONGEST_GAP_CAUSE_FIELD_NUMBER: _ClassVar[int]
     queue_ms: float
     tokenize_ms: float
     decide_ms: float
@@ -319,7 +321,9 @@ class Timings(_message.Message):
     total_ms: float
     longest_gap_ms: float
     transferred_bytes: int
-    def __init__(self, queue_ms: _Optional[float] = ..., tokenize_ms: _Optional[float] = ..., decide_ms: _Optional[float] = ..., worker_queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., transfer_ms: _Optional[float] = ..., transfer_tail_ms: _Optional[float] = ..., first_token_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., longest_gap_ms: _Optional[float] = ..., transferred_bytes: _Optional[int] = ...) -> None: ...
+    longest_gap_start_ms: float
+    longest_gap_cause: str
+    def __init__(self, queue_ms: _Optional[float] = ..., tokenize_ms: _Optional[float] = ..., decide_ms: _Optional[float] = ..., worker_queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., transfer_ms: _Optional[float] = ..., transfer_tail_ms: _Optional[float] = ..., first_token_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., longest_gap_ms: _Optional[float] = ..., transferred_bytes: _Optional[int] = ..., longest_gap_start_ms: _Optional[float] = ..., longest_gap_cause: _Optional[str] = ...) -> None: ...
 
 class TraceSpan(_message.Message):
     __slots__ = ("name", "start_ms", "duration_ms", "tokens", "attempt", "cause")

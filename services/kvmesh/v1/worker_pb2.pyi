@@ -608,7 +608,7 @@ class StageFailed(_message.Message):
     def __init__(self, code: _Optional[int] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., retryable: bool = ...) -> None: ...
 
 class StageTimings(_message.Message):
-    __slots__ = ("queue_ms", "prefill_ms", "transfer_ms", "transferred_bytes", "cached_tokens", "pulled_tokens", "computed_tokens", "trace")
+    __slots__ = ("queue_ms", "prefill_ms", "transfer_ms", "transferred_bytes", "cached_tokens", "pulled_tokens", "computed_tokens", "trace", "urgent_start_ms")
     QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_MS_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_MS_FIELD_NUMBER: _ClassVar[int]
@@ -617,6 +617,7 @@ class StageTimings(_message.Message):
     PULLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
+    URGENT_START_MS_FIELD_NUMBER: _ClassVar[int]
     queue_ms: float
     prefill_ms: float
     transfer_ms: float
@@ -625,7 +626,8 @@ class StageTimings(_message.Message):
     pulled_tokens: int
     computed_tokens: int
     trace: _containers.RepeatedCompositeFieldContainer[_inference_pb2.TraceSpan]
-    def __init__(self, queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., transfer_ms: _Optional[float] = ..., transferred_bytes: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., pulled_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., trace: _Optional[_Iterable[_Union[_inference_pb2.TraceSpan, _Mapping]]] = ...) -> None: ...
+    urgent_start_ms: float
+    def __init__(self, queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., transfer_ms: _Optional[float] = ..., transferred_bytes: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., pulled_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., trace: _Optional[_Iterable[_Union[_inference_pb2.TraceSpan, _Mapping]]] = ..., urgent_start_ms: _Optional[float] = ...) -> None: ...
 
 class Found(_message.Message):
     __slots__ = ("generation", "known", "owner", "attempt", "next_index", "stage", "output_ids", "resume_state")

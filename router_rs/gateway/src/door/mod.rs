@@ -27,7 +27,7 @@ use crate::{
     mesh::{GenerationStream, Mesh, ServedModel},
     serve::grpc,
     settings::Settings,
-    telemetry::{Step, Telemetry},
+    telemetry::{ClassEnd, Step, Telemetry},
 };
 
 /// Bytes that one permit stands for.
@@ -146,16 +146,19 @@ impl Door {
         let tokenize_ms = began.elapsed().as_secs_f64() * 1e3;
         let admitted = validate::admit(message, &model, &self.targets, call, ids, tokenize_ms)
             .map_err(invalid)?;
+        let class = admitted.class;
+        let turned = |error| {
+            self.telemetry.class_ended(class, ClassEnd::Refused);
+            (Step::Admission, error)
+        };
         let mesh = Arc::clone(&self.mesh);
         let like_text = admitted.prompt_ids.len() / HASHED_PER_TEXT_BYTE;
         let hashed = self.text.run(like_text, move |_| {
             let chain = mesh.chain(&admitted)?;
             Ok((admitted, chain))
         });
-        let (admitted, chain) = hashed.await.map_err(|error| (Step::Admission, error))?;
-        self.mesh
-            .generate_named(admitted, chain)
-            .map_err(|error| (Step::Admission, error))
+        let (admitted, chain) = hashed.await.map_err(turned)?;
+        self.mesh.generate_named(admitted, chain).map_err(turned)
     }
 
     /// Token ids of a text or chat, as [`Door::generate`] would use them.

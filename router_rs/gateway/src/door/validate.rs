@@ -44,6 +44,15 @@ impl ClassTargets {
     }
 }
 
+/// Milliseconds to the first token as shipped.
+fn ttft_target_ms(class: RequestClass) -> f64 {
+    match class {
+        RequestClass::Interactive => 1_000.0,
+        RequestClass::Batch => 60_000.0,
+        RequestClass::Standard | RequestClass::Unspecified => 5_000.0,
+    }
+}
+
 /// Milliseconds between tokens as shipped; 0: none.
 fn itl_target_ms(class: RequestClass) -> f64 {
     match class {
@@ -384,6 +393,10 @@ pub(super) fn admit(
         admin: call.loopback,
         tenant: call.tenant,
         class,
+        ttft_target_ms: match hints.ttft_target_ms {
+            0 => ttft_target_ms(class),
+            given => f64::from(given),
+        },
         itl_target_ms: match hints.itl_target_ms {
             0 => itl_target_ms(class),
             given => f64::from(given),

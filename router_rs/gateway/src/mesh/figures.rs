@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use kvmesh_session::Stage;
+use kvmesh_session::{Stage, WorkerIndex};
 use kvmesh_wire::v1;
 
 use crate::request::AdmittedRequest;
@@ -14,10 +14,18 @@ pub(super) struct Figures {
     dispatched: Option<Instant>,
     handed_off: Option<Instant>,
     after_hand_off: Option<Instant>,
+    /// Worker that the attempt in force decodes on.
+    decode: Option<WorkerIndex>,
     first_arrival: Option<Instant>,
     first_taken: Option<Instant>,
     last_taken: Option<Instant>,
-    longest_gap: Duration,
+    longest_gap: Gap,
+    last_arrival: Option<Instant>,
+    /// Longest wait for tokens from workers since the client last took some.
+    waited_for: Duration,
+    /// Attempt that was in force when the client last took tokens.
+    taken_attempt: u32,
+    placed_attempt: u32,
     ended: Option<Instant>,
     decide: Duration,
     /// Sums over the parts of the attempt that the output came from.
@@ -27,6 +35,39 @@ pub(super) struct Figures {
     spans: Vec<v1::TraceSpan>,
     /// Of the attempt that brings the first token, or may.
     predicted: Option<Predicted>,
+}
+
+/// The longest time between two messages with tokens.
+#[derive(Clone, Copy, Default)]
+struct Gap {
+    began: Option<Instant>,
+    length: Duration,
+    cause: Cause,
+}
+
+/// Why a gap was so long, as the router sees it.
+#[derive(Clone, Copy, Default)]
+enum Cause {
+    /// A step took as long as it took.
+    #[default]
+    Step,
+    /// KV went to the decode worker.
+    HandOff,
+    /// The attempt before had failed.
+    NewAttempt,
+    /// Tokens were there; the client took none.
+    Client,
+}
+
+impl Cause {
+    fn text(self) -> &'static str {
+        match self {
+            Self::Step => "a step of the worker",
+            Self::HandOff => "the hand-off to the decode worker",
+            Self::NewAttempt => "a new attempt",
+            Self::Client => "the client took nothing",
+        }
+    }
 }
 
 /// What a decision said of a first token.
@@ -59,6 +100,7 @@ impl Figures {
         times: v1::PhaseTimes,
     ) {
         self.dispatched.get_or_insert(now);
+        self.placed_attempt = attempt;
         if self.first_arrival.is_none() {
             let at = now.checked_sub(decide).unwrap_or(now);
             self.predicted = Some(Predicted { attempt, at, times });
@@ -66,6 +108,16 @@ impl Figures {
         self.decide += decide;
         self.handed_off = None;
         self.after_hand_off = None;
+    }
+
+    /// The attempt in force decodes there.
+    pub(super) fn decodes_on(&mut self, worker: WorkerIndex) {
+        self.decode = Some(worker);
+    }
+
+    /// Worker that the attempt in force decodes on.
+    pub(super) fn decode(&self) -> Option<WorkerIndex> {
+        self.decode
     }
 
     /// Prefill said that it handed off.
@@ -76,6 +128,10 @@ impl Figures {
     /// Tokens came from a worker.
     pub(super) fn tokens_arrived(&mut self, now: Instant) {
         self.first_arrival.get_or_insert(now);
+        if let Some(last) = self.last_arrival.replace(now) {
+            let waited = now.saturating_duration_since(last);
+            self.waited_for = self.waited_for.max(waited);
+        }
         if self.handed_off.is_some() {
             self.after_hand_off.get_or_insert(now);
         }
@@ -84,10 +140,34 @@ impl Figures {
     /// Tokens went to the client's stream.
     pub(super) fn tokens_taken(&mut self, now: Instant) {
         if let Some(last) = self.last_taken {
-            self.longest_gap = self.longest_gap.max(now.saturating_duration_since(last));
+            let length = now.saturating_duration_since(last);
+            if length > self.longest_gap.length {
+                let cause = self.cause(last, length);
+                self.longest_gap = Gap {
+                    began: Some(last),
+                    length,
+                    cause,
+                };
+            }
         }
+        self.waited_for = Duration::ZERO;
+        self.taken_attempt = self.placed_attempt;
         self.first_taken.get_or_insert(now);
         self.last_taken = Some(now);
+    }
+
+    /// Why nothing was taken for so long since `last`.
+    fn cause(&self, last: Instant, length: Duration) -> Cause {
+        // Most of the gap has to be it.
+        if self.waited_for * 2 < length {
+            Cause::Client
+        } else if self.taken_attempt != self.placed_attempt {
+            Cause::NewAttempt
+        } else if self.first_taken == Some(last) && self.handed_off.is_some() {
+            Cause::HandOff
+        } else {
+            Cause::Step
+        }
     }
 
     /// The machine ended.
@@ -146,6 +226,7 @@ impl Figures {
             _ => 0.0,
         };
         let waited = since(self.dispatched, request.arrived);
+        let gap = &self.longest_gap;
         v1::Timings {
             queue_ms: (waited - request.tokenize_ms - decide_ms).max(0.0),
             tokenize_ms: request.tokenize_ms,
@@ -160,8 +241,13 @@ impl Figures {
                 None => 0.0,
             },
             total_ms: since(Some(Instant::now()), request.arrived),
-            longest_gap_ms: ms(self.longest_gap),
+            longest_gap_ms: ms(gap.length),
             transferred_bytes: self.sums.transferred_bytes,
+            longest_gap_start_ms: since(gap.began, request.arrived),
+            longest_gap_cause: match gap.began {
+                Some(_) => self.gap_cause(request),
+                None => String::new(),
+            },
         }
     }
 
@@ -184,9 +270,47 @@ impl Figures {
         Some((predicted.attempt, predicted.times, actual))
     }
 
-    /// What the generation waited for, as its workers told.
-    pub(super) fn trace(&self) -> Vec<v1::TraceSpan> {
-        self.spans.clone()
+    /// The cause of the longest gap: the worker's own word, where it told of a
+    /// gap that this one was.
+    fn gap_cause(&self, request: &AdmittedRequest) -> String {
+        let gap = &self.longest_gap;
+        let Some(began) = gap.began else {
+            return String::new();
+        };
+        let start_ms = ms(began.saturating_duration_since(request.arrived));
+        let end_ms = start_ms + ms(gap.length);
+        let told = self.spans.iter().find(|span| {
+            let end = span.start_ms + span.duration_ms;
+            let common = end.min(end_ms) - span.start_ms.max(start_ms);
+            span.name == "gap" && common * 2.0 > ms(gap.length)
+        });
+        match (gap.cause, told) {
+            (Cause::Step, Some(span)) if span.tokens > 0 => {
+                format!("{} ({} tokens)", span.cause, span.tokens)
+            }
+            (Cause::Step, Some(span)) => span.cause.clone(),
+            (cause, _) => cause.text().to_owned(),
+        }
+    }
+
+    /// What the generation waited for: here, and as its workers told.
+    pub(super) fn trace(&self, request: &AdmittedRequest) -> Vec<v1::TraceSpan> {
+        let timings = self.timings(request);
+        let span = |name: &str, start_ms: f64, duration_ms: f64| v1::TraceSpan {
+            name: name.to_owned(),
+            start_ms,
+            duration_ms,
+            ..v1::TraceSpan::default()
+        };
+        let queued = timings.tokenize_ms + timings.queue_ms;
+        let mut all = vec![
+            span("tokenize", 0.0, timings.tokenize_ms),
+            span("queue", timings.tokenize_ms, timings.queue_ms),
+            span("decide", queued, timings.decide_ms),
+        ];
+        all.extend(self.spans.iter().cloned());
+        all.sort_by(|one, other| one.start_ms.total_cmp(&other.start_ms));
+        all
     }
 }
 

@@ -24,6 +24,7 @@ mod models;
 mod open;
 mod placer;
 mod policy;
+mod pools;
 mod queue;
 mod session;
 mod settings;
@@ -59,11 +60,12 @@ pub use policy::{COST, POLICIES, PolicySettings, SCORED};
 pub use settings::MeshSettings;
 pub use stream::GenerationStream;
 
-use crate::{error::RequestError, request::AdmittedRequest};
+use crate::{error::RequestError, request::AdmittedRequest, telemetry::Observed};
 use decisions::Decisions;
 use dispatch::Dispatcher;
 use models::Models;
 use open::Open;
+use pools::PoolWatch;
 use session::{ById, Session};
 use table::{Table, WorkerEntry};
 use timers::Timers;
@@ -77,6 +79,7 @@ struct Core {
     timers: Arc<Timers>,
     counters: Counters,
     decisions: Decisions,
+    pools: PoolWatch,
     open: Mutex<ById<Arc<Open>>>,
     /// Told when the last open generation is gone.
     idle: Notify,
@@ -210,6 +213,7 @@ impl Mesh {
             timers: Arc::default(),
             counters: Counters::default(),
             decisions: Decisions::new(settings.decisions_kept),
+            pools: PoolWatch::new(&settings.policy.cost.targets),
             open: Mutex::default(),
             idle: Notify::new(),
             stop: CancellationToken::new(),
@@ -331,6 +335,17 @@ impl Mesh {
         rows
     }
 
+    /// What the most urgent prompts of each worker waited for their first layer.
+    pub(crate) fn urgent_starts(&self) -> Vec<(String, Observed)> {
+        let entries = self.core.table.all();
+        let mut all: Vec<_> = entries
+            .iter()
+            .map(|entry| (entry.name(), entry.urgent_start.read()))
+            .collect();
+        all.sort_by(|one, other| one.0.cmp(&other.0));
+        all
+    }
+
     /// Drains a worker.
     ///
     /// # Errors
@@ -391,6 +406,12 @@ impl Mesh {
         self.core
             .decisions
             .explain(GenerationId::from_hex(id)?, name)
+    }
+
+    /// What a pool controller makes of the workers now; sorted by model.
+    #[must_use]
+    pub fn advise_pools(&self) -> Vec<v1::PoolAdvice> {
+        self.core.advise_pools()
     }
 
     /// Counters, for `/metrics`.

@@ -4,13 +4,17 @@
 //! place: a choice reads them where they are. One index slot a worker. Pure but
 //! for the index, which is shared with the sessions that feed it.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use kvmesh_kv_index::{Knowledge, KvIndex, Matches, WorkerSlot};
 use kvmesh_scheduler::{
-    Admission, AdmissionSettings, Booking, Bookings, ByClass, Class, Cluster, Considered, Decision,
+    Admission, AdmissionSettings, Booking, Bookings, ByClass, Class, ClassTargets, Cluster, Considered, Decision,
     Estimate, Learner, Needs, NoPlan, Path, PerClass, Plan, Policy, Rejected, RequestView, Roster,
     StepModel, StepSample, TransferRates, Work, WorkerView, placeable,
+    planner::{Demand, Pools},
 };
 use kvmesh_session::{WorkerIndex, parse::LoadReport};
 use kvmesh_wire::v1;
@@ -323,8 +327,31 @@ impl Placer {
         self.workers.get(&worker).map(|known| known.slot)
     }
 
+    /// The pools of all models that workers serve, with what came for them.
+    pub(super) fn pools(
+        &mut self,
+        came: &BTreeMap<Arc<str>, Demand>,
+        targets: &ClassTargets,
+        now_ms: f64,
+    ) -> Vec<Pools> {
+        self.roster.refresh(&self.bookings);
+        let cluster = self.cluster(now_ms);
+        let models: BTreeSet<Arc<str>> = cluster
+            .workers
+            .iter()
+            .map(|worker| Arc::clone(&worker.model))
+            .collect();
+        models
+            .iter()
+            .map(|model| {
+                let demand = came.get(model).copied().unwrap_or_default();
+                Pools::of(model, &cluster, demand, targets)
+            })
+            .collect()
+    }
+
     /// The worker of a slot.
-    fn worker_at(&self, slot: WorkerSlot) -> Option<WorkerIndex> {
+    pub(super) fn worker_at(&self, slot: WorkerSlot) -> Option<WorkerIndex> {
         self.by_slot.get(slot.0 as usize).copied().flatten()
     }
 

@@ -13,7 +13,7 @@ use std::{
 
 use kvmesh_kv_index::Matches;
 use kvmesh_scheduler::{
-    AdmissionSettings, Class, Lane, NoPlan, Queue, QueueSettings, Rejected, RequestView, Ticket,
+    AdmissionSettings, Class, Lane, NoPlan, PerClass, Queue, QueueSettings, Rejected, RequestView, Ticket,
     virtual_deadline_ms,
 };
 use kvmesh_session::generation::{Event, PlanRequest, Stop};
@@ -173,6 +173,19 @@ impl Waits {
             .is_some_and(|other| self.deadline_ms(other) <= deadline)
     }
 
+    /// Predicted work of a model's requests that wait, by class, ms.
+    pub(super) fn queued_ms(&self, model: &str) -> PerClass<f64> {
+        let mut queued = PerClass::default();
+        let queue = lock(&self.queue);
+        for (_, entry) in queue.iter() {
+            let open = &entry.open;
+            if open.request.model == model {
+                queued[class_of(open.request.class).index()] += open.work_ms;
+            }
+        }
+        queued
+    }
+
     /// Predicted work, in ms, of the model's requests that wait: of those that
     /// would go before one with this deadline and are booked nowhere, and of
     /// all that are as urgent by class.
@@ -254,10 +267,12 @@ impl Core {
                 retry_after: retry_after(admission.wait_ms),
             });
         }
-        Ok(Admitted {
+        let admitted = Admitted {
             urgency_ms: deadline_of(admission.work_ms) - arrival,
             work_ms: admission.work_ms,
-        })
+        };
+        self.pools.admitted(request, &admitted, expected);
+        Ok(admitted)
     }
 
     /// Room may be there: tries what waits, most urgent first.

@@ -19,7 +19,7 @@ use super::{
     GivenUp,
     open::{Batch, Open},
 };
-use crate::error::RequestError;
+use crate::{error::RequestError, telemetry::HeldTo};
 
 /// One generation's answer. Dropping it cancels the generation on its workers.
 pub struct GenerationStream {
@@ -79,6 +79,11 @@ impl GenerationStream {
     #[must_use]
     pub fn given_up(&self) -> GivenUp {
         self.open.given_up.clone()
+    }
+
+    /// What it is held to, by its class or its own hints.
+    pub(crate) fn held_to(&self) -> HeldTo {
+        self.open.held_to()
     }
 
     /// The next message of what is at hand is in `message`. False: nothing is.

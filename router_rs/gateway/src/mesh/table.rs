@@ -19,6 +19,8 @@ use kvmesh_wire::v1;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use crate::telemetry::Histogram;
+
 use super::{
     counters::SessionCounts,
     session::{SessionHandle, ms_since},
@@ -33,6 +35,8 @@ pub(super) struct WorkerEntry {
     pub(super) redial: Notify,
     /// Ends the worker's session task.
     pub(super) stop: CancellationToken,
+    /// What its most urgent prompts waited for their first layer.
+    pub(super) urgent_start: Histogram,
     view: Mutex<View>,
 }
 
@@ -73,6 +77,7 @@ impl WorkerEntry {
             expected_id,
             redial: Notify::new(),
             stop: CancellationToken::new(),
+            urgent_start: Histogram::default(),
             view: Mutex::new(view),
         }
     }

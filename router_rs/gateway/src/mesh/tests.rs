@@ -94,6 +94,7 @@ pub(super) fn request(prompt: &[u32], max_tokens: u32) -> AdmittedRequest {
         admin: true,
         tenant: 0,
         class: v1::RequestClass::Standard,
+        ttft_target_ms: 5_000.0,
         itl_target_ms: 0.0,
         cache_salt: String::new(),
         adapter: String::new(),

@@ -60,6 +60,13 @@ pub(super) async fn call(
             };
             unary(shared, "Explain", call, explain).await
         }
+        "AdvisePools" => {
+            let advise = async |_: Admitted<v1::AdvisePoolsRequest>| {
+                let models = mesh.advise_pools();
+                Ok(v1::AdvisePoolsResponse { models })
+            };
+            unary(shared, "AdvisePools", call, advise).await
+        }
         "GetRouterInfo" => {
             let info = async |_: Admitted<v1::GetRouterInfoRequest>| Ok(info(shared));
             unary(shared, "GetRouterInfo", call, info).await

@@ -17,7 +17,7 @@ use super::{calls, grpc, health::Watch, tokens};
 use crate::{
     error::RequestError,
     mesh::GenerationStream,
-    telemetry::{StreamFigures, Telemetry},
+    telemetry::{ClassEnd, StreamFigures, Telemetry, Took},
 };
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -167,6 +167,10 @@ impl GenerateBody {
                     }
                     if let Some(Event::Finished(finished)) = &message.event {
                         self.telemetry.finished(finished);
+                        let took = Took::of(finished);
+                        grpc::encode_into(message, &mut self.buffer);
+                        self.telemetry.judged(&took, &self.stream.held_to());
+                        continue;
                     }
                     grpc::encode_into(message, &mut self.buffer);
                 }
@@ -202,6 +206,13 @@ impl GenerateBody {
         let outcome = error.map_or("OK", |error| error.code_and_reason().1);
         self.figures.flush(&self.telemetry);
         self.telemetry.ended("Generate", error);
+        if let Some(error) = error {
+            let end = match error {
+                RequestError::Cancelled => ClassEnd::Cancelled,
+                _ => ClassEnd::Failed,
+            };
+            self.telemetry.class_ended(self.stream.held_to().class, end);
+        }
         tracing::info!(
             event = "generation_ended",
             generation = %self.generation,

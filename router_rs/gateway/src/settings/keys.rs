@@ -335,7 +335,7 @@ pub const KEYS: &[Key] = &[
     key(
         "pull_from_tokens",
         Kind::Number(1, 1 << 32),
-        "128",
+        "32",
         "Policy cost: fewest tokens for which a prefix is pulled from another worker.",
     ),
     key(

@@ -19,7 +19,7 @@ use prometheus_client::{
 };
 use tokio::sync::watch;
 
-use super::{Telemetry, histogram::Histogram};
+use super::{Histogram, Telemetry};
 use crate::mesh::{Count, Mesh, Ratios};
 
 /// The figures of a router in the form that scrapers read.
@@ -43,6 +43,11 @@ impl Exposition {
             "calls",
             "Calls that ended, by method and outcome",
             telemetry.ended.clone(),
+        );
+        registry.register(
+            "class_requests",
+            "Requests that ended, by class and outcome; goodput is the share of good ones",
+            telemetry.by_class.clone(),
         );
         registry.register_collector(Box::new(Figures {
             mesh,
@@ -408,6 +413,18 @@ impl Figures {
             ] {
                 blocks.push((vec![("worker", id), ("state", state)], value));
             }
+        }
+        let mut starts = encoder.encode_descriptor(
+            "urgent_start_seconds",
+            "From a prompt that is more urgent than all others of a worker to its first layer",
+            None,
+            MetricType::Histogram,
+        )?;
+        for (worker, (sum, count, buckets)) in self.mesh.urgent_starts() {
+            let labels = [("worker", worker.as_str())];
+            starts
+                .encode_family(&Labels(&labels))?
+                .encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
         }
         gauges(
             encoder,

@@ -32,15 +32,18 @@ fn micros(time: Duration) -> u64 {
     seconds.saturating_add(u64::from(time.subsec_micros()))
 }
 
+/// Sum in seconds, number, and (bound, count) of each bucket.
+pub(crate) type Observed = (f64, u64, Vec<(f64, u64)>);
+
 /// A histogram that many write.
 #[derive(Debug, Default)]
-pub(super) struct Histogram {
+pub(crate) struct Histogram {
     counts: [AtomicU64; BUCKETS],
     sum_us: AtomicU64,
 }
 
 impl Histogram {
-    pub(super) fn observe(&self, time: Duration) {
+    pub(crate) fn observe(&self, time: Duration) {
         let us = micros(time);
         self.counts[bucket(us)].fetch_add(1, Ordering::Relaxed);
         self.sum_us.fetch_add(us, Ordering::Relaxed);
@@ -57,8 +60,8 @@ impl Histogram {
         *local = LocalHistogram::default();
     }
 
-    /// Sum in seconds, number, and (bound, count) of each bucket.
-    pub(super) fn read(&self) -> (f64, u64, Vec<(f64, u64)>) {
+    /// What was observed so far.
+    pub(crate) fn read(&self) -> Observed {
         // Scrapers refuse a histogram without a bucket named `+Inf`, and only
         // the infinite bound is written so.
         let bounds = BOUNDS.iter().copied().chain([f64::INFINITY]);

@@ -2,10 +2,13 @@
 //! stream, flushed now and then; labels are looked up once a request.
 
 mod collector;
+mod goodput;
 mod histogram;
 mod log;
 
 pub(crate) use collector::Exposition;
+pub(crate) use goodput::{ClassEnd, HeldTo, Took};
+pub(crate) use histogram::{Histogram, Observed};
 pub use log::init_logging;
 
 use std::{
@@ -24,7 +27,8 @@ use prometheus_client::{
 use tokio::sync::Semaphore;
 
 use crate::{door::permit_bytes, error::RequestError};
-use histogram::{Histogram, LocalHistogram};
+use goodput::ClassLabels;
+use histogram::LocalHistogram;
 
 /// Where a request was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,6 +86,7 @@ struct CallEnd {
 pub(crate) struct Telemetry {
     rejected: Family<Rejection, Counter>,
     ended: Family<CallEnd, Counter>,
+    by_class: Family<ClassLabels, Counter>,
     connections: AtomicI64,
     permits: OnceLock<(Arc<Semaphore>, usize)>,
     first_token: Histogram,
@@ -129,6 +134,18 @@ impl Telemetry {
     /// Template and tokeniser of one request.
     pub(crate) fn tokenized(&self, took: Duration) {
         self.tokenize.observe(took);
+    }
+
+    /// The end of a request of a class.
+    pub(crate) fn class_ended(&self, class: v1::RequestClass, end: ClassEnd) {
+        self.by_class
+            .get_or_create(&ClassLabels::new(class, end))
+            .inc();
+    }
+
+    /// What a generation that ended well took, against what it is held to.
+    pub(crate) fn judged(&self, took: &Took, held: &HeldTo) {
+        self.class_ended(held.class, took.judged(held));
     }
 
     /// A generation that ended well.

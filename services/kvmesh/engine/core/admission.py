@@ -130,6 +130,7 @@ class Admission:
                 return
         loop.sequences[sequence.id] = sequence
         loop.queue.add(sequence)
+        sequence.times.urgent = loop.queue.waiting[0] is sequence
         held = pool.find(
             sequence.root, sequence.base.tobytes(), (sequence.length - 1) // pool.block_tokens
         )

@@ -228,7 +228,7 @@ class EngineLoop:
             sequence.computed = sequence.length - 1
             self.store(sequence)
         if sequence.trace is not None:
-            sequence.trace.ended(self.clock.now(), sequence.made)
+            sequence.trace.ended(self.clock.now(), sequence.made, self.steps.log)
         self._answers.end(sequence, **end)
         del self.sequences[sequence.id]
         was = sequence.state

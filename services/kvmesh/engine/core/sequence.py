@@ -54,6 +54,8 @@ class Times:
     cached_tokens: int = 0
     pulled_tokens: int = 0
     computed_tokens: int = 0
+    urgent: bool = False
+    """More urgent than all other prompts here when it came."""
 
 
 class Sequence:
@@ -184,6 +186,9 @@ class Sequence:
                 pulled_tokens=times.pulled_tokens,
                 computed_tokens=times.computed_tokens,
                 trace=self.trace.spans() if self.trace is not None else (),
+                urgent_start_ms=max(0.0, queued * 1000)
+                if times.urgent and times.first_step and not times.pulled_tokens
+                else None,
             ),
         )
 

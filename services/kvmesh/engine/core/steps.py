@@ -22,6 +22,7 @@ from kvmesh.engine.core.runner import ColumnRunner, Runner, Sampled, Slice
 from kvmesh.engine.core.sequence import Sequence, State
 from kvmesh.engine.core.settings import CoreSettings
 from kvmesh.engine.core.step_model import StepLoad, predict_ms
+from kvmesh.engine.core.trace import StepLog
 from kvmesh.v1 import worker_pb2 as wire
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class Steps:
         self._settings = settings
         self._model = model
         self._clock = clock
+        self.log = StepLog()
         self._suspect_turn = False
         self._said = _Said(loop.streams.batch, model)
 
@@ -143,6 +145,7 @@ class Steps:
         ended = self._clock.now()
         if plan.decode:
             self._loop.streams.decoded_at = ended
+            self.log.add(begun, ended, load.prefill_tokens)
         for chunk in plan.chunks:
             if chunk.sequence.trace is not None:
                 chunk.sequence.trace.add("prefill_chunk", begun, ended, chunk.tokens)
@@ -186,6 +189,7 @@ class Steps:
             loop.flush(0, None)
             return True
         loop.streams.decoded_at = ended = now()
+        self.log.add(begun, ended)
         running.since = running.predicted_ms = 0.0
         running.number += 1
         sample = StepSample(0, 0, said.size, context, int((ended - begun) * 1e6))
@@ -278,17 +282,20 @@ class Steps:
         self._loop.flush(0, None)
         if not self._settings.behaviour.layer_preemption:
             return True
-        begun = self._clock.now()
+        begun, ran = self._clock.now(), False
         while self._is_due(plan):
             above = plan.priority if not plan.chunks[0].sequence.alone else _URGENT
             inner = self.plan(above)
             if inner is None:
                 break
             self.run(inner)
+            ran = True
             if not inner.chunks:
                 # The streams had their turn; the urgent prompt has no room yet.
                 break
-        if (spent := self._clock.now() - begun) > 0:
+        # A look that found nothing is part of the step.
+        if ran:
+            spent = self._clock.now() - begun
             nested[0] += spent
             for chunk in plan.chunks:
                 if chunk.sequence.trace is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+from itertools import islice
+
 from kvmesh.v1 import inference_pb2 as inference
 
 MAX_SPANS = 512
@@ -9,6 +12,45 @@ MAX_SPANS = 512
 
 _SHORTEST_PAUSE_S = 50e-6
 """The time between two steps in turn is no pause."""
+
+
+class StepLog:
+    """The last steps with decoding streams: what a stream's longest gap was."""
+
+    __slots__ = ("_steps",)
+
+    KEPT = 2_048
+    """Steps; a longer stream is told of these."""
+
+    def __init__(self) -> None:
+        self._steps: deque[tuple[float, float, int]] = deque(maxlen=self.KEPT)
+
+    def add(self, begun: float, ended: float, prompt_tokens: int = 0) -> None:
+        """A step with decoding streams has ended; with so many tokens of prompts in it."""
+        self._steps.append((begun, ended, prompt_tokens))
+
+    def longest_gap(self, since: float, until: float) -> tuple[float, float, int, str] | None:
+        """(begin, end, prompt tokens beside it, cause) of the longest time between the ends of
+        two steps in turn. None: fewer than two are known."""
+        # A stream's steps are the newest ones.
+        known = 0
+        for _, ended, _ in reversed(self._steps):
+            if ended < since:
+                break
+            known += 1
+        last, longest = None, None
+        for begun, ended, tokens in islice(self._steps, len(self._steps) - known, None):
+            if ended > until:
+                break
+            if last is not None and (longest is None or ended - last > longest[1] - longest[0]):
+                cause = "a step of its batch"
+                if tokens:
+                    cause = "prompts in the same step"
+                elif begun - last > ended - begun:
+                    cause = "steps without it"
+                longest = (last, ended, tokens, cause)
+            last = ended
+        return longest
 
 
 class Trace:
@@ -58,10 +100,13 @@ class Trace:
             self.add("pause", self.idle_since, now, cause=self.cause or "steps without it")
         self.cause = ""
 
-    def ended(self, now: float, made: int) -> None:
+    def ended(self, now: float, made: int, steps: StepLog) -> None:
         """The stage is over, after so many tokens."""
         if self.decoding_since is not None:
             self.add("decode", self.decoding_since, now, made)
+            gap = steps.longest_gap(self.decoding_since, now)
+            if gap is not None:
+                self.add("gap", *gap)
 
     def spans(self) -> list[inference.TraceSpan]:
         """In the order in which they began."""

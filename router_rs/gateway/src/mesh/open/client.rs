@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use kvmesh_scheduler::OWN_STEP_SHARE;
 use kvmesh_session::{
     generation::{Event, Outcome, Stop},
     parse::FinishReason,
@@ -13,7 +14,7 @@ use kvmesh_session::{
 use kvmesh_wire::v1;
 
 use super::{Batch, Open};
-use crate::error::RequestError;
+use crate::{error::RequestError, telemetry::HeldTo};
 
 impl Open {
     /// Puts what the client has not got yet into `batch`, which is empty;
@@ -118,7 +119,7 @@ impl Open {
             timings: Some(state.figures.timings(&self.request)),
             stop_token_id: stop_token,
             trace: if self.request.trace {
-                state.figures.trace()
+                state.figures.trace(&self.request)
             } else {
                 Vec::new()
             },
@@ -132,6 +133,27 @@ impl Open {
         let (attempt, predicted, actual) = self.lock().figures.prediction()?;
         self.core.counters.predicted(&predicted, &actual);
         Some((attempt, actual))
+    }
+
+    /// What the request is held to: its targets, and between tokens never less
+    /// than what its decode worker can do at all.
+    pub(in crate::mesh) fn held_to(&self) -> HeldTo {
+        let request = &self.request;
+        let (decode, context) = {
+            let state = self.lock();
+            (
+                state.figures.decode(),
+                request.prompt_ids.len() + state.output.len(),
+            )
+        };
+        let model = decode.and_then(|worker| self.core.dispatcher.placer().step_model(worker));
+        let step_ms = model.map_or(0.0, |m| m.a_ms + m.d_ms + m.e_ms * context as f64);
+        let itl_ms = request.itl_target_ms.max(OWN_STEP_SHARE * step_ms);
+        HeldTo {
+            class: request.class,
+            ttft_ms: request.ttft_target_ms,
+            itl_ms: (request.itl_target_ms > 0.0).then_some(itl_ms),
+        }
     }
 
     /// The first message of a stream.

@@ -267,6 +267,12 @@ impl Open {
                 self.learn_transfer(&state, &end);
             }
         }
+        if let Some(ms) = end.timings.urgent_start_ms
+            && let Some(worker) = self.core.table.get(from)
+        {
+            let took = Duration::try_from_secs_f64(ms / 1e3).unwrap_or_default();
+            worker.urgent_start.observe(took);
+        }
         if matches!(end.end, End::TransferFailed) {
             self.core.counters.transfers_failed.add(1);
         }
@@ -320,6 +326,9 @@ impl Open {
             state
                 .figures
                 .dispatched(Instant::now(), chosen.decide, attempt, chosen.predicted);
+            if let Some(party) = chosen.parties.last() {
+                state.figures.decodes_on(party.worker);
+            }
             self.core.counters.decided(&chosen.plan, chosen.decide);
             if matches!(chosen.plan, Plan::Mesh { .. }) {
                 self.core.counters.transfers_started.add(1);

@@ -1,0 +1,134 @@
+//! Advice about the sizes of pools: what came, what is there, and the pure
+//! controller that looks at both. Nothing here runs unless it is asked for.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use kvmesh_scheduler::{
+    ClassTargets, Role,
+    planner::{Advice, Demand, Flip, Hold, Outlook, Planner, PlannerSettings},
+};
+use kvmesh_wire::v1;
+
+use super::{Core, dispatch::class_of, queue::Admitted};
+use crate::request::AdmittedRequest;
+
+/// What came by model, and the controller.
+pub(super) struct PoolWatch {
+    came: Mutex<BTreeMap<Arc<str>, Demand>>,
+    planner: Mutex<Planner>,
+}
+
+// Sums and the controller's state are whole after each operation on them.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl PoolWatch {
+    pub(super) fn new(targets: &ClassTargets) -> Self {
+        let settings = PlannerSettings {
+            targets: *targets,
+            ..PlannerSettings::default()
+        };
+        Self {
+            came: Mutex::default(),
+            planner: Mutex::new(Planner::new(settings)),
+        }
+    }
+
+    /// A request was admitted.
+    pub(super) fn admitted(&self, request: &AdmittedRequest, admitted: &Admitted, output: u32) {
+        let mut came = lock(&self.came);
+        if !came.contains_key(request.model.as_str()) {
+            came.insert(Arc::from(request.model.as_str()), Demand::default());
+        }
+        if let Some(demand) = came.get_mut(request.model.as_str()) {
+            let class = class_of(request.class);
+            demand.add(class, admitted.work_ms, f64::from(output));
+        }
+    }
+}
+
+impl Core {
+    /// What the controller makes of all pools now.
+    pub(super) fn advise_pools(&self) -> Vec<v1::PoolAdvice> {
+        let watch = &self.pools;
+        let waits = &self.dispatcher.waits;
+        let mut came = lock(&watch.came).clone();
+        for (model, demand) in &mut came {
+            demand.queued_ms = waits.queued_ms(model);
+        }
+        let now_ms = waits.now_ms();
+        let mut planner = lock(&watch.planner);
+        let pools = {
+            let targets = planner.settings().targets;
+            let mut placer = self.dispatcher.placer();
+            placer.pools(&came, &targets, now_ms)
+        };
+        let advice = planner.look(&pools, now_ms);
+        drop(planner);
+        advice.iter().map(|advice| self.advice(advice)).collect()
+    }
+
+    fn advice(&self, advice: &Advice) -> v1::PoolAdvice {
+        let (flip, hold) = match &advice.flip {
+            Ok(flip) => (Some(self.flip(flip)), String::new()),
+            Err(hold) => (None, reason(*hold).to_owned()),
+        };
+        v1::PoolAdvice {
+            model: advice.model.to_string(),
+            now: Some(outlook(&advice.now)),
+            flip,
+            hold,
+        }
+    }
+
+    fn flip(&self, flip: &Flip) -> v1::RoleFlip {
+        let worker = self.dispatcher.placer().worker_at(flip.worker);
+        v1::RoleFlip {
+            worker_id: worker.map_or_else(String::new, |worker| self.table.name(worker)),
+            from_role: role(flip.from).into(),
+            to_role: role(flip.to).into(),
+            after: Some(outlook(&flip.after)),
+        }
+    }
+}
+
+fn role(role: Role) -> v1::Role {
+    match role {
+        Role::Prefill => v1::Role::Prefill,
+        Role::Decode => v1::Role::Decode,
+        Role::Both => v1::Role::Both,
+    }
+}
+
+fn reason(hold: Hold) -> &'static str {
+    match hold {
+        Hold::Enough => "each pool is within its targets",
+        Hold::Learning => "too little was seen yet",
+        Hold::Confirming => "a pool is short, but not for long enough yet",
+        Hold::Flipping => "a flip is under way",
+        Hold::Dwelling => "the last flip was a short while ago",
+        Hold::NobodyToSpare => "the other pool has nobody to spare",
+        Hold::NoGain => "a flip would help too little",
+        Hold::StillAsked => "it would undo the last flip, and what asked for that one still comes",
+    }
+}
+
+fn outlook(outlook: &Outlook) -> v1::PoolOutlook {
+    let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    let [interactive, standard, batch] = outlook.ttft_ms;
+    v1::PoolOutlook {
+        prefill: count(outlook.prefill),
+        decode: count(outlook.decode),
+        both: count(outlook.both),
+        interactive_ttft_ms: interactive,
+        standard_ttft_ms: standard,
+        batch_ttft_ms: batch,
+        itl_ms: outlook.itl_ms,
+        prefill_pressure: outlook.prefill_pressure,
+        decode_pressure: outlook.decode_pressure,
+    }
+}

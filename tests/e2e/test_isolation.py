@@ -1,0 +1,150 @@
+"""Pools change under load, classes are held to their targets, and requests are explained."""
+
+import asyncio
+
+import pytest
+from figures import figures
+
+import kvmesh
+from kvmesh.cli import main
+from kvmesh.v1 import worker_pb2
+
+# Steps of some 10 ms: streams live through every flip.
+PACED = ("--engine-arguments", "profile=h100-8b,speed=0.6")
+OUTPUT = 120
+STREAMS = 24
+
+
+def flip(endpoint: str, worker: str, role: str) -> None:
+    assert main(["role", worker, role, "--endpoint", endpoint]) == 0
+
+
+async def test_flips_under_load_lose_no_stream(fresh) -> None:
+    endpoint = fresh.start_router()
+    for name, role in {"a": "prefill", "b": "prefill", "c": "decode", "d": "decode"}.items():
+        fresh.begin_worker(name, role, *PACED)
+    fresh.wait_live(endpoint, "a", "b", "c", "d")
+    options = {"max_tokens": OUTPUT, "temperature": 0.0, "ignore_end_of_text": True}
+
+    async def one(client: kvmesh.AsyncClient, number: int, speaks: asyncio.Event) -> list[int]:
+        ids: list[int] = []
+        prompt = f"Stream {number}. " * (5 + number)
+        async for event in client.generate(prompt=prompt, **options):
+            if isinstance(event, kvmesh.Tokens):
+                assert event.first_index == len(ids)
+                ids += event.ids
+                speaks.set()
+        return ids
+
+    async with kvmesh.AsyncClient(endpoint) as client:
+        running = []
+        # Each flip meets streams that decode, that are prefilled, and that are to come.
+        for worker, role in (("a", "decode"), ("c", "prefill"), ("a", "both"), ("c", "decode")):
+            speaks = asyncio.Event()
+            running += [
+                asyncio.create_task(one(client, len(running) + n, speaks))
+                for n in range(STREAMS // 4)
+            ]
+            await speaks.wait()
+            await asyncio.to_thread(flip, endpoint, worker, role)
+        answers = await asyncio.gather(*running)
+        assert [len(ids) for ids in answers] == [OUTPUT] * STREAMS
+        # Whatever role their workers had: the tokens are those of an undisturbed run.
+        again = await asyncio.gather(
+            *(one(client, number, asyncio.Event()) for number in range(STREAMS))
+        )
+    assert again == answers
+    table = fresh.table(endpoint)
+    roles = {name: status.load.role for name, status in table.items()}
+    assert roles == {
+        "a": worker_pb2.ROLE_BOTH,
+        "b": worker_pb2.ROLE_PREFILL,
+        "c": worker_pb2.ROLE_DECODE,
+        "d": worker_pb2.ROLE_DECODE,
+    }
+    assert figures(endpoint)["failed_total"] == 0
+    fresh.wait_empty("a", "b", "c", "d")
+
+
+def test_a_flip_that_would_empty_a_role_is_refused(pair, capsys) -> None:
+    endpoint = pair.endpoints[0]
+    assert main(["role", "p", "decode", "--endpoint", endpoint]) == 1
+    assert "role" in capsys.readouterr().err
+    assert pair.table(endpoint)["p"].load.role == worker_pb2.ROLE_PREFILL
+
+
+def by_class(endpoint: str, name: str) -> dict[str, float]:
+    """Requests of a class by how they ended."""
+    now = figures(endpoint)
+    ends = ("good", "late_first_token", "slow_tokens", "refused", "failed", "cancelled")
+    return {end: now.total("class_requests_total", **{"class": name, "outcome": end})
+            for end in ends}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("hints", "outcome"),
+    [
+        ({}, "good"),
+        ({"ttft_target_ms": 1}, "late_first_token"),
+        # Between tokens nobody is held to less than its worker can do.
+        ({"itl_target_ms": 1}, "good"),
+    ],
+)
+def test_goodput_is_counted_by_class(fresh, hints, outcome) -> None:
+    endpoint = fresh.start_router()
+    fresh.start_worker("a", "both", *PACED)
+    fresh.wait_live(endpoint, "a")
+    with kvmesh.Client(endpoint) as client:
+        for name in ("interactive", "batch"):
+            client.complete(
+                prompt="Within its targets?", max_tokens=8, request_class=name, **hints
+            )
+    for name in ("interactive", "batch"):
+        ends = by_class(endpoint, name)
+        assert {end for end, count in ends.items() if count} == {outcome}
+        assert ends[outcome] == 1
+    assert not any(by_class(endpoint, "standard").values())
+
+
+def test_who_leaves_is_no_loss_of_goodput(pair, client) -> None:
+    before = by_class(pair.endpoints[0], "interactive")
+    stream = client.generate(prompt="Left early", max_tokens=2_000, request_class="interactive",
+                             ignore_end_of_text=True)  # fmt: skip
+    for event in stream:
+        if isinstance(event, kvmesh.Tokens):
+            break
+    stream.close()
+    pair.wait_empty("p", "d")
+    for _ in range(500):
+        now = by_class(pair.endpoints[0], "interactive")
+        if now["cancelled"] == before["cancelled"] + 1:
+            break
+        pair.children.wait(0.02)
+    assert now == {**before, "cancelled": before["cancelled"] + 1}
+
+
+def test_urgent_prompts_are_timed_to_their_first_layer(pair, client) -> None:
+    before = figures(pair.endpoints[0]).total("urgent_start_seconds_count", worker="p")
+    client.complete(prompt="Nobody is before me", max_tokens=2)
+    now = figures(pair.endpoints[0])
+    assert now.total("urgent_start_seconds_count", worker="p") == before + 1
+
+
+def test_a_trace_tells_the_whole_way_and_explain_shows_it(pair, client, capsys) -> None:
+    done = client.complete(prompt="Where did the time go? " * 20, max_tokens=16, trace=True,
+                           ignore_end_of_text=True)  # fmt: skip
+    names = [span.name for span in done.trace]
+    assert names[0] == "tokenize"
+    for name in ("queue", "decide", "worker_queue", "prefill_chunk", "transfer", "decode", "gap"):
+        assert name in names
+    starts = [span.start_ms for span in done.trace]
+    assert starts == sorted(starts)
+    timings = done.timings
+    assert timings.longest_gap_cause
+    assert timings.longest_gap_start_ms >= timings.first_token_ms - 0.001
+    assert timings.longest_gap_start_ms + timings.longest_gap_ms <= timings.total_ms + 0.001
+    assert main(["explain", done.generation_id, "--endpoint", pair.endpoints[0]]) == 0
+    out = capsys.readouterr().out
+    assert "longest gap" in out
+    assert timings.longest_gap_cause in out
+    assert "prefill_chunk" in out
