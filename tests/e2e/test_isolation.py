@@ -1,6 +1,7 @@
 """Pools change under load, classes are held to their targets, and requests are explained."""
 
 import asyncio
+import sys
 
 import pytest
 from figures import figures
@@ -96,9 +97,7 @@ def test_goodput_is_counted_by_class(fresh, hints, outcome) -> None:
     fresh.wait_live(endpoint, "a")
     with kvmesh.Client(endpoint) as client:
         for name in ("interactive", "batch"):
-            client.complete(
-                prompt="Within its targets?", max_tokens=8, request_class=name, **hints
-            )
+            client.complete(prompt="Within its targets?", max_tokens=8, request_class=name, **hints)
     for name in ("interactive", "batch"):
         ends = by_class(endpoint, name)
         assert {end for end, count in ends.items() if count} == {outcome}
@@ -148,3 +147,58 @@ def test_a_trace_tells_the_whole_way_and_explain_shows_it(pair, client, capsys) 
     assert "longest gap" in out
     assert timings.longest_gap_cause in out
     assert "prefill_chunk" in out
+
+
+def test_the_planner_says_why_it_holds_and_changes_nothing(pair, client, capsys) -> None:
+    client.complete(prompt="Something came", max_tokens=2)
+    endpoint = pair.endpoints[0]
+    assert main(["planner", "--apply", "--once", "--endpoint", endpoint]) == 0
+    out = capsys.readouterr().out
+    assert "sim: 1 prefill, 1 decode" in out
+    assert "no flip: too little was seen yet" in out
+    roles = {name: status.load.role for name, status in pair.table(endpoint).items()}
+    assert roles == {"p": worker_pb2.ROLE_PREFILL, "d": worker_pb2.ROLE_DECODE}
+
+
+def test_a_planner_without_a_router_says_so(capsys) -> None:
+    assert main(["planner", "--once", "--endpoint", "127.0.0.1:1", "--timeout-s", "2"]) == 1
+    assert "no router answers" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+async def test_the_planner_gives_a_worker_to_the_pool_that_is_short(fresh) -> None:
+    endpoint = fresh.start_router()
+    slowly = ("--engine-arguments", "profile=cpu-135m")
+    for name, role in {"p": "prefill", "c": "decode", "d": "decode"}.items():
+        fresh.begin_worker(name, role, *slowly)
+    fresh.wait_live(endpoint, "p", "c", "d")
+    command = [sys.executable, "-m", "kvmesh.cli", "planner", "--apply", "--endpoint", endpoint]
+    fresh.children.spawn("planner", command)
+    flipped = asyncio.Event()
+
+    async def prompts(client: kvmesh.AsyncClient, number: int) -> int:
+        """Prompts one after the other: four at a time are more than one worker computes."""
+        count = 0
+        while not flipped.is_set():
+            ids = [300 + (number * 7_919 + count * 104_729 + n * 31) % 1_500 for n in range(600)]
+            done = await client.complete(token_ids=ids, max_tokens=2, ignore_end_of_text=True,
+                                         request_class="interactive")  # fmt: skip
+            assert len(done.token_ids) == 2
+            count += 1
+        return count
+
+    def look() -> None:
+        fresh.wait_table(
+            endpoint,
+            lambda table: [s.load.role for s in table.values()].count(worker_pb2.ROLE_PREFILL) == 2,
+            seconds=120,
+        )
+
+    async with kvmesh.AsyncClient(endpoint) as client, asyncio.TaskGroup() as group:
+        asking = [group.create_task(prompts(client, number)) for number in range(4)]
+        try:
+            await asyncio.to_thread(look)
+        finally:
+            flipped.set()
+    assert all(task.result() for task in asking)
+    assert figures(endpoint)["failed_total"] == 0

@@ -3,7 +3,15 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmesh.engine.core.step_model import StepLoad, chunk_context, fit, predict_ms, tokens_within
+from kvmesh.engine.core.step_model import (
+    LAYER_TARGET_MS,
+    StepLoad,
+    bound_layers,
+    chunk_context,
+    fit,
+    predict_ms,
+    tokens_within,
+)
 from kvmesh.v1 import worker_pb2 as wire
 
 coefficients = st.floats(0, 10)
@@ -47,3 +55,14 @@ def test_noise_gives_no_negative_coefficient() -> None:
     loads = [StepLoad(decode_batch=1, decode_context=1), StepLoad(decode_batch=8, decode_context=8)]
     fitted = fit(loads, [10.0, 5.0])
     assert min(fitted.a_ms, fitted.d_ms, fitted.e_ms) >= 0
+
+
+@given(st.floats(0, 10), st.integers(1, 200), st.integers(128, 2048))
+def test_a_chunk_is_bounded_by_the_time_of_its_layers(b_ms, layers, saturating) -> None:
+    model = wire.StepModel(b_ms=b_ms, saturating_chunk=saturating)
+    bound_layers(model, layers)
+    chunk = model.saturating_chunk
+    assert 128 <= chunk <= saturating
+    # The least chunk stands whatever its layers take: smaller ones waste the device.
+    assert chunk == 128 or chunk * b_ms / layers <= LAYER_TARGET_MS * (1 + 1e-6)
+    assert chunk == saturating or (chunk + 1) * b_ms / layers >= LAYER_TARGET_MS * (1 - 1e-6)

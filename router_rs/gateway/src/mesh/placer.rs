@@ -11,9 +11,9 @@ use std::{
 
 use kvmesh_kv_index::{Knowledge, KvIndex, Matches, WorkerSlot};
 use kvmesh_scheduler::{
-    Admission, AdmissionSettings, Booking, Bookings, ByClass, Class, ClassTargets, Cluster, Considered, Decision,
-    Estimate, Learner, Needs, NoPlan, Path, PerClass, Plan, Policy, Rejected, RequestView, Roster,
-    StepModel, StepSample, TransferRates, Work, WorkerView, placeable,
+    Admission, AdmissionSettings, Booking, Bookings, ByClass, Class, ClassTargets, Cluster,
+    Considered, Decision, Estimate, Learner, Needs, NoPlan, Path, PerClass, Plan, Policy, Rejected,
+    RequestView, Roster, StepModel, StepSample, TransferRates, Work, WorkerView, placeable,
     planner::{Demand, Pools},
 };
 use kvmesh_session::{WorkerIndex, parse::LoadReport};

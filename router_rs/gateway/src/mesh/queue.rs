@@ -13,8 +13,8 @@ use std::{
 
 use kvmesh_kv_index::Matches;
 use kvmesh_scheduler::{
-    AdmissionSettings, Class, Lane, NoPlan, PerClass, Queue, QueueSettings, Rejected, RequestView, Ticket,
-    virtual_deadline_ms,
+    AdmissionSettings, Class, Lane, NoPlan, PerClass, Queue, QueueSettings, Rejected, RequestView,
+    Ticket, virtual_deadline_ms,
 };
 use kvmesh_session::generation::{Event, PlanRequest, Stop};
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from kvmesh.engine.core.blocks import BlockPool, Hold
 from kvmesh.engine.core.runner import Runner, SampleSpec, Slice
-from kvmesh.engine.core.step_model import StepLoad, fit
+from kvmesh.engine.core.step_model import StepLoad, bound_layers, fit
 from kvmesh.engine.core.steps import Clock
 from kvmesh.v1 import worker_pb2 as wire
 
@@ -47,7 +47,9 @@ def measure(runner: Runner, pool: BlockPool, clock: Clock, context_length: int) 
             times.append((clock.now() - begun) * 1000)
     finally:
         pool.drop(slots, Hold.RUNNING)
-    return fit(loads, times)
+    model = fit(loads, times)
+    bound_layers(model, runner.layers)
+    return model
 
 
 def _steps(
