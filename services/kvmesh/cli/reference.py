@@ -42,7 +42,8 @@ def page() -> str:
         ("up", "`kvmesh up`: section `[up]`.", up.SETTINGS),
         (
             "client",
-            "`kvmesh chat`, `generate`, `workers`, `drain`, `role`, `planner`, `explain`: section `[client]`.",
+            "`kvmesh chat`, `generate`, `workers`, `drain`, `role`, `planner`, `explain`: "
+            "section `[client]`.",
             client.CONNECTION + client.SAMPLING,
         ),
     )
