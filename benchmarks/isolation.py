@@ -64,6 +64,7 @@ from isolation_report import (
     itl,
     quantile,
     ttft,
+    winners,
     write_html,
     write_png,
     write_raw,
@@ -265,6 +266,8 @@ def main() -> None:
     tables[f"Documents; alone one takes {core.document_s:.1f} s, R = "
            f"{60 * core.documents_per_s:.2f} a minute"] = (DOCUMENT_HEAD, rows)  # fmt: skip
     ratios = {one.key: Ratios.of(one, core.documents_per_s, core.document_s) for one in found}
+    if len(found) > 1:
+        tables["Best in the storm"] = (("", "arrangement", "value"), winners(found))
     names = ("itl_p95", "itl_p99", "second_steps", "ttft_p95", "share_of_rate", "slowest")
     tables["Storm over alone"] = (
         ("", "ITL p95", "ITL p99", "2nd, steps", "TTFT p95", "share of R", "slowest document"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -128,7 +128,10 @@ class Ratios:
         """From pooled phases."""
 
         def ratio(of: Any, part: float) -> float:
-            return quantile(of(measured.storm), part) / quantile(of(measured.alone), part)
+            storm, alone = of(measured.storm), of(measured.alone)
+            if part > 0.95 and min(len(storm), len(alone)) < ENOUGH_FOR_P99:
+                return float("nan")
+            return quantile(storm, part) / quantile(alone, part)
 
         slowest = max(
             (one.ended - one.sent for one in measured.documents if one.ended is not None),
@@ -143,6 +146,25 @@ class Ratios:
             measured.documents_per_s / rate_alone,
             slowest / document_alone_s,
         )
+
+
+def winners(all_measured: Sequence[Measured]) -> list[list[object]]:
+    """Which arrangement is best by each column, in the storm."""
+    columns: list[tuple[str, Callable[[Measured], float], bool]] = [
+        ("chat TTFT p95, ms", lambda one: quantile(ttft(one.storm), 0.95), False),
+        ("chat ITL p50, ms", lambda one: quantile(itl(one.storm), 0.5), False),
+        ("chat ITL p95, ms", lambda one: quantile(itl(one.storm), 0.95), False),
+        ("second token p95, ms", lambda one: quantile(second(one.storm), 0.95), False),
+        ("documents a minute", lambda one: 60 * one.documents_per_s, True),
+        ("tokens/s", Measured.tokens_per_s, True),
+    ]
+    rows: list[list[object]] = []
+    for name, of, more in columns:
+        known = [one for one in all_measured if of(one) == of(one)]
+        if known:
+            best = (max if more else min)(known, key=of)
+            rows.append([name, f"({best.key})", of(best)])
+    return rows
 
 
 def _points(measured: Measured) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
