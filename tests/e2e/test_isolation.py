@@ -123,10 +123,32 @@ def test_who_leaves_is_no_loss_of_goodput(pair, client) -> None:
 
 
 def test_urgent_prompts_are_timed_to_their_first_layer(pair, client) -> None:
-    before = figures(pair.endpoints[0]).total("urgent_start_seconds_count", worker="p")
+    before = figures(pair.endpoints[0]).total("urgent_start_seconds_count")
     client.complete(prompt="Nobody is before me", max_tokens=2)
     now = figures(pair.endpoints[0])
-    assert now.total("urgent_start_seconds_count", worker="p") == before + 1
+    assert now.total("urgent_start_seconds_count") == before + 1
+
+
+def test_a_second_turn_pulls_the_answer_from_where_it_was_decoded(fresh) -> None:
+    endpoint = fresh.start_router()
+    # A token takes longer to compute than to move.
+    slowly = ("--engine-arguments", "profile=cpu-135m")
+    fresh.start_worker("p", "prefill", *slowly)
+    fresh.start_worker("d", "decode", *slowly)
+    fresh.wait_live(endpoint, "p", "d")
+    turn = [500 + n for n in range(60)]
+    with kvmesh.Client(endpoint) as client:
+        options = {"max_tokens": 68, "temperature": 0.0, "ignore_end_of_text": True}
+        first = client.complete(token_ids=turn, **options)
+        history = [*turn, *first.token_ids]
+        # All but the last token's KV, in whole blocks.
+        held = (len(history) - 1) // 16 * 16
+        fresh.wait_table(endpoint, lambda t: t["d"].indexed_blocks >= held // 16)
+        second = client.complete(token_ids=[*history, *turn], **options)
+    usage = second.usage
+    assert usage.cached_tokens == 60 // 16 * 16
+    assert usage.pulled_tokens == held - usage.cached_tokens
+    assert usage.computed_tokens == usage.prompt_tokens - held
 
 
 def test_a_trace_tells_the_whole_way_and_explain_shows_it(pair, client, capsys) -> None:

@@ -305,8 +305,10 @@ impl Core {
         );
         let prefix_from = placed.source.and_then(|source| {
             let (worker, incarnation, address) = self.table.sender(source);
-            let tokens = placed.chosen.pulled_tokens;
-            let there = tokens > 0 && !address.is_empty();
+            // What it holds from the prompt's begin on, not only what is lacking here.
+            let (cached, pulled) = (placed.chosen.cached_tokens, placed.chosen.pulled_tokens);
+            let tokens = cached.saturating_add(pulled);
+            let there = pulled > 0 && !address.is_empty();
             there.then_some(v1::PrefixSource {
                 worker,
                 incarnation,

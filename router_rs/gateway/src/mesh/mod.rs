@@ -60,7 +60,7 @@ pub use policy::{COST, POLICIES, PolicySettings, SCORED};
 pub use settings::MeshSettings;
 pub use stream::GenerationStream;
 
-use crate::{error::RequestError, request::AdmittedRequest, telemetry::Observed};
+use crate::{error::RequestError, request::AdmittedRequest, telemetry::Histogram};
 use decisions::Decisions;
 use dispatch::Dispatcher;
 use models::Models;
@@ -80,6 +80,7 @@ struct Core {
     counters: Counters,
     decisions: Decisions,
     pools: PoolWatch,
+    urgent_start: Histogram,
     open: Mutex<ById<Arc<Open>>>,
     /// Told when the last open generation is gone.
     idle: Notify,
@@ -214,6 +215,7 @@ impl Mesh {
             counters: Counters::default(),
             decisions: Decisions::new(settings.decisions_kept),
             pools: PoolWatch::new(&settings.policy.cost.targets),
+            urgent_start: Histogram::default(),
             open: Mutex::default(),
             idle: Notify::new(),
             stop: CancellationToken::new(),
@@ -335,15 +337,10 @@ impl Mesh {
         rows
     }
 
-    /// What the most urgent prompts of each worker waited for their first layer.
-    pub(crate) fn urgent_starts(&self) -> Vec<(String, Observed)> {
-        let entries = self.core.table.all();
-        let mut all: Vec<_> = entries
-            .iter()
-            .map(|entry| (entry.name(), entry.urgent_start.read()))
-            .collect();
-        all.sort_by(|one, other| one.0.cmp(&other.0));
-        all
+    /// What prompts that were the most urgent ones of their worker waited for
+    /// their first layer.
+    pub(crate) fn urgent_start(&self) -> &Histogram {
+        &self.core.urgent_start
     }
 
     /// Drains a worker.

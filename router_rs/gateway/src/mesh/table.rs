@@ -19,8 +19,6 @@ use kvmesh_wire::v1;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::telemetry::Histogram;
-
 use super::{
     counters::SessionCounts,
     session::{SessionHandle, ms_since},
@@ -35,8 +33,6 @@ pub(super) struct WorkerEntry {
     pub(super) redial: Notify,
     /// Ends the worker's session task.
     pub(super) stop: CancellationToken,
-    /// What its most urgent prompts waited for their first layer.
-    pub(super) urgent_start: Histogram,
     view: Mutex<View>,
 }
 
@@ -77,7 +73,6 @@ impl WorkerEntry {
             expected_id,
             redial: Notify::new(),
             stop: CancellationToken::new(),
-            urgent_start: Histogram::default(),
             view: Mutex::new(view),
         }
     }

@@ -324,6 +324,11 @@ impl Figures {
             ),
             ("prefill_seconds", "Computing the prompt", &figures.prefill),
             ("queue_seconds", "Arrival to dispatch", &figures.queue),
+            (
+                "urgent_start_seconds",
+                "From a prompt that is more urgent than all others of a worker to its first layer",
+                self.mesh.urgent_start(),
+            ),
         ] {
             histogram(encoder, name, help, from)?;
         }
@@ -413,18 +418,6 @@ impl Figures {
             ] {
                 blocks.push((vec![("worker", id), ("state", state)], value));
             }
-        }
-        let mut starts = encoder.encode_descriptor(
-            "urgent_start_seconds",
-            "From a prompt that is more urgent than all others of a worker to its first layer",
-            None,
-            MetricType::Histogram,
-        )?;
-        for (worker, (sum, count, buckets)) in self.mesh.urgent_starts() {
-            let labels = [("worker", worker.as_str())];
-            starts
-                .encode_family(&Labels(&labels))?
-                .encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
         }
         gauges(
             encoder,

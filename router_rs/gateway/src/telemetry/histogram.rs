@@ -32,9 +32,6 @@ fn micros(time: Duration) -> u64 {
     seconds.saturating_add(u64::from(time.subsec_micros()))
 }
 
-/// Sum in seconds, number, and (bound, count) of each bucket.
-pub(crate) type Observed = (f64, u64, Vec<(f64, u64)>);
-
 /// A histogram that many write.
 #[derive(Debug, Default)]
 pub(crate) struct Histogram {
@@ -60,8 +57,8 @@ impl Histogram {
         *local = LocalHistogram::default();
     }
 
-    /// What was observed so far.
-    pub(crate) fn read(&self) -> Observed {
+    /// Sum in seconds, number, and (bound, count) of each bucket.
+    pub(super) fn read(&self) -> (f64, u64, Vec<(f64, u64)>) {
         // Scrapers refuse a histogram without a bucket named `+Inf`, and only
         // the infinite bound is written so.
         let bounds = BOUNDS.iter().copied().chain([f64::INFINITY]);

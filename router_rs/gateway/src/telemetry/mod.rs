@@ -8,7 +8,7 @@ mod log;
 
 pub(crate) use collector::Exposition;
 pub(crate) use goodput::{ClassEnd, HeldTo, Took};
-pub(crate) use histogram::{Histogram, Observed};
+pub(crate) use histogram::Histogram;
 pub use log::init_logging;
 
 use std::{

@@ -267,11 +267,9 @@ impl Open {
                 self.learn_transfer(&state, &end);
             }
         }
-        if let Some(ms) = end.timings.urgent_start_ms
-            && let Some(worker) = self.core.table.get(from)
-        {
+        if let Some(ms) = end.timings.urgent_start_ms {
             let took = Duration::try_from_secs_f64(ms / 1e3).unwrap_or_default();
-            worker.urgent_start.observe(took);
+            self.core.urgent_start.observe(took);
         }
         if matches!(end.end, End::TransferFailed) {
             self.core.counters.transfers_failed.add(1);
