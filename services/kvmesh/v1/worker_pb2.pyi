@@ -122,7 +122,7 @@ class Reattach(_message.Message):
     def __init__(self, generation: _Optional[bytes] = ..., owner: _Optional[int] = ..., attempt: _Optional[int] = ..., next_index: _Optional[int] = ...) -> None: ...
 
 class Place(_message.Message):
-    __slots__ = ("generation", "owner", "attempt", "continuation", "stage", "hand_off", "prefix_from", "traceparent", "tracestate", "request_id", "alone", "resume_state", "tenant", "predicted_start_ms", "trace")
+    __slots__ = ("generation", "owner", "attempt", "continuation", "stage", "hand_off", "prefix_from", "traceparent", "tracestate", "request_id", "alone", "resume_state", "tenant", "predicted_start_ms", "trace", "baggage")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -138,6 +138,7 @@ class Place(_message.Message):
     TENANT_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_START_MS_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
+    BAGGAGE_FIELD_NUMBER: _ClassVar[int]
     generation: bytes
     owner: int
     attempt: int
@@ -153,7 +154,8 @@ class Place(_message.Message):
     tenant: str
     predicted_start_ms: float
     trace: bool
-    def __init__(self, generation: _Optional[bytes] = ..., owner: _Optional[int] = ..., attempt: _Optional[int] = ..., continuation: _Optional[_Union[Continuation, _Mapping]] = ..., stage: _Optional[_Union[Stage, str]] = ..., hand_off: _Optional[_Union[HandOff, _Mapping]] = ..., prefix_from: _Optional[_Union[PrefixSource, _Mapping]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., request_id: _Optional[str] = ..., alone: bool = ..., resume_state: _Optional[bytes] = ..., tenant: _Optional[str] = ..., predicted_start_ms: _Optional[float] = ..., trace: bool = ...) -> None: ...
+    baggage: str
+    def __init__(self, generation: _Optional[bytes] = ..., owner: _Optional[int] = ..., attempt: _Optional[int] = ..., continuation: _Optional[_Union[Continuation, _Mapping]] = ..., stage: _Optional[_Union[Stage, str]] = ..., hand_off: _Optional[_Union[HandOff, _Mapping]] = ..., prefix_from: _Optional[_Union[PrefixSource, _Mapping]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., request_id: _Optional[str] = ..., alone: bool = ..., resume_state: _Optional[bytes] = ..., tenant: _Optional[str] = ..., predicted_start_ms: _Optional[float] = ..., trace: bool = ..., baggage: _Optional[str] = ...) -> None: ...
 
 class Continuation(_message.Message):
     __slots__ = ("model", "prompt_ids", "output_ids", "sampling", "max_tokens", "min_tokens", "stop_token_ids", "logprobs", "grammar", "request_class", "virtual_deadline_ms", "deadline_ms", "waited_ms", "cache_salt", "adapter", "itl_target_ms")
