@@ -562,12 +562,18 @@ def list_routers(
 
 @final
 class Placed:
-    """A placement that the engine answers. `place` is a serialised kvmesh.v1.Place."""
+    """A placement that the engine answers.
+
+    `place` is a serialised kvmesh.v1.Place without the prompt; `prompt_ids` are its
+    token ids, packed as u32.
+    """
 
     @property
     def session(self) -> str: ...
     @property
     def place(self) -> bytes: ...
+    @property
+    def prompt_ids(self) -> bytes: ...
     @property
     def age_s(self) -> float:
         """Seconds since it was read."""
