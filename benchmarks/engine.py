@@ -232,6 +232,8 @@ def main() -> None:
     figures.append(Figure("decode8_over_transformers", over, "ratio", "higher"))
     figures.append(Figure("decode8_tokens_per_s", mine, "tokens/s", "higher"))
 
+    huge, _, _ = ours.pool.huge_use()
+    print(f"KV pool: {huge >> 20} of {ours.pool.nbytes >> 20} MiB in huge pages")
     title = f"{arguments.model}, float32, {arguments.threads} thread(s), {rounds} rounds"
     head = ["", "kvmesh tok/s", "transformers tok/s", "ratio", "repeated", "kept busy"]
     print_table(title + (" (quick: not evidence)" if quick else ""), head, rows)

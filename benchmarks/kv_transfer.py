@@ -9,8 +9,10 @@ Two processes, each with a pool of blocks and a transfer node, on one host:
 
 The transfer's time is from the pull to the commit's verification: slot versions,
 checksum at the sender and checksum at the receiver are all in it. All four move
-the same number of bytes between mappings of the same kind, touched before. A
-ratio is the median of the ratios of rounds.
+the same number of bytes between mappings of the same kind, touched before: all
+are pools, so that they lie in huge pages where the kernel gives them and in
+small ones where not (--small-pages: in small ones at any rate). The table says
+how much came in huge pages. A ratio is the median of the ratios of rounds.
 
 Part two (second_token.py) is the hand-off as a client sees it, on clusters of
 real processes with a real model.
@@ -65,14 +67,14 @@ def wait_for(at: _router.TransferNode, kind: type, failure: type) -> Any:
                 return event
 
 
-def sender_process(pipe: Connection, blocks: int) -> None:
+def sender_process(pipe: Connection, blocks: int, huge: bool) -> None:
     """The worker that has the blocks: offers what it is told to, until told to end."""
-    pool = _router.KvPool(blocks, BLOCK_BYTES, populate=True)
+    pool = _router.KvPool(blocks, BLOCK_BYTES, populate=True, huge_pages=huge)
     content = np.frombuffer(pool, dtype=np.uint64)
     content[:] = np.arange(content.size, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     slots = list(range(blocks))
     with node(pool, WORKER, True) as near, node(pool, WORKER, False) as far:
-        pipe.send((near.address, far.address))
+        pipe.send((near.address, far.address, huge_share(pool)))
         while True:
             command = pipe.recv()
             if command is None:
@@ -89,6 +91,11 @@ def sender_process(pipe: Connection, blocks: int) -> None:
             wait_for(at, _router.SenderReleased, _router.SenderAborted)
 
 
+def huge_share(*pools: _router.KvPool) -> float:
+    """Share of pools that lies in huge pages."""
+    return sum(pool.huge_use()[0] for pool in pools) / sum(pool.nbytes for pool in pools)
+
+
 def send_plain(port: int, content: memoryview) -> None:
     with socket.create_connection(("127.0.0.1", port)) as stream:
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -101,13 +108,16 @@ def send_plain(port: int, content: memoryview) -> None:
 class Receiver:
     """The worker that wants the blocks, and the two things it is compared with."""
 
-    def __init__(self, blocks: int, pipe: Connection) -> None:
+    def __init__(self, blocks: int, pipe: Connection, huge: bool) -> None:
         self.blocks, self.pipe = blocks, pipe
-        self.pool = _router.KvPool(blocks, BLOCK_BYTES, populate=True)
-        self.source = _router.KvPool(blocks, BLOCK_BYTES, populate=True)
+        self.pool, self.source = (
+            _router.KvPool(blocks, BLOCK_BYTES, populate=True, huge_pages=huge) for _ in range(2)
+        )
         self.slots = list(range(blocks))
         self.nbytes = blocks * BLOCK_BYTES
-        near, far = pipe.recv()
+        near, far, sender_huge = pipe.recv()
+        self.huge = (sender_huge, huge_share(self.pool, self.source))
+        """Share in huge pages, of the sender's pool and of those here."""
         self.ways = {
             "shm": (node(self.pool, "decode", True), near),
             "tcp": (node(self.pool, "decode", False), far),
@@ -153,14 +163,14 @@ class Receiver:
         return took
 
 
-def bytes_moved(blocks: int, rounds: int) -> tuple[list[Figure], dict[str, int]]:
+def bytes_moved(blocks: int, rounds: int, huge: bool) -> tuple[list[Figure], dict[str, int]]:
     """Part one: the transfer beside what it is made of."""
     context = mp.get_context("spawn")
     pipe, theirs = context.Pipe()
-    process = context.Process(target=sender_process, args=(theirs, blocks), daemon=True)
+    process = context.Process(target=sender_process, args=(theirs, blocks, huge), daemon=True)
     process.start()
     assert process.pid is not None
-    receiver = Receiver(blocks, pipe)
+    receiver = Receiver(blocks, pipe, huge)
     runs: dict[str, Callable[[], float]] = {
         "memcpy": receiver.memcpy,
         "shm": lambda: receiver.transfer("shm"),
@@ -176,7 +186,10 @@ def bytes_moved(blocks: int, rounds: int) -> tuple[list[Figure], dict[str, int]]
         receiver.close()
         pipe.send(None)
         process.join(10)
-    return show(blocks_run, blocks, receiver.nbytes)
+    print("in huge pages: {:.0%} of the sender's pool, {:.0%} here".format(*receiver.huge))
+    figures, counts = show(blocks_run, blocks, receiver.nbytes)
+    figures.append(Figure("huge_page_share", min(receiver.huge), "share", "higher"))
+    return figures, counts
 
 
 def ratio(took: Blocks[float], ours: str, theirs: str) -> float:
@@ -209,9 +222,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures there")
     parser.add_argument("--quick", action="store_true", help="under 60 s; not evidence")
+    parser.add_argument("--small-pages", action="store_true", help="do not ask for huge pages")
     parser.add_argument("--without-model", action="store_true", help="part one only")
     arguments = parser.parse_args()
-    figures, counts = bytes_moved(*((128, 7) if arguments.quick else (384, 31)))
+    blocks, rounds = (128, 7) if arguments.quick else (384, 31)
+    figures, counts = bytes_moved(blocks, rounds, not arguments.small_pages)
     if not arguments.without_model:
         more, others = second_token.measure(arguments.quick)
         figures += more

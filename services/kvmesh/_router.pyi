@@ -119,8 +119,13 @@ class KvPool:
     a transfer holds it.
     """
 
-    def __new__(cls, blocks: int, block_bytes: int, *, populate: bool = False) -> KvPool:
-        """Maps a pool. `populate`: touch every page now rather than on first use.
+    def __new__(
+        cls, blocks: int, block_bytes: int, *, populate: bool = False, huge_pages: bool = True
+    ) -> KvPool:
+        """Maps a pool. `populate`: take all memory now rather than on first use.
+
+        `huge_pages`: ask the kernel for huge pages (`madvise(MADV_COLLAPSE)`, Linux
+        6.1); where it refuses, the memory comes in small ones.
 
         Raises ValueError where a size is zero or does not fit, OSError where
         the kernel refuses.
@@ -133,6 +138,12 @@ class KvPool:
     @property
     def nbytes(self) -> int:
         """`blocks * block_bytes`."""
+
+    def huge_use(self) -> tuple[int, int, str]:
+        """Bytes in huge pages by now, bytes that the kernel refused to make huge, and why.
+
+        Grows as blocks come into use. The reason is empty where nothing was refused.
+        """
 
     @property
     def closed(self) -> bool: ...
@@ -551,12 +562,18 @@ def list_routers(
 
 @final
 class Placed:
-    """A placement that the engine answers. `place` is a serialised kvmesh.v1.Place."""
+    """A placement that the engine answers.
+
+    `place` is a serialised kvmesh.v1.Place without the prompt; `prompt_ids` are its
+    token ids, packed as u32.
+    """
 
     @property
     def session(self) -> str: ...
     @property
     def place(self) -> bytes: ...
+    @property
+    def prompt_ids(self) -> bytes: ...
     @property
     def age_s(self) -> float:
         """Seconds since it was read."""

@@ -106,7 +106,7 @@ async def test_a_placement_runs_and_its_tokens_come_in_order() -> None:
         assert hello.step_model.a_ms == 1.0
         await call.write(place())
         placed = await rig.engine.placed.get()
-        assert list(placed.continuation.prompt_ids) == [1, 2]
+        assert list(memoryview(placed.prompt_ids).cast("I")) == [1, 2]
         rows = TokenColumns(GENERATION, [1], [1], [0], [1], [42])
         rig.engine.emit(placed.router, step=0, openings=[reserved()])
         rig.engine.emit(placed.router, step=1, tokens=rows, sample=StepSample(decode_batch=1))

@@ -1,6 +1,6 @@
 //! `PagedKv`: attention kernels over a KV pool's memory.
 
-use kvmesh_attention::{DecodeHead, Scratch, rotate};
+use kvmesh_attention::{DecodeHead, ROWS, Scratch, rotate};
 use pyo3::{
     buffer::{Element, PyBuffer},
     exceptions::{PyIndexError, PyValueError},
@@ -279,7 +279,8 @@ struct Sequence<'a> {
 ///
 /// A block's part for a head is about one page, and the next block lies anywhere:
 /// the processor's own prefetchers stop at the page's end and know no tables. So
-/// the next block is on its way while this one is computed.
+/// each piece of the next block is on its way while the same piece of this one is
+/// computed: not all at once, for the processor has room for a few lines only.
 fn prefetch(pool: Raw<f32>, begin: usize, len: usize) {
     #[cfg(target_arch = "x86_64")]
     for offset in (0..len).step_by(16) {
@@ -353,18 +354,22 @@ impl PyPagedKv {
         let begin = kv_head * group;
         let pool = self.floats();
         let size = self.block_tokens * self.head_size;
-        let blocks = sequence.table.iter().enumerate().map(|(i, block)| {
+        let blocks = sequence.table.iter().map(|block| {
             let k_at = self.part(*block as usize, layer, kv_head, 0);
             let v_at = self.part(*block as usize, layer, kv_head, 1);
-            if let Some(next) = sequence.table.get(i + 1) {
-                prefetch(pool, self.part(*next as usize, layer, kv_head, 0), size);
-                prefetch(pool, self.part(*next as usize, layer, kv_head, 1), size);
-            }
             // SAFETY: the table is checked, so the parts lie in the pool; the
             // blocks of running sequences are written by the engine's thread
             // alone, which is here.
             unsafe { (pool.part(k_at, size), pool.part(v_at, size)) }
         });
+        let pieces = self.block_tokens.div_ceil(ROWS);
+        let ahead = |block: usize, piece: usize| {
+            if let Some(next) = sequence.table.get(block + 1) {
+                let begin = self.part(*next as usize, layer, kv_head, piece / pieces);
+                let rows = ROWS * self.head_size;
+                prefetch(pool, begin + piece % pieces * rows, rows);
+            }
+        };
         let head = DecodeHead {
             queries: &sequence.queries[begin..begin + group],
             head_size: self.head_size,
@@ -378,8 +383,8 @@ impl PyPagedKv {
         #[cfg(target_arch = "x86_64")]
         if std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma") {
             // SAFETY: both features have just been found.
-            return unsafe { kvmesh_attention::attend_avx2(head, blocks, scratch, out) };
+            return unsafe { kvmesh_attention::attend_avx2(head, blocks, ahead, scratch, out) };
         }
-        kvmesh_attention::attend(head, blocks, scratch, out);
+        kvmesh_attention::attend(head, blocks, ahead, scratch, out);
     }
 }

@@ -49,10 +49,16 @@ impl PyKvPool {
 #[pymethods]
 impl PyKvPool {
     #[new]
-    #[pyo3(signature = (blocks, block_bytes, *, populate=false))]
-    fn new(py: Python<'_>, blocks: u64, block_bytes: u64, populate: bool) -> PyResult<Self> {
+    #[pyo3(signature = (blocks, block_bytes, *, populate=false, huge_pages=true))]
+    fn new(
+        py: Python<'_>,
+        blocks: u64,
+        block_bytes: u64,
+        populate: bool,
+        huge_pages: bool,
+    ) -> PyResult<Self> {
         let pool = py
-            .detach(|| KvPool::new(blocks, block_bytes, populate))
+            .detach(|| KvPool::with_pages(blocks, block_bytes, populate, huge_pages))
             .map_err(to_python)?;
         Ok(Self {
             pool: Arc::new(pool),
@@ -75,6 +81,12 @@ impl PyKvPool {
         self.pool.bytes()
     }
 
+    /// Bytes in huge pages, bytes that the kernel refused to make huge, and why.
+    fn huge_use(&self) -> (usize, usize, String) {
+        let used = self.pool.huge();
+        (used.bytes, used.refused_bytes, used.refusal)
+    }
+
     #[getter]
     fn closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
@@ -84,8 +96,9 @@ impl PyKvPool {
         self.pool.version(slot).map_err(to_python)
     }
 
-    fn raise_versions(&self, slots: Vec<u32>) -> PyResult<()> {
-        self.pool.raise(&slots).map_err(to_python)
+    fn raise_versions(&self, py: Python<'_>, slots: Vec<u32>) -> PyResult<()> {
+        // Without the GIL: it may take memory for the slots.
+        py.detach(|| self.pool.raise(&slots)).map_err(to_python)
     }
 
     fn checksum(&self, py: Python<'_>, slot: u32) -> PyResult<u64> {

@@ -48,7 +48,7 @@ macro_rules! event_class {
 
 event_class!(
     /// A placement that the engine answers.
-    Placed { session: String, place: Py<PyBytes>, age_s: f64 }
+    Placed { session: String, place: Py<PyBytes>, prompt_ids: Py<PyBytes>, age_s: f64 }
 );
 event_class!(
     /// Attempts to end, each (generation, owner, attempt).
@@ -85,15 +85,18 @@ fn to_python(py: Python<'_>, event: Event) -> PyResult<Py<PyAny>> {
         Event::Placed {
             session,
             place,
+            prompt_ids,
             received,
         } => {
             let age_s = received.elapsed().as_secs_f64();
             let place = bytes(&place);
+            let prompt_ids = packed(py, &prompt_ids)?;
             Py::new(
                 py,
                 Placed {
                     session,
                     place,
+                    prompt_ids,
                     age_s,
                 },
             )?
@@ -118,6 +121,18 @@ fn to_python(py: Python<'_>, event: Event) -> PyResult<Py<PyAny>> {
         Event::EngineEnded => Py::new(py, EngineEnded {})?.into_any(),
     };
     Ok(object)
+}
+
+/// Numbers as the bytes of a column, in the machine's order.
+fn packed(py: Python<'_>, numbers: &[u32]) -> PyResult<Py<PyBytes>> {
+    let bytes = PyBytes::new_with(py, 4 * numbers.len(), |bytes| {
+        let (places, _) = bytes.as_chunks_mut();
+        for (place, number) in places.iter_mut().zip(numbers) {
+            *place = number.to_ne_bytes();
+        }
+        Ok(())
+    })?;
+    Ok(bytes.unbind())
 }
 
 fn refused(error: PortError) -> PyErr {

@@ -1,6 +1,6 @@
 //! KV blocks between workers: one copy on a host, TCP between hosts.
 //!
-//! Reading order: `pool` (where blocks lie), `checksum` (copy and hash in one
+//! Reading order: `pool` (where blocks lie; `mapping`, `huge_pages`), `checksum` (copy and hash in one
 //! pass), `sender` and `receiver` (the rules, pure), `node` (the face), `drive`
 //! (does what the rules say), `peers` (threads), `incoming` (what peers say),
 //! `connection` and `attach` (bytes and descriptors).
@@ -13,9 +13,11 @@ mod error;
 mod event;
 mod frame;
 mod gate;
+mod huge_pages;
 mod id;
 mod incoming;
 mod jobs;
+mod mapping;
 mod node;
 mod peers;
 mod pool;
@@ -28,6 +30,7 @@ mod timer;
 pub use crate::state::{Figures, Residue};
 pub use error::{PoolError, Refused};
 pub use event::Event;
+pub use huge_pages::HugeUse;
 pub use id::{Reason, TransferId};
 pub use node::{PullRequest, TransferNode, check_logprobs};
 pub use pool::{KvPool, PeerPool, PoolId};

@@ -11,19 +11,25 @@
 //! descriptor can only map it read-only, and no one can cut the file short
 //! under a reader. The memory goes with the last mapping: a kill -9 leaves
 //! nothing behind.
+//!
+//! Memory is taken when blocks are first used, and then in huge pages where the
+//! kernel gives them (see `huge_pages`).
 
 use std::{
     ffi::CStr,
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
-    ptr::NonNull,
     sync::atomic::{AtomicU64, Ordering, fence},
 };
 
-use crate::{checksum, error::PoolError};
+use crate::{
+    checksum,
+    error::PoolError,
+    huge_pages::{HugePages, HugeUse},
+    mapping::{Mapping, layout},
+};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"kvmpool1");
-const PAGE: usize = 4096;
 const SEALS: libc::c_int =
     libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_FUTURE_WRITE | libc::F_SEAL_SEAL;
 const NAME: &CStr = c"kvmesh-kv";
@@ -40,134 +46,37 @@ struct Header {
     id: PoolId,
 }
 
-/// A mapping and what lies where in it.
-struct Mapping {
-    base: NonNull<u8>,
-    len: usize,
-    data: usize,
-    blocks: u32,
-    block_bytes: usize,
-}
-
-// SAFETY: the mapping is memory of no thread in particular; versions are
-// atomics, and blocks are reached through raw pointers only.
-unsafe impl Send for Mapping {}
-// SAFETY: as above.
-unsafe impl Sync for Mapping {}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: base and len are what mmap returned, unmapped once.
-        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
-    }
-}
-
-fn layout(blocks: u64, block_bytes: u64) -> Option<(usize, usize)> {
-    let blocks = usize::try_from(blocks).ok().filter(|n| *n > 0)?;
-    let block_bytes = usize::try_from(block_bytes).ok().filter(|n| *n > 0)?;
-    u32::try_from(blocks).ok()?;
-    let data = blocks
-        .checked_mul(8)?
-        .checked_add(PAGE)?
-        .checked_next_multiple_of(PAGE)?;
-    let len = blocks
-        .checked_mul(block_bytes)?
-        .checked_add(data)?
-        .checked_next_multiple_of(PAGE)?;
-    libc::off_t::try_from(len).ok()?;
-    isize::try_from(len).ok()?;
-    Some((data, len))
-}
-
-impl Mapping {
-    fn new(
-        fd: BorrowedFd<'_>,
-        blocks: u64,
-        block_bytes: u64,
-        prot: libc::c_int,
-    ) -> Result<Self, PoolError> {
-        let size = PoolError::Size {
-            blocks,
-            block_bytes,
-        };
-        let Some((data, len)) = layout(blocks, block_bytes) else {
-            return Err(size);
-        };
-        // SAFETY: a fresh shared mapping of an open descriptor.
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                len,
-                prot,
-                libc::MAP_SHARED,
-                fd.as_raw_fd(),
-                0,
-            )
-        };
-        let base = match NonNull::new(base.cast::<u8>()) {
-            Some(base) if base.as_ptr().cast() != libc::MAP_FAILED => base,
-            _ => return Err(PoolError::os("mmap")),
-        };
-        // SAFETY: the range just mapped. Only advice: an error changes nothing.
-        unsafe { libc::madvise(base.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
-        Ok(Self {
-            base,
-            len,
-            data,
-            blocks: u32::try_from(blocks).map_err(|_| size)?,
-            block_bytes: usize::try_from(block_bytes).unwrap_or(0),
-        })
-    }
-
-    fn version(&self, slot: u32) -> Option<&AtomicU64> {
-        (slot < self.blocks).then(|| {
-            // SAFETY: `blocks` aligned u64 lie from PAGE on, inside the
-            // mapping; they are only ever reached as atomics. (On a read-only
-            // mapping only loads happen.)
-            unsafe {
-                &*self
-                    .base
-                    .as_ptr()
-                    .add(PAGE + 8 * slot as usize)
-                    .cast::<AtomicU64>()
-            }
-        })
-    }
-
-    fn block(&self, slot: u32) -> Option<*mut u8> {
-        (slot < self.blocks).then(|| {
-            // SAFETY: inside the mapping by its layout.
-            unsafe {
-                self.base
-                    .as_ptr()
-                    .add(self.data + slot as usize * self.block_bytes)
-            }
-        })
-    }
-
-    fn no_slot(&self, slot: u32) -> PoolError {
-        PoolError::Slot {
-            slot,
-            blocks: self.blocks,
-        }
-    }
-}
-
 /// A pool that this process owns.
 pub struct KvPool {
     fd: OwnedFd,
     map: Mapping,
     id: PoolId,
+    huge: HugePages,
 }
 
 impl KvPool {
     /// Makes a pool of zeroes: `blocks` slots of `block_bytes` bytes.
-    /// `populate` touches each page now.
+    /// `populate` takes all memory now; else it is taken with `raise`, when blocks
+    /// come into use. It comes in huge pages where the kernel gives them.
     ///
     /// # Errors
     ///
     /// Where the sizes make no sense or the kernel refuses.
     pub fn new(blocks: u64, block_bytes: u64, populate: bool) -> Result<Self, PoolError> {
+        Self::with_pages(blocks, block_bytes, populate, true)
+    }
+
+    /// As `new`; with `huge` false in small pages.
+    ///
+    /// # Errors
+    ///
+    /// As `new`.
+    pub fn with_pages(
+        blocks: u64,
+        block_bytes: u64,
+        populate: bool,
+        huge: bool,
+    ) -> Result<Self, PoolError> {
         let (data, len) = layout(blocks, block_bytes).ok_or(PoolError::Size {
             blocks,
             block_bytes,
@@ -210,6 +119,9 @@ impl KvPool {
                 id,
             });
         }
+        let huge = HugePages::new(len, huge);
+        // The first range at once: it tells whether the kernel gives any.
+        huge.take(&map, 0, if populate { len } else { 1 });
         if populate {
             // SAFETY: our own mapping, writable.
             let rc =
@@ -223,7 +135,7 @@ impl KvPool {
         if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, SEALS) } < 0 {
             return Err(PoolError::os("F_ADD_SEALS"));
         }
-        Ok(Self { fd, map, id })
+        Ok(Self { fd, map, id, huge })
     }
 
     /// Slots.
@@ -279,7 +191,14 @@ impl KvPool {
         Ok(version.load(Ordering::Acquire))
     }
 
+    /// How much of the pool lies in huge pages by now.
+    #[must_use]
+    pub fn huge(&self) -> HugeUse {
+        self.huge.used()
+    }
+
     /// Raises the version of slots before they are written anew. All or none.
+    /// Memory of slots that were never in use is taken now.
     ///
     /// # Errors
     ///
@@ -287,6 +206,9 @@ impl KvPool {
     pub fn raise(&self, slots: &[u32]) -> Result<(), PoolError> {
         if let Some(slot) = slots.iter().find(|slot| **slot >= self.map.blocks) {
             return Err(self.map.no_slot(*slot));
+        }
+        for place in slots.iter().filter_map(|slot| self.map.place(*slot)) {
+            self.huge.take(&self.map, place.start, place.end);
         }
         for version in slots.iter().filter_map(|slot| self.map.version(*slot)) {
             version.fetch_add(1, Ordering::AcqRel);
@@ -397,6 +319,7 @@ impl PeerPool {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::{huge_pages::HUGE, mapping::PAGE};
 
     #[test]
     fn a_peer_reads_and_cannot_write_grow_or_shrink() {
@@ -441,6 +364,64 @@ mod tests {
         ));
         let versions: Vec<u64> = (0..3).map(|i| peer.copy(i, &own, 0).unwrap().1).collect();
         assert_eq!(versions, [0, 2, 0]);
+    }
+
+    /// Slots of 300 KiB: most lie in one huge page, some in two.
+    const SLOT: usize = 300 << 10;
+
+    #[test]
+    fn memory_is_taken_as_blocks_come_into_use() {
+        let pool = KvPool::new(64, SLOT as u64, false).unwrap();
+        let told = |pool: &KvPool| {
+            let used = pool.huge();
+            assert_eq!(used.refused_bytes == 0, used.refusal.is_empty());
+            used.bytes + used.refused_bytes
+        };
+        assert_eq!(told(&pool), HUGE, "the first range, as a trial");
+        pool.raise(&[0, 1]).unwrap();
+        assert_eq!(told(&pool), HUGE);
+        // All of slot 21 lies in the fourth range.
+        pool.raise(&[21]).unwrap();
+        pool.raise(&[21]).unwrap();
+        assert_eq!(told(&pool), 2 * HUGE);
+        pool.raise(&(0..64).collect::<Vec<_>>()).unwrap();
+        // What is left at the end is no whole huge page.
+        assert_eq!(told(&pool), 64 * SLOT / HUGE * HUGE);
+        let small = KvPool::with_pages(64, SLOT as u64, true, false).unwrap();
+        assert_eq!(told(&small), 0);
+    }
+
+    #[test]
+    fn content_and_readers_outlast_a_change_of_pages() {
+        let pool = KvPool::new(64, SLOT as u64, false).unwrap();
+        let peer = PeerPool::open(pool.file(), pool.id(), 64, SLOT as u64).unwrap();
+        let own = KvPool::new(64, SLOT as u64, true).unwrap();
+        let slots: Vec<u32> = (0..64).collect();
+        for slot in &slots {
+            // SAFETY: a slot of SLOT bytes.
+            unsafe { pool.block(*slot).unwrap().write_bytes(*slot as u8, SLOT) };
+            peer.copy(*slot, &own, *slot).unwrap();
+        }
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for _ in 0..3 {
+                    for slot in &slots {
+                        let (copied, _) = peer.copy(*slot, &own, *slot).unwrap();
+                        assert_eq!(copied, pool.checksum(*slot).unwrap());
+                    }
+                }
+            });
+            for slot in &slots {
+                pool.raise(&[*slot]).unwrap();
+            }
+        });
+        for slot in slots {
+            let stored = vec![slot as u8; SLOT];
+            // SAFETY: SLOT bytes on both sides.
+            let same = unsafe { checksum::hash(stored.as_ptr(), SLOT) };
+            assert_eq!(pool.checksum(slot).unwrap(), same);
+            assert_eq!(own.checksum(slot).unwrap(), same);
+        }
     }
 
     #[test]

@@ -11,8 +11,11 @@ pub enum Event {
     Placed {
         /// The session that gets the answers.
         session: String,
-        /// The encoded `Place`.
+        /// The encoded `Place`, without the prompt.
         place: Vec<u8>,
+        /// Token ids of the prompt: a process reads a column many times faster than
+        /// a repeated field.
+        prompt_ids: Vec<u32>,
         /// When it was read.
         received: Instant,
     },

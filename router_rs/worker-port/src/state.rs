@@ -5,6 +5,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
+    mem,
     task::Waker,
     time::Instant,
 };
@@ -405,7 +406,7 @@ impl State {
         };
         let number = frame.number;
         match frame.frame {
-            Some(Frame::Place(place)) => {
+            Some(Frame::Place(mut place)) => {
                 let attempt = place.attempt_id().ok_or_else(command::unnamed)?;
                 session.read(number);
                 let refusal = command::refusal(&place, &self.record, self.draining);
@@ -419,9 +420,12 @@ impl State {
                 } else {
                     session.placed(number, attempt);
                     self.commands += 1;
+                    let continuation = place.continuation.as_mut();
+                    let prompt_ids = continuation.map(|asked| mem::take(&mut asked.prompt_ids));
                     self.tell(Event::Placed {
                         session: key.to_owned(),
                         place: place.encode_to_vec(),
+                        prompt_ids: prompt_ids.unwrap_or_default(),
                         received: now,
                     });
                 }

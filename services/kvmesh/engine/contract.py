@@ -54,6 +54,9 @@ class Placement:
     """Times in it count from `received_at`."""
     received_at: float
     """`time.monotonic()` at which the frame was read."""
+    prompt_ids: bytes | None = None
+    """Token ids of the prompt, packed as u32; None: those of `continuation`, which
+    takes milliseconds of the engine thread for a long prompt."""
     hand_off: wire.HandOff | None = None
     prefix_from: wire.PrefixSource | None = None
     request_id: str = ""

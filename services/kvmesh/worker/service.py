@@ -111,6 +111,7 @@ class WorkerService:
                 router=event.session,
                 stage=Stage(place.stage),
                 continuation=place.continuation,
+                prompt_ids=event.prompt_ids,
                 received_at=time.monotonic() - event.age_s,
                 hand_off=place.hand_off if place.HasField("hand_off") else None,
                 prefix_from=place.prefix_from if place.HasField("prefix_from") else None,

@@ -58,6 +58,9 @@ class WorkerSettings:
     """Time for running work after SIGTERM or a drain that stops, seconds."""
     kv_pool_tokens: int = 32_768
     """Size of the KV pool, in tokens."""
+    huge_pages: bool = True
+    """Ask the kernel for huge pages for the KV pool. It takes no privilege; what the
+    kernel refuses lies in small pages, and the log says how much."""
     threads: int = 1
     """Threads that compute."""
     dtype: DType = "float32"

@@ -13,6 +13,7 @@ import os
 from array import array
 from typing import TYPE_CHECKING
 
+import numpy as np
 from google.protobuf.message import DecodeError
 
 from kvmesh._router import (
@@ -98,7 +99,7 @@ class Admission:
         if sequence.length >= sequence.limit:
             return f"{sequence.length} tokens leave no room to go on: the limit is {self._limit}"
         vocabulary = self._settings.vocabulary_size
-        if vocabulary and max(sequence.base) >= vocabulary:
+        if vocabulary and np.frombuffer(sequence.base, np.uint32).max() >= vocabulary:
             return f"a token id is not under {vocabulary}"
         if placement.continuation.HasField("grammar"):
             return "grammars are not supported"

@@ -146,8 +146,7 @@ class BlockPool:
             return None
         if count <= 0:
             return []
-        while len(self._free) < count:
-            self._evict_leaf()
+        self._evict(count)
         slots = [self._free.pop() for _ in range(count)]
         self._pool.raise_versions(slots)
         counts = self._holds[hold]
@@ -175,7 +174,8 @@ class BlockPool:
                 raise AssertionError(f"block {slot} is not held as {hold.name}")
             counts[slot] -= 1
             self.last_used[slot] = clock
-            self._settle(slot)
+            if not counts[slot]:
+                self._settle(slot)
 
     def change(self, slots: Sequence[int], before: Hold, after: Hold) -> None:
         """Turns one kind of hold into another."""
@@ -287,17 +287,27 @@ class BlockPool:
             self._roots_by_id[parent].users += 1
         self.journal.stored(parent_chain, chain)
 
-    def _evict_leaf(self) -> None:
-        """Forgets the cached leaf that was used longest ago."""
-        while True:
-            used, slot = heapq.heappop(self._leaves)
+    def _evict(self, count: int) -> None:
+        """Forgets cached leaves until `count` blocks are free, the longest unused first."""
+        leaves, last_used = self._leaves, self.last_used
+        while len(self._free) < count:
+            used, slot = heapq.heappop(leaves)
             # Entries are not removed when a block is used again: skip those.
-            if (
-                self._state[slot] == _EVICTABLE
-                and not self._children[slot]
-                and self.last_used[slot] == used
-            ):
-                break
+            if self._state[slot] != _EVICTABLE or self._children[slot] or last_used[slot] != used:
+                continue
+            leaf: int | None = slot
+            while leaf is not None:
+                leaf = self._forget(leaf)
+                if leaf is None:
+                    break
+                # The blocks of a sequence were mostly used last at one time: then
+                # the parent is next, and need not go through the heap.
+                if len(self._free) >= count or (leaves and leaves[0] < (last_used[leaf], leaf)):
+                    heapq.heappush(leaves, (last_used[leaf], leaf))
+                    break
+
+    def _forget(self, slot: int) -> int | None:
+        """Frees a cached leaf. Returns its parent where that can be forgotten now."""
         key = self._keys[slot]
         if key is None:
             raise AssertionError(f"block {slot} is evictable and not cached")
@@ -305,14 +315,19 @@ class BlockPool:
         self._keys[slot] = None
         self.journal.removed(self.chain[slot])
         self.parent[slot] = _NO_PARENT
-        self._settle(slot)
+        self._state[slot] = _FREE
+        self._counts[_EVICTABLE] -= 1
+        self._counts[_FREE] += 1
+        self.settled += 1
+        self._free.append(slot)
         parent = key[0]
         if parent < 0:
             self.close_root(self._roots_by_id[parent])
-            return
+            return None
         self._children[parent] -= 1
-        if not self._children[parent] and self._state[parent] == _EVICTABLE:
-            self._push_leaf(parent)
+        if self._children[parent] or self._state[parent] != _EVICTABLE:
+            return None
+        return parent
 
     def _push_leaf(self, slot: int) -> None:
         heapq.heappush(self._leaves, (self.last_used[slot], slot))

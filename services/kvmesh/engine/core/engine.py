@@ -7,6 +7,7 @@ from, the engine thread (loop.py).
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +24,8 @@ from kvmesh.engine.core.snapshot import snapshot_parts
 from kvmesh.engine.core.steps import Clock
 from kvmesh.engine.core.warm_up import measure
 from kvmesh.v1 import worker_pb2 as wire
+
+_log = logging.getLogger(__name__)
 
 
 class MonotonicClock:
@@ -66,7 +69,9 @@ class CoreEngine:
         """
         self._runner = runner
         self._settings = settings
-        self._memory = KvPool(settings.pool_blocks, runner.block_bytes)
+        self._memory = KvPool(
+            settings.pool_blocks, runner.block_bytes, huge_pages=settings.huge_pages
+        )
         runner.bind(self._memory)
         compatibility = runner.compatibility()
         chain = Chain(compatibility.model_digest, settings.adapters)
@@ -144,6 +149,7 @@ class CoreEngine:
         elif self._node is not None:
             self._node.close()
         self._runner.close()
+        _log.info("%s", self.describe_memory())
         self._memory.close()
 
     # -- work --------------------------------------------------------------
@@ -192,6 +198,20 @@ class CoreEngine:
     def step_model(self) -> wire.StepModel:
         """Predicted step times."""
         return self._model
+
+    def describe_memory(self) -> str:
+        """One line on the KV pool: its size, and how much of it is in huge pages by now.
+
+        Memory is taken as blocks come into use; a first piece is at the start, so
+        that it is known then whether the kernel gives huge pages.
+        """
+        huge, refused, why = self._memory.huge_use()
+        pages = f"{huge >> 20} MiB in huge pages so far"
+        if refused:
+            pages += f", {refused >> 20} MiB refused by the kernel ({why})"
+        elif not huge:
+            pages = "in small pages"
+        return f"KV pool: {self._memory.nbytes / (1 << 20):.0f} MiB, {pages}"
 
     @property
     def transfer_address(self) -> str:

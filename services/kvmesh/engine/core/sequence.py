@@ -82,12 +82,16 @@ class Sequence:
         self.root = root
         self.state = State.QUEUED
         self.alone = placement.alone
-        self.prompt_ids: list[int] = list(continuation.prompt_ids)
+        self.prompt_ids = array("I")
+        if placement.prompt_ids is None:
+            self.prompt_ids.extend(continuation.prompt_ids)
+        else:
+            self.prompt_ids.frombytes(placement.prompt_ids)
         self.output_ids: list[int] = list(continuation.output_ids)
         """Grows with each token."""
         self.border = len(self.output_ids)
         """Output tokens that were delivered before this attempt."""
-        self.base = array("I", self.prompt_ids + self.output_ids)
+        self.base = self.prompt_ids + array("I", self.output_ids)
         """Tokens that the attempt started from."""
         self.limit = min(context_limit, len(self.prompt_ids) + continuation.max_tokens)
         """Tokens in all at which the output ends."""

@@ -37,6 +37,8 @@ class CoreSettings:
     """Target between tokens of streams that name none, milliseconds."""
     alone_tokens: int = 32
     """New tokens after which a suspect shares its steps again (DESIGN 5)."""
+    huge_pages: bool = True
+    """Ask the kernel for huge pages for the pool."""
     output_behaviour: OutputBehaviour | None = None
     """How hand-offs behave; None: streamed, as kvmesh's own engines do."""
     step_model: wire.StepModel | None = None

@@ -39,8 +39,10 @@ def build(
             advertise=settings.advertise_host,
             shared_memory=not settings.transfer_tcp,
         ),
+        huge_pages=settings.huge_pages,
     )
     progress(f"sim: times of {sim.profile}, {PROFILES[sim.profile].source}")
+    progress(engine.describe_memory())
     model = wire.ModelRecord(
         name=settings.model,
         digest=engine.capabilities().kv.model_digest,
@@ -61,6 +63,7 @@ def build_engine(
     incarnation: int = 1,
     transfer: TransferSettings | None = None,
     clock: SimClock | None = None,
+    huge_pages: bool = True,
 ) -> CoreEngine:
     """A simulated engine by itself."""
     behaviour = OutputBehaviour()
@@ -90,6 +93,7 @@ def build_engine(
             max_batch=sim.max_batch,
             output_behaviour=behaviour,
             step_model=model,
+            huge_pages=huge_pages,
         ),
         wire.Capabilities(engine="sim", reproducible=True, penalties_over_continuation=True),
         transfer,

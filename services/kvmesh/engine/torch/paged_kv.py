@@ -217,6 +217,10 @@ def _attend_prefill(
     gathered = blocks.index_select(0, piece.blocks).permute(1, 2, 0, 3, 4)
     k, v = gathered.reshape(2, 1, shape.kv_heads, -1, shape.head_size)[:, :, :, : piece.length]
     queries = q[piece.begin : piece.end].view(1, -1, shape.heads, shape.head_size)
+    if piece.start and q.device.type == "cpu":
+        attended = _attend_after(shape, queries, k, v, piece.start)
+        out[piece.begin : piece.end] = attended[0].transpose(0, 1).flatten(1)
+        return
     attended = F.scaled_dot_product_attention(
         queries.transpose(1, 2),
         k,
@@ -226,6 +230,34 @@ def _attend_prefill(
         enable_gqa=True,
     )
     out[piece.begin : piece.end] = attended[0].transpose(0, 1).flatten(1)
+
+
+def _attend_after(
+    shape: KvShape, queries: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int
+) -> torch.Tensor:
+    """Rows that follow `start` tokens: [1, rows, heads, d] to [1, heads, rows, d].
+
+    Over what precedes them without a mask, over one another causally, and the two
+    merged by their log-sum-exp (Dao et al., arXiv:2205.14135). With one mask over
+    all, the kernel computes what the mask then takes away, and the mask costs as
+    much again: 5 to 50 % slower at 128 to 512 rows after 512 to 1,536 tokens.
+    """
+    rows, size = queries.shape[1], shape.head_size
+    kv_heads, group = shape.kv_heads, shape.heads // shape.kv_heads
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    grouped = queries.view(1, rows, kv_heads, group, size).permute(0, 2, 3, 1, 4)
+    # Heads that share K and V as further rows: nothing has to be repeated.
+    before, before_sum = attend(
+        grouped.reshape(1, kv_heads, group * rows, size), k[:, :, :start], v[:, :, :start]
+    )
+    own_k, own_v = (
+        kv[:, :, None, start:].expand(-1, -1, group, -1, -1).reshape(1, shape.heads, rows, size)
+        for kv in (k, v)
+    )
+    own, own_sum = attend(grouped.reshape(1, shape.heads, rows, size), own_k, own_v, is_causal=True)
+    share = torch.sigmoid(before_sum.reshape(own_sum.shape) - own_sum).to(own.dtype)
+    merged: torch.Tensor = torch.lerp(own, before.reshape(own.shape), share[..., None])
+    return merged
 
 
 def _attend_decode(

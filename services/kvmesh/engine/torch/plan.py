@@ -25,7 +25,13 @@ class PrefillSlice:
     blocks: torch.Tensor
     """[n] int64 slots of the pool."""
     mask: torch.Tensor | None
-    """[rows, length] bool, where context precedes the slice; None: plain causal."""
+    """[rows, length] bool, where context precedes the slice; None: plain causal, or
+    on a CPU, where no kernel needs it."""
+
+    @property
+    def start(self) -> int:
+        """Tokens that precede the slice."""
+        return self.length - (self.end - self.begin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +100,7 @@ def _prefill(piece: Slice, begin: int, block_tokens: int, device: torch.device) 
     length = piece.start + rows
     used = -(-length // block_tokens)
     mask = None
-    if piece.start > 0:
+    if piece.start > 0 and device.type != "cpu":
         mask = torch.ones(rows, length, dtype=torch.bool, device=device).tril_(piece.start)
     blocks = torch.from_numpy(piece.blocks[:used].astype(np.int64)).to(device)
     return PrefillSlice(begin, begin + rows, length, blocks, mask)

@@ -61,6 +61,7 @@ def build(
             incarnation=incarnation,
             max_batch=max_batch,
             chunk_tokens=chunk_tokens,
+            huge_pages=settings.huge_pages,
         ),
         wire.Capabilities(
             engine="torch",
@@ -75,6 +76,7 @@ def build(
             shared_memory=not settings.transfer_tcp,
         ),
     )
+    progress(engine.describe_memory())
     return BuiltEngine(engine, built.record, TokenizerFiles.read(built.folder))
 
 
