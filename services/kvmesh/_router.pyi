@@ -818,6 +818,47 @@ class SimStreams:
         Raises ValueError, IndexError.
         """
 
+@final
+class DecodeLoop:
+    """Steps of simulated streams that decode together, without Python.
+
+    For one composition of streams. One thread at a time.
+    """
+
+    def __new__(
+        cls,
+        port: WorkerPort,
+        node: TransferNode,
+        streams: SimStreams,
+        *,
+        rows: Sequence[Sequence[int]],
+        stop_ids: Sequence[int],
+        predicted_ms: tuple[float, float],
+        takes_s: tuple[float, float],
+    ) -> DecodeLoop:
+        """`rows`: those of each router, in the order of `StepOutput.routers`.
+
+        `predicted_ms` and `takes_s`: of a step, and besides for each token of
+        context. Raises ValueError where steps take no time.
+        """
+
+    def run(
+        self,
+        output: object,
+        ids: bytes,
+        tables: npt.NDArray[np.uint32],
+        context: int,
+        most: int,
+    ) -> tuple[list[bytes], bool, float]:
+        """Makes steps until `most`, a wake or event of the node, or a stop id drawn.
+
+        `output`: the `StepOutput` of the step before, its rows with the indices of
+        the first one to come; `context` is that of the first. Returns the tokens
+        of each step, packed, whether the last step was told to the routers (not
+        where it drew a stop id), and its length in seconds. Waits without the
+        GIL. Raises ValueError, IndexError.
+        """
+
 def router_settings() -> list[tuple[str, str, str, str, bool]]:
     """Every setting of a router: (name, default, meaning, what is allowed, is a switch)."""
 

@@ -2,6 +2,7 @@
 
 mod attention;
 mod chain;
+mod decode_loop;
 mod kv_index;
 mod pool;
 mod registry;
@@ -30,5 +31,6 @@ fn _router(module: &Bound<'_, PyModule>) -> PyResult<()> {
     simulate::register(module)?;
     module.add_class::<attention::PyPagedKv>()?;
     module.add_class::<sim::PySimStreams>()?;
+    module.add_class::<decode_loop::PyDecodeLoop>()?;
     Ok(())
 }

@@ -94,37 +94,75 @@ impl PySimStreams {
         ids: &[u8],
         tables: PyBuffer<u32>,
     ) -> PyResult<Bound<'py, PyBytes>> {
-        let mut streams = self.lock()?;
-        let (ids, _) = ids.as_chunks::<4>();
-        let rows = streams.len();
-        let width = tables.shape().get(1).copied().unwrap_or(0);
-        if tables.dimensions() != 2
-            || !tables.is_c_contiguous()
-            || tables.item_count() != rows * width
-        {
-            return Err(PyValueError::new_err(
+        let (ids, _) = ids.as_chunks();
+        let ids: Vec<u32> = ids.iter().map(|id| u32::from_ne_bytes(*id)).collect();
+        let drawn = self.advance(&mut self.lock()?, &ids, &Tables::of(&tables)?)?;
+        let drawn: Vec<u8> = drawn.iter().flat_map(|id| id.to_ne_bytes()).collect();
+        Ok(PyBytes::new(py, &drawn))
+    }
+}
+
+/// Block tables, `[rows, width]`.
+pub(crate) struct Tables<'a> {
+    /// Keeps the memory where it is.
+    buffer: &'a PyBuffer<u32>,
+    rows: usize,
+    width: usize,
+}
+
+impl<'a> Tables<'a> {
+    pub(crate) fn of(buffer: &'a PyBuffer<u32>) -> PyResult<Self> {
+        match buffer.shape() {
+            [rows, width] if buffer.is_c_contiguous() => Ok(Self {
+                buffer,
+                rows: *rows,
+                width: *width,
+            }),
+            _ => Err(PyValueError::new_err(
                 "tables must be contiguous, a row a stream",
-            ));
+            )),
         }
-        if ids.len() != rows {
+    }
+
+    fn slot(&self, row: usize, block: usize) -> Option<u32> {
+        (row < self.rows && block < self.width).then(|| {
+            let at = self.buffer.buf_ptr().cast::<u32>();
+            // SAFETY: the buffer is alive, contiguous and has `rows * width`
+            // entries. The engine's thread alone writes them, and it is here.
+            unsafe { at.add(row * self.width + block).read() }
+        })
+    }
+}
+
+impl PySimStreams {
+    /// Streams, for the one thread that uses them.
+    pub(crate) fn lock(&self) -> PyResult<std::sync::MutexGuard<'_, Vec<Stream>>> {
+        self.streams
+            .try_lock()
+            .map_err(|_| PyRuntimeError::new_err("one thread at a time"))
+    }
+
+    /// Computes a token a stream; returns the tokens drawn. Needs no GIL.
+    pub(crate) fn advance(
+        &self,
+        streams: &mut [Stream],
+        ids: &[u32],
+        tables: &Tables<'_>,
+    ) -> PyResult<Vec<u32>> {
+        if ids.len() != streams.len() || tables.rows != streams.len() {
             return Err(PyValueError::new_err("columns are one entry a stream"));
         }
         let words = self.content.words();
         let limit = self.pool.item_count() / size_of::<u64>();
-        let mut drawn = Vec::with_capacity(4 * rows);
-        for (row, stream) in streams.iter_mut().enumerate() {
+        let mut drawn = Vec::with_capacity(ids.len());
+        for (row, (stream, id)) in streams.iter_mut().zip(ids).enumerate() {
             let position = usize::try_from(stream.position)
                 .map_err(|_| PyIndexError::new_err("a position is out of range"))?;
-            let block = position / self.content.block_tokens;
-            let begin = (block < width).then(|| {
-                let at = tables.buf_ptr().cast::<u32>();
-                // SAFETY: the buffer is alive and contiguous, has `rows * width`
-                // entries, and is written with the GIL only, which is held.
-                let slot = unsafe { at.add(row * width + block).read() };
-                self.content.place(slot, position)
-            });
-            let begin = begin.filter(|begin| begin + words <= limit);
-            let begin = begin.ok_or_else(|| PyIndexError::new_err("a slot is out of range"))?;
+            let begin = tables
+                .slot(row, position / self.content.block_tokens)
+                .map(|slot| self.content.place(slot, position))
+                .filter(|begin| begin + words <= limit)
+                .ok_or_else(|| PyIndexError::new_err("a slot is out of range"))?;
             // SAFETY: the buffer is alive, aligned for u64 (checked in `new`) and
             // `begin + words` lies in it. Blocks of streams are written by the
             // engine's thread alone, which is in this call and holds the lock;
@@ -134,18 +172,8 @@ impl PySimStreams {
                 let data = self.pool.buf_ptr().cast::<u64>().add(begin);
                 std::slice::from_raw_parts_mut(data, words)
             };
-            let token = u32::from_ne_bytes(ids[row]);
-            let next = self.content.step(stream, token, block);
-            drawn.extend_from_slice(&next.to_ne_bytes());
+            drawn.push(self.content.step(stream, *id, block));
         }
-        Ok(PyBytes::new(py, &drawn))
-    }
-}
-
-impl PySimStreams {
-    fn lock(&self) -> PyResult<std::sync::MutexGuard<'_, Vec<Stream>>> {
-        self.streams
-            .try_lock()
-            .map_err(|_| PyRuntimeError::new_err("one thread at a time"))
+        Ok(drawn)
     }
 }

@@ -259,7 +259,7 @@ fn to_python(py: Python<'_>, event: Event) -> PyResult<Py<PyAny>> {
 /// Moves KV blocks between this worker's pool and its peers'.
 #[pyclass(name = "TransferNode", module = "kvmesh._router", frozen)]
 pub(crate) struct PyTransferNode {
-    node: TransferNode,
+    pub(crate) node: TransferNode,
 }
 
 #[pymethods]

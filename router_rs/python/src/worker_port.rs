@@ -135,7 +135,7 @@ fn packed(py: Python<'_>, numbers: &[u32]) -> PyResult<Py<PyBytes>> {
     Ok(bytes.unbind())
 }
 
-fn refused(error: PortError) -> PyErr {
+pub(crate) fn refused(error: PortError) -> PyErr {
     match error {
         PortError::Os { what, source } => match source.raw_os_error() {
             Some(code) => PyOSError::new_err((code, format!("{what}: {source}"))),
@@ -156,8 +156,8 @@ fn seconds(name: &str, value: f64) -> PyResult<Duration> {
 
 /// A worker's gRPC port. Nothing of Python runs on its thread.
 #[pyclass(name = "WorkerPort", module = "kvmesh._router", frozen)]
-struct PyWorkerPort {
-    port: Port,
+pub(crate) struct PyWorkerPort {
+    pub(crate) port: Port,
 }
 
 #[pymethods]
@@ -328,7 +328,7 @@ impl PyWorkerPort {
 // -- from Python's types to the port's ------------------------------------
 
 /// Reads a `contract.StepOutput`.
-fn report(output: &Bound<'_, PyAny>) -> PyResult<Report> {
+pub(crate) fn report(output: &Bound<'_, PyAny>) -> PyResult<Report> {
     let py = output.py();
     let routers = output.getattr(intern!(py, "routers"))?;
     let routers: &Bound<'_, PyDict> = routers.cast()?;

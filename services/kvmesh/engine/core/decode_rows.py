@@ -163,6 +163,32 @@ class DecodeBatch:
             if part.rows is not None:
                 columns.ids = np.frombuffer(tokens, np.uint32)[part.rows].tobytes()
 
+    @property
+    def router_rows(self) -> list[list[int]]:
+        """Rows of each router, in the order of `answers`."""
+        everything = list(range(len(self._members)))
+        return [everything if p.rows is None else p.rows.tolist() for p in self._routers]
+
+    def steps_ahead(self) -> int:
+        """Steps until one whose rows need a look, as far as is known; at most what is kept."""
+        now = self.rows.steps
+        first = min((step for step in self._calendar if step > now), default=now + _KEPT_STEPS + 1)
+        return min(first - now - 1, _KEPT_STEPS - len(self._made))
+
+    def take(self, steps: list[bytes]) -> None:
+        """Takes steps that none of the rows had to be looked at after."""
+        rows = self.rows
+        self._made += steps
+        rows.ids = steps[-1]
+        rows.context += len(steps) * len(self._members)
+        rows.steps += len(steps)
+
+    def next_indices(self) -> None:
+        """Makes `answers` those of the step to come, without its tokens."""
+        for part in self._routers:
+            part.columns.index_offset = self.rows.steps
+            part.columns.ids = b""
+
     def _note(self, row: int, steps: int) -> None:
         self._calendar.setdefault(self.rows.steps + steps, []).append(row)
 

@@ -73,7 +73,7 @@ class EngineLoop:
         self.shares = Shares()
         self.sequences: dict[AttemptId, Sequence] = {}
         self.hand_offs = HandOffs(node, pool) if node is not None else None
-        self._node = node
+        self.node = node
         self.clock = clock
         self._inbox: deque[Callable[[EngineLoop], None]] = deque()
         self._wake = threading.Event()
@@ -89,7 +89,7 @@ class EngineLoop:
     @property
     def transfer_address(self) -> str:
         """Where peers reach the transfer node; empty: there is none."""
-        return self._node.address if self._node is not None else ""
+        return self.node.address if self.node is not None else ""
 
     @property
     def answers(self) -> Answers:
@@ -105,8 +105,8 @@ class EngineLoop:
 
     def wake(self) -> None:
         """Ends the thread's wait."""
-        if self._node is not None:
-            self._node.wake()
+        if self.node is not None:
+            self.node.wake()
         else:
             self._wake.set()
 
@@ -140,15 +140,15 @@ class EngineLoop:
     def _wait(self) -> None:
         if self._inbox or self.closing:
             return
-        if self._node is not None:
-            self._node.wait(None)
+        if self.node is not None:
+            self.node.wait(None)
         else:
             self._wake.wait()
             self._wake.clear()
 
     def take_in(self) -> bool:
         """Commands and transfer events that have come. False: none has."""
-        events = self._node.poll() if self._node is not None else ()
+        events = self.node.poll() if self.node is not None else ()
         if not (events or self._inbox or self.streams.stalled):
             return False
         while self._inbox:
@@ -266,6 +266,6 @@ class EngineLoop:
             self.admission.refuse_unread(placement)
 
     def _end_all(self) -> None:
-        if self._node is not None:
-            self._node.close()
+        if self.node is not None:
+            self.node.close()
         self.sequences.clear()

@@ -22,7 +22,7 @@ from kvmesh.v1 import inference_pb2 as inference
 from kvmesh.v1 import worker_pb2 as wire
 
 if TYPE_CHECKING:
-    from kvmesh._router import KvPool
+    from kvmesh._router import KvPool, SimStreams
 
 
 @dataclass(slots=True)
@@ -96,6 +96,15 @@ class Sampled:
     logprobs: inference.TokenLogprobs | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class PacedSteps:
+    """Steps of decoding streams whose time only passes."""
+
+    streams: SimStreams
+    takes_s: tuple[float, float]
+    """Seconds of a step, and besides for each token of context."""
+
+
 class Runner(Protocol):
     """Runs batches over a KV pool. Used by one thread at a time."""
 
@@ -140,6 +149,9 @@ class ColumnRunner(Runner, Protocol):
         self, batch: Sequence[Slice], rows: DecodeRows
     ) -> Generator[None, None, tuple[list[Sampled | None], bytes]]:
         """As `forward`, with the tokens drawn for the rows, packed, as second result."""
+
+    def paced(self, rows: DecodeRows) -> PacedSteps | None:
+        """Steps of these rows for `DecodeLoop`; None: they take no time, or not this one."""
 
     def decode_columns(self, rows: DecodeRows) -> bytes:
         """A step of decoding streams alone, which nothing stops: the tokens drawn, packed."""

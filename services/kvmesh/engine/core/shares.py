@@ -46,10 +46,10 @@ class Shares:
                     of_class.decoding += 1
         self._shares = shares
 
-    def stepped(self) -> None:
-        """Each decoding stream has one token more."""
+    def stepped(self, steps: int = 1) -> None:
+        """Each decoding stream has so many tokens more."""
         for share in self._shares.values():
-            share.decode_context += share.decoding
+            share.decode_context += steps * share.decoding
 
     def read(self) -> dict[str, LoadShare]:
         """The newest counts. Not to be changed by the reader."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
+from kvmesh._router import DecodeLoop, WorkerPort
 from kvmesh.engine.contract import Stage, StepOutput, StepSample
 from kvmesh.engine.core.decode_rows import DecodeBatch
 from kvmesh.engine.core.queue import Plan, Priority
@@ -55,7 +56,7 @@ class Running:
 class _Said:
     """What steps of one composition of streams say alike."""
 
-    __slots__ = ("base_ms", "composition", "context_ms", "output", "settled", "size")
+    __slots__ = ("base_ms", "composition", "context_ms", "output", "paced", "settled", "size")
 
     def __init__(self, batch: DecodeBatch, model: wire.StepModel) -> None:
         self.composition = batch.rows.composition
@@ -63,6 +64,8 @@ class _Said:
         self.base_ms = model.a_ms + model.d_ms * self.size
         self.context_ms = model.e_ms
         self.output = StepOutput(routers=batch.answers)
+        self.paced: DecodeLoop | None = None
+        """Runs these steps without Python, where they only take time."""
         self.settled = -1
         """State of the pool that `output` tells (`BlockPool.settled`)."""
 
@@ -172,7 +175,9 @@ class Steps:
         if columns is None or loop.queue.waiting or loop.streams.suspects or not batch.steady:
             return False
         if self._said.composition != batch.rows.composition:
-            self._said = _Said(batch, self._model)
+            self._said = self._begin_saying(batch, columns)
+        if self._said.paced is not None and self._run_paced(self._said, self._said.paced):
+            return True
         said, running, now = self._said, self.running, self._clock.now
         context = batch.rows.context
         predicted_ms = said.base_ms + said.context_ms * context
@@ -200,14 +205,62 @@ class Steps:
             return True
         batch.tell(tokens)
         loop.shares.stepped()
-        output = said.output
-        output.step, output.sample = running.number, sample
+        loop.sink.step(self._output(said, sample))
+        return True
+
+    def _begin_saying(self, batch: DecodeBatch, columns: ColumnRunner) -> _Said:
+        said, sink, node = _Said(batch, self._model), self._loop.sink, self._loop.node
+        paced = columns.paced(batch.rows)
+        if paced is not None and node is not None and isinstance(sink, WorkerPort):
+            said.paced = DecodeLoop(
+                sink,
+                node,
+                paced.streams,
+                rows=batch.router_rows,
+                stop_ids=sorted(batch.stop_ids),
+                predicted_ms=(said.base_ms, said.context_ms),
+                takes_s=paced.takes_s,
+            )
+        return said
+
+    def _run_paced(self, said: _Said, paced: DecodeLoop) -> bool:
+        """As `run_streams`, many steps at once. False: the next one needs a look."""
+        loop, running, batch = self._loop, self.running, self._loop.streams.batch
+        most = batch.steps_ahead()
+        if most < 1:
+            return False
+        batch.next_indices()
+        rows = batch.rows
+        try:
+            steps, told, took_s = paced.run(
+                self._output(said, None), rows.ids, rows.tables, rows.context, most
+            )
+        except Exception as error:
+            _log.exception("steps failed prompts=0 decode=%d", said.size)
+            self._fail(Plan(decode=True), error)
+            loop.count_shares()
+            loop.flush(0, None)
+            return True
+        loop.streams.decoded_at = self._clock.now()
+        running.number += len(steps)
+        if known := steps if told else steps[:-1]:
+            batch.take(known)
+            loop.shares.stepped(len(known))
+        if not told:
+            sample = StepSample(0, 0, said.size, rows.context, int(took_s * 1e6))
+            loop.streams.take_tokens(steps[-1], ())
+            loop.flush(running.number, sample)
+        return True
+
+    def _output(self, said: _Said, sample: StepSample | None) -> StepOutput:
+        """What is said of a step, but for its tokens."""
+        loop, output = self._loop, said.output
+        output.step, output.sample = self.running.number, sample
         load = output.load
-        load.shares, load.step = loop.shares.read(), running.number
+        load.shares, load.step = loop.shares.read(), self.running.number
         if said.settled != loop.pool.settled:
             said.settled, load.kv = loop.pool.settled, loop.pool.room()
-        loop.sink.step(output)
-        return True
+        return output
 
     def _load_of(self, plan: Plan) -> StepLoad:
         load = StepLoad()

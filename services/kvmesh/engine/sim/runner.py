@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmesh._router import KvPool, SimStreams
-from kvmesh.engine.core.runner import DecodeRows, Sampled, Slice
+from kvmesh.engine.core.runner import DecodeRows, PacedSteps, Sampled, Slice
 from kvmesh.engine.core.step_model import StepLoad, predict_ms
 from kvmesh.engine.sim.content import FIRST_STATE, TOKEN, U64, Content, K, mix
 from kvmesh.engine.sim.settings import PROFILES, SimSettings
@@ -151,6 +151,15 @@ class SimRunner:
             seconds = joined.base_s + joined.context_s * rows.context
             self._clock.sleep_until(self._clock.now() + seconds)
         return joined.streams.step(rows.ids, rows.tables)
+
+    def paced(self, rows: DecodeRows) -> PacedSteps | None:
+        """As `ColumnRunner.paced`."""
+        joined = self._joined
+        if joined.composition != rows.composition:
+            joined = self._join(rows)
+        if self._settings.instant or not isinstance(self._clock, WallClock):
+            return None
+        return PacedSteps(joined.streams, (joined.base_s, joined.context_s))
 
     @staticmethod
     def _count(load: StepLoad, piece: Slice) -> None:
