@@ -164,5 +164,5 @@ async def test_a_cancel_ends_a_stream_that_nothing_else_disturbs() -> None:
             await router.cancel(generation)
         await router.until(lambda: len(router.ends) == 2)
         assert {end.WhichOneof("end") for end in router.ends.values()} == {"cancelled"}
-        assert router.samples[-1][1].decode_batch == 2
+        assert any(sample.decode_batch == 2 for _, sample in router.samples)
         assert engine.residue().held_blocks == 0
