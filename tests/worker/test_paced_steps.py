@@ -46,6 +46,10 @@ class Router:
         self.reader = asyncio.create_task(self._read())
         return self
 
+    def detach(self) -> None:
+        self._call.cancel()
+        self.reader.cancel()
+
     async def place(self, prompt, max_tokens) -> bytes:
         self._number += 1
         generation = os.urandom(16)
@@ -152,6 +156,7 @@ async def test_streams_of_two_routers_come_and_go() -> None:
         for router in routers:
             steps = [step for step, _ in router.samples]
             assert steps == sorted(set(steps))
+            router.detach()
 
 
 async def test_a_cancel_ends_a_stream_that_nothing_else_disturbs() -> None:
@@ -166,3 +171,4 @@ async def test_a_cancel_ends_a_stream_that_nothing_else_disturbs() -> None:
         assert {end.WhichOneof("end") for end in router.ends.values()} == {"cancelled"}
         assert any(sample.decode_batch == 2 for _, sample in router.samples)
         assert engine.residue().held_blocks == 0
+        router.detach()

@@ -127,20 +127,24 @@ pub(crate) fn weigh<const N: usize>(
 ) {
     let registers = part.size / LANES;
     let mut at = 0;
+    // The first pass meets all rows first, and brings the later ones.
+    let bring = |first: bool, row: usize| {
+        if first {
+            ahead(row);
+        }
+    };
     while registers - at >= WIDE {
-        // The first pass meets all rows first, and brings the next ones.
-        let first = at == 0;
-        let ahead = |row: usize| {
-            if first {
-                ahead(row);
-            }
-        };
+        let ahead = |row| bring(at == 0, row);
         columns::<N, WIDE>(part, shrinks, weights, at, ahead, out);
         at += WIDE;
     }
     while at < registers {
-        columns::<N, 1>(part, shrinks, weights, at, |_| (), out);
+        let ahead = |row| bring(at == 0, row);
+        columns::<N, 1>(part, shrinks, weights, at, ahead, out);
         at += 1;
+    }
+    if registers == 0 {
+        (0..part.v.len() / part.size).for_each(&ahead);
     }
     let from = registers * LANES;
     let width = weights.len() / N;

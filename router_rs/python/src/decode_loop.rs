@@ -151,7 +151,7 @@ impl Steps<'_> {
             told.sample = Some(StepSample {
                 decode_batch: u32::try_from(ids.len()).unwrap_or(u32::MAX),
                 decode_context: context,
-                duration_us: u32::try_from(made.took.as_micros()).unwrap_or(u32::MAX),
+                duration_us: u64::try_from(made.took.as_micros()).unwrap_or(u64::MAX),
                 ..StepSample::default()
             });
             self.tell(&mut told, &ids)?;

@@ -14,8 +14,6 @@ pub(crate) const PAGE: usize = 4096;
 /// A mapping and what lies where in it.
 pub(crate) struct Mapping {
     pub(crate) base: NonNull<u8>,
-    /// Bytes of the file.
-    pub(crate) len: usize,
     /// Where slot 0 begins.
     pub(crate) data: usize,
     pub(crate) blocks: u32,
@@ -96,7 +94,6 @@ impl Mapping {
         let this = Self {
             // SAFETY: less than HUGE is skipped, and so much more was reserved.
             base: unsafe { start.add(skipped) },
-            len,
             data,
             blocks: u32::try_from(blocks).map_err(|_| size)?,
             block_bytes: usize::try_from(block_bytes).unwrap_or(0),
