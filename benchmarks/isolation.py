@@ -10,9 +10,10 @@ A real model, real processes, two cores that each arrangement has in turn:
 
 Chat turns arrive open-loop (seeded Poisson, 0.3 a second, 60 new tokens in, 64 out), the same
 ones for every arrangement. Phases alternate: chat alone, then a storm of documents (5,000
-distinct tokens in, 8 out, one in flight). R is the rate of documents of one core that does nothing
-else, measured in the same run. A phase during which others used more than a tenth of the machine is
-repeated, and counted.
+distinct tokens in, 8 out, one in flight). The turns of a storm are those of the phase alone
+before it, twice: as many answers are under way, and a difference is the storm's. R is the rate of
+documents of one core that does nothing else, measured in the same run. A phase during which
+others used more than a tenth of the machine is repeated, and counted.
 
     python benchmarks/isolation.py [--quick] [--json FILE] [--out FOLDER] [--only a,d]
                                    [--second-table] [--chunk TOKENS]
@@ -53,13 +54,15 @@ from isolation_clusters import (
     serving,
     unified,
 )
-from isolation_load import VOCABULARY, Phase, PhaseRun, documents_alone
+from isolation_load import VOCABULARY, Phase, PhaseRun, arrivals, documents_alone
 from isolation_report import (
     CHAT_HEAD,
+    COMPANY_HEAD,
     DOCUMENT_HEAD,
     Measured,
     Ratios,
     chat_rows,
+    company_rows,
     document_row,
     itl,
     quantile,
@@ -123,10 +126,13 @@ def core_alone(plan: Plan) -> Core:
 
 def run_phase(cluster: Cluster, plan: Plan, seconds: float, seed: str, documents: int) -> Phase:
     """One phase, run again while others use the machine."""
+    turns = arrivals(seconds, seed, plan.alone_s)
 
     async def once() -> Phase:
         async with AsyncClient(cluster.endpoints[0]) as client:
-            run = PhaseRun(client, seconds, seed, documents, plan.document_tokens, plan.trace)
+            run = PhaseRun(
+                client, seconds, seed, turns, documents, plan.document_tokens, plan.trace
+            )
             return await run.run()
 
     for repeats in range(MAX_REPEATS + 1):
@@ -159,10 +165,8 @@ def measure(arrangement: Arrangement, plan: Plan, documents: int = 1) -> Measure
         for number in range(plan.rounds):
             say(f"({arrangement.key}) round {number + 1} of {plan.rounds}")
             seed = f"isolation/{number}"
-            measured.alone.append(run_phase(cluster, plan, plan.alone_s, f"{seed}/alone", 0))
-            measured.storm.append(
-                run_phase(cluster, plan, plan.storm_s, f"{seed}/storm", documents)
-            )
+            measured.alone.append(run_phase(cluster, plan, plan.alone_s, seed, 0))
+            measured.storm.append(run_phase(cluster, plan, plan.storm_s, seed, documents))
     return measured
 
 
@@ -265,6 +269,10 @@ def main() -> None:
     rows = [document_row(one, core.documents_per_s) for one in found]
     tables[f"Documents; alone one takes {core.document_s:.1f} s, R = "
            f"{60 * core.documents_per_s:.2f} a minute"] = (DOCUMENT_HEAD, rows)  # fmt: skip
+    tables["Chat ITL by how many answers were under way, ms"] = (
+        COMPANY_HEAD,
+        [row for one in found for row in company_rows(one)],
+    )
     ratios = {one.key: Ratios.of(one, core.documents_per_s, core.document_s) for one in found}
     if len(found) > 1:
         tables["Best in the storm"] = (("", "arrangement", "value"), winners(found))

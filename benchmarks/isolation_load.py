@@ -119,13 +119,21 @@ class Phase:
         }  # fmt: skip
 
 
-def arrivals(seconds: float, seed: str) -> list[float]:
-    """Poisson arrivals of a phase, seconds since its begin: the same for the same seed."""
+def arrivals(seconds: float, seed: str, again_after_s: float = float("inf")) -> list[float]:
+    """Poisson arrivals of a phase, seconds since its begin: the same for the same seed.
+
+    After `again_after_s` the same ones come again. So a storm has those of the phase alone before
+    it: how many answer at a time is then the same, and a difference is the storm's.
+    """
     rng = random.Random(seed)
     found, at = [], rng.expovariate(TURNS_PER_S)
-    while at < seconds:
+    while at < min(seconds, again_after_s):
         found.append(at)
         at += rng.expovariate(TURNS_PER_S)
+    if again_after_s < seconds:
+        times = int(seconds / again_after_s) + 1
+        repeated = (again_after_s * number + at for number in range(times) for at in found)
+        found = [at for at in repeated if at < seconds]
     return found
 
 
@@ -179,12 +187,13 @@ class PhaseRun:
     """Runs one phase against one router."""
 
     def __init__(
-        self, client: AsyncClient, seconds: float, seed: str, documents: int,
-        document_tokens: int, trace: bool = False,
+        self, client: AsyncClient, seconds: float, seed: str, turns: Sequence[float],
+        documents: int, document_tokens: int, trace: bool = False,
     ) -> None:  # fmt: skip
-        """`documents`: how many are in flight at any time; 0: chat alone."""
+        """`turns`: when they arrive. `documents`: how many are in flight at any time; 0: chat
+        alone."""
         self._client = client
-        self._seed = seed
+        self._turns = turns
         # A phase that is repeated finds nothing of its first run in a cache.
         self._words = os.urandom(8).hex()
         self._document_tokens = document_tokens
@@ -202,7 +211,7 @@ class PhaseRun:
         ]
         try:
             turns = []
-            for number, at in enumerate(arrivals(phase.seconds, self._seed)):
+            for number, at in enumerate(self._turns):
                 await asyncio.sleep(max(0.0, at - self._now()))
                 turns.append(asyncio.create_task(self._turn(number)))
             await asyncio.sleep(max(0.0, phase.seconds - self._now()))
@@ -290,7 +299,7 @@ async def _closing(events: AsyncIterator[Any]) -> AsyncIterator[None]:
 
 async def documents_alone(client: AsyncClient, tokens: int, count: int) -> list[Answer]:
     """Documents one after the other, with nothing beside them."""
-    run = PhaseRun(client, 0.0, "alone", 0, tokens)
+    run = PhaseRun(client, 0.0, "alone", (), 0, tokens)
     run.phase.began_s = time.perf_counter()
     words = random.Random()
     for _ in range(count):

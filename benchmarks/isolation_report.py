@@ -90,6 +90,34 @@ def chat_rows(measured: Measured) -> list[list[object]]:
     return rows
 
 
+COMPANY_HEAD = ("", "answers", "alone gaps", "p50", "p95", "storm gaps", "p50", "p95")
+
+
+def company_rows(measured: Measured) -> list[list[object]]:
+    """Of chat, ms, by the number of chats and documents that were being answered at the time:
+    a step of more streams takes longer, storm or not."""
+    rows: list[list[object]] = []
+    alone, storm = _by_company(measured.alone), _by_company(measured.storm)
+    for count in sorted(alone.keys() | storm.keys()):
+        row: list[object] = [measured.key, count]
+        for gaps in (alone.get(count, []), storm.get(count, [])):
+            row += [len(gaps), *(_cells(gaps)[:2] if gaps else (None, None))]
+        rows.append(row)
+    return rows
+
+
+def _by_company(phases: Sequence[Phase]) -> dict[int, list[float]]:
+    found: dict[int, list[float]] = {}
+    for phase in phases:
+        spans = [(one.tokens[0], one.tokens[-1]) for one in phase.turns + phase.documents
+                 if one.tokens]  # fmt: skip
+        for turn in phase.answered:
+            for begin, gap in zip(turn.tokens, turn.gaps_ms, strict=False):
+                count = sum(first <= begin < last for first, last in spans)
+                found.setdefault(count, []).append(gap)
+    return found
+
+
 DOCUMENT_HEAD = (
     "", "arrangement", "documents", "TTFT p50 s", "slowest s", "a minute", "share of R",
     "tokens/s", "repeated", "others %",
