@@ -84,6 +84,31 @@ loom: ## Check the index's protocol between threads under loom
 
 test-long: loom
 
+# The router as one file for any Linux: nothing is looked up when it starts. With
+# musl where rustup can bring it; STATIC_TARGET=<arch>-unknown-linux-gnu links
+# glibc in instead (its look-up of host names then needs the same glibc there).
+STATIC_TARGET ?= $(shell uname -m)-unknown-linux-$(if $(shell command -v rustup),musl,gnu)
+STATIC_ROUTER := target/$(STATIC_TARGET)/release/kvmesh-router
+# A C compiler for one dependency. Without musl's own, the machine's will do: that
+# code includes nothing of a C library but declarations.
+STATIC_CC := $(or $(shell command -v musl-gcc),cc)
+
+.PHONY: router-static
+router-static: ## Build kvmesh-router without dynamic libraries, and check that it has none
+	@! command -v rustup > /dev/null || rustup target list --installed | grep -qx $(STATIC_TARGET) || \
+		rustup target add $(STATIC_TARGET)
+	CC_$(subst -,_,$(STATIC_TARGET))="$(STATIC_CC)" CFLAGS_$(subst -,_,$(STATIC_TARGET))=-U_FORTIFY_SOURCE \
+		RUSTFLAGS="-C target-feature=+crt-static" \
+		cargo build --release --locked -p kvmesh-router --target $(STATIC_TARGET)
+	@if readelf --dynamic $(STATIC_ROUTER) | grep -E 'NEEDED'; then \
+		echo "$(STATIC_ROUTER) needs dynamic libraries" >&2; exit 1; fi
+	@if readelf --program-headers $(STATIC_ROUTER) | grep -E 'INTERP'; then \
+		echo "$(STATIC_ROUTER) needs a dynamic loader" >&2; exit 1; fi
+	@$(STATIC_ROUTER) --version
+	@ls -l $(STATIC_ROUTER)
+
+test-long: router-static
+
 # What benchmarks compare with in Rust: workspaces of their own.
 .PHONY: peers
 peers: ## Build the Rust programs that benchmarks compare with (some minutes, once)

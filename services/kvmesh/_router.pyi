@@ -509,6 +509,7 @@ class WorkerRegistration:
         ca_pem: bytes | None = None,
         certificate_pem: bytes | None = None,
         key_pem: bytes | None = None,
+        server_name: str = "",
         user: str = "",
         password: str = "",
     ) -> WorkerRegistration:
@@ -541,6 +542,7 @@ def list_workers(
     ca_pem: bytes | None = None,
     certificate_pem: bytes | None = None,
     key_pem: bytes | None = None,
+    server_name: str = "",
     user: str = "",
     password: str = "",
 ) -> list[bytes]:
@@ -553,6 +555,7 @@ def list_routers(
     ca_pem: bytes | None = None,
     certificate_pem: bytes | None = None,
     key_pem: bytes | None = None,
+    server_name: str = "",
     user: str = "",
     password: str = "",
 ) -> list[tuple[str, str]]:
@@ -623,6 +626,14 @@ class RoleChanged:
     def role(self) -> int: ...
 
 @final
+class EndsTold:
+    """Attempts have ended: for the log. Nothing is to be done."""
+
+    @property
+    def ends(self) -> list[tuple[str, bytes, int, int, str, str, str]]:
+        """Each (session, generation, owner, attempt, stage, end, why)."""
+
+@final
 class EngineEnded:
     """The engine called `ended`."""
 
@@ -634,6 +645,7 @@ PortEvent = (
     | InfoWanted
     | StopAsked
     | RoleChanged
+    | EndsTold
     | EngineEnded
 )
 
@@ -658,6 +670,10 @@ class WorkerPort:
         snapshot_interval_ms: float = 5.0,
         load_interval_ms: float = 250.0,
         load_coalesce_ms: float = 5.0,
+        keep_alive_interval_s: float = 10.0,
+        keep_alive_timeout_s: float = 10.0,
+        grace_s: float = 30.0,
+        tell_all_ends: bool = False,
     ) -> WorkerPort:
         """Binds "host:port", port 0 a free one. Raises OSError, ValueError."""
 
@@ -665,11 +681,24 @@ class WorkerPort:
     def port(self) -> int:
         """The bound port."""
 
+    def load(self, record: bytes) -> None:
+        """Begins to answer while the model is loaded: not serving yet, routers
+        are told to come back. Raises as `serve`.
+        """
+
+    def warm_up(
+        self, record: bytes, tokenizer: Sequence[tuple[str, bytes]], tokenizer_digest: str
+    ) -> None:
+        """The first steps are timed: routers may attach, what they place waits.
+        Raises as `serve`.
+        """
+
     def serve(
         self, record: bytes, tokenizer: Sequence[tuple[str, bytes]], tokenizer_digest: str
     ) -> None:
         """Begins to serve, once. `record` is a serialised kvmesh.v1.WorkerRecord,
-        `tokenizer` names and contents in the order of the digest.
+        `tokenizer` names and contents in the order of the digest. `load` and
+        `warm_up` need not come before.
 
         Raises ValueError, RuntimeError (a second time, or after `close`).
         """
@@ -711,8 +740,9 @@ class WorkerPort:
     def wait_idle(self, timeout_s: float) -> bool:
         """Waits until nothing runs. False: it still does."""
 
-    def give_back(self) -> None:
-        """Ends what runs with `returned`; `Ended` follows for the engine."""
+    def give_back(self, grace_s: float) -> None:
+        """Ends what runs with `returned`, which names the grace that has ended;
+        `Ended` follows for the engine. Raises ValueError."""
 
     def close(self, linger_s: float = 1.0) -> None:
         """Ends the sessions once their step output has gone, within

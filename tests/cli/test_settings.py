@@ -49,6 +49,25 @@ def test_a_wrong_key_is_named_with_the_nearest_and_the_allowed(tmp_path):
         values(config='[worker]\nrolle = "a"', tmp_path=tmp_path)
 
 
+def test_a_section_that_nobody_has_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"\[wroker\] is no section \(meant worker\?\)"):
+        values(config='[wroker]\nrole = "a"', tmp_path=tmp_path)
+    with pytest.raises(UsageError, match="role stands in no section"):
+        values(config='role = "a"', tmp_path=tmp_path)
+
+
+def test_a_variable_that_nobody_has_is_warned_of(capsys):
+    environment = {
+        "KVMESH_KV_POOL_TOKEN": "1",
+        # Of this command, of others, of none.
+        "KVMESH_ROLE": "a", "KVMESH_QUEUE_LENGTH": "1", "KVMESH_VENV": "x", "KVMESH_ENDPOINT": "y",
+    }  # fmt: skip
+    assert values(environment=environment) == {"role": "a"}
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "KVMESH_KV_POOL_TOKEN is no setting" in warning
+    assert "meant KVMESH_KV_POOL_TOKENS?" in warning
+
+
 def test_a_broken_or_missing_file_is_named(tmp_path):
     with pytest.raises(UsageError, match="not TOML"):
         values(config="[worker", tmp_path=tmp_path)
@@ -62,6 +81,12 @@ def test_a_broken_or_missing_file_is_named(tmp_path):
         (["worker", "--role", "cook"], "role is 'cook'; allowed are prefill, decode, both"),
         (["worker", "--listen", "0.0.0.0:1"], "not loopback"),
         (["worker", "--threads", "many"], "threads is 'many'"),
+        (["worker", "--log-level", "loud"], "log_level is 'loud'; allowed are error, warn"),
+        (["worker", "--offer-timeout-s", "0"], "offer_timeout_s is 0.0; allowed is more than 0"),
+        (["worker", "--etcd-user", "me"], "etcd_user and etcd_password go together"),
+        (["worker", "--etcd-cert", "a"], "etcd_cert and etcd_key go together"),
+        (["workers", "--etcd", "a:1", "--etcd-server-name", "a"], "need etcd_ca"),
+        (["workers", "--etcd", "a:1", "--etcd-ca", "/nowhere"], "etcd_ca is '/nowhere', which"),
         (["up", "--prefill", "-1"], "prefill is '-1'; allowed is 0 or more"),
         (["up", "--decode", "0"], "somebody has to decode"),
         (["up", "--engine", "steam"], "engine is 'steam'; allowed are torch, sim"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -35,6 +36,52 @@ def test_a_command_gets_the_cluster_and_its_status_is_ours():
     assert answer["finish_reason"] == "length"
     assert {"text", "timings"} <= set(answer)
     assert counts == "1 1"
+
+
+TIMINGS = re.compile(
+    r"queue [\d.]+ ms · prefill \d+ ms · transfer [\d.]+ ms · first token \d+ ms · "
+    r"[\d.]+ tokens/s · \d+ of \d+ prompt tokens cached"
+)
+
+
+@pytest.mark.parametrize("engine", ["sim", pytest.param("torch", marks=pytest.mark.slow)])
+def test_a_question_gets_its_answer_the_timings_and_how_to_ask_more(engine):
+    question = "What is the capital of France?"
+    command = [*UP[:-1], engine, "--listen", "127.0.0.1:0", "--etcd-port", "0", "--ask", question]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as up:
+        said = []
+        for line in up.stdout:
+            said.append(line.rstrip("\n"))
+            if line.startswith("Ctrl-C ends it."):
+                break
+        up.send_signal(signal.SIGINT)
+        assert up.wait() == 0
+    text = "\n".join(said)
+    question_at = said.index(f"> {question}")
+    timings_at = next(at for at, line in enumerate(said) if TIMINGS.fullmatch(line))
+    answer = "\n".join(said[question_at + 1 : timings_at])
+    assert answer.strip(), text
+    assert engine == "sim" or "Paris" in answer
+    serves = next(line for line in said[timings_at:] if line.startswith("The cluster serves at "))
+    endpoint = serves.split()[4]
+    (more,) = [line for line in said[timings_at:] if line.startswith("Ask more")]
+    assert more.endswith(f" chat --endpoint {endpoint}"), more
+
+
+def test_a_question_with_once_ends_after_the_answer():
+    done = subprocess.run([*UP, "--ask", "Hello?", "--once"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *_, last = done.stdout.splitlines()
+    assert TIMINGS.fullmatch(last)
+
+
+def test_a_start_that_takes_too_long_is_given_up(tmp_path):
+    """By the bound, whoever it is that does not come: here a router that has no etcd at all."""
+    command = [*UP, "--data", str(tmp_path), "--ready-timeout-s", "1", "--etcd", "127.0.0.1:1"]
+    done = subprocess.run([*command, "--once", "--", "true"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "not ready after 1 s: " in done.stderr
+    assert f"logs are in {tmp_path}/logs" in done.stderr
 
 
 def test_a_command_that_is_not_there():

@@ -60,3 +60,26 @@ def test_without_a_router_the_way_out_is_told(capsys) -> None:
         nobody.models(timeout=5)
     # Nobody of ours said that.
     assert caught.value.reason == ""
+
+
+def test_a_drain_gives_back_what_outlives_its_grace_and_says_which(fresh) -> None:
+    endpoint = fresh.start_router()
+    fresh.start_worker("a", "both")
+    fresh.wait_live(endpoint, "a")
+    with kvmesh.Client(endpoint) as client:
+        stream = client.generate(prompt="A long one", max_tokens=1_000, ignore_end_of_text=True)
+        accepted = next(stream)
+        assert isinstance(next(stream), kvmesh.Tokens)
+        fresh.start_worker("b", "both")
+        fresh.wait_live(endpoint, "a", "b")
+        assert main(["drain", "a", "--grace-s", "0.05", "--endpoint", endpoint]) == 0
+        # Its client sees nothing of it: another worker goes on.
+        *_, last = stream
+        assert last.usage.output_tokens == 1_000
+    fresh.wait_empty("a", "b")
+    log = fresh.workers["a"].log.read_text()
+    (line,) = [line for line in log.splitlines() if "attempt ended" in line]
+    assert f"generation={accepted.generation_id} owner=1 attempt=1" in line
+    assert "end=returned" in line
+    assert "its grace of 0.05 s has ended" in line
+    fresh.assert_alive()

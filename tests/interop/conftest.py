@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from needs import need
+
+from kvmesh.cli.etcd import find_etcd
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -63,7 +65,9 @@ def mock_worker() -> Iterator[str]:
 
 def register(etcd: str, target: str) -> None:
     """Puts an address where routers put theirs."""
-    etcdctl = Path(os.environ.get("KVMESH_ETCD_BIN") or etcd_binary()).with_name("etcdctl")
+    etcd_binary = find_etcd()
+    assert etcd_binary, "etcd is missing: make installs it, KVMESH_ETCD_BIN names one"
+    etcdctl = Path(etcd_binary).with_name("etcdctl")
     key = f"kvmesh/v1/default/routers/{target}"
     subprocess.run(
         [etcdctl, f"--endpoints={etcd}", "put", key, json.dumps({"Addr": target})],
@@ -71,12 +75,6 @@ def register(etcd: str, target: str) -> None:
         capture_output=True,
         env={**os.environ, "ETCDCTL_API": "3"},
     )
-
-
-def etcd_binary() -> str:
-    from etcd import binary
-
-    return binary()
 
 
 def testkit() -> str:
@@ -98,8 +96,7 @@ def run(*command: str | Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def go_client() -> Run:
     """The Go client, built."""
-    if shutil.which("go") is None:
-        pytest.skip("Go is not installed")
+    need("Go", "go")
     binary = HERE / "go" / "bin" / "interop"
     subprocess.run(["go", "build", "-o", binary, "."], cwd=HERE / "go", check=True)
     return lambda **options: run(binary, *(f"-{name}={value}" for name, value in options.items()))
@@ -108,8 +105,7 @@ def go_client() -> Run:
 @pytest.fixture(scope="session")
 def node_client() -> Run:
     """The Node client, its packages installed."""
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("Node is not installed")
+    need("Node", "node", "npm")
     folder = HERE / "node"
     subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=folder, check=True)
     main = folder / "main.js"

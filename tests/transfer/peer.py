@@ -34,14 +34,20 @@ def main() -> None:
         elif name == "fill":
             filled(pool, arguments[0])
             answer = None
+        elif name == "sums":
+            words = np.frombuffer(pool, dtype=np.uint64).reshape(blocks, -1)
+            answer = [int(words[slot].sum(dtype=np.uint64)) for slot in arguments[0]]
         elif name == "raise_versions":
             pool.raise_versions(arguments[0])
             answer = None
         else:
             if arguments:
                 arguments[0] = bytes.fromhex(arguments[0])
-            result = getattr(node, name)(*arguments)
-            answer = result if not isinstance(result, bytes) else result.hex()
+            try:
+                result = getattr(node, name)(*arguments)
+                answer = result if not isinstance(result, bytes) else result.hex()
+            except _router.TransferError as refused:
+                answer = {"refused": str(refused)}
         print(json.dumps({"answer": answer}), flush=True)
 
 

@@ -79,6 +79,7 @@ struct Reach<'a> {
     ca_pem: Option<&'a [u8]>,
     certificate_pem: Option<&'a [u8]>,
     key_pem: Option<&'a [u8]>,
+    server_name: &'a str,
     user: &'a str,
     password: &'a str,
 }
@@ -91,7 +92,7 @@ impl Reach<'_> {
             settings.tls = Some(Tls {
                 ca_pem: ca_pem.to_vec(),
                 identity_pem: identity.map(|(chain, key)| (chain.to_vec(), key.to_vec())),
-                server_name: None,
+                server_name: Some(self.server_name.to_owned()).filter(|name| !name.is_empty()),
             });
         }
         if !self.user.is_empty() {
@@ -125,7 +126,7 @@ impl PyWorkerRegistration {
     #[pyo3(signature = (
         endpoints, cluster, record, ttl_s=10.0, *, wait_s=5.0,
         ca_pem=None, certificate_pem=None, key_pem=None,
-        user="", password="",
+        server_name="", user="", password="",
     ))]
     #[allow(clippy::too_many_arguments)]
     fn new(
@@ -138,6 +139,7 @@ impl PyWorkerRegistration {
         ca_pem: Option<&[u8]>,
         certificate_pem: Option<&[u8]>,
         key_pem: Option<&[u8]>,
+        server_name: &str,
         user: &str,
         password: &str,
     ) -> PyResult<Self> {
@@ -146,6 +148,7 @@ impl PyWorkerRegistration {
             ca_pem,
             certificate_pem,
             key_pem,
+            server_name,
             user,
             password,
         };
@@ -226,7 +229,7 @@ fn seconds(name: &str, value: f64) -> PyResult<Duration> {
 #[pyfunction]
 #[pyo3(signature = (
     endpoints, cluster, *, ca_pem=None, certificate_pem=None, key_pem=None,
-    user="", password="",
+    server_name="", user="", password="",
 ))]
 #[allow(clippy::too_many_arguments)]
 fn list_workers<'py>(
@@ -236,6 +239,7 @@ fn list_workers<'py>(
     ca_pem: Option<&[u8]>,
     certificate_pem: Option<&[u8]>,
     key_pem: Option<&[u8]>,
+    server_name: &str,
     user: &str,
     password: &str,
 ) -> PyResult<Vec<Bound<'py, PyBytes>>> {
@@ -243,6 +247,7 @@ fn list_workers<'py>(
         ca_pem,
         certificate_pem,
         key_pem,
+        server_name,
         user,
         password,
     };
@@ -260,7 +265,7 @@ fn list_workers<'py>(
 #[pyfunction]
 #[pyo3(signature = (
     endpoints, cluster, *, ca_pem=None, certificate_pem=None, key_pem=None,
-    user="", password="",
+    server_name="", user="", password="",
 ))]
 #[allow(clippy::too_many_arguments)]
 fn list_routers(
@@ -270,6 +275,7 @@ fn list_routers(
     ca_pem: Option<&[u8]>,
     certificate_pem: Option<&[u8]>,
     key_pem: Option<&[u8]>,
+    server_name: &str,
     user: &str,
     password: &str,
 ) -> PyResult<Vec<(String, String)>> {
@@ -277,6 +283,7 @@ fn list_routers(
         ca_pem,
         certificate_pem,
         key_pem,
+        server_name,
         user,
         password,
     };

@@ -5,8 +5,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use kvmesh_wire::v1::{ClassShare, KvRoom, LoadShare, Residue, StepSample, WorkerRecord};
 use kvmesh_worker_port::{
-    AttemptId, Change, EngineLoad, Event, Part, Port, PortError, Report, Rows, Settings,
-    TokenizerFiles,
+    AttemptEnd, AttemptId, Change, EngineLoad, Event, Part, Port, PortError, Report, Rows,
+    Settings, TokenizerFiles,
 };
 use prost::Message;
 use pyo3::{
@@ -33,6 +33,7 @@ pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<InfoWanted>()?;
     module.add_class::<StopAsked>()?;
     module.add_class::<RoleChanged>()?;
+    module.add_class::<EndsTold>()?;
     module.add_class::<EngineEnded>()
 }
 
@@ -75,8 +76,22 @@ event_class!(
     RoleChanged { role: i32 }
 );
 event_class!(
+    /// Attempts have ended, each (session, generation, owner, attempt, stage, end, why).
+    EndsTold { ends: Vec<ToldEnd> }
+);
+event_class!(
     /// The engine says nothing more.
     EngineEnded {}
+);
+
+type ToldEnd = (
+    String,
+    Py<PyBytes>,
+    u32,
+    u32,
+    &'static str,
+    &'static str,
+    String,
 );
 
 fn to_python(py: Python<'_>, event: Event) -> PyResult<Py<PyAny>> {
@@ -118,6 +133,23 @@ fn to_python(py: Python<'_>, event: Event) -> PyResult<Py<PyAny>> {
             Py::new(py, StopAsked { grace_s })?.into_any()
         }
         Event::RoleChanged(role) => Py::new(py, RoleChanged { role })?.into_any(),
+        Event::Ends(ends) => {
+            let told = |end: AttemptEnd| {
+                let id = end.attempt;
+                let generation = bytes(&id.generation);
+                (
+                    end.session,
+                    generation,
+                    id.owner,
+                    id.attempt,
+                    end.stage,
+                    end.end,
+                    end.why,
+                )
+            };
+            let ends = ends.into_iter().map(told).collect();
+            Py::new(py, EndsTold { ends })?.into_any()
+        }
         Event::EngineEnded => Py::new(py, EngineEnded {})?.into_any(),
     };
     Ok(object)
@@ -166,7 +198,8 @@ impl PyWorkerPort {
     #[pyo3(signature = (
         listen, *, step_lane_bytes=8_388_608, step_lane_age_s=10.0, cache_ring_events=65_536,
         cache_coalesce_ms=20.0, snapshot_interval_ms=5.0, load_interval_ms=250.0,
-        load_coalesce_ms=5.0,
+        load_coalesce_ms=5.0, keep_alive_interval_s=10.0, keep_alive_timeout_s=10.0,
+        grace_s=30.0, tell_all_ends=false,
     ))]
     #[allow(clippy::too_many_arguments)]
     fn new(
@@ -179,6 +212,10 @@ impl PyWorkerPort {
         snapshot_interval_ms: f64,
         load_interval_ms: f64,
         load_coalesce_ms: f64,
+        keep_alive_interval_s: f64,
+        keep_alive_timeout_s: f64,
+        grace_s: f64,
+        tell_all_ends: bool,
     ) -> PyResult<Self> {
         let ms = |name, value: f64| seconds(name, value / 1_000.0);
         let settings = Settings {
@@ -189,6 +226,10 @@ impl PyWorkerPort {
             snapshot_interval: ms("snapshot_interval_ms", snapshot_interval_ms)?,
             load_interval: ms("load_interval_ms", load_interval_ms)?,
             load_coalesce: ms("load_coalesce_ms", load_coalesce_ms)?,
+            keep_alive_interval: seconds("keep_alive_interval_s", keep_alive_interval_s)?,
+            keep_alive_timeout: seconds("keep_alive_timeout_s", keep_alive_timeout_s)?,
+            grace: seconds("grace_s", grace_s)?,
+            tell_all_ends,
         };
         if settings.load_interval.is_zero() {
             return Err(PyValueError::new_err(
@@ -205,6 +246,25 @@ impl PyWorkerPort {
         self.port.address().port()
     }
 
+    /// Begins to answer while the model is loaded.
+    fn load(&self, py: Python<'_>, record: &[u8]) -> PyResult<()> {
+        let record = worker_record(record)?;
+        py.detach(|| guarded(|| self.port.load(record).map_err(refused)))
+    }
+
+    /// The model is there; its first steps are timed.
+    fn warm_up(
+        &self,
+        py: Python<'_>,
+        record: &[u8],
+        tokenizer: Vec<(String, Vec<u8>)>,
+        tokenizer_digest: String,
+    ) -> PyResult<()> {
+        let record = worker_record(record)?;
+        let files = tokenizer_files(tokenizer, tokenizer_digest);
+        py.detach(|| guarded(|| self.port.warm_up(record, files).map_err(refused)))
+    }
+
     /// Begins to serve.
     fn serve(
         &self,
@@ -213,14 +273,8 @@ impl PyWorkerPort {
         tokenizer: Vec<(String, Vec<u8>)>,
         tokenizer_digest: String,
     ) -> PyResult<()> {
-        let record = WorkerRecord::decode(record).map_err(|error| {
-            PyValueError::new_err(format!("not a serialised WorkerRecord: {error}"))
-        })?;
-        let files = tokenizer.into_iter();
-        let files = TokenizerFiles {
-            files: files.map(|(name, data)| (name, data.into())).collect(),
-            digest: tokenizer_digest,
-        };
+        let record = worker_record(record)?;
+        let files = tokenizer_files(tokenizer, tokenizer_digest);
         py.detach(|| guarded(|| self.port.serve(record, files).map_err(refused)))
     }
 
@@ -300,8 +354,9 @@ impl PyWorkerPort {
         py.detach(|| guarded(|| Ok(self.port.wait_idle(timeout))))
     }
 
-    fn give_back(&self) {
-        self.port.give_back();
+    fn give_back(&self, grace_s: f64) -> PyResult<()> {
+        self.port.give_back(seconds("grace_s", grace_s)?);
+        Ok(())
     }
 
     #[pyo3(signature = (linger_s=1.0))]
@@ -326,6 +381,19 @@ impl PyWorkerPort {
 }
 
 // -- from Python's types to the port's ------------------------------------
+
+fn worker_record(record: &[u8]) -> PyResult<WorkerRecord> {
+    WorkerRecord::decode(record)
+        .map_err(|error| PyValueError::new_err(format!("not a serialised WorkerRecord: {error}")))
+}
+
+fn tokenizer_files(files: Vec<(String, Vec<u8>)>, digest: String) -> TokenizerFiles {
+    let files = files.into_iter();
+    TokenizerFiles {
+        files: files.map(|(name, data)| (name, data.into())).collect(),
+        digest,
+    }
+}
 
 /// Reads a `contract.StepOutput`.
 pub(crate) fn report(output: &Bound<'_, PyAny>) -> PyResult<Report> {

@@ -15,7 +15,7 @@ pub enum PortError {
         /// Why it failed.
         source: io::Error,
     },
-    /// `serve` was called twice, or after `close`.
+    /// `serve` was called twice, or after `close`; the same holds for what comes before it.
     #[error("the port serves already, or was closed")]
     Serves,
     /// Cache events that do not follow those before.

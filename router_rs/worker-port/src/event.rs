@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::attempt::AttemptId;
+use crate::{attempt::AttemptId, ends::AttemptEnd};
 
 /// What routers and operators want of the worker's process, in order.
 #[derive(Clone, Debug)]
@@ -40,6 +40,8 @@ pub enum Event {
     },
     /// `SetRole`: the role in force, as on the wire.
     RoleChanged(i32),
+    /// Attempts have ended: for the log. Nothing is to be done.
+    Ends(Vec<AttemptEnd>),
     /// The engine says nothing more.
     EngineEnded,
 }

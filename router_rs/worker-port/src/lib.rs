@@ -18,6 +18,7 @@
 mod attempt;
 mod cache_log;
 mod command;
+mod ends;
 mod error;
 mod event;
 mod frames;
@@ -35,6 +36,7 @@ mod tokenizer;
 
 pub use attempt::AttemptId;
 pub use cache_log::{CacheGap, Change};
+pub use ends::AttemptEnd;
 pub use error::PortError;
 pub use event::Event;
 pub use port::Port;

@@ -141,7 +141,7 @@ impl Port {
             listener: Mutex::new(Some(listener)),
             thread: Mutex::new(None),
             stop: watch::Sender::new(false),
-            serves: watch::Sender::new(true),
+            serves: watch::Sender::new(false),
         })
     }
 
@@ -151,11 +151,72 @@ impl Port {
         self.address
     }
 
-    /// Begins to serve, on a thread of its own. `record`: what routers are told.
+    /// Begins to answer, on a thread of its own, while the model is loaded:
+    /// health says NOT_SERVING, `GetInfo` what is known by now, and a router
+    /// that attaches is told to come back. Not needed before [`Port::serve`].
+    ///
+    /// # Errors
+    /// Where it answers already, was closed, or no thread can be started.
+    pub fn load(&self, record: WorkerRecord) -> Result<(), PortError> {
+        self.enter(WorkerPhase::Loading, record, None)
+    }
+
+    /// The model is there, and its first steps are timed: routers may attach,
+    /// and what they place waits. Not needed before [`Port::serve`].
+    ///
+    /// # Errors
+    /// As [`Port::serve`].
+    pub fn warm_up(
+        &self,
+        record: WorkerRecord,
+        tokenizer: TokenizerFiles,
+    ) -> Result<(), PortError> {
+        self.enter(WorkerPhase::WarmingUp, record, Some(tokenizer))
+    }
+
+    /// Begins to serve. `record`: what routers are told.
     ///
     /// # Errors
     /// Where it serves already, was closed, or no thread can be started.
     pub fn serve(&self, record: WorkerRecord, tokenizer: TokenizerFiles) -> Result<(), PortError> {
+        self.enter(WorkerPhase::Serving, record, Some(tokenizer))?;
+        self.serves.send_replace(true);
+        Ok(())
+    }
+
+    /// Phases only go on. The first one starts the thread.
+    fn enter(
+        &self,
+        phase: WorkerPhase,
+        mut record: WorkerRecord,
+        tokenizer: Option<TokenizerFiles>,
+    ) -> Result<(), PortError> {
+        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        let started = thread.is_some();
+        let settings = self.shared.with(|state| {
+            if state.closed || (started && state.phase >= phase) {
+                return Err(PortError::Serves);
+            }
+            if started {
+                // SetRole may have come already.
+                record.role = state.record.role;
+            }
+            state.record = record;
+            state.phase = phase;
+            state.mark_all();
+            Ok(state.settings.clone())
+        })?;
+        if let Some(files) = tokenizer {
+            let known = self.shared.tokenizer.lock();
+            *known.unwrap_or_else(PoisonError::into_inner) = files;
+        }
+        if !started {
+            *thread = Some(self.start_thread(settings)?);
+        }
+        Ok(())
+    }
+
+    fn start_thread(&self, settings: Settings) -> Result<JoinHandle<()>, PortError> {
         let os = |source| PortError::Os {
             what: "start the port's thread".to_owned(),
             source,
@@ -166,15 +227,6 @@ impl Port {
             .unwrap_or_else(PoisonError::into_inner)
             .take();
         let listener = listener.ok_or(PortError::Serves)?;
-        *self
-            .shared
-            .tokenizer
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = tokenizer;
-        let interval = self.shared.with(|state| {
-            state.record = record;
-            state.settings.load_interval
-        });
         // One thread serves a worker: what it sends a step is one write.
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -185,10 +237,10 @@ impl Port {
             listener,
             WorkerHealth(self.serves.subscribe()),
             self.stop.subscribe(),
-            interval,
+            settings,
         );
         let shared = Arc::clone(&self.shared);
-        let thread = std::thread::Builder::new()
+        std::thread::Builder::new()
             .name("kvmesh-port".to_owned())
             .spawn(move || {
                 runtime.block_on(serving);
@@ -198,9 +250,7 @@ impl Port {
                 shared.changed.notify_all();
                 shared.snapshots.notify_all();
             })
-            .map_err(os)?;
-        *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
-        Ok(())
+            .map_err(os)
     }
 
     // -- the engine's side -------------------------------------------------
@@ -356,9 +406,10 @@ impl Port {
         state.running() == 0
     }
 
-    /// Gives what still runs back to its routers.
-    pub fn give_back(&self) {
-        self.shared.with(|state| state.give_back(Instant::now()));
+    /// Gives what still runs back to its routers: the grace has ended.
+    pub fn give_back(&self, grace: Duration) {
+        self.shared
+            .with(|state| state.give_back(grace, Instant::now()));
     }
 
     /// Ends the sessions once their step output has gone, within `linger`, and
@@ -402,7 +453,7 @@ async fn serve(
     listener: TcpListener,
     health: WorkerHealth,
     mut stop: watch::Receiver<bool>,
-    interval: Duration,
+    settings: Settings,
 ) {
     let Ok(listener) = tokio::net::TcpListener::from_std(listener) else {
         return;
@@ -410,7 +461,10 @@ async fn serve(
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     // h2 answers pings at any rate and holds none against a router, so those of
     // a silent prefill are permitted. TLS would be `tls_config` here.
+    // A router that vanished without a word is found by our own.
     let mut server = Server::builder()
+        .http2_keepalive_interval(Some(settings.keep_alive_interval))
+        .http2_keepalive_timeout(Some(settings.keep_alive_timeout))
         .initial_stream_window_size(Some(STREAM_WINDOW))
         .initial_connection_window_size(Some(CONNECTION_WINDOW))
         .add_service(WorkerService(Arc::clone(&shared)))
@@ -427,7 +481,7 @@ async fn serve(
     }
     let server = server.serve_with_incoming(incoming);
     let ticks = async {
-        let mut ticks = tokio::time::interval(interval);
+        let mut ticks = tokio::time::interval(settings.load_interval);
         loop {
             ticks.tick().await;
             shared.with(|state| state.tick(Instant::now()));

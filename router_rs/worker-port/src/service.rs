@@ -13,8 +13,8 @@ use bytes::{BufMut, Bytes};
 use futures_util::Stream;
 use http::{Request, Response};
 use kvmesh_wire::v1::{
-    DrainRequest, DrainResponse, GetInfoRequest, GetInfoResponse, GetTokenizerRequest, Role,
-    RouterFrame, SetRoleRequest, SetRoleResponse,
+    DrainRequest, DrainResponse, GetInfoRequest, GetInfoResponse, GetTokenizerRequest, Residue,
+    Role, RouterFrame, SetRoleRequest, SetRoleResponse, WorkerPhase,
 };
 use prost::Message;
 use tokio::time::{Sleep, sleep_until};
@@ -124,6 +124,9 @@ async fn answer(shared: Arc<Shared>, request: Request<Body>) -> Response<Body> {
         }
         "GetTokenizer" => {
             let call = service_fn(|request: tonic::Request<GetTokenizerRequest>| {
+                if shared.with(|state| state.phase) == WorkerPhase::Loading {
+                    return std::future::ready(Err(loading()));
+                }
                 let files = shared.tokenizer();
                 let messages = files.messages(&request.into_inner().known_digest);
                 let answers = tokio_stream::iter(messages.map(Ok));
@@ -163,6 +166,10 @@ async fn attach(
     mut frames: Streaming<RouterFrame>,
 ) -> Result<tonic::Response<Outgoing>, Status> {
     let hello = command::hello(frames.message().await?)?;
+    if shared.with(|state| state.phase) == WorkerPhase::Loading {
+        // What a session begins with is not known yet.
+        return Err(loading());
+    }
     let key = shared
         .with(|state| (!state.closed).then(|| state.open(&hello, Instant::now())))
         .ok_or_else(|| Status::unavailable("the worker has stopped"))?;
@@ -259,29 +266,38 @@ impl Drop for Outgoing {
 
 /// The record, the load and what is held; the last is known to the process only.
 async fn get_info(shared: Arc<Shared>) -> Result<tonic::Response<GetInfoResponse>, Status> {
-    let residue = shared
-        .ask(|call| Event::InfoWanted { call })
-        .await
-        .ok_or_else(|| Status::unavailable("the worker does not answer"))?;
+    let residue = match shared.with(|state| state.phase) {
+        // Nothing ran yet, and nobody is there to ask.
+        WorkerPhase::Loading | WorkerPhase::WarmingUp => Residue::default(),
+        _ => shared
+            .ask(|call| Event::InfoWanted { call })
+            .await
+            .ok_or_else(|| Status::unavailable("the worker does not answer"))?,
+    };
     let info = shared.with(|state| state.info(residue, Instant::now()));
     Ok(tonic::Response::new(info))
 }
 
 /// Takes no new work; the process ends when idle, if it is asked to.
 fn drain(shared: &Shared, request: &DrainRequest) -> tonic::Response<DrainResponse> {
+    let grace = Duration::from_millis(request.grace_ms.into());
+    let grace = Some(grace).filter(|grace| !grace.is_zero());
     let running = shared.with(|state| {
-        state.drain();
         if request.stop {
-            let grace = Duration::from_millis(request.grace_ms.into());
-            state.tell(Event::Stop {
-                grace: Some(grace).filter(|grace| !grace.is_zero()),
-            });
+            state.drain();
+            state.tell(Event::Stop { grace });
+        } else {
+            state.drain_within(grace.unwrap_or(state.settings.grace), Instant::now());
         }
         state.running()
     });
     tonic::Response::new(DrainResponse {
         running: u32::try_from(running).unwrap_or(u32::MAX),
     })
+}
+
+fn loading() -> Status {
+    Status::unavailable("the worker loads its model")
 }
 
 fn set_role(

@@ -1,7 +1,7 @@
 //! One router's session, but for the stream itself.
 
 use std::{
-    collections::{BTreeSet, VecDeque},
+    collections::{BTreeMap, VecDeque},
     task::Waker,
 };
 
@@ -28,13 +28,20 @@ pub(crate) enum End {
     },
 }
 
+/// An attempt that was placed and has not ended.
+#[derive(Clone, Debug)]
+pub(crate) struct Held {
+    /// The stage that was asked for, as on the wire.
+    pub(crate) stage: i32,
+}
+
 /// A session; entered by its key, which is unique over the life of the worker:
 /// answers to an old session find nobody.
 pub(crate) struct Session {
     pub(crate) router_id: String,
     pub(crate) lanes: Lanes,
     /// Attempts placed here and not ended.
-    pub(crate) attempts: BTreeSet<AttemptId>,
+    pub(crate) attempts: BTreeMap<AttemptId, Held>,
     /// Set once: from then on nothing is taken in.
     pub(crate) end: Option<End>,
     /// Reads the router's commands.
@@ -52,7 +59,7 @@ impl Session {
         Self {
             router_id,
             lanes: Lanes::new(next_event),
-            attempts: BTreeSet::new(),
+            attempts: BTreeMap::new(),
             end: None,
             reader: None,
             waker: None,
@@ -74,8 +81,8 @@ impl Session {
     }
 
     /// A place was handed to the engine; its number counts once it is answered.
-    pub(crate) fn placed(&mut self, number: u64, attempt: AttemptId) {
-        self.attempts.insert(attempt.clone());
+    pub(crate) fn placed(&mut self, number: u64, attempt: AttemptId, stage: i32) {
+        self.attempts.insert(attempt.clone(), Held { stage });
         if number > 0 {
             self.pending.push_back((number, attempt));
         }
@@ -102,10 +109,9 @@ impl Session {
         }
     }
 
-    /// The engine ended a stage.
-    pub(crate) fn ended(&mut self, end: &StageEnd) {
-        if let Some(attempt) = end.attempt_id() {
-            self.attempts.remove(&attempt);
-        }
+    /// A stage ended. False: that was known, or it names no attempt.
+    pub(crate) fn ended(&mut self, end: &StageEnd) -> bool {
+        end.attempt_id()
+            .is_some_and(|attempt| self.attempts.remove(&attempt).is_some())
     }
 }

@@ -19,6 +19,14 @@ pub struct Settings {
     pub load_interval: Duration,
     /// Shortest time between two load reports.
     pub load_coalesce: Duration,
+    /// How often a router's connection is pinged.
+    pub keep_alive_interval: Duration,
+    /// A connection that answers no ping for this long is closed.
+    pub keep_alive_timeout: Duration,
+    /// Time for running work after a `Drain` that names none.
+    pub grace: Duration,
+    /// Tell the process of every attempt's end; else only of those that went wrong.
+    pub tell_all_ends: bool,
 }
 
 impl Default for Settings {
@@ -31,6 +39,10 @@ impl Default for Settings {
             snapshot_interval: Duration::from_millis(5),
             load_interval: Duration::from_millis(250),
             load_coalesce: Duration::from_millis(5),
+            keep_alive_interval: Duration::from_secs(10),
+            keep_alive_timeout: Duration::from_secs(10),
+            grace: Duration::from_secs(30),
+            tell_all_ends: false,
         }
     }
 }

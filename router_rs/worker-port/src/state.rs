@@ -7,7 +7,7 @@ use std::{
     collections::{HashMap, VecDeque},
     mem,
     task::Waker,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -23,13 +23,14 @@ use crate::{
     attempt::{AttemptId, NamesAttempt},
     cache_log::{CacheLog, Change},
     command,
+    ends::AttemptEnd,
     error::PortError,
     event::Event,
     frames::{encode_step, step_frames},
     lanes::Next,
     load::EngineState,
     report::{Part, Report},
-    session::{End, Session},
+    session::{End, Held, Session},
     settings::Settings,
 };
 
@@ -61,6 +62,8 @@ pub(crate) struct State {
     pub(crate) record: WorkerRecord,
     pub(crate) draining: bool,
     pub(crate) phase: WorkerPhase,
+    /// When what still runs goes back to its routers, and the grace it had.
+    grace: Option<(Instant, Duration)>,
     pub(crate) sessions: HashMap<String, Session>,
     by_router: HashMap<String, String>,
     opened: u64,
@@ -80,7 +83,8 @@ impl State {
             settings,
             record: WorkerRecord::default(),
             draining: false,
-            phase: WorkerPhase::Serving,
+            phase: WorkerPhase::Loading,
+            grace: None,
             sessions: HashMap::new(),
             by_router: HashMap::new(),
             opened: 0,
@@ -166,7 +170,7 @@ impl State {
             reader.abort();
         }
         self.wakers.extend(session.waker.take());
-        let orphans: Vec<_> = std::mem::take(&mut session.attempts).into_iter().collect();
+        let orphans: Vec<_> = std::mem::take(&mut session.attempts).into_keys().collect();
         if self
             .by_router
             .get(&session.router_id)
@@ -175,7 +179,10 @@ impl State {
             self.by_router.remove(&session.router_id);
         }
         if !orphans.is_empty() {
+            let ends = orphans.iter().cloned();
+            let ends = ends.map(|id| AttemptEnd::session_ended(key, id)).collect();
             self.tell(Event::Cancelled(orphans));
+            self.tell(Event::Ends(ends));
         }
     }
 
@@ -281,6 +288,9 @@ impl State {
         }
         self.mark_all();
         self.close_slow(now);
+        if let Some((_, grace)) = self.grace.filter(|(ends, _)| *ends <= now) {
+            self.give_back(grace, now);
+        }
     }
 
     fn close_slow(&mut self, now: Instant) {
@@ -353,8 +363,14 @@ impl State {
         for opening in &part.openings {
             session.opened(opening);
         }
+        let mut ends = Vec::new();
         for end in &part.ends {
-            session.ended(end);
+            if session.ended(end) {
+                ends.extend(AttemptEnd::of(key, end));
+            }
+        }
+        if !self.settings.tell_all_ends {
+            ends.retain(|end| !end.is_ordinary());
         }
         let load = if session.lanes.load_is_due(&self.settings, now) {
             session.lanes.load_goes(now);
@@ -370,7 +386,11 @@ impl State {
             session.lanes.push(frame, now);
         }
         self.wakers.extend(session.waker.take());
-        if session.lanes.problem(&self.settings, now).is_some() {
+        let slow = session.lanes.problem(&self.settings, now).is_some();
+        if !ends.is_empty() {
+            self.tell(Event::Ends(ends));
+        }
+        if slow {
             self.close_slow(now);
         }
     }
@@ -418,7 +438,7 @@ impl State {
                     };
                     self.push_part(key, 0, part, None, now);
                 } else {
-                    session.placed(number, attempt);
+                    session.placed(number, attempt, place.stage);
                     self.commands += 1;
                     let continuation = place.continuation.as_mut();
                     let prompt_ids = continuation.map(|asked| mem::take(&mut asked.prompt_ids));
@@ -491,22 +511,27 @@ impl State {
         self.mark_all();
     }
 
+    /// Takes no new work; what still runs after the grace goes back.
+    pub(crate) fn drain_within(&mut self, grace: Duration, now: Instant) {
+        self.drain();
+        self.grace = now.checked_add(grace).map(|ends| (ends, grace));
+    }
+
     /// Gives running work back to its routers: the grace time has ended.
-    pub(crate) fn give_back(&mut self, now: Instant) {
+    pub(crate) fn give_back(&mut self, grace: Duration, now: Instant) {
+        self.grace = None;
         let keys: Vec<_> = self.sessions.keys().cloned().collect();
         for key in keys {
-            let attempts: Vec<_> = match self.sessions.get(&key) {
-                Some(session) if !session.attempts.is_empty() => {
-                    session.attempts.iter().cloned().collect()
-                }
+            let held = match self.sessions.get(&key) {
+                Some(session) if !session.attempts.is_empty() => session.attempts.clone(),
                 _ => continue,
             };
             let part = Part {
-                ends: attempts.iter().map(returned).collect(),
+                ends: held.iter().map(|id| returned(id, grace)).collect(),
                 ..Part::default()
             };
             self.push_part(&key, 0, part, None, now);
-            self.tell(Event::Cancelled(attempts));
+            self.tell(Event::Cancelled(held.into_keys().collect()));
         }
     }
 
@@ -556,21 +581,25 @@ pub(crate) fn ended(status: Status) -> End {
 /// Attempts that a cancel names: the one, and those of the generation before it.
 fn named(session: &Session, cancel: &Cancel) -> Result<Vec<AttemptId>, Status> {
     let last = cancel.attempt_id().ok_or_else(command::unnamed)?;
-    let held = session.attempts.iter();
+    let held = session.attempts.keys();
     Ok(held
         .filter(|id| id.generation == last.generation && **id <= last)
         .cloned()
         .collect())
 }
 
-fn returned(attempt: &AttemptId) -> StageEnd {
+fn returned((attempt, held): (&AttemptId, &Held), grace: Duration) -> StageEnd {
     StageEnd {
         generation: Bytes::copy_from_slice(&attempt.generation),
         owner: attempt.owner,
         attempt: attempt.attempt,
+        stage: held.stage,
         end: Some(stage_end::End::Returned(Returned {
             reason: RefusalReason::Draining.into(),
-            message: "the worker's grace time ended".to_owned(),
+            message: format!(
+                "the worker drains, and its grace of {} s has ended",
+                grace.as_secs_f64()
+            ),
         })),
         ..StageEnd::default()
     }

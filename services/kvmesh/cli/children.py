@@ -135,13 +135,20 @@ class Children:
         for key, _ in self._selector.select(timeout_s):
             self._read(key.data)
 
-    def wait_for(self, child: Child, prefix: str) -> str:
-        """Waits for a line with a prefix; what follows the prefix."""
+    def wait_for(self, child: Child, prefix: str, until: float | None = None) -> str:
+        """Waits for a line with a prefix; what follows the prefix.
+
+        `until`: a time of `time.monotonic`; raises `TimeoutError` when it comes first.
+        """
         while True:
             for line in child.said:
                 if line.startswith(prefix):
                     return line[len(prefix) :].strip()
-            self.wait()
+            left = None if until is None else until - monotonic()
+            if left is not None and left <= 0:
+                last = f"; it said last: {child.said[-1]}" if child.said else ""
+                raise TimeoutError(f"{child.name} has not said {prefix.strip()!r}{last}")
+            self.wait(left)
 
     def _read(self, child: Child) -> None:
         data = os.read(child.pipe, 65_536)

@@ -106,15 +106,26 @@ def _start(plan: Plan, children: Children, data: Path) -> Cluster:
                 "--worker-id", name, "--grace-s", "2",
             ]  # fmt: skip
             workers.append(children.spawn(name, command, announce=True))
-    endpoint = children.wait_for(router, "listening on ")
-    for worker in workers:
-        children.wait_for(worker, f"worker {worker.name}: serving")
-    cluster = Cluster(plan, children, endpoint, etcd, data / "logs", router, workers)
-    _wait_ready(cluster)
+    logs = data / "logs"
+    until = time.monotonic() + plan.ready_timeout_s
+    try:
+        endpoint = children.wait_for(router, "listening on ", until)
+        for worker in workers:
+            children.wait_for(worker, f"worker {worker.name}: serving", until)
+    except TimeoutError as late:
+        raise _not_ready(plan, str(late), logs) from late
+    cluster = Cluster(plan, children, endpoint, etcd, logs, router, workers)
+    _wait_ready(cluster, until)
     return cluster
 
 
-def _wait_ready(cluster: Cluster) -> None:
+def _not_ready(plan: Plan, state: str, logs: Path) -> UsageError:
+    return UsageError(
+        f"the cluster is not ready after {plan.ready_timeout_s:g} s: {state}; logs are in {logs}"
+    )
+
+
+def _wait_ready(cluster: Cluster, until: float) -> None:
     """Waits until the router has a live session with every worker.
 
     Asks the router, and listens to the children between two questions.
@@ -123,7 +134,6 @@ def _wait_ready(cluster: Cluster) -> None:
 
     from kvmesh.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
-    until = time.monotonic() + cluster.plan.ready_timeout_s
     names = {worker.name for worker in cluster.workers}
     with grpc.insecure_channel(cluster.endpoint) as channel:
         admin = admin_pb2_grpc.AdminStub(channel)
@@ -147,7 +157,4 @@ def _wait_ready(cluster: Cluster) -> None:
             except grpc.RpcError as error:
                 state = f"the router says {error.code().name}: {error.details()}"
             cluster.children.wait(_POLL_S)
-    raise UsageError(
-        f"the cluster is not ready after {cluster.plan.ready_timeout_s:.0f} s: {state}; "
-        f"logs are in {cluster.logs}"
-    )
+    raise _not_ready(cluster.plan, state, cluster.logs)

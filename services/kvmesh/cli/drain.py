@@ -9,8 +9,9 @@ from kvmesh.cli.client import CONNECTION
 from kvmesh.cli.settings import add_settings
 
 _EPILOG = """\
-The worker takes nothing new and finishes what it has. Refused where that would leave
-a role empty, unless --force is given.
+The worker takes nothing new and finishes what it has. What still runs when the grace
+ends goes back to its router, which places it anew; the worker's log says which. Refused
+where that would leave a role empty, unless --force is given.
 """
 
 
@@ -18,7 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which worker, and how long."""
     parser.epilog = _EPILOG
     parser.add_argument("worker", metavar="WORKER", help="its id, as `kvmesh workers` shows it")
-    parser.add_argument("--grace-s", type=float, default=0.0, help="seconds for running work")
+    parser.add_argument(
+        "--grace-s",
+        type=float,
+        default=0.0,
+        help="seconds for running work; 0: the worker's own grace_s",
+    )
     parser.add_argument("--stop", action="store_true", help="end its process when nothing runs")
     parser.add_argument("--force", action="store_true", help="even if a role is left empty")
     add_settings(parser, CONNECTION)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kvmesh.cli import client, router, up, worker
+from kvmesh.cli import client, router, up, worker, workers
 from kvmesh.cli.settings import Setting
 
 _HEAD = """\
@@ -34,9 +34,9 @@ from a file without sections.
 """
 
 
-def page() -> str:
-    """The whole page."""
-    sections = (
+def sections() -> tuple[tuple[str, str, Iterable[Setting]], ...]:
+    """Each section: name, who uses it, and its settings."""
+    return (
         ("router", "`kvmesh router`: section `[router]`.", router.settings()),
         ("worker", "`kvmesh worker`: section `[worker]`.", worker.settings()),
         ("up", "`kvmesh up`: section `[up]`.", up.SETTINGS),
@@ -44,10 +44,14 @@ def page() -> str:
             "client",
             "`kvmesh chat`, `generate`, `workers`, `drain`, `role`, `planner`, `explain`: "
             "section `[client]`.",
-            client.CONNECTION + client.SAMPLING,
+            client.CONNECTION + client.SAMPLING + workers.ETCD_ACCESS,
         ),
     )
-    parts = [_HEAD, *(_section(*section) for section in sections)]
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [_HEAD, *(_section(*section) for section in sections())]
     return "\n".join(parts)
 
 

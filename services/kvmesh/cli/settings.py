@@ -9,11 +9,22 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+SECTIONS = ("router", "worker", "up", "client")
+"""Sections of a file."""
+
+OTHER_VARIABLES = frozenset(
+    f"KVMESH_{name}"
+    for name in ("CONFIG", "CACHE", "VENV", "ETCD_BIN", "ETCD", "CLUSTER", "HISTORIES")
+)
+"""Variables that are no setting of a command: of the model cache, of `up`, of the
+Makefile and of tests."""
 
 
 class UsageError(Exception):
@@ -76,12 +87,15 @@ def merged(
 ) -> dict[str, Any]:
     """The settings that were given, the strongest source of each.
 
-    Raises `UsageError` for a file that cannot be read and for a key that is no
-    setting.
+    Raises `UsageError` for a file that cannot be read, and for a section or a key
+    that nobody has. A variable that nobody has is warned of: it may be another
+    program's.
     """
     known = {setting.name: setting for setting in settings}
     values = _from_file(section, known, args, environment)
     environment = os.environ if environment is None else environment
+    for text in unknown_variables(environment, known.values()):
+        print(f"kvmesh {getattr(args, 'command', section)}: {text}", file=sys.stderr)
     for name, setting in known.items():
         if not setting.flag_only and environment.get(setting.variable):
             values[name] = environment[setting.variable]
@@ -108,6 +122,7 @@ def _from_file(
         raise UsageError(f"config is {name!r}, which cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"config is {name!r}, which is not TOML: {error}") from error
+    _check_sections(name, content)
     found = content.get(section, {})
     if not isinstance(found, dict):
         raise UsageError(f"{name}: {section} is {found!r}; allowed is a section [{section}]")
@@ -119,6 +134,37 @@ def _from_file(
                 f"allowed are {', '.join(allowed)}"
             )
     return dict(found)
+
+
+def _check_sections(name: str, content: Mapping[str, Any]) -> None:
+    for key, value in content.items():
+        if key in SECTIONS:
+            continue
+        sections = ", ".join(f"[{section}]" for section in SECTIONS)
+        if isinstance(value, dict):
+            raise UsageError(
+                f"{name}: [{key}] is no section{_guess(key, SECTIONS)}; allowed are {sections}"
+            )
+        raise UsageError(f"{name}: {key} stands in no section; allowed are {sections}")
+
+
+def unknown_variables(
+    environment: Mapping[str, str], settings: Iterable[Setting] = ()
+) -> list[str]:
+    """A sentence for each variable KVMESH_* that no command has. Of `settings` it is known."""
+    own = {setting.variable for setting in settings} | OTHER_VARIABLES
+    strangers = [name for name in environment if name.startswith("KVMESH_") and name not in own]
+    if not strangers:
+        # As it is nearly always: then the other commands' settings need not be loaded.
+        return []
+    from kvmesh.cli.reference import sections
+
+    known = own | {s.variable for _, _, others in sections() for s in others}
+    return [
+        f"{name} is no setting of any command{_guess(name, known)}; it is not used"
+        for name in sorted(strangers)
+        if name not in known
+    ]
 
 
 def _guess(key: str, allowed: Iterable[str]) -> str:

@@ -37,9 +37,12 @@ def run(args: argparse.Namespace) -> int:
         from kvmesh.worker.settings import SettingError, WorkerSettings
     except ModuleNotFoundError as error:
         raise _missing(error) from error
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         chosen = WorkerSettings.from_mapping(values)
+        logging.basicConfig(
+            level=chosen.log_level.upper(),
+            format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        )
         from kvmesh._router import WorkerIdTakenError
         from kvmesh.worker.serve import main
     except SettingError as error:

@@ -9,16 +9,27 @@ from typing import TYPE_CHECKING
 from kvmesh.cli.admin import call_admin, print_table
 from kvmesh.cli.client import CONNECTION
 from kvmesh.cli.settings import Setting, UsageError, add_settings, endpoints, merged
+from kvmesh.etcd_access import EtcdAccess
 from kvmesh.roles import role_name
 
 if TYPE_CHECKING:
     from kvmesh.v1 import admin_pb2
     from kvmesh.v1 import worker_pb2 as wire
 
+ETCD_ACCESS = (
+    Setting("etcd_ca", "speak TLS to etcd, trusting the roots in this PEM file", metavar="FILE"),
+    Setting("etcd_cert", "PEM file of our certificate for etcd", metavar="FILE"),
+    Setting("etcd_key", "PEM file of that certificate's key", metavar="FILE"),
+    Setting("etcd_server_name", "name in etcd's certificate, where its address is another"),
+    Setting("etcd_user", "user at etcd"),
+    Setting("etcd_password", "password at etcd; best given by its variable"),
+)
+
 REGISTRY = (
     Setting("etcd", "ask etcd at host:port,… who is registered, not a router who works",
             flag_only=True),
     Setting("cluster", "name of the cluster; with --etcd", default="default"),
+    *ETCD_ACCESS,
 )  # fmt: skip
 
 _EPILOG = """\
@@ -87,7 +98,9 @@ def _registered(args: argparse.Namespace) -> int:
     values = merged("client", REGISTRY, args)
     where = endpoints(values["etcd"])
     try:
-        found = list_workers(where, values.get("cluster") or "default")
+        access_names = [setting.name for setting in ETCD_ACCESS]
+        access = EtcdAccess(**{name: str(values.get(name, "")) for name in access_names})
+        found = list_workers(where, values.get("cluster") or "default", **access.arguments())
     except RegistryUnreachableError as error:
         raise UsageError(f"etcd is {','.join(where)}: {error}") from error
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""A worker's life: load, serve, register; drain and end."""
+"""A worker's life: answer, load, warm up, serve, register; drain and end."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from contextlib import ExitStack
 
 import kvmesh
 from kvmesh._router import WorkerPort, WorkerRegistration
+from kvmesh.engine.contract import Engine
+from kvmesh.etcd_access import EtcdArguments
 from kvmesh.roles import role_number
 from kvmesh.v1 import worker_pb2 as wire
 from kvmesh.worker.engines import BuiltEngine, build_engine
 from kvmesh.worker.service import WorkerService
-from kvmesh.worker.settings import WorkerSettings, split_address
+from kvmesh.worker.settings import SettingError, WorkerSettings, split_address
 
 _log = logging.getLogger(__name__)
 
@@ -42,50 +44,53 @@ async def serve(settings: WorkerSettings, announce: Callable[[str], None]) -> in
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.stop)
 
+    access = _etcd_access(settings)
     worker_id = settings.resolved_worker_id()
     incarnation = secrets.randbits(63) | 1
     started = time.monotonic()
     announce(f"worker {worker_id}: loading {settings.model} with engine {settings.engine}")
-    built = await asyncio.to_thread(build_engine, settings, worker_id, incarnation, announce)
-    engine = built.engine
     port = _port(settings)
-    record = _record(settings, built, worker_id, incarnation, port.port)
-    service = WorkerService(engine, port, record)
-    service.on_stop = lambda grace_s: loop.call_soon_threadsafe(told.stop, grace_s)
-    service.on_role = lambda: loop.call_soon_threadsafe(told.role.set)
-    service.on_engine_end = lambda: loop.call_soon_threadsafe(told.fail)
+    record = _record(settings, worker_id, incarnation, port.port)
+    service: WorkerService | None = None
+    engine: Engine | None = None
     try:
+        # Health answers from the first moment on; nothing of it waits for the model.
+        port.load(record.SerializeToString())
+        announce(f"worker {worker_id}: answering health on {record.address}")
+        built = await asyncio.to_thread(build_engine, settings, worker_id, incarnation, announce)
+        engine = built.engine
+        _complete(record, settings, built)
+        tokenizer = list(built.tokenizer.files.items()), built.tokenizer.digest
+        port.warm_up(record.SerializeToString(), *tokenizer)
         await asyncio.to_thread(engine.start, port)
         record.step_model.CopyFrom(engine.step_model())
         record.capabilities.CopyFrom(engine.capabilities())
+        port.serve(record.SerializeToString(), *tokenizer)
+        service = WorkerService(engine, port, record)
+        service.on_stop = lambda grace_s: loop.call_soon_threadsafe(told.stop, grace_s)
+        service.on_role = lambda: loop.call_soon_threadsafe(told.role.set)
+        service.on_engine_end = lambda: loop.call_soon_threadsafe(told.fail)
         service.start()
-        port.serve(
-            record.SerializeToString(), list(built.tokenizer.files.items()), built.tokenizer.digest
-        )
         announce(
             f"worker {worker_id}: serving {record.model.name} on {record.address} "
             f"after {time.monotonic() - started:.1f} s"
         )
         with ExitStack() as stack:
-            registration = await asyncio.to_thread(_register, settings, record, stack)
-            roles = asyncio.create_task(_follow_role(record, told, registration), name="role")
-            try:
-                await asyncio.wait([told.stopped, roles], return_when=asyncio.FIRST_COMPLETED)
-                # A role that cannot be written is a failure, as an engine that ended.
-                await (roles if roles.done() else told.stopped)
-                port.begin_stop()
-                announce(f"worker {worker_id}: draining, {port.running()} running")
-                # The streams that still run need their tokens until the grace ends.
-                if not await asyncio.to_thread(port.wait_idle, told.grace_s):
-                    _log.warning("grace ended running=%d", port.running())
-                    port.give_back()
-            finally:
-                roles.cancel()
-                await asyncio.gather(roles, return_exceptions=True)
+            registration = await asyncio.to_thread(_register, settings, access, record, stack)
+            await _until_told(record, told, registration)
+            port.begin_stop()
+            announce(f"worker {worker_id}: draining, {port.running()} running")
+            # The streams that still run need their tokens until the grace ends.
+            if not await asyncio.to_thread(port.wait_idle, told.grace_s):
+                # A line each follows: which, and why.
+                _log.warning("grace ended grace_s=%g running=%d", told.grace_s, port.running())
+                port.give_back(told.grace_s)
     finally:
         await asyncio.to_thread(port.close, _LINGER_S)
-        await engine.close()
-        await asyncio.to_thread(service.join)
+        if engine is not None:
+            await engine.close()
+        if service is not None:
+            await asyncio.to_thread(service.join)
         announce(f"worker {worker_id}: stopped")
     return 0
 
@@ -111,6 +116,20 @@ class _Told:
             self.stopped.set_exception(RuntimeError("the engine has ended"))
 
 
+async def _until_told(
+    record: wire.WorkerRecord, told: _Told, registration: WorkerRegistration | None
+) -> None:
+    """Waits for the end, and keeps the registry up to date meanwhile."""
+    roles = asyncio.create_task(_follow_role(record, told, registration), name="role")
+    try:
+        await asyncio.wait([told.stopped, roles], return_when=asyncio.FIRST_COMPLETED)
+        # A role that cannot be written is a failure, as an engine that ended.
+        await (roles if roles.done() else told.stopped)
+    finally:
+        roles.cancel()
+        await asyncio.gather(roles, return_exceptions=True)
+
+
 async def _follow_role(
     record: wire.WorkerRecord, told: _Told, registration: WorkerRegistration | None
 ) -> None:
@@ -132,39 +151,58 @@ def _port(settings: WorkerSettings) -> WorkerPort:
         snapshot_interval_ms=settings.snapshot_interval_ms,
         load_interval_ms=settings.load_interval_ms,
         load_coalesce_ms=settings.load_coalesce_ms,
+        keep_alive_interval_s=settings.keep_alive_interval_s,
+        keep_alive_timeout_s=settings.keep_alive_timeout_s,
+        grace_s=settings.grace_s,
+        tell_all_ends=_log.isEnabledFor(logging.DEBUG),
     )
 
 
+def _etcd_access(settings: WorkerSettings) -> EtcdArguments:
+    """Reads the files: a wrong name is told before the model is loaded."""
+    try:
+        return settings.etcd_access().arguments()
+    except ValueError as error:
+        raise SettingError(str(error)) from error
+
+
 def _register(
-    settings: WorkerSettings, record: wire.WorkerRecord, stack: ExitStack
+    settings: WorkerSettings, access: EtcdArguments, record: wire.WorkerRecord, stack: ExitStack
 ) -> WorkerRegistration | None:
     if not settings.etcd:
         return None
     registration = WorkerRegistration(
-        list(settings.etcd), settings.cluster, record.SerializeToString(), settings.lease_ttl_s
+        list(settings.etcd),
+        settings.cluster,
+        record.SerializeToString(),
+        settings.lease_ttl_s,
+        **access,
     )
     stack.callback(registration.close)
     return registration
 
 
 def _record(
-    settings: WorkerSettings, built: BuiltEngine, worker_id: str, incarnation: int, port: int
+    settings: WorkerSettings, worker_id: str, incarnation: int, port: int
 ) -> wire.WorkerRecord:
+    """What is known before the model is loaded."""
     host, _ = split_address("listen", settings.listen)
     host = settings.advertise_host or host
-    model = wire.ModelRecord()
-    model.CopyFrom(built.model)
-    model.tokenizer_digest = built.tokenizer.digest
-    if settings.served_name:
-        model.name = settings.served_name
     return wire.WorkerRecord(
         worker_id=worker_id,
         incarnation=incarnation,
         address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
-        transfer_address=built.engine.transfer_address,
         role=role_number(settings.role),
-        model=model,
-        capabilities=built.engine.capabilities(),
         version=kvmesh.__version__,
         labels=settings.labels,
     )
+
+
+def _complete(record: wire.WorkerRecord, settings: WorkerSettings, built: BuiltEngine) -> None:
+    """Adds what the loaded model says."""
+    record.transfer_address = built.engine.transfer_address
+    record.model.CopyFrom(built.model)
+    record.model.tokenizer_digest = built.tokenizer.digest
+    if settings.served_name:
+        record.model.name = settings.served_name
+    record.capabilities.CopyFrom(built.engine.capabilities())

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 from kvmesh._router import (
     Ended,
+    EndsTold,
     EngineEnded,
     HandOverAsked,
     InfoWanted,
@@ -38,6 +39,22 @@ _WAIT_S = 60.0
 
 _SNAPSHOT_NICENESS = 10
 """A router that knows nothing has no hurry; the streams beside it have."""
+
+
+_ORDINARY_ENDS = frozenset({"finished", "handed_off", "cancelled"})
+
+
+def _log_ends(told: EndsTold) -> None:
+    """One line an attempt that has ended; nothing of prompt or output."""
+    for session, generation, owner, attempt, stage, end, why in told.ends:
+        level = logging.DEBUG if end in _ORDINARY_ENDS else logging.INFO
+        if end == "failed":
+            level = logging.WARNING
+        _log.log(
+            level,
+            "attempt ended generation=%s owner=%d attempt=%d stage=%s end=%s session=%s why=%r",
+            generation.hex(), owner, attempt, stage or "-", end, session, why,
+        )  # fmt: skip
 
 
 class WorkerService:
@@ -100,6 +117,8 @@ class WorkerService:
                 self.record.role = cast("wire.Role", event.role)
                 _log.info("role changed role=%s", wire.Role.Name(self.record.role))
                 self.on_role()
+            case EndsTold():
+                _log_ends(event)
             case EngineEnded():
                 self.on_engine_end()
 

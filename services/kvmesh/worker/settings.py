@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
+from kvmesh.etcd_access import ETCD_ACCESS, EtcdAccess
 from kvmesh.roles import ROLES
 
 ENGINES = ("torch", "sim")
 LIKE = ("kvmesh", "vllm")
+LOG_LEVELS = ("error", "warn", "info", "debug")
 DType = Literal["float32", "float16", "bfloat16"]
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -44,18 +46,37 @@ class WorkerSettings:
     """Address of the transfer port; port 0 takes a free one."""
     transfer_tcp: bool = False
     """Move KV by TCP also between workers of one host, not by shared memory."""
+    transfer_lease_s: float = 10.0
+    """How long offered KV stays pinned after the receiver's last sign of life, seconds."""
+    offer_timeout_s: float = 2.0
+    """How long a pull of KV waits for its offer, seconds."""
     advertise_host: str = ""
     """Host that others reach this worker by. Empty: the host of `listen`."""
     insecure: bool = False
     """Allow plain text on an address that is not loopback."""
     etcd: tuple[str, ...] = ()
     """etcd endpoints, "host:port". Empty: not registered; routers must be told."""
+    etcd_ca: str = ""
+    """PEM file of the authorities that etcd's certificate must come from. Given: etcd is
+    spoken to over TLS."""
+    etcd_cert: str = ""
+    """PEM file of this worker's certificate for etcd. Needs etcd_key and etcd_ca."""
+    etcd_key: str = ""
+    """PEM file of that certificate's key."""
+    etcd_server_name: str = ""
+    """Name that etcd's certificate has, where it is not the one in etcd's address."""
+    etcd_user: str = ""
+    """User at etcd. Needs etcd_password."""
+    etcd_password: str = field(default="", repr=False)
+    """Password at etcd. Best given by its variable: flags can be read by everyone on the
+    machine."""
     cluster: str = "default"
     """Name of the cluster: part of the keys in etcd."""
     lease_ttl_s: int = 10
     """How long a record outlives the last sign of life, seconds."""
     grace_s: float = 30.0
-    """Time for running work after SIGTERM or a drain that stops, seconds."""
+    """Time for running work after SIGTERM or a drain that names no other, seconds. What
+    still runs then goes back to its routers."""
     kv_pool_tokens: int = 32_768
     """Size of the KV pool, in tokens."""
     huge_pages: bool = True
@@ -83,6 +104,13 @@ class WorkerSettings:
     """Longest time between two load reports, milliseconds."""
     load_coalesce_ms: float = 5.0
     """Shortest time between two load reports, milliseconds."""
+    keep_alive_interval_s: float = 10.0
+    """A router's connection is pinged this often, seconds."""
+    keep_alive_timeout_s: float = 10.0
+    """A router's connection that answers no ping for this long is closed, seconds."""
+    log_level: str = "info"
+    """Level of log lines: error, warn, info, debug. An attempt that goes wrong here is
+    a line of info or above, any other attempt's end one of debug."""
     switch_interval_ms: float = 1.0
     """Python's thread switch interval: engine thread and others share the GIL."""
     like: str = ""
@@ -94,6 +122,8 @@ class WorkerSettings:
         self._one_of("role", self.role, ROLES)
         self._one_of("engine", self.engine, ENGINES)
         self._one_of("dtype", self.dtype, get_args(DType))
+        self._one_of("log_level", self.log_level, LOG_LEVELS)
+        self._check_etcd()
         if self.like:
             self._one_of("like", self.like, LIKE)
             if self.engine != "sim":
@@ -115,11 +145,22 @@ class WorkerSettings:
         positive = (
             "lease_ttl_s", "kv_pool_tokens", "threads", "step_lane_bytes", "step_lane_age_s",
             "cache_ring_events", "cache_coalesce_ms", "snapshot_interval_ms", "load_interval_ms",
-            "load_coalesce_ms", "switch_interval_ms",
+            "load_coalesce_ms", "switch_interval_ms", "keep_alive_interval_s",
+            "keep_alive_timeout_s", "transfer_lease_s", "offer_timeout_s",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:
                 raise SettingError(f"{name} is {getattr(self, name)}; allowed is more than 0")
+
+    def _check_etcd(self) -> None:
+        try:
+            self.etcd_access()
+        except ValueError as error:
+            raise SettingError(str(error)) from error
+
+    def etcd_access(self) -> EtcdAccess:
+        """How etcd is reached. Raises ValueError."""
+        return EtcdAccess(**{name: getattr(self, name) for name in ETCD_ACCESS})
 
     @staticmethod
     def _one_of(name: str, value: str, allowed: Any) -> None:

@@ -74,6 +74,8 @@ def build(
             listen=settings.transfer_listen,
             advertise=settings.advertise_host,
             shared_memory=not settings.transfer_tcp,
+            lease_s=settings.transfer_lease_s,
+            offer_timeout_s=settings.offer_timeout_s,
         ),
     )
     progress(engine.describe_memory())
