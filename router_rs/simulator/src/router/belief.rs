@@ -88,7 +88,7 @@ pub(super) fn view(slot: usize, role: Role, settings: &Settings) -> WorkerView {
             max_batch: profile.max_batch,
             context_length: profile.context_length,
         }),
-        step: profile.step_model(1.0),
+        step: settings.believed(),
         load,
         booked: Work::default(),
         prompts: Vec::new(),
