@@ -658,6 +658,7 @@ class WorkerPort:
         snapshot_interval_ms: float = 5.0,
         load_interval_ms: float = 250.0,
         load_coalesce_ms: float = 5.0,
+        load_delay_ms: float = 0.0,
     ) -> WorkerPort:
         """Binds "host:port", port 0 a free one. Raises OSError, ValueError."""
 

@@ -166,7 +166,7 @@ impl PyWorkerPort {
     #[pyo3(signature = (
         listen, *, step_lane_bytes=8_388_608, step_lane_age_s=10.0, cache_ring_events=65_536,
         cache_coalesce_ms=20.0, snapshot_interval_ms=5.0, load_interval_ms=250.0,
-        load_coalesce_ms=5.0,
+        load_coalesce_ms=5.0, load_delay_ms=0.0,
     ))]
     #[allow(clippy::too_many_arguments)]
     fn new(
@@ -179,6 +179,7 @@ impl PyWorkerPort {
         snapshot_interval_ms: f64,
         load_interval_ms: f64,
         load_coalesce_ms: f64,
+        load_delay_ms: f64,
     ) -> PyResult<Self> {
         let ms = |name, value: f64| seconds(name, value / 1_000.0);
         let settings = Settings {
@@ -189,6 +190,7 @@ impl PyWorkerPort {
             snapshot_interval: ms("snapshot_interval_ms", snapshot_interval_ms)?,
             load_interval: ms("load_interval_ms", load_interval_ms)?,
             load_coalesce: ms("load_coalesce_ms", load_coalesce_ms)?,
+            load_delay: ms("load_delay_ms", load_delay_ms)?,
         };
         if settings.load_interval.is_zero() {
             return Err(PyValueError::new_err(

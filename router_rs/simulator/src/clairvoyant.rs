@@ -33,7 +33,13 @@ pub(crate) fn choose<'a>(
             let mut with = there.clone();
             with.submit(sequence(stage));
             let with = first_tokens_ms(with, trace, now_ms, left_ms);
-            with - first_tokens_ms(there.clone(), trace, now_ms, left_ms)
+            let without = first_tokens_ms(there.clone(), trace, now_ms, left_ms);
+            // Where those that wait have no room for ever, one more has none.
+            if without.is_finite() {
+                with - without
+            } else {
+                f64::INFINITY
+            }
         });
         // Plans come cheapest first: among equals the first stays.
         if cost < best.0 - 1e-9 {
@@ -47,6 +53,9 @@ pub(crate) fn choose<'a>(
 /// now. `left_ms`: until the step that runs ends.
 fn first_tokens_ms(mut engine: Engine, trace: &Trace, now_ms: f64, left_ms: f64) -> f64 {
     let mut waiting = engine.waiting();
+    if waiting == 0 {
+        return 0.0;
+    }
     let (mut after_ms, mut sum) = (left_ms, 0.0);
     let mut outcomes = Vec::new();
     if !engine.running() {

@@ -19,6 +19,9 @@ pub struct Settings {
     pub load_interval: Duration,
     /// Shortest time between two load reports.
     pub load_coalesce: Duration,
+    /// How much later than it was true each load report goes. For trials of what
+    /// late news costs.
+    pub load_delay: Duration,
 }
 
 impl Default for Settings {
@@ -31,6 +34,7 @@ impl Default for Settings {
             snapshot_interval: Duration::from_millis(5),
             load_interval: Duration::from_millis(250),
             load_coalesce: Duration::from_millis(5),
+            load_delay: Duration::ZERO,
         }
     }
 }

@@ -132,6 +132,7 @@ def _port(settings: WorkerSettings) -> WorkerPort:
         snapshot_interval_ms=settings.snapshot_interval_ms,
         load_interval_ms=settings.load_interval_ms,
         load_coalesce_ms=settings.load_coalesce_ms,
+        load_delay_ms=settings.load_delay_ms,
     )
 
 

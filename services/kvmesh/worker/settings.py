@@ -83,6 +83,8 @@ class WorkerSettings:
     """Longest time between two load reports, milliseconds."""
     load_coalesce_ms: float = 5.0
     """Shortest time between two load reports, milliseconds."""
+    load_delay_ms: float = 0.0
+    """How much later than it was true each load report goes, milliseconds. For trials."""
     switch_interval_ms: float = 1.0
     """Python's thread switch interval: engine thread and others share the GIL."""
     like: str = ""
@@ -120,6 +122,8 @@ class WorkerSettings:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise SettingError(f"{name} is {getattr(self, name)}; allowed is more than 0")
+        if self.load_delay_ms < 0:
+            raise SettingError(f"load_delay_ms is {self.load_delay_ms}; allowed is 0 or more")
 
     @staticmethod
     def _one_of(name: str, value: str, allowed: Any) -> None:
