@@ -166,7 +166,11 @@ impl Router {
     ) -> Result<(), Rejected> {
         self.look_up(trace, index, asked.request);
         self.roster.refresh(&self.bookings);
-        let cluster = self.roster.cluster(self.hash).at(asked.arrival_ms);
+        let cluster = self
+            .roster
+            .cluster(self.hash)
+            .at(asked.arrival_ms)
+            .with_local_prefill(self.policy.local_prefill());
         let at = (asked, f64::INFINITY);
         let request = request_view(&self.lengths, &self.cached, trace, at, &[]);
         let work_ms = Estimate::of(&cluster, &request).work_ms;
