@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvmesh import _router
-from kvmesh.v1 import worker_pb2
+from kvmesh.v1 import admin_pb2, worker_pb2
 
 BLOCK_TOKENS = 16
 # (arrival s, prompt ids, output tokens)
@@ -29,12 +29,14 @@ def replay(
     roles: Sequence[str],
     step_models: Mapping[str, worker_pb2.StepModel],
     record: worker_pb2.WorkerRecord,
+    paths: Sequence[admin_pb2.PathRate],
     warm: Sequence[Request],
 ) -> Simulated:
     """Replays `arrivals` after `warm`, which is not counted.
 
-    Every worker takes the mean of the step models that the router had learnt; nothing else of the
-    live run is known: no noise, and the router's own time is not in it.
+    Every worker takes the mean of the step models that the router had learnt before the arrivals,
+    every path the median of what it had learnt of paths; nothing else of the live run is known: no
+    noise, and the router's own time is not in it.
     """
     gap_s = warm[-1][0] + 60.0
     trace = [*warm, *((at + gap_s, ids, output) for at, ids, output in arrivals)]
@@ -72,7 +74,7 @@ def replay(
             "pool_tokens": pool,
             "max_batch": capabilities.max_batch,
             "context_length": record.model.context_length,
-            "transfer": {"bytes_per_ms": 1e6, "fixed_ms": 2.0},
+            "transfer": transfer_of(paths),
             "sources": {"step": "learnt by the router in the live run"},
         },
         **{role: count[role] for role in ("prefill", "decode", "both")},
@@ -88,6 +90,16 @@ def replay(
     assert len(rows) == len(arrivals)
     ttft = sorted(row["first_ms"] - row["arrival_ms"] for row in rows)
     return Simulated(statistics.median(ttft), ttft[int(0.95 * len(ttft))])
+
+
+def transfer_of(paths: Sequence[admin_pb2.PathRate]) -> dict[str, float]:
+    """What moving KV takes; where nothing was learnt, the router's prior within a host."""
+    if not paths:
+        return {"bytes_per_ms": 2.5e6, "fixed_ms": 1.0}
+    return {
+        name: statistics.median(getattr(path, name) for path in paths)
+        for name in ("bytes_per_ms", "fixed_ms")
+    }
 
 
 def block_names(ids: Sequence[int], names: dict[tuple[int, ...], int]) -> list[int]:

@@ -674,6 +674,7 @@ class WorkerPort:
         keep_alive_timeout_s: float = 10.0,
         grace_s: float = 30.0,
         tell_all_ends: bool = False,
+        load_delay_ms: float = 0.0,
     ) -> WorkerPort:
         """Binds "host:port", port 0 a free one. Raises OSError, ValueError."""
 

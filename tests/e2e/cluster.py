@@ -47,7 +47,13 @@ class Cluster:
     # -- starting ----------------------------------------------------------
 
     def start_router(self, *arguments: str) -> str:
-        """Starts a router; returns its endpoint."""
+        """Starts a router; returns its endpoint.
+
+        A prompt goes to a prefill worker where one is there, however short it is, unless the
+        arguments say otherwise: tests of hand-offs have short prompts.
+        """
+        if "--local-prefill" not in arguments:
+            arguments = ("--local-prefill", "without-prefill-workers", *arguments)
         child = self.children.spawn(
             f"router-{len(self.endpoints)}",
             [

@@ -200,6 +200,7 @@ impl PyWorkerPort {
         cache_coalesce_ms=20.0, snapshot_interval_ms=5.0, load_interval_ms=250.0,
         load_coalesce_ms=5.0, keep_alive_interval_s=10.0, keep_alive_timeout_s=10.0,
         grace_s=30.0, tell_all_ends=false,
+        load_delay_ms=0.0,
     ))]
     #[allow(clippy::too_many_arguments)]
     fn new(
@@ -216,6 +217,7 @@ impl PyWorkerPort {
         keep_alive_timeout_s: f64,
         grace_s: f64,
         tell_all_ends: bool,
+        load_delay_ms: f64,
     ) -> PyResult<Self> {
         let ms = |name, value: f64| seconds(name, value / 1_000.0);
         let settings = Settings {
@@ -230,6 +232,7 @@ impl PyWorkerPort {
             keep_alive_timeout: seconds("keep_alive_timeout_s", keep_alive_timeout_s)?,
             grace: seconds("grace_s", grace_s)?,
             tell_all_ends,
+            load_delay: ms("load_delay_ms", load_delay_ms)?,
         };
         if settings.load_interval.is_zero() {
             return Err(PyValueError::new_err(

@@ -13,9 +13,9 @@ use kvmesh_kv_index::{
     CacheChange, IndexSettings, Knowledge, KvIndex, Matches, Tier, WorkerSlot, chain_values,
 };
 use kvmesh_scheduler::{
-    Abilities, Booking, Bookings, ByClass, Class, CostSettings, KvCost, KvRoom, Load, Needs, Phase,
-    Policy, RequestView, Role, Roster, Share, StepModel, TransferRates, Work, WorkerView,
-    virtual_deadline_ms,
+    Abilities, AdmissionSettings, Booking, Bookings, ByClass, Class, CostSettings, Estimate,
+    KvCost, KvRoom, Load, Needs, Phase, Policy, Reload, RequestView, Role, Roster, Share,
+    StepModel, TransferRates, Work, WorkerView, placeable, virtual_deadline_ms,
 };
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -125,6 +125,7 @@ impl Bench {
             engine_connector: "".into(),
             pairing: "KvCompatibility { dtype: bfloat16, format: 1, layers: 80 } 16".into(),
             prefix_pull: true,
+            reload: Reload::default(),
             grammars: false,
             grammars_over_continuation: false,
             penalties_over_continuation: true,
@@ -173,15 +174,16 @@ impl Bench {
         }
     }
 
-    /// Times of each decision, and of each choice in it, in ns.
-    fn run(&mut self, decisions: usize) -> (Vec<u64>, Vec<u64>) {
+    /// Times of each decision, of each choice in it, and of each request's
+    /// admission before it, in ns.
+    fn run(&mut self, decisions: usize) -> [Vec<u64>; 3] {
         let bookings = Bookings::new();
         let rates = TransferRates::new();
         let targets = CostSettings::default().targets;
         let mut policy = KvCost::default();
-        let mut cached = Matches::default();
+        let (mut at_entry, mut cached) = (Matches::default(), Matches::default());
         let mut guards: VecDeque<Vec<Booking>> = VecDeque::new();
-        let (mut all, mut choices) = (Vec::new(), Vec::new());
+        let (mut all, mut choices, mut admissions) = (Vec::new(), Vec::new(), Vec::new());
         for n in 0..decisions + WARM_UP {
             let slot = self.slots[mix(n as u64) as usize % self.slots.len()];
             let reporting = self.roster.get_mut(slot).unwrap();
@@ -191,8 +193,7 @@ impl Bench {
             }
             let chain = &self.chains[n % self.chains.len()];
             let now_ms = n as f64;
-            let began = Instant::now();
-            self.index.lookup_into(chain, &mut cached);
+            let none = Matches::default();
             let request = RequestView {
                 id: u128::from(mix(n as u64)),
                 model: "llama-3.1-70b-instruct",
@@ -203,6 +204,7 @@ impl Bench {
                 max_tokens: 1_024,
                 expected_output: 300,
                 class: Class::Interactive,
+                itl_target_ms: None,
                 virtual_deadline_ms: virtual_deadline_ms(
                     &targets,
                     Class::Interactive,
@@ -211,8 +213,36 @@ impl Bench {
                 ),
                 affinity: 0,
                 needs: Needs::default(),
-                cached: &cached,
+                cached: &none,
                 excluded: &[],
+            };
+            // Entry looks up, too, and asks whether anybody can take it, what it would
+            // wait for, and, with its key, whether it may.
+            let entered = Instant::now();
+            self.index.lookup_into(chain, &mut at_entry);
+            let asked = RequestView {
+                cached: &at_entry,
+                ..request
+            };
+            let keyless = RequestView {
+                virtual_deadline_ms: f64::INFINITY,
+                ..asked
+            };
+            self.roster.refresh(&bookings);
+            let cluster = self.roster.cluster(1).at(now_ms).with_transfers(&rates);
+            placeable(&cluster, &keyless).unwrap();
+            let bound = AdmissionSettings::default();
+            for view in [&keyless, &asked] {
+                // Whether it is admitted is not what is measured.
+                let estimate = Estimate::of(&cluster, view);
+                std::hint::black_box(estimate.admit(0.0, None, &bound)).ok();
+            }
+            let admitted = entered.elapsed();
+            let began = Instant::now();
+            self.index.lookup_into(chain, &mut cached);
+            let request = RequestView {
+                cached: &cached,
+                ..request
             };
             self.roster.refresh(&bookings);
             let cluster = self.roster.cluster(1).at(now_ms).with_transfers(&rates);
@@ -227,9 +257,10 @@ impl Bench {
             if n >= WARM_UP {
                 all.push(took.as_nanos() as u64);
                 choices.push(chose.as_nanos() as u64);
+                admissions.push(admitted.as_nanos() as u64);
             }
         }
-        (all, choices)
+        [all, choices, admissions]
     }
 
     /// Median time of hashing one prompt, ns.
@@ -269,10 +300,11 @@ fn main() {
             };
             let mut bench = Bench::new(&case);
             let hash = bench.hashing();
-            let (mut all, mut choices) = bench.run(decisions);
+            let [mut all, mut choices, mut admissions] = bench.run(decisions);
             println!(
                 "{{\"workers\": {}, \"roles\": \"{}\", \"decisions\": {decisions}, \"hash_us\": {:.2}, \
-                 \"p50_us\": {:.2}, \"p99_us\": {:.2}, \"choice_p50_us\": {:.2}, \"choice_p99_us\": {:.2}}}",
+                 \"p50_us\": {:.2}, \"p99_us\": {:.2}, \"choice_p50_us\": {:.2}, \"choice_p99_us\": {:.2}, \
+                 \"admission_p50_us\": {:.2}, \"admission_p99_us\": {:.2}}}",
                 case.workers,
                 case.name,
                 hash as f64 / 1e3,
@@ -280,6 +312,8 @@ fn main() {
                 quantile(&mut all, 0.99) as f64 / 1e3,
                 quantile(&mut choices, 0.5) as f64 / 1e3,
                 quantile(&mut choices, 0.99) as f64 / 1e3,
+                quantile(&mut admissions, 0.5) as f64 / 1e3,
+                quantile(&mut admissions, 0.99) as f64 / 1e3,
             );
         }
     }

@@ -3,6 +3,7 @@
 use crate::cost::CostSettings;
 use crate::facts::Table;
 use crate::request::RequestView;
+use crate::survey::LocalPrefill;
 use crate::terms::queued::line;
 use crate::terms::{Asked, first};
 use crate::worker::{Cluster, Role};
@@ -118,7 +119,10 @@ impl Estimate {
             all
         };
         let computing = sum(|role| role != Role::Decode);
-        if computing.workers > 0 {
+        if cluster.local_prefill == LocalPrefill::ByCost {
+            // Decode workers take prompts over where others are busy.
+            sum(|_| true)
+        } else if computing.workers > 0 {
             computing
         } else {
             sum(|_| true)

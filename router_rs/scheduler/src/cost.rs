@@ -14,8 +14,8 @@ use crate::worker::Cluster;
 pub struct CostSettings {
     /// When decode workers compute prompts.
     pub local_prefill: LocalPrefill,
-    /// Best workers of each side that are paired (K); as many workers that do
-    /// all of it are weighed against them.
+    /// Best workers of each side, of each kind of KV, that are paired (K); as many
+    /// workers that do all of it are weighed against them.
     pub best_of_side: usize,
     /// Plans this close to the best tie, in ms ...
     pub tie_ms: f64,
@@ -126,7 +126,8 @@ impl KvCost {
             request,
             asked: Asked::of(request, cluster.now_ms),
             people: &self.people,
-            holder: self.survey.holder,
+            holders: &self.survey.holders,
+            tiered: request.is_tiered(),
             pull_from_tokens: self.settings.pull_from_tokens,
         };
         let mut plans = Plans {
@@ -184,6 +185,10 @@ impl Policy for KvCost {
         "cost"
     }
 
+    fn local_prefill(&self) -> LocalPrefill {
+        self.settings.local_prefill
+    }
+
     fn choose(
         &mut self,
         cluster: &Cluster<'_>,
@@ -238,21 +243,47 @@ impl Plans<'_, '_> {
         }
     }
 
-    /// Adds the pairs of the best of each side that can exchange KV.
+    /// Adds the pairs of the best of each side that can exchange KV: of each kind
+    /// of KV by itself, since the best of one kind says nothing of another.
     fn pair(&mut self, survey: &Survey, keep: usize) {
+        self.prefills.clear();
+        self.decodes.clear();
+        let rows = &self.question.table.rows;
+        let kind = |at: &u32| rows[*at as usize].kind;
+        let mut all = survey.prefill.iter().chain(&survey.decode).map(kind);
+        let first = all.next();
+        if all.all(|other| Some(other) == first) {
+            self.pair_kind(&survey.prefill, &survey.decode, keep);
+            return;
+        }
+        let mut kinds: Vec<u32> = survey.prefill.iter().map(kind).collect();
+        kinds.sort_unstable();
+        kinds.dedup();
+        for one in kinds {
+            let of = |all: &[u32]| -> Vec<u32> {
+                let of_kind = all.iter().copied().filter(|at| kind(at) == one);
+                of_kind.collect()
+            };
+            self.pair_kind(&of(&survey.prefill), &of(&survey.decode), keep);
+        }
+    }
+
+    /// The same of workers of one kind.
+    fn pair_kind(&mut self, prefill: &[u32], decode: &[u32], keep: usize) {
         let question = &self.question;
-        let prefills = best(&survey.prefill, keep, self.mix, |at| {
+        let prefills = best(prefill, keep, self.mix, |at| {
             question.prefill_side(at).terms.total_ms()
         });
-        let decodes = best(&survey.decode, keep, self.mix, |at| {
+        let decodes = best(decode, keep, self.mix, |at| {
             question.decode_cost(&question.decode_side(at))
         });
+        let (before, d_before) = (self.prefills.len(), self.decodes.len());
         let prefills = prefills.iter().map(|(_, at)| question.prefill_side(*at));
         let decodes = decodes.iter().map(|(_, at)| question.decode_side(*at));
-        self.prefills = prefills.collect();
-        self.decodes = decodes.collect();
-        for (i, p) in self.prefills.iter().enumerate() {
-            for (j, d) in self.decodes.iter().enumerate() {
+        self.prefills.extend(prefills);
+        self.decodes.extend(decodes);
+        for (i, p) in self.prefills.iter().enumerate().skip(before) {
+            for (j, d) in self.decodes.iter().enumerate().skip(d_before) {
                 if let Some(total_ms) = question.split_cost(p, d) {
                     self.order.push(Weighed {
                         total_ms,

@@ -74,6 +74,8 @@ pub(crate) struct Facts {
     pub(crate) limit: f64,
     /// Bytes of a token's KV.
     pub(crate) token_bytes: f64,
+    /// What a token that lies on the host, or on disk, takes to come back, ms.
+    pub(crate) reload_ms: [f64; 2],
     /// What its streams will hold more than now: mean and variance, tokens.
     pub(crate) growth: f64,
     pub(crate) growth_variance: f64,
@@ -93,6 +95,7 @@ impl Facts {
         let abilities = &*worker.abilities;
         let ready = matches!(worker.phase, Phase::Serving | Phase::WarmingUp);
         let block = f64::from(abilities.block_tokens.max(1));
+        let token_bytes = abilities.block_bytes as f64 / block;
         let growth = |class: Class| worker.left[class.index()] / PEAK;
         let streams = |class: Class| f64::from(there.decoding[class.index()]);
         let sum = |of: &dyn Fn(Class) -> f64| Class::ALL.into_iter().map(of).sum();
@@ -127,7 +130,9 @@ impl Facts {
             room: worker.available_blocks() as f64 * block,
             block,
             limit: (abilities.pool_blocks as f64 * block).min(f64::from(abilities.context_length)),
-            token_bytes: abilities.block_bytes as f64 / block,
+            token_bytes,
+            reload_ms: [abilities.reload.host, abilities.reload.disk]
+                .map(|bytes_per_ms| token_bytes / bytes_per_ms.max(1) as f64),
             growth: sum(&|class| streams(class) * growth(class)),
             growth_variance: sum(&|class| streams(class) * growth(class) * growth(class)),
         };

@@ -188,7 +188,8 @@ impl FixedPolicy {
             request,
             asked: Asked::of(request, cluster.now_ms),
             people: &self.people,
-            holder: None,
+            holders: &[],
+            tiered: request.is_tiered(),
             pull_from_tokens: u32::MAX,
         };
         if let Some(p) = self.pick(cluster, &survey.prefill, request, Part::Prefill) {

@@ -50,5 +50,5 @@ pub use step_model::{StepModel, prefill_context};
 pub use survey::{LocalPrefill, placeable};
 pub use transfer::{Path, TransferRate, TransferRates};
 pub use worker::{
-    Abilities, ByClass, Cluster, KvRoom, Load, Phase, Prompt, Role, Share, WorkerView,
+    Abilities, ByClass, Cluster, KvRoom, Load, Phase, Prompt, Reload, Role, Share, WorkerView,
 };

@@ -2,6 +2,7 @@
 
 use crate::booking::Work;
 use crate::request::RequestView;
+use crate::survey::LocalPrefill;
 use crate::worker::{Cluster, Role};
 use kvmesh_kv_index::WorkerSlot;
 use thiserror::Error;
@@ -54,7 +55,7 @@ impl Plan {
 
 /// What a plan costs, by term, in milliseconds of added delay.
 ///
-/// The first five are what the request itself waits for, as it will be
+/// The first six are what the request itself waits for, as it will be
 /// measured. The others are costs: weighted by class (`interactive target /
 /// class target`), by ε and by κ (SCHEDULING 2).
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -63,6 +64,8 @@ pub struct Terms {
     pub wait_ms: f64,
     /// Pulling a prefix from another worker.
     pub pull_ms: f64,
+    /// Bringing cached blocks back from below the device.
+    pub reload_ms: f64,
     /// Computing what is not cached.
     pub prefill_ms: f64,
     /// KV that arrives after prefill's end.
@@ -89,7 +92,7 @@ pub struct Terms {
 impl Terms {
     /// Predicted time to the first token.
     pub fn ttft_ms(&self) -> f64 {
-        let before = self.wait_ms + self.pull_ms + self.prefill_ms;
+        let before = self.wait_ms + self.pull_ms + self.reload_ms + self.prefill_ms;
         if self.first_from_decode {
             before + self.transfer_ms + self.decode_wait_ms
         } else {
@@ -108,7 +111,7 @@ impl Terms {
     }
 
     /// The cost by name; the rows add up to [`Terms::total_ms`].
-    pub fn rows(&self) -> [(&'static str, f64); 10] {
+    pub fn rows(&self) -> [(&'static str, f64); 11] {
         let late = if self.first_from_decode {
             self.weight
         } else {
@@ -117,6 +120,7 @@ impl Terms {
         [
             ("wait", self.weight * self.wait_ms),
             ("pull", self.weight * self.pull_ms),
+            ("reload", self.weight * self.reload_ms),
             ("prefill", self.weight * self.prefill_ms),
             ("transfer", late * self.transfer_ms),
             ("decode_wait", late * self.decode_wait_ms),
@@ -247,6 +251,11 @@ impl NoPlan {
 pub trait Policy: Send {
     /// Name, as in settings and metrics.
     fn name(&self) -> &'static str;
+
+    /// When it lets decode workers compute prompts.
+    fn local_prefill(&self) -> LocalPrefill {
+        LocalPrefill::WithoutPrefillWorkers
+    }
 
     /// Chooses a plan.
     ///

@@ -61,6 +61,9 @@ pub struct RequestView<'a> {
     pub expected_output: u32,
     /// Urgency.
     pub class: Class,
+    /// Longest time between two of its tokens that it asked for, ms. `None`: that
+    /// of its class.
+    pub itl_target_ms: Option<f64>,
     /// Its key in every queue: [`crate::virtual_deadline_ms`], on the clock of
     /// [`Cluster::now_ms`](crate::Cluster::now_ms). Infinite: behind everyone.
     pub virtual_deadline_ms: f64,
@@ -97,6 +100,20 @@ impl RequestView<'_> {
                 .saturating_sub(self.output_tokens)
                 .max(1),
         )
+    }
+
+    /// Whether any worker holds some of it below its device.
+    pub(crate) fn is_tiered(&self) -> bool {
+        !(self.cached.host_by_slot().is_empty() && self.cached.disk_by_slot().is_empty())
+    }
+
+    /// Of [`RequestView::cached_on`], tokens that lie on the host and on disk.
+    pub(crate) fn below_device(&self, worker: WorkerSlot) -> [f64; 2] {
+        let (host, disk) = (
+            self.cached.host_tokens(worker),
+            self.cached.disk_tokens(worker),
+        );
+        [host, disk].map(f64::from)
     }
 
     /// Tokens of the sequence that a worker need not compute. The last one is

@@ -4,6 +4,7 @@ use crate::cost::{CostSettings, KvCost, Plans, decision};
 use crate::plan::{Considered, Decision, NoPlan, Policy};
 use crate::request::RequestView;
 use crate::sides::Candidate;
+use crate::survey::LocalPrefill;
 use crate::worker::Cluster;
 use std::sync::Arc;
 use thiserror::Error;
@@ -47,7 +48,7 @@ impl Columns {
     /// Names of the columns. Workers are numbers of this router; -1 is none.
     /// The rows of the cost are those of [`crate::Terms::rows`], in ms; counts
     /// are those of the prefill and of the decode worker as they are now.
-    pub const NAMES: [&'static str; 22] = [
+    pub const NAMES: [&'static str; 23] = [
         "prefill_worker",
         "decode_worker",
         "prefix_worker",
@@ -55,6 +56,7 @@ impl Columns {
         "ttft",
         "wait",
         "pull",
+        "reload",
         "prefill",
         "transfer",
         "decode_wait",
@@ -165,6 +167,10 @@ impl ScoredPolicy {
 impl Policy for ScoredPolicy {
     fn name(&self) -> &'static str {
         "scored"
+    }
+
+    fn local_prefill(&self) -> LocalPrefill {
+        self.cost.settings().local_prefill
     }
 
     fn choose(

@@ -4,6 +4,7 @@ use crate::facts::{Facts, Table};
 use crate::fit::pairs;
 use crate::plan::{Considered, Plan, Terms};
 use crate::request::RequestView;
+use crate::survey::Holder;
 use crate::terms::queued::{Line, line, queued_ms};
 use crate::terms::{Asked, People, first, room, stretch};
 use crate::transfer::{Path, TransferRate};
@@ -17,9 +18,10 @@ pub(crate) struct Question<'a, 'r> {
     pub(crate) request: &'a RequestView<'r>,
     pub(crate) asked: Asked,
     pub(crate) people: &'a People,
-    /// Worker that a prefix may be pulled from: its place, and tokens that it
-    /// holds.
-    pub(crate) holder: Option<(u32, u64)>,
+    /// Workers that a prefix may be pulled from.
+    pub(crate) holders: &'a [Holder],
+    /// Whether anything lies below a device.
+    pub(crate) tiered: bool,
     /// Fewest tokens for which a prefix is pulled.
     pub(crate) pull_from_tokens: u32,
 }
@@ -69,20 +71,17 @@ impl<'a> Question<'a, '_> {
         let facts = self.facts(at);
         let line = self.line(at, facts);
         let cached = self.cached(facts);
-        let mut terms = self.prompt_terms(facts, &line, cached, 0.0);
+        let reload_ms = self.reload_ms(facts, cached as f64);
+        let mut terms = self.prompt_terms(facts, &line, cached, (0.0, reload_ms));
         let mut pull = None;
-        if let Some((source, held)) = self.holder
-            && held >= cached + u64::from(self.pull_from_tokens)
-            && facts.prefix_pull
-            && self.facts(source).kind == facts.kind
-        {
-            let rate = self.rate(source, at);
-            let tokens = held - cached;
-            let pull_ms = first::pull_ms(facts, rate, tokens as f64);
-            let pulled = self.prompt_terms(facts, &line, held, pull_ms);
+        if let Some((holder, pull_ms)) = self.best_holder(at, facts, cached) {
+            let tokens = holder.tokens - cached;
+            let source = self.facts(holder.at);
+            let reload_ms = reload_ms + self.reload_ms(source, tokens as f64);
+            let pulled = self.prompt_terms(facts, &line, holder.tokens, (pull_ms, reload_ms));
             if pulled.total_ms() < terms.total_ms() {
                 terms = pulled;
-                pull = Some((source, tokens));
+                pull = Some((holder.at, tokens));
             }
         }
         Side {
@@ -95,9 +94,50 @@ impl<'a> Question<'a, '_> {
         }
     }
 
+    /// The holder of its kind whose prefix is there, and the rest computed, the
+    /// soonest: a near one may beat one that holds more. With what the pull
+    /// takes, ms, over the path between the two as it is learnt: what waits
+    /// there is part of that.
+    fn best_holder(&self, at: u32, facts: &Facts, cached: u64) -> Option<(Holder, f64)> {
+        if !facts.prefix_pull {
+            return None;
+        }
+        let least = cached + u64::from(self.pull_from_tokens);
+        let mut best: Option<(Holder, f64, f64)> = None;
+        for holder in self.holders {
+            if holder.kind != facts.kind || holder.tokens < least || holder.at == at {
+                continue;
+            }
+            let tokens = (holder.tokens - cached) as f64;
+            let pull_ms = first::pull_ms(facts, self.rate(holder.at, at), tokens);
+            let rest = first::prefill(facts, &self.asked, holder.tokens as f64);
+            let reload_ms = self.reload_ms(self.facts(holder.at), tokens);
+            let all_ms = pull_ms + reload_ms + rest.ms();
+            if best.is_none_or(|(.., other_ms)| all_ms < other_ms) {
+                best = Some((*holder, pull_ms, all_ms));
+            }
+        }
+        best.map(|(holder, pull_ms, _)| (holder, pull_ms))
+    }
+
+    /// Bringing what of so many tokens lies below a worker's device back to it.
+    fn reload_ms(&self, facts: &Facts, tokens: f64) -> f64 {
+        if !self.tiered || tokens == 0.0 {
+            return 0.0;
+        }
+        let below = self.request.below_device(WorkerSlot(facts.slot));
+        first::reload_ms(facts, below.map(|on| on.min(tokens)))
+    }
+
     /// Computing the prompt where so many tokens of it are there, or are pulled
-    /// first.
-    fn prompt_terms(&self, facts: &Facts, line: &Line, there: u64, pull_ms: f64) -> Terms {
+    /// and brought back first.
+    fn prompt_terms(
+        &self,
+        facts: &Facts,
+        line: &Line,
+        there: u64,
+        (pull_ms, reload_ms): (f64, f64),
+    ) -> Terms {
         let (asked, people) = (&self.asked, self.people);
         let there = there as f64;
         let chunks = first::prefill(facts, asked, there);
@@ -106,6 +146,7 @@ impl<'a> Question<'a, '_> {
             weight: people.weights.ttft[asked.class],
             wait_ms: first::wait_ms(facts, line),
             pull_ms,
+            reload_ms,
             prefill_ms,
             queued_ms: queued_ms(line, prefill_ms),
             others_stretch_ms: stretch::chunks_stretch_ms(facts, &chunks, line.ahead_ms, people),

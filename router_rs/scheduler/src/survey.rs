@@ -1,5 +1,6 @@
 //! Who may do what for a request: one pass over the workers.
 
+use crate::cost::tie_break;
 use crate::facts::Table;
 use crate::fit::{Duty, Miss, able, fits_else, reason};
 use crate::plan::NoPlan;
@@ -13,9 +14,9 @@ use kvmesh_kv_index::WorkerSlot;
 pub enum LocalPrefill {
     /// `both` workers always; decode workers where no prefill worker is
     /// there.
-    #[default]
     WithoutPrefillWorkers,
     /// Wherever it costs least.
+    #[default]
     ByCost,
 }
 
@@ -29,12 +30,59 @@ pub(crate) struct Survey {
     pub(crate) decode: Vec<u32>,
     /// Do all of it.
     pub(crate) whole: Vec<u32>,
-    /// Holds most of the sequence and may give it: (place, tokens).
-    pub(crate) holder: Option<(u32, u64)>,
+    /// Hold most of the sequence and may give it: a few of each kind of KV.
+    pub(crate) holders: Vec<Holder>,
     both: Vec<u32>,
 }
 
+/// Holders of each kind that are weighed against each other: the nearest one
+/// need not be the one that holds most.
+const HOLDERS: usize = 3;
+
+/// A worker that a prefix may be pulled from.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Holder {
+    /// Its place in [`Cluster::workers`].
+    pub(crate) at: u32,
+    /// Number of its kind of KV ([`crate::facts::Facts::kind`]).
+    pub(crate) kind: u32,
+    /// Tokens of the sequence that it holds.
+    pub(crate) tokens: u64,
+}
+
+impl Holder {
+    /// More tokens go first; of equal ones, which is kept differs from request to
+    /// request.
+    fn rank(&self, mix: u32) -> (u64, u32) {
+        let draw = (self.at ^ mix).wrapping_mul(0x9E37_79B1);
+        (self.tokens, draw ^ (draw >> 15))
+    }
+}
+
 impl Survey {
+    /// Takes a holder in, if it is among the best of its kind.
+    fn offer(&mut self, holder: Holder, mix: u32) {
+        let mut worst: Option<usize> = None;
+        let mut count = 0;
+        for (at, other) in self.holders.iter().enumerate() {
+            if other.kind != holder.kind {
+                continue;
+            }
+            count += 1;
+            if worst.is_none_or(|w| other.rank(mix) < self.holders[w].rank(mix)) {
+                worst = Some(at);
+            }
+        }
+        match worst {
+            Some(at) if count == HOLDERS => {
+                if self.holders[at].rank(mix) < holder.rank(mix) {
+                    self.holders[at] = holder;
+                }
+            }
+            _ => self.holders.push(holder),
+        }
+    }
+
     /// Looks at every worker.
     ///
     /// # Errors
@@ -53,7 +101,7 @@ impl Survey {
             &mut self.both,
         ];
         lists.into_iter().for_each(Vec::clear);
-        self.holder = None;
+        self.holders.clear();
         let Some(model) = table.names.find_model(request.model) else {
             return Err(NoPlan::UnknownModel);
         };
@@ -93,7 +141,7 @@ impl Survey {
         let longest = request.sequence().saturating_sub(1);
         let plain = request.is_plain();
         let (mut pure_prefill, mut pure_decode) = (false, false);
-        let mut most = 0;
+        let mix = tie_break(cluster.router, request.id) as u32;
         for (at, row) in table.rows.iter().enumerate() {
             if row.model != model {
                 continue;
@@ -101,9 +149,10 @@ impl Survey {
             pure_prefill |= row.role == Role::Prefill;
             let held = found.get(row.slot as usize).copied().unwrap_or(0);
             let at = at as u32;
-            if u64::from(held) > most && row.gives {
-                most = u64::from(held);
-                self.holder = Some((at, most.min(longest)));
+            if held > 0 && row.gives {
+                let tokens = u64::from(held).min(longest);
+                let kind = row.kind;
+                self.offer(Holder { at, kind, tokens }, mix);
             }
             if !row.ready || asked.held > row.limit {
                 continue;
@@ -163,13 +212,12 @@ fn why_none(cluster: &Cluster<'_>, request: &RequestView<'_>) -> NoPlan {
     }
 }
 
-/// Whether a request can be placed now, whatever the policy: what admission
-/// asks.
+/// Whether a request can be placed now by a policy of the cluster's
+/// [`LocalPrefill`]: what admission asks.
 ///
 /// # Errors
 /// [`NoPlan`], as [`crate::Policy::choose`] would say.
 pub fn placeable(cluster: &Cluster<'_>, request: &RequestView<'_>) -> Result<(), NoPlan> {
-    cluster.with_table(|table| {
-        Survey::default().look(cluster, table, request, LocalPrefill::default())
-    })
+    cluster
+        .with_table(|table| Survey::default().look(cluster, table, request, cluster.local_prefill))
 }

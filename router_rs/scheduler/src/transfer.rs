@@ -100,6 +100,11 @@ impl TransferRates {
             .map_or_else(|| path.prior(), |learnt| learnt.rate)
     }
 
+    /// What was learnt of a transfer; `None`: none was seen.
+    pub fn known(&self, source: WorkerSlot, target: WorkerSlot) -> Option<TransferRate> {
+        self.learnt(source, target).map(|learnt| learnt.rate)
+    }
+
     fn learnt(&self, source: WorkerSlot, target: WorkerSlot) -> Option<&Learnt> {
         self.rows
             .get(source.0 as usize)?
@@ -226,6 +231,7 @@ mod tests {
         for path in [Path::SharedMemory, Path::Network] {
             assert_eq!(rates.rate(A, B, path), path.prior());
         }
+        assert_eq!(rates.known(A, B), None);
     }
 
     #[test]

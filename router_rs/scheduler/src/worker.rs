@@ -5,6 +5,7 @@ use crate::deadline::ClassTargets;
 use crate::facts::Table;
 use crate::request::{Class, PerClass};
 use crate::step_model::StepModel;
+use crate::survey::LocalPrefill;
 use crate::transfer::TransferRates;
 use kvmesh_kv_index::WorkerSlot;
 use std::collections::BTreeSet;
@@ -125,6 +126,26 @@ pub struct Load {
     pub step_left_ms: f64,
 }
 
+/// How fast cached KV comes back to the device, bytes/ms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reload {
+    /// From the host's memory.
+    pub host: u64,
+    /// From disk.
+    pub disk: u64,
+}
+
+impl Default for Reload {
+    /// The prior: 20 GB/s, which PCIe 4.0 x16 brings of its 32, and 2 GB/s of
+    /// a disk (NVMe, read in blocks).
+    fn default() -> Self {
+        Self {
+            host: 20_000_000,
+            disk: 2_000_000,
+        }
+    }
+}
+
 /// What a worker's engine can do, as far as placing goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Abilities {
@@ -143,6 +164,8 @@ pub struct Abilities {
     pub pairing: Arc<str>,
     /// A prefix can be pulled from and by it.
     pub prefix_pull: bool,
+    /// How fast cached blocks come back from below the device.
+    pub reload: Reload,
     /// Grammars can be followed.
     pub grammars: bool,
     /// Grammars can be taken up in the middle of an output.
@@ -270,6 +293,9 @@ pub struct Cluster<'a> {
     pub workers: &'a [WorkerView],
     /// What moving KV takes.
     pub transfers: &'a TransferRates,
+    /// When decode workers compute prompts, as far as admission goes: that of the
+    /// policy in force.
+    pub local_prefill: LocalPrefill,
     /// What a [`crate::Roster`] has counted of the workers.
     pub(crate) table: Option<&'a Table>,
 }
@@ -283,6 +309,7 @@ impl<'a> Cluster<'a> {
             now_ms: 0.0,
             workers,
             transfers: &UNKNOWN,
+            local_prefill: LocalPrefill::default(),
             table: None,
         }
     }
@@ -301,6 +328,15 @@ impl<'a> Cluster<'a> {
     #[must_use]
     pub fn at(self, now_ms: f64) -> Self {
         Self { now_ms, ..self }
+    }
+
+    /// The same under a policy with this rule.
+    #[must_use]
+    pub fn with_local_prefill(self, local_prefill: LocalPrefill) -> Self {
+        Self {
+            local_prefill,
+            ..self
+        }
     }
 
     /// The same with what is learnt of transfers.

@@ -5,10 +5,11 @@
 mod common;
 
 use common::{cached, request, worker};
-use kvmesh_kv_index::{Matches, WorkerSlot};
+use kvmesh_kv_index::{CacheChange, IndexSettings, Knowledge, KvIndex, Matches, Tier, WorkerSlot};
 use kvmesh_scheduler::{
     Bookings, Class, ClassTargets, Cluster, Considered, CostSettings, KvCost, Path, Plan, Policy,
-    Prompt, RequestView, Role, Roster, Terms, TransferRates, Work, WorkerView, prefill_context,
+    Prompt, Reload, RequestView, Role, Roster, Terms, TransferRates, Work, WorkerView,
+    prefill_context,
 };
 use proptest::prelude::*;
 use std::sync::Arc;
@@ -222,6 +223,74 @@ fn a_pool_that_will_be_full_costs_computing_again() {
     // At most certain, and then all of it, by the weight of the class.
     let all = whole(&worker, &request(&none, 1)).prefill_ms;
     assert!(full <= 0.2 * 1.2 * all, "{full} {all}");
+}
+
+#[test]
+fn blocks_below_the_device_cost_their_reload() {
+    let mut workers: Vec<WorkerView> = (0..3).map(|slot| worker(slot, Role::Both)).collect();
+    for worker in &mut workers {
+        let abilities = Arc::make_mut(&mut worker.abilities);
+        abilities.block_bytes = 16_000;
+        abilities.reload = Reload {
+            host: 40_000,
+            disk: 4_000,
+        };
+        abilities.prefix_pull = false;
+    }
+    let index = KvIndex::new(IndexSettings::default());
+    let chain: Vec<u64> = (1..=64).collect();
+    for (slot, tier) in [Tier::Device, Tier::Host, Tier::Disk]
+        .into_iter()
+        .enumerate()
+    {
+        index.add_worker(16, Knowledge::Events).unwrap();
+        let chain = &chain[..40];
+        let stored = [CacheChange::Stored { chain, tier }];
+        index.apply(WorkerSlot(slot as u32), &stored).unwrap();
+    }
+    let held = index.lookup(&chain);
+    let plans = explain(&workers, &request(&held, 1));
+    let terms = |slot| {
+        let of = plans
+            .iter()
+            .find(|one| one.plan.prefill() == WorkerSlot(slot));
+        of.unwrap().terms
+    };
+    // 640 tokens of 1,000 bytes each.
+    assert_eq!(
+        [0, 1, 2].map(|slot| terms(slot).reload_ms),
+        [0.0, 16.0, 160.0]
+    );
+    assert_eq!(terms(0).prefill_ms, terms(2).prefill_ms);
+    assert_eq!(terms(2).ttft_ms() - terms(0).ttft_ms(), 160.0);
+    assert!(terms(2).rows().contains(&("reload", 0.2 * 160.0)));
+    assert_eq!(plans[0].plan.prefill(), WorkerSlot(0));
+}
+
+#[test]
+fn who_asks_for_a_shorter_itl_costs_more_among_company() {
+    let none = Matches::default();
+    // Steps of some 40 ms, within the 100 ms of the class.
+    let worker = with_streams(Class::Standard, 30);
+    let own = |itl_target_ms| {
+        let asked = RequestView {
+            itl_target_ms,
+            ..request(&none, 1)
+        };
+        whole(&worker, &asked).own_stretch_ms
+    };
+    assert_eq!(own(None), own(Some(100.0)));
+    let company = with_streams(Class::Standard, 60);
+    let strict = |itl_target_ms| {
+        let asked = RequestView {
+            itl_target_ms,
+            ..request(&none, 1)
+        };
+        whole(&company, &asked).own_stretch_ms
+    };
+    // The target in force is 1.5 of the worker's own step at least.
+    assert_eq!(strict(Some(1.0)), strict(Some(2.0)));
+    assert!(own(Some(1.0)) >= own(None));
 }
 
 #[test]

@@ -32,5 +32,7 @@ pub use outcome::{
 pub use profile::{Coefficients, Profile, Transfer};
 pub use replay::{Replay, ReplayError, Source, replay_json};
 pub use seed::Seeded;
-pub use settings::{Failure, Noise, Order, PolicySettings, QueueSettings, Settings, Slo};
+pub use settings::{
+    Failure, LocalPrefill, Noise, Order, PolicySettings, QueueSettings, Settings, Slo,
+};
 pub use simulation::{SimulationError, simulate};

@@ -1,19 +1,36 @@
 //! Policies by name.
 
-use crate::settings::PolicySettings;
+use crate::settings::{self, PolicySettings, Settings};
 use crate::weighted::Weighted;
-use kvmesh_scheduler::{CostSettings, FixedPolicy, KvCost, Policy, Rule, ScoredPolicy};
+use kvmesh_scheduler::{
+    CostSettings, FixedPolicy, KvCost, LocalPrefill, Policy, Rule, ScoredPolicy,
+};
 use std::sync::Arc;
 
 /// The policy that settings name. Clairvoyance is not a policy's to have:
 /// its plans are those of the cost, the choice among them is the simulation's.
-pub(crate) fn policy(settings: &PolicySettings, seed: u64) -> Box<dyn Policy> {
+pub(crate) fn policy(settings: &Settings) -> Box<dyn Policy> {
+    let seed = settings.seed;
+    let shipped = CostSettings::default();
     let cost = CostSettings {
         plans_kept: 0,
-        ..CostSettings::default()
+        local_prefill: match settings.local_prefill {
+            None => shipped.local_prefill,
+            Some(settings::LocalPrefill::ByCost) => LocalPrefill::ByCost,
+            Some(settings::LocalPrefill::WithoutPrefillWorkers) => {
+                LocalPrefill::WithoutPrefillWorkers
+            }
+        },
+        ..shipped
     };
-    let rule = match *settings {
-        PolicySettings::Clairvoyant => return Box::new(KvCost::new(cost)),
+    let rule = match settings.policy {
+        PolicySettings::Clairvoyant => {
+            // It chooses among all, not among those that cost least.
+            return Box::new(KvCost::new(CostSettings {
+                best_of_side: usize::MAX,
+                ..cost
+            }));
+        }
         PolicySettings::Cost {
             stretch,
             beyond_target,
@@ -28,8 +45,10 @@ pub(crate) fn policy(settings: &PolicySettings, seed: u64) -> Box<dyn Policy> {
         }
         PolicySettings::Weighted { overlap, decode } => {
             // Every plan is scored, not only those that cost least.
+            // Its formula is one of pairs, where there are any.
             let all = CostSettings {
                 best_of_side: usize::MAX,
+                local_prefill: LocalPrefill::WithoutPrefillWorkers,
                 ..cost
             };
             let scorer = Arc::new(Weighted { overlap, decode });

@@ -1,7 +1,7 @@
 //! What is simulated: the cluster, its noise, the router and the policy.
 
 use crate::profile::Profile;
-use kvmesh_scheduler::Role;
+use kvmesh_scheduler::{Role, StepModel};
 use serde::{Deserialize, Serialize};
 
 /// A whole run but for the trace.
@@ -40,6 +40,14 @@ pub struct Settings {
     /// Prefixes can be pulled from another worker.
     #[serde(default)]
     pub prefix_pull: bool,
+    /// When decode workers compute prompts, under `cost` and `clairvoyant`; none:
+    /// as shipped.
+    #[serde(default)]
+    pub local_prefill: Option<LocalPrefill>,
+    /// What routers take step coefficients (a, b, c, d, e) for before a worker's
+    /// first step, each as a multiple of the mean worker's true one.
+    #[serde(default = "exact")]
+    pub prior: [f64; 5],
     /// Workers that fail.
     #[serde(default)]
     pub failures: Vec<Failure>,
@@ -64,6 +72,10 @@ fn one() -> usize {
 
 fn unit() -> f64 {
     1.0
+}
+
+fn exact() -> [f64; 5] {
+    [1.0; 5]
 }
 
 fn warm_up() -> f64 {
@@ -125,6 +137,16 @@ pub enum PolicySettings {
     },
     /// True lengths and coefficients, rolled forward for every candidate.
     Clairvoyant,
+}
+
+/// When a worker that decodes computes a prompt too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LocalPrefill {
+    /// Where no prefill worker is there.
+    WithoutPrefillWorkers,
+    /// Wherever it costs least.
+    ByCost,
 }
 
 /// How requests wait.
@@ -259,5 +281,19 @@ impl Settings {
             .chain(of(Role::Decode, self.decode))
             .chain(of(Role::Both, self.both))
             .collect()
+    }
+
+    /// Step times that routers start from.
+    pub(crate) fn believed(&self) -> StepModel {
+        let mean = self.profile.step_model(1.0);
+        let [a, b, c, d, e] = self.prior;
+        StepModel {
+            a_ms: mean.a_ms * a,
+            b_ms: mean.b_ms * b,
+            c_ms: mean.c_ms * c,
+            d_ms: mean.d_ms * d,
+            e_ms: mean.e_ms * e,
+            ..mean
+        }
     }
 }

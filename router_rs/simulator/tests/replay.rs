@@ -1,77 +1,12 @@
 //! What a replay promises, seen from outside.
 #![allow(clippy::unwrap_used)]
 
-use kvmesh_simulator::trace::{PrefixSettings, SyntheticSettings, Trace, synthetic};
+mod common;
+
+use common::{cost, settings, traffic};
 use kvmesh_simulator::{
-    Coefficients, Failure, Noise, Order, PolicySettings, Profile, QueueSettings, Settings, Slo,
-    Transfer, replay_json, simulate,
+    Failure, Noise, Order, PolicySettings, QueueSettings, Settings, replay_json, simulate,
 };
-use std::collections::BTreeMap;
-
-fn profile() -> Profile {
-    Profile {
-        name: "test".to_owned(),
-        hardware: "made up".to_owned(),
-        model: "made up".to_owned(),
-        gpus: 1,
-        step: Coefficients {
-            a_ms: 6.0,
-            b_ms: 0.04,
-            c_ms: 1e-6,
-            d_ms: 0.02,
-            e_ms: 5e-5,
-        },
-        saturating_chunk: 1024,
-        layer_preemption: false,
-        kv_bytes_per_token: 131_072,
-        pool_tokens: 100_000,
-        max_batch: 64,
-        context_length: 32_768,
-        transfer: Transfer {
-            bytes_per_ms: 1e7,
-            fixed_ms: 2.0,
-        },
-        sources: BTreeMap::new(),
-    }
-}
-
-fn settings(prefill: usize, decode: usize, both: usize) -> Settings {
-    Settings {
-        profile: profile(),
-        prefill,
-        decode,
-        both,
-        routers: 1,
-        speed: 1.0,
-        warm_up: 0.2,
-        policy: cost(),
-        queue: QueueSettings::default(),
-        noise: Noise::default(),
-        prefix_pull: false,
-        failures: Vec::new(),
-        slo: Slo::default(),
-        max_tokens: 4096,
-        rows: true,
-        seed: 7,
-    }
-}
-
-fn cost() -> PolicySettings {
-    PolicySettings::Cost {
-        stretch: None,
-        beyond_target: None,
-        tie_share: None,
-    }
-}
-
-fn traffic(requests: usize, per_second: f64) -> Trace {
-    synthetic(&SyntheticSettings {
-        requests,
-        per_second,
-        prefixes: PrefixSettings::default(),
-        ..SyntheticSettings::default()
-    })
-}
 
 fn every_policy() -> Vec<PolicySettings> {
     vec![

@@ -48,6 +48,8 @@ pub(crate) struct Lanes {
     step_bytes: usize,
     load_changed: bool,
     load_sent: Option<Instant>,
+    /// Load reports that are held back, each with when it goes.
+    late_loads: VecDeque<(Instant, Bytes)>,
     next_event: u64,
     place: Place,
 }
@@ -60,6 +62,7 @@ impl Lanes {
             step_bytes: 0,
             load_changed: true,
             load_sent: None,
+            late_loads: VecDeque::new(),
             next_event,
             place: Place::Log,
         }
@@ -117,6 +120,12 @@ impl Lanes {
         self.load_sent = Some(now);
     }
 
+    /// A load report, told as it is now, goes at that time: as many wait as are
+    /// made within the delay, one per `load_coalesce` at most.
+    pub(crate) fn hold_load(&mut self, goes: Instant, frame: Bytes) {
+        self.late_loads.push_back((goes, frame));
+    }
+
     // -- snapshots ---------------------------------------------------------
 
     /// Somebody begins to read the cache. False: nobody asked for it.
@@ -151,11 +160,16 @@ impl Lanes {
             self.step_bytes -= frame.len();
             return Next::Frame(frame);
         }
-        let mut due = None;
+        if self.late_loads.front().is_some_and(|(at, _)| *at <= now)
+            && let Some((_, frame)) = self.late_loads.pop_front()
+        {
+            return Next::Frame(frame);
+        }
+        let mut due = self.late_loads.front().map(|(at, _)| *at);
         if self.load_changed {
             match self.load_due(settings).filter(|at| *at > now) {
                 None => return Next::Load,
-                Some(at) => due = Some(at),
+                Some(at) => due = earlier(due, Some(at)),
             }
         }
         if matches!(self.place, Place::Log) && !log.covers(self.next_event) {
@@ -255,6 +269,21 @@ mod tests {
             Next::Wait(None)
         );
         assert_eq!(next(&mut lanes, &log, due), Next::Load);
+    }
+
+    #[test]
+    fn held_loads_go_at_their_times_and_in_their_order() {
+        let (settings, now) = (Settings::default(), Instant::now());
+        let (log, mut lanes) = (CacheLog::new(10), lanes(now));
+        let [first, second] = [300, 500].map(|ms| now + Duration::from_millis(ms));
+        lanes.hold_load(first, frame("older"));
+        lanes.hold_load(second, frame("newer"));
+        let told = |lanes: &mut Lanes, at| lanes.next(&log, &settings, at, None);
+        assert_eq!(told(&mut lanes, now), Next::Wait(Some(first)));
+        assert_eq!(told(&mut lanes, first), Next::Frame(frame("older")));
+        assert_eq!(told(&mut lanes, first), Next::Wait(Some(second)));
+        assert_eq!(told(&mut lanes, second), Next::Frame(frame("newer")));
+        assert_eq!(told(&mut lanes, second), Next::Wait(None));
     }
 
     #[test]

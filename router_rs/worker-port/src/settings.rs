@@ -27,6 +27,9 @@ pub struct Settings {
     pub grace: Duration,
     /// Tell the process of every attempt's end; else only of those that went wrong.
     pub tell_all_ends: bool,
+    /// How much later than it was true each load report goes. For trials of what
+    /// late news costs.
+    pub load_delay: Duration,
 }
 
 impl Default for Settings {
@@ -43,6 +46,7 @@ impl Default for Settings {
             keep_alive_timeout: Duration::from_secs(10),
             grace: Duration::from_secs(30),
             tell_all_ends: false,
+            load_delay: Duration::ZERO,
         }
     }
 }

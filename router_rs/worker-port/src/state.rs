@@ -234,10 +234,10 @@ impl State {
                 Next::Frame(frame) => return Step::Frame(frame),
                 Next::Load => {
                     session.lanes.load_goes(now);
-                    let frame = WorkerFrame {
-                        frame: Some(worker_frame::Frame::Load(self.load_for(Some(key), now))),
-                    };
-                    return Step::Frame(frame.encode_to_vec().into());
+                    let load = self.load_for(Some(key), now);
+                    if let Some(load) = self.unless_held(key, load, now) {
+                        return Step::Frame(load_frame(load));
+                    }
                 }
                 Next::SnapshotWanted => {
                     let session = key.to_owned();
@@ -260,6 +260,18 @@ impl State {
         load.phase = self.phase.into();
         load.draining = self.draining;
         load
+    }
+
+    /// A load report that goes now; where reports are delayed it waits in its
+    /// session's lanes.
+    fn unless_held(&mut self, key: &str, load: Load, now: Instant) -> Option<Load> {
+        let delay = self.settings.load_delay;
+        if delay.is_zero() {
+            return Some(load);
+        }
+        let session = self.sessions.get_mut(key)?;
+        session.lanes.hold_load(now + delay, load_frame(load));
+        None
     }
 
     /// Marks the load of every session.
@@ -374,7 +386,8 @@ impl State {
         }
         let load = if session.lanes.load_is_due(&self.settings, now) {
             session.lanes.load_goes(now);
-            Some(self.load_for(Some(key), now))
+            let load = self.load_for(Some(key), now);
+            self.unless_held(key, load, now)
         } else {
             session.lanes.mark_load();
             None
@@ -603,4 +616,11 @@ fn returned((attempt, held): (&AttemptId, &Held), grace: Duration) -> StageEnd {
         })),
         ..StageEnd::default()
     }
+}
+
+fn load_frame(load: Load) -> Bytes {
+    let frame = WorkerFrame {
+        frame: Some(worker_frame::Frame::Load(load)),
+    };
+    frame.encode_to_vec().into()
 }

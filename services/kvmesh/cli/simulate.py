@@ -103,6 +103,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cluster.add_argument(
         "--prefix-pull", action="store_true", help="prefixes can be pulled from other workers"
     )
+    cluster.add_argument(
+        "--prior",
+        type=float,
+        nargs=5,
+        metavar="X",
+        help="what routers take the step coefficients a b c d e for at first, as multiples of the "
+        "true mean (1 1 1 1 1)",
+    )
     how = parser.add_argument_group("scheduling")
     how.add_argument(
         "--policy",
@@ -110,6 +118,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME[:N=V,...]",
         help="policy with its numbers; several: one run each (cost)",
+    )
+    how.add_argument(
+        "--local-prefill",
+        choices=("by-cost", "without-prefill-workers"),
+        help="when decode workers compute prompts, under policy cost (by-cost)",
     )
     how.add_argument("--fifo", action="store_true", help="first come first served, sent on at once")
     how.add_argument(
@@ -196,6 +209,8 @@ def _clusters(args: argparse.Namespace) -> list[Cluster]:
         "rows": args.rows,
         "failures": [_failure(text) for text in args.fail],
         **({"noise": dict(PERFECT)} if args.perfect else {}),
+        **({"prior": args.prior} if args.prior else {}),
+        **({"local_prefill": args.local_prefill} if args.local_prefill else {}),
     }
     if args.sweep:
         return [Cluster(profile, 0, p, d, more) for p, d in sweep(args.sweep)]

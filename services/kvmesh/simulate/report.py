@@ -26,7 +26,7 @@ _WORDS = (
     ("ITL", "time between two tokens of a stream"),
     ("slowdown", "TTFT over the time on an empty worker for a prompt of that length, no cache"),
     ("goodput", "requests whose first token came within 5 times that and whose mean ITL met the "
-                "target of their class"),
+                "target of their class; /s GPU: of these a second and GPU"),
     ("hits", "prompt tokens that were cached where the prompt began"),
 )  # fmt: skip
 
@@ -65,6 +65,7 @@ def _compared(runs: Sequence[tuple[str, Run]]) -> list[str]:
         bars("TTFT p99, ms", names, [s["ttft_ms"]["p99"] for s in of]),
         bars("end to end, mean, s", names, [s["end_to_end_ms"]["mean"] / 1e3 for s in of]),
         bars("goodput, %", names, [100 * s["goodput_share"] for s in of]),
+        bars("goodput a second and GPU", names, [s["goodput_per_gpu_s"] for s in of]),
     ]
 
 

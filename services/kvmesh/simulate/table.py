@@ -8,7 +8,7 @@ from kvmesh.simulate.replay import Run
 
 _HEAD = (
     "", "TTFT MS p50", "p90", "p99", "mean", "ITL MS p50", "p90", "p99", "E2E S",
-    "SLOWDOWN p99", "GOODPUT", "/s", "HITS", "QUEUE mean", "max",
+    "SLOWDOWN p99", "GOODPUT", "/s", "/s GPU", "HITS", "QUEUE mean", "max",
 )  # fmt: skip
 
 
@@ -27,6 +27,7 @@ def rows(runs: Sequence[tuple[str, Run]]) -> list[tuple[str, ...]]:
                 f"{s['slowdown']['p99']:.1f}",
                 f"{s['goodput_share']:.1%}",
                 f"{s['goodput_per_s']:.2f}",
+                f"{s['goodput_per_gpu_s']:.3f}" if s["goodput_per_gpu_s"] else "-",
                 f"{s['hit_rate']:.1%}",
                 f"{s['queued_mean']:.1f}",
                 f"{s['queued_most']}",

@@ -39,7 +39,7 @@ class ListWorkersResponse(_message.Message):
     def __init__(self, workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("record", "state", "state_detail", "registered", "load", "silent_ms", "indexed_blocks", "index_detail", "running", "step_model")
+    __slots__ = ("record", "state", "state_detail", "registered", "load", "silent_ms", "indexed_blocks", "index_detail", "running", "step_model", "paths_to")
     RECORD_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     STATE_DETAIL_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +50,7 @@ class WorkerStatus(_message.Message):
     INDEX_DETAIL_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     STEP_MODEL_FIELD_NUMBER: _ClassVar[int]
+    PATHS_TO_FIELD_NUMBER: _ClassVar[int]
     record: _worker_pb2.WorkerRecord
     state: SessionState
     state_detail: str
@@ -60,7 +61,18 @@ class WorkerStatus(_message.Message):
     index_detail: str
     running: int
     step_model: _worker_pb2.StepModel
-    def __init__(self, record: _Optional[_Union[_worker_pb2.WorkerRecord, _Mapping]] = ..., state: _Optional[_Union[SessionState, str]] = ..., state_detail: _Optional[str] = ..., registered: bool = ..., load: _Optional[_Union[_worker_pb2.Load, _Mapping]] = ..., silent_ms: _Optional[float] = ..., indexed_blocks: _Optional[int] = ..., index_detail: _Optional[str] = ..., running: _Optional[int] = ..., step_model: _Optional[_Union[_worker_pb2.StepModel, _Mapping]] = ...) -> None: ...
+    paths_to: _containers.RepeatedCompositeFieldContainer[PathRate]
+    def __init__(self, record: _Optional[_Union[_worker_pb2.WorkerRecord, _Mapping]] = ..., state: _Optional[_Union[SessionState, str]] = ..., state_detail: _Optional[str] = ..., registered: bool = ..., load: _Optional[_Union[_worker_pb2.Load, _Mapping]] = ..., silent_ms: _Optional[float] = ..., indexed_blocks: _Optional[int] = ..., index_detail: _Optional[str] = ..., running: _Optional[int] = ..., step_model: _Optional[_Union[_worker_pb2.StepModel, _Mapping]] = ..., paths_to: _Optional[_Iterable[_Union[PathRate, _Mapping]]] = ...) -> None: ...
+
+class PathRate(_message.Message):
+    __slots__ = ("source", "fixed_ms", "bytes_per_ms")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    FIXED_MS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_MS_FIELD_NUMBER: _ClassVar[int]
+    source: str
+    fixed_ms: float
+    bytes_per_ms: float
+    def __init__(self, source: _Optional[str] = ..., fixed_ms: _Optional[float] = ..., bytes_per_ms: _Optional[float] = ...) -> None: ...
 
 class DrainWorkerRequest(_message.Message):
     __slots__ = ("worker_id", "grace_ms", "force", "stop")

@@ -155,6 +155,7 @@ def _port(settings: WorkerSettings) -> WorkerPort:
         keep_alive_timeout_s=settings.keep_alive_timeout_s,
         grace_s=settings.grace_s,
         tell_all_ends=_log.isEnabledFor(logging.DEBUG),
+        load_delay_ms=settings.load_delay_ms,
     )
 
 

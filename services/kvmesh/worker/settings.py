@@ -111,6 +111,8 @@ class WorkerSettings:
     log_level: str = "info"
     """Level of log lines: error, warn, info, debug. An attempt that goes wrong here is
     a line of info or above, any other attempt's end one of debug."""
+    load_delay_ms: float = 0.0
+    """How much later than it was true each load report goes, milliseconds. For trials."""
     switch_interval_ms: float = 1.0
     """Python's thread switch interval: engine thread and others share the GIL."""
     like: str = ""
@@ -151,6 +153,8 @@ class WorkerSettings:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise SettingError(f"{name} is {getattr(self, name)}; allowed is more than 0")
+        if self.load_delay_ms < 0:
+            raise SettingError(f"load_delay_ms is {self.load_delay_ms}; allowed is 0 or more")
 
     def _check_etcd(self) -> None:
         try:

@@ -10,7 +10,7 @@ use kvmesh_kv_index::{
     CacheChange, IndexStats, KvIndex, Matches, WorkerSlot, chain_values, namespace_root,
 };
 use kvmesh_scheduler::{
-    Booking as Load, Class, Needs, NoPlan, OutputLengths, PerClass, RequestView,
+    Booking as Load, Class, Needs, NoPlan, OutputLengths, PerClass, RequestView, TransferRate,
 };
 use kvmesh_session::{
     TransferId, WorkerIndex,
@@ -429,13 +429,22 @@ impl Core {
 
     /// The row of a worker.
     pub(super) fn status(&self, worker: &WorkerEntry) -> v1::WorkerStatus {
-        let (step_model, slot) = {
+        let (step_model, slot, paths) = {
             let placer = self.dispatcher.placer();
-            (placer.step_model(worker.index), placer.slot(worker.index))
+            let (index, slot) = (worker.index, placer.slot(worker.index));
+            (placer.step_model(index), slot, placer.paths_to(index))
+        };
+        let path = |(source, rate): (WorkerIndex, TransferRate)| {
+            Some(v1::PathRate {
+                source: self.table.get(source)?.name(),
+                fixed_ms: rate.fixed_ms,
+                bytes_per_ms: rate.bytes_per_ms,
+            })
         };
         let status = worker.status();
         v1::WorkerStatus {
             step_model: step_model.or(status.step_model),
+            paths_to: paths.into_iter().filter_map(path).collect(),
             indexed_blocks: slot.map_or(0, |slot| self.dispatcher.index.held(slot)),
             ..status
         }
@@ -530,6 +539,7 @@ pub(super) fn request_view<'a>(
         max_tokens: request.max_tokens,
         expected_output,
         class: class_of(request.class),
+        itl_target_ms: (request.itl_target_ms > 0.0).then_some(request.itl_target_ms),
         virtual_deadline_ms: f64::INFINITY,
         affinity: 0,
         needs: Needs {

@@ -7,16 +7,21 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
+    time::Instant,
 };
 
-use kvmesh_kv_index::{Knowledge, KvIndex, Matches, WorkerSlot};
+use kvmesh_kv_index::{Knowledge, KvIndex, Matches, UNIT_TOKENS, WorkerSlot};
 use kvmesh_scheduler::{
     Admission, AdmissionSettings, Booking, Bookings, ByClass, Class, ClassTargets, Cluster,
     Considered, Decision, Estimate, Learner, Needs, NoPlan, Path, PerClass, Plan, Policy, Rejected,
-    RequestView, Roster, StepModel, StepSample, TransferRates, Work, WorkerView, placeable,
+    RequestView, Roster, StepModel, StepSample, TransferRate, TransferRates, Work, WorkerView,
+    placeable,
     planner::{Demand, Pools},
 };
-use kvmesh_session::{WorkerIndex, parse::LoadReport};
+use kvmesh_session::{
+    WorkerIndex,
+    parse::{LoadReport, reads_cache},
+};
 use kvmesh_wire::v1;
 
 use super::{
@@ -47,6 +52,13 @@ struct Known {
     capabilities: v1::Capabilities,
     /// Predicted length of the step that runs.
     step_ms: f64,
+    /// When its last step was told of, or its hello came.
+    stepped: Instant,
+}
+
+/// Whether a worker's cache is known by what it tells, or by what is sent there.
+fn tells_of_cache(capabilities: &v1::Capabilities) -> bool {
+    capabilities.cache_events && reads_cache(capabilities).is_ok()
 }
 
 /// A plan with its bookings.
@@ -152,6 +164,7 @@ impl Placer {
             learner: Learner::new(step),
             capabilities: capabilities.clone(),
             step_ms: 0.0,
+            stepped: Instant::now(),
         };
         self.workers.insert(worker, known);
         let at = slot.0 as usize;
@@ -169,23 +182,30 @@ impl Placer {
         if let Some(known) = self.workers.get(&worker) {
             let before = &known.capabilities;
             if before.block_tokens == capabilities.block_tokens
-                && before.cache_events == capabilities.cache_events
+                && tells_of_cache(before) == tells_of_cache(capabilities)
             {
                 return Some(known.slot);
             }
             self.remove(worker);
         }
-        let knowledge = if capabilities.cache_events {
+        // What is sent counts by the unit where blocks end elsewhere.
+        let mut block_tokens = UNIT_TOKENS as u32;
+        let knowledge = if tells_of_cache(capabilities) {
+            block_tokens = capabilities.block_tokens;
             Knowledge::Events
         } else {
-            let units = capabilities.pool_blocks * u64::from(capabilities.block_tokens / 16);
+            if capabilities.block_tokens.is_multiple_of(block_tokens) {
+                block_tokens = capabilities.block_tokens;
+            }
+            let pool = u64::from(capabilities.block_tokens);
+            let units = capabilities.pool_blocks.saturating_mul(pool) / UNIT_TOKENS as u64;
             let max_units = usize::try_from(units).unwrap_or(usize::MAX);
             Knowledge::Approximate {
                 ttl_ms: self.approximate_ttl_ms,
                 max_units,
             }
         };
-        match self.index.add_worker(capabilities.block_tokens, knowledge) {
+        match self.index.add_worker(block_tokens, knowledge) {
             Ok(slot) => Some(slot),
             Err(error) => {
                 tracing::warn!(%error, "worker cannot be indexed");
@@ -262,6 +282,7 @@ impl Placer {
         let Some(known) = self.workers.get_mut(&worker) else {
             return;
         };
+        known.stepped = Instant::now();
         let learnt = known.learner.observe(&StepSample {
             prefill_tokens: u64::from(sample.prefill_tokens),
             prefill_context: sample.prefill_context,
@@ -308,9 +329,23 @@ impl Placer {
         }
     }
 
-    /// The step model in force of a worker.
+    /// The step model in force of a worker: its error bar widens while it is idle.
     pub(super) fn step_model(&self, worker: WorkerIndex) -> Option<v1::StepModel> {
-        Some(told(self.workers.get(&worker)?.learner.model()))
+        let known = self.workers.get(&worker)?;
+        let idle_ms = known.stepped.elapsed().as_secs_f64() * 1e3;
+        Some(told(&known.learner.model_after_idle(idle_ms)))
+    }
+
+    /// What moving KV to a worker takes, for each source of which something was
+    /// learnt.
+    pub(super) fn paths_to(&self, worker: WorkerIndex) -> Vec<(WorkerIndex, TransferRate)> {
+        let Some(target) = self.slot(worker) else {
+            return Vec::new();
+        };
+        let known = |(source, known): (&WorkerIndex, &Known)| {
+            Some((*source, self.transfers.known(known.slot, target)?))
+        };
+        self.workers.iter().filter_map(known).collect()
     }
 
     /// Bookings that no load shows yet, over all workers.
@@ -360,6 +395,7 @@ impl Placer {
             .cluster(self.router)
             .at(now_ms)
             .with_transfers(&self.transfers)
+            .with_local_prefill(self.policy.local_prefill())
     }
 
     /// What a request would wait for and compute, apart from this router's
@@ -545,6 +581,7 @@ impl Placer {
             max_tokens: 2,
             expected_output: 2,
             class: Class::Standard,
+            itl_target_ms: None,
             virtual_deadline_ms: f64::INFINITY,
             affinity: 0,
             needs: Needs::default(),

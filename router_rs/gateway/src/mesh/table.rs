@@ -13,7 +13,7 @@ use std::{
 use kvmesh_session::{
     WorkerIndex,
     link::{State, Suspicion},
-    parse::{Hello, LoadReport},
+    parse::{Hello, LoadReport, Unread},
 };
 use kvmesh_wire::v1;
 use tokio::sync::Notify;
@@ -159,11 +159,17 @@ impl WorkerEntry {
         view.detail = detail;
     }
 
-    pub(super) fn index_off(&self, scheme: u32) {
-        self.view().index_detail = format!(
-            "its hash scheme is {scheme}, this router's {}",
-            kvmesh_session::HASH_SCHEME
-        );
+    pub(super) fn index_off(&self, why: Unread) {
+        let why = match why {
+            Unread::HashScheme(scheme) => format!(
+                "its hash scheme is {scheme}, this router's {}",
+                kvmesh_session::HASH_SCHEME
+            ),
+            Unread::BlockTokens(tokens) => {
+                format!("its blocks of {tokens} tokens are no multiple of 16")
+            }
+        };
+        self.view().index_detail = format!("{why}: what is sent there counts as cached");
     }
 
     /// Whether it is still to be heard of: it was neither greeted nor found
@@ -207,6 +213,7 @@ impl WorkerEntry {
             silent_ms: view.heard.map_or(0.0, ms_since),
             indexed_blocks: 0,
             index_detail: view.index_detail.clone(),
+            paths_to: Vec::new(),
             running: view
                 .load
                 .as_ref()

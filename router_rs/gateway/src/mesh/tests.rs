@@ -7,11 +7,12 @@ use std::{
 };
 
 use futures_util::StreamExt;
+use kvmesh_scheduler::{CostSettings, LocalPrefill};
 use kvmesh_testkit::mock::{MockConfig, MockWorker};
 use kvmesh_text::TextSettings;
 use kvmesh_wire::v1::{self, Role, generate_response::Event as Message};
 
-use super::*;
+use super::{policy::PolicySettings, *};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -27,12 +28,22 @@ struct Answer {
 }
 
 fn settings(workers: &[&MockWorker]) -> MeshSettings {
+    let shipped = MeshSettings::default();
+    let cost = CostSettings {
+        // A prefill worker is one for every prompt: those of tests are short.
+        local_prefill: LocalPrefill::WithoutPrefillWorkers,
+        ..shipped.policy.cost
+    };
     MeshSettings {
         workers: workers
             .iter()
             .map(|worker| worker.addr().to_string())
             .collect(),
-        ..MeshSettings::default()
+        policy: PolicySettings {
+            cost,
+            ..shipped.policy
+        },
+        ..shipped
     }
 }
 

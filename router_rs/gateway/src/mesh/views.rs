@@ -4,12 +4,18 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use kvmesh_kv_index::{CacheChange, KvIndex, Tier, WorkerSlot};
 use kvmesh_scheduler::{
-    Abilities, ByClass, Class, KvRoom, Load, Phase, Role, Share, StepModel, Work, WorkerView,
+    Abilities, ByClass, Class, KvRoom, Load, Phase, Reload, Role, Share, StepModel, Work,
+    WorkerView,
 };
 use kvmesh_wire::v1;
 
 /// Output tokens that a stream is taken to have left until lengths are learnt.
 const LEFT: f64 = 128.0;
+
+/// Labels of a worker's record: bytes a second at which cached blocks come back
+/// to the device from the host's memory, and from disk.
+const HOST_RELOAD: &str = "reload_host_bytes_per_s";
+const DISK_RELOAD: &str = "reload_disk_bytes_per_s";
 
 /// A worker that has just greeted: it takes nothing until its first load.
 pub(super) fn view_of(
@@ -192,6 +198,7 @@ fn abilities_of(
         engine_connector: capabilities.engine_connector.as_str().into(),
         pairing: pairing.into(),
         prefix_pull: capabilities.prefix_pull && transfer,
+        reload: reload_of(record),
         grammars: capabilities.grammars,
         grammars_over_continuation: capabilities.grammars_over_continuation,
         penalties_over_continuation: capabilities.penalties_over_continuation,
@@ -201,6 +208,20 @@ fn abilities_of(
         block_bytes: capabilities.block_bytes,
         max_batch: capabilities.max_batch,
         context_length: model.context_length,
+    }
+}
+
+/// What a worker's labels say of bringing cached blocks back, or the prior.
+fn reload_of(record: &v1::WorkerRecord) -> Reload {
+    let prior = Reload::default();
+    let said = |label: &str, prior: u64| {
+        let rate = record.labels.get(label).and_then(|text| text.parse().ok());
+        // Bytes a second as people write it; the scheduler counts in ms.
+        rate.map_or(prior, |bytes_per_s: u64| (bytes_per_s / 1_000).max(1))
+    };
+    Reload {
+        host: said(HOST_RELOAD, prior.host),
+        disk: said(DISK_RELOAD, prior.disk),
     }
 }
 

@@ -340,8 +340,8 @@ pub const KEYS: &[Key] = &[
     ),
     key(
         "local_prefill",
-        Kind::OneOf(&["without-prefill-workers", "by-cost"]),
-        "without-prefill-workers",
+        Kind::OneOf(&["by-cost", "without-prefill-workers"]),
+        "by-cost",
         "Policy cost: when decode workers compute prompts.",
     ),
     key(

@@ -393,8 +393,8 @@ fn policy(layers: &Layers) -> PolicySettings {
         temperature: layers.real("overlap_temperature"),
         cost: CostSettings {
             local_prefill: match layers.text("local_prefill").as_str() {
-                "by-cost" => LocalPrefill::ByCost,
-                _ => LocalPrefill::WithoutPrefillWorkers,
+                "without-prefill-workers" => LocalPrefill::WithoutPrefillWorkers,
+                _ => LocalPrefill::ByCost,
             },
             best_of_side: size("best_of_side"),
             pull_from_tokens: small("pull_from_tokens"),

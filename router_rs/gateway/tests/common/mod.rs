@@ -32,7 +32,8 @@ impl Mesh {
             .collect();
         let addresses: Vec<_> = workers.iter().map(|w| w.addr().to_string()).collect();
         let mut layers = Layers::default();
-        let base = json!({"listen": "127.0.0.1:0", "workers": addresses, "drain_delay": "0s"});
+        let base = json!({"listen": "127.0.0.1:0", "workers": addresses, "drain_delay": "0s",
+            "local_prefill": "without-prefill-workers"});
         layers.add_json("base", &base.to_string()).unwrap();
         layers.add_json("test", &settings.to_string()).unwrap();
         let router = Router::start(&Settings::resolve(&layers).unwrap()).unwrap();

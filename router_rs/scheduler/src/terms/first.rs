@@ -24,6 +24,12 @@ pub(crate) fn prefill(facts: &Facts, asked: &Asked, there: f64) -> Chunks {
     facts.chunks(tokens, asked.context_after(there))
 }
 
+/// Bringing cached tokens back to the device: those that lie on the host, and
+/// those on disk.
+pub(crate) fn reload_ms(facts: &Facts, below: [f64; 2]) -> f64 {
+    below[0] * facts.reload_ms[0] + below[1] * facts.reload_ms[1]
+}
+
 /// Pulling a prefix of so many tokens from another worker.
 pub(crate) fn pull_ms(facts: &Facts, rate: TransferRate, tokens: f64) -> f64 {
     rate.ms(facts.kv_bytes(tokens))

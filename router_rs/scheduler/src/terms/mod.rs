@@ -36,6 +36,8 @@ pub(crate) struct Asked {
     pub(crate) left: f64,
     /// Place of its class.
     pub(crate) class: usize,
+    /// ITL target of its own, ms.
+    pub(crate) itl_target_ms: Option<f64>,
     pub(crate) virtual_deadline_ms: f64,
     pub(crate) now_ms: f64,
 }
@@ -47,6 +49,7 @@ impl Asked {
             held: tokens_held(request) as f64,
             left: request.expected_left(),
             class: request.class.index(),
+            itl_target_ms: request.itl_target_ms,
             virtual_deadline_ms: request.virtual_deadline_ms,
             now_ms,
         }

@@ -4,17 +4,15 @@ use super::{Asked, People};
 use crate::chunk::OWN_STEP_SHARE;
 use crate::facts::{Chunks, Facts};
 
-/// What a step costs a stream of this class that takes `to` instead of `from`:
-/// ε, and κ ε beyond the stream's target, by the weight of its class. The
-/// target in force is never under 1.5 of the worker's own step.
-pub(crate) fn stretch(
-    people: &People,
-    class: usize,
-    own_step_ms: f64,
-    from_ms: f64,
-    to_ms: f64,
-) -> f64 {
-    let target = people.weights.itl_target_ms[class].max(OWN_STEP_SHARE * own_step_ms);
+/// What a step costs the request's stream that takes `to` instead of `from`: ε,
+/// and κ ε beyond its target, by the weight of its class. The target is what it
+/// asked for, or that of its class; in force it is never under 1.5 of the
+/// worker's own step.
+fn stretch(people: &People, asked: &Asked, own_step_ms: f64, from_ms: f64, to_ms: f64) -> f64 {
+    let class = asked.class;
+    let target = asked.itl_target_ms;
+    let target = target.unwrap_or(people.weights.itl_target_ms[class]);
+    let target = target.max(OWN_STEP_SHARE * own_step_ms);
     let beyond = (to_ms - target).max(0.0) - (from_ms - target).max(0.0);
     let stretched = (to_ms - from_ms) + (people.beyond_target - 1.0) * beyond;
     people.stretch * people.weights.itl[class] * stretched.max(0.0)
@@ -28,7 +26,7 @@ pub(crate) fn own_stretch_ms(facts: &Facts, asked: &Asked, people: &People, chun
         facts.alone_ms(asked.sequence),
         facts.joined_ms(asked.sequence),
     );
-    let each = stretch(people, asked.class, facts.step_ms, alone, joined);
+    let each = stretch(people, asked, facts.step_ms, alone, joined);
     if chunks_ms <= 0.0 {
         return asked.left * each;
     }
@@ -38,7 +36,7 @@ pub(crate) fn own_stretch_ms(facts: &Facts, asked: &Asked, people: &People, chun
     let chunk_ms = chunk_ms.min(facts.per_budget.recip());
     let slowed = (chunks_ms / chunk_ms.max(1e-6)).min(asked.left);
     let to = joined + chunk_ms;
-    let with_chunk = stretch(people, asked.class, facts.step_ms, alone, to);
+    let with_chunk = stretch(people, asked, facts.step_ms, alone, to);
     (asked.left - slowed) * each + slowed * with_chunk
 }
 
@@ -102,5 +100,5 @@ fn surviving(x: f64) -> f64 {
 /// and the second waits for KV and for a place: one step, stretched to that.
 pub(crate) fn gap_ms(facts: &Facts, asked: &Asked, people: &People, gap_ms: f64) -> f64 {
     let alone = facts.alone_ms(asked.sequence);
-    stretch(people, asked.class, facts.step_ms, alone, alone + gap_ms)
+    stretch(people, asked, facts.step_ms, alone, alone + gap_ms)
 }

@@ -3,7 +3,8 @@
 
 use kvmesh_kv_index::{CacheChange, IndexSettings, Knowledge, KvIndex, Matches, Tier, WorkerSlot};
 use kvmesh_scheduler::{
-    Abilities, Class, KvRoom, Load, Needs, Phase, RequestView, Role, StepModel, Work, WorkerView,
+    Abilities, Class, KvRoom, Load, Needs, Phase, Reload, RequestView, Role, StepModel, Work,
+    WorkerView,
 };
 use std::sync::Arc;
 
@@ -25,6 +26,7 @@ pub(crate) fn worker(slot: u32, role: Role) -> WorkerView {
             engine_connector: "".into(),
             pairing: "fp32".into(),
             prefix_pull: true,
+            reload: Reload::default(),
             grammars: false,
             grammars_over_continuation: false,
             penalties_over_continuation: true,
@@ -68,6 +70,7 @@ pub(crate) fn request<'a>(cached: &'a Matches, id: u128) -> RequestView<'a> {
         max_tokens: 256,
         expected_output: 128,
         class: Class::Standard,
+        itl_target_ms: None,
         virtual_deadline_ms: f64::INFINITY,
         affinity: id as u64,
         needs: Needs::default(),
@@ -80,7 +83,7 @@ pub(crate) fn request<'a>(cached: &'a Matches, id: u128) -> RequestView<'a> {
 pub(crate) fn cached(held: &[(u32, u32)]) -> Matches {
     let index = KvIndex::new(IndexSettings::default());
     let chain: Vec<u64> = (1..=64).collect();
-    for slot in 0..16u32 {
+    for slot in 0..40u32 {
         let added = index.add_worker(16, Knowledge::Events).unwrap();
         assert_eq!(added, WorkerSlot(slot));
     }

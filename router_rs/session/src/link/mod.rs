@@ -22,9 +22,9 @@
 use smallvec::SmallVec;
 
 use crate::{
-    HASH_SCHEME, PROTOCOL_VERSION, Violation,
+    PROTOCOL_VERSION, Violation,
     generation::Loss,
-    parse::{Hello, LoadReport},
+    parse::{Hello, LoadReport, Unread},
 };
 use kvmesh_wire::v1::WorkerPhase;
 
@@ -141,8 +141,8 @@ pub enum Action {
     Close,
     /// Start with an empty view of the worker's cache.
     ForgetCache,
-    /// The worker's cache is not indexed: its hash scheme is another.
-    IndexOff(u32),
+    /// What the worker says of its cache is not read.
+    IndexOff(Unread),
     /// Whether the worker can be placed on may have changed.
     StateChanged,
 }
@@ -310,13 +310,13 @@ impl Link {
             return Ok(());
         }
         self.tries = 0;
-        self.index_off = hello.hash_scheme != HASH_SCHEME;
+        self.index_off = hello.unread.is_some();
         if self.incarnation != hello.record.incarnation || self.index_off {
             self.event = 0;
             actions.push(Action::ForgetCache);
         }
-        if self.index_off {
-            actions.push(Action::IndexOff(hello.hash_scheme));
+        if let Some(why) = hello.unread {
+            actions.push(Action::IndexOff(why));
         }
         self.incarnation = hello.record.incarnation;
         self.lost_ms = LOST_MS;

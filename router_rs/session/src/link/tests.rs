@@ -3,6 +3,7 @@
 use kvmesh_wire::v1;
 
 use super::*;
+use crate::HASH_SCHEME;
 
 fn hello(version: (u32, u32), id: &str, incarnation: u64, scheme: u32) -> Hello {
     Hello {
@@ -12,7 +13,7 @@ fn hello(version: (u32, u32), id: &str, incarnation: u64, scheme: u32) -> Hello 
             incarnation,
             ..v1::WorkerRecord::default()
         },
-        hash_scheme: scheme,
+        unread: (scheme != HASH_SCHEME).then_some(Unread::HashScheme(scheme)),
         last_event: 0,
         resume_event: 1,
         step_model: None,
@@ -77,7 +78,7 @@ fn a_newer_minor_is_spoken_to() {
 fn another_hash_scheme_serves_without_index() {
     let mut link = greeting();
     let actions = link.apply(Event::Hello(&hello((1, 0), "w", 7, 2))).unwrap();
-    assert!(actions.contains(&Action::IndexOff(2)));
+    assert!(actions.contains(&Action::IndexOff(Unread::HashScheme(2))));
     assert!(link.placeable() && !link.indexed());
 }
 

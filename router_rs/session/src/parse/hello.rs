@@ -2,7 +2,10 @@
 
 use kvmesh_wire::v1::{self, worker_frame::Frame};
 
-use crate::Violation;
+use crate::{HASH_SCHEME, Violation};
+
+/// Tokens of a hash value of the cache lane.
+const UNIT_TOKENS: u32 = 16;
 
 /// Takes the first frame of a session.
 ///
@@ -32,19 +35,41 @@ pub fn hello(frame: v1::WorkerFrame) -> Result<Hello, Violation> {
     let Some(capabilities) = record.capabilities.as_ref() else {
         return Err(Violation::Malformed("hello without capabilities"));
     };
-    if capabilities.block_tokens == 0 || !capabilities.block_tokens.is_multiple_of(16) {
-        return Err(Violation::Malformed(
-            "hello with a block size that is no multiple of 16",
-        ));
+    if capabilities.block_tokens == 0 {
+        return Err(Violation::Malformed("hello without a block size"));
     }
     Ok(Hello {
         version: (version.major, version.minor),
-        hash_scheme: capabilities.hash_scheme,
+        unread: reads_cache(capabilities).err(),
         last_event: hello.last_event,
         resume_event: hello.resume_event,
         step_model: hello.step_model,
         record,
     })
+}
+
+/// Why a worker's cache lane cannot be read: what it holds is known by what was
+/// sent there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Unread {
+    /// Its values are of another hash scheme.
+    HashScheme(u32),
+    /// Its blocks do not end where values are taken: at multiples of 16 tokens.
+    BlockTokens(u32),
+}
+
+/// Whether a worker's cache lane can be read.
+///
+/// # Errors
+/// Why not.
+pub fn reads_cache(capabilities: &v1::Capabilities) -> Result<(), Unread> {
+    if capabilities.hash_scheme != HASH_SCHEME {
+        return Err(Unread::HashScheme(capabilities.hash_scheme));
+    }
+    if !capabilities.block_tokens.is_multiple_of(UNIT_TOKENS) {
+        return Err(Unread::BlockTokens(capabilities.block_tokens));
+    }
+    Ok(())
 }
 
 /// A worker's hello with everything a session needs.
@@ -54,8 +79,8 @@ pub struct Hello {
     pub version: (u32, u32),
     /// Who this is; model and capabilities are set and valid.
     pub record: v1::WorkerRecord,
-    /// Hash scheme of its cache lane.
-    pub hash_scheme: u32,
+    /// Why its cache lane is not read.
+    pub unread: Option<Unread>,
     /// Last cache event so far.
     pub last_event: u64,
     /// First cache event that follows, where no snapshot comes.
@@ -75,6 +100,20 @@ pub fn valid_name(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cache_is_read_where_its_values_are_those_of_this_router() {
+        let of = |hash_scheme, block_tokens| {
+            reads_cache(&v1::Capabilities {
+                hash_scheme,
+                block_tokens,
+                ..v1::Capabilities::default()
+            })
+        };
+        assert_eq!(of(HASH_SCHEME, 32), Ok(()));
+        assert_eq!(of(2, 32), Err(Unread::HashScheme(2)));
+        assert_eq!(of(HASH_SCHEME, 24), Err(Unread::BlockTokens(24)));
+    }
 
     #[test]
     fn names_are_short_and_plain() {

@@ -9,7 +9,7 @@ mod rows;
 use kvmesh_wire::v1::{self, worker_frame::Frame};
 
 use crate::{Fence, GenerationId, Stage, Violation};
-pub use hello::{Hello, hello, valid_name};
+pub use hello::{Hello, Unread, hello, reads_cache, valid_name};
 pub use rows::{Row, Rows};
 
 /// A frame of a worker after its hello.

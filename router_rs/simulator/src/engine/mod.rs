@@ -21,7 +21,7 @@ pub(crate) use streams::class_number;
 
 use crate::trace::Trace;
 use chunks::Budget;
-use kvmesh_scheduler::{Role, StepSample};
+use kvmesh_scheduler::{Role, StepModel, StepSample};
 use prompts::Prompts;
 use std::collections::BTreeMap;
 use streams::Streams;
@@ -75,6 +75,25 @@ impl Engine {
     /// call, in order of their events.
     pub(crate) fn take_cache_events(&mut self) -> Vec<(bool, u64)> {
         self.pool.take_events()
+    }
+
+    /// Its true mean step times.
+    pub(crate) fn truth(&self) -> StepModel {
+        self.settings.truth
+    }
+
+    /// Output tokens that its streams have left, on average by class: those that
+    /// decode here and those whose KV is on its way. 0 where there are none.
+    pub(crate) fn mean_left(&self) -> [f64; 3] {
+        let mut sums = [(0.0, 0.0); 3];
+        let coming = self.incoming.values();
+        let all = coming.map(|sequence| (sequence.class, sequence.left));
+        for (class, left) in all.chain(self.streams.left_by_class()) {
+            let (count, sum) = &mut sums[class_number(class)];
+            *count += 1.0;
+            *sum += f64::from(left);
+        }
+        sums.map(|(count, sum)| if count > 0.0 { sum / count } else { 0.0 })
     }
 
     /// Whether a step runs.

@@ -99,6 +99,12 @@ impl Streams {
             .map(|(request, stream)| (*request, stream.left(self.steps)))
     }
 
+    /// Class and tokens still to come of each.
+    pub(super) fn left_by_class(&self) -> impl Iterator<Item = (Class, u32)> + '_ {
+        let of = |stream: &Stream| (stream.sequence.class, stream.left(self.steps));
+        self.streams.values().map(of)
+    }
+
     pub(super) fn join(&mut self, sequence: Sequence) {
         let request = sequence.request;
         let reserved = units(sequence.length + HEADROOM.min(sequence.left)) * UNIT;

@@ -6,7 +6,7 @@ use crate::settings::Settings;
 use crate::trace::Trace;
 use kvmesh_kv_index::{Matches, UNIT_TOKENS, WorkerSlot};
 use kvmesh_scheduler::{
-    Abilities, Load, Needs, OutputLengths, Phase, RequestView, Role, Work, WorkerView,
+    Abilities, Load, Needs, OutputLengths, Phase, Reload, RequestView, Role, Work, WorkerView,
 };
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -44,6 +44,7 @@ pub(super) fn request_view<'a>(
         max_tokens: most,
         expected_output: lengths.expected(MODEL, request.class, made, most),
         class: request.class,
+        itl_target_ms: None,
         virtual_deadline_ms,
         affinity: trace
             .blocks(asked.request as usize)
@@ -78,6 +79,7 @@ pub(super) fn view(slot: usize, role: Role, settings: &Settings) -> WorkerView {
             engine_connector: "".into(),
             pairing: "".into(),
             prefix_pull: settings.prefix_pull,
+            reload: Reload::default(),
             grammars: false,
             grammars_over_continuation: false,
             penalties_over_continuation: false,
@@ -88,7 +90,7 @@ pub(super) fn view(slot: usize, role: Role, settings: &Settings) -> WorkerView {
             max_batch: profile.max_batch,
             context_length: profile.context_length,
         }),
-        step: profile.step_model(1.0),
+        step: settings.believed(),
         load,
         booked: Work::default(),
         prompts: Vec::new(),

@@ -14,8 +14,8 @@ use belief::{prompt_alone, request_view, view};
 use kvmesh_kv_index::{KvIndex, Matches, UNIT_TOKENS, WorkerSlot};
 use kvmesh_scheduler::{
     AdmissionSettings, Booking, Bookings, Class, ClassTargets, Considered, Decision, Estimate,
-    Lane, Learner, Load, NoPlan, OutputLengths, Path, Phase, Policy, Queue, Rejected, Roster,
-    StepSample, TransferRates, Work, virtual_deadline_ms,
+    Lane, Learner, Load, NoPlan, OutputLengths, Path, Phase, Policy, Queue, Rejected, RequestView,
+    Roster, StepModel, StepSample, TransferRates, Work, virtual_deadline_ms,
 };
 use std::collections::BTreeMap;
 
@@ -109,7 +109,7 @@ pub(crate) struct Router {
 
 impl Router {
     pub(crate) fn new(number: usize, settings: &Settings) -> Self {
-        let prior = settings.profile.step_model(1.0);
+        let prior = settings.believed();
         let mut roster = Roster::new();
         let roles = settings.roles();
         for (slot, role) in roles.iter().enumerate() {
@@ -118,7 +118,7 @@ impl Router {
         let workers = roles.len();
         Self {
             hash: mix(settings.seed ^ (number as u64 + 1)),
-            policy: policy(&settings.policy, settings.seed),
+            policy: policy(settings),
             order: settings.queue.order,
             dispatch_ahead_ms: settings.queue.dispatch_ahead_ms.unwrap_or(f64::INFINITY),
             max_wait_ms: settings.queue.max_wait_ms.unwrap_or(f64::INFINITY),
@@ -166,7 +166,11 @@ impl Router {
     ) -> Result<(), Rejected> {
         self.look_up(trace, index, asked.request);
         self.roster.refresh(&self.bookings);
-        let cluster = self.roster.cluster(self.hash).at(asked.arrival_ms);
+        let cluster = self
+            .roster
+            .cluster(self.hash)
+            .at(asked.arrival_ms)
+            .with_local_prefill(self.policy.local_prefill());
         let at = (asked, f64::INFINITY);
         let request = request_view(&self.lengths, &self.cached, trace, at, &[]);
         let work_ms = Estimate::of(&cluster, &request).work_ms;
@@ -240,7 +244,15 @@ impl Router {
         let excluded = self.excluded.get(&asked.request).cloned();
         let unwanted = excluded.as_deref().unwrap_or(&[]);
         let key = self.key(asked.request);
-        let request = request_view(&self.lengths, &self.cached, trace, (asked, key), unwanted);
+        let view = request_view(&self.lengths, &self.cached, trace, (asked, key), unwanted);
+        let request = match choose {
+            // Who picks another plan knows how long the output is.
+            Some(_) => RequestView {
+                expected_output: trace.requests[asked.request as usize].output,
+                ..view
+            },
+            None => view,
+        };
         self.roster.refresh(&self.bookings);
         let cluster = self.roster.cluster(self.hash).at(now_ms);
         let cluster = cluster.with_transfers(&self.rates);
@@ -366,6 +378,15 @@ impl Router {
         if let Some(view) = self.roster.get_mut(slot) {
             view.load = report.load;
             view.step = *learner.model();
+        }
+    }
+
+    /// A worker as it is, for who is told at once and knows: its load, step times,
+    /// and what its streams have left.
+    pub(crate) fn sees(&mut self, worker: usize, load: Load, truth: (StepModel, [f64; 3])) {
+        if let Some(view) = self.roster.get_mut(WorkerSlot(worker as u32)) {
+            view.load = load;
+            (view.step, view.left) = truth;
         }
     }
 

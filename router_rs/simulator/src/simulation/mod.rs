@@ -253,6 +253,9 @@ fn check(settings: &Settings) -> Result<(), SimulationError> {
     if !(0.0..1.0).contains(&settings.noise.speed) {
         return Err(SimulationError::Setting("noise.speed: from 0 to below 1"));
     }
+    if !settings.prior.into_iter().all(positive) {
+        return Err(SimulationError::Setting("prior: five numbers above 0"));
+    }
     let workers = settings.prefill + settings.decode + settings.both;
     for failure in &settings.failures {
         if failure.worker >= workers {

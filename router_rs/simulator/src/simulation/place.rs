@@ -1,6 +1,6 @@
 //! From arrival to a worker.
 
-use super::{Flight, Simulation};
+use super::{Flight, Simulation, Worker};
 use crate::clairvoyant;
 use crate::engine::{Sequence, Stage};
 use crate::events::Event;
@@ -48,12 +48,7 @@ impl Simulation<'_> {
             self.recorder.rejected(request);
             return;
         }
-        if self.settings.policy == PolicySettings::Clairvoyant {
-            self.place_clairvoyant(router, asked);
-            return;
-        }
-        let tried = self.routers[router].place(asked, self.now_ms, self.trace, &self.index);
-        self.tried(router, asked, tried);
+        self.place(router, asked);
         self.recorder.queued(self.now_ms, self.waiting());
     }
 
@@ -69,39 +64,61 @@ impl Simulation<'_> {
         }
     }
 
-    fn place_clairvoyant(&mut self, router: usize, asked: Asked) {
+    fn place(&mut self, router: usize, asked: Asked) {
+        let tried = if self.settings.policy == PolicySettings::Clairvoyant {
+            let tried = self.try_clairvoyant(router, asked);
+            if let Tried::Waits { no_room } = tried {
+                self.routers[router].lacks_room(no_room);
+                self.routers[router].wait(asked, self.trace);
+            }
+            tried
+        } else {
+            self.routers[router].place(asked, self.now_ms, self.trace, &self.index)
+        };
+        self.tried(router, asked, tried);
+    }
+
+    /// Chooses by what the policy may know.
+    pub(super) fn try_plan(&mut self, router: usize, asked: Asked) -> Tried {
+        if self.settings.policy == PolicySettings::Clairvoyant {
+            return self.try_clairvoyant(router, asked);
+        }
+        self.routers[router].try_plan(asked, self.now_ms, self.trace, &self.index, None)
+    }
+
+    /// Chooses with every worker and every length as it is, and nothing late.
+    fn try_clairvoyant(&mut self, router: usize, asked: Asked) -> Tried {
         let (workers, trace, now_ms) = (&self.workers, self.trace, self.now_ms);
+        let step_left_ms = |worker: &Worker| {
+            let ends = worker.step.as_ref().map(|(ends_ms, ..)| ends_ms - now_ms);
+            ends.unwrap_or(0.0).max(0.0)
+        };
+        for (number, worker) in workers.iter().enumerate() {
+            let load = worker.engine.load().of(router, step_left_ms(worker));
+            let truth = (worker.engine.truth(), worker.engine.mean_left());
+            self.routers[router].sees(number, load, truth);
+        }
         let key = self.routers[router].key(asked.request);
         let row = &trace.requests[asked.request as usize];
-        let left = row.output - asked.made;
-        let length = row.prompt + asked.made;
-        let mut choose = |plans: &[Considered]| {
-            let sequence = Sequence::new(
+        let sequence = |stage| {
+            Sequence::new(
                 asked.request,
                 router,
                 row.class,
                 key,
-                Stage::Whole,
-                length,
-                left,
+                stage,
+                row.prompt + asked.made,
+                row.output - asked.made,
                 f64::NAN,
-            );
-            let engine = |slot: WorkerSlot| {
-                let worker = &workers[slot.0 as usize];
-                let ends_ms = worker
-                    .step
-                    .as_ref()
-                    .map_or(now_ms, |(ends_ms, ..)| *ends_ms);
-                (&worker.engine, (ends_ms - now_ms).max(0.0))
-            };
-            clairvoyant::choose(plans, &sequence, trace, now_ms, engine)
+            )
         };
-        let tried =
-            self.routers[router].try_plan(asked, now_ms, trace, &self.index, Some(&mut choose));
-        if matches!(tried, Tried::Waits { .. }) {
-            self.routers[router].wait(asked, trace);
-        }
-        self.tried(router, asked, tried);
+        let engine = |slot: WorkerSlot| {
+            let worker = &workers[slot.0 as usize];
+            (&worker.engine, step_left_ms(worker))
+        };
+        let mut choose =
+            |plans: &[Considered]| clairvoyant::choose(plans, sequence, trace, now_ms, engine);
+        self.routers[router].try_plan(asked, now_ms, trace, &self.index, Some(&mut choose))
     }
 
     fn dispatch(&mut self, router: usize, asked: Asked, placed: &Placed) {
@@ -198,8 +215,7 @@ impl Simulation<'_> {
         self.flights[request as usize].attempt += 1;
         let router = self.flights[request as usize].router as usize;
         let asked = self.asked(request);
-        let tried = self.routers[router].place(asked, self.now_ms, self.trace, &self.index);
-        self.tried(router, asked, tried);
+        self.place(router, asked);
     }
 
     pub(super) fn submit(&mut self, request: u32) {

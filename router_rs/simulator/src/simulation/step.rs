@@ -128,12 +128,12 @@ impl Simulation<'_> {
     pub(super) fn serve_queue(&mut self, router: usize) {
         let (mut held, mut lacks_room) = (false, false);
         for (ticket, asked) in self.routers[router].take_first(self.now_ms) {
-            let queue = &mut self.routers[router];
             if held {
-                queue.put_back(ticket, asked);
+                self.routers[router].put_back(ticket, asked);
                 continue;
             }
-            let tried = queue.try_plan(asked, self.now_ms, self.trace, &self.index, None);
+            let tried = self.try_plan(router, asked);
+            let queue = &mut self.routers[router];
             if let Tried::Waits { no_room } = tried {
                 lacks_room |= no_room;
                 held |= no_room && queue.key(asked.request) <= self.now_ms;

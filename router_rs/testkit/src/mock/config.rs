@@ -44,6 +44,10 @@ pub struct MockConfig {
     /// Whether it tells of its cache: what [`super::MockWorker::send_cache`] is
     /// given, and nothing else.
     pub cache_events: bool,
+    /// Hash scheme of its cache lane.
+    pub hash_scheme: u32,
+    /// Tokens of a block, as it tells; it counts in blocks of 16.
+    pub block_tokens: u32,
     /// Protocol version told in hello, as (major, minor).
     pub version: (u32, u32),
 }
@@ -67,6 +71,8 @@ impl Default for MockConfig {
             engine_connector: String::new(),
             end_of_text_at: None,
             cache_events: false,
+            hash_scheme: 1,
+            block_tokens: 16,
             version: (1, 0),
         }
     }

@@ -340,10 +340,10 @@ fn record(config: &MockConfig, address: String, transfer_address: String) -> Wor
             prefill_emits_first_token: config.prefill_emits_first_token,
             reproducible: true,
             penalties_over_continuation: true,
-            block_tokens: BLOCK_TOKENS as u32,
+            block_tokens: config.block_tokens,
             pool_blocks: config.pool_blocks,
             block_bytes: 1024,
-            hash_scheme: 1,
+            hash_scheme: config.hash_scheme,
             cache_events: config.cache_events,
             kv: Some(KvCompatibility {
                 model_digest: config.model_digest.clone(),

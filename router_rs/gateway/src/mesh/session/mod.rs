@@ -224,7 +224,7 @@ impl Session {
                 }
                 Action::Lose(loss) => self.lose(loss),
                 Action::ForgetCache => self.core.forget_cache(&self.worker),
-                Action::IndexOff(scheme) => self.worker.index_off(scheme),
+                Action::IndexOff(why) => self.worker.index_off(why),
                 Action::StateChanged => self.publish(),
                 // Dialling, greeting and closing are the steps of `run`.
                 Action::Dial

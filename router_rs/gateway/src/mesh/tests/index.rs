@@ -122,3 +122,41 @@ async fn without_events_what_was_sent_counts_as_cached() {
     assert!(again.placed[0].cached_tokens >= 5_104);
     assert_eq!(indexed(&mesh, &both), 320);
 }
+
+/// A worker that tells of its cache, in words that this router does not read.
+async fn what_is_sent_counts(config: MockConfig) {
+    let both = MockWorker::start(MockConfig {
+        cache_events: true,
+        ..config
+    })
+    .unwrap();
+    let mesh = mesh_of(&[&both]).await;
+    // What it tells is not looked at.
+    both.send_cache(stored(1, &chain(&both, &prompt(9))));
+    let first = collect(mesh.generate(request(&prompt(1), 2)).unwrap()).await;
+    assert_eq!(first.placed[0].cached_tokens, 0);
+    let again = collect(mesh.generate(request(&prompt(1), 2)).unwrap()).await;
+    assert!(again.placed[0].cached_tokens >= 5_088);
+    let other = collect(mesh.generate(request(&prompt(9), 2)).unwrap()).await;
+    assert_eq!(other.placed[0].cached_tokens, 0);
+    let detail = mesh.workers().remove(0).index_detail;
+    assert!(detail.contains("what is sent there counts"), "{detail}");
+}
+
+#[tokio::test]
+async fn a_worker_of_another_hash_scheme_is_known_by_what_was_sent() {
+    what_is_sent_counts(MockConfig {
+        hash_scheme: 7,
+        ..MockConfig::default()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_worker_whose_blocks_end_elsewhere_is_known_by_what_was_sent() {
+    what_is_sent_counts(MockConfig {
+        block_tokens: 24,
+        ..MockConfig::default()
+    })
+    .await;
+}

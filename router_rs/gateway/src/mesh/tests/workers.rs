@@ -43,10 +43,7 @@ async fn another_protocol_major_is_refused_by_name() {
     let mesh = Mesh::start(settings(&[&other]), None);
     let refused = || mesh.workers()[0].state_detail.contains("protocol 2.0");
     assert!(until(refused).await, "{:?}", mesh.workers());
-    assert!(matches!(
-        mesh.model("mock"),
-        Err(RequestError::NoWorker(_))
-    ));
+    assert!(matches!(mesh.model("mock"), Err(RequestError::NoWorker(_))));
 }
 
 #[tokio::test]
