@@ -6,7 +6,6 @@ use proptest::prelude::*;
 
 const LOOK_MS: f64 = 1_000.0;
 const PROMPT_MS: f64 = 200.0;
-const OUTPUT: f64 = 200.0;
 const CONTEXT: f64 = 1_500.0;
 
 /// Workers as a fluid: prompts wait where more come than are computed, and
