@@ -3,9 +3,9 @@
 A decision is all that a router does between a request's place in line and a booked plan: look-up in
 the index, what changed since the last decision, choice by added delay, bookings. Before it every
 request is admitted, once: a look-up of its own, whether any worker can take it, and what it would
-wait for, without its key and with it; that is a column, and not part of the decision. The prompt has
-5,000 tokens, an eighth of the workers hold prefixes of it, every worker has load, and between two
-decisions one of them reports. Hashing of the prompt is shown apart, and so is what a Python
+wait for, without its key and with it; that is a column, and not part of the decision. The prompt
+has 5,000 tokens, an eighth of the workers hold prefixes of it, every worker has load, and between
+two decisions one of them reports. Hashing of the prompt is shown apart, and so is what a Python
 function that scores the plans adds.
 
     python benchmarks/decision.py [--quick] [--json FILE]
@@ -88,8 +88,17 @@ def main() -> None:
     print_table(
         f"A decision for a prompt of 5,000 tokens, microseconds; {rounds} blocks of "
         f"{decisions:,} each, {blocks.repeated} repeated, {blocks.kept_busy} kept busy",
-        ("workers", "roles", "hash", "p50", "p99", "choice p50", "choice p99",
-         "admission p50", "admission p99"),
+        (
+            "workers",
+            "roles",
+            "hash",
+            "p50",
+            "p99",
+            "choice p50",
+            "choice p99",
+            "admission p50",
+            "admission p99",
+        ),
         rows,
     )
     calls = sorted(measure_scorer(weighted, PLANS, 2_000 if args.quick else 20_000))
