@@ -107,7 +107,7 @@ impl Survey {
         };
         let (pure_prefill, pure_decode) = self.sort(cluster, table, request, model);
         // A `both` worker computes prompts for others only where others exist.
-        if pure_decode || local == LocalPrefill::ByCost {
+        if pure_decode {
             self.prefill.extend_from_slice(&self.both);
         }
         let decode_workers_compute = local == LocalPrefill::ByCost
