@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 from kvmesh import _router
 
+_Array = np.ndarray
+
 UNIT_TOKENS = 16
 """Tokens that a chain value stands for."""
 
@@ -100,8 +102,9 @@ class KvIndex:
     """Which worker holds which prefix.
 
     Workers are numbered from 0 as they come; numbers of removed workers are used again. Every
-    method may be called from any thread; the GIL is released while it works. Look-ups never wait
-    for changes, and see each call's changes whole or not at all.
+    method may be called from any thread; the GIL is released while it works, but for `stored` of a
+    few blocks, where that would take longer. Look-ups never wait for changes, and see each call's
+    changes whole or not at all.
 
     KeyError where a worker is not there; TypeError or BufferError where an array has another type
     than stated.
@@ -135,7 +138,10 @@ class KvIndex:
         self, worker: int, chain: Values, *, parent: int | None = None, tier: Tier = Tier.DEVICE
     ) -> None:
         """Blocks of a worker can be shared now; see `Stored`. One value a block, in any order."""
-        self._index.stored(worker, parent, _values(chain), tier)
+        # Without a call more: this one is made for every event.
+        if not isinstance(chain, _Array):
+            chain = _values(chain)
+        self._index.stored(worker, parent, chain, tier)
 
     def stored_many(
         self,

@@ -107,6 +107,9 @@ impl Core {
         chain: &[u64],
     ) -> SmallVec<[Step; 2]> {
         let mut steps = SmallVec::new();
+        // Together on their way, also those that are needed last.
+        self.warm(parent.as_slice());
+        self.warm(&chain[..chain.len().min(WARM)]);
         let mut next = parent
             .and_then(|parent| self.find(parent))
             .map(|place| Place {
@@ -208,8 +211,10 @@ impl Core {
     /// How many.
     fn claim_all(&mut self, place: Place, chain: &[u64]) -> usize {
         let mut count = 0;
-        for part in chain.chunks(WARM) {
-            self.warm(part);
+        for (number, part) in chain.chunks(WARM).enumerate() {
+            if number > 0 {
+                self.warm(part);
+            }
             for &value in part {
                 let slot = place.slot + count;
                 // They are not in the run yet, where one may come twice.

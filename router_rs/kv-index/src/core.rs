@@ -1,6 +1,7 @@
 //! One copy of the index's content. Changes are deterministic, so two copies
 //! that take the same changes stay equal.
 
+use crate::absence::Absence;
 use crate::bits::Bits;
 use crate::holders::HolderSets;
 #[cfg(test)]
@@ -8,7 +9,7 @@ use crate::holders::{HolderId, NOBODY};
 use crate::left_right::Pass;
 use crate::run::{Run, SEGMENT};
 use crate::table::{BYTES_A_BLOCK, Claim, Place, Table};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// Runs looked at together when the coldest are sought, and how many of them
 /// lose their last segment.
@@ -34,8 +35,8 @@ pub(crate) struct Tail {
 pub(crate) struct Core {
     /// Where values are, here and in the other copy.
     pub(crate) table: Arc<Table>,
-    /// The table that the copy changed last has.
-    newest: Arc<Mutex<Arc<Table>>>,
+    /// Has the table of the copy that was changed last.
+    absence: Arc<Absence>,
     /// Whether this copy is the first or the second one to take a change.
     pub(crate) pass: Pass,
     /// By number; 0 and those in `free` are empty.
@@ -57,17 +58,18 @@ pub(crate) struct Core {
 }
 
 impl Core {
-    /// Two empty copies.
-    pub(crate) fn pair() -> [Self; 2] {
+    /// Two empty copies, and what says without them what is in neither.
+    pub(crate) fn pair() -> ([Self; 2], Arc<Absence>) {
         let table = Arc::new(Table::new());
-        let newest = Arc::new(Mutex::new(table.clone()));
-        [(); 2].map(|()| Self::new(table.clone(), newest.clone()))
+        let absence = Arc::new(Absence::new(table.clone()));
+        let copies = [(); 2].map(|()| Self::new(table.clone(), absence.clone()));
+        (copies, absence)
     }
 
-    fn new(table: Arc<Table>, newest: Arc<Mutex<Arc<Table>>>) -> Self {
+    fn new(table: Arc<Table>, absence: Arc<Absence>) -> Self {
         Self {
             table,
-            newest,
+            absence,
             pass: Pass::First,
             runs: vec![Run::default()],
             free: Vec::new(),
@@ -85,10 +87,7 @@ impl Core {
     /// To be called before each change.
     pub(crate) fn begin(&mut self, pass: Pass) {
         self.pass = pass;
-        let newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
-        if !Arc::ptr_eq(&newest, &self.table) {
-            self.table = newest.clone();
-        }
+        self.absence.renew(&mut self.table);
     }
 
     /// To be called after each change.
@@ -100,8 +99,7 @@ impl Core {
 
     fn resize(&mut self) {
         self.table = Arc::new(self.table.resized());
-        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
-        *newest = self.table.clone();
+        self.absence.publish(&self.table);
     }
 
     /// The first copy that has a value notes where it is.
@@ -239,6 +237,19 @@ impl Core {
 
     pub(crate) fn holder_sets(&self) -> usize {
         self.sets.len()
+    }
+
+    /// Block size of all workers in units; 0 where they differ.
+    pub(crate) fn only_units(&self) -> usize {
+        match self.classes.as_slice() {
+            [class] => class.units,
+            _ => 0,
+        }
+    }
+
+    /// Values that can be stored before the table has to grow.
+    pub(crate) fn room(&self) -> usize {
+        self.table.room()
     }
 
     /// Worker slots, free ones between them included.

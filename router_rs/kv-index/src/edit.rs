@@ -64,17 +64,18 @@ impl<'a> Edit<'a> {
         core.end();
     }
 
+    /// The same to be made later, with what it came to where one copy has it.
     pub(crate) fn keep(&self) -> KeptEdit {
         match *self {
             Edit::Add(worker, units) => KeptEdit::Add(worker, units),
             Edit::Drop(worker) => KeptEdit::Drop(worker),
-            Edit::Apply(batch, _) => {
+            Edit::Apply(batch, ref steps) => {
                 let mut values = Vec::new();
                 let parts = batch
                     .each()
                     .map(|(worker, change)| (worker, Part::of(&change, &mut values)))
                     .collect();
-                KeptEdit::Apply(parts, values)
+                KeptEdit::Apply(parts, values, steps.take())
             }
             Edit::Replace(worker, blocks) => KeptEdit::Replace(worker, blocks.to_vec()),
             Edit::Forget(tails) => KeptEdit::Forget(tails.to_vec()),
@@ -132,22 +133,26 @@ impl Part {
 pub(crate) enum KeptEdit {
     Add(usize, usize),
     Drop(usize),
-    Apply(SmallVec<[(usize, Part); 1]>, Vec<u64>),
+    Apply(SmallVec<[(usize, Part); 1]>, Vec<u64>, Steps),
     Replace(usize, Vec<(u64, Tier)>),
     Forget(Vec<Tail>),
 }
 
 impl Kept<Core> for KeptEdit {
-    fn make(&self, core: &mut Core, pass: Pass) {
+    fn make(&mut self, core: &mut Core, pass: Pass) {
         core.begin(pass);
         match self {
             Self::Add(worker, units) => core.add_worker(*worker, *units),
             Self::Drop(worker) => core.remove_worker(*worker),
-            Self::Apply(parts, values) => {
+            Self::Apply(parts, values, steps) => {
                 let mut values = values.as_slice();
-                for (worker, part) in parts {
-                    let change = part.change(&mut values);
-                    let _ = core.apply(Batch::One(*worker, &[change]));
+                let changes: SmallVec<[_; 1]> = parts
+                    .iter()
+                    .map(|(worker, part)| (WorkerSlot(*worker as u32), part.change(&mut values)))
+                    .collect();
+                match pass {
+                    Pass::First => *steps = core.apply(Batch::Many(&changes)),
+                    Pass::Second => core.follow(Batch::Many(&changes), steps),
                 }
             }
             Self::Replace(worker, blocks) => core.replace(*worker, blocks),
@@ -159,7 +164,7 @@ impl Kept<Core> for KeptEdit {
     /// Values, and some for what goes with them.
     fn weight(&self) -> usize {
         match self {
-            Self::Apply(parts, values) => 16 + 4 * parts.len() + values.len(),
+            Self::Apply(parts, values, _) => 16 + 4 * parts.len() + values.len(),
             Self::Replace(_, blocks) => 16 + 2 * blocks.len(),
             _ => 16,
         }

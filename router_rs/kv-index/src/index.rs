@@ -1,54 +1,19 @@
 //! The index as its users see it: many readers, none of which waits.
 
+use crate::absence::Absence;
 use crate::approximate::Approximate;
 use crate::chain::UNIT_TOKENS;
 use crate::core::Core;
 use crate::edit::{Batch, Edit, KeptEdit};
 use crate::left_right::LeftRight;
+use crate::settings::{IndexSettings, IndexStats};
 use crate::worker::{CacheChange, Knowledge, Matches, SlotError, Tier, WorkerSlot};
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 /// Values that wait in the log for a reader to leave, at most: what is applied
 /// in the few milliseconds that a thread can be without its processor.
-const LOG_VALUES: usize = 1 << 15;
-
-/// Bounds of an index.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct IndexSettings {
-    /// Most bytes that blocks and their holders may take, both copies
-    /// together. Above it the blocks that were longest not asked for go.
-    pub max_bytes: usize,
-    /// Most workers at a time.
-    pub max_workers: usize,
-}
-
-impl Default for IndexSettings {
-    /// 1 GiB: some 25 million blocks.
-    fn default() -> Self {
-        Self {
-            max_bytes: 1 << 30,
-            max_workers: 4096,
-        }
-    }
-}
-
-/// How full an index is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct IndexStats {
-    /// Workers.
-    pub workers: usize,
-    /// Distinct blocks.
-    pub blocks: usize,
-    /// (worker, block, tier) triples.
-    pub entries: u64,
-    /// Distinct sets of holders.
-    pub holder_sets: usize,
-    /// Bytes taken, both copies and what approximate workers need.
-    pub bytes: usize,
-    /// Blocks that went because of the bound, since the start.
-    pub evicted: u64,
-}
+const LOG_VALUES: usize = 1 << 17;
 
 /// Which worker holds which prefix. Share it by `Arc`.
 ///
@@ -60,6 +25,7 @@ pub struct IndexStats {
 #[derive(Debug)]
 pub struct KvIndex {
     copies: LeftRight<Core, KeptEdit>,
+    absence: Arc<Absence>,
     writer: Mutex<Writer>,
     settings: IndexSettings,
 }
@@ -70,6 +36,10 @@ struct Writer {
     evicted: u64,
     /// Where the search for cold blocks goes on.
     hand: usize,
+    /// Whether what is said of absent blocks has to learn of workers.
+    reshaped: bool,
+    /// Values that can be stored before the table has to grow, at least.
+    room: usize,
 }
 
 #[derive(Debug)]
@@ -83,8 +53,10 @@ struct Member {
 impl KvIndex {
     /// An empty index.
     pub fn new(settings: IndexSettings) -> Self {
+        let (copies, absence) = Core::pair();
         Self {
-            copies: LeftRight::new(Core::pair(), LOG_VALUES),
+            copies: LeftRight::new(copies, LOG_VALUES),
+            absence,
             writer: Mutex::new(Writer::default()),
             settings,
         }
@@ -122,7 +94,7 @@ impl KvIndex {
                 staged: None,
             },
         );
-        self.write(&mut writer, Edit::Add(slot, units));
+        self.reshape(&mut writer, Edit::Add(slot, units));
         Ok(WorkerSlot(slot as u32))
     }
 
@@ -136,7 +108,7 @@ impl KvIndex {
             .workers
             .remove(&worker.at())
             .ok_or(SlotError::Unknown(worker.0))?;
-        self.write(&mut writer, Edit::Drop(worker.at()));
+        self.reshape(&mut writer, Edit::Drop(worker.at()));
         Ok(())
     }
 
@@ -146,14 +118,54 @@ impl KvIndex {
     /// # Errors
     /// [`SlotError::Unknown`].
     pub fn apply(&self, worker: WorkerSlot, changes: &[CacheChange<'_>]) -> Result<(), SlotError> {
-        let mut writer = self.writer();
-        let member = member(&mut writer, worker)?;
+        self.apply_as(&mut self.writer(), worker, changes)
+    }
+
+    /// As [`KvIndex::apply`] for blocks that one worker stored, if that is a
+    /// matter of microseconds; else nothing is done and this says `None`:
+    /// others change the index, a reader is held up, or the table has to grow.
+    ///
+    /// # Errors
+    /// [`SlotError::Unknown`].
+    pub fn try_store(
+        &self,
+        worker: WorkerSlot,
+        parent: Option<u64>,
+        chain: &[u64],
+        tier: Tier,
+    ) -> Option<Result<(), SlotError>> {
+        let mut writer = match self.writer.try_lock() {
+            Ok(writer) => writer,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        if chain.len() > writer.room || self.copies.is_behind() {
+            return None;
+        }
+        let change = match parent {
+            Some(parent) => CacheChange::StoredAfter {
+                parent,
+                chain,
+                tier,
+            },
+            None => CacheChange::Stored { chain, tier },
+        };
+        Some(self.apply_as(&mut writer, worker, &[change]))
+    }
+
+    fn apply_as(
+        &self,
+        writer: &mut Writer,
+        worker: WorkerSlot,
+        changes: &[CacheChange<'_>],
+    ) -> Result<(), SlotError> {
+        let member = member(writer, worker)?;
         if let Some(approximate) = &mut member.approximate
             && changes.contains(&CacheChange::Cleared)
         {
             approximate.clear();
         }
-        self.write(&mut writer, Edit::apply(Batch::One(worker.at(), changes)));
+        self.write(writer, Edit::apply(Batch::One(worker.at(), changes)));
         Ok(())
     }
 
@@ -293,7 +305,10 @@ impl KvIndex {
 
     /// As [`KvIndex::lookup`], into a result that is used again.
     pub fn lookup_into(&self, chain: &[u64], found: &mut Matches) {
-        self.copies.read(|core| core.lookup(chain, found));
+        match self.absence.slots(chain, &mut found.seen) {
+            Some(slots) => found.reset(slots),
+            None => self.copies.read(|core| core.lookup(chain, found)),
+        }
     }
 
     /// Worker slots in use so far, free ones included: the length of
@@ -332,6 +347,14 @@ impl KvIndex {
         self.writer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// A worker comes or goes. Until both copies and all readers agree on that,
+    /// nothing is said of absent blocks.
+    fn reshape(&self, writer: &mut Writer, edit: Edit<'_>) {
+        self.absence.set_shape(0, 0);
+        writer.reshaped = true;
+        self.write(writer, edit);
+    }
+
     /// Makes a change, then brings the content under the bound.
     fn write(&self, writer: &mut Writer, edit: Edit<'_>) {
         self.copies
@@ -339,6 +362,10 @@ impl KvIndex {
         // What waits for a reader is not counted yet: the next call does.
         while !self.copies.is_behind() {
             let tails = self.copies.read_both(|core, other| {
+                writer.room = core.room();
+                if std::mem::take(&mut writer.reshaped) {
+                    self.absence.set_shape(core.only_units(), core.slots());
+                }
                 let over = core.charge() > self.settings.max_bytes;
                 over.then(|| core.coldest(&mut writer.hand, other))
             });

@@ -30,8 +30,9 @@ const READS: usize = if cfg!(loom) { 4 } else { 64 };
 /// than a look-up takes.
 const WRITES: usize = if cfg!(loom) { 1 } else { 200 };
 
-/// Weight of the changes that a reader makes at most when it leaves.
-const HELP: usize = 4096;
+/// Weight of the changes that a reader makes at most when it leaves: some tens
+/// of microseconds.
+const HELP: usize = 512;
 
 /// Whether a copy is the first or the second one to take a change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,8 +43,8 @@ pub(crate) enum Pass {
 
 /// A change that waits until it can be made.
 pub(crate) trait Kept<T> {
-    /// Makes it in a copy.
-    fn make(&self, copy: &mut T, pass: Pass);
+    /// Makes it in a copy; first in one, later in the other.
+    fn make(&mut self, copy: &mut T, pass: Pass);
     /// What it takes in the log, in some unit.
     fn weight(&self) -> usize;
 }
@@ -93,7 +94,7 @@ impl<K> Log<K> {
         let mut weight = 0;
         while weight <= most && self.taken[which] < self.end() {
             let number = self.taken[which];
-            let change = &self.kept[(number - self.first) as usize];
+            let change = &mut self.kept[(number - self.first) as usize];
             let second = number < self.taken[1 - which];
             change.make(copy, if second { Pass::Second } else { Pass::First });
             weight += change.weight();

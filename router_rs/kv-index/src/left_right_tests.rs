@@ -24,7 +24,7 @@ impl Set {
 }
 
 impl Kept<Pair> for Set {
-    fn make(&self, copy: &mut Pair, pass: Pass) {
+    fn make(&mut self, copy: &mut Pair, pass: Pass) {
         self.set(copy, pass);
     }
 

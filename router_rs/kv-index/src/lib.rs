@@ -7,6 +7,7 @@
 //! of time: a collision costs a recompute, never a token.
 #![forbid(unsafe_code)]
 
+mod absence;
 mod approximate;
 mod bits;
 mod chain;
@@ -21,10 +22,12 @@ mod lookup;
 #[cfg(all(test, not(loom)))]
 mod replica_tests;
 mod run;
+mod settings;
 mod table;
 mod worker;
 
 pub use chain::{HASH_SCHEME, UNIT_TOKENS, chain_values, chain_values_into, namespace_root};
 pub use foreign::{Dropped, Foreign, ForeignBlocks, ForeignStats, Heard, OwnBlocks};
-pub use index::{IndexSettings, IndexStats, KvIndex};
+pub use index::KvIndex;
+pub use settings::{IndexSettings, IndexStats};
 pub use worker::{CacheChange, Knowledge, Matches, SlotError, Tier, WorkerSlot};

@@ -13,9 +13,9 @@
 //! entry has 29 bits of the hash and the place, which is all that growing needs.
 
 #[cfg(loom)]
-use loom::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use loom::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
 #[cfg(not(loom))]
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
 
 /// Spreads keys over the array (2^64 / golden ratio): chain values are hashes
 /// already, but need not be.
@@ -113,7 +113,8 @@ impl Bucket {
 
     /// Puts an entry where [`Bucket::free`] said, or 0 where one was.
     fn set(&self, at: usize, entry: u64) {
-        self.entries[at].store(entry, Ordering::Relaxed);
+        // Released: who does not find a value any more sees what is known then.
+        self.entries[at].store(entry, Ordering::Release);
         self.state.store(self.state() ^ 1 << at, Ordering::Relaxed);
     }
 }
@@ -129,13 +130,22 @@ pub(crate) enum Claim {
     Full,
 }
 
+/// What changes with the entries: apart from what look-ups read all the time.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct Counts {
+    /// Entries. Only who changes the table reads and writes it.
+    len: AtomicUsize,
+    /// Entries that were ever taken out.
+    gone: AtomicU64,
+}
+
 #[derive(Debug)]
 pub(crate) struct Table {
     buckets: Vec<Bucket>,
-    /// Entries. Only who changes the table reads and writes it.
-    len: AtomicUsize,
     /// Most entries: above this share keys pass on often.
     most: usize,
+    counts: Counts,
 }
 
 impl Table {
@@ -148,8 +158,8 @@ impl Table {
         buckets.resize_with(count, Bucket::default);
         Self {
             buckets,
-            len: AtomicUsize::new(0),
             most: count * WIDTH * 78 / 100,
+            counts: Counts::default(),
         }
     }
 
@@ -194,6 +204,17 @@ impl Table {
         }
     }
 
+    /// Whether no copy had a key at some moment during this call. Also for who
+    /// has none of the copies: there a key that is never without an entry may
+    /// get one behind the probe, and lose the one before it.
+    pub(crate) fn is_absent(&self, key: u64) -> bool {
+        let gone = self.counts.gone.load(Ordering::Acquire);
+        let found = self.find(key, |_| true);
+        // What is read after this is no older than what was just read.
+        fence(Ordering::Acquire);
+        found.is_none() && self.counts.gone.load(Ordering::Relaxed) == gone
+    }
+
     /// As [`Table::find`], and where the key is nowhere notes that it is at
     /// `place` now, in one probe.
     pub(crate) fn claim(&self, key: u64, place: Place, holds: impl Fn(Place) -> bool) -> Claim {
@@ -228,12 +249,19 @@ impl Table {
     }
 
     fn is_full(&self) -> bool {
-        self.len.load(Ordering::Relaxed) >= self.most
+        self.room() == 0
+    }
+
+    /// Entries that fit before a larger table is needed.
+    pub(crate) fn room(&self) -> usize {
+        self.most
+            .saturating_sub(self.counts.len.load(Ordering::Relaxed))
     }
 
     fn count(&self, more: isize) {
-        let len = self.len.load(Ordering::Relaxed);
-        self.len
+        let len = self.counts.len.load(Ordering::Relaxed);
+        self.counts
+            .len
             .store(len.wrapping_add_signed(more), Ordering::Relaxed);
     }
 
@@ -282,6 +310,10 @@ impl Table {
             let bucket = &self.buckets[at];
             let mut entries = bucket.entries.iter();
             if let Some(entry) = entries.position(|entry| entry.load(Ordering::Relaxed) == wanted) {
+                let gone = self.counts.gone.load(Ordering::Relaxed);
+                self.counts
+                    .gone
+                    .store(gone.wrapping_add(1), Ordering::Release);
                 bucket.set(entry, 0);
                 break;
             }
@@ -297,18 +329,18 @@ impl Table {
     /// Entries.
     #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
-        self.len.load(Ordering::Relaxed)
+        self.counts.len.load(Ordering::Relaxed)
     }
 
     /// Whether so few entries are left that a smaller table would do.
     pub(crate) fn is_sparse(&self) -> bool {
         let most = self.buckets.len() * WIDTH;
-        self.buckets.len() > 16 * SMALLEST && self.len.load(Ordering::Relaxed) * 5 < most
+        self.buckets.len() > 16 * SMALLEST && self.counts.len.load(Ordering::Relaxed) * 5 < most
     }
 
     /// A table with the same entries and room for as many more.
     pub(crate) fn resized(&self) -> Self {
-        let len = self.len.load(Ordering::Relaxed);
+        let len = self.counts.len.load(Ordering::Relaxed);
         let larger = Self::with_buckets((len * 5 / 2 / WIDTH).max(SMALLEST));
         for bucket in &self.buckets {
             for entry in &bucket.entries {
@@ -318,7 +350,7 @@ impl Table {
                 }
             }
         }
-        larger.len.store(len, Ordering::Relaxed);
+        larger.counts.len.store(len, Ordering::Relaxed);
         larger
     }
 }

@@ -1,5 +1,6 @@
 //! What the index knows of a worker, and what it says of one.
 
+use crate::absence::Seen;
 use crate::chain::UNIT_TOKENS;
 use thiserror::Error;
 
@@ -87,6 +88,9 @@ pub enum SlotError {
 }
 
 /// What a look-up found, by worker. Reusable: a look-up overwrites it.
+///
+/// It keeps the table of the index that it was last used with: 12 to 23 bytes a
+/// block, which the index and all that are in use share.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Matches {
     /// Tokens by slot; 0 for slots without a worker.
@@ -99,6 +103,8 @@ pub struct Matches {
     pub(crate) alive: Vec<u64>,
     /// Whether any of `tokens` is not 0.
     pub(crate) any: bool,
+    /// The look-up's own.
+    pub(crate) seen: Seen,
 }
 
 impl Matches {

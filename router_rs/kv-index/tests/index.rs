@@ -3,8 +3,8 @@
 #![allow(clippy::unwrap_used)]
 
 use kvmesh_kv_index::{
-    CacheChange, IndexSettings, Knowledge, KvIndex, SlotError, Tier, WorkerSlot, chain_values,
-    namespace_root,
+    CacheChange, IndexSettings, Knowledge, KvIndex, Matches, SlotError, Tier, WorkerSlot,
+    chain_values, namespace_root,
 };
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -144,6 +144,64 @@ fn a_planted_collision_is_only_a_wrong_guess() {
         .unwrap();
     assert_eq!(index.stats().entries, 0);
     assert_eq!(index.stats().blocks, 0);
+}
+
+#[test]
+fn an_answer_is_used_again_with_a_larger_index_and_with_another_one() {
+    let mut found = Matches::default();
+    for seeds in [0..2_000, 5_000..5_003] {
+        let index = KvIndex::new(IndexSettings::default());
+        let slot = exact(&index);
+        for seed in seeds {
+            let chain = prompt(seed, 4);
+            index.lookup_into(&chain, &mut found);
+            assert_eq!(found.by_slot(), [0]);
+            index.apply(slot, &stored(&chain)).unwrap();
+            index.lookup_into(&chain, &mut found);
+            assert_eq!(found.by_slot(), [64]);
+        }
+    }
+}
+
+#[test]
+fn what_is_lost_and_what_a_new_block_size_brings_is_seen() {
+    let index = KvIndex::new(IndexSettings::default());
+    let (slot, chain) = (exact(&index), prompt(1, 4));
+    let mut found = Matches::default();
+    index.apply(slot, &stored(&chain)).unwrap();
+    index.apply(slot, &[CacheChange::Cleared]).unwrap();
+    index.lookup_into(&chain, &mut found);
+    assert_eq!(found.by_slot(), [0]);
+    let second = index.add_worker(32, Knowledge::Events).unwrap();
+    index.apply(second, &stored(&chain[1..2])).unwrap();
+    index.lookup_into(&chain, &mut found);
+    assert_eq!(found.by_slot(), [0, 32]);
+    index.remove_worker(slot).unwrap();
+    index.lookup_into(&chain, &mut found);
+    assert_eq!(found.by_slot(), [0, 32]);
+    index.lookup_into(&chain[..1], &mut found);
+    assert_eq!(found.by_slot(), [0, 0]);
+}
+
+#[test]
+fn storing_at_once_is_refused_where_it_may_take_long() {
+    let index = KvIndex::new(IndexSettings::default());
+    let (slot, tier, chain) = (exact(&index), Tier::Device, prompt(1, 2_000));
+    assert!(index.try_store(slot, None, &chain, tier).is_none());
+    assert_eq!(index.stats().entries, 0);
+    assert_eq!(
+        index.try_store(slot, None, &chain[..32], tier),
+        Some(Ok(()))
+    );
+    let parent = Some(chain[31]);
+    let after = index.try_store(slot, parent, &chain[32..40], tier);
+    assert_eq!(after, Some(Ok(())));
+    assert_eq!(index.lookup(&chain).tokens(slot), 640);
+    let unknown = WorkerSlot(7);
+    assert_eq!(
+        index.try_store(unknown, None, &chain[..1], tier),
+        Some(Err(SlotError::Unknown(7)))
+    );
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //!
 //! Arrays come and go through the buffer protocol. What comes is copied while
 //! the GIL is held (4 KiB for a prompt of 512 blocks), since Python may change
-//! it once the GIL is free.
+//! it once the GIL is free. Work that may take long is done without the GIL.
 
 use std::cell::RefCell;
 
@@ -16,8 +16,12 @@ use pyo3::{
     prelude::*,
 };
 
+/// Values that are stored without giving the GIL away, if nobody is waited for
+/// and the table need not grow: some microseconds.
+const SHORT: usize = 64;
+
 thread_local! {
-    /// A prompt and its answer, used again by every look-up of a thread.
+    /// A prompt and its answer, used again by every call of a thread.
     static SCRATCH: RefCell<(Vec<u64>, Matches)> = RefCell::default();
 }
 
@@ -135,8 +139,20 @@ impl PyKvIndex {
         chain: &Bound<'_, PyAny>,
         tier: u8,
     ) -> PyResult<()> {
-        let (values, tier) = (values(chain)?, self::tier(tier)?);
-        self.change(chain.py(), worker, &[stored(parent, &values, tier)])
+        let tier = self::tier(tier)?;
+        let (mut values, found) = SCRATCH.take();
+        let done = read(chain, &mut values).and_then(|()| {
+            let slot = WorkerSlot(worker);
+            // An event of an engine is done sooner than the GIL changes hands.
+            if values.len() <= SHORT
+                && let Some(done) = self.index.try_store(slot, parent, &values, tier)
+            {
+                return done.map_err(refused);
+            }
+            self.change(chain.py(), worker, &[stored(parent, &values, tier)])
+        });
+        SCRATCH.set((values, found));
+        done
     }
 
     /// Event i, of `workers[i]`, has the values from `offsets[i]` to
