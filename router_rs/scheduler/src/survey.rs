@@ -51,36 +51,37 @@ pub(crate) struct Holder {
 }
 
 impl Holder {
-    /// More tokens go first; of equal ones, which is kept differs from request to
-    /// request.
-    fn rank(&self, mix: u32) -> (u64, u32) {
-        let draw = (self.at ^ mix).wrapping_mul(0x9E37_79B1);
-        (self.tokens, draw ^ (draw >> 15))
+    /// More tokens go first; of equal ones, which goes first differs from request
+    /// to request.
+    fn rank(&self, mix: u64) -> (u64, u64) {
+        (self.tokens, tie_break(mix, u128::from(self.at)))
     }
 }
 
 impl Survey {
-    /// Takes a holder in, if it is among the best of its kind.
-    fn offer(&mut self, holder: Holder, mix: u32) {
-        let mut worst: Option<usize> = None;
-        let mut count = 0;
-        for (at, other) in self.holders.iter().enumerate() {
-            if other.kind != holder.kind {
-                continue;
-            }
+    /// Takes a holder in, if it is among the best of its kind: best first.
+    fn offer(&mut self, holder: Holder, mix: u64) {
+        let of_kind = self.holders.iter().enumerate();
+        let of_kind = of_kind.filter(|(_, other)| other.kind == holder.kind);
+        let (mut count, mut last, mut before) = (0, None, None);
+        for (at, other) in of_kind {
             count += 1;
-            if worst.is_none_or(|w| other.rank(mix) < self.holders[w].rank(mix)) {
-                worst = Some(at);
+            last = Some((at, *other));
+            if before.is_none()
+                && other.tokens <= holder.tokens
+                && other.rank(mix) < holder.rank(mix)
+            {
+                before = Some(at);
             }
         }
-        match worst {
-            Some(at) if count == HOLDERS => {
-                if self.holders[at].rank(mix) < holder.rank(mix) {
-                    self.holders[at] = holder;
-                }
-            }
-            _ => self.holders.push(holder),
+        if count == HOLDERS {
+            let Some((at, _)) = last.filter(|_| before.is_some()) else {
+                return;
+            };
+            self.holders.remove(at);
         }
+        let at = before.unwrap_or(self.holders.len());
+        self.holders.insert(at, holder);
     }
 
     /// Looks at every worker.
@@ -141,7 +142,7 @@ impl Survey {
         let longest = request.sequence().saturating_sub(1);
         let plain = request.is_plain();
         let (mut pure_prefill, mut pure_decode) = (false, false);
-        let mix = tie_break(cluster.router, request.id) as u32;
+        let mix = tie_break(cluster.router, request.id);
         for (at, row) in table.rows.iter().enumerate() {
             if row.model != model {
                 continue;

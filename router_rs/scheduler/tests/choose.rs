@@ -562,8 +562,8 @@ proptest! {
         }
     }
 
-    /// Where paths differ forty-fold a side cannot know its best partner: then
-    /// the loss is at most LOST.
+    /// Where paths differ forty-fold a side cannot know its best partner: the loss
+    /// is as small.
     #[test]
     fn unequal_paths_cost_a_stated_loss(
         workers in large_cluster(),

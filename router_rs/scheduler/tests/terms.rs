@@ -201,10 +201,11 @@ fn beyond_the_target_a_millisecond_counts_four_times() {
     // Prefill emits the first token: the gap is not part of it.
     assert_eq!(steep.ttft_ms(), steep.wait_ms + steep.prefill_ms);
     Arc::make_mut(&mut workers[0].abilities).prefill_emits_first_token = false;
-    let late = KvCost::default()
-        .explain(&Cluster::new(7, &workers), &request(&none, 1))
-        .unwrap()[0]
-        .terms;
+    let plans = explain(&workers, &request(&none, 1));
+    let split = plans
+        .iter()
+        .find(|one| matches!(one.plan, Plan::Split { .. }));
+    let late = split.unwrap().terms;
     assert!(late.first_from_decode && late.ttft_ms() > late.prefill_ms + late.transfer_ms);
     assert_eq!(late.gap_ms, 0.0);
 }
@@ -268,29 +269,30 @@ fn blocks_below_the_device_cost_their_reload() {
 }
 
 #[test]
-fn who_asks_for_a_shorter_itl_costs_more_among_company() {
+fn a_gap_counts_by_the_itl_that_the_client_asked_for() {
     let none = Matches::default();
-    // Steps of some 40 ms, within the 100 ms of the class.
-    let worker = with_streams(Class::Standard, 30);
-    let own = |itl_target_ms| {
+    let mut workers = vec![worker(0, Role::Prefill), worker(1, Role::Decode)];
+    for worker in &mut workers {
+        // 64 MiB in all, 16 MiB after prefill's end: some 17 ms by the prior.
+        Arc::make_mut(&mut worker.abilities).block_bytes = 1 << 20;
+    }
+    let gap = |itl_target_ms| {
         let asked = RequestView {
             itl_target_ms,
             ..request(&none, 1)
         };
-        whole(&worker, &asked).own_stretch_ms
+        let plans = explain(&workers, &asked);
+        let split = plans
+            .iter()
+            .find(|one| matches!(one.plan, Plan::Split { .. }));
+        split.unwrap().terms.gap_ms
     };
-    assert_eq!(own(None), own(Some(100.0)));
-    let company = with_streams(Class::Standard, 60);
-    let strict = |itl_target_ms| {
-        let asked = RequestView {
-            itl_target_ms,
-            ..request(&none, 1)
-        };
-        whole(&company, &asked).own_stretch_ms
-    };
-    // The target in force is 1.5 of the worker's own step at least.
-    assert_eq!(strict(Some(1.0)), strict(Some(2.0)));
-    assert!(own(Some(1.0)) >= own(None));
+    // The class asks for 100 ms: the gap is within it.
+    assert_eq!(gap(None), gap(Some(100.0)));
+    let (usual, strict) = (gap(None), gap(Some(12.0)));
+    assert!(strict > 1.5 * usual, "{strict} {usual}");
+    // In force is 1.5 of the worker's own step at least.
+    assert_eq!(gap(Some(1.0)), gap(Some(2.0)));
 }
 
 #[test]

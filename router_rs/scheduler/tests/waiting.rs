@@ -6,8 +6,8 @@ mod common;
 use common::{request, worker};
 use kvmesh_kv_index::{Matches, WorkerSlot};
 use kvmesh_scheduler::{
-    AdmissionSettings, Booking, Bookings, Class, ClassTargets, Cluster, Queue, Rejected, Role,
-    Work, admit, virtual_deadline_ms,
+    AdmissionSettings, Booking, Bookings, Class, ClassTargets, Cluster, LocalPrefill, Queue,
+    Rejected, Role, Work, admit, virtual_deadline_ms,
 };
 use proptest::prelude::*;
 
@@ -141,8 +141,9 @@ fn admission_is_by_predicted_wait_and_deadline() {
         max_wait_ms: 1_000.0,
     };
     let ask = |workers: &[_], ahead, left| {
+        let pairing = LocalPrefill::WithoutPrefillWorkers;
         admit(
-            &Cluster::new(1, workers),
+            &Cluster::new(1, workers).with_local_prefill(pairing),
             &request(&none, 1),
             ahead,
             left,
@@ -169,6 +170,9 @@ fn admission_is_by_predicted_wait_and_deadline() {
         ask(&workers, 0.0, None),
         Err(Rejected::WaitTooLong { .. })
     ));
+    // By cost the decode worker takes it over: it waits for nobody.
+    let by_cost = Cluster::new(1, &workers).with_local_prefill(LocalPrefill::ByCost);
+    assert!(admit(&by_cost, &request(&none, 1), 0.0, None, &settings).is_ok());
     // A decode worker computes prompts where no other is there.
     assert!(ask(&workers[1..], 0.0, None).is_ok());
     assert!(ask(&[], 0.0, None).is_ok());
