@@ -54,7 +54,7 @@ def test_the_report_needs_no_network_and_shows_every_run(trace, tmp_path):
     command = ["simulate", "--trace", str(trace), "--workers", "2", "--html", str(html)]
     assert main([*command, "--policy", "cost", "--policy", "overlap-load:overlap-weight=4"]) == 0
     text = html.read_text()
-    assert text.count("<svg") == 9
+    assert text.count("<svg") == 10
     assert "overlap-load" in text
     assert not re.search(r"https?://|<script|<link|src=", text)
 
