@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,10 @@ from kvmesh.v1 import worker_pb2 as wire
 
 _REMEMBERED = 4096
 """Sequences whose running sums are kept; others are read from their blocks."""
+
+
+_LOOK_S = 0.01
+"""How often a stuck engine looks whether it still is."""
 
 
 class SimClock(Protocol):
@@ -150,6 +156,8 @@ class SimRunner:
         if not self._settings.instant:
             seconds = joined.base_s + joined.context_s * rows.context
             self._clock.sleep_until(self._clock.now() + seconds)
+        if self._settings.stuck_while:
+            self._hang()
         return joined.streams.step(rows.ids, rows.tables)
 
     def paced(self, rows: DecodeRows) -> PacedSteps | None:
@@ -181,6 +189,12 @@ class SimRunner:
         for _ in range(layers):
             self._clock.sleep_until(self._clock.now() + layer_s)
             yield
+        if self._settings.stuck_while:
+            self._hang()
+
+    def _hang(self) -> None:
+        while os.path.exists(self._settings.stuck_while):
+            time.sleep(_LOOK_S)
 
     # -- contents ----------------------------------------------------------
 
@@ -203,6 +217,8 @@ class SimRunner:
             del known[next(iter(known))]
 
     def _compute(self, piece: Slice) -> Sampled | None:
+        if self._settings.dies_of and self._settings.dies_of in piece.ids:
+            os.kill(os.getpid(), signal.SIGKILL)
         state, reading = self._before(piece.key, piece.start, piece.blocks)
         states = self._content.states(state, piece.ids)
         positions = np.arange(piece.start, piece.start + len(piece.ids))

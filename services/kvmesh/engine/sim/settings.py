@@ -75,6 +75,12 @@ class SimSettings:
     """Most tokens of a sequence."""
     max_batch: int = 256
     """Most requests in a step."""
+    stuck_while: str = ""
+    """No step ends while a file of this name exists: shows what becomes of the
+    streams of a stuck engine."""
+    dies_of: int = 0
+    """A step that computes this token id ends the process at once: shows what
+    becomes of a request of which workers die. 0: none does."""
     chat_template: str = ""
     """Jinja template of chats. Empty: ChatML. A bad one shows what routers do
     with it."""
