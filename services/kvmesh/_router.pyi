@@ -675,6 +675,8 @@ class WorkerPort:
         grace_s: float = 30.0,
         tell_all_ends: bool = False,
         load_delay_ms: float = 0.0,
+        replay_bytes: int = 4_194_304,
+        orphan_ttl_s: float = 10.0,
     ) -> WorkerPort:
         """Binds "host:port", port 0 a free one. Raises OSError, ValueError."""
 

@@ -183,6 +183,14 @@ class Cluster:
         """kill -9, and its end is seen."""
         self._kill(self.workers.pop(name))
 
+    def forget(self, name: str) -> None:
+        """A worker ended by itself, as it was to."""
+        self.children.stop(self.workers.pop(name), START_S)
+
+    def stop(self, name: str) -> None:
+        """SIGTERM: it gives back what it cannot finish. Its end is seen."""
+        self.children.stop(self.workers.pop(name), START_S)
+
     def kill_router(self, endpoint: str) -> None:
         """kill -9, and its end is seen."""
         self.endpoints.remove(endpoint)

@@ -19,7 +19,7 @@ def start_stream(client: kvmesh.Client, prompt: str):
     raise AssertionError("the stream ended before its first token")
 
 
-def test_a_killed_worker_ends_its_streams_and_gets_no_new_ones(fresh) -> None:
+def test_a_killed_worker_loses_its_streams_to_others_and_gets_no_new_ones(fresh) -> None:
     endpoint = fresh.start_router()
     fresh.start_worker("a", "both")
     fresh.wait_live(endpoint, "a")
@@ -27,6 +27,26 @@ def test_a_killed_worker_ends_its_streams_and_gets_no_new_ones(fresh) -> None:
         stream, first = start_stream(client, "One stream")
         fresh.start_worker("b", "both")
         fresh.wait_live(endpoint, "a", "b")
+        fresh.kill("a")
+        delivered = len(first.ids)
+
+        for event in stream:
+            if isinstance(event, kvmesh.Tokens):
+                assert event.first_index == delivered
+                delivered += len(event.ids)
+        assert delivered == LONG["max_tokens"]
+        for number in range(20):
+            assert client.complete(prompt=f"After it, {number}", max_tokens=3).token_ids
+        fresh.wait_table(endpoint, lambda table: "a" not in table, seconds=30)
+        fresh.wait_empty("b")
+
+
+def test_without_another_worker_a_stream_ends_with_the_next_index(fresh) -> None:
+    endpoint = fresh.start_router("--queue-timeout", "100ms")
+    fresh.start_worker("a", "both")
+    fresh.wait_live(endpoint, "a")
+    with kvmesh.Client(endpoint, recover_s=0) as client:
+        stream, first = start_stream(client, "The last one")
         fresh.kill("a")
         delivered = len(first.ids)
 
@@ -39,10 +59,6 @@ def test_a_killed_worker_ends_its_streams_and_gets_no_new_ones(fresh) -> None:
             read_on()
         # All that came before the end was told, and where to go on from.
         assert caught.value.next_index == delivered
-        for number in range(20):
-            assert client.complete(prompt=f"After it, {number}", max_tokens=3).token_ids
-        fresh.wait_table(endpoint, lambda table: "a" not in table, seconds=30)
-        fresh.wait_empty("b")
 
 
 def test_without_a_worker_the_answer_is_unavailable(fresh) -> None:

@@ -62,7 +62,7 @@ async def test_load_echoes_the_last_command() -> None:
 
 
 async def test_a_router_that_goes_leaves_nothing_running() -> None:
-    async with running() as rig:
+    async with running(orphan_ttl_s=0.05, load_interval_ms=10.0) as rig:
         call, _ = await attach(rig)
         await call.write(place())
         await rig.engine.placed.get()

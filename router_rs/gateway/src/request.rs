@@ -21,6 +21,8 @@ pub struct AdmittedRequest {
     pub model: String,
     /// Prompt token ids, at least one.
     pub prompt_ids: Arc<[u32]>,
+    /// Output ids that the client has from another router.
+    pub output_ids: Vec<u32>,
     /// How to draw; the seed is drawn where the client gave none.
     pub sampling: v1::ResolvedSampling,
     /// Most output tokens, at least 1.

@@ -128,10 +128,10 @@ fn rows() -> Vec<(Change, Code, &'static str, &'static str)> {
         (|r| r.adapter = "none".to_owned(), invalid, field, "adapter"),
         (|r| r.n = 2, Code::Unimplemented, "UNSUPPORTED", "n"),
         (
-            |r| r.continue_from = Some(v1::ContinueFrom::default()),
-            Code::Unimplemented,
-            "UNSUPPORTED",
-            "continue_from",
+            |r| r.continue_from.get_or_insert_default().token_ids = vec![u32::MAX],
+            invalid,
+            field,
+            "continue_from.token_ids[0]",
         ),
         (
             |r| r.model = "nobody".to_owned(),

@@ -174,6 +174,11 @@ impl<T> Queue<T> {
         self.items.get_mut(&ticket.0)?.item.take()
     }
 
+    /// An item that is not taken.
+    pub fn get(&self, ticket: Ticket) -> Option<&T> {
+        self.items.get(&ticket.0)?.item.as_ref()
+    }
+
     /// Puts a taken item back to its place.
     pub fn put_back(&mut self, ticket: Ticket, item: T) {
         if let Some(entry) = self.items.get_mut(&ticket.0) {

@@ -65,6 +65,9 @@ pub struct Placement {
     pub predicted_start_ms: f64,
     /// Whether the worker is to tell its spans at the stage's end.
     pub trace: bool,
+    /// Whether no other request may be in its steps: it is suspected of ending
+    /// workers.
+    pub alone: bool,
 }
 
 /// A command of a session. Its number is given when it is sent.
@@ -186,6 +189,7 @@ fn place(generation: GenerationId, fence: Fence, placement: Placement) -> v1::Pl
         request_id: placement.request_id,
         predicted_start_ms: placement.predicted_start_ms,
         trace: placement.trace,
+        alone: placement.alone,
         ..v1::Place::default()
     }
 }

@@ -2,8 +2,8 @@
 //! for a small world by Stateright, at random for larger ones by proptest.
 //!
 //! Sessions are ordered queues; between the two anything may overtake
-//! anything. The world refuses, fails transfers, gives back, loses a session
-//! and stops the client, each within a budget.
+//! anything. The world refuses, fails transfers, gives back, loses a session,
+//! breaks one that comes back, and stops the client, each within a budget.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeSet;
@@ -28,6 +28,7 @@ struct World {
     failures: u8,
     returns: u8,
     losses: u8,
+    blips: u8,
     stops: u8,
     timeouts: u8,
     survive_loss: bool,
@@ -78,9 +79,24 @@ struct Job {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct Worker {
     broken: bool,
+    session: Session,
     inbox: Vec<Command>,
     outbox: Vec<Frame>,
     job: Option<Job>,
+    /// All that it said, where its session may break.
+    said: Vec<Frame>,
+}
+
+/// A session as it breaks and comes back.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+enum Session {
+    #[default]
+    Up,
+    /// What was on its way is lost.
+    Down,
+    /// The worker has read the router's hello; its own is on its way, with the
+    /// attempt that was named and whether it is known.
+    Greeting(Option<(Fence, bool)>),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -105,6 +121,8 @@ struct Sim {
     failures: u8,
     returns: u8,
     losses: u8,
+    blips: u8,
+    replays: bool,
     stops: u8,
     timeouts: u8,
 }
@@ -112,12 +130,23 @@ struct Sim {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Move {
     Plan(u8),
-    ToWorker { worker: usize, refuse: bool },
+    ToWorker {
+        worker: usize,
+        refuse: bool,
+    },
     ToRouter(usize),
     Step(usize),
     FailTransfer(usize),
     GiveBack(usize),
     Lose(usize, Loss),
+    /// The session breaks with all that is on its way.
+    Blip(usize),
+    /// The router waits no longer for it.
+    GraceOver(usize),
+    /// The router's hello reaches the worker.
+    Return(usize),
+    /// The worker's hello reaches the router.
+    Greeted(usize),
     Stop,
     Fire(Timer),
 }
@@ -128,6 +157,7 @@ impl Sim {
             refusals: 1,
             failures: 3,
             survive_loss: world.survive_loss,
+            ..Policy::default()
         };
         let (generation, actions) = Generation::start(1, world.max_tokens, true, policy);
         let mut sim = Self {
@@ -148,6 +178,8 @@ impl Sim {
             failures: world.failures,
             returns: world.returns,
             losses: world.losses,
+            blips: world.blips,
+            replays: world.blips > 0,
             stops: world.stops,
             timeouts: world.timeouts,
         };
@@ -173,7 +205,7 @@ impl Sim {
                     });
                 }
             }
-            if !worker.outbox.is_empty() {
+            if !worker.outbox.is_empty() && worker.session == Session::Up {
                 moves.push(Move::ToRouter(w));
             }
             if let Some(job) = &worker.job {
@@ -192,9 +224,19 @@ impl Sim {
                     moves.push(Move::FailTransfer(w));
                 }
             }
-            if self.losses > 0 && !worker.broken {
+            if self.losses > 0 && !worker.broken && worker.session == Session::Up {
                 moves.push(Move::Lose(w, Loss::Broken));
+                moves.push(Move::Lose(w, Loss::Died));
                 moves.push(Move::Lose(w, Loss::Silent));
+            }
+            match worker.session {
+                Session::Up if self.blips > 0 && !worker.broken => moves.push(Move::Blip(w)),
+                Session::Up => {}
+                Session::Down => moves.push(Move::Return(w)),
+                Session::Greeting(_) => moves.push(Move::Greeted(w)),
+            }
+            if worker.session != Session::Up && self.generation.reattach(WORKERS[w]).is_some() {
+                moves.push(Move::GraceOver(w));
             }
         }
         if self.stops > 0 {
@@ -232,7 +274,7 @@ impl Sim {
             Move::Lose(worker, loss) => {
                 self.losses -= 1;
                 let index = WORKERS[worker];
-                if loss == Loss::Broken {
+                if loss != Loss::Silent {
                     // The worker ends what a broken session left.
                     if let Some(job) = &self.workers[worker].job {
                         self.aborted.insert(job.fence.attempt);
@@ -247,6 +289,19 @@ impl Sim {
                     loss,
                 });
             }
+            Move::Blip(worker) => {
+                self.blips -= 1;
+                let worker = &mut self.workers[worker];
+                worker.session = Session::Down;
+                worker.inbox.clear();
+                worker.outbox.clear();
+            }
+            Move::GraceOver(worker) => self.apply(Event::SessionLost {
+                worker: WORKERS[worker],
+                loss: Loss::Broken,
+            }),
+            Move::Return(worker) => self.returns(worker),
+            Move::Greeted(worker) => self.greeted(worker),
             Move::Stop => {
                 self.stops -= 1;
                 self.apply(Event::Stop(Stop::ClientGone));
@@ -256,6 +311,74 @@ impl Sim {
                 self.timers.remove(&timer);
                 self.apply(Event::Fired(timer));
             }
+        }
+    }
+
+    /// A worker reads what the router wants to go on with: it drops the rest, and
+    /// says again what it said of it.
+    fn returns(&mut self, w: usize) {
+        let named = self.generation.reattach(WORKERS[w]);
+        let worker = &mut self.workers[w];
+        let wanted = |job: &mut Job| named.is_some_and(|(fence, _)| fence == job.fence);
+        let dropped = worker.job.take_if(|job| !wanted(job));
+        let mut known = worker.job.is_some();
+        if let Some((fence, next)) = named {
+            for frame in &worker.said {
+                let again = match frame {
+                    Frame::Opening { fence: of, .. } if *of == fence => Some(frame.clone()),
+                    Frame::End { fence: of, .. } if *of == fence => {
+                        known = true;
+                        Some(frame.clone())
+                    }
+                    Frame::Tokens {
+                        fence: of,
+                        first,
+                        count,
+                    } if *of == fence && first + count > next => Some(Frame::Tokens {
+                        fence,
+                        first: next.max(*first),
+                        count: first + count - next.max(*first),
+                    }),
+                    _ => None,
+                };
+                known |= matches!(
+                    again,
+                    Some(Frame::Opening {
+                        answer: Answer::Refused(_),
+                        ..
+                    })
+                );
+                worker.outbox.extend(again);
+            }
+            if !known {
+                worker.outbox.clear();
+            }
+        }
+        worker.session = Session::Greeting(named.map(|(fence, _)| (fence, known)));
+        if let Some(job) = dropped {
+            self.aborted.insert(job.fence.attempt);
+        }
+    }
+
+    fn greeted(&mut self, w: usize) {
+        let worker = WORKERS[w];
+        match std::mem::take(&mut self.workers[w].session) {
+            Session::Greeting(Some((fence, true))) => {
+                self.apply(Event::Reattached { worker, fence });
+            }
+            // It is another attempt's worker by now, or none's.
+            Session::Greeting(Some((fence, false)))
+                if self
+                    .generation
+                    .reattach(worker)
+                    .is_some_and(|(of, _)| of == fence) =>
+            {
+                self.apply(Event::SessionLost {
+                    worker,
+                    loss: Loss::Broken,
+                });
+            }
+            _ => {}
         }
     }
 
@@ -313,11 +436,14 @@ impl Sim {
                         reserved: 1,
                     }
                 };
-                worker.outbox.push(Frame::Opening {
-                    fence,
-                    stage,
-                    answer,
-                });
+                self.say(
+                    w,
+                    Frame::Opening {
+                        fence,
+                        stage,
+                        answer,
+                    },
+                );
             }
             Command::Cancel { fence } => {
                 if let Some(job) = worker.job.take_if(|job| job.fence <= fence) {
@@ -330,9 +456,17 @@ impl Sim {
 
     fn say_end(&mut self, w: usize, job: &Job, end: End) {
         let (fence, stage) = (job.fence, job.stage);
-        self.workers[w]
-            .outbox
-            .push(Frame::End { fence, stage, end });
+        self.say(w, Frame::End { fence, stage, end });
+    }
+
+    fn say(&mut self, w: usize, frame: Frame) {
+        let worker = &mut self.workers[w];
+        if self.replays {
+            worker.said.push(frame.clone());
+        }
+        if worker.session != Session::Down {
+            worker.outbox.push(frame);
+        }
     }
 
     /// One engine step of a worker.
@@ -350,11 +484,14 @@ impl Sim {
             _ => 1,
         };
         let fence = job.fence;
-        self.workers[w].outbox.push(Frame::Tokens {
-            fence,
-            first,
-            count,
-        });
+        self.say(
+            w,
+            Frame::Tokens {
+                fence,
+                first,
+                count,
+            },
+        );
         job.next += count;
         if job.stage == Stage::Prefill {
             if job.next >= max && self.emits.contains(&fence.attempt) {
@@ -435,7 +572,8 @@ impl Sim {
 
     fn perform(&mut self, actions: Actions) {
         for action in actions {
-            if self.ends > 0 {
+            // A worker that comes back with what was left is told so at any time.
+            if self.ends > 0 && !matches!(action, Action::Cancel { .. }) {
                 self.wrong = Some("an action after the end");
             }
             match action {
@@ -484,7 +622,7 @@ impl Sim {
             self.wrong = Some("a command to a part that is over");
         }
         let worker = &mut self.workers[to.0 as usize];
-        if worker.broken {
+        if worker.broken || worker.session != Session::Up {
             // The driver finds the session closed; it tells the machine.
             if matches!(command, Command::Place { .. }) {
                 self.apply(Event::SessionLost {
@@ -560,6 +698,8 @@ impl Model for World {
 
 fn check(world: World) {
     let checker = world.checker().threads(2).spawn_bfs().join();
+    let (states, depth) = (checker.unique_state_count(), checker.max_depth());
+    println!("{states} states, depth {depth}: {world:?}");
     checker.assert_properties();
 }
 
@@ -570,9 +710,10 @@ const QUIET: World = World {
     failures: 0,
     returns: 0,
     losses: 0,
+    blips: 0,
     stops: 0,
     timeouts: 0,
-    survive_loss: false,
+    survive_loss: true,
 };
 
 #[test]
@@ -599,17 +740,33 @@ fn every_order_with_a_lost_session() {
     check(World {
         losses: 1,
         returns: 1,
+        survive_loss: false,
+        ..QUIET
+    });
+}
+
+#[test]
+fn every_order_with_a_session_that_breaks_and_comes_back() {
+    check(World { blips: 1, ..QUIET });
+}
+
+#[test]
+fn every_order_with_a_session_that_breaks_twice() {
+    check(World { blips: 2, ..QUIET });
+}
+
+#[test]
+fn every_order_with_a_broken_session_and_a_client_that_leaves() {
+    check(World {
+        blips: 1,
+        stops: 1,
         ..QUIET
     });
 }
 
 #[test]
 fn every_order_with_a_lost_session_that_streams_survive() {
-    check(World {
-        losses: 1,
-        survive_loss: true,
-        ..QUIET
-    });
+    check(World { losses: 1, ..QUIET });
 }
 
 #[test]
@@ -636,6 +793,7 @@ proptest! {
             failures: 2,
             returns: 2,
             losses: 2,
+            blips: 2,
             stops: 1,
             timeouts: 1,
             survive_loss,
@@ -653,6 +811,7 @@ proptest! {
         sim.refusals = 0;
         sim.returns = 0;
         sim.losses = 0;
+        sim.blips = 0;
         sim.stops = 0;
         sim.timeouts = 0;
         for _ in 0..1_000 {

@@ -1,10 +1,12 @@
 //! What a router may ask for, and what is refused at the door.
 
 use kvmesh_wire::v1::{
-    Opening, Place, RefusalReason, Refused, RouterFrame, RouterHello, Stage, WorkerRecord,
-    opening::Answer, router_frame::Frame,
+    Opening, Place, Reattach, RefusalReason, Refused, RouterFrame, RouterHello, Stage,
+    WorkerRecord, opening::Answer, router_frame::Frame,
 };
 use tonic::Status;
+
+use crate::{attempt::AttemptId, replay::Wanted};
 
 /// Version of the protocol that is spoken here.
 pub(crate) const MAJOR: u32 = 1;
@@ -31,6 +33,18 @@ pub(crate) fn hello(frame: Option<RouterFrame>) -> Result<RouterHello, Status> {
         ));
     }
     Ok(hello)
+}
+
+/// What a router that comes back names of what it has here.
+pub(crate) fn reattached(hello: &RouterHello) -> Result<Vec<Wanted>, Status> {
+    let wanted = |named: &Reattach| {
+        let id = AttemptId::parse(&named.generation, named.owner, named.attempt);
+        Ok(Wanted {
+            id: id.ok_or_else(unnamed)?,
+            next_index: named.next_index,
+        })
+    };
+    hello.reattach.iter().map(wanted).collect()
 }
 
 /// A command names no attempt.

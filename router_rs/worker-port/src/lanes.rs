@@ -11,11 +11,22 @@
 //! A slow router fills its own lanes and nobody else's: whoever pushes never
 //! waits.
 
-use std::{collections::VecDeque, time::Instant};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Instant,
+};
 
 use bytes::Bytes;
 
-use crate::{cache_log::CacheLog, settings::Settings, snapshot::Snapshot};
+use crate::{
+    attempt::AttemptId,
+    cache_log::CacheLog,
+    replay::{Sent, Wanted, replay},
+    report::Part,
+    session::Held,
+    settings::Settings,
+    snapshot::Snapshot,
+};
 
 /// What a session sends next.
 #[derive(Debug, PartialEq)]
@@ -46,6 +57,7 @@ enum Place {
 pub(crate) struct Lanes {
     steps: VecDeque<(Instant, Bytes)>,
     step_bytes: usize,
+    sent: Sent,
     load_changed: bool,
     load_sent: Option<Instant>,
     /// Load reports that are held back, each with when it goes.
@@ -60,6 +72,7 @@ impl Lanes {
         Self {
             steps: VecDeque::new(),
             step_bytes: 0,
+            sent: Sent::default(),
             load_changed: true,
             load_sent: None,
             late_loads: VecDeque::new(),
@@ -72,6 +85,20 @@ impl Lanes {
     pub(crate) fn push(&mut self, frame: Bytes, now: Instant) {
         self.step_bytes += frame.len();
         self.steps.push_back((now, frame));
+    }
+
+    /// Says again what is wanted and known of what was said here.
+    pub(crate) fn replay(
+        &self,
+        wanted: &[Wanted],
+        held: &BTreeMap<AttemptId, Held>,
+    ) -> Vec<(Wanted, Part)> {
+        replay(&self.sent, &self.steps, wanted, held)
+    }
+
+    /// Bytes of step output that wait.
+    pub(crate) fn waiting_bytes(&self) -> usize {
+        self.step_bytes
     }
 
     /// Why the session is to be closed; `None`: its lanes are within their bounds.
@@ -156,8 +183,9 @@ impl Lanes {
         now: Instant,
         step_ends: Option<Instant>,
     ) -> Next {
-        if let Some((_, frame)) = self.steps.pop_front() {
+        if let Some((queued, frame)) = self.steps.pop_front() {
             self.step_bytes -= frame.len();
+            self.sent.keep(queued, frame.clone(), settings.replay_bytes);
             return Next::Frame(frame);
         }
         if self.late_loads.front().is_some_and(|(at, _)| *at <= now)

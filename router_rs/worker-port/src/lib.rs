@@ -26,6 +26,7 @@ mod health;
 mod lanes;
 mod load;
 mod port;
+mod replay;
 mod report;
 mod service;
 mod session;

@@ -72,8 +72,8 @@ impl Shared {
     }
 
     /// A session's stream is gone.
-    pub(crate) fn forget(&self, key: &str) {
-        self.with(|state| state.forget(key));
+    pub(crate) fn forget(&self, key: &str, stream: u64) {
+        self.with(|state| state.forget(key, stream));
         self.changed.notify_all();
         self.snapshots.notify_all();
     }
@@ -299,7 +299,7 @@ impl Port {
     pub fn begin_snapshot(&self, session: &str) -> bool {
         self.shared.with(|state| {
             let as_of = state.log.last_event();
-            let session = state.sessions.get_mut(session).filter(|s| s.is_open());
+            let session = state.snapshots(session);
             session.is_some_and(|session| session.lanes.begin_snapshot(as_of))
         })
     }
@@ -313,8 +313,9 @@ impl Port {
             if state.closed {
                 return false;
             }
-            let found = state.sessions.get_mut(session).filter(|s| s.is_open());
-            let Some(open) = found else { return false };
+            let Some(open) = state.snapshots(session) else {
+                return false;
+            };
             let Some(snapshot) = open.lanes.snapshot() else {
                 return false;
             };
@@ -332,7 +333,7 @@ impl Port {
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
-        let waker = state.sessions.get_mut(session).and_then(|s| s.waker.take());
+        let waker = state.snapshots(session).and_then(|s| s.waker.take());
         drop(state);
         if let Some(waker) = waker {
             waker.wake();
@@ -343,7 +344,13 @@ impl Port {
     /// Ends a session because the cache cannot be read.
     pub fn fail_snapshot(&self, session: &str) {
         let status = Status::internal("the cache cannot be read");
-        self.shared.with(|state| state.end(session, ended(status)));
+        self.shared.with(|state| {
+            if state.snapshots(session).is_some()
+                && let Some((key, _)) = session.rsplit_once('#')
+            {
+                state.end(key, ended(status));
+            }
+        });
     }
 
     // -- the process's side ------------------------------------------------
@@ -429,7 +436,7 @@ impl Port {
         self.shared.changed.notify_all();
         self.shared.snapshots.notify_all();
         if let Some(thread) = thread {
-            let busy = |state: &mut State| !state.sessions.is_empty();
+            let busy = |state: &mut State| state.streaming() > 0;
             drop(
                 self.shared
                     .changed

@@ -170,19 +170,20 @@ async fn attach(
         // What a session begins with is not known yet.
         return Err(loading());
     }
-    let key = shared
+    let (key, stream) = shared
         .with(|state| (!state.closed).then(|| state.open(&hello, Instant::now())))
-        .ok_or_else(|| Status::unavailable("the worker has stopped"))?;
+        .ok_or_else(|| Status::unavailable("the worker has stopped"))??;
     let outgoing = Outgoing {
         shared: Arc::clone(&shared),
         key: key.clone(),
+        stream,
         timer: Box::pin(sleep_until(tokio::time::Instant::now())),
         armed: None,
     };
     // Ended with the session, by whoever ends that.
-    let reader = tokio::spawn(read(Arc::clone(&shared), key.clone(), frames));
+    let reader = tokio::spawn(read(Arc::clone(&shared), (key.clone(), stream), frames));
     shared.with(|state| {
-        if let Some(session) = state.sessions.get_mut(&key) {
+        if let Some(session) = state.streams(&key, stream) {
             session.reader = Some(reader.abort_handle());
         }
     });
@@ -190,27 +191,42 @@ async fn attach(
 }
 
 /// Reads a router's commands until its session ends.
-async fn read(shared: Arc<Shared>, key: String, mut frames: Streaming<RouterFrame>) {
+async fn read(
+    shared: Arc<Shared>,
+    (key, stream): (String, u64),
+    mut frames: Streaming<RouterFrame>,
+) {
     loop {
         let ended = match frames.message().await {
-            Ok(Some(frame)) => take_in(&shared, &key, frame).await.err().map(ended),
+            Ok(Some(frame)) => take_in(&shared, (&key, stream), frame)
+                .await
+                .err()
+                .map(ended),
             Ok(None) | Err(_) => Some(crate::session::End::Quiet),
         };
         if let Some(end) = ended {
-            shared.with(|state| state.end(&key, end));
+            shared.with(|state| {
+                if state.streams(&key, stream).is_some() {
+                    state.end(&key, end);
+                }
+            });
             return;
         }
     }
 }
 
 /// Takes a command in; waits while too many others wait.
-async fn take_in(shared: &Shared, key: &str, mut frame: RouterFrame) -> Result<(), Status> {
+async fn take_in(
+    shared: &Shared,
+    session: (&str, u64),
+    mut frame: RouterFrame,
+) -> Result<(), Status> {
     loop {
         let taken = shared.room.notified();
         tokio::pin!(taken);
         // From here on a call for those who wait is not missed.
         taken.as_mut().enable();
-        match shared.with(|state| state.command(key, frame, Instant::now()))? {
+        match shared.with(|state| state.command(session, frame, Instant::now()))? {
             Taken::Yes => return Ok(()),
             Taken::Full(back) => frame = *back,
         }
@@ -222,6 +238,7 @@ async fn take_in(shared: &Shared, key: &str, mut frame: RouterFrame) -> Result<(
 struct Outgoing {
     shared: Arc<Shared>,
     key: String,
+    stream: u64,
     timer: Pin<Box<Sleep>>,
     /// When the timer ends; `None`: it does not matter.
     armed: Option<Instant>,
@@ -235,7 +252,7 @@ impl Stream for Outgoing {
             let now = Instant::now();
             let until = match self
                 .shared
-                .with(|state| state.next(&self.key, now, cx.waker()))
+                .with(|state| state.next(&self.key, self.stream, now, cx.waker()))
             {
                 Step::Frame(frame) => return Poll::Ready(Some(Ok(frame))),
                 Step::End(status) => return Poll::Ready(status.map(Err)),
@@ -258,7 +275,7 @@ impl Stream for Outgoing {
 
 impl Drop for Outgoing {
     fn drop(&mut self) {
-        self.shared.forget(&self.key);
+        self.shared.forget(&self.key, self.stream);
     }
 }
 

@@ -9,6 +9,11 @@ pub struct Settings {
     pub step_lane_bytes: usize,
     /// Age that waiting step output may reach; beyond it the session is closed.
     pub step_lane_age: Duration,
+    /// Step output that was sent and is kept for a router that may come back,
+    /// bytes. What it wants from before that is unknown, and computed anew.
+    pub replay_bytes: usize,
+    /// How long the attempts of a router whose session broke are kept.
+    pub orphan_ttl: Duration,
     /// Cache events kept for routers that come back.
     pub cache_ring_events: u64,
     /// Longest time that cache events wait for others.
@@ -37,6 +42,8 @@ impl Default for Settings {
         Self {
             step_lane_bytes: 8 << 20,
             step_lane_age: Duration::from_secs(10),
+            replay_bytes: 4 << 20,
+            orphan_ttl: Duration::from_secs(10),
             cache_ring_events: 65_536,
             cache_coalesce: Duration::from_millis(20),
             snapshot_interval: Duration::from_millis(5),

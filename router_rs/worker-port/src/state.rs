@@ -12,9 +12,9 @@ use std::{
 
 use bytes::Bytes;
 use kvmesh_wire::v1::{
-    Cancel, Found, GetInfoResponse, Load, ProtocolVersion, RefusalReason, Residue, Returned, Role,
-    RouterFrame, RouterHello, StageEnd, StepOutput, WorkerFrame, WorkerHello, WorkerPhase,
-    WorkerRecord, router_frame::Frame, stage_end, worker_frame,
+    Cancel, Found, GetInfoResponse, Load, ProtocolVersion, Reattach, RefusalReason, Residue,
+    Returned, Role, RouterFrame, RouterHello, StageEnd, StepOutput, WorkerFrame, WorkerHello,
+    WorkerPhase, WorkerRecord, router_frame::Frame, stage_end, worker_frame,
 };
 use prost::Message;
 use tonic::Status;
@@ -29,6 +29,7 @@ use crate::{
     frames::{encode_step, step_frames},
     lanes::Next,
     load::EngineState,
+    replay::Wanted,
     report::{Part, Report},
     session::{End, Held, Session},
     settings::Settings,
@@ -121,8 +122,15 @@ impl State {
 
     // -- sessions ----------------------------------------------------------
 
-    /// Opens a session; one of the same router ends. Returns its key.
-    pub(crate) fn open(&mut self, hello: &RouterHello, now: Instant) -> String {
+    /// Opens a router's stream; one that it has ends. What this start of the
+    /// router names of its attempts goes on, all else that it has here is
+    /// dropped. Returns the session's key and the stream's number.
+    pub(crate) fn open(
+        &mut self,
+        hello: &RouterHello,
+        now: Instant,
+    ) -> Result<(String, u64), Status> {
+        let wanted = command::reattached(hello)?;
         let known = hello.known_worker_incarnation == self.record.incarnation;
         let mut next_event = if known {
             hello.known_event.saturating_add(1)
@@ -133,9 +141,29 @@ impl State {
             // An empty cache needs no snapshot; any other does.
             next_event = u64::from(self.log.last_event() == 0);
         }
-        self.opened += 1;
-        let key = format!("{}/{}", hello.router_id, self.opened);
-        let mut session = Session::new(hello.router_id.clone(), next_event);
+        let before = self.by_router.get(&hello.router_id).cloned();
+        let same = before.filter(|key| {
+            let session = self.sessions.get(key);
+            let incarnation = session.map(|session| session.router_incarnation);
+            let same = incarnation == Some(hello.router_incarnation);
+            if !same {
+                self.drop_router(key, &hello.router_id);
+            }
+            same
+        });
+        let key = same.unwrap_or_else(|| self.add_session(hello, next_event));
+        let Some(session) = self.sessions.get_mut(&key) else {
+            return Err(Status::internal("a session that was just there"));
+        };
+        let kept = session.lanes.replay(&wanted, &session.attempts);
+        let dropped = session.keep_only(&kept);
+        self.wakers.extend(session.attach_anew(next_event));
+        let reattached = |(wanted, _): &(Wanted, Part)| Reattach {
+            generation: Bytes::copy_from_slice(&wanted.id.generation),
+            owner: wanted.id.owner,
+            attempt: wanted.id.attempt,
+            next_index: wanted.next_index,
+        };
         let answer = WorkerHello {
             version: Some(ProtocolVersion {
                 major: command::MAJOR,
@@ -145,32 +173,69 @@ impl State {
             last_event: self.log.last_event(),
             resume_event: next_event,
             step_model: self.record.step_model,
-            reattached: Vec::new(),
+            reattached: kept.iter().map(reattached).collect(),
         };
         let answer = WorkerFrame {
             frame: Some(worker_frame::Frame::Hello(answer)),
         };
         session.lanes.push(answer.encode_to_vec().into(), now);
-        if let Some(before) = self.by_router.insert(hello.router_id.clone(), key.clone()) {
-            let text = format!("router {} attached anew", hello.router_id);
-            self.end(&before, ended(Status::resource_exhausted(text)));
+        for (_, part) in kept {
+            for frame in step_frames(0, part, None, None) {
+                session.lanes.push(frame, now);
+            }
         }
+        let stream = session.stream;
+        if !dropped.is_empty() {
+            self.tell(Event::Cancelled(dropped));
+        }
+        Ok((key, stream))
+    }
+
+    fn add_session(&mut self, hello: &RouterHello, next_event: u64) -> String {
+        self.opened += 1;
+        let key = format!("{}/{}", hello.router_id, self.opened);
+        let (router, incarnation) = (hello.router_id.clone(), hello.router_incarnation);
+        let session = Session::new(router.clone(), incarnation, next_event);
+        self.by_router.insert(router, key.clone());
         self.sessions.insert(key.clone(), session);
         key
     }
 
-    /// Ends a session. What its router has here is cancelled: it ended these
-    /// streams already, or will.
+    /// Ends a session that another start of its router replaces.
+    fn drop_router(&mut self, key: &str, router_id: &str) {
+        let text = format!("router {router_id} attached anew");
+        if self.sessions.get(key).is_some_and(Session::is_open) {
+            self.end(key, ended(Status::resource_exhausted(text)));
+        } else {
+            self.drop_session(key);
+        }
+    }
+
+    /// Ends a session. One whose stream is gone waits for its router; of any
+    /// other what its router has here is cancelled.
     pub(crate) fn end(&mut self, key: &str, end: End) {
         let Some(session) = self.sessions.get_mut(key).filter(|s| s.is_open()) else {
             return;
         };
+        let waits = matches!(end, End::Quiet) && !self.closed;
+        session.orphaned = waits.then(Instant::now);
         session.end = Some(end);
         if let Some(reader) = session.reader.take() {
             reader.abort();
         }
         self.wakers.extend(session.waker.take());
-        let orphans: Vec<_> = std::mem::take(&mut session.attempts).into_keys().collect();
+        if !waits {
+            self.cancel_all(key);
+        }
+    }
+
+    /// Cancels what a session has, and forgets whose it is.
+    fn cancel_all(&mut self, key: &str) {
+        let Some(session) = self.sessions.get_mut(key) else {
+            return;
+        };
+        session.orphaned = None;
+        let attempts = std::mem::take(&mut session.attempts);
         if self
             .by_router
             .get(&session.router_id)
@@ -178,18 +243,77 @@ impl State {
         {
             self.by_router.remove(&session.router_id);
         }
-        if !orphans.is_empty() {
-            let ends = orphans.iter().cloned();
+        if !attempts.is_empty() {
+            let attempts: Vec<_> = attempts.into_keys().collect();
+            let ends = attempts.iter().cloned();
             let ends = ends.map(|id| AttemptEnd::session_ended(key, id)).collect();
-            self.tell(Event::Cancelled(orphans));
+            self.tell(Event::Cancelled(attempts));
             self.tell(Event::Ends(ends));
         }
     }
 
-    /// Forgets a session whose stream is gone.
-    pub(crate) fn forget(&mut self, key: &str) {
-        self.end(key, End::Quiet);
+    fn drop_session(&mut self, key: &str) {
+        self.cancel_all(key);
         self.sessions.remove(key);
+    }
+
+    /// A stream of a session is gone.
+    pub(crate) fn forget(&mut self, key: &str, stream: u64) {
+        if self.streams(key, stream).is_none() {
+            return;
+        }
+        self.end(key, End::Quiet);
+        if self
+            .sessions
+            .get(key)
+            .is_some_and(|session| session.orphaned.is_none())
+        {
+            self.sessions.remove(key);
+        }
+    }
+
+    /// A session, as long as this is its stream.
+    pub(crate) fn streams(&mut self, key: &str, stream: u64) -> Option<&mut Session> {
+        self.sessions.get_mut(key).filter(|s| s.stream == stream)
+    }
+
+    /// The session of a snapshot that was asked for, while its stream wants it.
+    pub(crate) fn snapshots(&mut self, name: &str) -> Option<&mut Session> {
+        let (key, stream) = name.rsplit_once('#')?;
+        let stream = stream.parse().ok()?;
+        self.streams(key, stream).filter(|s| s.is_open())
+    }
+
+    /// Sessions with a stream.
+    pub(crate) fn streaming(&self) -> usize {
+        let with = |session: &&Session| session.orphaned.is_none();
+        self.sessions.values().filter(with).count()
+    }
+
+    /// Attempts whose routers may come back.
+    fn orphans(&self) -> usize {
+        let orphaned = |session: &&Session| session.orphaned.is_some();
+        let sessions = self.sessions.values().filter(orphaned);
+        sessions.map(|session| session.attempts.len()).sum()
+    }
+
+    /// Drops what no router came back for, and what grew beyond its bound.
+    fn drop_orphans(&mut self, now: Instant) {
+        let (ttl, most) = (self.settings.orphan_ttl, self.settings.replay_bytes);
+        let over: Vec<_> = self
+            .sessions
+            .iter()
+            .filter(|(_, session)| {
+                session.orphaned.is_some_and(|since| {
+                    now.saturating_duration_since(since) > ttl
+                        || session.lanes.waiting_bytes() > most
+                })
+            })
+            .map(|(key, _)| key.clone())
+            .collect();
+        for key in over {
+            self.drop_session(&key);
+        }
     }
 
     /// Attempts that have not ended.
@@ -199,7 +323,11 @@ impl State {
 
     /// Ids of routers with an open session, sorted.
     pub(crate) fn routers(&self) -> Vec<String> {
-        let mut routers: Vec<_> = self.by_router.keys().cloned().collect();
+        let open = self.by_router.iter().filter(|(_, key)| {
+            let session = self.sessions.get(*key);
+            session.is_some_and(Session::is_open)
+        });
+        let mut routers: Vec<_> = open.map(|(router, _)| router.clone()).collect();
         routers.sort();
         routers
     }
@@ -207,7 +335,7 @@ impl State {
     // -- what a stream sends -----------------------------------------------
 
     /// What a session's stream does next. Where it waits, `waker` is kept.
-    pub(crate) fn next(&mut self, key: &str, now: Instant, waker: &Waker) -> Step {
+    pub(crate) fn next(&mut self, key: &str, stream: u64, now: Instant, waker: &Waker) -> Step {
         let coalesce = self.settings.cache_coalesce;
         if self.log.due(coalesce).is_some_and(|due| due <= now) {
             self.publish();
@@ -217,6 +345,10 @@ impl State {
             let Some(session) = self.sessions.get_mut(key) else {
                 return Step::End(None);
             };
+            if session.stream != stream {
+                let text = format!("router {} attached anew", session.router_id);
+                return Step::End(Some(Status::resource_exhausted(text)));
+            }
             match &session.end {
                 Some(End::Quiet) => return Step::End(None),
                 Some(End::Status {
@@ -240,7 +372,7 @@ impl State {
                     }
                 }
                 Next::SnapshotWanted => {
-                    let session = key.to_owned();
+                    let session = format!("{key}#{stream}");
                     self.tell(Event::SnapshotWanted { session });
                 }
                 Next::Wait(until) => {
@@ -303,6 +435,7 @@ impl State {
         if let Some((_, grace)) = self.grace.filter(|(ends, _)| *ends <= now) {
             self.give_back(grace, now);
         }
+        self.drop_orphans(now);
     }
 
     fn close_slow(&mut self, now: Instant) {
@@ -369,7 +502,7 @@ impl State {
         sample: Option<kvmesh_wire::v1::StepSample>,
         now: Instant,
     ) {
-        let Some(session) = self.sessions.get_mut(key).filter(|s| s.is_open()) else {
+        let Some(session) = self.sessions.get_mut(key).filter(|s| s.listens()) else {
             return;
         };
         for opening in &part.openings {
@@ -384,7 +517,7 @@ impl State {
         if !self.settings.tell_all_ends {
             ends.retain(|end| !end.is_ordinary());
         }
-        let load = if session.lanes.load_is_due(&self.settings, now) {
+        let load = if session.is_open() && session.lanes.load_is_due(&self.settings, now) {
             session.lanes.load_goes(now);
             let load = self.load_for(Some(key), now);
             self.unless_held(key, load, now)
@@ -399,10 +532,13 @@ impl State {
             session.lanes.push(frame, now);
         }
         self.wakers.extend(session.waker.take());
-        let slow = session.lanes.problem(&self.settings, now).is_some();
+        let open = session.is_open();
+        let slow = open && session.lanes.problem(&self.settings, now).is_some();
         if !ends.is_empty() {
             self.tell(Event::Ends(ends));
         }
+        // Of one that is not open nobody takes anything: it is looked after with
+        // the other orphans.
         if slow {
             self.close_slow(now);
         }
@@ -427,14 +563,15 @@ impl State {
     /// Takes a command in.
     pub(crate) fn command(
         &mut self,
-        key: &str,
+        (key, stream): (&str, u64),
         frame: RouterFrame,
         now: Instant,
     ) -> Result<Taken, Status> {
         if self.commands >= MAX_COMMANDS {
             return Ok(Taken::Full(Box::new(frame)));
         }
-        let Some(session) = self.sessions.get_mut(key).filter(|s| s.is_open()) else {
+        let session = self.sessions.get_mut(key);
+        let Some(session) = session.filter(|s| s.stream == stream && s.is_open()) else {
             return Ok(Taken::Yes);
         };
         let number = frame.number;
@@ -451,7 +588,7 @@ impl State {
                     };
                     self.push_part(key, 0, part, None, now);
                 } else {
-                    session.placed(number, attempt, place.stage);
+                    session.placed(number, attempt, place.stage, now);
                     self.commands += 1;
                     let continuation = place.continuation.as_mut();
                     let prompt_ids = continuation.map(|asked| mem::take(&mut asked.prompt_ids));
@@ -563,6 +700,12 @@ impl State {
             );
         }
         self.closed = true;
+        let orphaned =
+            |(key, session): (&String, &Session)| session.orphaned.is_some().then(|| key.clone());
+        let keys: Vec<_> = self.sessions.iter().filter_map(orphaned).collect();
+        for key in keys {
+            self.drop_session(&key);
+        }
     }
 
     /// Changes the role; running work goes on.
@@ -574,6 +717,10 @@ impl State {
 
     /// The answer to `GetInfo`.
     pub(crate) fn info(&self, residue: Residue, now: Instant) -> GetInfoResponse {
+        let residue = Residue {
+            orphans: self.orphans() as u64,
+            ..residue
+        };
         GetInfoResponse {
             record: Some(self.record.clone()),
             load: Some(self.load_for(None, now)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any, Unpack
@@ -12,6 +13,7 @@ import grpc.aio
 from kvmesh.client.channel import call_metadata, channel_options, credentials_for, resolve_target
 from kvmesh.client.errors import error_from_rpc
 from kvmesh.client.events import Event, Result, ResultBuilder, event_from_wire
+from kvmesh.client.recovery import Recovery
 from kvmesh.client.request import GenerateOptions, build_request, build_tokenize_request
 from kvmesh.v1 import inference_pb2 as wire
 from kvmesh.v1 import inference_pb2_grpc as rpc
@@ -31,12 +33,14 @@ class AsyncClient:
         *,
         credentials: grpc.ChannelCredentials | bool | None = None,
         token: str | None = None,
+        recover_s: float = 30.0,
         options: Sequence[tuple[str, Any]] | None = None,
     ) -> None:
+        self._recover_s = recover_s
         self.target = resolve_target(target)
         self._token = token
         secure = credentials_for(credentials)
-        merged = channel_options(options)
+        merged = channel_options(self.target, options)
         self._channel = (
             grpc.aio.secure_channel(self.target, secure, merged)
             if secure
@@ -58,19 +62,22 @@ class AsyncClient:
         **options: Unpack[GenerateOptions],
     ) -> AsyncIterator[Event]:
         """Streams a generation as typed events. Arguments as `Client.generate`."""
-        request = build_request(options)
-        call = self._stub.Generate(
-            request, timeout=timeout, metadata=call_metadata(self._token, request_id, metadata)
-        )
-        try:
-            async for response in call:
-                event = event_from_wire(response)
-                if event is not None:
-                    yield event
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
-        finally:
-            call.cancel()
+        recovery = Recovery(build_request(options), timeout, self._recover_s)
+        headers = call_metadata(self._token, request_id, metadata)
+        while True:
+            call = self._stub.Generate(recovery.request, timeout=recovery.timeout, metadata=headers)
+            try:
+                async for response in call:
+                    event = event_from_wire(response)
+                    if event is not None and recovery.take(event):
+                        yield event
+                return
+            except grpc.aio.AioRpcError as error:
+                failure = error_from_rpc(error)
+                failure.__cause__ = error
+            finally:
+                call.cancel()
+            await asyncio.sleep(recovery.pause(failure))
 
     async def complete(
         self,

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Unpack
 
 import grpc
 
-from kvmesh.client.channel import call_metadata, channel_options, credentials_for, resolve_target
+from kvmesh.client.channel import (
+    Metadata,
+    call_metadata,
+    channel_options,
+    credentials_for,
+    resolve_target,
+)
 from kvmesh.client.errors import error_from_rpc
 from kvmesh.client.events import Event, Result, ResultBuilder, event_from_wire
+from kvmesh.client.recovery import Recovery
 from kvmesh.client.request import GenerateOptions, build_request, build_tokenize_request
 from kvmesh.v1 import inference_pb2 as wire
 from kvmesh.v1 import inference_pb2_grpc as rpc
@@ -28,6 +36,9 @@ class Client:
         credentials: TLS credentials, True for the system's roots, None for
             plain text.
         token: API key or JWT, sent as `authorization: Bearer`.
+        recover_s: how long a stream whose router or worker is gone may stand
+            still while it is taken up again, at any router that the target
+            names; 0 turns that off.
         options: further gRPC channel options.
     """
 
@@ -37,12 +48,14 @@ class Client:
         *,
         credentials: grpc.ChannelCredentials | bool | None = None,
         token: str | None = None,
+        recover_s: float = 30.0,
         options: Sequence[tuple[str, Any]] | None = None,
     ) -> None:
+        self._recover_s = recover_s
         self.target = resolve_target(target)
         self._token = token
         secure = credentials_for(credentials)
-        merged = channel_options(options)
+        merged = channel_options(self.target, options)
         self._channel = (
             grpc.secure_channel(self.target, secure, merged)
             if secure
@@ -67,13 +80,31 @@ class Client:
 
         Exactly one of `prompt`, `messages` and `token_ids` is needed. Closing
         the iterator, or leaving a loop over it for good, cancels. Raises
-        `MeshError` where the call ends with another status than OK.
+        `MeshError` where the call ends with another status than OK. A stream
+        whose router is gone goes on at another one: the caller sees a pause.
         """
-        request = build_request(options)
-        call = self._stub.Generate(
-            request, timeout=timeout, metadata=call_metadata(self._token, request_id, metadata)
-        )
-        return _events(call)
+        recovery = Recovery(build_request(options), timeout, self._recover_s)
+        headers = call_metadata(self._token, request_id, metadata)
+        # The call begins here, not with the first look at the iterator.
+        call = self._stub.Generate(recovery.request, timeout=timeout, metadata=headers)
+        return self._events(call, recovery, headers)
+
+    def _events(self, call: grpc.Call, recovery: Recovery, headers: Metadata) -> Iterator[Event]:
+        while True:
+            try:
+                for response in call:
+                    event = event_from_wire(response)
+                    if event is not None and recovery.take(event):
+                        yield event
+                return
+            except grpc.RpcError as error:
+                failure = error_from_rpc(error)
+                failure.__cause__ = error
+            finally:
+                # Also on a loop left early: the worker is not to go on for nobody.
+                call.cancel()
+            time.sleep(recovery.pause(failure))
+            call = self._stub.Generate(recovery.request, timeout=recovery.timeout, metadata=headers)
 
     def complete(
         self,
@@ -126,16 +157,3 @@ class Client:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _events(call: grpc.Call) -> Iterator[Event]:
-    try:
-        for response in call:
-            event = event_from_wire(response)
-            if event is not None:
-                yield event
-    except grpc.RpcError as error:
-        raise error_from_rpc(error) from error
-    finally:
-        # Also on a loop left early: the worker is not to go on for nobody.
-        call.cancel()

@@ -33,9 +33,14 @@ def resolve_target(target: str | None) -> str:
     return target
 
 
-def channel_options(extra: Sequence[tuple[str, Any]] | None) -> list[tuple[str, Any]]:
+def channel_options(target: str, extra: Sequence[tuple[str, Any]] | None) -> list[tuple[str, Any]]:
     """Our channel options, then the caller's, which win."""
-    return [*_OPTIONS, *(extra or ())]
+    options = [*_OPTIONS, *(extra or ())]
+    if "," in target:
+        # gRPC makes the calls' :authority of the target, with its commas escaped, and
+        # HTTP/2 servers in Rust take no percent sign there (docs/protocols.md, etcd).
+        options.insert(0, ("grpc.default_authority", "kvmesh"))
+    return options
 
 
 def call_metadata(

@@ -156,6 +156,8 @@ def _port(settings: WorkerSettings) -> WorkerPort:
         grace_s=settings.grace_s,
         tell_all_ends=_log.isEnabledFor(logging.DEBUG),
         load_delay_ms=settings.load_delay_ms,
+        replay_bytes=settings.replay_bytes,
+        orphan_ttl_s=settings.orphan_ttl_s,
     )
 
 

@@ -94,6 +94,11 @@ class WorkerSettings:
     """Step output that may wait for one router, bytes; beyond it the session is closed."""
     step_lane_age_s: float = 10.0
     """Age that waiting step output may reach, seconds; beyond it the session is closed."""
+    replay_bytes: int = 4 * 1024 * 1024
+    """Step output kept for a router whose session broke, bytes; what it lacks from
+    before that is computed anew."""
+    orphan_ttl_s: float = 10.0
+    """How long streams of a router whose session broke go on without it, seconds."""
     cache_ring_events: int = 65_536
     """Cache events kept for routers that come back."""
     cache_coalesce_ms: float = 20.0
@@ -146,9 +151,9 @@ class WorkerSettings:
                 )
         positive = (
             "lease_ttl_s", "kv_pool_tokens", "threads", "step_lane_bytes", "step_lane_age_s",
-            "cache_ring_events", "cache_coalesce_ms", "snapshot_interval_ms", "load_interval_ms",
-            "load_coalesce_ms", "switch_interval_ms", "keep_alive_interval_s",
-            "keep_alive_timeout_s", "transfer_lease_s", "offer_timeout_s",
+            "replay_bytes", "orphan_ttl_s", "cache_ring_events", "cache_coalesce_ms",
+            "snapshot_interval_ms", "load_interval_ms", "load_coalesce_ms", "switch_interval_ms",
+            "keep_alive_interval_s", "keep_alive_timeout_s", "transfer_lease_s", "offer_timeout_s",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:

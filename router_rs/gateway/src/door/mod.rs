@@ -134,11 +134,6 @@ impl Door {
         if message.n > 1 {
             return Err(invalid(RequestError::Unsupported("n".to_owned())));
         }
-        if message.continue_from.is_some() {
-            return Err(invalid(RequestError::Unsupported(
-                "continue_from".to_owned(),
-            )));
-        }
         let model = self.model(&message.model)?;
         validate::values(&message, &model).map_err(invalid)?;
         let began = Instant::now();

@@ -136,6 +136,14 @@ pub(super) fn values(
     if let Some(grammar) = &request.grammar {
         check_grammar(grammar, &mut check);
     }
+    if let Some(from) = &request.continue_from {
+        check_ids(
+            &from.token_ids,
+            "continue_from.token_ids",
+            model,
+            &mut check,
+        );
+    }
     check.done()?;
     supported(request, logprobs, model)
 }
@@ -277,13 +285,15 @@ fn supported(
         Some(grammar) if grammar.require_continuation && !can.grammars_over_continuation => {
             lacks("grammar.require_continuation")
         }
+        Some(_) if request.continue_from.is_some() && !can.grammars_over_continuation => {
+            lacks("continue_from")
+        }
         _ => Ok(()),
     }
 }
 
 /// Token ids that a client sent.
 pub(super) fn token_ids(ids: &[u32], model: &ServedModel) -> Result<(), RequestError> {
-    let vocabulary = model.record.vocabulary_size;
     let mut check = Check::default();
     check.that(!ids.is_empty(), "token_ids.ids", || {
         "at least 1 id".to_owned()
@@ -295,13 +305,17 @@ pub(super) fn token_ids(ids: &[u32], model: &ServedModel) -> Result<(), RequestE
             ids.len()
         )
     });
+    check_ids(ids, "token_ids.ids", model, &mut check);
+    check.done()
+}
+
+fn check_ids(ids: &[u32], field: &str, model: &ServedModel, check: &mut Check) {
+    let vocabulary = model.record.vocabulary_size;
     if let Some(at) = ids.iter().position(|id| *id >= vocabulary) {
-        let field = format!("token_ids.ids[{at}]");
-        check.that(false, &field, || {
+        check.that(false, &format!("{field}[{at}]"), || {
             format!("0 to {}", vocabulary.saturating_sub(1))
         });
     }
-    check.done()
 }
 
 /// A conversation as the template takes it.
@@ -361,6 +375,15 @@ pub(super) fn admit(
     let output = request.output.unwrap_or_default();
     let hints = request.hints.unwrap_or_default();
     let max_tokens = room(&stopping, ids.len(), model)?;
+    let mut sampling = request.sampling.unwrap_or_default();
+    if let Some(from) = &request.continue_from {
+        sampling.seed = Some(from.seed);
+    }
+    let had = request.continue_from.unwrap_or_default();
+    if had.token_ids.len() > max_tokens as usize {
+        let allowed = format!("at most {max_tokens} ids: as many as may be output in all");
+        return Err(RequestError::invalid("continue_from.token_ids", allowed));
+    }
     let class = targets.class(hints.request_class());
     let mut stop_token_ids = stopping.stop_token_ids;
     if !stopping.ignore_end_of_text {
@@ -381,7 +404,8 @@ pub(super) fn admit(
         baggage: call.baggage.clone(),
         model: model.record.name.clone(),
         prompt_ids: Arc::from(ids),
-        sampling: resolve(request.sampling.unwrap_or_default()),
+        output_ids: had.token_ids,
+        sampling: resolve(sampling),
         max_tokens,
         min_tokens: stopping.min_tokens,
         stop_token_ids,

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use kvmesh_session::generation::Plan;
+use kvmesh_session::generation::{Cause, Loss, Plan};
 use kvmesh_wire::v1;
 
 /// A number that goes up and down.
@@ -23,6 +23,11 @@ impl Gauge {
     /// Adds `n`.
     pub(super) fn add(&self, n: u64) {
         self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// Raises it to `n` where it is lower.
+    fn raise(&self, n: u64) {
+        self.0.fetch_max(n, Ordering::Relaxed);
     }
 
     /// Takes `n` away.
@@ -121,6 +126,23 @@ pub struct Counters {
     pub tokens: Count,
     /// Messages with tokens handed to clients' streams.
     pub token_messages: Count,
+    /// New attempts after a failure, by cause.
+    pub migrations: Migrations,
+    /// Prompt and output tokens that later attempts computed.
+    pub recomputed_tokens: Count,
+    /// Generations that went on within their attempt after a broken session.
+    pub reattached: Count,
+    /// Streams that went on after a failure: how many, and the sum of their
+    /// gaps, from the last token before it to the first after it.
+    pub moved_gaps: Count,
+    /// That sum, microseconds.
+    pub moved_gap_us: Count,
+    /// The longest of these gaps, microseconds.
+    pub longest_moved_gap_us: Gauge,
+    /// Workers ejected since their answers failed.
+    pub ejections: Count,
+    /// Requests of which workers died.
+    pub quarantined: Count,
     /// Generations that ended well.
     pub finished: Count,
     /// Generations that their client left.
@@ -151,6 +173,35 @@ pub struct Counters {
     pub tokenizer_failures: Count,
 }
 
+/// New attempts by why there was a need of one. Refusals are none.
+#[derive(Debug, Default)]
+pub struct Migrations {
+    /// The worker's process ended.
+    pub died: Count,
+    /// Its session broke, and it did not come back with the stream.
+    pub broken: Count,
+    /// It was silent, or its step did not end.
+    pub silent: Count,
+    /// The attempt failed there, or its transfer.
+    pub failed: Count,
+    /// It gave the stream back.
+    pub returned: Count,
+}
+
+impl Migrations {
+    /// Each with its label.
+    #[must_use]
+    pub fn by_cause(&self) -> [(&'static str, u64); 5] {
+        [
+            ("died", self.died.get()),
+            ("broken", self.broken.get()),
+            ("silent", self.silent.get()),
+            ("failed", self.failed.get()),
+            ("returned", self.returned.get()),
+        ]
+    }
+}
+
 /// Attempts and their mesh transfers, at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct AttemptCounts {
@@ -167,6 +218,28 @@ pub struct AttemptCounts {
 }
 
 impl Counters {
+    /// A new attempt is needed.
+    pub(super) fn migrates(&self, cause: Cause) {
+        let of = &self.migrations;
+        match cause {
+            Cause::Start | Cause::Refused(_) => return,
+            Cause::Lost(Loss::Died) => &of.died,
+            Cause::Lost(Loss::Broken) => &of.broken,
+            Cause::Lost(Loss::Silent) => &of.silent,
+            Cause::Failed => &of.failed,
+            Cause::Returned => &of.returned,
+        }
+        .add(1);
+    }
+
+    /// A stream goes on after a failure.
+    pub(super) fn moved(&self, gap: Duration) {
+        let micros = u64::try_from(gap.as_micros()).unwrap_or(u64::MAX);
+        self.moved_gaps.add(1);
+        self.moved_gap_us.add(micros);
+        self.longest_moved_gap_us.raise(micros);
+    }
+
     /// A plan was made.
     pub(super) fn decided(&self, plan: &Plan, took: Duration) {
         match plan {

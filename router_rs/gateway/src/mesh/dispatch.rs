@@ -29,6 +29,7 @@ use super::{
     placer::{Placed, Placer, Standing},
     policy::PolicySettings,
     queue::Waits,
+    recover::Retry,
     table::WorkerEntry,
     views::apply_cache,
 };
@@ -198,6 +199,14 @@ impl Core {
     ) -> Tried {
         let began = Instant::now();
         let border = open.next_index();
+        // The first new attempt is always allowed.
+        let retry = match request.failures {
+            0 | 1 => None,
+            _ => match self.retries.take(self.counters.open_streams.get()) {
+                Some(retry) => Some(retry),
+                None => return Tried::NotYet(None),
+            },
+        };
         let key_ms = goes_as_ms.unwrap_or_else(|| self.dispatcher.waits.deadline_ms(open));
         let placed = match self.choose(open, request, border, key_ms) {
             Ok(placed) => placed,
@@ -216,13 +225,15 @@ impl Core {
             {
                 return Tried::NoRoom;
             }
+            // A worker that is lost may be replaced.
+            Err(_) if open.continues() => return Tried::NoRoom,
             Err(why) => {
                 tracing::info!(generation = %open.id, %why, "no plan");
                 open.apply(Event::NoPlan);
                 return Tried::Done;
             }
         };
-        if border == 0 && self.misses_deadline(open, &placed) {
+        if !open.continues() && self.misses_deadline(open, &placed) {
             open.apply(Event::Stop(Stop::Overloaded));
             return Tried::Done;
         }
@@ -233,7 +244,7 @@ impl Core {
         let Some(parties) = self.parties(&placed) else {
             return Tried::NoRoom;
         };
-        self.go(open, placed, parties, border, began);
+        self.go(open, placed, parties, (border, retry), began);
         Tried::Done
     }
 
@@ -245,7 +256,9 @@ impl Core {
         virtual_deadline_ms: f64,
     ) -> Result<Placed, NoPlan> {
         let mut cached = Matches::default();
-        self.dispatcher.index.lookup_into(open.chain(), &mut cached);
+        let whole = (border > 0).then(|| self.chain_so_far(open)).flatten();
+        let chain = whole.as_deref().unwrap_or(open.chain());
+        self.dispatcher.index.lookup_into(chain, &mut cached);
         let id = u128::from_le_bytes(open.id.0);
         let expected = self.dispatcher.expected_output(&open.request, border);
         let waits = &self.dispatcher.waits;
@@ -263,6 +276,13 @@ impl Core {
         placer.choose(&view, waits.now_ms())
     }
 
+    /// Chain values of prompt and output: what a continuation finds in caches.
+    fn chain_so_far(&self, open: &Open) -> Option<Vec<u64>> {
+        let model = self.models.get(&open.request.model)?;
+        let root = root_of(&open.request, &model.record);
+        Some(chain_values(root, &open.sequence()))
+    }
+
     /// Whether the first token is predicted for after the client's deadline.
     fn misses_deadline(&self, open: &Open, placed: &Placed) -> bool {
         let Some(deadline) = open.request.deadline else {
@@ -278,7 +298,7 @@ impl Core {
         open: &Arc<Open>,
         placed: Placed,
         parties: SmallVec<[Party; 2]>,
-        border: u32,
+        (border, retry): (u32, Option<Retry>),
         began: Instant,
     ) {
         self.note_sent(open, &placed);
@@ -334,6 +354,7 @@ impl Core {
                 loads: placed.bookings,
             },
             decide: began.elapsed(),
+            retry,
         });
     }
 
@@ -469,6 +490,26 @@ impl Core {
         }
     }
 
+    /// Whether a worker whose answers fail may be left out: of those that do its
+    /// stages at least half are to be left. Where most fail the fault is
+    /// elsewhere, and a pool that is emptied serves nobody (DESIGN 5).
+    pub(super) fn may_eject(&self, worker: &WorkerEntry) -> bool {
+        let model = |entry: &WorkerEntry| entry.record().and_then(|r| r.model).map(|m| m.name);
+        let (own, (role, _)) = (model(worker), worker.role());
+        let alike = |entry: &&Arc<WorkerEntry>| {
+            let (other, draining) = entry.role();
+            let same = other == role || other == v1::Role::Both;
+            entry.index != worker.index && same && !draining && model(entry) == own
+        };
+        let all = self.table.all();
+        let (mut others, mut works) = (0, 0);
+        for entry in all.iter().filter(alike) {
+            others += 1;
+            works += usize::from(entry.live());
+        }
+        2 * works > others
+    }
+
     /// Whether a role that is served now would not be, were this worker gone
     /// or of another role.
     pub(super) fn would_empty(&self, worker: &WorkerEntry, becomes: Option<v1::Role>) -> bool {
@@ -555,12 +596,15 @@ pub(super) fn request_view<'a>(
 
 /// Chain values of a request's prompt.
 pub(super) fn chain_of(request: &AdmittedRequest, model: &v1::ModelRecord) -> Vec<u64> {
+    chain_values(root_of(request, model), &request.prompt_ids)
+}
+
+fn root_of(request: &AdmittedRequest, model: &v1::ModelRecord) -> u64 {
     let adapter = model
         .adapters
         .get(&request.adapter)
         .map_or("", String::as_str);
-    let root = namespace_root(&model.digest, adapter, &request.cache_salt);
-    chain_values(root, &request.prompt_ids)
+    namespace_root(&model.digest, adapter, &request.cache_salt)
 }
 
 /// `left` is the number of tokens still to be made.

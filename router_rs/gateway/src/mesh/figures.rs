@@ -32,6 +32,8 @@ pub(super) struct Figures {
     sums: Sums,
     recomputed: u32,
     attempt: u32,
+    /// Prompt tokens that the first attempt had to compute, by the estimate.
+    expected: u32,
     spans: Vec<v1::TraceSpan>,
     /// Of the attempt that brings the first token, or may.
     predicted: Option<Predicted>,
@@ -137,6 +139,19 @@ impl Figures {
         }
     }
 
+    /// When the last token came from a worker.
+    pub(super) fn last_arrival(&self) -> Option<Instant> {
+        self.last_arrival
+    }
+
+    /// What the first attempt had to compute: told where it died and could not
+    /// tell.
+    pub(super) fn expects(&mut self, prompt_tokens: u32) {
+        if self.dispatched.is_none() {
+            self.expected = prompt_tokens;
+        }
+    }
+
     /// Tokens went to the client's stream.
     pub(super) fn tokens_taken(&mut self, now: Instant) {
         if let Some(last) = self.last_taken {
@@ -204,13 +219,20 @@ impl Figures {
 
     /// What the client is told of counts.
     pub(super) fn usage(&self, prompt: u32, output: u32, attempts: u32) -> v1::Usage {
+        // A worker that died told nothing: what its successors computed is
+        // computed again.
+        let (computed, recomputed) = match self.attempt {
+            0 | 1 => (self.sums.computed, self.recomputed),
+            _ if self.recomputed > 0 => (self.sums.computed, self.recomputed),
+            _ => (self.expected, self.sums.computed),
+        };
         v1::Usage {
             prompt_tokens: prompt,
             output_tokens: output,
             cached_tokens: self.sums.cached,
             pulled_tokens: self.sums.pulled,
-            computed_tokens: self.sums.computed,
-            recomputed_tokens: self.recomputed,
+            computed_tokens: computed,
+            recomputed_tokens: recomputed,
             attempts,
         }
     }

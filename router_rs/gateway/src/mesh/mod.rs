@@ -26,6 +26,7 @@ mod placer;
 mod policy;
 mod pools;
 mod queue;
+mod recover;
 mod session;
 mod settings;
 mod stream;
@@ -66,6 +67,7 @@ use dispatch::Dispatcher;
 use models::Models;
 use open::Open;
 use pools::PoolWatch;
+use recover::{Quarantine, Retries};
 use session::{ById, Session};
 use table::{Table, WorkerEntry};
 use timers::Timers;
@@ -81,6 +83,8 @@ struct Core {
     decisions: Decisions,
     pools: PoolWatch,
     urgent_start: Histogram,
+    retries: Retries,
+    quarantine: Quarantine,
     open: Mutex<ById<Arc<Open>>>,
     /// Told when the last open generation is gone.
     idle: Notify,
@@ -216,6 +220,8 @@ impl Mesh {
             decisions: Decisions::new(settings.decisions_kept),
             pools: PoolWatch::new(&settings.policy.cost.targets),
             urgent_start: Histogram::default(),
+            retries: Retries::default(),
+            quarantine: Quarantine::default(),
             open: Mutex::default(),
             idle: Notify::new(),
             stop: CancellationToken::new(),

@@ -16,7 +16,7 @@ use kvmesh_scheduler::{
     AdmissionSettings, Class, Lane, NoPlan, PerClass, Queue, QueueSettings, Rejected, RequestView,
     Ticket, virtual_deadline_ms,
 };
-use kvmesh_session::generation::{Event, PlanRequest, Stop};
+use kvmesh_session::generation::{Cause, Event, PlanRequest, Stop};
 
 use super::{
     Core,
@@ -46,6 +46,9 @@ pub(super) struct Waiting {
     /// Listed where it would go now: those that come after it see it there. Let
     /// go of before it is tried again.
     held: Held,
+    /// A failure or a worker's want of room took it from where it ran: it goes
+    /// before new work of its class.
+    goes_on: bool,
 }
 
 /// The queue.
@@ -56,6 +59,8 @@ pub(super) struct Waits {
     /// Those that hold a place at a worker.
     holding: Mutex<Vec<Ticket>>,
     length: AtomicUsize,
+    /// Of them, those that were placed before.
+    continuing: AtomicUsize,
 }
 
 // What this lock guards is whole after each operation on it.
@@ -70,6 +75,7 @@ impl Waits {
             queue: Mutex::new(Queue::with_settings(settings)),
             holding: Mutex::default(),
             length: AtomicUsize::new(0),
+            continuing: AtomicUsize::new(0),
         }
     }
 
@@ -95,13 +101,21 @@ impl Waits {
             class: class_of(open.request.class),
             tenant: open.request.tenant,
         };
+        let taken = matches!(
+            request.cause,
+            Cause::Lost(_) | Cause::Failed | Cause::Returned
+        );
         let entry = Waiting {
+            goes_on: taken || request.failures > 0 || open.next_index() > 0,
             open: Arc::clone(open),
             request,
             since: Instant::now(),
             held,
         };
         let holds = entry.held.is_some();
+        if entry.goes_on {
+            self.continuing.fetch_add(1, Ordering::Relaxed);
+        }
         let mut queue = lock(&self.queue);
         // It has no bound of its own.
         let pushed = queue.push_for(lane, deadline, work, entry);
@@ -117,7 +131,14 @@ impl Waits {
     /// keys: for as long as they all wait here, it is before them, and of equal
     /// ones the first is. What held a place and is not among them gives it up.
     fn next(&self) -> Vec<(Ticket, f64)> {
-        let tickets = lock(&self.queue).order(TRIED_AT_ONCE);
+        let tickets = {
+            let queue = lock(&self.queue);
+            let order = queue.order(TRIED_AT_ONCE);
+            match self.continuing.load(Ordering::Relaxed) {
+                0 => order,
+                _ => continuations_first(&queue, order),
+            }
+        };
         let mut next_ms = f64::INFINITY;
         let mut next: Vec<(Ticket, f64)> = Vec::with_capacity(tickets.len());
         for ticket in tickets.into_iter().rev() {
@@ -157,6 +178,9 @@ impl Waits {
             queue.remove(ticket)
         };
         self.length.store(queue.len(), Ordering::Relaxed);
+        if entry.as_ref().is_some_and(|entry| entry.goes_on) {
+            self.continuing.fetch_sub(1, Ordering::Relaxed);
+        }
         entry
     }
 
@@ -167,6 +191,15 @@ impl Waits {
         }
         let deadline = self.deadline_ms(open);
         let queue = lock(&self.queue);
+        let class = class_of(open.request.class);
+        if self.continuing.load(Ordering::Relaxed) > 0
+            && queue.iter().any(|(_, entry)| {
+                let other = &entry.open.request;
+                entry.goes_on && class_of(other.class) == class && other.model == open.request.model
+            })
+        {
+            return true;
+        }
         let mut first = queue.iter().map(|(_, entry)| &entry.open);
         first
             .find(|other| other.request.model == open.request.model)
@@ -211,6 +244,32 @@ impl Waits {
     }
 }
 
+/// The order of service with what goes on before new work of its class: its
+/// client waits in the middle of an answer (DESIGN 5). Between classes all stays
+/// as it is.
+fn continuations_first(queue: &Queue<Waiting>, order: Vec<Ticket>) -> Vec<Ticket> {
+    let class = |entry: &Waiting| class_of(entry.open.request.class);
+    let mut first: Vec<(Ticket, Class)> = queue
+        .iter()
+        .filter(|(_, entry)| entry.goes_on)
+        .map(|(ticket, entry)| (ticket, class(entry)))
+        .collect();
+    let mut all = Vec::with_capacity(order.len() + first.len());
+    for ticket in order {
+        let Some(entry) = queue.get(ticket) else {
+            continue;
+        };
+        let of = class(entry);
+        all.extend(first.iter().filter(|(_, class)| *class == of).map(|e| e.0));
+        first.retain(|(_, class)| *class != of);
+        if !entry.goes_on {
+            all.push(ticket);
+        }
+    }
+    all.extend(first.into_iter().map(|(ticket, _)| ticket));
+    all
+}
+
 /// What admission found out about a request.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Admitted {
@@ -228,6 +287,7 @@ impl Core {
         request: &AdmittedRequest,
         chain: &[u64],
     ) -> Result<Admitted, RequestError> {
+        self.check_quarantine(request)?;
         let now = Instant::now();
         let left_ms = match request.deadline {
             None => None,
@@ -238,11 +298,12 @@ impl Core {
         };
         let mut cached = Matches::default();
         self.dispatcher.index.lookup_into(chain, &mut cached);
-        let expected = self.dispatcher.expected_output(request, 0);
+        let had = u32::try_from(request.output_ids.len()).unwrap_or(u32::MAX);
+        let expected = self.dispatcher.expected_output(request, had);
         let waits = &self.dispatcher.waits;
         let view = RequestView {
             virtual_deadline_ms: f64::INFINITY,
-            ..request_view(request, 0, 0, expected, &cached, &[])
+            ..request_view(request, 0, had, expected, &cached, &[])
         };
         let arrival = ms(request.arrived.saturating_duration_since(waits.started));
         let targets = &self.settings.policy.cost.targets;
@@ -325,7 +386,9 @@ impl Core {
                 .collect()
         };
         for (ticket, since, open) in waiting {
-            let old = now.saturating_duration_since(since) > bound;
+            // What goes on waits until its client's deadline, where it has one.
+            let patient = open.continues() && open.request.deadline.is_some();
+            let old = !patient && now.saturating_duration_since(since) > bound;
             if (old || open.ended()) && waits.leaves(ticket, false).is_some() {
                 open.apply(Event::Stop(Stop::Overloaded));
             }

@@ -33,6 +33,11 @@ pub struct MeshSettings {
     pub answer_timeout: Duration,
     /// Decode has to bring a token within this after prefill's session broke.
     pub orphan_timeout: Duration,
+    /// A worker whose session broke has so long to come back before what runs
+    /// there gets a new attempt.
+    pub reattach_grace: Duration,
+    /// How long a request of which workers died is not run again.
+    pub quarantine_time: Duration,
     /// First and longest pause before a tokeniser's download is tried again.
     pub tokenizer_retry: (Duration, Duration),
     /// Generations whose decisions are kept.
@@ -57,6 +62,8 @@ impl Default for MeshSettings {
             dispatch_ahead: Duration::from_millis(50),
             answer_timeout: Duration::from_secs(10),
             orphan_timeout: Duration::from_secs(10),
+            reattach_grace: Duration::from_millis(250),
+            quarantine_time: Duration::from_secs(300),
             tokenizer_retry: (Duration::from_millis(250), Duration::from_secs(30)),
             decisions_kept: 4_096,
             policy: PolicySettings::default(),

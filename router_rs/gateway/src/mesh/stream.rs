@@ -44,15 +44,26 @@ pub struct GenerationStream {
 impl GenerationStream {
     pub(super) fn new(open: Arc<Open>, text: Option<TextStream>) -> Self {
         let accepted = open.accepted();
+        let had = &open.request.output_ids;
+        let delivered = u32::try_from(had.len()).unwrap_or(u32::MAX);
+        // The client has their text, but for what is held back after them.
+        let mut text = text;
+        let hit = text
+            .as_mut()
+            .and_then(|text| text.push(had, &mut String::new()));
+        let stopped = hit.map(|hit| {
+            open.apply(Event::Stop(Stop::StopString));
+            open.stop_string(hit.stop)
+        });
         Self {
             open,
             accepted: Some(accepted),
             text,
             pending: Batch::default(),
             message: v1::GenerateResponse::default(),
-            stopped: None,
+            stopped,
             taken: Instant::now(),
-            delivered: 0,
+            delivered,
             done: false,
         }
     }

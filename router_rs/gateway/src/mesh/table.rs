@@ -141,6 +141,7 @@ impl WorkerEntry {
                     Suspicion::Stuck => "a step takes far longer than predicted".to_owned(),
                 };
             }
+            State::Ejected => view.detail = "its answers fail".to_owned(),
             State::Refused(mismatch) => view.detail = mismatch.to_string(),
             State::Live => view.detail.clear(),
             _ => {}
@@ -228,7 +229,7 @@ fn wire_state(state: &State) -> v1::SessionState {
     match state {
         State::Waiting | State::Dialling | State::Greeting => v1::SessionState::Connecting,
         State::Live => v1::SessionState::Live,
-        State::Suspect(_) => v1::SessionState::Suspect,
+        State::Suspect(_) | State::Ejected => v1::SessionState::Suspect,
         State::Lost(_) => v1::SessionState::Lost,
         State::HalfOpen { .. } => v1::SessionState::HalfOpen,
         State::Refused(_) => v1::SessionState::Refused,

@@ -90,6 +90,7 @@ pub(super) fn request(prompt: &[u32], max_tokens: u32) -> AdmittedRequest {
         baggage: String::new(),
         model: "mock".to_owned(),
         prompt_ids: prompt.into(),
+        output_ids: Vec::new(),
         sampling: v1::ResolvedSampling {
             top_p: 1.0,
             ..v1::ResolvedSampling::default()
@@ -133,18 +134,23 @@ impl Answer {
             Err(error) => self.error = Some(error),
         }
     }
+
+    /// Takes all that is still to come.
+    async fn rest(&mut self, mut stream: GenerationStream) {
+        let all = async {
+            while let Some(item) = stream.next().await {
+                self.take(item);
+            }
+        };
+        tokio::time::timeout(LIMIT, all)
+            .await
+            .expect("the stream ends");
+    }
 }
 
-async fn collect(mut stream: GenerationStream) -> Answer {
+async fn collect(stream: GenerationStream) -> Answer {
     let mut answer = Answer::default();
-    let all = async {
-        while let Some(item) = stream.next().await {
-            answer.take(item);
-        }
-    };
-    tokio::time::timeout(LIMIT, all)
-        .await
-        .expect("the stream ends");
+    answer.rest(stream).await;
     answer
 }
 

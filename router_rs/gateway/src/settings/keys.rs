@@ -291,6 +291,18 @@ pub const KEYS: &[Key] = &[
         "Decode has to bring a token within this after prefill's session broke.",
     ),
     key(
+        "reattach_grace",
+        Kind::Time(0, 60_000),
+        "250ms",
+        "A worker whose session broke has so long to come back before its streams go on elsewhere.",
+    ),
+    key(
+        "quarantine_time",
+        Kind::Time(0, 24 * HOUR),
+        "5m",
+        "A request of which workers died, also where nothing ran beside it, is not run again for so long.",
+    ),
+    key(
         "worker_keep_alive",
         Kind::Time(1_000, HOUR),
         "10s",

@@ -200,6 +200,22 @@ impl Figures {
             "Token ids kept for clients that have not taken them",
             counts.undelivered_ids.get(),
         )?;
+        let mut migrations = encoder.encode_descriptor(
+            "migrations",
+            "New attempts of streams by cause",
+            None,
+            MetricType::Counter,
+        )?;
+        for (cause, value) in counts.migrations.by_cause() {
+            let labels = [("cause", cause)];
+            ConstCounter::new(value).encode(migrations.encode_family(&Labels(&labels))?)?;
+        }
+        gauge(
+            encoder,
+            "longest_moved_gap_microseconds",
+            "Longest gap of a stream that went on after a failure",
+            counts.longest_moved_gap_us.get(),
+        )?;
         let attempts = self.mesh.attempts();
         gauge(encoder, "open_attempts", "Attempts that run", attempts.open)?;
         let transfers = [
@@ -277,6 +293,36 @@ impl Figures {
                 "failed",
                 "Generations that ended with an error",
                 &counts.failed,
+            ),
+            (
+                "recomputed_tokens",
+                "Tokens that later attempts computed",
+                &counts.recomputed_tokens,
+            ),
+            (
+                "reattached",
+                "Attempts that went on after a broken session",
+                &counts.reattached,
+            ),
+            (
+                "moved_gaps",
+                "Streams that went on after a failure",
+                &counts.moved_gaps,
+            ),
+            (
+                "moved_gap_microseconds",
+                "From the last token before a failure to the first after it",
+                &counts.moved_gap_us,
+            ),
+            (
+                "ejections",
+                "Workers left out for a while since their answers failed",
+                &counts.ejections,
+            ),
+            (
+                "quarantined",
+                "Requests of which workers died",
+                &counts.quarantined,
             ),
             (
                 "slow_clients",

@@ -55,8 +55,13 @@ pub(super) struct Part {
     worker: WorkerIndex,
     stage: Stage,
     at: At,
+    /// Output index at which it was placed.
+    border: u32,
     /// Next index that this worker will bring.
     seen: u32,
+    /// It may say once more that it has reserved: its session was broken, and
+    /// it cannot know what came through.
+    again: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -82,7 +87,9 @@ impl Attempt {
             worker,
             stage,
             at: At::Unsent,
+            border,
             seen: border,
+            again: false,
         };
         // One worker has nothing to hand to itself.
         let plan = match plan {
@@ -174,7 +181,9 @@ impl Attempt {
         };
         let part = self.part_mut(side);
         part.at = At::Placed;
+        part.border = border;
         part.seen = border;
+        part.again = false;
         let Part {
             worker: to, stage, ..
         } = *part;
@@ -264,6 +273,22 @@ impl Attempt {
         ) || self.decode.worker == worker
     }
 
+    /// First index wanted of a worker whose part is open.
+    pub(super) fn open_from(&self, worker: WorkerIndex) -> Option<u32> {
+        let part = self.part(self.side_of(worker)?);
+        matches!(part.at, At::Placed | At::Reserved).then_some(part.seen)
+    }
+
+    /// Whether a worker's steps may have held this part: a decode part that
+    /// waits for its KV is in none.
+    pub(super) fn computed_on(&self, side: Side) -> bool {
+        let handed_off = |prefill: &Part| prefill.at == At::Ended;
+        side == Side::Prefill
+            || !matches!(self.route, Route::Mesh(_))
+            || self.decodes()
+            || self.prefill.as_ref().is_some_and(handed_off)
+    }
+
     /// Whether decode has brought a token, and so holds the attempt.
     pub(super) fn decodes(&self) -> bool {
         self.decode.seen > self.border
@@ -335,12 +360,26 @@ impl Attempt {
 }
 
 impl Part {
-    /// Takes an answer.
+    /// New tokens that it brought.
+    pub(super) fn made(&self) -> u32 {
+        self.seen - self.border
+    }
+
+    /// Its session is back: what was answered may be answered once more.
+    pub(super) fn says_again(&mut self) {
+        self.again = self.at == At::Reserved;
+    }
+
+    /// Takes an answer; false where it is known.
     pub(super) fn answered(
         &mut self,
         what: &'static str,
         answer: &Answer,
-    ) -> Result<(), Violation> {
+    ) -> Result<bool, Violation> {
+        if self.again && self.at == At::Reserved && matches!(answer, Answer::Reserved { .. }) {
+            self.again = false;
+            return Ok(false);
+        }
         if self.at != At::Placed {
             return Err(Violation::OutOfTurn {
                 what,
@@ -351,7 +390,7 @@ impl Part {
             Answer::Reserved { .. } => At::Reserved,
             Answer::Refused(_) => At::Ended,
         };
-        Ok(())
+        Ok(true)
     }
 
     /// Takes tokens; gives the part's next index before and after them.

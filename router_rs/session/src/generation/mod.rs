@@ -36,6 +36,10 @@ pub use terms::{
     Taken, Timer, TransferState,
 };
 
+/// New tokens on a worker after which its death is not laid at a request's door
+/// (DESIGN 5).
+const CLEARED_TOKENS: u32 = 32;
+
 const LENGTH: Outcome = Outcome::Finished {
     reason: FinishReason::Length,
     stop_token: None,
@@ -50,6 +54,11 @@ pub struct Generation {
     max_tokens: u32,
     refusals: u8,
     failures: u8,
+    /// Deaths of workers that count against it, and those while it ran alone.
+    deaths: u8,
+    deaths_alone: u8,
+    /// Whether the attempt shares its steps with nobody.
+    alone: bool,
     deadline: bool,
     excluded: SmallVec<[(WorkerIndex, Refusal); 2]>,
     state: State,
@@ -67,13 +76,29 @@ impl Generation {
     /// `deadline` says whether the client gave one.
     #[must_use]
     pub fn start(owner: u32, max_tokens: u32, deadline: bool, policy: Policy) -> (Self, Actions) {
+        Self::start_from(owner, 0, max_tokens, deadline, policy)
+    }
+
+    /// The same for an output of which the client has the first `next_index`
+    /// tokens: the first attempt starts behind them.
+    #[must_use]
+    pub fn start_from(
+        owner: u32,
+        next_index: u32,
+        max_tokens: u32,
+        deadline: bool,
+        policy: Policy,
+    ) -> (Self, Actions) {
         let mut generation = Self {
             policy,
             fence: Fence { owner, attempt: 0 },
-            next_index: 0,
+            next_index,
             max_tokens,
             refusals: 0,
             failures: 0,
+            deaths: 0,
+            deaths_alone: 0,
+            alone: false,
             deadline,
             excluded: SmallVec::new(),
             state: State::Planning,
@@ -103,6 +128,24 @@ impl Generation {
     #[must_use]
     pub fn fence(&self) -> Fence {
         self.fence
+    }
+
+    /// Whether its attempt is to share its steps with nobody: workers died
+    /// that ran it (DESIGN 5).
+    #[must_use]
+    pub fn alone(&self) -> bool {
+        self.alone
+    }
+
+    /// What to ask a worker for whose session broke: the attempt, and the first
+    /// index that it has not brought. `None`: nothing of it is wanted there.
+    #[must_use]
+    pub fn reattach(&self, worker: WorkerIndex) -> Option<(Fence, u32)> {
+        let State::Running(attempt) = &self.state else {
+            return None;
+        };
+        let next = attempt.open_from(worker)?;
+        Some((self.fence, next))
     }
 
     /// Whether it has ended.
@@ -205,6 +248,7 @@ impl Generation {
                 self.stage_end(from, fence, stage, end, &mut actions)?;
             }
             Event::SessionLost { worker, loss } => self.session_lost(worker, loss, &mut actions),
+            Event::Reattached { worker, fence } => self.reattached(worker, fence, &mut actions),
             Event::Stop(stop) => {
                 let outcome = match stop {
                     Stop::StopString => Outcome::Finished {
@@ -247,6 +291,7 @@ impl Generation {
             return;
         }
         self.fence.attempt += 1;
+        self.alone = self.deaths >= self.policy.deaths;
         let mut attempt = Attempt::new(plan, self.next_index);
         let first = attempt.first_side();
         self.state = State::Running({
@@ -285,7 +330,9 @@ impl Generation {
         if attempt.part_mut(side).is_gone() {
             return Ok(());
         }
-        attempt.part_mut(side).answered("an answer", &answer)?;
+        if !attempt.part_mut(side).answered("an answer", &answer)? {
+            return Ok(());
+        }
         actions.push(Action::Disarm(Timer::Answer {
             attempt: fence.attempt,
             stage,
@@ -349,6 +396,7 @@ impl Generation {
         let Some((side, part)) = attempt.side_mut(worker) else {
             return;
         };
+        let new_tokens = part.made();
         let was = part.lose();
         let fence = self.fence;
         match was {
@@ -369,14 +417,34 @@ impl Generation {
                 if loss == Loss::Silent {
                     actions.push(Action::Cancel { to: worker, fence });
                 }
+                if loss == Loss::Died && attempt.computed_on(side) && new_tokens < CLEARED_TOKENS {
+                    let deaths = match self.alone {
+                        true => &mut self.deaths_alone,
+                        false => &mut self.deaths,
+                    };
+                    *deaths = deaths.saturating_add(1);
+                }
                 if !attempt.goes_on_without(side, loss) {
-                    self.lost(worker, actions);
+                    self.lost(worker, loss, actions);
                 } else if !attempt.decodes() {
                     actions.push(Action::Arm(Timer::Orphaned {
                         attempt: fence.attempt,
                     }));
                 }
             }
+        }
+    }
+
+    fn reattached(&mut self, worker: WorkerIndex, fence: Fence, actions: &mut Actions) {
+        if let State::Running(attempt) = &mut self.state
+            && fence == self.fence
+            && attempt.open_from(worker).is_some()
+            && let Some((_, part)) = attempt.side_mut(worker)
+        {
+            part.says_again();
+        } else {
+            // It was left while its worker was away.
+            actions.push(Action::Cancel { to: worker, fence });
         }
     }
 
@@ -409,7 +477,7 @@ impl Generation {
                     && !attempt.decodes()
                     && let Some(worker) = attempt.gone()
                 {
-                    self.lost(worker, actions);
+                    self.lost(worker, Loss::Broken, actions);
                 }
             }
         }
@@ -417,9 +485,7 @@ impl Generation {
 
     fn refused(&mut self, worker: WorkerIndex, why: Refusal, actions: &mut Actions) {
         self.abandon(actions);
-        if !self.excluded.iter().any(|(known, _)| *known == worker) {
-            self.excluded.push((worker, why));
-        }
+        self.exclude(worker, why);
         self.refusals = self.refusals.saturating_add(1);
         let wait = self.refusals > self.policy.refusals;
         if wait {
@@ -427,6 +493,12 @@ impl Generation {
             self.forget_refusals();
         }
         self.ask(Cause::Refused(why), wait, actions);
+    }
+
+    fn exclude(&mut self, worker: WorkerIndex, why: Refusal) {
+        if !self.excluded.iter().any(|(known, _)| *known == worker) {
+            self.excluded.push((worker, why));
+        }
     }
 
     /// What an engine cannot do it cannot do later either; all else may change.
@@ -451,14 +523,20 @@ impl Generation {
         self.next_index >= self.max_tokens
     }
 
-    fn lost(&mut self, worker: WorkerIndex, actions: &mut Actions) {
+    fn lost(&mut self, worker: WorkerIndex, loss: Loss, actions: &mut Actions) {
         if self.complete() {
             return self.end(LENGTH, actions);
         }
         self.failures = self.failures.saturating_add(1);
-        if self.policy.survive_loss && self.failures < self.policy.failures {
+        if self.deaths_alone >= self.policy.deaths_alone {
+            self.end(Outcome::Poisoned, actions);
+        } else if self.policy.survive_loss && self.failures < self.policy.failures {
+            if self.deaths_alone > 0 {
+                // A death alone is tried on another worker before it counts.
+                self.exclude(worker, Refusal::Unanswered);
+            }
             self.abandon(actions);
-            self.plan(Cause::Failed, actions);
+            self.plan(Cause::Lost(loss), actions);
         } else {
             self.end(Outcome::WorkerLost(worker), actions);
         }
@@ -479,6 +557,7 @@ impl Generation {
             excluded,
             cause,
             wait_for_room,
+            failures: self.failures,
         }));
     }
 

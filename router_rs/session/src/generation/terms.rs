@@ -17,6 +17,11 @@ pub struct Policy {
     /// Whether a stream goes on elsewhere after its worker was lost; else it
     /// ends with UNAVAILABLE and the next index.
     pub survive_loss: bool,
+    /// Deaths of workers that count against a request, from which on it runs
+    /// with no other request in its steps.
+    pub deaths: u8,
+    /// Deaths while it ran so that end it.
+    pub deaths_alone: u8,
 }
 
 impl Default for Policy {
@@ -24,7 +29,9 @@ impl Default for Policy {
         Self {
             refusals: 3,
             failures: 8,
-            survive_loss: false,
+            survive_loss: true,
+            deaths: 2,
+            deaths_alone: 2,
         }
     }
 }
@@ -93,6 +100,14 @@ pub enum Event {
         /// How.
         loss: Loss,
     },
+    /// A worker whose session broke is back and still has the attempt: it says
+    /// again what it may have said in vain.
+    Reattached {
+        /// Who.
+        worker: WorkerIndex,
+        /// The attempt that it has.
+        fence: Fence,
+    },
     /// The output so far is complete: its last token is a stop token, though
     /// the word that it was the last is lost. The driver knows the tokens.
     Complete {
@@ -110,6 +125,9 @@ pub enum Event {
 pub enum Loss {
     /// The transport broke: nothing can be sent; the worker may well live.
     Broken,
+    /// Its process has ended: its address refuses, or another incarnation
+    /// answers there.
+    Died,
     /// The worker was given up while the transport is still open.
     Silent,
 }
@@ -208,6 +226,9 @@ pub struct PlanRequest {
     /// Whether to wait for a load frame that shows room, instead of trusting
     /// what is known now.
     pub wait_for_room: bool,
+    /// Attempts that failed so far. The first new one is always allowed, later
+    /// ones draw on the router's budget.
+    pub failures: u8,
 }
 
 /// Why a plan is needed.
@@ -221,6 +242,8 @@ pub enum Cause {
     Returned,
     /// An attempt failed.
     Failed,
+    /// Its worker was lost.
+    Lost(Loss),
 }
 
 /// How a generation ended.
@@ -249,6 +272,8 @@ pub enum Outcome {
     Failed(Failure),
     /// As many attempts failed as are allowed.
     Exhausted,
+    /// Workers died of it, also where nothing else ran beside it.
+    Poisoned,
 }
 
 /// What to do with a row of tokens.

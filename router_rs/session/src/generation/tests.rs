@@ -366,3 +366,112 @@ fn a_complete_output_is_not_begun_anew() {
     let actions = generation.apply(lost).unwrap();
     assert_eq!(actions.last(), Some(&Action::End(LENGTH)));
 }
+
+/// A generation that runs whole on `D`.
+fn whole(generation: &mut Generation) -> Fence {
+    generation
+        .apply(Event::Planned(Plan::Whole { on: D }))
+        .unwrap();
+    let fence = generation.fence();
+    generation
+        .apply(opening(D, fence, Stage::Whole, RESERVED))
+        .unwrap();
+    fence
+}
+
+fn lost(worker: WorkerIndex, loss: Loss) -> Event {
+    Event::SessionLost { worker, loss }
+}
+
+fn outcome(actions: &Actions) -> Option<&Outcome> {
+    match actions.last() {
+        Some(Action::End(outcome)) => Some(outcome),
+        _ => None,
+    }
+}
+
+#[test]
+fn a_worker_that_is_back_says_again_what_it_said_and_goes_on() {
+    let (mut generation, _) = Generation::start(1, 10, false, Policy::default());
+    let fence = whole(&mut generation);
+    generation.tokens(D, fence, 0, 3).unwrap();
+    assert_eq!(generation.reattach(D), Some((fence, 3)));
+    assert_eq!(generation.reattach(P), None);
+    let back = Event::Reattached { worker: D, fence };
+    assert!(generation.apply(back).unwrap().is_empty());
+    let again = opening(D, fence, Stage::Whole, RESERVED);
+    assert!(generation.apply(again.clone()).unwrap().is_empty());
+    assert_eq!(
+        generation.tokens(D, fence, 3, 2),
+        Ok(Taken::New { skip: 0 })
+    );
+    assert!(generation.apply(again).is_err(), "once is enough");
+}
+
+#[test]
+fn what_was_left_while_its_worker_was_away_is_cancelled_there() {
+    let (mut generation, _) = Generation::start(1, 10, false, Policy::default());
+    let fence = whole(&mut generation);
+    generation.apply(lost(D, Loss::Broken)).unwrap();
+    assert_eq!(generation.reattach(D), None);
+    let back = Event::Reattached { worker: D, fence };
+    assert_eq!(cancels(&generation.apply(back).unwrap()), [D]);
+}
+
+#[test]
+fn a_request_of_which_workers_die_runs_alone_and_then_ends() {
+    let (mut generation, _) = Generation::start(1, 100, false, Policy::default());
+    for alone in [false, false, true] {
+        whole(&mut generation);
+        assert_eq!(generation.alone(), alone);
+        generation.apply(lost(D, Loss::Died)).unwrap();
+    }
+    whole(&mut generation);
+    assert!(generation.alone());
+    let actions = generation.apply(lost(D, Loss::Died)).unwrap();
+    assert_eq!(outcome(&actions), Some(&Outcome::Poisoned));
+}
+
+#[test]
+fn deaths_after_enough_tokens_and_silent_workers_count_against_nobody() {
+    let policy = Policy {
+        failures: 100,
+        ..Policy::default()
+    };
+    let (mut generation, _) = Generation::start(1, 10_000, false, policy);
+    for loss in [Loss::Died, Loss::Silent, Loss::Broken].repeat(5) {
+        let fence = whole(&mut generation);
+        if loss == Loss::Died {
+            let first = generation.next_index();
+            generation.tokens(D, fence, first, 32).unwrap();
+        }
+        generation.apply(lost(D, loss)).unwrap();
+        assert!(!generation.alone());
+    }
+    // Nor does one that waited for its KV: no step held it.
+    for _ in 0..5 {
+        generation.apply(Event::Planned(MESH)).unwrap();
+        let fence = generation.fence();
+        generation
+            .apply(opening(D, fence, Stage::Decode, RESERVED))
+            .unwrap();
+        generation.apply(lost(D, Loss::Died)).unwrap();
+    }
+    whole(&mut generation);
+    assert!(!generation.alone());
+}
+
+#[test]
+fn an_output_that_is_half_there_starts_behind_it() {
+    let (mut generation, _) = Generation::start_from(1, 4, 6, false, Policy::default());
+    let fence = whole(&mut generation);
+    assert!(generation.tokens(D, fence, 0, 5).is_err());
+    assert_eq!(
+        generation.tokens(D, fence, 4, 2),
+        Ok(Taken::New { skip: 0 })
+    );
+    // All of it was there, but not the word that it is.
+    let (complete, actions) = Generation::start_from(1, 6, 6, false, Policy::default());
+    assert!(complete.ended());
+    assert_eq!(outcome(&actions), Some(&LENGTH));
+}

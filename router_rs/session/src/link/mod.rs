@@ -18,6 +18,15 @@
 //! max(3 s, 8 x the predicted step) lost (its streams end or move). The same
 //! bounds hold for the age of a step that its loads tell of, so that a stuck
 //! engine under a beating event loop is found (DESIGN 5).
+//!
+//! A worker whose answers fail, with a code that blames nobody's request, several
+//! times in a row is ejected for a while that doubles each time; then it is half
+//! open, and one request decides.
+//!
+//! A transport that breaks under a worker that works may be a blip: what runs
+//! there is held for a grace time, while the worker is dialled at once. The same
+//! incarnation says what it still has; a refused connection and another
+//! incarnation say that the process has died.
 
 use smallvec::SmallVec;
 
@@ -35,6 +44,12 @@ pub const SUSPECT_MS: u64 = 1_000;
 pub const LOST_MS: u64 = 3_000;
 /// The same while a worker said that it loads or warms up.
 pub const LOST_STARTING_MS: u64 = 30_000;
+/// Answers in a row that fail before a worker is ejected.
+pub const FAULTS: u8 = 3;
+/// First ejection, in milliseconds, and the longest.
+pub const EJECT_MS: (u64, u64) = (1_000, 30_000);
+/// Grace of a broken transport as shipped, in milliseconds.
+pub const REATTACH_MS: u64 = 250;
 /// Time for a connection to open and for the worker's hello, in milliseconds.
 pub const GREETING_MS: u64 = 5_000;
 
@@ -53,6 +68,8 @@ pub enum State {
     Suspect(Suspicion),
     /// Given up while the transport is open.
     Lost(Suspicion),
+    /// Its answers fail: nothing is placed there for a while.
+    Ejected,
     /// Back after being lost: one probe at a time; `true` while one runs.
     HalfOpen {
         /// Whether the probe is under way.
@@ -94,12 +111,19 @@ pub enum Event<'a> {
     Hello(&'a Hello),
     /// Any frame; with its load where it carries one.
     Frame(Option<&'a LoadReport>),
-    /// The transport broke, or was closed after a violation.
+    /// The transport broke.
     Broken,
+    /// The transport was closed since the worker broke the protocol: nothing
+    /// that it holds is wanted.
+    Violated,
+    /// The worker's address refuses connections: nobody listens there.
+    Refused,
     /// A request was placed.
     Placed,
-    /// A worker answered a placement, or ended a stage.
+    /// A worker refused a placement, brought tokens or ended a stage: it works.
     Answered,
+    /// A stage failed there, and the request is not to blame.
+    Faulted,
     /// A wait is over.
     Fired(Timer),
 }
@@ -111,6 +135,10 @@ pub enum Timer {
     Redial,
     /// The worker's hello.
     Greeting,
+    /// The end of an ejection.
+    Probe,
+    /// The worker's return, before what runs there is lost.
+    Reattach,
     /// The next frame, before the worker is suspect.
     Suspect,
     /// The next frame, before the worker is lost.
@@ -137,6 +165,9 @@ pub enum Action {
     Disarm(Timer),
     /// The worker's streams end or move.
     Lose(Loss),
+    /// The worker is back: those of its streams that its hello names go on, the
+    /// others are lost.
+    Reattach,
     /// Drop the transport.
     Close,
     /// Start with an empty view of the worker's cache.
@@ -162,6 +193,12 @@ pub struct Link {
     event: u64,
     lost_ms: u64,
     index_off: bool,
+    /// The transport broke a moment ago: what runs there is not lost yet.
+    away: bool,
+    grace_ms: u64,
+    /// Answers that failed in a row, and ejections since one did not.
+    faults: u8,
+    ejections: u32,
 }
 
 impl Link {
@@ -179,7 +216,24 @@ impl Link {
             event: 0,
             lost_ms: LOST_MS,
             index_off: false,
+            away: false,
+            grace_ms: REATTACH_MS,
+            faults: 0,
+            ejections: 0,
         }
+    }
+
+    /// The same with another grace for a broken transport, in milliseconds.
+    #[must_use]
+    pub fn with_grace(self, grace_ms: u64) -> Self {
+        Self { grace_ms, ..self }
+    }
+
+    /// Whether its transport is broken while what runs there is not lost: the
+    /// next hello names it.
+    #[must_use]
+    pub fn away(&self) -> bool {
+        self.away
     }
 
     /// Its state.
@@ -199,7 +253,11 @@ impl Link {
     pub fn open(&self) -> bool {
         matches!(
             self.state,
-            State::Live | State::Suspect(_) | State::Lost(_) | State::HalfOpen { .. }
+            State::Live
+                | State::Suspect(_)
+                | State::Lost(_)
+                | State::Ejected
+                | State::HalfOpen { .. }
         )
     }
 
@@ -250,14 +308,25 @@ impl Link {
             Event::Opened => self.opened(&mut actions),
             Event::Hello(hello) => self.hello(hello, &mut actions)?,
             Event::Frame(load) => self.frame(load, &mut actions)?,
-            Event::Broken => self.broken(&mut actions),
+            Event::Broken => self.broken(true, &mut actions),
+            Event::Violated => self.broken(false, &mut actions),
+            Event::Refused => self.give_up(Loss::Died, &mut actions),
+            Event::Fired(Timer::Reattach) => self.give_up(Loss::Broken, &mut actions),
             Event::Placed => {
                 if let State::HalfOpen { probing } = &mut self.state {
                     *probing = true;
                     actions.push(Action::StateChanged);
                 }
             }
+            Event::Faulted => self.faulted(&mut actions),
+            Event::Fired(Timer::Probe) => {
+                if self.state == State::Ejected {
+                    self.become_state(State::HalfOpen { probing: false }, &mut actions);
+                }
+            }
             Event::Answered => {
+                self.faults = 0;
+                self.ejections = 0;
                 if self.state == (State::HalfOpen { probing: true }) {
                     self.become_state(State::Live, &mut actions);
                 }
@@ -265,7 +334,7 @@ impl Link {
             Event::Fired(Timer::Greeting) => {
                 if matches!(self.state, State::Dialling | State::Greeting) {
                     actions.push(Action::Close);
-                    self.broken(&mut actions);
+                    self.broken(true, &mut actions);
                 }
             }
             Event::Fired(Timer::Suspect) => {
@@ -306,10 +375,17 @@ impl Link {
         if let Some(mismatch) = self.mismatch(hello) {
             self.tries = self.tries.saturating_add(1);
             actions.extend([Action::Close, Action::ArmRedial(self.tries)]);
+            self.give_up(Loss::Broken, actions);
             self.become_state(State::Refused(mismatch), actions);
             return Ok(());
         }
         self.tries = 0;
+        if self.incarnation != hello.record.incarnation {
+            self.give_up(Loss::Died, actions);
+        } else if self.away {
+            self.away = false;
+            actions.extend([Action::Disarm(Timer::Reattach), Action::Reattach]);
+        }
         self.index_off = hello.unread.is_some();
         if self.incarnation != hello.record.incarnation || self.index_off {
             self.event = 0;
@@ -378,6 +454,21 @@ impl Link {
         }
     }
 
+    fn faulted(&mut self, actions: &mut Actions) {
+        self.faults = self.faults.saturating_add(1);
+        match self.state {
+            State::HalfOpen { .. } => {}
+            State::Live if self.faults >= FAULTS => {}
+            _ => return,
+        }
+        let (first, longest) = EJECT_MS;
+        let wait = first.saturating_mul(1 << self.ejections.min(16));
+        self.ejections = self.ejections.saturating_add(1);
+        self.faults = 0;
+        actions.push(Action::Arm(Timer::Probe, wait.min(longest)));
+        self.become_state(State::Ejected, actions);
+    }
+
     fn listen(&self, actions: &mut Actions) {
         actions.push(Action::Arm(Timer::Suspect, SUSPECT_MS));
         actions.push(Action::Arm(Timer::Lost, self.lost_ms));
@@ -417,22 +508,41 @@ impl Link {
     fn lose(&mut self, why: Suspicion, actions: &mut Actions) {
         if matches!(
             self.state,
-            State::Live | State::Suspect(_) | State::HalfOpen { .. }
+            State::Live | State::Suspect(_) | State::Ejected | State::HalfOpen { .. }
         ) {
             actions.push(Action::Lose(Loss::Silent));
             self.become_state(State::Lost(why), actions);
         }
     }
 
-    fn broken(&mut self, actions: &mut Actions) {
+    /// Nobody waits any longer for the worker's return.
+    fn give_up(&mut self, loss: Loss, actions: &mut Actions) {
+        if self.away {
+            self.away = false;
+            actions.extend([Action::Disarm(Timer::Reattach), Action::Lose(loss)]);
+        }
+    }
+
+    /// With `may_return` what runs there is held for a while.
+    fn broken(&mut self, may_return: bool, actions: &mut Actions) {
         match self.state {
             State::Waiting | State::Refused(_) => return,
-            State::Live | State::Suspect(_) | State::HalfOpen { .. } | State::Lost(_) => {
+            State::Live | State::Suspect(_) | State::Ejected | State::HalfOpen { .. }
+                if may_return && self.grace_ms > 0 =>
+            {
+                self.away = true;
+                actions.push(Action::Arm(Timer::Reattach, self.grace_ms));
+            }
+            State::Live
+            | State::Suspect(_)
+            | State::Ejected
+            | State::HalfOpen { .. }
+            | State::Lost(_) => {
                 actions.push(Action::Lose(Loss::Broken));
             }
             State::Dialling | State::Greeting => {}
         }
-        for timer in [Timer::Greeting, Timer::Suspect, Timer::Lost] {
+        for timer in [Timer::Greeting, Timer::Suspect, Timer::Lost, Timer::Probe] {
             actions.push(Action::Disarm(timer));
         }
         self.tries = self.tries.saturating_add(1);

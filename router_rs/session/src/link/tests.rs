@@ -17,6 +17,7 @@ fn hello(version: (u32, u32), id: &str, incarnation: u64, scheme: u32) -> Hello 
         last_event: 0,
         resume_event: 1,
         step_model: None,
+        reattached: Vec::new(),
     }
 }
 
@@ -197,9 +198,62 @@ fn commands_are_numbered_from_one_and_echoes_only_rise() {
 fn a_broken_transport_loses_streams_once_and_dials_again() {
     let mut link = live();
     let actions = link.apply(Event::Broken).unwrap();
-    assert!(actions.contains(&Action::Lose(Loss::Broken)));
     assert!(actions.contains(&Action::ArmRedial(1)));
+    assert!(!lost(&actions, Loss::Broken), "it may be a blip");
     assert!(link.apply(Event::Broken).unwrap().is_empty());
+    let actions = link.apply(Event::Fired(Timer::Reattach)).unwrap();
+    assert!(lost(&actions, Loss::Broken));
+    let again = link.apply(Event::Fired(Timer::Reattach)).unwrap();
+    assert!(again.is_empty());
+}
+
+fn lost(actions: &Actions, loss: Loss) -> bool {
+    actions.contains(&Action::Lose(loss))
+}
+
+/// A link whose transport broke and is being dialled again.
+fn away() -> Link {
+    let mut link = live();
+    link.apply(Event::Broken).unwrap();
+    link.apply(Event::Dial).unwrap();
+    link.apply(Event::Opened).unwrap();
+    assert!(link.away());
+    link
+}
+
+#[test]
+fn a_worker_that_is_back_in_time_is_asked_for_what_it_has() {
+    let mut link = away();
+    let actions = link.apply(Event::Hello(&hello((1, 0), "w", 7, 1))).unwrap();
+    assert!(actions.contains(&Action::Reattach));
+    assert!(actions.contains(&Action::Disarm(Timer::Reattach)));
+    assert!(!link.away() && link.placeable());
+}
+
+#[test]
+fn a_refused_connection_and_another_incarnation_are_deaths() {
+    let mut refused = away();
+    let actions = refused.apply(Event::Refused).unwrap();
+    assert!(lost(&actions, Loss::Died));
+    let mut other = away();
+    let actions = other
+        .apply(Event::Hello(&hello((1, 0), "w", 8, 1)))
+        .unwrap();
+    assert!(lost(&actions, Loss::Died) && !actions.contains(&Action::Reattach));
+}
+
+#[test]
+fn a_worker_that_broke_the_protocol_is_not_waited_for() {
+    let mut link = live();
+    let actions = link.apply(Event::Violated).unwrap();
+    assert!(lost(&actions, Loss::Broken) && !link.away());
+}
+
+#[test]
+fn without_a_grace_a_broken_transport_is_a_loss() {
+    let mut link = live().with_grace(0);
+    let actions = link.apply(Event::Broken).unwrap();
+    assert!(lost(&actions, Loss::Broken) && !link.away());
 }
 
 #[test]
@@ -213,4 +267,53 @@ fn a_greeting_that_takes_too_long_is_closed() {
     let actions = link.apply(Event::Fired(Timer::Greeting)).unwrap();
     assert!(actions.contains(&Action::Close));
     assert_eq!(*link.state(), State::Waiting);
+}
+
+#[test]
+fn answers_that_fail_in_a_row_eject_a_worker_and_one_probe_decides() {
+    let mut link = live();
+    link.apply(Event::Faulted).unwrap();
+    link.apply(Event::Faulted).unwrap();
+    link.apply(Event::Answered).unwrap();
+    for _ in 0..FAULTS {
+        assert_eq!(*link.state(), State::Live);
+        link.apply(Event::Faulted).unwrap();
+    }
+    assert_eq!(*link.state(), State::Ejected);
+    assert!(!link.placeable() && link.open());
+    let mut waits = Vec::new();
+    for _ in 0..7 {
+        link.apply(Event::Fired(Timer::Probe)).unwrap();
+        assert!(link.placeable(), "one probe");
+        link.apply(Event::Placed).unwrap();
+        assert!(!link.placeable());
+        let actions = link.apply(Event::Faulted).unwrap();
+        waits.extend(actions.iter().filter_map(|action| match action {
+            Action::Arm(Timer::Probe, ms) => Some(*ms),
+            _ => None,
+        }));
+        assert_eq!(*link.state(), State::Ejected);
+    }
+    assert_eq!(waits, [2_000, 4_000, 8_000, 16_000, 30_000, 30_000, 30_000]);
+    link.apply(Event::Fired(Timer::Probe)).unwrap();
+    link.apply(Event::Placed).unwrap();
+    link.apply(Event::Answered).unwrap();
+    assert_eq!(*link.state(), State::Live);
+}
+
+#[test]
+fn an_ejected_worker_can_be_lost_and_can_come_back_from_a_blip() {
+    let ejected = {
+        let mut link = live();
+        for _ in 0..FAULTS {
+            link.apply(Event::Faulted).unwrap();
+        }
+        link
+    };
+    let mut silent = ejected.clone();
+    let actions = silent.apply(Event::Fired(Timer::Lost)).unwrap();
+    assert!(lost(&actions, Loss::Silent));
+    let mut broken = ejected;
+    broken.apply(Event::Broken).unwrap();
+    assert!(broken.away());
 }

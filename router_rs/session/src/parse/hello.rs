@@ -2,7 +2,7 @@
 
 use kvmesh_wire::v1::{self, worker_frame::Frame};
 
-use crate::{HASH_SCHEME, Violation};
+use crate::{Fence, GenerationId, HASH_SCHEME, Violation};
 
 /// Tokens of a hash value of the cache lane.
 const UNIT_TOKENS: u32 = 16;
@@ -44,8 +44,23 @@ pub fn hello(frame: v1::WorkerFrame) -> Result<Hello, Violation> {
         last_event: hello.last_event,
         resume_event: hello.resume_event,
         step_model: hello.step_model,
+        reattached: hello
+            .reattached
+            .iter()
+            .map(reattached)
+            .collect::<Result<_, _>>()?,
         record,
     })
+}
+
+fn reattached(kept: &v1::Reattach) -> Result<(GenerationId, Fence), Violation> {
+    let id = GenerationId::from_wire(&kept.generation)
+        .ok_or(Violation::Malformed("a generation that is not 16 bytes"))?;
+    let fence = Fence {
+        owner: kept.owner,
+        attempt: kept.attempt,
+    };
+    Ok((id, fence))
 }
 
 /// Why a worker's cache lane cannot be read: what it holds is known by what was
@@ -87,6 +102,8 @@ pub struct Hello {
     pub resume_event: u64,
     /// Step-time model fitted at start.
     pub step_model: Option<v1::StepModel>,
+    /// Attempts that it still has, of those that the router named.
+    pub reattached: Vec<(GenerationId, Fence)>,
 }
 
 /// Whether a text can be a worker's or a router's id: 1 to 128 characters of

@@ -48,7 +48,10 @@ impl Open {
         while let Some(actions) = queue.pop() {
             for action in actions {
                 match action {
-                    Action::Plan(request) => plan = Some(request),
+                    Action::Plan(request) => {
+                        self.note_plan(state, request.cause);
+                        plan = Some(request);
+                    }
                     Action::Release => state.chosen = None,
                     Action::Arm(timer) => self.arm(state, timer),
                     Action::Disarm(timer) => self.disarm(state, timer),
@@ -125,13 +128,13 @@ impl Open {
             }
         };
         let chosen = state.chosen.as_ref();
+        // What goes on is as urgent as what should have begun when it arrived.
+        let urgency_ms = match state.machine.fence().attempt {
+            0 | 1 => self.urgency_ms,
+            _ => 0.0,
+        };
         Box::new(Placement {
-            continuation: continuation(
-                &self.request,
-                &state.output,
-                self.urgency_ms,
-                Instant::now(),
-            ),
+            continuation: continuation(&self.request, &state.output, urgency_ms, Instant::now()),
             stage,
             hand_off,
             prefix_from: chosen.and_then(|chosen| chosen.prefix_from.clone()),
@@ -141,6 +144,7 @@ impl Open {
             request_id: self.request.request_id.clone(),
             predicted_start_ms: chosen.map_or(0.0, |chosen| chosen.predicted_start_ms),
             trace: self.request.trace,
+            alone: state.machine.alone(),
         })
     }
 

@@ -13,7 +13,7 @@ use kvmesh_session::{
 };
 use kvmesh_wire::v1;
 
-use super::{Batch, Open};
+use super::{super::recover::quarantined, Batch, Open};
 use crate::{error::RequestError, telemetry::HeldTo};
 
 impl Open {
@@ -185,6 +185,10 @@ impl Open {
             }
             Outcome::Stopped(Stop::SlowClient) => RequestError::SlowClient { next_index },
             Outcome::Stopped(Stop::Shutdown) => RequestError::ShuttingDown { next_index },
+            Outcome::Stopped(Stop::Overloaded) | Outcome::NoPlan if self.continues() => {
+                let reason = "the worker was lost, and no other had room in time".to_owned();
+                RequestError::WorkerLost { reason, next_index }
+            }
             Outcome::Stopped(Stop::Overloaded) => RequestError::Overloaded {
                 reason: "no worker had room in time",
                 retry_after: Duration::from_secs(1),
@@ -202,6 +206,15 @@ impl Open {
             Outcome::Exhausted => {
                 let reason = "too many attempts failed".to_owned();
                 RequestError::WorkerLost { reason, next_index }
+            }
+            Outcome::Poisoned => {
+                let told = quarantined(self.core.settings.quarantine_time);
+                RequestError::WorkerFailed {
+                    code: tonic::Code::FailedPrecondition as u32,
+                    reason: told.code_and_reason().1.to_owned(),
+                    message: told.to_string(),
+                    next_index,
+                }
             }
             Outcome::Failed(failure) => RequestError::WorkerFailed {
                 code: failure.code,

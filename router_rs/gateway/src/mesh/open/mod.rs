@@ -9,6 +9,7 @@
 
 mod carry;
 mod client;
+mod reattach;
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -18,7 +19,7 @@ use std::{
 
 use kvmesh_session::{
     Generation, GenerationId, Taken, Violation, WorkerIndex,
-    generation::{Event, Outcome, Plan, Policy, Stop, Timer, TransferState},
+    generation::{Cause, Event, Outcome, Plan, Policy, Stop, Timer, TransferState},
     parse::{End, Row, StageEnd},
 };
 use kvmesh_wire::v1;
@@ -32,6 +33,7 @@ use super::{
     given_up::GivenUp,
     placer::Tail,
     queue::Admitted,
+    recover::Retry,
     session::SessionHandle,
     timers::TimerKey,
 };
@@ -68,6 +70,8 @@ pub(super) struct Chosen {
     pub(super) tail: Option<(WorkerIndex, WorkerIndex, Tail)>,
     /// What the choice took.
     pub(super) decide: Duration,
+    /// Its place among the later attempts, until it brings a token.
+    pub(super) retry: Option<Retry>,
 }
 
 /// An open generation.
@@ -104,6 +108,8 @@ struct State {
     /// When the client last took something, or had nothing to take.
     progress: Instant,
     figures: Figures,
+    /// When the last token came before a failure, until one comes after it.
+    moved: Option<Instant>,
 }
 
 /// What a client's stream takes at once.
@@ -125,8 +131,10 @@ impl Open {
         id: GenerationId,
     ) -> Arc<Self> {
         let deadline = request.deadline;
-        let (machine, actions) = Generation::start(
+        let output = request.output_ids.clone();
+        let (machine, actions) = Generation::start_from(
             FIRST_OWNER,
+            u32::try_from(output.len()).unwrap_or(u32::MAX),
             request.max_tokens,
             deadline.is_some(),
             Policy::default(),
@@ -134,8 +142,8 @@ impl Open {
         let now = Instant::now();
         let state = State {
             machine,
-            output: Vec::new(),
-            taken: 0,
+            taken: output.len(),
+            output,
             started: 0,
             logprobs: Vec::new(),
             waker: None,
@@ -145,6 +153,7 @@ impl Open {
             armed: SmallVec::new(),
             progress: now,
             figures: Figures::default(),
+            moved: None,
         };
         let open = Arc::new(Self {
             id,
@@ -226,8 +235,13 @@ impl Open {
         let attempt = state.machine.fence().attempt;
         if state.started != attempt {
             state.started = attempt;
-            if let Some(chosen) = &state.chosen {
+            if let Some(chosen) = &mut state.chosen {
                 chosen.booking.started();
+                chosen.retry = None;
+            }
+            if let Some(since) = state.moved.take() {
+                let gap = now.saturating_duration_since(since);
+                self.core.counters.moved(gap);
             }
         }
         state.output.extend_from_slice(new);
@@ -252,6 +266,10 @@ impl Open {
         {
             let mut state = self.lock();
             if end.fence <= state.machine.fence() {
+                if end.fence.attempt > 1 {
+                    let computed = u64::from(end.timings.computed_tokens);
+                    self.core.counters.recomputed_tokens.add(computed);
+                }
                 self.core
                     .counters
                     .transferred_bytes
@@ -321,6 +339,9 @@ impl Open {
                 .placements
                 .then(|| Box::new(self.placed_message(&state, &chosen)));
             let attempt = state.machine.fence().attempt + 1;
+            let prompt = u32::try_from(self.request.prompt_ids.len()).unwrap_or(u32::MAX);
+            let had = chosen.cached_tokens + chosen.pulled_tokens;
+            state.figures.expects(prompt.saturating_sub(had));
             state
                 .figures
                 .dispatched(Instant::now(), chosen.decide, attempt, chosen.predicted);
@@ -370,7 +391,19 @@ impl Open {
         }
     }
 
+    /// The machine asks for a new plan.
+    fn note_plan(&self, state: &mut State, cause: Cause) {
+        self.core.counters.migrates(cause);
+        if !matches!(cause, Cause::Start | Cause::Refused(_)) && !state.output.is_empty() {
+            let last = state.figures.last_arrival();
+            state.moved = state.moved.or(last);
+        }
+    }
+
     fn end(&self, state: &mut State, outcome: Outcome) {
+        if outcome == Outcome::Poisoned {
+            self.core.quarantine(self);
+        }
         for (_, key) in state.armed.drain(..) {
             self.core.timers.disarm(key);
         }
@@ -422,6 +455,17 @@ impl Open {
     /// Number of the attempt in force; 0 before the first.
     pub(super) fn attempt(&self) -> u32 {
         self.lock().machine.fence().attempt
+    }
+
+    /// Whether it was placed before: it goes before new work of its class.
+    pub(super) fn continues(&self) -> bool {
+        self.attempt() > 0
+    }
+
+    /// Prompt and output so far.
+    pub(super) fn sequence(&self) -> Vec<u32> {
+        let state = self.lock();
+        [&self.request.prompt_ids[..], &state.output[..]].concat()
     }
 
     /// Output ids so far, counted.

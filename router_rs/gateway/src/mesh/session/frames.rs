@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Instant};
 use kvmesh_session::{
     Fence, GenerationId, Violation,
     generation::Event as GenerationEvent,
-    link::Event,
-    parse::{self, Answer, Inbound, LoadReport, StepFrame},
+    link::{Event, State},
+    parse::{self, Answer, End, Inbound, LoadReport, StepFrame},
 };
 use kvmesh_wire::v1;
 use prost::Message as _;
@@ -56,9 +56,9 @@ impl Session {
     fn step(&mut self, step: &StepFrame, now: Instant) -> Result<(), Violation> {
         let index = self.worker.index;
         for opening in &step.openings {
-            self.feed(Event::Answered);
             let ends = matches!(opening.answer, Answer::Refused(_));
             if ends {
+                self.feed(Event::Answered);
                 self.core.counters.refusals.add(1);
             }
             let Some(open) = self.held(&opening.generation, opening.fence, ends) else {
@@ -71,6 +71,10 @@ impl Session {
                 stage: opening.stage,
                 answer: opening.answer.clone(),
             })?;
+        }
+        if step.rows.iter().next().is_some() {
+            // Once a frame: what is half open works.
+            self.works();
         }
         let mut new = 0;
         let mut stale = 0;
@@ -101,6 +105,27 @@ impl Session {
         violation.map_or(Ok(()), Err)
     }
 
+    fn works(&mut self) {
+        if *self.link.state() == (State::HalfOpen { probing: true }) {
+            self.feed(Event::Answered);
+        }
+    }
+
+    /// What an end says of its worker. A client's own error says nothing
+    /// against it.
+    fn judge(&mut self, end: &End) {
+        match end {
+            End::Failed(failure) if failure.retryable => {
+                if self.core.may_eject(&self.worker) {
+                    self.feed(Event::Faulted);
+                }
+            }
+            // The other worker may be to blame, or the way between them.
+            End::TransferFailed => {}
+            _ => self.feed(Event::Answered),
+        }
+    }
+
     /// The generation that a frame speaks of. With `ends` it is let go of,
     /// unless a newer attempt of it is here.
     fn held(&mut self, id: &GenerationId, fence: Fence, ends: bool) -> Option<Arc<Open>> {
@@ -114,13 +139,16 @@ impl Session {
     /// Ends of a step, and what it took.
     fn ends(&mut self, step: StepFrame) -> Result<(), Violation> {
         for end in step.ends {
-            self.feed(Event::Answered);
+            self.judge(&end.end);
             match self.held(&end.generation, end.fence, true) {
                 Some(open) => open.stage_end(self.worker.index, end)?,
                 None => self.core.counters.stale_frames.add(1),
             }
         }
-        if let Some(sample) = &step.sample {
+        // The step during which a worker was frozen says nothing of its steps.
+        if let Some(sample) = &step.sample
+            && *self.link.state() == State::Live
+        {
             self.core.step_sample(&self.worker, sample);
         }
         if let Some(load) = &step.load {

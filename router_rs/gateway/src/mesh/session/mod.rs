@@ -7,6 +7,7 @@
 
 mod frames;
 mod handle;
+mod reattach;
 mod transport;
 
 use std::{
@@ -17,21 +18,24 @@ use std::{
 };
 
 use kvmesh_session::{
-    Command, Fence, Link,
+    Command, Fence, GenerationId, Link,
     generation::{Event as GenerationEvent, Loss},
     link::{self, Action, Event, State},
 };
 use rand::RngExt as _;
-use tokio::{sync::mpsc, time::timeout};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::{Core, figures::ms, open::Open, placer::Standing, table::WorkerEntry};
 pub(super) use handle::{ById, Outgoing, SessionHandle};
+use reattach::at;
 pub(super) use transport::connect;
 use transport::{Ended, Transport, next_frame};
 
 /// Commands that may wait for one worker's transport.
 const COMMAND_QUEUE: usize = 4_096;
+/// Longest wait before a worker whose session has just broken is dialled again.
+const REDIAL_AT_ONCE: Duration = Duration::from_millis(20);
 /// First wait before a worker is dialled again, and the longest.
 const REDIAL: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 /// How often a session lets go of generations that have ended.
@@ -51,13 +55,23 @@ pub(super) struct Session {
     open: ById<Held>,
     suspect_at: Option<Instant>,
     lost_at: Option<Instant>,
+    /// When an ejection ends.
+    probe_at: Option<Instant>,
+    /// When what runs there is lost unless the worker is back.
+    reattach_at: Option<Instant>,
+    /// What the last hello named of what runs there.
+    named: Vec<(GenerationId, Fence)>,
+    /// What the worker still has of it.
+    kept: Vec<(GenerationId, Fence)>,
     redial: Duration,
     wake: Vec<Waker>,
 }
 
 impl Session {
     pub(super) fn new(core: Arc<Core>, worker: Arc<WorkerEntry>) -> Self {
-        let link = Link::new(worker.expected_id.clone());
+        let grace = core.settings.reattach_grace.as_millis();
+        let link = Link::new(worker.expected_id.clone())
+            .with_grace(u64::try_from(grace).unwrap_or(u64::MAX));
         Self {
             core,
             worker,
@@ -65,6 +79,10 @@ impl Session {
             open: HashMap::default(),
             suspect_at: None,
             lost_at: None,
+            probe_at: None,
+            reattach_at: None,
+            named: Vec::new(),
+            kept: Vec::new(),
             redial: REDIAL.0,
             wake: Vec::new(),
         }
@@ -73,7 +91,6 @@ impl Session {
     /// Keeps the session up until it is stopped.
     pub(super) async fn run(mut self, stop: CancellationToken) {
         loop {
-            self.feed(Event::Dial);
             let ended = tokio::select! {
                 () = stop.cancelled() => Ended::Stopped,
                 ended = self.connect_and_serve() => ended,
@@ -81,10 +98,11 @@ impl Session {
             self.worker.detach();
             match &ended {
                 Ended::Stopped => {
-                    self.feed(Event::Broken);
+                    self.feed(Event::Violated);
+                    self.feed(Event::Fired(link::Timer::Reattach));
                     return;
                 }
-                Ended::Transport(why) => {
+                Ended::Transport(why) | Ended::Refused(why) => {
                     tracing::info!(worker = %self.worker.name(), %why, "session ended");
                     self.worker.set_detail(why.clone());
                 }
@@ -94,18 +112,41 @@ impl Session {
                     self.worker.set_detail(violation.to_string());
                 }
             }
-            self.feed(Event::Broken);
-            if self.core.table.drop_gone(&self.worker) {
+            self.feed(match ended {
+                Ended::Violation(_) => Event::Violated,
+                _ => Event::Broken,
+            });
+            if matches!(ended, Ended::Refused(_)) {
+                self.feed(Event::Refused);
+            }
+            if !self.link.away() && self.core.table.drop_gone(&self.worker) {
                 // Its key went before its session did.
                 self.core.worker_gone(&self.worker);
                 return;
             }
-            // Full jitter: routers that lost the same worker come back apart.
-            let wait = rand::rng().random_range(REDIAL.0 / 2..=self.redial);
+            if !self.pause(&stop).await {
+                self.feed(Event::Fired(link::Timer::Reattach));
+                return;
+            }
+        }
+    }
+
+    /// Waits before the worker is dialled again. False: it is not to be.
+    async fn pause(&mut self, stop: &CancellationToken) -> bool {
+        // Full jitter: routers that lost the same worker come back apart.
+        let range = match self.link.away() && self.redial <= REDIAL.0 * 2 {
+            true => Duration::ZERO..=REDIAL_AT_ONCE,
+            false => REDIAL.0 / 2..=self.redial,
+        };
+        let wait = rand::rng().random_range(range);
+        let until = Instant::now() + wait;
+        loop {
+            let grace = self.reattach_at;
             tokio::select! {
-                () = stop.cancelled() => return,
-                () = tokio::time::sleep(wait) => {}
-                () = self.worker.redial.notified() => {}
+                () = stop.cancelled() => return false,
+                () = tokio::time::sleep_until(until.into()) => return true,
+                () = self.worker.redial.notified() => return true,
+                () = at(grace) => self.grace_is_over(),
             }
         }
     }
@@ -118,19 +159,27 @@ impl Session {
     }
 
     async fn connect_and_serve(&mut self) -> Ended {
-        let greeting = Duration::from_millis(link::GREETING_MS);
-        let mut transport = match timeout(greeting, self.greet()).await {
-            Ok(Ok(transport)) => transport,
-            Ok(Err(ended)) => return ended,
-            Err(_) => {
-                return Ended::Transport("no hello within its time".to_owned());
-            }
+        let mut transport = match self.greet().await {
+            Ok(transport) => transport,
+            Err(ended) => return ended,
         };
         let (handle, mut commands) = SessionHandle::new();
         self.worker.attach(Arc::clone(&handle));
         self.publish();
+        self.take_back(&handle);
         let ended = self.serve(&mut transport, &handle, &mut commands).await;
         handle.closed.cancel();
+        // Closed before it is emptied: what was queued never left, and nothing
+        // more comes in.
+        commands.close();
+        while let Ok((_, outgoing)) = commands.try_recv() {
+            if let Some(open) = outgoing.open {
+                open.apply(GenerationEvent::SessionLost {
+                    worker: self.worker.index,
+                    loss: Loss::Broken,
+                });
+            }
+        }
         ended
     }
 
@@ -178,7 +227,13 @@ impl Session {
         if self.lost_at.take_if(|at| *at <= now).is_some() {
             self.feed(Event::Fired(link::Timer::Lost));
         }
-        let next = [self.suspect_at, self.lost_at].into_iter().flatten().min();
+        if self.probe_at.take_if(|at| *at <= now).is_some() {
+            self.feed(Event::Fired(link::Timer::Probe));
+        }
+        let next = [self.suspect_at, self.lost_at, self.probe_at]
+            .into_iter()
+            .flatten()
+            .min();
         next.unwrap_or(now + Duration::from_secs(1))
     }
 
@@ -217,6 +272,17 @@ impl Session {
                 Action::Arm(link::Timer::Lost, after) => {
                     self.lost_at = Some(Instant::now() + Duration::from_millis(after));
                 }
+                Action::Arm(link::Timer::Probe, after) => {
+                    let (name, after) = (self.worker.name(), Duration::from_millis(after));
+                    tracing::warn!(worker = %name, ?after, "worker ejected: its answers fail");
+                    self.core.counters.ejections.add(1);
+                    self.probe_at = Some(Instant::now() + after);
+                }
+                Action::Disarm(link::Timer::Probe) => self.probe_at = None,
+                Action::Arm(link::Timer::Reattach, after) => {
+                    self.reattach_at = Some(Instant::now() + Duration::from_millis(after));
+                }
+                Action::Disarm(link::Timer::Reattach) => self.reattach_at = None,
                 Action::Disarm(link::Timer::Suspect) => self.suspect_at = None,
                 Action::Disarm(link::Timer::Lost) => self.lost_at = None,
                 Action::ArmRedial(tries) => {
@@ -226,6 +292,8 @@ impl Session {
                 Action::ForgetCache => self.core.forget_cache(&self.worker),
                 Action::IndexOff(why) => self.worker.index_off(why),
                 Action::StateChanged => self.publish(),
+                // What the hello brought is taken once there is a handle.
+                Action::Reattach => {}
                 // Dialling, greeting and closing are the steps of `run`.
                 Action::Dial
                 | Action::SendHello { .. }
@@ -254,7 +322,7 @@ impl Session {
         self.worker.set_state(self.link.state().clone());
         let standing = match self.link.state() {
             _ if self.link.placeable() => Standing::Ready,
-            State::Suspect(_) | State::HalfOpen { .. } => Standing::Suspect,
+            State::Suspect(_) | State::Ejected | State::HalfOpen { .. } => Standing::Suspect,
             _ => Standing::Absent,
         };
         self.core.worker_state(&self.worker, standing);

@@ -1,6 +1,6 @@
 //! A worker's connection, from its dial to the two hellos.
 
-use std::time::Duration;
+use std::{error::Error as _, io, time::Duration};
 
 use kvmesh_rpc::v1::worker_client::WorkerClient;
 use kvmesh_session::{
@@ -16,7 +16,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use super::{COMMAND_QUEUE, REDIAL, Session};
+use super::{COMMAND_QUEUE, REDIAL, Session, at};
 
 /// Why a session's transport ended.
 pub(super) enum Ended {
@@ -24,6 +24,8 @@ pub(super) enum Ended {
     Stopped,
     /// The connection is gone.
     Transport(String),
+    /// Nobody listens at the worker's address.
+    Refused(String),
     /// The worker broke the protocol.
     Violation(Violation),
 }
@@ -37,37 +39,33 @@ pub(super) struct Transport {
 impl Session {
     /// Opens connection and stream, and takes the worker's hello.
     pub(super) async fn greet(&mut self) -> Result<Transport, Ended> {
-        let transport_error = |error: &dyn std::error::Error| {
-            let mut text = error.to_string();
-            let mut source = error.source();
-            while let Some(cause) = source {
-                text = format!("{text}: {cause}");
-                source = cause.source();
-            }
-            Ended::Transport(text)
-        };
-        let channel = connect(&self.worker.address(), self.core.settings.keep_alive)
-            .await
-            .map_err(|error| transport_error(&error))?;
-        let (outbound, frames) = mpsc::channel(COMMAND_QUEUE);
+        self.feed(Event::Dial);
         let actions = self.link.apply(Event::Opened).map_err(Ended::Violation)?;
+        let mut hello = None;
         for action in &actions {
             if let Action::SendHello {
                 known_incarnation,
                 known_event,
             } = action
             {
-                let hello = self.hello_frame(*known_incarnation, *known_event);
-                // The queue is new and empty.
-                let _ = outbound.try_send(hello);
+                hello = Some(self.hello_frame(*known_incarnation, *known_event));
             }
         }
-        let mut inbound = WorkerClient::new(channel)
-            .attach(ReceiverStream::new(frames))
-            .await
-            .map_err(|status| Ended::Transport(status.message().to_owned()))?
-            .into_inner();
-        let first = next_frame(&mut inbound).await?;
+        let hello = hello.ok_or_else(|| Ended::Transport("not to be dialled".to_owned()))?;
+        let opened = open(self.worker.address(), self.core.settings.keep_alive, hello);
+        tokio::pin!(opened);
+        let limit = tokio::time::sleep(Duration::from_millis(link::GREETING_MS));
+        tokio::pin!(limit);
+        let (transport, first) = loop {
+            let grace = self.reattach_at;
+            tokio::select! {
+                opened = &mut opened => break opened?,
+                () = &mut limit => {
+                    return Err(Ended::Transport("no hello within its time".to_owned()));
+                }
+                () = at(grace) => self.grace_is_over(),
+            }
+        };
         let hello = parse::hello(first).map_err(Ended::Violation)?;
         let table = &self.core.table;
         if table.drop_double(&self.worker, &hello.record.worker_id) {
@@ -84,14 +82,16 @@ impl Session {
             self.perform(actions);
             return Err(Ended::Transport(why));
         }
+        self.kept.clone_from(&hello.reattached);
         self.worker.greeted(&hello);
         self.core.worker_greeted(&self.worker, &hello);
         self.perform(actions);
         self.redial = REDIAL.0;
-        Ok(Transport { inbound, outbound })
+        Ok(transport)
     }
 
-    fn hello_frame(&self, known_incarnation: u64, known_event: u64) -> v1::RouterFrame {
+    fn hello_frame(&mut self, known_incarnation: u64, known_event: u64) -> v1::RouterFrame {
+        let reattach = self.name_what_runs();
         let settings = &self.core.settings;
         let hello = v1::RouterHello {
             version: Some(v1::ProtocolVersion {
@@ -102,13 +102,49 @@ impl Session {
             router_incarnation: settings.incarnation,
             known_worker_incarnation: known_incarnation,
             known_event,
-            // A lost session ends its streams: nothing is reattached yet.
-            reattach: Vec::new(),
+            reattach,
         };
         v1::RouterFrame {
             number: 0,
             frame: Some(v1::router_frame::Frame::Hello(hello)),
         }
+    }
+}
+
+/// Opens connection and stream, says hello and takes the first frame.
+async fn open(
+    address: String,
+    keep_alive: Duration,
+    hello: v1::RouterFrame,
+) -> Result<(Transport, v1::WorkerFrame), Ended> {
+    let channel = connect(&address, keep_alive).await.map_err(failed)?;
+    let (outbound, frames) = mpsc::channel(COMMAND_QUEUE);
+    // The queue is new and empty.
+    let _ = outbound.try_send(hello);
+    let mut inbound = WorkerClient::new(channel)
+        .attach(ReceiverStream::new(frames))
+        .await
+        .map_err(|status| Ended::Transport(status.message().to_owned()))?
+        .into_inner();
+    let first = next_frame(&mut inbound).await?;
+    Ok((Transport { inbound, outbound }, first))
+}
+
+/// A connection that did not open, with its causes.
+fn failed(error: tonic::transport::Error) -> Ended {
+    let mut text = error.to_string();
+    let mut refused = false;
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        refused |= cause
+            .downcast_ref::<io::Error>()
+            .is_some_and(|cause| cause.kind() == io::ErrorKind::ConnectionRefused);
+        source = cause.source();
+    }
+    match refused {
+        true => Ended::Refused(text),
+        false => Ended::Transport(text),
     }
 }
 

@@ -28,25 +28,52 @@ async fn what_is_returned_goes_on_where_it_was() {
     assert_eq!(answer.finished.unwrap().usage.unwrap().attempts, 2);
 }
 
-#[tokio::test]
-async fn a_killed_worker_ends_its_streams_with_the_next_index() {
-    let config = MockConfig {
+/// A worker of which streams can be lost in the middle: a step takes 5 ms.
+fn slow() -> MockWorker {
+    MockWorker::start(MockConfig {
         step: Duration::from_millis(5),
         ..MockConfig::default()
+    })
+    .unwrap()
+}
+
+#[tokio::test]
+async fn a_stream_goes_on_elsewhere_when_its_worker_is_killed() {
+    let mut workers = [slow(), slow()];
+    let mesh = mesh_of(&[&workers[0], &workers[1]]).await;
+    let mut stream = mesh.generate(request(&[1, 2], 400)).unwrap();
+    let mut answer = first_tokens(&mut stream).await;
+    let on = usize::from(workers[1].counters().running > 0);
+    workers[on].kill();
+    answer.rest(stream).await;
+    assert_eq!(answer.error, None);
+    assert_eq!(answer.ids, workers[0].tokens().expected(&[1, 2], 400));
+    let usage = answer.finished.unwrap().usage.unwrap();
+    assert_eq!((usage.output_tokens, usage.attempts), (400, 2));
+    assert!(usage.recomputed_tokens > 0, "{usage:?}");
+    let counters = mesh.counters();
+    assert_eq!(counters.migrations.died.get(), 1);
+    assert_eq!(counters.moved_gaps.get(), 1);
+    assert_eq!(counters.failed.get(), 0);
+    assert!(until(|| nothing_left(&mesh, &[&workers[1 - on]])).await);
+}
+
+#[tokio::test]
+async fn without_another_worker_a_stream_ends_with_the_next_index() {
+    let mut both = slow();
+    let bound = MeshSettings {
+        queue_timeout: Duration::from_millis(100),
+        ..settings(&[&both])
     };
-    let mut both = MockWorker::start(config).unwrap();
-    let mesh = mesh_of(&[&both]).await;
+    let mesh = mesh_with(bound).await;
     let mut stream = mesh.generate(request(&[1, 2], 100_000)).unwrap();
     let mut answer = first_tokens(&mut stream).await;
     both.kill();
-    while let Some(item) = tokio::time::timeout(LIMIT, stream.next()).await.unwrap() {
-        answer.take(item);
-    }
+    answer.rest(stream).await;
     let Some(RequestError::WorkerLost { next_index, .. }) = answer.error else {
         panic!("{:?}", answer.error)
     };
     assert_eq!(next_index as usize, answer.ids.len());
-    drop(stream);
     assert_eq!(mesh.booked(), 0);
     let refused = mesh.generate(request(&[1], 5)).err();
     assert!(
@@ -55,51 +82,83 @@ async fn a_killed_worker_ends_its_streams_with_the_next_index() {
     );
 }
 
-#[tokio::test]
-async fn a_frozen_worker_is_lost_and_comes_back_on_probation() {
-    let config = MockConfig {
-        step: Duration::from_millis(5),
-        ..MockConfig::default()
+/// Runs a stream on two workers, of which the one that has it is disturbed and
+/// put right again; gives the mesh, the one that was, and the other.
+async fn survives(
+    disturb: impl Fn(&MockWorker),
+    heal: impl Fn(&MockWorker),
+) -> (Arc<Mesh>, [MockWorker; 2]) {
+    let [one, two] = [slow(), slow()];
+    let mesh = mesh_of(&[&one, &two]).await;
+    let mut stream = mesh.generate(request(&[1, 2], 1_000)).unwrap();
+    let mut answer = first_tokens(&mut stream).await;
+    let (lost, other) = match one.counters().running {
+        0 => (two, one),
+        _ => (one, two),
     };
-    let both = MockWorker::start(config).unwrap();
-    let mesh = mesh_of(&[&both]).await;
-    let mut stream = mesh.generate(request(&[1, 2], 100_000)).unwrap();
-    first_tokens(&mut stream).await;
-    both.freeze();
-    let answer = collect(stream).await;
-    assert!(
-        matches!(answer.error, Some(RequestError::WorkerLost { .. })),
-        "{:?}",
-        answer.error
-    );
-    both.thaw();
-    assert!(
-        until(|| mesh.sessions().half_open == 1).await,
-        "{:?}",
-        mesh.sessions()
-    );
-    let answer = collect(mesh.generate(request(&[7], 5)).unwrap()).await;
+    disturb(&lost);
+    assert!(until(|| other.counters().running > 0).await);
+    assert_eq!(mesh.counters().migrations.silent.get(), 1);
+    // It comes back while the stream runs elsewhere.
+    heal(&lost);
+    answer.rest(stream).await;
     assert_eq!(answer.error, None);
-    assert_eq!(mesh.sessions().live, 1);
-    // What it held from before the freeze was cancelled.
-    assert!(until(|| nothing_left(&mesh, &[&both])).await);
+    assert_eq!(answer.ids, other.tokens().expected(&[1, 2], 1_000));
+    // What it held from before was cancelled.
+    assert!(until(|| nothing_left(&mesh, &[&lost, &other])).await);
+    (mesh, [lost, other])
 }
 
 #[tokio::test]
-async fn a_hole_closes_the_session_and_it_comes_back() {
+async fn a_frozen_worker_is_lost_and_comes_back_on_probation() {
+    let (mesh, [_lost, other]) = survives(MockWorker::freeze, MockWorker::thaw).await;
+    assert!(mesh.counters().stale_frames.get() > 0);
+    assert_eq!(mesh.sessions().half_open, 1, "{:?}", mesh.sessions());
+    // Only it can take the next request, and that decides.
+    other.set_draining(true);
+    let draining = |row: &v1::WorkerStatus| row.load.as_ref().is_some_and(|load| load.draining);
+    assert!(until(|| mesh.workers().iter().any(draining)).await);
+    let answer = collect(mesh.generate(request(&[7], 5)).unwrap()).await;
+    assert_eq!(answer.error, None);
+    assert!(until(|| mesh.sessions().live == 2).await);
+}
+
+#[tokio::test]
+async fn a_stuck_engine_under_beating_loads_loses_its_streams() {
+    let stick = |stuck| move |worker: &MockWorker| worker.faults().set(|plan| plan.stuck = stuck);
+    survives(stick(true), stick(false)).await;
+}
+
+#[tokio::test]
+async fn a_hole_closes_the_session_and_the_stream_goes_on() {
     let both = worker(Role::Both);
     both.faults().set(|plan| plan.hole_at = Some(3));
+    let mesh = mesh_of(&[&both]).await;
+    let mut stream = mesh.generate(request(&[1], 10)).unwrap();
+    let mut answer = first_tokens(&mut stream).await;
+    assert!(until(|| mesh.counters().violations.get() > 0).await);
+    both.faults().set(|plan| plan.hole_at = None);
+    answer.rest(stream).await;
+    assert_eq!(answer.error, None);
+    assert_eq!(answer.ids, both.tokens().expected(&[1], 10));
+    assert!(both.counters().sessions_opened >= 2);
+}
+
+#[tokio::test]
+async fn attempts_that_fail_again_and_again_end_the_request() {
+    let both = worker(Role::Both);
+    both.faults().set(|plan| {
+        plan.fail_at = Some(4);
+        plan.fail_next = 1_000;
+        plan.fail_code = tonic::Code::Unavailable as u32;
+    });
     let mesh = mesh_of(&[&both]).await;
     let answer = collect(mesh.generate(request(&[1], 10)).unwrap()).await;
     let Some(RequestError::WorkerLost { next_index, .. }) = answer.error else {
         panic!("{:?}", answer.error)
     };
-    assert_eq!(next_index, 3);
-    assert_eq!(mesh.counters().violations.get(), 1);
-    both.faults().set(|plan| plan.hole_at = None);
-    assert!(until(|| both.counters().sessions_opened == 2 && mesh.sessions().live == 1).await);
-    let answer = collect(mesh.generate(request(&[1], 10)).unwrap()).await;
-    assert_eq!(answer.error, None);
+    assert_eq!((next_index, answer.ids.len()), (4, 4));
+    assert_eq!(both.counters().failed, 8);
 }
 
 #[tokio::test]
@@ -160,4 +219,48 @@ async fn a_slow_client_is_given_up_and_costs_ids_only() {
         answer.error
     );
     assert!(until(|| nothing_left(&mesh, &[&both])).await);
+}
+
+#[tokio::test]
+async fn a_worker_whose_answers_fail_is_left_out_until_a_probe_succeeds() {
+    let (bad, good) = (worker(Role::Both), worker(Role::Both));
+    bad.faults().set(|plan| {
+        plan.fail_at = Some(0);
+        plan.fail_next = u32::MAX;
+        plan.fail_code = tonic::Code::Unavailable as u32;
+    });
+    let mesh = mesh_of(&[&bad, &good]).await;
+    // As many as it takes: where one goes is the policy's choice.
+    for n in 0..1_000 {
+        let answer = collect(mesh.generate(request(&[n], 3)).unwrap()).await;
+        assert_eq!((answer.error, answer.ids.len()), (None, 3));
+        if mesh.counters().ejections.get() > 0 {
+            break;
+        }
+    }
+    let failing = |row: &v1::WorkerStatus| row.state_detail == "its answers fail";
+    assert!(mesh.workers().iter().any(failing), "{:?}", mesh.workers());
+    // It is well again: with the next probe it is back.
+    bad.faults().set(|plan| plan.fail_next = 0);
+    assert!(until(|| mesh.sessions().half_open == 1).await);
+    good.set_draining(true);
+    let draining = |row: &v1::WorkerStatus| row.load.as_ref().is_some_and(|load| load.draining);
+    assert!(until(|| mesh.workers().iter().any(draining)).await);
+    let answer = collect(mesh.generate(request(&[7], 5)).unwrap()).await;
+    assert_eq!(answer.error, None);
+    assert_eq!(mesh.sessions().live, 2);
+}
+
+#[tokio::test]
+async fn the_last_worker_of_a_role_is_never_left_out() {
+    let both = worker(Role::Both);
+    both.faults().set(|plan| {
+        plan.fail_at = Some(0);
+        plan.fail_next = 6;
+        plan.fail_code = tonic::Code::Unavailable as u32;
+    });
+    let mesh = mesh_of(&[&both]).await;
+    let answer = collect(mesh.generate(request(&[1], 3)).unwrap()).await;
+    assert_eq!((answer.error, answer.ids.len()), (None, 3));
+    assert_eq!(mesh.counters().ejections.get(), 0);
 }

@@ -205,3 +205,27 @@ async fn attempts_and_transfers_are_counted_by_state() {
     assert_eq!(mesh.attempts(), AttemptCounts::default());
     assert!(until(|| nothing_left(&mesh, &[&prefill, &decode])).await);
 }
+
+#[tokio::test]
+async fn an_output_that_the_client_has_in_part_goes_on_behind_it() {
+    let both = worker(Role::Both);
+    let mesh = mesh_of(&[&both]).await;
+    let whole = collect(mesh.generate(request(&[1, 2], 40)).unwrap()).await;
+    for had in [0, 1, 17, 39, 40] {
+        let from = AdmittedRequest {
+            output_ids: whole.ids[..had].to_vec(),
+            ..request(&[1, 2], 40)
+        };
+        let mut answer = Answer {
+            ids: whole.ids[..had].to_vec(),
+            ..Answer::default()
+        };
+        answer.rest(mesh.generate(from).unwrap()).await;
+        assert_eq!(answer.error, None);
+        assert_eq!(answer.ids, whole.ids, "from {had} on");
+        assert!(whole.text.ends_with(&answer.text), "{}", answer.text);
+        let usage = answer.finished.unwrap().usage.unwrap();
+        assert_eq!(usage.output_tokens, 40);
+    }
+    assert!(until(|| nothing_left(&mesh, &[&both])).await);
+}

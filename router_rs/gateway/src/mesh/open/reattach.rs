@@ -1,0 +1,61 @@
+//! A generation one of whose workers was away for a moment.
+
+use std::sync::Arc;
+
+use kvmesh_session::{
+    Command, Fence, WorkerIndex,
+    generation::{Event, Loss},
+};
+
+use super::Open;
+use crate::mesh::session::{Outgoing, SessionHandle};
+
+impl Open {
+    /// The attempt that is wanted of a worker, and the first index.
+    pub(in crate::mesh) fn reattach(&self, worker: WorkerIndex) -> Option<(Fence, u32)> {
+        self.lock().machine.reattach(worker)
+    }
+
+    /// The worker is back and has the attempt still.
+    pub(in crate::mesh) fn reattached(
+        self: &Arc<Self>,
+        worker: WorkerIndex,
+        session: &Arc<SessionHandle>,
+        fence: Fence,
+    ) {
+        {
+            let mut state = self.lock();
+            let wanted = state.machine.reattach(worker);
+            if wanted.is_some_and(|(of, _)| of == fence)
+                && let Some(chosen) = &mut state.chosen
+            {
+                for party in &mut chosen.parties {
+                    if party.worker == worker {
+                        party.session = Arc::clone(session);
+                    }
+                }
+                // Of an attempt that is wanted nothing comes back.
+                let _ = state.machine.apply(Event::Reattached { worker, fence });
+                self.core.counters.reattached.add(1);
+                return;
+            }
+        }
+        let command = Command::Cancel {
+            generation: self.id,
+            fence,
+        };
+        // Where it cannot be sent the session has ended, and its worker drops it.
+        let _ = session.send(Outgoing {
+            command,
+            open: None,
+        });
+    }
+
+    /// The worker is back and knows nothing of the attempt.
+    pub(in crate::mesh) fn forgotten(self: &Arc<Self>, worker: WorkerIndex, fence: Fence) {
+        if self.reattach(worker).is_some_and(|(of, _)| of == fence) {
+            let loss = Loss::Broken;
+            self.apply(Event::SessionLost { worker, loss });
+        }
+    }
+}

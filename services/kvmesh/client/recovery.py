@@ -1,0 +1,87 @@
+"""How a client goes on with a stream whose router is gone.
+
+All that is needed is with the client: the request, the ids that it got and the
+seed that `Accepted` told. Any router goes on from there
+(GenerateRequest.continue_from), on any worker, with the tokens that would have
+come. Both clients use this; it knows no channel and no loop.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+
+import grpc
+
+from kvmesh.client.errors import MeshError
+from kvmesh.client.events import Accepted, Event, Tokens
+from kvmesh.v1 import inference_pb2 as wire
+
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 2.0
+
+
+class Recovery:
+    """One stream over as many calls as it takes."""
+
+    def __init__(
+        self, request: wire.GenerateRequest, timeout: float | None, recover_s: float
+    ) -> None:
+        """`timeout`: seconds for all calls together; None: no limit. `recover_s`:
+        how long a stream may stand still before its error is the caller's."""
+        now = time.monotonic()
+        self._request = request
+        self._deadline = None if timeout is None else now + timeout
+        self._recover_s = recover_s
+        self._accepted = False
+        self._failures = 0
+        self._moved = now
+        self._loss: MeshError | None = None
+
+    @property
+    def request(self) -> wire.GenerateRequest:
+        """What the next call asks for."""
+        return self._request
+
+    @property
+    def timeout(self) -> float | None:
+        """What is left for the next call, seconds."""
+        if self._deadline is None:
+            return None
+        return max(0.001, self._deadline - time.monotonic())
+
+    def take(self, event: Event) -> bool:
+        """Notes an event. False: it is one that the caller has already."""
+        if isinstance(event, Accepted):
+            known, self._accepted = self._accepted, True
+            if not known:
+                self._go_on_from(event.seed)
+            return not known
+        if isinstance(event, Tokens):
+            self._request.continue_from.token_ids.extend(event.ids)
+            self._failures = 0
+            self._loss = None
+        return True
+
+    def _go_on_from(self, seed: int) -> None:
+        request = wire.GenerateRequest()
+        request.CopyFrom(self._request)
+        request.continue_from.seed = seed
+        self._request = request
+
+    def pause(self, error: MeshError) -> float:
+        """Seconds until the stream is tried anew. Raises `error` where it is not,
+        since it never began or that is no loss; and what began it all, which knows
+        the next index, where nothing came for too long."""
+        now = time.monotonic()
+        if not self._accepted or error.code is not grpc.StatusCode.UNAVAILABLE:
+            raise error
+        if self._loss is None:
+            self._moved, self._loss = now, error
+        late = self._deadline is not None and now >= self._deadline
+        if late or now - self._moved >= self._recover_s:
+            raise self._loss
+        bound = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**self._failures)
+        self._failures = min(self._failures + 1, 16)
+        # Clients that lost the same router come back apart.
+        return random.uniform(bound / 4, bound)

@@ -1,0 +1,67 @@
+"""What a client does when its stream is cut off."""
+
+import grpc
+import pytest
+
+from kvmesh.client.errors import MeshError, MeshUnavailableError
+from kvmesh.client.events import Accepted, Tokens
+from kvmesh.client.recovery import Recovery
+from kvmesh.client.request import build_request
+
+ACCEPTED = Accepted("00" * 16, 77, 1, 8, "m")
+GONE = MeshUnavailableError(grpc.StatusCode.UNAVAILABLE, "gone")
+
+
+def begun(recover_s: float = 30.0) -> Recovery:
+    recovery = Recovery(build_request({"prompt": "a"}), None, recover_s)
+    assert recovery.take(ACCEPTED)
+    return recovery
+
+
+def test_it_goes_on_from_what_came_with_the_seed_in_force() -> None:
+    recovery = begun()
+    assert recovery.take(Tokens(0, (5, 6), "x"))
+    assert recovery.take(Tokens(2, (7,), "y"))
+    assert recovery.pause(GONE) > 0
+    asked = recovery.request
+    assert asked.prompt == "a"
+    assert list(asked.continue_from.token_ids) == [5, 6, 7]
+    assert asked.continue_from.seed == 77
+    # That it was admitted again is nothing new to the caller.
+    assert not recovery.take(ACCEPTED)
+
+
+def test_what_never_began_or_is_no_loss_is_the_callers() -> None:
+    with pytest.raises(MeshUnavailableError):
+        Recovery(build_request({"prompt": "a"}), None, 30.0).pause(GONE)
+    for code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.DEADLINE_EXCEEDED):
+        with pytest.raises(MeshError):
+            begun().pause(MeshError(code, "no"))
+
+
+def test_it_can_be_turned_off() -> None:
+    with pytest.raises(MeshUnavailableError):
+        begun(recover_s=0.0).pause(GONE)
+
+
+def test_pauses_grow_until_something_comes() -> None:
+    recovery = begun()
+    bounds = [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
+    for bound in bounds:
+        assert bound / 4 <= recovery.pause(GONE) <= bound
+    recovery.take(Tokens(0, (5,), ""))
+    assert recovery.pause(GONE) <= bounds[0]
+
+
+def test_when_nothing_helps_the_first_loss_is_told() -> None:
+    recovery = begun(recover_s=0.02)
+    first = MeshUnavailableError(grpc.StatusCode.UNAVAILABLE, "lost", metadata={"next_index": "3"})
+    recovery.pause(first)
+
+    def try_on() -> None:
+        while True:
+            recovery.pause(GONE)
+
+    with pytest.raises(MeshUnavailableError) as caught:
+        try_on()
+    assert caught.value.next_index == 3
