@@ -481,12 +481,13 @@ fn any_cluster() -> impl Strategy<Value = Vec<WorkerView>> {
     (1u32..16).prop_flat_map(|count| (0..count).map(any_worker).collect::<Vec<_>>())
 }
 
-/// Up to 40 workers of two kinds of KV, with tokens of KV large enough for their
+/// 30 to 40 workers of two kinds of KV, with tokens of KV large enough for their
 /// transfers to matter, and what a prompt and each stream find there.
 fn large_cluster() -> impl Strategy<Value = Vec<WorkerView>> {
-    let kinds = prop::collection::vec(any::<bool>(), 40);
+    // Of the first kind there are some 20 on each side: far more than are paired.
+    let kinds = prop::collection::vec(prop::bool::weighted(0.25), 40);
     let workers =
-        (20u32..=40).prop_flat_map(|count| (0..count).map(any_worker).collect::<Vec<_>>());
+        (30u32..=40).prop_flat_map(|count| (0..count).map(any_worker).collect::<Vec<_>>());
     (workers, kinds).prop_map(|(mut workers, kinds)| {
         for (worker, other) in workers.iter_mut().zip(kinds) {
             let abilities = Arc::make_mut(&mut worker.abilities);
