@@ -8,7 +8,7 @@ import pytest
 from cluster import Cluster
 from fault_proxy import FaultProxy
 from figures import figures, wait_figures, wait_quiet
-from streams import Streams, prompts
+from many_streams import Streams, prompts
 
 STEPS = ("--engine-arguments", "profile=step-10ms")
 COUNT = 12

@@ -15,7 +15,7 @@ import pytest
 from cluster import Cluster
 from fault_proxy import FaultProxy
 from figures import figures, wait_quiet
-from streams import Streams, prompts
+from many_streams import Streams, prompts
 
 from kvmesh.cli.etcd import free_ports
 

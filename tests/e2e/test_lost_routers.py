@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from cluster import Cluster
 from figures import figures
-from streams import Streams, prompts, undisturbed
+from many_streams import Streams, prompts, undisturbed
 
 import kvmesh
 

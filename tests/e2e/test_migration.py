@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 from figures import figures, wait_figures, wait_quiet
-from streams import Streams, prompts, undisturbed
+from many_streams import Streams, prompts, undisturbed
 
 STEPS = ("--engine-arguments", "profile=step-10ms")
 COUNT = 12

@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 import pytest
 from figures import figures, wait_quiet
-from streams import Streams, prompts
+from many_streams import Streams, prompts
 
 import kvmesh
 from kvmesh.engine.sim.vocabulary import end_of_text_ids

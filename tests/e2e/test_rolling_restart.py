@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from figures import figures, wait_quiet
-from streams import Streams, prompts
+from many_streams import Streams, prompts
 
 STEPS = ("--grace-s", "0.2", "--engine-arguments", "profile=step-10ms")
 COUNT = 24
