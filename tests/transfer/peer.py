@@ -24,6 +24,7 @@ def main() -> None:
     filled(pool, settings.pop("seed", 1))
     node = _router.TransferNode(pool, compatibility=b"", block_tokens=16, **settings)
     print(json.dumps({"address": node.address}), flush=True)
+    verified = 0
     for line in sys.stdin:
         command = json.loads(line)
         name, arguments = command["call"], command.get("with", [])
@@ -31,6 +32,11 @@ def main() -> None:
             while not (events := node.poll()):
                 node.wait(10.0)
             answer: object = [type(event).__name__ for event in events]
+            ends = [event for event in events if isinstance(event, _router.ReceiveFailed)]
+            verified = ends[-1].verified_blocks if ends else verified
+        elif name == "verified":
+            # Of the last receive that failed.
+            answer = verified
         elif name == "fill":
             filled(pool, arguments[0])
             answer = None
