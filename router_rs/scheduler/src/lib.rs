@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod admission;
+mod best;
 mod booking;
 mod chunk;
 mod cost;
@@ -18,6 +19,7 @@ mod facts;
 mod fair;
 mod fit;
 mod fixed;
+mod floor;
 mod learn;
 mod lengths;
 mod plan;

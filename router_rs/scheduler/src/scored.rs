@@ -185,7 +185,7 @@ impl Policy for ScoredPolicy {
         } = self;
         let settings = cost.settings().clone();
         let decided = cluster.with_table(|table| {
-            cost.weigh(table, cluster, request, |plans| {
+            cost.weigh(table, cluster, request, true, |plans| {
                 let best = score(scorer.as_ref(), columns, plans, cluster)
                     .inspect_err(|error| scorer.failed(error));
                 match best {

@@ -143,7 +143,7 @@ impl Survey {
         let plain = request.is_plain();
         let (mut pure_prefill, mut pure_decode) = (false, false);
         let mix = tie_break(cluster.router, request.id);
-        for (at, row) in table.rows.iter().enumerate() {
+        for (at, row) in table.gates.iter().enumerate() {
             if row.model != model {
                 continue;
             }
