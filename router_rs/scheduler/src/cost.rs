@@ -139,6 +139,7 @@ impl KvCost {
             asked: Asked::of(request, cluster.now_ms),
             people: &self.people,
             holders: &self.survey.holders,
+            relay_least_ms: self.survey.relay_least_ms,
             tiered: request.is_tiered(),
             pull_from_tokens: self.settings.pull_from_tokens,
         };

@@ -4,8 +4,8 @@
 use super::*;
 use crate::booking::Work;
 use crate::request::{Class, Needs};
-use crate::survey::Holder;
 use crate::step_model::{StepModel, prefill_context};
+use crate::survey::Holder;
 use crate::transfer::{Path, TransferRates};
 use crate::worker::{Abilities, KvRoom, Load, Phase, Prompt, Reload, Role, Share, WorkerView};
 use kvmesh_kv_index::{CacheChange, IndexSettings, Knowledge, KvIndex, Matches, Tier, WorkerSlot};
@@ -123,6 +123,7 @@ fn worker(slot: u32, role: Role, draw: &mut Draw) -> WorkerView {
         },
         booked: Work::default(),
         left: [draw.real(500.0), draw.real(500.0), draw.real(500.0)],
+        relay_ms: draw.real(50.0),
     }
 }
 
@@ -232,6 +233,7 @@ proptest! {
                 holders: &holders,
                 tiered: request.is_tiered(),
                 pull_from_tokens: 128,
+                relay_least_ms: workers.iter().map(|one| one.relay_ms).fold(f64::INFINITY, f64::min),
             };
             for at in 0..workers.len() as u32 {
                 let prefill = question.prefill_side(at).total_ms;

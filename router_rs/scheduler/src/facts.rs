@@ -46,6 +46,8 @@ pub(crate) struct Gate {
     pub(crate) room: f64,
     pub(crate) block: f64,
     pub(crate) limit: f64,
+    /// As in [`WorkerView`].
+    pub(crate) relay_ms: f64,
 }
 
 impl Gate {
@@ -63,6 +65,7 @@ impl Gate {
             room: worker.available_blocks() as f64 * block,
             block,
             limit: (abilities.pool_blocks as f64 * block).min(f64::from(abilities.context_length)),
+            relay_ms: worker.relay_ms,
         }
     }
 }
@@ -93,6 +96,8 @@ pub(crate) struct Facts {
     pub(crate) company_ms: f64,
     /// Left of the running step, ms.
     pub(crate) step_left_ms: f64,
+    /// As in [`WorkerView`].
+    pub(crate) relay_ms: f64,
     /// Tokens of a typical chunk there, and one over that.
     pub(crate) chunk: f64,
     pub(crate) per_chunk: f64,
@@ -144,6 +149,7 @@ impl Facts {
             step_ms,
             company_ms: step_ms - worker.step.a_ms,
             step_left_ms: worker.load.step_left_ms,
+            relay_ms: worker.relay_ms,
             chunk,
             per_chunk: chunk.recip(),
             per_budget: budget_ms.recip(),

@@ -23,6 +23,8 @@ pub(crate) struct Question<'a, 'r> {
     pub(crate) holders: &'a [Holder],
     /// Whether anything lies below a device.
     pub(crate) tiered: bool,
+    /// Of the way between workers and the client, what all plans have, ms.
+    pub(crate) relay_least_ms: f64,
     /// Fewest tokens for which a prefix is pulled.
     pub(crate) pull_from_tokens: u32,
 }
@@ -155,6 +157,8 @@ impl<'a> Question<'a, '_> {
             pull_ms,
             reload_ms,
             prefill_ms,
+            relay_ms: facts.relay_ms,
+            relay_least_ms: self.relay_least_ms,
             queued_ms: queued_ms(line, prefill_ms),
             others_stretch_ms: stretch::chunks_stretch_ms(facts, &chunks, line.ahead_ms, people),
             ..Terms::default()

@@ -16,8 +16,8 @@ use kvmesh_kv_index::{KvIndex, Matches, UNIT_TOKENS, WorkerSlot};
 use kvmesh_scheduler::planner::{Demand, Pools};
 use kvmesh_scheduler::{
     AdmissionSettings, Booking, Bookings, Class, ClassTargets, Considered, Decision, Estimate,
-    Lane, Learner, Load, NoPlan, OutputLengths, Path, Phase, Policy, Queue, Rejected, RequestView, Role,
-    Roster, ScoreError, StepModel, StepSample, TransferRates, Work, virtual_deadline_ms,
+    Lane, Learner, Load, NoPlan, OutputLengths, Path, Phase, Policy, Queue, Rejected, RequestView,
+    Role, Roster, ScoreError, StepModel, StepSample, TransferRates, Work, virtual_deadline_ms,
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
