@@ -58,6 +58,7 @@ fn view(slot: WorkerSlot, role: Role, abilities: &Arc<Abilities>) -> WorkerView 
         booked: Work::default(),
         prompts: Vec::new(),
         left: [200.0; 3],
+        relay_ms: 0.0,
     }
 }
 

@@ -103,10 +103,11 @@ impl Estimate {
                 work_ms: f64::INFINITY,
                 workers: 0,
             };
-            for (worker, facts) in cluster.workers.iter().zip(&table.rows) {
+            let rows = table.gates.iter().zip(&table.rows);
+            for (worker, (gate, facts)) in cluster.workers.iter().zip(rows) {
                 // One that is silent for a moment will do its share.
-                let ready = facts.ready || worker.suspect && worker.takes_work();
-                if !ready || Some(facts.model) != model || !role(facts.role) {
+                let ready = gate.ready || worker.suspect && worker.takes_work();
+                if !ready || Some(gate.model) != model || !role(gate.role) {
                     continue;
                 }
                 let line = line(facts, &worker.prompts, &asked, &people.weights.ttft);

@@ -1,5 +1,6 @@
 //! The policy that counts added delay.
 
+use crate::best::Best;
 use crate::deadline::{ClassTargets, Weights};
 use crate::facts::Table;
 use crate::plan::{Considered, Decision, NoPlan, Plan, Policy};
@@ -52,6 +53,11 @@ impl Default for CostSettings {
 }
 
 impl CostSettings {
+    /// Up to which cost plans tie with one that costs so much.
+    fn tie_limit_ms(&self, best_ms: f64) -> f64 {
+        best_ms + self.tie_ms.max(best_ms * self.tie_share)
+    }
+
     pub(crate) fn people(&self) -> People {
         People {
             stretch: self.stretch,
@@ -69,6 +75,9 @@ pub struct KvCost {
     people: People,
     survey: Survey,
     order: Vec<Weighed>,
+    /// Whether those are ruled out that cost too much in any case. The choice
+    /// is the same; only a test goes without.
+    prune: bool,
 }
 
 /// A plan that was weighed: what it costs, and its workers among those kept.
@@ -102,6 +111,7 @@ impl KvCost {
             settings,
             survey: Survey::default(),
             order: Vec::new(),
+            prune: true,
         }
     }
 
@@ -111,11 +121,13 @@ impl KvCost {
     }
 
     /// Weighs the plans of a request, and works with them: the cheapest first.
+    /// `all`: also those that neither tie with the best nor are kept.
     pub(crate) fn weigh<T>(
         &mut self,
         table: &Table,
         cluster: &Cluster<'_>,
         request: &RequestView<'_>,
+        all: bool,
         work: impl FnOnce(&Plans<'_, '_>) -> T,
     ) -> Result<T, NoPlan> {
         self.survey
@@ -127,13 +139,18 @@ impl KvCost {
             asked: Asked::of(request, cluster.now_ms),
             people: &self.people,
             holders: &self.survey.holders,
+            relay_least_ms: self.survey.relay_least_ms,
             tiered: request.is_tiered(),
             pull_from_tokens: self.settings.pull_from_tokens,
         };
         let mut plans = Plans {
             question,
             keep: self.settings.best_of_side.max(1),
+            settings: &self.settings,
             mix: tie_break(cluster.router, request.id) as u32,
+            prune: self.prune,
+            all: all || !self.prune,
+            ruled_out: 0,
             prefills: Vec::new(),
             decodes: Vec::new(),
             order: std::mem::take(&mut self.order),
@@ -142,7 +159,7 @@ impl KvCost {
         plans.whole(&self.survey.whole);
         if !self.survey.prefill.is_empty() {
             plans.pair(&self.survey, plans.keep);
-            if plans.order.is_empty() {
+            if plans.len() == 0 {
                 // The best of each side may all be of kinds that do not pair.
                 plans.pair(&self.survey, usize::MAX);
             }
@@ -167,8 +184,7 @@ impl KvCost {
         cluster: &Cluster<'_>,
         request: &RequestView<'_>,
     ) -> Option<Decision> {
-        let best = plans.order.first()?.total_ms;
-        let limit = best + settings.tie_ms.max(best * settings.tie_share);
+        let limit = settings.tie_limit_ms(plans.order.first()?.total_ms);
         let tied = plans
             .order
             .partition_point(|plan| plan.total_ms <= limit)
@@ -196,7 +212,7 @@ impl Policy for KvCost {
     ) -> Result<Decision, NoPlan> {
         let settings = self.settings.clone();
         let decision = cluster.with_table(|table| {
-            self.weigh(table, cluster, request, |plans| {
+            self.weigh(table, cluster, request, false, |plans| {
                 Self::decide(&settings, plans, cluster, request)
             })
         })?;
@@ -210,7 +226,7 @@ impl Policy for KvCost {
     ) -> Result<Vec<Considered>, NoPlan> {
         let mut fresh = Self::new(self.settings.clone());
         cluster.with_table(|table| {
-            fresh.weigh(table, cluster, request, |plans| {
+            fresh.weigh(table, cluster, request, true, |plans| {
                 let all = 0..plans.order.len();
                 all.filter_map(|at| Some(plans.candidate(at)?.considered))
                     .collect()
@@ -222,8 +238,13 @@ impl Policy for KvCost {
 /// The plans of one request.
 pub(crate) struct Plans<'a, 'r> {
     question: Question<'a, 'r>,
+    settings: &'a CostSettings,
     keep: usize,
     mix: u32,
+    prune: bool,
+    all: bool,
+    /// Pairs that neither tie with the best nor are kept.
+    ruled_out: usize,
     prefills: Vec<Side<'a>>,
     decodes: Vec<Side<'a>>,
     order: Vec<Weighed>,
@@ -232,8 +253,9 @@ pub(crate) struct Plans<'a, 'r> {
 impl Plans<'_, '_> {
     /// Adds the best of those that do all of it.
     fn whole(&mut self, of: &[u32]) {
-        let cost = |at| self.question.whole(at).considered.terms.total_ms();
-        for (total_ms, at) in best(of, self.keep, self.mix, cost) {
+        let question = &self.question;
+        let cost = |at| question.whole(at).considered.terms.total_ms();
+        for (total_ms, at) in self.best(of, self.keep, |at| question.whole_floor(at), cost) {
             let slot = self.question.table.rows[at as usize].slot;
             self.order.push(Weighed {
                 total_ms,
@@ -271,20 +293,26 @@ impl Plans<'_, '_> {
     /// The same of workers of one kind.
     fn pair_kind(&mut self, prefill: &[u32], decode: &[u32], keep: usize) {
         let question = &self.question;
-        let prefills = best(prefill, keep, self.mix, |at| {
-            question.prefill_side(at).terms.total_ms()
-        });
-        let decodes = best(decode, keep, self.mix, |at| {
-            question.decode_cost(&question.decode_side(at))
-        });
+        let floor = |at| question.prefill_floor(at);
+        let cost = |at| question.prefill_side(at).total_ms;
+        let prefills = self.best(prefill, keep, floor, cost);
+        let floor = |at| question.decode_floor(at);
+        let cost = |at| question.decode_cost(&question.decode_side(at));
+        let decodes = self.best(decode, keep, floor, cost);
         let (before, d_before) = (self.prefills.len(), self.decodes.len());
         let prefills = prefills.iter().map(|(_, at)| question.prefill_side(*at));
         let decodes = decodes.iter().map(|(_, at)| question.decode_side(*at));
         self.prefills.extend(prefills);
         self.decodes.extend(decodes);
+        let mut bar = Bar::new(self.settings, &self.order);
         for (i, p) in self.prefills.iter().enumerate().skip(before) {
             for (j, d) in self.decodes.iter().enumerate().skip(d_before) {
+                if !self.all && p.total_ms + d.total_ms > bar.height_ms {
+                    self.ruled_out += usize::from(question.pairs(p, d));
+                    continue;
+                }
                 if let Some(total_ms) = question.split_cost(p, d) {
+                    bar.add(total_ms);
                     self.order.push(Weighed {
                         total_ms,
                         slots: (p.facts.slot, d.facts.slot),
@@ -295,9 +323,25 @@ impl Plans<'_, '_> {
         }
     }
 
-    /// How many there are.
+    fn best(
+        &self,
+        of: &[u32],
+        keep: usize,
+        floor: impl Fn(u32) -> f64,
+        cost: impl Fn(u32) -> f64,
+    ) -> Vec<(f64, u32)> {
+        let mut best = Best::new(keep, self.mix, of.len());
+        if self.prune {
+            best.choose(of, floor, cost);
+        } else {
+            of.iter().for_each(|at| best.offer(cost(*at), *at));
+        }
+        best.kept
+    }
+
+    /// How many there are, with those that were ruled out.
     pub(crate) fn len(&self) -> usize {
-        self.order.len()
+        self.order.len() + self.ruled_out
     }
 
     /// Notes in a decision for one of them what it was chosen from.
@@ -307,7 +351,7 @@ impl Plans<'_, '_> {
         mut decision: Decision,
         at: usize,
     ) -> Decision {
-        decision.weighed = u32::try_from(self.order.len()).unwrap_or(u32::MAX);
+        decision.weighed = u32::try_from(self.len()).unwrap_or(u32::MAX);
         let kept = settings.plans_kept.min(self.order.len());
         let best = (0..kept).filter_map(|at| self.candidate(at));
         decision.considered = Vec::with_capacity(kept + 1);
@@ -332,35 +376,38 @@ impl Plans<'_, '_> {
     }
 }
 
-/// The cheapest `keep` of these, cheapest first. Of those that cost the same,
-/// which ones are kept differs from request to request: a crowd of idle workers
-/// is not always met at its first eight.
-fn best(of: &[u32], keep: usize, mix: u32, cost: impl Fn(u32) -> f64) -> Vec<(f64, u32)> {
-    let order = |a: &(f64, u32), b: &(f64, u32)| {
-        a.0.total_cmp(&b.0)
-            .then_with(|| (a.1 ^ mix).cmp(&(b.1 ^ mix)))
-    };
-    let mut kept: Vec<(f64, u32)> = Vec::with_capacity(keep.min(of.len()));
-    let mut worst = f64::INFINITY;
-    for &at in of {
-        let one = (cost(at), at);
-        if one.0 > worst {
-            continue;
+/// What a plan may cost at most to tie with the best or to be kept.
+struct Bar<'a> {
+    settings: &'a CostSettings,
+    /// The cheapest so far, as many as are kept, cheapest first.
+    cheapest: Vec<f64>,
+    height_ms: f64,
+}
+
+impl<'a> Bar<'a> {
+    fn new(settings: &'a CostSettings, weighed: &[Weighed]) -> Self {
+        let mut bar = Self {
+            settings,
+            cheapest: Vec::with_capacity(settings.plans_kept.clamp(1, 64) + 1),
+            height_ms: f64::INFINITY,
+        };
+        weighed.iter().for_each(|plan| bar.add(plan.total_ms));
+        bar
+    }
+
+    fn add(&mut self, total_ms: f64) {
+        let kept = self.settings.plans_kept.max(1);
+        if total_ms > self.height_ms {
+            return;
         }
-        let full = kept.len() == keep;
-        if full && kept.last().is_some_and(|last| order(&one, last).is_ge()) {
-            continue;
-        }
-        if full {
-            kept.pop();
-        }
-        let place = kept.partition_point(|other| order(other, &one).is_lt());
-        kept.insert(place, one);
-        if kept.len() == keep {
-            worst = kept.last().map_or(worst, |last| last.0);
+        let place = self.cheapest.partition_point(|other| *other <= total_ms);
+        self.cheapest.insert(place, total_ms);
+        self.cheapest.truncate(kept);
+        if self.cheapest.len() == kept {
+            let limit = self.settings.tie_limit_ms(self.cheapest[0]);
+            self.height_ms = limit.max(self.cheapest[kept - 1]);
         }
     }
-    kept
 }
 
 /// The decision for a plan, with what it books.
@@ -405,3 +452,7 @@ pub(crate) fn tie_break(router: u64, request: u128) -> u64 {
     }
     value
 }
+
+#[cfg(test)]
+#[path = "cost_tests.rs"]
+mod tests;

@@ -5,6 +5,7 @@
 
 use crate::chunk::{ChunkBounds, OWN_STEP_SHARE, PREEMPTION_TARGET_MS, tokens_within};
 use crate::deadline::{ClassTargets, Weights};
+use crate::floor::Floor;
 use crate::request::{Class, PerClass};
 use crate::step_model::StepModel;
 use crate::terms::queued::Waiting;
@@ -28,23 +29,57 @@ pub(crate) struct Streams {
     pub(crate) target_ms: f64,
 }
 
+/// What decides who may take a request at all.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Gate {
+    /// Number of its model's name.
+    pub(crate) model: u32,
+    /// As in [`Facts`].
+    pub(crate) kind: u32,
+    pub(crate) slot: u32,
+    /// Takes new work now, room apart.
+    pub(crate) ready: bool,
+    /// May give a prefix.
+    pub(crate) gives: bool,
+    pub(crate) role: Role,
+    /// Tokens that a new request could get, those of one block, longest one.
+    pub(crate) room: f64,
+    pub(crate) block: f64,
+    pub(crate) limit: f64,
+    /// As in [`WorkerView`].
+    pub(crate) relay_ms: f64,
+}
+
+impl Gate {
+    fn of(worker: &WorkerView, names: &mut Names, kind: u32) -> Self {
+        let abilities = &*worker.abilities;
+        let serves = matches!(worker.phase, Phase::Serving | Phase::WarmingUp);
+        let block = f64::from(abilities.block_tokens.max(1));
+        Self {
+            model: names.model(&worker.model),
+            kind,
+            slot: worker.slot.0,
+            ready: serves && !worker.draining && !worker.suspect,
+            gives: abilities.prefix_pull && !worker.suspect,
+            role: worker.role,
+            room: worker.available_blocks() as f64 * block,
+            block,
+            limit: (abilities.pool_blocks as f64 * block).min(f64::from(abilities.context_length)),
+            relay_ms: worker.relay_ms,
+        }
+    }
+}
+
 /// One worker's row.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Facts {
-    /// Takes new work now, room apart.
-    pub(crate) ready: bool,
-    pub(crate) role: Role,
     pub(crate) prefix_pull: bool,
-    /// May give a prefix.
-    pub(crate) gives: bool,
     pub(crate) streamed: bool,
     pub(crate) emits_first: bool,
     /// A prefill stops between layers for what is more urgent.
     pub(crate) layers: bool,
     /// Whether prompts wait there.
     pub(crate) waits: bool,
-    /// Number of its model's name.
-    pub(crate) model: u32,
     /// Number of its (digest, pairing): equal ones exchange KV.
     pub(crate) kind: u32,
     /// Number of its host; 0: not known.
@@ -61,6 +96,8 @@ pub(crate) struct Facts {
     pub(crate) company_ms: f64,
     /// Left of the running step, ms.
     pub(crate) step_left_ms: f64,
+    /// As in [`WorkerView`].
+    pub(crate) relay_ms: f64,
     /// Tokens of a typical chunk there, and one over that.
     pub(crate) chunk: f64,
     pub(crate) per_chunk: f64,
@@ -68,10 +105,9 @@ pub(crate) struct Facts {
     pub(crate) per_budget: f64,
     pub(crate) streams: PerClass<Streams>,
     pub(crate) line: Waiting,
-    /// Tokens that a new request could get, those of one block, longest one.
+    /// Tokens that a new request could get, and those of one block.
     pub(crate) room: f64,
     pub(crate) block: f64,
-    pub(crate) limit: f64,
     /// Bytes of a token's KV.
     pub(crate) token_bytes: f64,
     /// What a token that lies on the host, or on disk, takes to come back, ms.
@@ -93,22 +129,17 @@ impl Facts {
         let step_ms = worker.step.decode_ms(batch, context);
         let (chunk, budget_ms) = chunk_there(worker, weights, &there.decoding, batch, step_ms);
         let abilities = &*worker.abilities;
-        let ready = matches!(worker.phase, Phase::Serving | Phase::WarmingUp);
         let block = f64::from(abilities.block_tokens.max(1));
         let token_bytes = abilities.block_bytes as f64 / block;
         let growth = |class: Class| worker.left[class.index()] / PEAK;
         let streams = |class: Class| f64::from(there.decoding[class.index()]);
         let sum = |of: &dyn Fn(Class) -> f64| Class::ALL.into_iter().map(of).sum();
         let mut row = Self {
-            ready: ready && !worker.draining && !worker.suspect,
-            role: worker.role,
             prefix_pull: abilities.prefix_pull,
-            gives: abilities.prefix_pull && !worker.suspect,
             streamed: abilities.streamed_hand_off,
             emits_first: abilities.prefill_emits_first_token,
             layers: abilities.layer_preemption,
             waits: !worker.prompts.is_empty() || there.waiting_tokens != [0; 3],
-            model: names.model(&worker.model),
             kind: names.kind(&worker.digest, &abilities.pairing),
             host: names.host(&abilities.host),
             slot: worker.slot.0,
@@ -118,6 +149,7 @@ impl Facts {
             step_ms,
             company_ms: step_ms - worker.step.a_ms,
             step_left_ms: worker.load.step_left_ms,
+            relay_ms: worker.relay_ms,
             chunk,
             per_chunk: chunk.recip(),
             per_budget: budget_ms.recip(),
@@ -129,7 +161,6 @@ impl Facts {
             line: Waiting::default(),
             room: worker.available_blocks() as f64 * block,
             block,
-            limit: (abilities.pool_blocks as f64 * block).min(f64::from(abilities.context_length)),
             token_bytes,
             reload_ms: [abilities.reload.host, abilities.reload.disk]
                 .map(|bytes_per_ms| token_bytes / bytes_per_ms.max(1) as f64),
@@ -281,12 +312,16 @@ impl Names {
     }
 }
 
-/// The rows of all workers, in the order of their views.
+/// The rows of all workers, in the order of their views: who may take a
+/// request, what that costs at least, and what the terms ask. The first two are
+/// read for every worker, the last for few.
 #[derive(Debug, Clone)]
 pub(crate) struct Table {
     targets: ClassTargets,
     weights: Weights,
     pub(crate) names: Names,
+    pub(crate) gates: Vec<Gate>,
+    pub(crate) floors: Vec<Floor>,
     pub(crate) rows: Vec<Facts>,
 }
 
@@ -296,6 +331,8 @@ impl Table {
             targets: *targets,
             weights: Weights::of(targets),
             names: Names::default(),
+            gates: Vec::new(),
+            floors: Vec::new(),
             rows: Vec::new(),
         }
     }
@@ -303,14 +340,30 @@ impl Table {
     /// Counts one worker anew: its place is in the table, or is the next one.
     pub(crate) fn count(&mut self, place: usize, worker: &WorkerView) {
         let row = Facts::of(worker, &self.targets, &self.weights, &mut self.names);
-        match self.rows.get_mut(place) {
-            Some(there) => *there = row,
-            None => self.rows.push(row),
+        let gate = Gate::of(worker, &mut self.names, row.kind);
+        let floor = Floor::of(&row);
+        if place < self.rows.len() {
+            self.gates[place] = gate;
+            self.floors[place] = floor;
+            self.rows[place] = row;
+        } else {
+            self.gates.push(gate);
+            self.floors.push(floor);
+            self.rows.push(row);
         }
+    }
+
+    /// Takes one out; the last one takes its place.
+    pub(crate) fn swap_remove(&mut self, place: usize) {
+        self.gates.swap_remove(place);
+        self.floors.swap_remove(place);
+        self.rows.swap_remove(place);
     }
 
     /// Counts all workers anew.
     pub(crate) fn count_all(&mut self, workers: &[WorkerView]) {
+        self.gates.clear();
+        self.floors.clear();
         self.rows.clear();
         for (place, worker) in workers.iter().enumerate() {
             self.count(place, worker);

@@ -190,6 +190,8 @@ impl FixedPolicy {
             people: &self.people,
             holders: &[],
             tiered: request.is_tiered(),
+            // One is taken whatever it costs: nothing is told apart.
+            relay_least_ms: 0.0,
             pull_from_tokens: u32::MAX,
         };
         if let Some(p) = self.pick(cluster, &survey.prefill, request, Part::Prefill) {

@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod admission;
+mod best;
 mod booking;
 mod chunk;
 mod cost;
@@ -18,11 +19,13 @@ mod facts;
 mod fair;
 mod fit;
 mod fixed;
+mod floor;
 mod learn;
 mod lengths;
 mod plan;
 pub mod planner;
 mod queue;
+mod relay;
 mod request;
 mod roster;
 mod scored;
@@ -43,6 +46,7 @@ pub use learn::{Learner, StepSample};
 pub use lengths::OutputLengths;
 pub use plan::{Considered, Decision, Feature, NoPlan, Plan, Policy, Terms};
 pub use queue::{Lane, Queue, QueueSettings, Ticket};
+pub use relay::{FirstToken, Relay};
 pub use request::{Class, Needs, PerClass, RequestView};
 pub use roster::Roster;
 pub use scored::{Columns, ScoreError, ScoredPolicy, Scorer};

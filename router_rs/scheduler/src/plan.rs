@@ -55,8 +55,9 @@ impl Plan {
 
 /// What a plan costs, by term, in milliseconds of added delay.
 ///
-/// The first six are what the request itself waits for, as it will be
-/// measured. The others are costs: weighted by class (`interactive target /
+/// The first seven are what the request itself waits for, as it will be
+/// measured; of the way to the client only what other plans lack is a cost. The
+/// others are costs: weighted by class (`interactive target /
 /// class target`), by ε and by κ (SCHEDULING 2).
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Terms {
@@ -72,8 +73,12 @@ pub struct Terms {
     pub transfer_ms: f64,
     /// Waiting for a place in the decode worker's batch.
     pub decode_wait_ms: f64,
-    /// Whether the first token comes from decode: then the two above lie
-    /// before it, else between first and second token.
+    /// Between worker and client, what is neither waiting nor computing.
+    pub relay_ms: f64,
+    /// As much of it as every plan has.
+    pub relay_least_ms: f64,
+    /// Whether the first token comes from decode: then transfer and
+    /// decode's wait lie before it, else between first and second token.
     pub first_from_decode: bool,
     /// Weight of the request's own waiting.
     pub weight: f64,
@@ -92,7 +97,7 @@ pub struct Terms {
 impl Terms {
     /// Predicted time to the first token.
     pub fn ttft_ms(&self) -> f64 {
-        let before = self.wait_ms + self.pull_ms + self.reload_ms + self.prefill_ms;
+        let before = self.wait_ms + self.pull_ms + self.reload_ms + self.prefill_ms + self.relay_ms;
         if self.first_from_decode {
             before + self.transfer_ms + self.decode_wait_ms
         } else {
@@ -102,7 +107,7 @@ impl Terms {
 
     /// The cost: all of it.
     pub fn total_ms(&self) -> f64 {
-        self.weight * self.ttft_ms()
+        self.weight * (self.ttft_ms() - self.relay_least_ms)
             + self.queued_ms
             + self.gap_ms
             + self.own_stretch_ms
@@ -110,8 +115,14 @@ impl Terms {
             + self.recompute_ms
     }
 
+    /// Of the predicted time to the first token, what models say of service:
+    /// computing, pulling and moving.
+    pub fn modelled_ms(&self) -> f64 {
+        self.ttft_ms() - self.wait_ms - self.relay_ms
+    }
+
     /// The cost by name; the rows add up to [`Terms::total_ms`].
-    pub fn rows(&self) -> [(&'static str, f64); 11] {
+    pub fn rows(&self) -> [(&'static str, f64); 12] {
         let late = if self.first_from_decode {
             self.weight
         } else {
@@ -124,6 +135,7 @@ impl Terms {
             ("prefill", self.weight * self.prefill_ms),
             ("transfer", late * self.transfer_ms),
             ("decode_wait", late * self.decode_wait_ms),
+            ("relay", self.weight * (self.relay_ms - self.relay_least_ms)),
             ("queued", self.queued_ms),
             ("gap", self.gap_ms),
             ("own_stretch", self.own_stretch_ms),

@@ -65,7 +65,7 @@ impl Roster {
         let place = self.place(slot)?;
         self.places[slot.0 as usize] = 0;
         let view = self.views.swap_remove(place);
-        self.table.rows.swap_remove(place);
+        self.table.swap_remove(place);
         self.changed.retain(|at| *at as usize != place);
         if let Some(moved) = self.views.get(place) {
             self.places[moved.slot.0 as usize] = place as u32 + 1;

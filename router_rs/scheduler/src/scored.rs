@@ -48,7 +48,7 @@ impl Columns {
     /// Names of the columns. Workers are numbers of this router; -1 is none.
     /// The rows of the cost are those of [`crate::Terms::rows`], in ms; counts
     /// are those of the prefill and of the decode worker as they are now.
-    pub const NAMES: [&'static str; 23] = [
+    pub const NAMES: [&'static str; 24] = [
         "prefill_worker",
         "decode_worker",
         "prefix_worker",
@@ -60,6 +60,7 @@ impl Columns {
         "prefill",
         "transfer",
         "decode_wait",
+        "relay",
         "queued",
         "gap",
         "own_stretch",
@@ -185,7 +186,7 @@ impl Policy for ScoredPolicy {
         } = self;
         let settings = cost.settings().clone();
         let decided = cluster.with_table(|table| {
-            cost.weigh(table, cluster, request, |plans| {
+            cost.weigh(table, cluster, request, true, |plans| {
                 let best = score(scorer.as_ref(), columns, plans, cluster)
                     .inspect_err(|error| scorer.failed(error));
                 match best {

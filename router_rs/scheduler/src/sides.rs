@@ -2,6 +2,7 @@
 
 use crate::facts::{Facts, Table};
 use crate::fit::pairs;
+use crate::floor::{Floor, below};
 use crate::plan::{Considered, Plan, Terms};
 use crate::request::RequestView;
 use crate::survey::Holder;
@@ -22,6 +23,8 @@ pub(crate) struct Question<'a, 'r> {
     pub(crate) holders: &'a [Holder],
     /// Whether anything lies below a device.
     pub(crate) tiered: bool,
+    /// Of the way between workers and the client, what all plans have, ms.
+    pub(crate) relay_least_ms: f64,
     /// Fewest tokens for which a prefix is pulled.
     pub(crate) pull_from_tokens: u32,
 }
@@ -32,8 +35,12 @@ pub(crate) struct Side<'a> {
     pub(crate) facts: &'a Facts,
     pub(crate) line: Line,
     pub(crate) terms: Terms,
+    /// Their sum.
+    pub(crate) total_ms: f64,
     pub(crate) cached: u64,
     pub(crate) pull: Option<(u32, u64)>,
+    /// Tokens that it lacks of the sequence, and their KV in bytes.
+    missing: (f64, f64),
 }
 
 /// A plan, and where its workers are in the cluster.
@@ -88,9 +95,11 @@ impl<'a> Question<'a, '_> {
             at,
             facts,
             line,
+            total_ms: terms.total_ms(),
             terms,
             cached,
             pull,
+            missing: (0.0, 0.0),
         }
     }
 
@@ -148,6 +157,8 @@ impl<'a> Question<'a, '_> {
             pull_ms,
             reload_ms,
             prefill_ms,
+            relay_ms: facts.relay_ms,
+            relay_least_ms: self.relay_least_ms,
             queued_ms: queued_ms(line, prefill_ms),
             others_stretch_ms: stretch::chunks_stretch_ms(facts, &chunks, line.ahead_ms, people),
             ..Terms::default()
@@ -155,7 +166,8 @@ impl<'a> Question<'a, '_> {
     }
 
     fn rate(&self, source: u32, target: u32) -> TransferRate {
-        let (from, to) = (self.facts(source), self.facts(target));
+        let floors = &self.table.floors;
+        let (from, to) = (&floors[source as usize], &floors[target as usize]);
         let path = Path::between_hosts(from.host, to.host);
         let (from, to) = (WorkerSlot(from.slot), WorkerSlot(to.slot));
         self.cluster.transfers.rate(from, to, path)
@@ -178,13 +190,16 @@ impl<'a> Question<'a, '_> {
         let line = self.line(at, facts);
         let mut terms = Terms::default();
         self.add_decode(&mut terms, facts, line.ahead_ms + line.behind_ms);
+        let missing = self.missing(facts);
         Side {
             at,
             facts,
             line,
+            total_ms: terms.total_ms(),
             terms,
             cached: 0,
             pull: None,
+            missing: (missing, facts.kv_bytes(missing)),
         }
     }
 
@@ -196,7 +211,7 @@ impl<'a> Question<'a, '_> {
     /// the pair term what does not depend on the partner.
     pub(crate) fn decode_cost(&self, side: &Side<'_>) -> f64 {
         let facts = side.facts;
-        let missing = self.missing(facts);
+        let (missing, _) = side.missing;
         let late = if facts.streamed {
             missing.min(facts.chunk)
         } else {
@@ -204,7 +219,54 @@ impl<'a> Question<'a, '_> {
         };
         let rate = const { Path::SharedMemory.prior() };
         let gap = side.terms.decode_wait_ms + first::pull_ms(facts, rate, late);
-        side.terms.total_ms() + stretch::gap_ms(facts, &self.asked, self.people, gap)
+        side.total_ms + stretch::gap_ms(facts, &self.asked, self.people, gap)
+    }
+
+    /// The least that a prefill side costs, and those that wait there.
+    fn prompt_floor(&self, at: u32) -> (&'a Floor, Line, f64) {
+        let floor = &self.table.floors[at as usize];
+        let line = floor.line(&self.asked);
+        let cached = self.request.cached_on(WorkerSlot(floor.slot));
+        let of = |there: u64, pull_ms| {
+            floor.prompt(&self.asked, self.people, &line, there as f64, pull_ms)
+        };
+        let mut least = of(cached, 0.0);
+        let weight = self.people.weights.ttft[self.asked.class];
+        let from = cached + u64::from(self.pull_from_tokens);
+        for holder in self.holders {
+            let may = floor.prefix_pull && holder.kind == floor.kind && holder.tokens >= from;
+            if !may || holder.at == at {
+                continue;
+            }
+            let bytes = (holder.tokens - cached) as f64 * floor.token_bytes;
+            let pull_ms = self.rate(holder.at, at).ms(bytes);
+            if weight * pull_ms < least {
+                least = least.min(of(holder.tokens, pull_ms));
+            }
+        }
+        (floor, line.0, least)
+    }
+
+    /// Never over what [`Question::prefill_side`] costs.
+    pub(crate) fn prefill_floor(&self, at: u32) -> f64 {
+        below(self.prompt_floor(at).2)
+    }
+
+    /// Never over [`Question::decode_cost`].
+    pub(crate) fn decode_floor(&self, at: u32) -> f64 {
+        let floor = &self.table.floors[at as usize];
+        let (line, _) = floor.line(&self.asked);
+        let chunks_ms = line.ahead_ms + line.behind_ms;
+        let output = floor.output(&self.asked, self.people, chunks_ms);
+        let cached = self.request.cached_on(WorkerSlot(floor.slot));
+        let missing = self.asked.sequence - cached as f64;
+        below(output + floor.gap(&self.asked, self.people, missing))
+    }
+
+    /// Never over what [`Question::whole`] costs.
+    pub(crate) fn whole_floor(&self, at: u32) -> f64 {
+        let (floor, line, prompt) = self.prompt_floor(at);
+        below(prompt + floor.output(&self.asked, self.people, line.behind_ms))
     }
 
     /// All of it on one worker.
@@ -228,18 +290,22 @@ impl<'a> Question<'a, '_> {
             .map(|(source, _)| WorkerSlot(self.facts(source).slot))
     }
 
+    /// Whether two workers can exchange KV.
+    pub(crate) fn pairs(&self, p: &Side<'_>, d: &Side<'_>) -> bool {
+        let streamed = p.facts.streamed && d.facts.streamed;
+        let alike = p.facts.kind == d.facts.kind && p.at != d.at;
+        alike && (streamed || pairs(self.view(p.at), self.view(d.at)))
+    }
+
     /// The pair term: transfer, and the gap that it leaves. `None` where the two
     /// cannot exchange KV.
     fn pair_terms(&self, p: &Side<'_>, d: &Side<'_>) -> Option<(f64, f64)> {
-        let streamed = p.facts.streamed && d.facts.streamed;
-        let alike = p.facts.kind == d.facts.kind && p.at != d.at;
-        if !alike || !streamed && !pairs(self.view(p.at), self.view(d.at)) {
+        if !self.pairs(p, d) {
             return None;
         }
         let rate = self.rate(p.at, d.at);
-        let missing = self.missing(d.facts);
         let prefill_ms = p.terms.prefill_ms;
-        let transfer_ms = first::transfer_ms(p.facts, d.facts, rate, missing, prefill_ms);
+        let transfer_ms = first::transfer_ms(p.facts, d.facts, rate, d.missing, prefill_ms);
         if !p.facts.emits_first {
             return Some((transfer_ms, 0.0));
         }
@@ -248,8 +314,8 @@ impl<'a> Question<'a, '_> {
         Some((transfer_ms, gap_ms))
     }
 
-    /// Cost of prompt on one worker and output on another; `None` where they
-    /// cannot exchange KV.
+    /// Cost of prompt on one worker and output on another, never under the sum
+    /// of both sides; `None` where they cannot exchange KV.
     pub(crate) fn split_cost(&self, p: &Side<'_>, d: &Side<'_>) -> Option<f64> {
         let (transfer_ms, gap_ms) = self.pair_terms(p, d)?;
         let late = if p.facts.emits_first {
@@ -257,7 +323,7 @@ impl<'a> Question<'a, '_> {
         } else {
             transfer_ms + d.terms.decode_wait_ms + d.facts.step_ms
         };
-        Some(p.terms.total_ms() + d.terms.total_ms() + gap_ms + p.terms.weight * late)
+        Some(p.total_ms + d.total_ms + gap_ms + p.terms.weight * late)
     }
 
     /// That plan with its terms.

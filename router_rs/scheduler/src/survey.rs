@@ -30,6 +30,9 @@ pub(crate) struct Survey {
     pub(crate) decode: Vec<u32>,
     /// Do all of it.
     pub(crate) whole: Vec<u32>,
+    /// What lies between any of them and a client at least, ms: it tells no plan
+    /// from another.
+    pub(crate) relay_least_ms: f64,
     /// Hold most of the sequence and may give it: a few of each kind of KV.
     pub(crate) holders: Vec<Holder>,
     both: Vec<u32>,
@@ -103,6 +106,7 @@ impl Survey {
         ];
         lists.into_iter().for_each(Vec::clear);
         self.holders.clear();
+        self.relay_least_ms = f64::INFINITY;
         let Some(model) = table.names.find_model(request.model) else {
             return Err(NoPlan::UnknownModel);
         };
@@ -143,7 +147,7 @@ impl Survey {
         let plain = request.is_plain();
         let (mut pure_prefill, mut pure_decode) = (false, false);
         let mix = tie_break(cluster.router, request.id);
-        for (at, row) in table.rows.iter().enumerate() {
+        for (at, row) in table.gates.iter().enumerate() {
             if row.model != model {
                 continue;
             }
@@ -175,6 +179,7 @@ impl Survey {
                 }
                 decodes = !request.needs.penalties || view.abilities.penalties_over_continuation;
             }
+            self.relay_least_ms = self.relay_least_ms.min(row.relay_ms);
             match row.role {
                 Role::Prefill => self.prefill.push(at),
                 Role::Decode => {

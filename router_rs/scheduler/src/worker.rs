@@ -219,6 +219,9 @@ pub struct WorkerView {
     /// Output tokens that a stream there has left on average, by class
     /// ([`crate::OutputLengths::left_of_running`]).
     pub left: PerClass<f64>,
+    /// What lies between a placement there and the client's first token besides
+    /// waiting, computing and moving KV, ms ([`crate::Relay`]).
+    pub relay_ms: f64,
 }
 
 impl WorkerView {

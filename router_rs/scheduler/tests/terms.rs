@@ -424,6 +424,32 @@ proptest! {
 }
 
 #[test]
+fn the_way_to_the_client_is_predicted_and_only_its_differences_cost() {
+    let none = Matches::default();
+    let with = |ways: [f64; 2]| {
+        let mut workers = [worker(0, Role::Both), worker(1, Role::Both)];
+        for (worker, relay_ms) in workers.iter_mut().zip(ways) {
+            worker.relay_ms = relay_ms;
+        }
+        let mut terms = [Terms::default(); 2];
+        for one in explain(&workers, &request(&none, 1)) {
+            terms[one.plan.decode().0 as usize] = one.terms;
+        }
+        terms
+    };
+    let (near, alike, apart) = (with([0.0; 2]), with([14.0; 2]), with([14.0, 44.0]));
+    for at in 0..2 {
+        // What all plans have moves every prediction and no choice.
+        assert_eq!(alike[at].ttft_ms(), near[at].ttft_ms() + 14.0);
+        assert!((alike[at].total_ms() - near[at].total_ms()).abs() < 1e-9);
+        let sum: f64 = apart[at].rows().iter().map(|(_, ms)| ms).sum();
+        assert!((sum - apart[at].total_ms()).abs() < 1e-9);
+    }
+    let farther = apart[1].total_ms() - apart[0].total_ms();
+    assert!((farther - apart[1].weight * 30.0).abs() < 1e-9);
+}
+
+#[test]
 fn weights_follow_the_targets() {
     let none = Matches::default();
     let mut targets = ClassTargets::default();

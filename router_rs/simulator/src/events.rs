@@ -28,6 +28,8 @@ pub(crate) enum Event {
     Noticed { number: u32 },
     /// Its worker is back.
     Back { number: u32 },
+    /// The pool controller looks.
+    Look,
 }
 
 #[derive(Debug, Clone, Copy)]

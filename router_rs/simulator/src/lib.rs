@@ -27,12 +27,14 @@ mod weighted;
 
 pub use histogram::Histogram;
 pub use outcome::{
-    Bounds, Distribution, PoolUse, Prediction, Row, Run, Summary, Timeline, Unloaded, bounds,
+    Bounds, Distribution, FlipRow, PoolUse, Prediction, Row, Run, Summary, Timeline, Unloaded,
+    bounds,
 };
 pub use profile::{Coefficients, Profile, Transfer};
 pub use replay::{Replay, ReplayError, Source, replay_json};
 pub use seed::Seeded;
 pub use settings::{
-    Failure, LocalPrefill, Noise, Order, PolicySettings, QueueSettings, Settings, Slo,
+    Failure, LocalPrefill, Noise, Order, PlannerNumbers, PolicySettings, QueueSettings, Settings,
+    Slo,
 };
 pub use simulation::{SimulationError, simulate};

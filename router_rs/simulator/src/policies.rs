@@ -7,9 +7,12 @@ use kvmesh_scheduler::{
 };
 use std::sync::Arc;
 
+/// A policy, and its scorer where it has one.
+pub(crate) type Built = (Box<dyn Policy>, Option<Arc<Weighted>>);
+
 /// The policy that settings name. Clairvoyance is not a policy's to have:
 /// its plans are those of the cost, the choice among them is the simulation's.
-pub(crate) fn policy(settings: &Settings) -> Box<dyn Policy> {
+pub(crate) fn policy(settings: &Settings) -> Built {
     let seed = settings.seed;
     let shipped = CostSettings::default();
     let cost = CostSettings {
@@ -26,22 +29,24 @@ pub(crate) fn policy(settings: &Settings) -> Box<dyn Policy> {
     let rule = match settings.policy {
         PolicySettings::Clairvoyant => {
             // It chooses among all, not among those that cost least.
-            return Box::new(KvCost::new(CostSettings {
+            let all = CostSettings {
                 best_of_side: usize::MAX,
                 ..cost
-            }));
+            };
+            return (Box::new(KvCost::new(all)), None);
         }
         PolicySettings::Cost {
             stretch,
             beyond_target,
             tie_share,
         } => {
-            return Box::new(KvCost::new(CostSettings {
+            let policy = KvCost::new(CostSettings {
                 stretch: stretch.unwrap_or(cost.stretch),
                 beyond_target: beyond_target.unwrap_or(cost.beyond_target),
                 tie_share: tie_share.unwrap_or(cost.tie_share),
                 ..cost
-            }));
+            });
+            return (Box::new(policy), None);
         }
         PolicySettings::Weighted { overlap, decode } => {
             // Every plan is scored, not only those that cost least.
@@ -51,8 +56,9 @@ pub(crate) fn policy(settings: &Settings) -> Box<dyn Policy> {
                 local_prefill: LocalPrefill::WithoutPrefillWorkers,
                 ..cost
             };
-            let scorer = Arc::new(Weighted { overlap, decode });
-            return Box::new(ScoredPolicy::new(all, scorer));
+            let scorer = Arc::new(Weighted::new(overlap, decode));
+            let policy = ScoredPolicy::new(all, Arc::clone(&scorer) as _);
+            return (Box::new(policy), Some(scorer));
         }
         PolicySettings::RoundRobin => Rule::RoundRobin,
         PolicySettings::Random => Rule::Random { seed },
@@ -69,5 +75,5 @@ pub(crate) fn policy(settings: &Settings) -> Box<dyn Policy> {
             seed,
         },
     };
-    Box::new(FixedPolicy::new(rule))
+    (Box::new(FixedPolicy::new(rule)), None)
 }

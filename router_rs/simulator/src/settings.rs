@@ -1,6 +1,7 @@
 //! What is simulated: the cluster, its noise, the router and the policy.
 
 use crate::profile::Profile;
+use kvmesh_scheduler::planner::PlannerSettings;
 use kvmesh_scheduler::{Role, StepModel};
 use serde::{Deserialize, Serialize};
 
@@ -51,6 +52,9 @@ pub struct Settings {
     /// Workers that fail.
     #[serde(default)]
     pub failures: Vec<Failure>,
+    /// Roles follow the load; none: they stay.
+    #[serde(default)]
+    pub planner: Option<PlannerNumbers>,
     /// Targets that goodput is held to.
     #[serde(default)]
     pub slo: Slo,
@@ -250,6 +254,48 @@ pub struct Failure {
 
 fn noticed() -> f64 {
     5.0
+}
+
+/// The pool controller's numbers (`kvmesh_scheduler::planner`); none: as
+/// shipped.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PlannerNumbers {
+    /// Between two looks, ms; none: 1,000.
+    pub look_ms: Option<f64>,
+    /// A pool is short from this pressure on.
+    pub relieve_at: Option<f64>,
+    /// Least share by which a flip must help.
+    pub gain: Option<f64>,
+    /// How long a pool must be short, ms.
+    pub confirm_ms: Option<f64>,
+    /// Least time between two flips, ms.
+    pub dwell_ms: Option<f64>,
+    /// Share by which what comes must have changed before a flip is undone.
+    pub margin: Option<f64>,
+    /// What is measured counts by e^-1 after so many ms.
+    pub memory_ms: Option<f64>,
+}
+
+impl PlannerNumbers {
+    /// Between two looks, ms.
+    pub(crate) fn every_ms(&self) -> f64 {
+        self.look_ms.unwrap_or(1_000.0)
+    }
+
+    /// What the controller gets.
+    pub(crate) fn settings(&self) -> PlannerSettings {
+        let shipped = PlannerSettings::default();
+        PlannerSettings {
+            relieve_at: self.relieve_at.unwrap_or(shipped.relieve_at),
+            gain: self.gain.unwrap_or(shipped.gain),
+            confirm_ms: self.confirm_ms.unwrap_or(shipped.confirm_ms),
+            dwell_ms: self.dwell_ms.unwrap_or(shipped.dwell_ms),
+            margin: self.margin.unwrap_or(shipped.margin),
+            memory_ms: self.memory_ms.unwrap_or(shipped.memory_ms),
+            ..shipped
+        }
+    }
 }
 
 /// What a served request is held to.

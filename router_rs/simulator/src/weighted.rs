@@ -1,15 +1,33 @@
 //! The usual formula with its weights free: what other routers can be tuned to.
 
 use kvmesh_scheduler::{Columns, ScoreError, Scorer};
+use std::sync::OnceLock;
 
 /// `backlog - overlap x cached + decode x decode context`, all in tokens: the
 /// prompts that wait on the prefill worker, what it has of this one, and the
 /// contexts of the streams on the decode worker. The least is chosen. Overlap 1
 /// and decode 1/w is Dynamo's formula with weight w.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(crate) struct Weighted {
-    pub(crate) overlap: f64,
-    pub(crate) decode: f64,
+    overlap: f64,
+    decode: f64,
+    /// Why a choice was by cost: the run is then none of this policy.
+    failed: OnceLock<ScoreError>,
+}
+
+impl Weighted {
+    pub(crate) fn new(overlap: f64, decode: f64) -> Self {
+        Self {
+            overlap,
+            decode,
+            failed: OnceLock::new(),
+        }
+    }
+
+    /// The first failure.
+    pub(crate) fn failure(&self) -> Option<&ScoreError> {
+        self.failed.get()
+    }
 }
 
 impl Scorer for Weighted {
@@ -25,6 +43,8 @@ impl Scorer for Weighted {
         Ok((0..plans.plans()).map(score).collect())
     }
 
-    /// Choices are then by cost, which a comparison would show at once.
-    fn failed(&self, _error: &ScoreError) {}
+    fn failed(&self, error: &ScoreError) {
+        // The first one is told; later ones are of its kind.
+        let _ = self.failed.set(error.clone());
+    }
 }

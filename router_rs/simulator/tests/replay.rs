@@ -5,7 +5,8 @@ mod common;
 
 use common::{cost, settings, traffic};
 use kvmesh_simulator::{
-    Failure, Noise, Order, PolicySettings, QueueSettings, Settings, replay_json, simulate,
+    Failure, Noise, Order, PlannerNumbers, PolicySettings, QueueSettings, Run, Settings,
+    SimulationError, replay_json, simulate,
 };
 
 fn every_policy() -> Vec<PolicySettings> {
@@ -63,6 +64,46 @@ fn every_request_ends_once_under_every_policy_and_kind_of_pool() {
             }
         }
     }
+}
+
+#[test]
+fn the_pool_controller_gives_workers_to_the_pool_that_is_short() {
+    // Prompts keep some four workers busy, and there is one.
+    let mut trace = traffic(3_000, 20.0);
+    for request in &mut trace.requests {
+        (request.prompt, request.output) = (5_000, 20);
+        request.blocks = 0..0;
+    }
+    let run = |planner| {
+        let settings = Settings {
+            planner,
+            ..settings(1, 7, 0)
+        };
+        simulate(&settings, &trace).unwrap()
+    };
+    let (left_alone, planned) = (run(None), run(Some(PlannerNumbers::default())));
+    assert!(left_alone.flips.is_empty());
+    assert!(planned.flips.len() >= 2, "{:?}", planned.flips);
+    for flip in &planned.flips {
+        assert_eq!((flip.from, flip.to), ("decode", "prefill"), "{flip:?}");
+        assert!(flip.prefill_pressure > 1.0);
+    }
+    assert_eq!(planned.summary.unfinished, 0);
+    let mean = |run: &Run| run.summary.ttft_ms.mean;
+    assert!(mean(&planned) < mean(&left_alone) / 2.0);
+}
+
+#[test]
+fn a_scorer_that_fails_ends_the_run_and_is_no_other_policy() {
+    let settings = Settings {
+        policy: PolicySettings::Weighted {
+            overlap: f64::NAN,
+            decode: 0.1,
+        },
+        ..settings(0, 0, 2)
+    };
+    let error = simulate(&settings, &traffic(20, 5.0)).unwrap_err();
+    assert!(matches!(error, SimulationError::Scorer(_)), "{error}");
 }
 
 #[test]

@@ -20,6 +20,7 @@ Step times have noise that the scheduler does not see; --perfect takes it away.
   kvmesh simulate --trace conversation.jsonl --sweep 1P7D..7P1D --html report.html
   kvmesh simulate --trace code.csv --policy cost --policy overlap-load:overlap-weight=16
   kvmesh simulate --requests 10000 --per-second 30 --prefill 4 --decode 4 --fail 60:0:30
+  kvmesh simulate --trace code.csv --prefill 2 --decode 6 --planner dwell-ms=30000
 """
 
 
@@ -111,6 +112,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what routers take the step coefficients a b c d e for at first, as multiples of the "
         "true mean (1 1 1 1 1)",
     )
+    cluster.add_argument(
+        "--planner",
+        nargs="?",
+        const="",
+        metavar="N=V,...",
+        help="prefill and decode workers change roles as the pool controller says; its numbers",
+    )
     how = parser.add_argument_group("scheduling")
     how.add_argument(
         "--policy",
@@ -161,6 +169,9 @@ def run(args: argparse.Namespace) -> int:
     print()
     print_table(table.pool_rows(runs))
     print()
+    if len(flips := table.flip_rows(runs)) > 1:
+        print_table(flips)
+        print()
     for line in table.notes(runs[0][1]):
         print(line)
     if args.json:
@@ -198,7 +209,7 @@ def _trace(args: argparse.Namespace) -> TraceFile:
 
 def _clusters(args: argparse.Namespace) -> list[Cluster]:
     from kvmesh.simulate import load_profile
-    from kvmesh.simulate.replay import PERFECT, Cluster, sweep
+    from kvmesh.simulate.replay import PERFECT, Cluster, numbers, sweep
 
     profile = load_profile(args.profile)
     more: dict[str, Any] = {
@@ -211,6 +222,7 @@ def _clusters(args: argparse.Namespace) -> list[Cluster]:
         **({"noise": dict(PERFECT)} if args.perfect else {}),
         **({"prior": args.prior} if args.prior else {}),
         **({"local_prefill": args.local_prefill} if args.local_prefill else {}),
+        **({"planner": numbers(args.planner)} if args.planner is not None else {}),
     }
     if args.sweep:
         return [Cluster(profile, 0, p, d, more) for p, d in sweep(args.sweep)]

@@ -81,6 +81,17 @@ def guess_format(path: Path, text: str) -> Format:
     return "mooncake" if '"hash_ids"' in text[:4096] else "simple"
 
 
+def numbers(text: str) -> dict[str, float]:
+    """`name=value,...` as numbers by name. Raises ValueError."""
+    found: dict[str, float] = {}
+    for pair in filter(None, text.split(",")):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"numbers are {text!r}; allowed is name=value,...")
+        found[key.strip().replace("-", "_")] = float(value)
+    return found
+
+
 @dataclass(frozen=True)
 class Policy:
     """A policy with its numbers, and how requests wait under it."""
@@ -94,13 +105,7 @@ class Policy:
     def parse(cls, text: str) -> Policy:
         """`name` or `name:number=value,...`. Raises ValueError."""
         name, _, rest = text.partition(":")
-        numbers: dict[str, float] = {}
-        for pair in filter(None, rest.split(",")):
-            key, equals, value = pair.partition("=")
-            if not equals:
-                raise ValueError(f"policy is {text!r}; allowed is name:number=value,...")
-            numbers[key.strip().replace("-", "_")] = float(value)
-        return cls(name, numbers)
+        return cls(name, numbers(rest))
 
 
 @dataclass(frozen=True)

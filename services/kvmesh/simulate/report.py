@@ -27,6 +27,7 @@ _WORDS = (
     ("slowdown", "TTFT over the time on an empty worker for a prompt of that length, no cache"),
     ("goodput", "requests whose first token came within 5 times that and whose mean ITL met the "
                 "target of their class; /s GPU: of these a second and GPU"),
+    ("pressure", "what is predicted over its target, of the class that is worst off"),
     ("hits", "prompt tokens that were cached where the prompt began"),
 )  # fmt: skip
 
@@ -43,6 +44,8 @@ def html(title: str, profile: str, speed: float, runs: Sequence[tuple[str, Run]]
     if len(runs) > 1:
         parts += ["<h2>Side by side</h2>", *_compared(runs)]
     parts += ["<h2>Pools</h2>", _table(table.pool_rows(runs))]
+    if len(flips := table.flip_rows(runs)) > 1:
+        parts += ["<h2>Roles that changed</h2>", _table(flips)]
     parts += ["<h2>Over time</h2>", *_over_time(runs)]
     words = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in _WORDS)
     parts.append(f"<h2>Words</h2><small><dl>{words}</dl></small></html>\n")

@@ -54,6 +54,27 @@ def pool_rows(runs: Sequence[tuple[str, Run]]) -> list[tuple[str, ...]]:
     return table
 
 
+def flip_rows(runs: Sequence[tuple[str, Run]]) -> list[tuple[str, ...]]:
+    """Workers that changed their role, one row each."""
+    table: list[tuple[str, ...]] = [
+        ("", "AT S", "WORKER", "FROM", "TO", "PREFILL PRESSURE", "DECODE PRESSURE")
+    ]
+    for name, run in runs:
+        for flip in run.get("flips", ()):
+            table.append(
+                (
+                    name,
+                    f"{flip['at_ms'] / 1e3:,.0f}",
+                    str(flip["worker"]),
+                    flip["from"],
+                    flip["to"],
+                    f"{flip['prefill_pressure']:.2f}",
+                    f"{flip['decode_pressure']:.2f}",
+                )
+            )
+    return table
+
+
 def notes(run: Run) -> list[str]:
     """What is said once, under the tables."""
     s = run["summary"]

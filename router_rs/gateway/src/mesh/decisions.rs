@@ -5,7 +5,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use kvmesh_scheduler::{Considered, Plan};
+use kvmesh_scheduler::{Considered, FirstToken, Plan};
 use kvmesh_session::{GenerationId, WorkerIndex};
 use kvmesh_wire::v1;
 
@@ -30,6 +30,22 @@ pub(super) struct Decided {
     pub(super) predicted: v1::PhaseTimes,
     /// ... and what came of it.
     pub(super) actual: Option<v1::PhaseTimes>,
+}
+
+impl Decided {
+    /// What its first token took beside what was modelled of it. `None` where
+    /// its plan was not kept.
+    fn first_token(&self, actual: &v1::PhaseTimes) -> Option<(WorkerIndex, FirstToken)> {
+        let mut plans = self.plans.iter();
+        let (considered, workers) = plans.find(|(one, _)| one.plan == self.chosen)?;
+        let [prefill, decode, _] = *workers;
+        let seen = FirstToken {
+            ttft_ms: actual.ttft_ms,
+            wait_ms: actual.wait_ms,
+            modelled_ms: considered.terms.modelled_ms(),
+        };
+        Some((prefill.or(decode)?, seen))
+    }
 }
 
 /// What is known of one generation.
@@ -83,25 +99,22 @@ impl Decisions {
     }
 
     /// Adds what came of it: the end, and what the attempt took whose first
-    /// token was the first.
+    /// token was the first. Returns what that teaches of the worker that
+    /// computed its prompt.
     pub(super) fn finished(
         &self,
         id: GenerationId,
         finished: &v1::Finished,
         measured: Option<(u32, v1::PhaseTimes)>,
-    ) {
+    ) -> Option<(WorkerIndex, FirstToken)> {
         let mut kept = self.lock();
-        if let Some(known) = kept.by_id.get_mut(&id) {
-            known.finished = Some(finished.clone());
-            if let Some((attempt, actual)) = measured
-                && let Some(decision) = known
-                    .decisions
-                    .iter_mut()
-                    .find(|decision| decision.attempt == attempt)
-            {
-                decision.actual = Some(actual);
-            }
-        }
+        let known = kept.by_id.get_mut(&id)?;
+        known.finished = Some(finished.clone());
+        let (attempt, actual) = measured?;
+        let decisions = known.decisions.iter_mut();
+        let decision = decisions.into_iter().find(|one| one.attempt == attempt)?;
+        decision.actual = Some(actual);
+        decision.first_token(&actual)
     }
 
     /// What is known of a generation; `name` gives a worker's id.
@@ -161,6 +174,7 @@ fn told(decision: &Decided, name: &impl Fn(WorkerIndex) -> String) -> v1::Decisi
 #[cfg(test)]
 mod tests {
     use kvmesh_kv_index::WorkerSlot;
+    use kvmesh_scheduler::Terms;
 
     use super::*;
 
@@ -192,6 +206,50 @@ mod tests {
         let explain = |id| decisions.explain(id, |_| String::new());
         assert!(explain(ids[0]).is_none());
         assert_eq!(explain(ids[2]).map(|known| known.decisions.len()), Some(2));
+    }
+
+    #[test]
+    fn a_first_token_teaches_of_the_worker_that_computed_its_prompt() {
+        let decisions = Decisions::new(1);
+        let id = GenerationId([1; 16]);
+        let terms = Terms {
+            wait_ms: 3.0,
+            prefill_ms: 40.0,
+            relay_ms: 9.0,
+            ..Terms::default()
+        };
+        let chosen = Plan::Split {
+            prefill: WorkerSlot(4),
+            decode: WorkerSlot(5),
+            source: None,
+        };
+        let considered = Considered {
+            plan: chosen,
+            terms,
+            cached_tokens: 0,
+            pulled_tokens: 0,
+        };
+        let workers = [Some(WorkerIndex(7)), Some(WorkerIndex(8)), None];
+        decisions.decided(
+            id,
+            Decided {
+                chosen,
+                plans: vec![(considered, workers)],
+                ..decided(1)
+            },
+        );
+        let took = v1::PhaseTimes {
+            ttft_ms: 55.0,
+            wait_ms: 1.0,
+            ..v1::PhaseTimes::default()
+        };
+        let taught = decisions.finished(id, &v1::Finished::default(), Some((1, took)));
+        let seen = FirstToken {
+            ttft_ms: 55.0,
+            wait_ms: 1.0,
+            modelled_ms: 40.0,
+        };
+        assert_eq!(taught, Some((WorkerIndex(7), seen)));
     }
 
     #[test]

@@ -13,9 +13,9 @@ use std::{
 use kvmesh_kv_index::{Knowledge, KvIndex, Matches, UNIT_TOKENS, WorkerSlot};
 use kvmesh_scheduler::{
     Admission, AdmissionSettings, Booking, Bookings, ByClass, Class, ClassTargets, Cluster,
-    Considered, Decision, Estimate, Learner, Needs, NoPlan, Path, PerClass, Plan, Policy, Rejected,
-    RequestView, Roster, StepModel, StepSample, TransferRate, TransferRates, Work, WorkerView,
-    placeable,
+    Considered, Decision, Estimate, FirstToken, Learner, Needs, NoPlan, Path, PerClass, Plan,
+    Policy, Rejected, Relay, RequestView, Roster, StepModel, StepSample, TransferRate,
+    TransferRates, Work, WorkerView, placeable,
     planner::{Demand, Pools},
 };
 use kvmesh_session::{
@@ -49,6 +49,7 @@ struct Known {
     /// Its view while it is not in the roster.
     aside: Option<WorkerView>,
     learner: Learner,
+    relay: Relay,
     capabilities: v1::Capabilities,
     /// Predicted length of the step that runs.
     step_ms: f64,
@@ -162,6 +163,7 @@ impl Placer {
             fits,
             aside: Some(view_of(slot, record, model, capabilities, step)),
             learner: Learner::new(step),
+            relay: Relay::new(),
             capabilities: capabilities.clone(),
             step_ms: 0.0,
             stepped: Instant::now(),
@@ -293,6 +295,17 @@ impl Placer {
         if learnt {
             let step = *known.learner.model();
             self.change(worker, |view| view.step = step);
+        }
+    }
+
+    /// A first token came of a prompt that a worker computed.
+    pub(super) fn first_token(&mut self, worker: WorkerIndex, seen: &FirstToken) {
+        let Some(known) = self.workers.get_mut(&worker) else {
+            return;
+        };
+        if known.relay.observe(seen) {
+            let relay_ms = known.relay.ms();
+            self.change(worker, |view| view.relay_ms = relay_ms);
         }
     }
 

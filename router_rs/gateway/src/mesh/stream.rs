@@ -186,10 +186,11 @@ impl GenerationStream {
             ..self.open.finished(reason, stop_token, self.delivered)
         };
         let measured = self.open.measured();
-        self.open
-            .core
-            .decisions
-            .finished(self.open.id, &finished, measured);
+        let core = &self.open.core;
+        let taught = core.decisions.finished(self.open.id, &finished, measured);
+        if let Some((worker, seen)) = taught {
+            core.dispatcher.placer().first_token(worker, &seen);
+        }
         Message::Finished(finished)
     }
 }

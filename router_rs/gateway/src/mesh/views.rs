@@ -40,6 +40,7 @@ pub(super) fn view_of(
         booked: Work::default(),
         prompts: Vec::new(),
         left: [LEFT; 3],
+        relay_ms: 0.0,
     }
 }
 

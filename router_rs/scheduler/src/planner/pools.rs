@@ -66,6 +66,18 @@ impl Demand {
         self.prompt_ms[class] += prompt_ms;
         self.output_tokens[class] += output_tokens;
     }
+
+    /// What came to two routers.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        let sum = |a: &PerClass<f64>, b: &PerClass<f64>| std::array::from_fn(|at| a[at] + b[at]);
+        Self {
+            requests: sum(&self.requests, &other.requests),
+            prompt_ms: sum(&self.prompt_ms, &other.prompt_ms),
+            output_tokens: sum(&self.output_tokens, &other.output_tokens),
+            queued_ms: sum(&self.queued_ms, &other.queued_ms),
+        }
+    }
 }
 
 impl Pools {
@@ -102,7 +114,7 @@ impl PoolWorker {
         Self {
             slot: worker.slot,
             role: worker.role,
-            steady: facts.ready,
+            steady: worker.takes_work() && !worker.suspect,
             step: worker.step,
             waiting_ms: std::array::from_fn(|class| {
                 let tokens = there.waiting_tokens[class] as f64;

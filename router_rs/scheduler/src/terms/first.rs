@@ -37,15 +37,15 @@ pub(crate) fn pull_ms(facts: &Facts, rate: TransferRate, tokens: f64) -> f64 {
 
 /// KV that arrives after the end of prefill: where blocks flow while it
 /// computes only the last chunk's are left, unless the path is slower than the
-/// computing. `missing`: tokens that decode lacks.
+/// computing. `missing`: tokens that decode lacks, and their bytes.
 pub(crate) fn transfer_ms(
     prefill: &Facts,
     decode: &Facts,
     rate: TransferRate,
-    missing: f64,
+    (missing, bytes): (f64, f64),
     prefill_ms: f64,
 ) -> f64 {
-    let all = rate.ms(decode.kv_bytes(missing));
+    let all = rate.ms(bytes);
     if !(prefill.streamed && decode.streamed) {
         return all;
     }

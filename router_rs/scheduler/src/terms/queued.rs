@@ -15,25 +15,25 @@ use crate::worker::{ByClass, Prompt, WorkerView};
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct Waiting {
     /// Prompts of which only the class is known.
-    others: PerClass<Group>,
+    pub(crate) others: PerClass<Group>,
     /// Own ones: all of them, ...
-    own: Group,
+    pub(crate) own: Group,
     /// ... between which virtual deadlines, ...
-    first_ms: f64,
-    last_ms: f64,
+    pub(crate) first_ms: f64,
+    pub(crate) last_ms: f64,
     /// ... and which share of each is left, by class.
     left: PerClass<f64>,
 }
 
 /// Some prompts.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-struct Group {
+pub(crate) struct Group {
     /// From now to their virtual deadlines, ms.
-    ahead_of_ms: f64,
+    pub(crate) ahead_of_ms: f64,
     /// Computing them, ms.
-    work_ms: f64,
+    pub(crate) work_ms: f64,
     /// Each by the weight of its class.
-    weight: f64,
+    pub(crate) weight: f64,
 }
 
 /// Prompts on a worker, seen from a request that joins them.
@@ -55,6 +55,16 @@ impl Line {
             self.behind_ms += work_ms;
             self.behind += weight;
         }
+    }
+}
+
+impl Line {
+    /// Adds some, without a branch.
+    pub(crate) fn add_or(&mut self, first: bool, group: &Group) {
+        let (ahead, behind) = (f64::from(u8::from(first)), f64::from(u8::from(!first)));
+        self.ahead_ms += ahead * group.work_ms;
+        self.behind_ms += behind * group.work_ms;
+        self.behind += behind * group.weight;
     }
 }
 

@@ -56,6 +56,7 @@ pub(crate) fn worker(slot: u32, role: Role) -> WorkerView {
         booked: Work::default(),
         prompts: Vec::new(),
         left: [128.0; 3],
+        relay_ms: 0.0,
     }
 }
 

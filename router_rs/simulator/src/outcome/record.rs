@@ -1,13 +1,14 @@
 //! Notes of a run while it goes.
 
 use super::summary::summarise;
-use super::timeline::{POINTS, PoolSums, Timeline};
+use super::timeline::{FlipRow, POINTS, PoolSums, Timeline, role_name};
 use super::unloaded::{Unloaded, floors_ms};
 use super::{Run, Summary};
 use crate::engine::Engine;
 use crate::histogram::Histogram;
 use crate::settings::Settings;
 use crate::trace::Trace;
+use kvmesh_scheduler::planner::{Flip, Outlook};
 use kvmesh_scheduler::{Role, StepSample};
 use serde::Serialize;
 
@@ -77,6 +78,7 @@ pub(crate) struct Recorder {
     pub(crate) refused: u64,
     pub(crate) ends_ms: f64,
     pub(crate) steps: u64,
+    flips: Vec<FlipRow>,
     report_ms: f64,
 }
 
@@ -129,6 +131,7 @@ impl Recorder {
             refused: 0,
             ends_ms: 0.0,
             steps: 0,
+            flips: Vec::new(),
             report_ms: settings.noise.report_ms,
         }
     }
@@ -209,6 +212,24 @@ impl Recorder {
         }
     }
 
+    /// A worker changes its role.
+    pub(crate) fn flips(&mut self, now_ms: f64, flip: &Flip, before: &Outlook) {
+        for (role, workers) in [(flip.from, -1.0), (flip.to, 1.0)] {
+            let pool = self.pools.iter_mut().find(|pool| pool.role == role);
+            if let Some(pool) = pool {
+                pool.moves(now_ms, self.span_ms, workers);
+            }
+        }
+        self.flips.push(FlipRow {
+            at_ms: now_ms,
+            worker: flip.worker.0,
+            from: role_name(flip.from),
+            to: role_name(flip.to),
+            prefill_pressure: before.prefill_pressure,
+            decode_pressure: before.decode_pressure,
+        });
+    }
+
     pub(crate) fn step(&mut self, now_ms: f64, sample: &StepSample, engine: &Engine) {
         self.steps += 1;
         let point = (now_ms / self.span_ms) as usize;
@@ -244,6 +265,7 @@ impl Recorder {
         Run {
             summary,
             timeline,
+            flips: self.flips,
             rows,
         }
     }

@@ -32,6 +32,23 @@ pub struct PoolTimeline {
     pub kv: Vec<f64>,
 }
 
+/// A worker that changed its role.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct FlipRow {
+    /// When, ms of the replay.
+    pub at_ms: f64,
+    /// Which, counted prefill, decode, both, as at the beginning.
+    pub worker: u32,
+    /// Its role before ...
+    pub from: &'static str,
+    /// ... and after.
+    pub to: &'static str,
+    /// Pressure of the pools before: predicted over target, the worst class.
+    pub prefill_pressure: f64,
+    /// Of those that decode.
+    pub decode_pressure: f64,
+}
+
 pub(crate) fn role_name(role: Role) -> &'static str {
     match role {
         Role::Prefill => "prefill",
@@ -46,6 +63,8 @@ pub(crate) struct PoolSums {
     pub(crate) role: Role,
     pub(crate) workers: usize,
     busy_ms: Vec<f64>,
+    /// Time of workers that came, less that of those that went.
+    moved_ms: Vec<f64>,
     batch: Vec<f64>,
     kv: Vec<f64>,
     steps: Vec<f64>,
@@ -58,6 +77,7 @@ impl PoolSums {
             role,
             workers,
             busy_ms: zeros.clone(),
+            moved_ms: zeros.clone(),
             batch: zeros.clone(),
             kv: zeros.clone(),
             steps: zeros,
@@ -72,11 +92,20 @@ impl PoolSums {
         self.steps[point] += 1.0;
     }
 
+    /// From a time on it has so many workers more.
+    pub(crate) fn moves(&mut self, now_ms: f64, span_ms: f64, workers: f64) {
+        let first = (now_ms / span_ms) as usize;
+        for (point, moved) in self.moved_ms.iter_mut().enumerate().skip(first) {
+            let from_ms = now_ms.max(point as f64 * span_ms);
+            *moved += workers * ((point + 1) as f64 * span_ms - from_ms);
+        }
+    }
+
     /// Over some points: busy share, streams a step, KV share.
     pub(crate) fn means(&self, points: std::ops::Range<usize>, span_ms: f64) -> (f64, f64, f64) {
         let sum = |values: &[f64]| values[points.clone()].iter().sum::<f64>();
         let steps = sum(&self.steps).max(1.0);
-        let all_ms = span_ms * points.len() as f64 * self.workers as f64;
+        let all_ms = span_ms * points.len() as f64 * self.workers as f64 + sum(&self.moved_ms);
         (
             sum(&self.busy_ms) / all_ms.max(1e-9),
             sum(&self.batch) / steps,

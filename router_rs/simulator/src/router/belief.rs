@@ -95,5 +95,6 @@ pub(super) fn view(slot: usize, role: Role, settings: &Settings) -> WorkerView {
         booked: Work::default(),
         prompts: Vec::new(),
         left: [f64::from(EXPECTED_OUTPUT); 3],
+        relay_ms: 0.0,
     }
 }

@@ -10,14 +10,17 @@ use crate::policies::policy;
 use crate::seed::mix;
 use crate::settings::{Order, Settings};
 use crate::trace::Trace;
+use crate::weighted::Weighted;
 use belief::{prompt_alone, request_view, view};
 use kvmesh_kv_index::{KvIndex, Matches, UNIT_TOKENS, WorkerSlot};
+use kvmesh_scheduler::planner::{Demand, Pools};
 use kvmesh_scheduler::{
     AdmissionSettings, Booking, Bookings, Class, ClassTargets, Considered, Decision, Estimate,
     Lane, Learner, Load, NoPlan, OutputLengths, Path, Phase, Policy, Queue, Rejected, RequestView,
-    Roster, StepModel, StepSample, TransferRates, Work, virtual_deadline_ms,
+    Role, Roster, ScoreError, StepModel, StepSample, TransferRates, Work, virtual_deadline_ms,
 };
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// Requests that are tried when a report comes: a bound on what it costs.
 const TRIED_AT_ONCE: usize = 32;
@@ -78,11 +81,15 @@ pub(crate) struct Report {
 pub(crate) struct Router {
     hash: u64,
     policy: Box<dyn Policy>,
+    /// The scorer that the policy asks, if it asks one.
+    scorer: Option<Arc<Weighted>>,
     order: Order,
     dispatch_ahead_ms: f64,
     max_wait_ms: f64,
     max_tokens: u32,
     lengths: OutputLengths,
+    /// What came, for the pool controller.
+    demand: Demand,
     bookings: Bookings,
     roster: Roster,
     rates: TransferRates,
@@ -116,14 +123,17 @@ impl Router {
             roster.insert(view(slot, *role, settings));
         }
         let workers = roles.len();
+        let (policy, scorer) = policy(settings);
         Self {
             hash: mix(settings.seed ^ (number as u64 + 1)),
-            policy: policy(settings),
+            policy,
+            scorer,
             order: settings.queue.order,
             dispatch_ahead_ms: settings.queue.dispatch_ahead_ms.unwrap_or(f64::INFINITY),
             max_wait_ms: settings.queue.max_wait_ms.unwrap_or(f64::INFINITY),
             max_tokens: settings.max_tokens,
             lengths: OutputLengths::new(EXPECTED_OUTPUT),
+            demand: Demand::default(),
             bookings: Bookings::new(),
             learners: vec![Learner::new(prior); workers],
             step_ms: vec![0.0; workers],
@@ -142,6 +152,11 @@ impl Router {
             roster,
             rates: TransferRates::new(),
         }
+    }
+
+    /// Why the policy's scorer failed, if it did: choices were then by cost.
+    pub(crate) fn scorer_failure(&self) -> Option<&ScoreError> {
+        self.scorer.as_ref()?.failure()
     }
 
     /// Requests that wait here.
@@ -191,6 +206,10 @@ impl Router {
             estimate.admit(self.queue.admission_ms(class, key), None, &bound)?;
         }
         self.keys.insert(asked.request, (key, work_ms));
+        if work_ms.is_finite() {
+            self.demand
+                .add(class, work_ms, f64::from(request.expected_output));
+        }
         Ok(())
     }
 
@@ -387,6 +406,34 @@ impl Router {
         if let Some(view) = self.roster.get_mut(WorkerSlot(worker as u32)) {
             view.load = load;
             (view.step, view.left) = truth;
+        }
+    }
+
+    /// What came here, and what of it waits and is seen at no worker.
+    pub(crate) fn demand(&self, trace: &Trace) -> Demand {
+        let mut demand = self.demand;
+        for (_, asked) in self.queue.iter() {
+            if !self.intended.contains_key(&asked.request) {
+                let class = trace.requests[asked.request as usize].class;
+                let work_ms = self.keys.get(&asked.request).map_or(0.0, |(_, work)| *work);
+                demand.queued_ms[class.index()] += work_ms;
+            }
+        }
+        demand
+    }
+
+    /// The pools as they look from here.
+    pub(crate) fn pools(&mut self, demand: Demand) -> Pools {
+        self.roster.refresh(&self.bookings);
+        let cluster = self.roster.cluster(self.hash);
+        Pools::of(&MODEL.into(), &cluster, demand, &ClassTargets::default())
+    }
+
+    /// A worker has another role: what it has it ends, new work is of the new
+    /// role.
+    pub(crate) fn flipped(&mut self, worker: WorkerSlot, role: Role) {
+        if let Some(view) = self.roster.get_mut(worker) {
+            view.role = role;
         }
     }
 

@@ -2,6 +2,7 @@
 
 mod fail;
 mod place;
+mod plan;
 mod step;
 
 use crate::engine::{Engine, EngineLoad, EngineSettings, Outcome};
@@ -13,7 +14,8 @@ use crate::seed::Seeded;
 use crate::settings::Settings;
 use crate::trace::Trace;
 use kvmesh_kv_index::{IndexSettings, Knowledge, KvIndex, SlotError};
-use kvmesh_scheduler::{ClassTargets, StepSample};
+use kvmesh_scheduler::planner::Planner;
+use kvmesh_scheduler::{ClassTargets, ScoreError, StepSample};
 use std::collections::VecDeque;
 use thiserror::Error;
 
@@ -35,6 +37,9 @@ pub enum SimulationError {
         /// Workers.
         workers: usize,
     },
+    /// The policy's scorer failed: choices would be another policy's.
+    #[error("policy: {0}")]
+    Scorer(#[from] ScoreError),
     /// A setting is out of its range.
     #[error("{0}")]
     Setting(&'static str),
@@ -100,6 +105,7 @@ pub(crate) struct Simulation<'a> {
     now_ms: f64,
     recorder: Recorder,
     outcomes: Vec<Outcome>,
+    planner: Option<Planner>,
 }
 
 /// Replays a trace.
@@ -108,7 +114,7 @@ pub(crate) struct Simulation<'a> {
 /// [`SimulationError`].
 pub fn simulate(settings: &Settings, trace: &Trace) -> Result<Run, SimulationError> {
     let mut simulation = Simulation::new(settings, trace)?;
-    simulation.run();
+    simulation.run()?;
     Ok(simulation.recorder.finish(settings, trace))
 }
 
@@ -165,19 +171,26 @@ impl<'a> Simulation<'a> {
             next: 0,
             now_ms: 0.0,
             outcomes: Vec::new(),
+            planner: settings
+                .planner
+                .as_ref()
+                .map(|numbers| Planner::new(numbers.settings())),
         })
     }
 
-    fn run(&mut self) {
+    fn run(&mut self) -> Result<(), SimulationError> {
         self.plan_arrival();
         for (number, failure) in self.settings.failures.iter().enumerate() {
             let number = number as u32;
             self.events.at(failure.at_ms, Event::Fails { number });
         }
+        self.look_later();
         while let Some((at_ms, event)) = self.events.pop() {
             self.now_ms = at_ms;
             self.happens(event);
         }
+        let failure = self.routers.iter().find_map(Router::scorer_failure);
+        failure.map_or(Ok(()), |error| Err(error.clone().into()))
     }
 
     fn happens(&mut self, event: Event) {
@@ -217,6 +230,7 @@ impl<'a> Simulation<'a> {
             Event::Fails { number } => self.fails(number as usize),
             Event::Noticed { number } => self.noticed(number as usize),
             Event::Back { number } => self.back(number as usize),
+            Event::Look => self.look(),
         }
     }
 
@@ -246,6 +260,15 @@ fn check(settings: &Settings) -> Result<(), SimulationError> {
     }
     if !positive(settings.speed) {
         return Err(SimulationError::Setting("speed: a number above 0"));
+    }
+    let looks = settings.planner.as_ref().is_none_or(|numbers| {
+        let positive = |number: Option<f64>| number.is_none_or(|ms| ms.is_finite() && ms > 0.0);
+        positive(numbers.look_ms) && positive(numbers.memory_ms)
+    });
+    if !looks {
+        return Err(SimulationError::Setting(
+            "planner.look_ms and planner.memory_ms: numbers above 0",
+        ));
     }
     if !(0.0..1.0).contains(&settings.warm_up) {
         return Err(SimulationError::Setting("warm_up: from 0 to below 1"));

@@ -50,6 +50,7 @@ pub(crate) fn settings(prefill: usize, decode: usize, both: usize) -> Settings {
         local_prefill: None,
         prior: [1.0; 5],
         failures: Vec::new(),
+        planner: None,
         slo: Slo::default(),
         max_tokens: 4096,
         rows: true,
