@@ -97,8 +97,11 @@ async fn a_tokenizer_comes_from_another_worker_where_one_fails() {
     let mesh = mesh_with(retrying).await;
     let answer = collect(mesh.generate(request(&[1], 5)).unwrap()).await;
     assert_eq!(answer.error, None);
-    // One failure is enough to ask the other; none where it was asked first.
-    assert!(mesh.counters().tokenizer_failures.get() <= 1);
+    // One that fails for ever was no obstacle: it failed for as long as it was
+    // the only one known, and the one fetch that worked was of the other.
+    let counters = mesh.counters();
+    let worked = counters.tokenizer_fetches.get() - counters.tokenizer_failures.get();
+    assert_eq!(worked, 1);
 }
 
 #[tokio::test]
