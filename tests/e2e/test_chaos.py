@@ -1,6 +1,6 @@
 """A seeded schedule of faults under load, and every stream is as if there were none.
 
-KVMESH_CHAOS_SEED and KVMESH_CHAOS_FAULTS make it another one, or a longer one.
+CHAOS_SEED and CHAOS_FAULTS make it another one, or a longer one.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from many_streams import Streams, prompts
 
 from kvmesh.cli.etcd import free_ports
 
-SEED = int(os.environ.get("KVMESH_CHAOS_SEED", "7"))
-FAULTS = int(os.environ.get("KVMESH_CHAOS_FAULTS", "8"))
+SEED = int(os.environ.get("CHAOS_SEED", "7"))
+FAULTS = int(os.environ.get("CHAOS_FAULTS", "8"))
 ROLES = {"p1": "prefill", "p2": "prefill", "d1": "decode", "d2": "decode", "b": "both"}
 STREAMS = 12
 TOKENS = 200
