@@ -111,7 +111,7 @@ def test_ratios_and_policies_are_read():
     assert sweep("2P1D") == [(2, 1)]
     policy = Policy.parse("overlap-load:overlap-weight=4,temperature=0.5")
     assert policy.numbers == {"overlap_weight": 4.0, "temperature": 0.5}
-    with pytest.raises(ValueError, match="name:number"):
+    with pytest.raises(ValueError, match="name=value"):
         Policy.parse("cost:stretch")
 
 
