@@ -35,6 +35,7 @@ from typing import Any
 import grpc
 import grpc.aio
 from alternating import Blocks, Figure, alternate, print_table, write_json
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvmesh.v1 import worker_pb2 as wire
 from kvmesh.v1 import worker_pb2_grpc
@@ -293,14 +294,24 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+async def serving(channel: grpc.aio.Channel) -> None:
+    """Returns when the worker's health is SERVING: it answers before its model is loaded."""
+    await channel.channel_ready()
+    health = health_pb2_grpc.HealthStub(channel)
+    async for status in health.Watch(health_pb2.HealthCheckRequest()):
+        if status.status == health_pb2.HealthCheckResponse.SERVING:
+            return
+
+
 async def attach(address: str, worker: subprocess.Popen[bytes]) -> Streams:
     channel = grpc.aio.insecure_channel(address, options=UNLIMITED)
-    ready = asyncio.create_task(channel.channel_ready())
+    ready = asyncio.create_task(serving(channel))
     deadline = time.monotonic() + START_S
     while not ready.done():
         if worker.poll() is not None or time.monotonic() > deadline:
             raise SystemExit(f"the worker does not serve (status {worker.poll()})")
         await asyncio.wait([ready], timeout=0.1)
+    await ready
     session = Attached(channel, "watched")
     await session.hello()
     return Streams(session)

@@ -165,7 +165,8 @@ class SimRunner:
         joined = self._joined
         if joined.composition != rows.composition:
             joined = self._join(rows)
-        if self._settings.instant or not isinstance(self._clock, WallClock):
+        settings = self._settings
+        if settings.instant or settings.stuck_while or not isinstance(self._clock, WallClock):
             return None
         return PacedSteps(joined.streams, (joined.base_s, joined.context_s))
 
