@@ -405,7 +405,7 @@ impl Link {
         let (major, minor) = hello.version;
         // A newer minor is the worker's to speak down from; of older ones the
         // last is understood.
-        if major != PROTOCOL_VERSION.0 || minor + 1 < PROTOCOL_VERSION.1 {
+        if major != PROTOCOL_VERSION.0 || minor.saturating_add(1) < PROTOCOL_VERSION.1 {
             return Some(Mismatch::Version(major, minor));
         }
         match &self.expected_id {

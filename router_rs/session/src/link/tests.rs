@@ -69,10 +69,13 @@ fn another_major_and_another_worker_are_refused() {
 }
 
 #[test]
-fn a_newer_minor_is_spoken_to() {
-    let mut link = greeting();
-    link.apply(Event::Hello(&hello((1, 9), "w", 7, 1))).unwrap();
-    assert_eq!(*link.state(), State::Live);
+fn a_newer_minor_is_spoken_to_however_large() {
+    for minor in [9, u32::MAX] {
+        let mut link = greeting();
+        link.apply(Event::Hello(&hello((1, minor), "w", 7, 1)))
+            .unwrap();
+        assert_eq!(*link.state(), State::Live);
+    }
 }
 
 #[test]
