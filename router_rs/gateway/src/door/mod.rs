@@ -9,7 +9,7 @@ mod validate;
 
 pub(crate) use metadata::CallMetadata;
 pub(crate) use text::TextPool;
-pub(crate) use validate::ClassTargets;
+pub(crate) use validate::DefaultClass;
 
 use std::{
     sync::Arc,
@@ -48,7 +48,7 @@ pub(crate) struct Door {
     read_timeout: Duration,
     budget: Arc<Semaphore>,
     text: TextPool,
-    targets: ClassTargets,
+    classes: DefaultClass,
 }
 
 /// A message with the permit for its bytes.
@@ -75,7 +75,7 @@ impl Door {
             read_timeout: settings.request_read_timeout,
             budget,
             text: TextPool::new(settings.inline_text_bytes, settings.text_threads),
-            targets: ClassTargets::new(&settings.default_class),
+            classes: DefaultClass::new(&settings.default_class),
         }
     }
 
@@ -139,7 +139,7 @@ impl Door {
         let began = Instant::now();
         let ids = self.prompt_ids(&model, input).await?;
         let tokenize_ms = began.elapsed().as_secs_f64() * 1e3;
-        let admitted = validate::admit(message, &model, &self.targets, call, ids, tokenize_ms)
+        let admitted = validate::admit(message, &model, &self.classes, call, ids, tokenize_ms)
             .map_err(invalid)?;
         let class = admitted.class;
         let turned = |error| {

@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
+use kvmesh_scheduler::ClassTargets;
 use kvmesh_text::{Chat, MAX_STOP_BYTES, MAX_STOPS, Message, TextSettings};
 use kvmesh_wire::v1::{self, RequestClass};
 
 use super::CallMetadata;
 use crate::{
     error::{RequestError, Violation, Violations},
-    mesh::ServedModel,
+    mesh::{ServedModel, class_of},
     request::AdmittedRequest,
 };
 
@@ -20,12 +21,12 @@ const MAX_HINT_BYTES: usize = 256;
 const MAX_TARGET_MS: u32 = 3_600_000;
 const MAX_GRAMMAR_BYTES: usize = 1 << 20;
 
-/// What the classes promise where a request names no targets of its own.
-pub(crate) struct ClassTargets {
+/// The class of a request that names none.
+pub(crate) struct DefaultClass {
     default: RequestClass,
 }
 
-impl ClassTargets {
+impl DefaultClass {
     pub(crate) fn new(default: &str) -> Self {
         let default = match default {
             "interactive" => RequestClass::Interactive,
@@ -41,24 +42,6 @@ impl ClassTargets {
         } else {
             asked
         }
-    }
-}
-
-/// Milliseconds to the first token as shipped.
-fn ttft_target_ms(class: RequestClass) -> f64 {
-    match class {
-        RequestClass::Interactive => 1_000.0,
-        RequestClass::Batch => 60_000.0,
-        RequestClass::Standard | RequestClass::Unspecified => 5_000.0,
-    }
-}
-
-/// Milliseconds between tokens as shipped; 0: none.
-fn itl_target_ms(class: RequestClass) -> f64 {
-    match class {
-        RequestClass::Interactive => 50.0,
-        RequestClass::Batch => 0.0,
-        RequestClass::Standard | RequestClass::Unspecified => 100.0,
     }
 }
 
@@ -366,7 +349,7 @@ pub(super) fn chat(chat: v1::Chat) -> Result<Chat, RequestError> {
 pub(super) fn admit(
     request: v1::GenerateRequest,
     model: &ServedModel,
-    targets: &ClassTargets,
+    classes: &DefaultClass,
     call: &CallMetadata,
     ids: Vec<u32>,
     tokenize_ms: f64,
@@ -384,7 +367,8 @@ pub(super) fn admit(
         let allowed = format!("at most {max_tokens} ids: as many as may be output in all");
         return Err(RequestError::invalid("continue_from.token_ids", allowed));
     }
-    let class = targets.class(hints.request_class());
+    let class = classes.class(hints.request_class());
+    let shipped = *ClassTargets::default().of(class_of(class));
     let mut stop_token_ids = stopping.stop_token_ids;
     if !stopping.ignore_end_of_text {
         stop_token_ids.extend_from_slice(&model.record.end_of_text_ids);
@@ -418,11 +402,11 @@ pub(super) fn admit(
         tenant: call.tenant,
         class,
         ttft_target_ms: match hints.ttft_target_ms {
-            0 => ttft_target_ms(class),
+            0 => shipped.ttft_ms,
             given => f64::from(given),
         },
         itl_target_ms: match hints.itl_target_ms {
-            0 => itl_target_ms(class),
+            0 => shipped.itl_ms.unwrap_or(0.0),
             given => f64::from(given),
         },
         cache_salt: hints.cache_salt,

@@ -548,7 +548,7 @@ fn affinity(chain: &[u64], id: u128) -> u64 {
 }
 
 /// A class in the scheduler's terms.
-pub(super) fn class_of(class: v1::RequestClass) -> Class {
+pub(crate) fn class_of(class: v1::RequestClass) -> Class {
     match class {
         v1::RequestClass::Interactive => Class::Interactive,
         v1::RequestClass::Batch => Class::Batch,

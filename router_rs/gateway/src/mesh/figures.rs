@@ -266,10 +266,7 @@ impl Figures {
             longest_gap_ms: ms(gap.length),
             transferred_bytes: self.sums.transferred_bytes,
             longest_gap_start_ms: since(gap.began, request.arrived),
-            longest_gap_cause: match gap.began {
-                Some(_) => self.gap_cause(request),
-                None => String::new(),
-            },
+            longest_gap_cause: self.gap_cause(request),
         }
     }
 
@@ -292,7 +289,7 @@ impl Figures {
         Some((predicted.attempt, predicted.times, actual))
     }
 
-    /// The cause of the longest gap: the worker's own word, where it told of a
+    /// The cause of the longest gap; empty where there is none: the worker's own word, where it told of a
     /// gap that this one was.
     fn gap_cause(&self, request: &AdmittedRequest) -> String {
         let gap = &self.longest_gap;

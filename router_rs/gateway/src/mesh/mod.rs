@@ -55,6 +55,7 @@ use tokio::sync::Notify;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use counters::{AttemptCounts, Count, Counters, Gauge, Ratios, SessionCounts};
+pub(crate) use dispatch::class_of;
 pub use given_up::GivenUp;
 pub use models::ServedModel;
 pub use policy::{COST, POLICIES, PolicySettings, SCORED};

@@ -3,7 +3,7 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex},
 };
 
 use kvmesh_scheduler::{
@@ -12,18 +12,17 @@ use kvmesh_scheduler::{
 };
 use kvmesh_wire::v1;
 
-use super::{Core, dispatch::class_of, queue::Admitted};
+use super::{
+    Core,
+    dispatch::class_of,
+    queue::{Admitted, lock},
+};
 use crate::request::AdmittedRequest;
 
 /// What came by model, and the controller.
 pub(super) struct PoolWatch {
     came: Mutex<BTreeMap<Arc<str>, Demand>>,
     planner: Mutex<Planner>,
-}
-
-// Sums and the controller's state are whole after each operation on them.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl PoolWatch {

@@ -63,8 +63,8 @@ pub(super) struct Waits {
     continuing: AtomicUsize,
 }
 
-// What this lock guards is whole after each operation on it.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// What these locks guard is whole after each operation on it.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

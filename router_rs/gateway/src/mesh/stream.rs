@@ -92,6 +92,11 @@ impl GenerationStream {
         self.open.given_up.clone()
     }
 
+    /// Its class; never unspecified.
+    pub(crate) fn class(&self) -> v1::RequestClass {
+        self.open.request.class
+    }
+
     /// What it is held to, by its class or its own hints.
     pub(crate) fn held_to(&self) -> HeldTo {
         self.open.held_to()

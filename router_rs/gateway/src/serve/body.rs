@@ -211,7 +211,7 @@ impl GenerateBody {
                 RequestError::Cancelled => ClassEnd::Cancelled,
                 _ => ClassEnd::Failed,
             };
-            self.telemetry.class_ended(self.stream.held_to().class, end);
+            self.telemetry.class_ended(self.stream.class(), end);
         }
         tracing::info!(
             event = "generation_ended",

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use kvmesh_session::{
-    Command, Fence, WorkerIndex,
+    Fence, WorkerIndex,
     generation::{Event, Loss},
 };
 
 use super::Open;
-use crate::mesh::session::{Outgoing, SessionHandle};
+use crate::mesh::session::SessionHandle;
 
 impl Open {
     /// The attempt that is wanted of a worker, and the first index.
@@ -40,15 +40,7 @@ impl Open {
                 return;
             }
         }
-        let command = Command::Cancel {
-            generation: self.id,
-            fence,
-        };
-        // Where it cannot be sent the session has ended, and its worker drops it.
-        let _ = session.send(Outgoing {
-            command,
-            open: None,
-        });
+        session.cancel(self.id, fence);
     }
 
     /// The worker is back and knows nothing of the attempt.

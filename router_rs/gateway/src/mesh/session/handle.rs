@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use kvmesh_session::{Command, GenerationId};
+use kvmesh_session::{Command, Fence, GenerationId};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -59,6 +59,16 @@ impl SessionHandle {
         }
         sender.next += 1;
         Some(number)
+    }
+
+    /// Cancels an attempt that nobody holds here any more. Where that cannot be
+    /// sent the session has ended, and its worker drops the attempt.
+    pub(in crate::mesh) fn cancel(&self, generation: GenerationId, fence: Fence) {
+        let command = Command::Cancel { generation, fence };
+        let _ = self.send(Outgoing {
+            command,
+            open: None,
+        });
     }
 }
 

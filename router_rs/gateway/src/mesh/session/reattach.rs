@@ -3,13 +3,10 @@
 use std::{sync::Arc, time::Instant};
 
 use bytes::Bytes;
-use kvmesh_session::{
-    Command,
-    link::{Event, Timer},
-};
+use kvmesh_session::link::{Event, Timer};
 use kvmesh_wire::v1;
 
-use super::{Outgoing, Session, SessionHandle};
+use super::{Session, SessionHandle};
 
 /// Sleeps until an instant; without one for ever.
 pub(super) async fn at(instant: Option<Instant>) {
@@ -61,14 +58,7 @@ impl Session {
                     open.forgotten(worker, fence);
                 }
                 // It was lost, or left, while the hellos were on their way.
-                (None, true) => {
-                    let command = Command::Cancel { generation, fence };
-                    // Where it cannot be sent the session has ended.
-                    let _ = handle.send(Outgoing {
-                        command,
-                        open: None,
-                    });
-                }
+                (None, true) => handle.cancel(generation, fence),
                 (None, false) => {}
             }
         }
