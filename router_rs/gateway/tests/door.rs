@@ -254,11 +254,14 @@ async fn a_full_queue_says_when_to_come_back_in_both_of_grpcs_ways() {
     };
     let mesh = Mesh::start(vec![small], json!({ "queue_length": 1 })).await;
     let mut client = mesh.client().await;
-    let of = |max_tokens| v1::GenerateRequest {
-        input: Some(Input::TokenIds(v1::TokenIds { ids: vec![1; 32] })),
+    // Prompts of their own: a shared prefix would need no room of its own.
+    let of = |token, max_tokens| v1::GenerateRequest {
+        input: Some(Input::TokenIds(v1::TokenIds {
+            ids: vec![token; 32],
+        })),
         ..request(max_tokens)
     };
-    let mut running = client.generate(of(100_000)).await.unwrap().into_inner();
+    let mut running = client.generate(of(1, 100_000)).await.unwrap().into_inner();
     loop {
         let event = running.message().await.unwrap().unwrap().event;
         if matches!(event, Some(Event::Tokens(_))) {
@@ -266,8 +269,8 @@ async fn a_full_queue_says_when_to_come_back_in_both_of_grpcs_ways() {
         }
     }
     // Admitted is what has its headers: the one that waits is in the queue then.
-    let _waiting = client.generate(of(5)).await.unwrap();
-    let status = client.generate(of(5)).await.map(|_| ()).unwrap_err();
+    let _waiting = client.generate(of(2, 5)).await.unwrap();
+    let status = client.generate(of(3, 5)).await.map(|_| ()).unwrap_err();
     assert_eq!(
         (status.code(), reason(&status).as_str()),
         (Code::ResourceExhausted, "OVERLOADED")
