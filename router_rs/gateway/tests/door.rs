@@ -399,13 +399,22 @@ async fn a_rapid_reset_leaves_the_other_streams_alone() {
 }
 
 /// Reads an answer as it comes: h2's client gives a connection up that has many
-/// small frames unread.
+/// small frames unread. Gives the status with its message.
 async fn status(response: h2::client::ResponseFuture) -> String {
-    let mut body = response.await.expect("the connection stands").into_body();
+    let told = |of: &http::HeaderMap| {
+        let text = |name| Some(of.get(name)?.to_str().unwrap().to_owned());
+        let status = text("grpc-status")?;
+        Some(status + &text("grpc-message").unwrap_or_default())
+    };
+    let answer = response.await.expect("the connection stands");
+    // A refusal may be headers alone.
+    if let Some(status) = told(answer.headers()) {
+        return status;
+    }
+    let mut body = answer.into_body();
     while let Some(data) = body.data().await {
         let length = data.unwrap().len();
         body.flow_control().release_capacity(length).unwrap();
     }
-    let trailers = body.trailers().await.unwrap().unwrap();
-    trailers["grpc-status"].to_str().unwrap().to_owned()
+    told(&body.trailers().await.unwrap().unwrap()).unwrap()
 }

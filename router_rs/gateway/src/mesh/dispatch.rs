@@ -370,13 +370,16 @@ impl Core {
         }
     }
 
+    /// The sessions of a plan. `None` where one has ended or takes nothing now.
     fn parties(&self, placed: &Placed) -> Option<SmallVec<[Party; 2]>> {
         let mut workers: SmallVec<[WorkerIndex; 2]> =
             SmallVec::from_slice(&[placed.prefill, placed.decode]);
         workers.dedup();
         let party = |worker| {
             let session = self.table.get(worker)?.session()?;
-            Some(Party { worker, session })
+            session
+                .takes_placements()
+                .then_some(Party { worker, session })
         };
         workers.into_iter().map(party).collect()
     }

@@ -10,7 +10,7 @@ use kvmesh_session::{Command, Fence, GenerationId};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::{super::open::Open, COMMAND_QUEUE};
+use super::{super::open::Open, COMMAND_QUEUE, PLACEMENTS_QUEUED};
 
 /// A command on its way, and the generation that it places.
 pub(in crate::mesh) struct Outgoing {
@@ -41,6 +41,12 @@ impl SessionHandle {
             }),
             commands,
         )
+    }
+
+    /// Whether a placement is taken now: its commands are drained.
+    pub(in crate::mesh) fn takes_placements(&self) -> bool {
+        let sender = self.sender.lock().unwrap_or_else(PoisonError::into_inner);
+        sender.queue.max_capacity() - sender.queue.capacity() < PLACEMENTS_QUEUED
     }
 
     /// Queues a command and gives its number; `None` where the session has

@@ -2,8 +2,9 @@
 //!
 //! The task reads Attach and never waits there for anything else: rows go
 //! under the lock of their generation, loads to the scheduler, cache events to
-//! the index. Commands come over one bounded queue; a queue that is full means
-//! a transport that does not drain, and the session is closed.
+//! the index. Commands come over one bounded queue. A burst of placements waits in
+//! the router's queue once some are in this one; only cancels that nobody reads can
+//! fill it, and then the session is closed.
 
 mod frames;
 mod handle;
@@ -22,6 +23,7 @@ use kvmesh_session::{
     generation::{Event as GenerationEvent, Loss},
     link::{self, Action, Event, State},
 };
+use kvmesh_wire::v1;
 use rand::RngExt as _;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -32,8 +34,14 @@ use reattach::at;
 pub(super) use transport::connect;
 use transport::{Ended, Transport, next_frame};
 
-/// Commands that may wait for one worker's transport.
-const COMMAND_QUEUE: usize = 4_096;
+/// Placements that may wait for one worker's session: those after them wait in
+/// the router's queue, where their order can still change.
+const PLACEMENTS_QUEUED: usize = 1_024;
+/// Commands that may wait for it. A client that goes away cancels all its
+/// streams at once, so that there is room for a cancel of each.
+const COMMAND_QUEUE: usize = 65_536;
+/// Frames that may wait for its connection to be written.
+const OUTBOUND_QUEUE: usize = 1_024;
 /// Longest wait before a worker whose session has just broken is dialled again.
 const REDIAL_AT_ONCE: Duration = Duration::from_millis(20);
 /// First wait before a worker is dialled again, and the longest.
@@ -189,12 +197,13 @@ impl Session {
         handle: &SessionHandle,
         commands: &mut mpsc::Receiver<(u64, Outgoing)>,
     ) -> Ended {
+        let Transport { inbound, outbound } = transport;
         let mut sweep = tokio::time::interval(SWEEP);
         let alarm = tokio::time::sleep(Duration::from_secs(1));
         tokio::pin!(alarm);
         loop {
             tokio::select! {
-                frame = next_frame(&mut transport.inbound) => {
+                frame = next_frame(inbound) => {
                     let frame = match frame {
                         Ok(frame) => frame,
                         Err(ended) => return ended,
@@ -203,10 +212,11 @@ impl Session {
                         return Ended::Violation(violation);
                     }
                 }
-                Some((number, outgoing)) = commands.recv() => {
-                    if !self.command(number, outgoing, transport) {
-                        return Ended::Transport("commands are not drained".to_owned());
-                    }
+                next = next_command(outbound, commands) => {
+                    let Some((room, number, outgoing)) = next else {
+                        return Ended::Transport("closed under its commands".to_owned());
+                    };
+                    room.send(self.command(number, outgoing));
                 }
                 () = handle.closed.cancelled() => {
                     return Ended::Transport("commands are not drained".to_owned());
@@ -237,7 +247,7 @@ impl Session {
         next.unwrap_or(now + Duration::from_secs(1))
     }
 
-    fn command(&mut self, number: u64, outgoing: Outgoing, transport: &Transport) -> bool {
+    fn command(&mut self, number: u64, outgoing: Outgoing) -> v1::RouterFrame {
         let Outgoing { command, open } = outgoing;
         if let (
             Command::Place {
@@ -257,10 +267,7 @@ impl Session {
         }
         let counted = self.link.number();
         debug_assert_eq!(counted, number, "one queue, one count");
-        transport
-            .outbound
-            .try_send(command.into_frame(number))
-            .is_ok()
+        command.into_frame(number)
     }
 
     fn perform(&mut self, actions: link::Actions) {
@@ -332,4 +339,15 @@ impl Session {
 /// Milliseconds since an instant, for figures.
 pub(super) fn ms_since(at: Instant) -> f64 {
     ms(at.elapsed())
+}
+
+/// The next command, with room for its frame: a burst waits here, where the
+/// worker reads no faster. `None` where either side is closed.
+async fn next_command<'a>(
+    outbound: &'a mpsc::Sender<v1::RouterFrame>,
+    commands: &mut mpsc::Receiver<(u64, Outgoing)>,
+) -> Option<(mpsc::Permit<'a, v1::RouterFrame>, u64, Outgoing)> {
+    let room = outbound.reserve().await.ok()?;
+    let (number, outgoing) = commands.recv().await?;
+    Some((room, number, outgoing))
 }

@@ -16,7 +16,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use super::{COMMAND_QUEUE, REDIAL, Session, at};
+use super::{OUTBOUND_QUEUE, REDIAL, Session, at};
 
 /// Why a session's transport ended.
 pub(super) enum Ended {
@@ -118,7 +118,7 @@ async fn open(
     hello: v1::RouterFrame,
 ) -> Result<(Transport, v1::WorkerFrame), Ended> {
     let channel = connect(&address, keep_alive).await.map_err(failed)?;
-    let (outbound, frames) = mpsc::channel(COMMAND_QUEUE);
+    let (outbound, frames) = mpsc::channel(OUTBOUND_QUEUE);
     // The queue is new and empty.
     let _ = outbound.try_send(hello);
     let mut inbound = WorkerClient::new(channel)
