@@ -12,7 +12,7 @@ use kvmesh_scheduler::{
 };
 use kvmesh_wire::v1;
 
-use super::{Core, dispatch::class_of, queue::Admitted};
+use super::{Core, dispatch::class_of, queue::Urgency};
 use crate::request::AdmittedRequest;
 
 /// What came by model, and the controller.
@@ -39,7 +39,7 @@ impl PoolWatch {
     }
 
     /// A request was admitted.
-    pub(super) fn admitted(&self, request: &AdmittedRequest, admitted: &Admitted, output: u32) {
+    pub(super) fn admitted(&self, request: &AdmittedRequest, admitted: &Urgency, output: u32) {
         let mut came = lock(&self.came);
         if !came.contains_key(request.model.as_str()) {
             came.insert(Arc::from(request.model.as_str()), Demand::default());
