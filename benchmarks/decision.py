@@ -5,8 +5,9 @@ the index, what changed since the last decision, choice by added delay, bookings
 request is admitted, once: a look-up of its own, whether any worker can take it, and what it would
 wait for, without its key and with it; that is a column, and not part of the decision. The prompt
 has 5,000 tokens, an eighth of the workers hold prefixes of it, every worker has load, and between
-two decisions one of them reports. Hashing of the prompt is shown apart, and so is what a Python
-function that scores the plans adds.
+two decisions one of them reports. Hashing of the prompt is shown apart, and so are what a Python
+function that scores the plans adds, and decisions a second where 64 requests wait and are tried
+anew as workers report (router_rs/scheduler/examples/dispatch_speed.rs).
 
     python benchmarks/decision.py [--quick] [--json FILE]
 
@@ -38,15 +39,15 @@ PLANS = 72
 Case = dict[str, float | str]
 
 
-def build() -> Path:
-    """Builds the measuring program."""
+def build(example: str) -> Path:
+    """Builds a measuring program."""
     subprocess.run(
-        ["cargo", "build", "--release", "-p", "kvmesh-scheduler", "--example", "decision_speed"],
+        ["cargo", "build", "--release", "-p", "kvmesh-scheduler", "--example", example],
         cwd=ROOT,
         check=True,
         env={key: value for key, value in os.environ.items() if key != "CARGO_TARGET_DIR"},
     )
-    return ROOT / "target/release/examples/decision_speed"
+    return ROOT / "target/release/examples" / example
 
 
 def measure(program: Path, decisions: int) -> list[Case]:
@@ -69,9 +70,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="under a minute; no evidence")
     parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
-    program = build()
+    program, waiting = build("decision_speed"), build("dispatch_speed")
     rounds, decisions = (3, 3_000) if args.quick else (15, 20_000)
-    blocks = alternate({"decision": lambda: measure(program, decisions)}, rounds, lambda: ())
+    measured = {
+        "decision": lambda: measure(program, decisions),
+        "waiting": lambda: measure(waiting, decisions),
+    }
+    blocks = alternate(measured, rounds, lambda: ())
     runs = blocks.results["decision"]
 
     def median(row: int, of: str) -> float:
@@ -101,6 +106,22 @@ def main() -> None:
         ),
         rows,
     )
+    shown = ("waiting", "decisions_per_s", "us_per_report")
+    queues = [
+        (
+            case["workers"],
+            *(
+                statistics.median(float(run[number][of]) for run in blocks.results["waiting"])
+                for of in shown
+            ),
+        )
+        for number, case in enumerate(blocks.results["waiting"][0])
+    ]
+    print_table(
+        "What waits in the router, tried anew as workers report; a report's share in microseconds",
+        ("workers", "waiting", "decisions/s", "a report"),
+        queues,
+    )
     calls = sorted(measure_scorer(weighted, PLANS, 2_000 if args.quick else 20_000))
     scorer_us = [calls[int(share * (len(calls) - 1))] * 1e6 for share in (0.5, 0.99)]
     print_table(
@@ -115,6 +136,8 @@ def main() -> None:
         Figure("admission_p99_us_1024_workers", entry[1_024], "us", "lower"),
         Figure("p99_us_64_workers", worst[64], "us", "lower"),
         Figure("p99_us_1024_workers", worst[1_024], "us", "lower"),
+        Figure("decisions_per_s_64_waiting_64_workers", queues[0][2], "1/s", "higher"),
+        Figure("decisions_per_s_64_waiting_1024_workers", queues[1][2], "1/s", "higher"),
         Figure("hash_us_5000_tokens", rows[0][2], "us", "lower"),
         Figure("python_scorer_p50_us", scorer_us[0], "us", "lower"),
     ]

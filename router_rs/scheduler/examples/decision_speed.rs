@@ -54,7 +54,7 @@ fn view(slot: WorkerSlot, role: Role, abilities: &Arc<Abilities>) -> WorkerView 
             relative_error: 0.1,
             saturating_chunk: 2_048,
         },
-        load: load(u64::from(slot.0), role),
+        load: load(u64::from(slot.0), role, 0.0),
         booked: Work::default(),
         prompts: Vec::new(),
         left: [200.0; 3],
@@ -64,7 +64,7 @@ fn view(slot: WorkerSlot, role: Role, abilities: &Arc<Abilities>) -> WorkerView 
 
 /// A load report: of prompts where they are computed, of streams where they
 /// decode.
-fn load(seed: u64, role: Role) -> Load {
+fn load(seed: u64, role: Role, now_ms: f64) -> Load {
     let pick = |at: u64, below: u64| mix(seed * 8 + at) % below;
     let share = |at: u64| {
         let (mut queued, mut decoding) = (pick(at, 3) as u32, pick(at + 1, 24) as u32);
@@ -97,7 +97,7 @@ fn load(seed: u64, role: Role) -> Load {
             running: 10_000,
             ..KvRoom::default()
         },
-        step_left_ms: pick(7, 30) as f64,
+        step_ends_ms: now_ms + pick(7, 30) as f64,
     }
 }
 
@@ -188,7 +188,7 @@ impl Bench {
         for n in 0..decisions + WARM_UP {
             let slot = self.slots[mix(n as u64) as usize % self.slots.len()];
             let reporting = self.roster.get_mut(slot).unwrap();
-            reporting.load = load(n as u64, reporting.role);
+            reporting.load = load(n as u64, reporting.role, n as f64);
             if guards.len() > self.slots.len() {
                 guards.pop_front();
             }

@@ -2,9 +2,9 @@
 
 use crate::cost::CostSettings;
 use crate::facts::Table;
-use crate::request::RequestView;
+use crate::request::{PerClass, RequestView};
 use crate::survey::LocalPrefill;
-use crate::terms::queued::line;
+use crate::terms::queued::{line, own_prompt_ms};
 use crate::terms::{Asked, first};
 use crate::worker::{Cluster, Role};
 use thiserror::Error;
@@ -57,7 +57,7 @@ pub enum Rejected {
 }
 
 /// Decides whether a request may wait. `ahead_ms` is the predicted work of
-/// what is queued before it ([`crate::Queue::work_before_ms`]), `deadline_ms`
+/// what is queued before it ([`crate::Dispatch::unlisted_ms`]), `deadline_ms`
 /// the time left to its deadline.
 ///
 /// The wait is what the least busy worker has, plus the queue's work shared by
@@ -85,6 +85,8 @@ pub struct Estimate {
     pub work_ms: f64,
     /// Workers that compute prompts.
     pub workers: usize,
+    /// Own prompts there, or listed there, that are not computed yet, ms.
+    pub own_ms: PerClass<f64>,
 }
 
 impl Estimate {
@@ -102,6 +104,7 @@ impl Estimate {
                 least_ms: f64::INFINITY,
                 work_ms: f64::INFINITY,
                 workers: 0,
+                own_ms: [0.0; 3],
             };
             let rows = table.gates.iter().zip(&table.rows);
             for (worker, (gate, facts)) in cluster.workers.iter().zip(rows) {
@@ -113,9 +116,12 @@ impl Estimate {
                 let line = line(facts, &worker.prompts, &asked, &people.weights.ttft);
                 let cached = request.cached_on(worker.slot);
                 let work = first::prefill(facts, &asked, cached as f64).ms();
-                all.least_ms = all.least_ms.min(first::wait_ms(facts, &line));
+                all.least_ms = all.least_ms.min(first::wait_ms(facts, &line, asked.now_ms));
                 all.work_ms = all.work_ms.min(work);
                 all.workers += 1;
+                for prompt in &worker.prompts {
+                    all.own_ms[prompt.class.index()] += own_prompt_ms(facts, prompt);
+                }
             }
             all
         };

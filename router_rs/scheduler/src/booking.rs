@@ -46,6 +46,20 @@ impl Work {
         self.classes.take(&other.classes);
     }
 
+    /// What one that waits means to those that choose after it: a prompt in
+    /// line. Room and streams it takes when it goes.
+    pub(crate) fn prompt_alone(&self) -> Self {
+        let mut classes = self.classes;
+        classes.decoding = [0; 3];
+        Self {
+            decodes: 0,
+            decode_context: 0,
+            blocks: 0,
+            classes,
+            ..*self
+        }
+    }
+
     /// The prompt in it, as others see it that wait there.
     fn prompt(&self, virtual_deadline_ms: f64) -> Option<Prompt> {
         let class = Class::ALL
@@ -88,7 +102,7 @@ struct Account {
     booked: Work,
     entries: BTreeMap<u64, Entry>,
     /// Keys of `entries` whose prompt is not computed yet.
-    prompts: BTreeMap<u64, Prompt>,
+    prompts: BTreeMap<u64, Listed>,
     /// Last command echoed.
     echoed: Option<u64>,
 }
@@ -97,6 +111,14 @@ struct Account {
 struct Entry {
     work: Work,
     command: Option<u64>,
+}
+
+/// A prompt that is not computed yet.
+#[derive(Debug)]
+struct Listed {
+    prompt: Prompt,
+    /// It went there; else it would go there, and waits in the router.
+    went: bool,
 }
 
 impl Account {
@@ -135,10 +157,39 @@ impl Bookings {
     /// its virtual deadline until [`Booking::started`] or the guard goes.
     #[must_use = "a booking that is dropped is released"]
     pub fn book_prompt(&self, worker: WorkerSlot, work: Work, virtual_deadline_ms: f64) -> Booking {
-        self.enter(worker, work, work.prompt(virtual_deadline_ms))
+        let prompt = work.prompt(virtual_deadline_ms);
+        let listed = prompt.map(|prompt| Listed { prompt, went: true });
+        self.enter(worker, work, listed)
     }
 
-    fn enter(&self, worker: WorkerSlot, work: Work, prompt: Option<Prompt>) -> Booking {
+    /// As [`Bookings::book_prompt`], for a prompt that waits in the router and
+    /// would go there now.
+    #[must_use = "a booking that is dropped is released"]
+    pub(crate) fn list_prompt(
+        &self,
+        worker: WorkerSlot,
+        work: Work,
+        virtual_deadline_ms: f64,
+    ) -> Booking {
+        let prompt = work.prompt(virtual_deadline_ms);
+        let listed = prompt.map(|prompt| Listed {
+            prompt,
+            went: false,
+        });
+        self.enter(worker, work, listed)
+    }
+
+    /// Earliest virtual deadline of the prompts that went to a worker and are
+    /// not computed yet, ms.
+    pub fn first_sent_ms(&self, worker: WorkerSlot) -> Option<f64> {
+        let ledger = self.lock();
+        let listed = ledger.accounts.get(&worker)?.prompts.values();
+        let went = listed.filter(|listed| listed.went);
+        let keys = went.map(|listed| listed.prompt.virtual_deadline_ms);
+        keys.min_by(f64::total_cmp)
+    }
+
+    fn enter(&self, worker: WorkerSlot, work: Work, prompt: Option<Listed>) -> Booking {
         let mut ledger = self.lock();
         let key = ledger.next;
         ledger.next += 1;
@@ -223,7 +274,7 @@ impl Bookings {
             each(
                 worker,
                 &account.booked,
-                &mut account.prompts.values().copied(),
+                &mut account.prompts.values().map(|listed| listed.prompt),
             );
             if account.entries.is_empty() && account.prompts.is_empty() && account.echoed.is_none()
             {

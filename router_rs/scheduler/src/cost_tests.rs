@@ -119,7 +119,8 @@ fn worker(slot: u32, role: Role, draw: &mut Draw) -> WorkerView {
                 running: draw.below(1_000),
                 ..KvRoom::default()
             },
-            step_left_ms: draw.real(60.0),
+            // On the clock of what asks: most of them are over.
+            step_ends_ms: draw.real(25_000.0),
         },
         booked: Work::default(),
         left: [draw.real(500.0), draw.real(500.0), draw.real(500.0)],

@@ -94,8 +94,8 @@ pub(crate) struct Facts {
     pub(crate) step_ms: f64,
     /// What the streams add to a step that computes prompts, ms.
     pub(crate) company_ms: f64,
-    /// Left of the running step, ms.
-    pub(crate) step_left_ms: f64,
+    /// When the running step should end, ms.
+    pub(crate) step_ends_ms: f64,
     /// As in [`WorkerView`].
     pub(crate) relay_ms: f64,
     /// Tokens of a typical chunk there, and one over that.
@@ -148,7 +148,7 @@ impl Facts {
             step: worker.step,
             step_ms,
             company_ms: step_ms - worker.step.a_ms,
-            step_left_ms: worker.load.step_left_ms,
+            step_ends_ms: worker.load.step_ends_ms,
             relay_ms: worker.relay_ms,
             chunk,
             per_chunk: chunk.recip(),

@@ -8,7 +8,7 @@
 
 use crate::queue::Key;
 use std::collections::{BTreeMap, BTreeSet, btree_map};
-use std::iter::Peekable;
+use std::iter::{Chain, Peekable};
 
 /// The requests of one class that wait.
 #[derive(Debug, Clone, Default)]
@@ -89,25 +89,17 @@ impl Fair {
         (self.turn, self.paid) = (tenant, true);
     }
 
-    /// The order in which they would go from now on.
+    /// The order in which they would go from now on. Costs what is read of it:
+    /// tenants are looked at when their turn comes.
     pub(crate) fn order(&self, quantum_ms: f64) -> Order<'_> {
-        let (before, from): (Vec<_>, Vec<_>) =
-            self.tenants.iter().partition(|(id, _)| **id < self.turn);
-        let ring = from.into_iter().chain(before);
-        let visit = |(id, tenant): (&u64, &'_ Tenant)| (*id, tenant.account);
-        let mut visits = Vec::with_capacity(self.tenants.len());
-        for (id, tenant) in ring {
-            let (id, account) = visit((id, tenant));
-            visits.push(Visit {
-                keys: tenant.keys.iter().peekable(),
-                account,
-                paid: self.paid && id == self.turn,
-            });
-        }
+        let ring = self.tenants.range(self.turn..);
         Order {
             urgent: self.keys.iter().peekable(),
             gone: BTreeSet::new(),
-            visits,
+            ring: ring.chain(self.tenants.range(..self.turn)),
+            coming: self.tenants.len(),
+            had: self.paid.then_some(self.turn),
+            visits: Vec::new(),
             at: 0,
             in_vain: 0,
             quantum_ms,
@@ -115,11 +107,19 @@ impl Fair {
     }
 }
 
+type Tenants<'a> = btree_map::Range<'a, u64, Tenant>;
+
 /// Requests of a class in the order of their service.
 pub(crate) struct Order<'a> {
     urgent: Peekable<std::collections::btree_set::Iter<'a, Key>>,
     /// Those that went before more urgent ones.
     gone: BTreeSet<Key>,
+    /// Tenants whose first turn is still to come, and how many.
+    ring: Chain<Tenants<'a>, Tenants<'a>>,
+    coming: usize,
+    /// The tenant whose account has grown in this visit.
+    had: Option<u64>,
+    /// Tenants that had a turn and have requests left.
     visits: Vec<Visit<'a>>,
     at: usize,
     /// Visits in a row at which nobody went.
@@ -150,10 +150,10 @@ impl Iterator for Order<'_> {
     type Item = Key;
 
     fn next(&mut self) -> Option<Key> {
-        let alone = self.visits.len() == 1;
+        let alone = self.visits.len() + self.coming == 1;
         loop {
             if self.at >= self.visits.len() {
-                self.at = 0;
+                self.turn();
             }
             let visit = self.visits.get_mut(self.at)?;
             let Some((_, work)) = visit.keys.peek() else {
@@ -174,7 +174,7 @@ impl Iterator for Order<'_> {
             visit.paid = false;
             self.at += 1;
             self.in_vain += 1;
-            if self.in_vain >= self.visits.len() {
+            if self.coming == 0 && self.in_vain >= self.visits.len() {
                 self.skip_rounds();
             }
         }
@@ -182,6 +182,21 @@ impl Iterator for Order<'_> {
 }
 
 impl Order<'_> {
+    /// The turn comes to the next tenant, or to the first one again.
+    fn turn(&mut self) {
+        let Some((id, tenant)) = self.ring.next() else {
+            self.at = 0;
+            return;
+        };
+        self.coming -= 1;
+        self.at = self.visits.len();
+        self.visits.push(Visit {
+            keys: tenant.keys.iter().peekable(),
+            account: tenant.account,
+            paid: self.had == Some(*id),
+        });
+    }
+
     /// Nobody can pay: as many rounds at once as it takes until one can.
     fn skip_rounds(&mut self) {
         let quantum = self.quantum_ms;

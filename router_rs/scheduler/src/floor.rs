@@ -24,8 +24,9 @@ pub(crate) struct Floor {
     pub(crate) kind: u32,
     pub(crate) host: u32,
     pub(crate) prefix_pull: bool,
-    /// Least that is left of the running step, ms.
-    running_ms: f64,
+    /// When the running step should end, and the most that is waited for it, ms.
+    step_ends_ms: f64,
+    step_most_ms: f64,
     /// Other routers' prompts by class, and own ones ...
     others: [Group; 3],
     own: Group,
@@ -78,10 +79,11 @@ impl Floor {
             kind: facts.kind,
             host: facts.host,
             prefix_pull: facts.prefix_pull,
-            running_ms: if facts.layers {
-                facts.step_left_ms.min(facts.step_ms)
+            step_ends_ms: facts.step_ends_ms,
+            step_most_ms: if facts.layers {
+                facts.step_ms
             } else {
-                facts.step_left_ms
+                f64::INFINITY
             },
             others: line.others,
             own: line.own,
@@ -147,7 +149,9 @@ impl Floor {
         let gone = (most_ahead_ms * self.per_step + steps) * self.per_left;
         let held_up = self.streams * tokens_ms * (1.0 - gone).max(0.0);
         let weight = people.weights.ttft[asked.class];
-        weight * (self.running_ms + line.ahead_ms + pull_ms + prefill_ms)
+        let running_ms = (self.step_ends_ms - asked.now_ms).max(0.0);
+        let running_ms = running_ms.min(self.step_most_ms);
+        weight * (running_ms + line.ahead_ms + pull_ms + prefill_ms)
             + line.behind * prefill_ms
             + people.stretch * held_up
     }

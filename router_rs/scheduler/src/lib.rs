@@ -4,9 +4,10 @@
 //! the simulator and the tests run this same code. Times are milliseconds on
 //! a clock of the caller's choice.
 //!
-//! The way of a request: [`admit`] → [`Queue`] → [`Policy::choose`] over a
-//! [`Cluster`] of [`WorkerView`]s → [`Bookings::book`] for each stage of the
-//! [`Plan`].
+//! The way of a request: [`Dispatch::admit`] → [`Dispatch::arrives`] →
+//! [`Policy::choose`] over a [`Cluster`] of [`WorkerView`]s →
+//! [`DispatchSettings::judge`], which books each stage of the [`Plan`] or lets
+//! the request wait for [`Dispatch::pass`].
 #![forbid(unsafe_code)]
 
 mod admission;
@@ -15,6 +16,7 @@ mod booking;
 mod chunk;
 mod cost;
 mod deadline;
+mod dispatch;
 mod facts;
 mod fair;
 mod fit;
@@ -41,6 +43,10 @@ pub use booking::{Booking, Bookings, Work};
 pub use chunk::{ChunkBounds, OWN_STEP_SHARE, PREEMPTION_TARGET_MS, chunk_tokens, tokens_within};
 pub use cost::{CostSettings, KvCost};
 pub use deadline::{ClassTargets, Targets, virtual_deadline_ms};
+pub use dispatch::{
+    Admitted, Dispatch, DispatchSettings, Entry, Hold, Look, Next, Outcome, Pass, Place, Reported,
+    Verdict, may_run,
+};
 pub use fixed::{FixedPolicy, Rule};
 pub use learn::{Learner, StepSample};
 pub use lengths::OutputLengths;

@@ -255,7 +255,14 @@ pub enum NoPlan {
 impl NoPlan {
     /// Whether a load report may change it: the request waits.
     pub fn passes(&self) -> bool {
-        matches!(self, Self::NoRoom { .. })
+        matches!(
+            self,
+            Self::NoRoom { .. }
+                | Self::NotReady {
+                    draining: false,
+                    ..
+                }
+        )
     }
 }
 

@@ -65,6 +65,20 @@ pub(crate) struct Key {
     number: u64,
 }
 
+impl Key {
+    #[cfg(test)]
+    pub(crate) fn new(deadline_ms: f64, number: u64) -> Self {
+        Self {
+            deadline_ms,
+            number,
+        }
+    }
+
+    pub(crate) fn deadline_ms(&self) -> f64 {
+        self.deadline_ms
+    }
+}
+
 impl Ord for Key {
     fn cmp(&self, other: &Self) -> Ordering {
         self.deadline_ms
@@ -88,13 +102,17 @@ impl PartialEq for Key {
 impl Eq for Key {}
 
 /// A place in a [`Queue`]: what takes an item out again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Ticket(Key);
 
 impl Ticket {
     /// The item's virtual deadline, ms.
     pub fn virtual_deadline_ms(&self) -> f64 {
         self.0.deadline_ms
+    }
+
+    pub(crate) fn key(self) -> Key {
+        self.0
     }
 }
 
@@ -242,6 +260,11 @@ impl<T> Queue<T> {
         order
     }
 
+    /// Places of all items, taken or not, earliest virtual deadline first.
+    pub(crate) fn tickets(&self) -> impl Iterator<Item = Ticket> {
+        self.items.keys().map(|key| Ticket(*key))
+    }
+
     /// All items that are not taken, earliest virtual deadline first.
     pub fn iter(&self) -> impl Iterator<Item = (Ticket, &T)> {
         self.items
@@ -249,28 +272,9 @@ impl<T> Queue<T> {
             .filter_map(|(key, entry)| Some((Ticket(*key), entry.item.as_ref()?)))
     }
 
-    /// Predicted work of all with an earlier or the same virtual deadline, in
-    /// ms.
-    pub fn work_before_ms(&self, deadline_ms: f64) -> f64 {
-        self.items
-            .iter()
-            .take_while(|(key, _)| key.deadline_ms <= deadline_ms)
-            .map(|(_, entry)| entry.work_ms)
-            .sum()
-    }
-
     /// Predicted work of all, in ms.
     pub fn work_ms(&self) -> f64 {
         self.work_ms.iter().sum()
-    }
-
-    /// What a new request of this class and virtual deadline is admitted by, in
-    /// ms: the work before it, and at least the work of all that are as urgent
-    /// by class. The second keeps the queue bounded, whatever arrives: without
-    /// it, ever shorter requests could pass all others and each be admitted.
-    pub fn admission_ms(&self, class: Class, deadline_ms: f64) -> f64 {
-        let as_urgent = self.work_ms[..=class.index()].iter().sum();
-        self.work_before_ms(deadline_ms).max(as_urgent)
     }
 
     /// How many wait, those that are taken included.

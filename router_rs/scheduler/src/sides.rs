@@ -153,7 +153,7 @@ impl<'a> Question<'a, '_> {
         let prefill_ms = chunks.ms();
         Terms {
             weight: people.weights.ttft[asked.class],
-            wait_ms: first::wait_ms(facts, line),
+            wait_ms: first::wait_ms(facts, line, asked.now_ms),
             pull_ms,
             reload_ms,
             prefill_ms,

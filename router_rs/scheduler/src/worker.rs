@@ -122,8 +122,9 @@ pub struct Load {
     pub others: Share,
     /// Room in the pool.
     pub kv: KvRoom,
-    /// Milliseconds until the running step should end; 0 when none runs.
-    pub step_left_ms: f64,
+    /// When the running step should end, ms on the clock of
+    /// [`Cluster::now_ms`]; in the past when none runs.
+    pub step_ends_ms: f64,
 }
 
 /// How fast cached KV comes back to the device, bytes/ms.

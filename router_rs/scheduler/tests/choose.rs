@@ -238,7 +238,7 @@ fn of_equal_holders_the_one_with_the_better_path_is_asked() {
 fn by_cost_a_short_prompt_stays_with_decode_and_a_long_one_does_not() {
     let mut workers = pd(1, 1);
     // A prompt that is being computed and is not stopped, and a stream on decode.
-    workers[0].load.step_left_ms = 200.0;
+    workers[0].load.step_ends_ms = 200.0;
     Arc::make_mut(&mut workers[0].abilities).layer_preemption = false;
     workers[1].load.own.decoding = 8;
     workers[1].load.own.decode_context = 8_000;

@@ -132,12 +132,13 @@ fn of_other_routers_prompts_the_class_says_who_is_first() {
 fn a_running_step_is_waited_for_unless_layers_let_a_more_urgent_one_in() {
     let none = Matches::default();
     let mut worker = with_prompts(&[prompt(Class::Batch, 30_000.0, 4_000)]);
-    worker.load.step_left_ms = 300.0;
+    worker.load.step_ends_ms = 300.0;
     let urgent = RequestView {
         virtual_deadline_ms: 1_000.0,
         ..request(&none, 1)
     };
     assert!(whole(&worker, &urgent).wait_ms <= 10.0);
+    // It is known when the step ends: what is left of it shrinks by itself.
     Arc::make_mut(&mut worker.abilities).layer_preemption = false;
     assert_eq!(whole(&worker, &urgent).wait_ms, 300.0);
     let patient = request(&none, 1);

@@ -124,7 +124,6 @@ fn a_queue_is_in_order_bounded_and_gives_up_places() {
     queue.push(10.0, 2.0, "first").unwrap();
     queue.push(10.0, 4.0, "second").unwrap();
     assert_eq!(queue.push(1.0, 1.0, "full"), Err("full"));
-    assert_eq!(queue.work_before_ms(10.0), 6.0);
     assert_eq!(queue.remove(late), Some("late"));
     assert_eq!(queue.remove(late), None);
     assert_eq!(

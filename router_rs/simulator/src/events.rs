@@ -30,6 +30,8 @@ pub(crate) enum Event {
     Back { number: u32 },
     /// The pool controller looks.
     Look,
+    /// A router looks at what waits in it, if it has not done so meanwhile.
+    Pass { router: u32 },
 }
 
 #[derive(Debug, Clone, Copy)]

@@ -5,8 +5,8 @@ mod common;
 
 use common::{cost, settings, traffic};
 use kvmesh_simulator::{
-    Failure, Noise, Order, PlannerNumbers, PolicySettings, QueueSettings, Run, Settings,
-    SimulationError, replay_json, simulate,
+    Failure, LocalPrefill, Noise, Order, PlannerNumbers, PolicySettings, QueueSettings, Run,
+    Settings, SimulationError, replay_json, simulate,
 };
 
 fn every_policy() -> Vec<PolicySettings> {
@@ -68,7 +68,8 @@ fn every_request_ends_once_under_every_policy_and_kind_of_pool() {
 
 #[test]
 fn the_pool_controller_gives_workers_to_the_pool_that_is_short() {
-    // Prompts keep some four workers busy, and there is one.
+    // Prompts keep some four workers busy, and there is one; decode workers that
+    // computed prompts by cost would hide it.
     let mut trace = traffic(3_000, 20.0);
     for request in &mut trace.requests {
         (request.prompt, request.output) = (5_000, 20);
@@ -77,6 +78,7 @@ fn the_pool_controller_gives_workers_to_the_pool_that_is_short() {
     let run = |planner| {
         let settings = Settings {
             planner,
+            local_prefill: Some(LocalPrefill::WithoutPrefillWorkers),
             ..settings(1, 7, 0)
         };
         simulate(&settings, &trace).unwrap()

@@ -10,11 +10,11 @@ use kvmesh_kv_index::{
     CacheChange, IndexStats, KvIndex, Matches, WorkerSlot, chain_values, namespace_root,
 };
 use kvmesh_scheduler::{
-    Booking as Load, Class, Needs, NoPlan, OutputLengths, PerClass, RequestView, TransferRate,
+    Booking as Load, Class, Hold, Needs, OutputLengths, PerClass, RequestView, TransferRate,
 };
 use kvmesh_session::{
     TransferId, WorkerIndex,
-    generation::{Cause, Event, Plan, PlanRequest, Stop},
+    generation::{Event, Plan, PlanRequest, Stop},
     parse::{Hello, LoadReport, Refusal},
 };
 use kvmesh_wire::v1;
@@ -26,10 +26,10 @@ use super::{
     figures::ms,
     models::ServedModel,
     open::{Chosen, Open, Party},
-    placer::{Placed, Placer, Standing},
-    policy::PolicySettings,
+    placer::{Lacks, Placed, Placer, Standing},
     queue::Waits,
     recover::Retry,
+    settings::MeshSettings,
     table::WorkerEntry,
     views::apply_cache,
 };
@@ -45,18 +45,16 @@ pub(super) struct Dispatcher {
     lengths: Mutex<Lengths>,
 }
 
-/// A prompt that is listed where it would go, while it waits.
-pub(super) type Held = Option<Load>;
-
 /// What came of trying to place a request.
 pub(super) enum Tried {
-    /// It has its plan, or its end.
+    /// It has its plan.
     Done,
+    /// It has its end.
+    Ended,
     /// No worker has room, or is ready, at the moment.
     NoRoom,
-    /// Its worker would not start it soon, or others go first. It is booked
-    /// where it would go.
-    NotYet(Held),
+    /// Its worker would not start it soon. It is listed where it would go.
+    NotYet(Option<Hold>),
 }
 
 /// Load that was booked at the moment of choice. Dropping it releases it, so
@@ -91,16 +89,17 @@ struct Lengths {
 }
 
 impl Dispatcher {
-    /// An empty one; `router_id` sets how ties are broken.
-    pub(super) fn new(router_id: &str, policy: &PolicySettings) -> Self {
+    /// An empty one; the router's id sets how ties are broken.
+    pub(super) fn new(settings: &MeshSettings) -> Self {
+        let policy = &settings.policy;
         let index = Arc::new(KvIndex::new(policy.index.clone()));
-        let router = xxhash_rust::xxh3::xxh3_64(router_id.as_bytes());
+        let router = xxhash_rust::xxh3::xxh3_64(settings.router_id.as_bytes());
         let placer = Placer::new(Arc::clone(&index), router, policy);
         Self {
             policy: placer.policy(),
             placer: Mutex::new(placer),
             index,
-            waits: Waits::new(policy.queue),
+            waits: Waits::new(settings.dispatch()),
             lengths: Mutex::new(Lengths {
                 learnt: OutputLengths::new(policy.expected_output),
                 told: BTreeMap::new(),
@@ -166,36 +165,13 @@ impl Dispatcher {
 }
 
 impl Core {
-    /// Finds a plan for a generation, or lets it wait for room.
-    pub(super) fn plan(self: &Arc<Self>, open: &Arc<Open>, request: &PlanRequest) {
-        // New work does not pass what goes before it.
-        let behind = request.cause == Cause::Start && self.dispatcher.waits.behind(open);
-        let mut held = None;
-        if !request.wait_for_room {
-            let key_ms = self.dispatcher.waits.deadline_ms(open);
-            match self.try_plan(open, request, (!behind).then_some(key_ms)) {
-                Tried::Done => return,
-                Tried::NoRoom => {}
-                Tried::NotYet(booked) => held = booked,
-            }
-        }
-        // Whoever refused may have room when the next load comes; what an
-        // engine cannot do it cannot do then either.
-        let mut request = request.clone();
-        request.wait_for_room = false;
-        request
-            .excluded
-            .retain(|(_, why)| *why == Refusal::Unsupported);
-        self.dispatcher.waits.push(open, request, held);
-    }
-
-    /// Chooses and books; places if it may go, as one with this virtual
-    /// deadline, and a worker would start the request soon.
+    /// Chooses and books, as one with this virtual deadline; places if a worker
+    /// would start the request soon.
     pub(super) fn try_plan(
         self: &Arc<Self>,
         open: &Arc<Open>,
         request: &PlanRequest,
-        goes_as_ms: Option<f64>,
+        key_ms: f64,
     ) -> Tried {
         let began = Instant::now();
         let border = open.next_index();
@@ -207,39 +183,26 @@ impl Core {
                 None => return Tried::NotYet(None),
             },
         };
-        let key_ms = goes_as_ms.unwrap_or_else(|| self.dispatcher.waits.deadline_ms(open));
-        let placed = match self.choose(open, request, border, key_ms) {
+        let mut placed = match self.choose(open, request, border, key_ms) {
             Ok(placed) => placed,
-            Err(
-                NoPlan::NoRoom { .. }
-                | NoPlan::NotReady {
-                    draining: false, ..
-                },
-            ) => return Tried::NoRoom,
-            // Those who refused for now may be all that there are.
-            Err(_)
-                if request
-                    .excluded
-                    .iter()
-                    .any(|(_, why)| *why != Refusal::Unsupported) =>
-            {
+            Err(Lacks::Room) => return Tried::NoRoom,
+            // A worker that is lost may be replaced; one that cannot run it is not
+            // waited for.
+            Err(Lacks::Worker(_)) if open.continues() && !unsupported(request) => {
                 return Tried::NoRoom;
             }
-            // A worker that is lost may be replaced.
-            Err(_) if open.continues() => return Tried::NoRoom,
-            Err(why) => {
+            Err(Lacks::Worker(why)) => {
                 tracing::info!(generation = %open.id, %why, "no plan");
                 open.apply(Event::NoPlan);
-                return Tried::Done;
+                return Tried::Ended;
             }
         };
         if !open.continues() && self.misses_deadline(open, &placed) {
             open.apply(Event::Stop(Stop::Overloaded));
-            return Tried::Done;
+            return Tried::Ended;
         }
-        let ahead = ms(self.settings.dispatch_ahead).max(placed.step_ms);
-        if goes_as_ms.is_none() || placed.start_ms > ahead {
-            return Tried::NotYet(Some(self.dispatcher.placer().hold(&placed, key_ms)));
+        if let Some(hold) = placed.hold.take() {
+            return Tried::NotYet(Some(hold));
         }
         let Some(parties) = self.parties(&placed) else {
             return Tried::NoRoom;
@@ -254,7 +217,7 @@ impl Core {
         request: &PlanRequest,
         border: u32,
         virtual_deadline_ms: f64,
-    ) -> Result<Placed, NoPlan> {
+    ) -> Result<Placed, Lacks> {
         let mut cached = Matches::default();
         let whole = (border > 0).then(|| self.chain_so_far(open)).flatten();
         let chain = whole.as_deref().unwrap_or(open.chain());
@@ -263,17 +226,18 @@ impl Core {
         let expected = self.dispatcher.expected_output(&open.request, border);
         let waits = &self.dispatcher.waits;
         let mut placer = self.dispatcher.placer();
-        let excluded: SmallVec<[WorkerSlot; 4]> = request
-            .excluded
-            .iter()
-            .filter_map(|(worker, _)| placer.slot(*worker))
-            .collect();
+        let slots = |all: bool| -> SmallVec<[WorkerSlot; 4]> {
+            let of = request.excluded.iter();
+            let of = of.filter(|(_, why)| all || *why == Refusal::Unsupported);
+            of.filter_map(|(worker, _)| placer.slot(*worker)).collect()
+        };
+        let (excluded, lasting) = (slots(true), slots(false));
         let view = RequestView {
             virtual_deadline_ms,
             affinity: affinity(open.chain(), id),
             ..request_view(&open.request, id, border, expected, &cached, &excluded)
         };
-        placer.choose(&view, waits.now_ms())
+        placer.choose(&view, &lasting, waits.now_ms(), &waits.rules)
     }
 
     /// Chain values of prompt and output: what a continuation finds in caches.
@@ -344,6 +308,7 @@ impl Core {
             cached_tokens: placed.chosen.cached_tokens,
             pulled_tokens: placed.chosen.pulled_tokens,
             prefix_from,
+            urgency_ms: open.urgency_ms + placed.key_ms - self.dispatcher.waits.deadline_ms(open),
             predicted_start_ms: placed.start_ms,
             predicted,
             pulls: moved,
@@ -410,8 +375,13 @@ impl Core {
 
     /// A worker's load came.
     pub(super) fn worker_loaded(self: &Arc<Self>, worker: &Arc<WorkerEntry>, report: &LoadReport) {
-        self.dispatcher.placer().loaded(worker.index, report);
-        self.serve_queue();
+        let now_ms = self.dispatcher.waits.now_ms();
+        let mut placer = self.dispatcher.placer();
+        let reported = placer.loaded(worker.index, report, now_ms);
+        drop(placer);
+        if let Some(reported) = reported {
+            self.look(&reported);
+        }
     }
 
     /// Whether a worker can be placed on has changed.
@@ -548,6 +518,12 @@ const AFFINITY_UNITS: usize = 16;
 fn affinity(chain: &[u64], id: u128) -> u64 {
     let first = &chain[..chain.len().min(AFFINITY_UNITS)];
     first.last().copied().unwrap_or(id as u64)
+}
+
+/// Whether a worker said that its engine cannot do what is asked.
+fn unsupported(request: &PlanRequest) -> bool {
+    let mut why = request.excluded.iter().map(|(_, why)| *why);
+    why.any(|why| why == Refusal::Unsupported)
 }
 
 /// A class in the scheduler's terms.

@@ -195,7 +195,7 @@ impl Core {
                     open.give_up_on_client();
                 }
             }
-            self.expire_queued(now);
+            self.expire_queued();
             let now_ms = self.dispatcher.waits.now_ms() as u64;
             self.dispatcher.index.expire(now_ms);
         }
@@ -215,7 +215,7 @@ impl Mesh {
         let core = Arc::new(Core {
             table: Table::default(),
             models: Models::default(),
-            dispatcher: Dispatcher::new(&settings.router_id, &settings.policy),
+            dispatcher: Dispatcher::new(&settings),
             timers: Arc::default(),
             counters: Counters::default(),
             decisions: Decisions::new(settings.decisions_kept),

@@ -12,10 +12,10 @@ use std::{
 
 use kvmesh_kv_index::{Knowledge, KvIndex, Matches, UNIT_TOKENS, WorkerSlot};
 use kvmesh_scheduler::{
-    Admission, AdmissionSettings, Booking, Bookings, ByClass, Class, ClassTargets, Cluster,
-    Considered, Decision, Estimate, FirstToken, Learner, Needs, NoPlan, Path, PerClass, Plan,
-    Policy, Rejected, Relay, RequestView, Roster, StepModel, StepSample, TransferRate,
-    TransferRates, Work, WorkerView, placeable,
+    Admitted, Booking, Bookings, Class, ClassTargets, Cluster, Considered, Decision,
+    DispatchSettings, FirstToken, Hold, Learner, Needs, NoPlan, Path, PerClass, Plan, Policy,
+    Rejected, Relay, Reported, RequestView, Roster, StepModel, StepSample, TransferRate,
+    TransferRates, Verdict, WorkerView, may_run, placeable,
     planner::{Demand, Pools},
 };
 use kvmesh_session::{
@@ -71,9 +71,12 @@ pub(super) struct Placed {
     /// For two workers: the connector's hand-off, and whether prefill's tokens
     /// count; else a mesh transfer.
     pub(super) engine: Option<bool>,
+    /// What is booked. Empty where it waits.
     pub(super) bookings: Vec<(WorkerIndex, Booking)>,
-    /// The prompt, for where it is computed.
-    pub(super) prompt: (WorkerSlot, Work),
+    /// It waits, listed where it would go.
+    pub(super) hold: Option<Hold>,
+    /// Its virtual deadline, as which it goes.
+    pub(super) key_ms: f64,
     pub(super) chosen: Considered,
     /// The best plans, each with its workers: prefill, decode, prefix.
     pub(super) considered: Vec<(Considered, [Option<WorkerIndex>; 3])>,
@@ -82,8 +85,15 @@ pub(super) struct Placed {
     /// What a streamed hand-off leaves to move when prefill ends.
     pub(super) tail: Option<Tail>,
     pub(super) start_ms: f64,
-    /// Predicted length of the step that runs where the prompt goes.
-    pub(super) step_ms: f64,
+}
+
+/// Why a request has no plan.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Lacks {
+    /// It waits: for room, or for somebody to be ready.
+    Room,
+    /// Nobody will ever run it.
+    Worker(NoPlan),
 }
 
 /// The end of a streamed hand-off.
@@ -263,20 +273,27 @@ impl Placer {
         }
     }
 
-    /// A worker's load came.
-    pub(super) fn loaded(&mut self, worker: WorkerIndex, report: &LoadReport) {
-        let Some(known) = self.workers.get_mut(&worker) else {
-            return;
-        };
+    /// A worker's load came: what it says to those that wait, if it can be
+    /// chosen.
+    pub(super) fn loaded(
+        &mut self,
+        worker: WorkerIndex,
+        report: &LoadReport,
+        now_ms: f64,
+    ) -> Option<Reported> {
+        let known = self.workers.get_mut(&worker)?;
         let load = &report.load;
         known.step_ms = load.step_predicted_ms;
-        self.bookings.echoed(known.slot, load.last_command);
+        let (slot, step_ms) = (known.slot, known.step_ms);
+        self.bookings.echoed(slot, load.last_command);
         self.change(worker, |view| {
             view.role = role_of(report.role);
             view.draining = load.draining;
             view.phase = phase_of(report.phase);
-            view.load = load_of(load);
+            view.load = load_of(load, now_ms);
         });
+        let view = self.roster.get(slot)?;
+        Some(Reported::of(view, step_ms))
     }
 
     /// A step's service time came.
@@ -411,85 +428,61 @@ impl Placer {
             .with_local_prefill(self.policy.local_prefill())
     }
 
-    /// What a request would wait for and compute, apart from this router's
-    /// queue.
-    ///
-    /// # Errors
-    /// Why no worker will ever run it.
-    pub(super) fn estimate(
+    /// Whether somebody may run a request, once there is room: anybody but the
+    /// workers in `lasting`.
+    pub(super) fn may_run(
         &mut self,
         request: &RequestView<'_>,
+        lasting: &[WorkerSlot],
         now_ms: f64,
-    ) -> Result<Estimate, NoPlan> {
+    ) -> bool {
         self.roster.refresh(&self.bookings);
-        let cluster = self.cluster(now_ms);
-        match placeable(&cluster, request) {
-            Ok(())
-            | Err(
-                NoPlan::NoRoom { .. }
-                | NoPlan::NotReady {
-                    draining: false, ..
-                },
-            ) => Ok(Estimate::of(&cluster, request)),
-            Err(never) => Err(never),
-        }
+        may_run(&self.cluster(now_ms), request, lasting).is_ok()
     }
 
-    /// Whether a request may wait to be placed. `queued_ms` gives, for its
-    /// predicted work, its virtual deadline, the work that is queued before it
-    /// and booked nowhere, and all queued work that is as urgent by class;
-    /// `left_ms` is the time to its deadline.
+    /// Whether a request may wait to be placed, as `decide` says of the
+    /// cluster.
     ///
     /// # Errors
     /// Why it may not.
     pub(super) fn admit(
         &mut self,
         request: &RequestView<'_>,
-        bound: &AdmissionSettings,
         now_ms: f64,
-        left_ms: Option<f64>,
-        queued_ms: impl Fn(f64) -> (f64, f64, f64),
-    ) -> Result<Admission, Turned> {
-        let alone = self.estimate(request, now_ms).map_err(Turned::Never)?;
-        if alone.workers == 0 {
-            return alone.admit(0.0, left_ms, bound).map_err(Turned::Waits);
-        }
-        let (virtual_deadline_ms, before_ms, as_urgent_ms) = queued_ms(alone.work_ms);
-        // The second bound keeps the queue bounded whatever arrives: ever
-        // shorter requests could pass all others, and each be admitted.
-        let queue_alone = Estimate {
-            least_ms: 0.0,
-            ..alone
-        };
-        let admitted = queue_alone.admit(as_urgent_ms, None, bound);
-        admitted.map_err(Turned::Waits)?;
-        let keyed = RequestView {
-            virtual_deadline_ms,
-            ..*request
-        };
-        let estimate = Estimate::of(&self.cluster(now_ms), &keyed);
-        let admitted = estimate.admit(before_ms, left_ms, bound);
-        admitted.map_err(Turned::Waits)
+        decide: impl FnOnce(&Cluster<'_>) -> Result<Admitted, Rejected>,
+    ) -> Result<Admitted, Turned> {
+        self.roster.refresh(&self.bookings);
+        let cluster = self.cluster(now_ms);
+        may_run(&cluster, request, &[]).map_err(Turned::Never)?;
+        decide(&cluster).map_err(Turned::Waits)
     }
 
-    /// Chooses and books.
+    /// Chooses and books by the rules of dispatch. `lasting` are those of the
+    /// excluded workers that will never run it.
     ///
     /// # Errors
     /// Why there is no plan now.
     pub(super) fn choose(
         &mut self,
         request: &RequestView<'_>,
+        lasting: &[WorkerSlot],
         now_ms: f64,
-    ) -> Result<Placed, NoPlan> {
+        rules: &DispatchSettings,
+    ) -> Result<Placed, Lacks> {
         self.roster.refresh(&self.bookings);
         let cluster = self
             .roster
             .cluster(self.router)
             .at(now_ms)
             .with_transfers(&self.transfers);
-        let decision = self.policy.choose(&cluster, request)?;
+        let decision = match self.policy.choose(&cluster, request) {
+            Ok(decision) => decision,
+            Err(why) if why.waits(&cluster, request, lasting) => return Err(Lacks::Room),
+            Err(why) => return Err(Lacks::Worker(why)),
+        };
         let tail = self.tail(&decision.plan(), request);
-        let placed = self.place(decision, request.virtual_deadline_ms)?;
+        let placed = self.place(decision, request.virtual_deadline_ms, rules);
+        let placed = placed.map_err(Lacks::Worker)?;
         Ok(Placed { tail, ..placed })
     }
 
@@ -510,30 +503,23 @@ impl Placer {
         })
     }
 
-    fn place(&self, decision: Decision, virtual_deadline_ms: f64) -> Result<Placed, NoPlan> {
+    fn place(
+        &self,
+        decision: Decision,
+        key_ms: f64,
+        rules: &DispatchSettings,
+    ) -> Result<Placed, NoPlan> {
         let plan = decision.plan();
         let at = |slot| self.worker_at(slot).ok_or(NoPlan::NoPair);
         let (prefill, decode) = (at(plan.prefill())?, at(plan.decode())?);
-        let book = |(slot, work)| {
-            let booking = self.bookings.book_prompt(slot, work, virtual_deadline_ms);
-            Ok((at(slot)?, booking))
+        let known = self.workers.get(&prefill);
+        let step_ms = known.map_or(0.0, |known| known.step_ms);
+        let (booked, hold) = match rules.judge(&decision, key_ms, step_ms, &self.bookings) {
+            Verdict::Goes(booked) => (booked, None),
+            Verdict::Waits(hold) => (Vec::new(), Some(hold)),
         };
-        let (slot, work) = decision.work.first().copied().ok_or(NoPlan::NoPair)?;
-        let prompt = Work {
-            prefills: work.prefills,
-            prefill_tokens: work.prefill_tokens,
-            prefill_context: work.prefill_context,
-            classes: ByClass {
-                decoding: [0; 3],
-                ..work.classes
-            },
-            ..Work::default()
-        };
-        let bookings = decision
-            .work
-            .into_iter()
-            .map(book)
-            .collect::<Result<_, NoPlan>>()?;
+        let on = |(slot, booking)| Ok((at(slot)?, booking));
+        let bookings = booked.into_iter().map(on).collect::<Result<_, NoPlan>>()?;
         let workers = |plan: &Plan| {
             let prefill = match plan {
                 Plan::Whole { .. } => None,
@@ -550,26 +536,15 @@ impl Placer {
             source: plan.source().and_then(|slot| self.worker_at(slot)),
             engine: self.engine(prefill, decode),
             bookings,
-            prompt: (slot, prompt),
+            hold,
+            key_ms,
             chosen: decision.chosen,
             considered: considered.map(|one| (one, workers(&one.plan))).collect(),
             tail: None,
             weighed: decision.weighed,
             tied: decision.tied,
             start_ms: decision.start_ms,
-            step_ms: self
-                .workers
-                .get(&prefill)
-                .map_or(0.0, |known| known.step_ms),
         })
-    }
-
-    /// Lists a prompt that waits in this router's queue where it would go now:
-    /// those that come after it see it there. It takes no room: whoever goes
-    /// first must get it.
-    pub(super) fn hold(&self, placed: &Placed, virtual_deadline_ms: f64) -> Booking {
-        let (slot, work) = placed.prompt;
-        self.bookings.book_prompt(slot, work, virtual_deadline_ms)
     }
 
     /// Whether two workers hand over by their engine's connector, and then

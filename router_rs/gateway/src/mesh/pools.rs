@@ -15,7 +15,7 @@ use kvmesh_wire::v1;
 use super::{
     Core,
     dispatch::class_of,
-    queue::{Admitted, lock},
+    queue::{Urgency, lock},
 };
 use crate::request::AdmittedRequest;
 
@@ -38,7 +38,7 @@ impl PoolWatch {
     }
 
     /// A request was admitted.
-    pub(super) fn admitted(&self, request: &AdmittedRequest, admitted: &Admitted, output: u32) {
+    pub(super) fn admitted(&self, request: &AdmittedRequest, admitted: &Urgency, output: u32) {
         let mut came = lock(&self.came);
         if !came.contains_key(request.model.as_str()) {
             came.insert(Arc::from(request.model.as_str()), Demand::default());

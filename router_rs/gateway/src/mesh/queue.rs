@@ -1,9 +1,12 @@
-//! Requests that wait in this router, in the order of their virtual deadlines.
+//! Requests that wait in this router: what drives the scheduler's [`Dispatch`].
 //!
 //! A request leaves when its worker is predicted to start it soon, so that the
 //! order is kept here, where it can still change, and not in an engine's queue.
+//! Lock order: the placer's lock may be held while this one is taken, never the
+//! other way round; a request is tried with neither.
 
 use std::{
+    collections::BTreeSet,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -13,14 +16,17 @@ use std::{
 
 use kvmesh_kv_index::Matches;
 use kvmesh_scheduler::{
-    AdmissionSettings, Class, Lane, NoPlan, PerClass, Queue, QueueSettings, Rejected, RequestView,
-    Ticket, virtual_deadline_ms,
+    Admitted, Dispatch, DispatchSettings, Entry, Lane, Look, Next, NoPlan, Outcome, Pass, PerClass,
+    Place, Rejected, Reported,
 };
-use kvmesh_session::generation::{Cause, Event, PlanRequest, Stop};
+use kvmesh_session::{
+    generation::{Cause, Event, PlanRequest, Stop},
+    parse::Refusal,
+};
 
 use super::{
     Core,
-    dispatch::{Held, Tried, class_of, request_view},
+    dispatch::{Tried, class_of, request_view},
     figures::ms,
     open::Open,
     placer::Turned,
@@ -30,37 +36,45 @@ use crate::{error::RequestError, request::AdmittedRequest};
 /// Shortest and longest time after which a client is told to try again.
 const RETRY_AFTER: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(60));
 
-/// Requests that are tried in one go when room may be there: a bound on what a
-/// load frame costs. Those behind them are tried with the next one.
-const TRIED_AT_ONCE: usize = 64;
-
-/// By how much a request that goes before another is before it, ms.
-const BEFORE_MS: f64 = 1e-3;
-
 /// A request that waits.
 pub(super) struct Waiting {
-    pub(super) open: Arc<Open>,
-    pub(super) request: PlanRequest,
-    /// When it came into the queue, for the bound on waiting.
-    since: Instant,
-    /// Listed where it would go now: those that come after it see it there. Let
-    /// go of before it is tried again.
-    held: Held,
-    /// A failure or a worker's want of room took it from where it ran: it goes
-    /// before new work of its class.
-    goes_on: bool,
+    open: Arc<Open>,
+    request: PlanRequest,
 }
 
-/// The queue.
+impl Waiting {
+    fn new(open: &Arc<Open>, request: &PlanRequest) -> Self {
+        let mut request = request.clone();
+        request.wait_for_room = false;
+        Self {
+            open: Arc::clone(open),
+            request,
+        }
+    }
+
+    /// It is tried again later. Whoever refused may have room when the next
+    /// load comes; what an engine cannot do it cannot do then either.
+    fn later(mut self) -> Self {
+        let excluded = &mut self.request.excluded;
+        excluded.retain(|(_, why)| *why == Refusal::Unsupported);
+        self
+    }
+}
+
+/// Those that wait, and their clock.
 pub(super) struct Waits {
-    /// Zero of the queue's clock.
+    /// Zero of the clock of virtual deadlines.
     started: Instant,
-    queue: Mutex<Queue<Waiting>>,
-    /// Those that hold a place at a worker.
-    holding: Mutex<Vec<Ticket>>,
+    /// The rules by which what waits leaves.
+    pub(super) rules: DispatchSettings,
+    line: Mutex<State>,
     length: AtomicUsize,
-    /// Of them, those that were placed before.
-    continuing: AtomicUsize,
+}
+
+struct State {
+    dispatch: Dispatch<Waiting>,
+    /// Models for which a look is planned.
+    looks: BTreeSet<Arc<str>>,
 }
 
 /// What these locks guard is whole after each operation on it.
@@ -69,14 +83,30 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Waits {
-    pub(super) fn new(settings: QueueSettings) -> Self {
+    pub(super) fn new(rules: DispatchSettings) -> Self {
         Self {
             started: Instant::now(),
-            queue: Mutex::new(Queue::with_settings(settings)),
-            holding: Mutex::default(),
+            rules,
+            line: Mutex::new(State {
+                dispatch: Dispatch::new(rules),
+                looks: BTreeSet::new(),
+            }),
             length: AtomicUsize::new(0),
-            continuing: AtomicUsize::new(0),
         }
+    }
+
+    // What this lock guards is whole after each operation on it.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.line)
+    }
+
+    /// Does something with those that wait.
+    fn with<R>(&self, work: impl FnOnce(&mut Dispatch<Waiting>) -> R) -> R {
+        let mut state = self.lock();
+        let result = work(&mut state.dispatch);
+        let length = state.dispatch.len();
+        self.length.store(length, Ordering::Relaxed);
+        result
     }
 
     /// Requests that wait.
@@ -86,7 +116,11 @@ impl Waits {
 
     /// A request's virtual deadline on the queue's clock, ms.
     pub(super) fn deadline_ms(&self, open: &Open) -> f64 {
-        ms(open.request.arrived.saturating_duration_since(self.started)) + open.urgency_ms
+        self.arrival_ms(&open.request) + open.urgency_ms
+    }
+
+    fn arrival_ms(&self, request: &AdmittedRequest) -> f64 {
+        ms(request.arrived.saturating_duration_since(self.started))
     }
 
     /// The queue's clock, ms.
@@ -94,185 +128,52 @@ impl Waits {
         ms(self.started.elapsed())
     }
 
-    /// Lets a request wait. One that was returned waits with its first arrival.
-    pub(super) fn push(&self, open: &Arc<Open>, request: PlanRequest, held: Held) {
-        let (deadline, work) = (self.deadline_ms(open), open.work_ms);
-        let lane = Lane {
-            class: class_of(open.request.class),
-            tenant: open.request.tenant,
-        };
+    /// One that was returned waits with its first arrival. What a failure or a
+    /// worker's want of room took from where it ran goes before new work of its
+    /// class.
+    fn entry(&self, open: &Open, request: &PlanRequest) -> Entry {
         let taken = matches!(
             request.cause,
             Cause::Lost(_) | Cause::Failed | Cause::Returned
         );
-        let entry = Waiting {
+        Entry {
+            model: open.request.model.as_str().into(),
+            lane: Lane {
+                class: class_of(open.request.class),
+                tenant: open.request.tenant,
+            },
+            key_ms: self.deadline_ms(open),
+            work_ms: open.work_ms,
             goes_on: taken || request.failures > 0 || open.next_index() > 0,
-            open: Arc::clone(open),
-            request,
-            since: Instant::now(),
-            held,
-        };
-        let holds = entry.held.is_some();
-        if entry.goes_on {
-            self.continuing.fetch_add(1, Ordering::Relaxed);
-        }
-        let mut queue = lock(&self.queue);
-        // It has no bound of its own.
-        let pushed = queue.push_for(lane, deadline, work, entry);
-        self.length.store(queue.len(), Ordering::Relaxed);
-        drop(queue);
-        if let (Ok(ticket), true) = (pushed, holds) {
-            lock(&self.holding).push(ticket);
         }
     }
 
-    /// The next ones to be tried, each with the virtual deadline that it goes
-    /// as. Turns of tenants may let a request go before others with earlier
-    /// keys: for as long as they all wait here, it is before them, and of equal
-    /// ones the first is. What held a place and is not among them gives it up.
-    fn next(&self) -> Vec<(Ticket, f64)> {
-        let tickets = {
-            let queue = lock(&self.queue);
-            let order = queue.order(TRIED_AT_ONCE);
-            match self.continuing.load(Ordering::Relaxed) {
-                0 => order,
-                _ => continuations_first(&queue, order),
-            }
-        };
-        let mut next_ms = f64::INFINITY;
-        let mut next: Vec<(Ticket, f64)> = Vec::with_capacity(tickets.len());
-        for ticket in tickets.into_iter().rev() {
-            next_ms = ticket.virtual_deadline_ms().min(next_ms - BEFORE_MS);
-            next.push((ticket, next_ms));
-        }
-        next.reverse();
-        let now_held = next.iter().map(|(ticket, _)| *ticket).collect();
-        let before = std::mem::replace(&mut *lock(&self.holding), now_held);
-        for ticket in before {
-            if !next.iter().any(|(other, _)| *other == ticket)
-                && let Some(mut entry) = self.take(ticket)
-            {
-                entry.held = None;
-                self.put_back(ticket, entry);
-            }
-        }
-        next
-    }
-
-    /// Takes a request to try it; whoever takes it owns it until it is given
-    /// back or leaves.
-    fn take(&self, ticket: Ticket) -> Option<Waiting> {
-        lock(&self.queue).take(ticket)
-    }
-
-    fn put_back(&self, ticket: Ticket, entry: Waiting) {
-        lock(&self.queue).put_back(ticket, entry);
-    }
-
-    /// A request leaves. With `served` its tenant pays for it.
-    fn leaves(&self, ticket: Ticket, served: bool) -> Option<Waiting> {
-        let mut queue = lock(&self.queue);
-        let entry = if served {
-            queue.serve(ticket)
-        } else {
-            queue.remove(ticket)
-        };
-        self.length.store(queue.len(), Ordering::Relaxed);
-        if entry.as_ref().is_some_and(|entry| entry.goes_on) {
-            self.continuing.fetch_sub(1, Ordering::Relaxed);
-        }
-        entry
-    }
-
-    /// Whether a request of the same model waits that goes before this one.
-    pub(super) fn behind(&self, open: &Open) -> bool {
+    fn look(&self, report: &Reported) -> Look {
         if self.len() == 0 {
-            return false;
+            return Look::No;
         }
-        let deadline = self.deadline_ms(open);
-        let queue = lock(&self.queue);
-        let class = class_of(open.request.class);
-        if self.continuing.load(Ordering::Relaxed) > 0
-            && queue.iter().any(|(_, entry)| {
-                let other = &entry.open.request;
-                entry.goes_on && class_of(other.class) == class && other.model == open.request.model
-            })
-        {
-            return true;
-        }
-        let mut first = queue.iter().map(|(_, entry)| &entry.open);
-        first
-            .find(|other| other.request.model == open.request.model)
-            .is_some_and(|other| self.deadline_ms(other) <= deadline)
+        self.lock().dispatch.look(report, self.now_ms())
     }
 
-    /// Predicted work of a model's requests that wait, by class, ms.
+    /// Predicted work of a model's requests that wait and are seen at no worker,
+    /// by class, ms.
     pub(super) fn queued_ms(&self, model: &str) -> PerClass<f64> {
-        let mut queued = PerClass::default();
-        let queue = lock(&self.queue);
-        for (_, entry) in queue.iter() {
-            let open = &entry.open;
-            if open.request.model == model {
-                queued[class_of(open.request.class).index()] += open.work_ms;
-            }
-        }
-        queued
+        self.lock().dispatch.unlisted_by_class_ms(model)
     }
 
-    /// Predicted work, in ms, of the model's requests that wait: of those that
-    /// would go before one with this deadline and are booked nowhere, and of
-    /// all that are as urgent by class.
-    fn ahead_ms(&self, model: &str, class: Class, deadline_ms: f64) -> (f64, f64) {
-        let (mut before, mut as_urgent) = (0.0, 0.0);
-        if self.len() == 0 {
-            return (before, as_urgent);
-        }
-        let queue = lock(&self.queue);
-        for (_, entry) in queue.iter() {
-            let open = &entry.open;
-            if open.request.model != model {
-                continue;
-            }
-            if entry.held.is_none() && self.deadline_ms(open) <= deadline_ms {
-                before += open.work_ms;
-            }
-            if class_of(open.request.class) <= class {
-                as_urgent += open.work_ms;
-            }
-        }
-        (before, as_urgent)
+    fn next(&self, pass: &mut Pass) -> Option<Next<Waiting>> {
+        self.with(|dispatch| dispatch.next(pass))
     }
-}
 
-/// The order of service with what goes on before new work of its class: its
-/// client waits in the middle of an answer (DESIGN 5). Between classes all stays
-/// as it is.
-fn continuations_first(queue: &Queue<Waiting>, order: Vec<Ticket>) -> Vec<Ticket> {
-    let class = |entry: &Waiting| class_of(entry.open.request.class);
-    let mut first: Vec<(Ticket, Class)> = queue
-        .iter()
-        .filter(|(_, entry)| entry.goes_on)
-        .map(|(ticket, entry)| (ticket, class(entry)))
-        .collect();
-    let mut all = Vec::with_capacity(order.len() + first.len());
-    for ticket in order {
-        let Some(entry) = queue.get(ticket) else {
-            continue;
-        };
-        let of = class(entry);
-        all.extend(first.iter().filter(|(_, class)| *class == of).map(|e| e.0));
-        first.retain(|(_, class)| *class != of);
-        if !entry.goes_on {
-            all.push(ticket);
-        }
+    fn came_of(&self, pass: &mut Pass, place: &Place, outcome: Outcome<Waiting>) {
+        let now_ms = self.now_ms();
+        self.with(|dispatch| dispatch.came_of(pass, place, outcome, now_ms));
     }
-    all.extend(first.into_iter().map(|(ticket, _)| ticket));
-    all
 }
 
 /// What admission found out about a request.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Admitted {
+pub(super) struct Urgency {
     /// From arrival to virtual deadline, ms.
     pub(super) urgency_ms: f64,
     /// Predicted work of its prompt, ms.
@@ -286,7 +187,7 @@ impl Core {
         &self,
         request: &AdmittedRequest,
         chain: &[u64],
-    ) -> Result<Admitted, RequestError> {
+    ) -> Result<Urgency, RequestError> {
         self.check_quarantine(request)?;
         let now = Instant::now();
         let left_ms = match request.deadline {
@@ -301,98 +202,164 @@ impl Core {
         let had = u32::try_from(request.output_ids.len()).unwrap_or(u32::MAX);
         let expected = self.dispatcher.expected_output(request, had);
         let waits = &self.dispatcher.waits;
-        let view = RequestView {
-            virtual_deadline_ms: f64::INFINITY,
-            ..request_view(request, 0, had, expected, &cached, &[])
-        };
-        let arrival = ms(request.arrived.saturating_duration_since(waits.started));
-        let targets = &self.settings.policy.cost.targets;
-        let class = class_of(request.class);
-        let deadline_of = |work| virtual_deadline_ms(targets, class, arrival, work);
-        let bound = AdmissionSettings {
-            max_wait_ms: ms(self.settings.queue_timeout),
-        };
-        let ahead = |work| {
-            let deadline = deadline_of(work);
-            let (before, as_urgent) = waits.ahead_ms(&request.model, class, deadline);
-            (deadline, before, as_urgent)
-        };
-        let admitted =
-            self.dispatcher
-                .placer()
-                .admit(&view, &bound, waits.now_ms(), left_ms, ahead);
-        let admission = admitted.map_err(|why| turned(request, why))?;
+        let view = request_view(request, 0, had, expected, &cached, &[]);
+        let arrival_ms = waits.arrival_ms(request);
+        let admitted = self
+            .dispatcher
+            .placer()
+            .admit(&view, waits.now_ms(), |cluster| {
+                let line = waits.lock();
+                line.dispatch.admit(cluster, &view, arrival_ms, left_ms)
+            });
+        let Admitted {
+            key_ms,
+            work_ms,
+            wait_ms,
+        } = admitted.map_err(|why| turned(request, why))?;
         if waits.len() >= self.settings.queue_length {
             return Err(RequestError::Overloaded {
                 reason: "the queue is full",
-                retry_after: retry_after(admission.wait_ms),
+                retry_after: retry_after(wait_ms),
             });
         }
-        let admitted = Admitted {
-            urgency_ms: deadline_of(admission.work_ms) - arrival,
-            work_ms: admission.work_ms,
+        let urgency = Urgency {
+            urgency_ms: key_ms - arrival_ms,
+            work_ms,
         };
-        self.pools.admitted(request, &admitted, expected);
-        Ok(admitted)
+        self.pools.admitted(request, &urgency, expected);
+        Ok(urgency)
     }
 
-    /// Room may be there: tries what waits, most urgent first.
-    ///
-    /// Those behind a request that finds no place are tried too: its place may
-    /// be elsewhere, or larger. Once its virtual deadline has passed nobody of
-    /// its model passes it any more, so that a large one is not starved.
-    pub(super) fn serve_queue(self: &Arc<Self>) {
+    /// Finds a plan for a generation, or lets it wait for room.
+    pub(super) fn plan(self: &Arc<Self>, open: &Arc<Open>, request: &PlanRequest) {
         let waits = &self.dispatcher.waits;
-        if waits.len() == 0 {
+        let (entry, now_ms) = (waits.entry(open, request), waits.now_ms());
+        let waiting = Waiting::new(open, request);
+        let came = waits.with(|dispatch| {
+            if request.wait_for_room {
+                let waiting = waiting.later();
+                return dispatch.waits(&entry, now_ms, waiting).map(|_| None);
+            }
+            dispatch.arrives(&entry, now_ms, waiting).map(Some)
+        });
+        match came {
+            Ok(Some(pass)) => {
+                if let Some(at_ms) = pass.again_ms() {
+                    self.look_later(pass.model(), at_ms);
+                }
+                self.try_all(pass);
+            }
+            Ok(None) => {}
+            Err(waiting) => waiting.open.apply(Event::Stop(Stop::Overloaded)),
+        }
+    }
+
+    /// A worker's report is in: whoever may go because of it is tried.
+    pub(super) fn look(self: &Arc<Self>, report: &Reported) {
+        match self.dispatcher.waits.look(report) {
+            Look::Now => self.serve(&report.model),
+            Look::At(at_ms) => self.look_later(&report.model, at_ms),
+            Look::No => {}
+        }
+    }
+
+    fn serve(self: &Arc<Self>, model: &Arc<str>) {
+        let waits = &self.dispatcher.waits;
+        let pass = waits.with(|dispatch| dispatch.pass(model, waits.now_ms()));
+        self.try_all(pass);
+    }
+
+    /// Plans a look, unless one is planned. No report may come before then.
+    fn look_later(self: &Arc<Self>, model: &Arc<str>, at_ms: f64) {
+        let waits = &self.dispatcher.waits;
+        if !waits.lock().looks.insert(Arc::clone(model)) {
             return;
         }
-        let mut blocked: Vec<String> = Vec::new();
-        for (ticket, key_ms) in waits.next() {
-            let Some(mut entry) = waits.take(ticket) else {
-                continue;
+        let after = (at_ms - waits.now_ms()).max(0.0);
+        let after = Duration::try_from_secs_f64(after / 1e3).unwrap_or_default();
+        let (core, model) = (Arc::clone(self), Arc::clone(model));
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = core.stop.cancelled() => return,
+                () = tokio::time::sleep(after) => {}
+            }
+            let waits = &core.dispatcher.waits;
+            let due = {
+                let mut line = waits.lock();
+                line.looks.remove(&model);
+                line.dispatch.due(&model, waits.now_ms())
             };
-            if entry.open.ended() {
-                waits.leaves(ticket, false);
-                continue;
+            if due {
+                core.serve(&model);
             }
-            let model = &entry.open.request.model;
-            if blocked.contains(model) {
-                waits.put_back(ticket, entry);
-                continue;
-            }
-            entry.held = None;
-            let late = waits.deadline_ms(&entry.open) <= waits.now_ms();
-            match self.try_plan(&entry.open, &entry.request, Some(key_ms)) {
-                Tried::Done => {
-                    waits.leaves(ticket, true);
-                    continue;
-                }
-                Tried::NoRoom if late => blocked.push(model.clone()),
-                Tried::NoRoom => {}
-                Tried::NotYet(held) => entry.held = held,
-            }
-            waits.put_back(ticket, entry);
+        });
+    }
+
+    /// Tries the requests of a pass, one after the other.
+    fn try_all(self: &Arc<Self>, mut pass: Pass) {
+        let waits = &self.dispatcher.waits;
+        while let Some(next) = waits.next(&mut pass) {
+            let Next {
+                place,
+                item: waiting,
+                key_ms,
+            } = next;
+            let tried = match waiting.open.ended() {
+                true => Tried::Ended,
+                false => self.try_plan(&waiting.open, &waiting.request, key_ms),
+            };
+            let outcome = match tried {
+                Tried::Done => Outcome::Went,
+                Tried::Ended => Outcome::Ended,
+                Tried::NoRoom => Outcome::NoRoom(waiting.later()),
+                Tried::NotYet(hold) => Outcome::Waits(waiting.later(), hold),
+            };
+            waits.came_of(&mut pass, &place, outcome);
         }
     }
 
     /// Ends what waited for too long, and forgets what ended while it waited.
-    pub(super) fn expire_queued(&self, now: Instant) {
+    pub(super) fn expire_queued(&self) {
         let waits = &self.dispatcher.waits;
-        let bound = self.settings.queue_timeout;
-        let waiting: Vec<_> = {
-            let queue = lock(&waits.queue);
-            let all = queue.iter();
-            all.map(|(ticket, entry)| (ticket, entry.since, Arc::clone(&entry.open)))
+        if waits.len() == 0 {
+            return;
+        }
+        let since_ms = waits.now_ms() - self.settings.queue_timeout.as_secs_f64() * 1e3;
+        let waiting: Vec<(Place, bool, Arc<Open>)> = {
+            let line = waits.lock();
+            let all = line.dispatch.waiting();
+            all.map(|(place, since, one)| (place, since < since_ms, Arc::clone(&one.open)))
                 .collect()
         };
-        for (ticket, since, open) in waiting {
+        for (place, old, open) in waiting {
             // What goes on waits until its client's deadline, where it has one.
             let patient = open.continues() && open.request.deadline.is_some();
-            let old = !patient && now.saturating_duration_since(since) > bound;
-            if (old || open.ended()) && waits.leaves(ticket, false).is_some() {
-                open.apply(Event::Stop(Stop::Overloaded));
+            if !(old && !patient || open.ended()) {
+                continue;
+            }
+            // One that is being tried meanwhile stays for the next time.
+            if let Some(waiting) = waits.with(|dispatch| dispatch.remove(&place)) {
+                let event = match self.will_run(&waiting) {
+                    true => Event::Stop(Stop::Overloaded),
+                    false => Event::NoPlan,
+                };
+                open.apply(event);
             }
         }
+    }
+
+    /// Whether somebody could run a request once there is room.
+    fn will_run(&self, waiting: &Waiting) -> bool {
+        let found = Matches::default();
+        let mut placer = self.dispatcher.placer();
+        let lasting: Vec<_> = {
+            let of = waiting.request.excluded.iter();
+            let of = of.filter(|(_, why)| *why == Refusal::Unsupported);
+            of.filter_map(|(worker, _)| placer.slot(*worker)).collect()
+        };
+        let request = &waiting.open.request;
+        let view = request_view(request, 0, 0, request.max_tokens, &found, &[]);
+        placer.may_run(&view, &lasting, self.dispatcher.waits.now_ms())
     }
 }
 

@@ -2,7 +2,9 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use super::policy::PolicySettings;
+use kvmesh_scheduler::DispatchSettings;
+
+use super::{figures::ms, policy::PolicySettings};
 
 /// Settings of the mesh.
 #[derive(Clone, Debug)]
@@ -67,6 +69,19 @@ impl Default for MeshSettings {
             tokenizer_retry: (Duration::from_millis(250), Duration::from_secs(30)),
             decisions_kept: 4_096,
             policy: PolicySettings::default(),
+        }
+    }
+}
+
+impl MeshSettings {
+    /// How requests leave the queue.
+    pub(super) fn dispatch(&self) -> DispatchSettings {
+        DispatchSettings {
+            queue: self.policy.queue,
+            targets: self.policy.cost.targets,
+            dispatch_ahead_ms: ms(self.dispatch_ahead),
+            max_wait_ms: ms(self.queue_timeout),
+            ..DispatchSettings::default()
         }
     }
 }

@@ -44,8 +44,8 @@ pub(super) fn view_of(
     }
 }
 
-/// A load report.
-pub(super) fn load_of(load: &v1::Load) -> Load {
+/// A load report that came at this time on the clock of the choices.
+pub(super) fn load_of(load: &v1::Load, now_ms: f64) -> Load {
     let kv = load.kv.unwrap_or_default();
     Load {
         own: share_of(load.own),
@@ -57,7 +57,7 @@ pub(super) fn load_of(load: &v1::Load) -> Load {
             pinned: kv.pinned,
             reserved: kv.reserved,
         },
-        step_left_ms: (load.step_predicted_ms - load.step_age_ms).max(0.0),
+        step_ends_ms: now_ms + (load.step_predicted_ms - load.step_age_ms).max(0.0),
     }
 }
 

@@ -8,12 +8,13 @@ use crate::transfer::TransferRate;
 /// Until a new prompt starts: the running step, and the prompts before it. A
 /// step that computes prompts less urgent than all of this one's is stopped at
 /// the next layer, where the engine can: a decode step is left to end.
-pub(crate) fn wait_ms(facts: &Facts, line: &Line) -> f64 {
+pub(crate) fn wait_ms(facts: &Facts, line: &Line, now_ms: f64) -> f64 {
     let stops = facts.layers && line.ahead_ms == 0.0 && line.behind_ms > 0.0;
+    let left_ms = (facts.step_ends_ms - now_ms).max(0.0);
     let running = if stops {
-        facts.step_left_ms.min(facts.step_ms)
+        left_ms.min(facts.step_ms)
     } else {
-        facts.step_left_ms
+        left_ms
     };
     running + line.ahead_ms
 }

@@ -120,6 +120,11 @@ impl Waiting {
     }
 }
 
+/// Computing an own prompt that waits on a worker, ms.
+pub(crate) fn own_prompt_ms(facts: &Facts, prompt: &Prompt) -> f64 {
+    prompt_ms(facts, prompt, &facts.line.left)
+}
+
 fn prompt_ms(facts: &Facts, prompt: &Prompt, left: &PerClass<f64>) -> f64 {
     let work_ms = facts.flow_ms(prompt.tokens as f64, prompt.context as f64);
     left[prompt.class.index()] * work_ms

@@ -13,8 +13,8 @@ pub(crate) struct EngineLoad {
 }
 
 impl EngineLoad {
-    /// As a router sees it.
-    pub(crate) fn of(&self, router: usize, step_left_ms: f64) -> Load {
+    /// As a router sees it, where the running step has so long to go.
+    pub(crate) fn of(&self, router: usize, now_ms: f64, step_left_ms: f64) -> Load {
         let mut others = Share::default();
         for (number, share) in self.shares.iter().enumerate() {
             if number != router {
@@ -25,7 +25,7 @@ impl EngineLoad {
             own: self.shares[router],
             others,
             kv: self.kv,
-            step_left_ms,
+            step_ends_ms: now_ms + step_left_ms,
         }
     }
 }

@@ -11,20 +11,6 @@ use kvmesh_scheduler::{
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-/// What one that waits means to those that choose after it: a prompt in line.
-/// Room and streams it takes when it goes.
-pub(super) fn prompt_alone(work: &Work) -> Work {
-    let mut classes = work.classes;
-    classes.decoding = [0; 3];
-    Work {
-        decodes: 0,
-        decode_context: 0,
-        blocks: 0,
-        classes,
-        ..*work
-    }
-}
-
 pub(super) fn request_view<'a>(
     lengths: &OutputLengths,
     cached: &'a Matches,

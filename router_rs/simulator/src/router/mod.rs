@@ -4,26 +4,24 @@
 //! `kvmesh-scheduler`; what is here is what the gateway has around them.
 
 mod belief;
-mod waiting;
 
 use crate::policies::policy;
 use crate::seed::mix;
-use crate::settings::{Order, Settings};
+use crate::settings::{Order, QueueSettings, Settings};
 use crate::trace::Trace;
 use crate::weighted::Weighted;
-use belief::{prompt_alone, request_view, view};
+use belief::{request_view, view};
 use kvmesh_kv_index::{KvIndex, Matches, UNIT_TOKENS, WorkerSlot};
 use kvmesh_scheduler::planner::{Demand, Pools};
 use kvmesh_scheduler::{
-    AdmissionSettings, Booking, Bookings, Class, ClassTargets, Considered, Decision, Estimate,
-    Lane, Learner, Load, NoPlan, OutputLengths, Path, Phase, Policy, Queue, Rejected, RequestView,
-    Role, Roster, ScoreError, StepModel, StepSample, TransferRates, Work, virtual_deadline_ms,
+    Booking, Bookings, Class, ClassTargets, Considered, Decision, Dispatch, DispatchSettings,
+    Entry, Hold, Lane, Learner, Load, Look, Next, Outcome, OutputLengths, Pass, Path, Phase, Place,
+    Policy, Rejected, Reported, RequestView, Role, Roster, ScoreError, StepModel, StepSample,
+    Targets, TransferRates, Verdict,
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Requests that are tried when a report comes: a bound on what it costs.
-const TRIED_AT_ONCE: usize = 32;
 /// A prior for the length of an output, tokens.
 const EXPECTED_OUTPUT: u32 = 256;
 const MODEL: &str = "model";
@@ -51,11 +49,10 @@ pub(crate) type Choice<'a> = &'a mut dyn FnMut(&[Considered]) -> usize;
 pub(crate) enum Tried {
     /// It is placed and booked.
     Placed(Placed),
-    /// It waits.
-    Waits {
-        /// There was no room.
-        no_room: bool,
-    },
+    /// There is no room.
+    NoRoom,
+    /// Its worker would not start it soon.
+    Waits(Hold),
     /// Nobody will ever run it.
     Never,
 }
@@ -83,9 +80,7 @@ pub(crate) struct Router {
     policy: Box<dyn Policy>,
     /// The scorer that the policy asks, if it asks one.
     scorer: Option<Arc<Weighted>>,
-    order: Order,
-    dispatch_ahead_ms: f64,
-    max_wait_ms: f64,
+    model: Arc<str>,
     max_tokens: u32,
     lengths: OutputLengths,
     /// What came, for the pool controller.
@@ -96,22 +91,26 @@ pub(crate) struct Router {
     learners: Vec<Learner>,
     step_ms: Vec<f64>,
     commands: Vec<u64>,
-    queue: Queue<Asked>,
-    /// By worker: keys of prompts that were sent and have not begun.
-    unstarted: Vec<BTreeMap<u32, f64>>,
+    dispatch: Dispatch<Asked>,
+    /// The last time for which a look is planned.
+    look_at_ms: f64,
     booked: BTreeMap<u32, Vec<(usize, Booking)>>,
-    /// Bookings of those that wait, where they would go now: who chooses after
-    /// them sees them there. Each is chosen anew whenever it is tried.
-    intended: BTreeMap<u32, Vec<(usize, Booking)>>,
-    /// Keys and predicted work of requests that have not ended.
-    keys: BTreeMap<u32, (f64, f64)>,
+    /// Of requests that have not ended.
+    keys: BTreeMap<u32, Keys>,
     excluded: BTreeMap<u32, Vec<WorkerSlot>>,
     chain: Vec<u64>,
     cached: Matches,
     /// Outputs that have ended.
     ended: u64,
-    lacks_room: bool,
-    next_pass_ms: f64,
+}
+
+/// By what a request stands in queues.
+#[derive(Debug, Clone, Copy)]
+struct Keys {
+    own_ms: f64,
+    /// As which it went.
+    sent_ms: f64,
+    work_ms: f64,
 }
 
 impl Router {
@@ -128,9 +127,7 @@ impl Router {
             hash: mix(settings.seed ^ (number as u64 + 1)),
             policy,
             scorer,
-            order: settings.queue.order,
-            dispatch_ahead_ms: settings.queue.dispatch_ahead_ms.unwrap_or(f64::INFINITY),
-            max_wait_ms: settings.queue.max_wait_ms.unwrap_or(f64::INFINITY),
+            model: MODEL.into(),
             max_tokens: settings.max_tokens,
             lengths: OutputLengths::new(EXPECTED_OUTPUT),
             demand: Demand::default(),
@@ -138,17 +135,14 @@ impl Router {
             learners: vec![Learner::new(prior); workers],
             step_ms: vec![0.0; workers],
             commands: vec![0; workers],
-            queue: Queue::new(usize::MAX),
-            unstarted: vec![BTreeMap::new(); workers],
+            dispatch: Dispatch::new(dispatch_settings(&settings.queue)),
+            look_at_ms: f64::NEG_INFINITY,
             booked: BTreeMap::new(),
-            intended: BTreeMap::new(),
             keys: BTreeMap::new(),
             excluded: BTreeMap::new(),
             chain: Vec::new(),
             cached: Matches::default(),
             ended: 0,
-            lacks_room: false,
-            next_pass_ms: 0.0,
             roster,
             rates: TransferRates::new(),
         }
@@ -161,12 +155,12 @@ impl Router {
 
     /// Requests that wait here.
     pub(crate) fn queued(&self) -> usize {
-        self.queue.len()
+        self.dispatch.len()
     }
 
-    /// The key of a request: smaller goes first.
+    /// The key of a request in engines: smaller goes first.
     pub(crate) fn key(&self, request: u32) -> f64 {
-        self.keys.get(&request).map_or(0.0, |(key, _)| *key)
+        self.keys.get(&request).map_or(0.0, |keys| keys.sent_ms)
     }
 
     /// A request came. It is admitted or not, and gets its virtual deadline.
@@ -188,82 +182,95 @@ impl Router {
             .with_local_prefill(self.policy.local_prefill());
         let at = (asked, f64::INFINITY);
         let request = request_view(&self.lengths, &self.cached, trace, at, &[]);
-        let work_ms = Estimate::of(&cluster, &request).work_ms;
-        let class = request.class;
-        let key = match self.order {
-            Order::Deadline => {
-                virtual_deadline_ms(&ClassTargets::default(), class, asked.arrival_ms, work_ms)
-            }
-            Order::Arrival => asked.arrival_ms,
+        let admitted = self
+            .dispatch
+            .admit(&cluster, &request, asked.arrival_ms, None)?;
+        let keys = Keys {
+            own_ms: admitted.key_ms,
+            sent_ms: admitted.key_ms,
+            work_ms: admitted.work_ms,
         };
-        if self.max_wait_ms.is_finite() {
-            let bound = AdmissionSettings {
-                max_wait_ms: self.max_wait_ms,
-            };
-            let at = (asked, key);
-            let request = request_view(&self.lengths, &self.cached, trace, at, &[]);
-            let estimate = Estimate::of(&cluster, &request);
-            estimate.admit(self.queue.admission_ms(class, key), None, &bound)?;
-        }
-        self.keys.insert(asked.request, (key, work_ms));
-        if work_ms.is_finite() {
-            self.demand
-                .add(class, work_ms, f64::from(request.expected_output));
+        self.keys.insert(asked.request, keys);
+        if admitted.work_ms > 0.0 {
+            let output = f64::from(request.expected_output);
+            self.demand.add(request.class, admitted.work_ms, output);
         }
         Ok(())
     }
 
-    /// Places a request, or lets it wait. Those that go before it are counted
-    /// where they would go, so that it passes nobody by going elsewhere.
-    pub(crate) fn place(
+    /// A request is there, new or once more: what is to be tried now.
+    pub(crate) fn arrives(&mut self, asked: Asked, now_ms: f64, trace: &Trace) -> Option<Pass> {
+        let keys = self.keys.get(&asked.request)?;
+        let entry = Entry {
+            model: Arc::clone(&self.model),
+            lane: Lane {
+                class: trace.requests[asked.request as usize].class,
+                tenant: 0,
+            },
+            key_ms: keys.own_ms,
+            work_ms: keys.work_ms,
+            goes_on: asked.made > 0,
+        };
+        // Its queue has no bound.
+        self.dispatch.arrives(&entry, now_ms, asked).ok()
+    }
+
+    /// What waits is to be tried now.
+    pub(crate) fn pass(&mut self, now_ms: f64) -> Pass {
+        self.dispatch.pass(&self.model, now_ms)
+    }
+
+    pub(crate) fn next(&mut self, pass: &mut Pass) -> Option<Next<Asked>> {
+        self.dispatch.next(pass)
+    }
+
+    pub(crate) fn came_of(
         &mut self,
-        asked: Asked,
+        pass: &mut Pass,
+        place: &Place,
+        outcome: Outcome<Asked>,
         now_ms: f64,
-        trace: &Trace,
-        index: &KvIndex,
-    ) -> Tried {
-        let key = self.key(asked.request);
-        let last = self.queue.iter().nth(TRIED_AT_ONCE - 1);
-        let far = last.is_some_and(|(_, other)| self.key(other.request) <= key);
-        let tried = if far {
-            Tried::Waits { no_room: false }
-        } else {
-            self.try_plan(asked, now_ms, trace, index, None)
-        };
-        if let Tried::Waits { no_room } = tried {
-            self.lacks_room |= no_room;
-            self.wait(asked, trace);
-        }
-        tried
+    ) {
+        self.dispatch.came_of(pass, place, outcome, now_ms);
     }
 
-    /// Lets a request wait.
-    pub(crate) fn wait(&mut self, asked: Asked, trace: &Trace) {
-        let (key, work_ms) = self.keys.get(&asked.request).copied().unwrap_or_default();
-        let lane = Lane {
-            class: trace.requests[asked.request as usize].class,
-            tenant: 0,
-        };
-        // It has no bound of its own.
-        let _ = self.queue.push_for(lane, key, work_ms, asked);
+    /// Whether a report of a worker may let somebody go.
+    pub(crate) fn look(&self, worker: usize, now_ms: f64) -> Look {
+        let view = self.roster.get(WorkerSlot(worker as u32));
+        view.map_or(Look::No, |view| {
+            let report = Reported::of(view, self.step_ms[worker]);
+            self.dispatch.look(&report, now_ms)
+        })
     }
 
-    /// Chooses and books, if a worker would start the request soon. `choose`
-    /// picks another plan among those that the policy weighs.
+    /// Whether a look that is put off to this time is not planned yet.
+    pub(crate) fn puts_off(&mut self, at_ms: f64) -> bool {
+        let new = self.look_at_ms < at_ms;
+        self.look_at_ms = self.look_at_ms.max(at_ms);
+        new
+    }
+
+    /// Whether a look that was put off is still due.
+    pub(crate) fn due(&self, now_ms: f64) -> bool {
+        self.dispatch.due(&self.model, now_ms)
+    }
+
+    /// Chooses as one with this key and books, if a worker would start the
+    /// request soon. `choose` picks another plan among those that the policy
+    /// weighs.
     pub(crate) fn try_plan(
         &mut self,
-        asked: Asked,
+        (asked, key_ms): (Asked, f64),
         now_ms: f64,
         trace: &Trace,
         index: &KvIndex,
         choose: Option<Choice<'_>>,
     ) -> Tried {
-        self.intended.remove(&asked.request);
         self.look_up(trace, index, asked.request);
         let excluded = self.excluded.get(&asked.request).cloned();
         let unwanted = excluded.as_deref().unwrap_or(&[]);
-        let key = self.key(asked.request);
-        let view = request_view(&self.lengths, &self.cached, trace, (asked, key), unwanted);
+        let at = (asked, key_ms);
+        let view = request_view(&self.lengths, &self.cached, trace, at, unwanted);
         let request = match choose {
             // Who picks another plan knows how long the output is.
             Some(_) => RequestView {
@@ -291,39 +298,25 @@ impl Router {
         };
         let decision = match decided {
             Ok(decision) => decision,
-            Err(NoPlan::NoRoom { .. } | NoPlan::NotReady { .. }) => {
-                return Tried::Waits { no_room: true };
-            }
-            // Those who refused for now may be all that there are.
-            Err(_) if excluded.is_some() => return Tried::Waits { no_room: true },
+            Err(why) if why.waits(&cluster, &request, &[]) => return Tried::NoRoom,
             Err(_) => return Tried::Never,
         };
-        let on = decision.plan().prefill().0 as usize;
-        let ahead_ms = self.dispatch_ahead_ms.max(self.step_ms[on]);
-        let waits = decision.start_ms > ahead_ms && !self.preempts(on, key);
-        let book = |(slot, work): &(WorkerSlot, Work)| {
-            let work = if waits { prompt_alone(work) } else { *work };
-            let booking = self.bookings.book_prompt(*slot, work, key);
-            (slot.0 as usize, booking)
-        };
-        let booked = decision.work.iter().map(book).collect();
-        if waits {
-            self.intended.insert(asked.request, booked);
-            return Tried::Waits { no_room: false };
+        let step_ms = self.step_ms[decision.plan().prefill().0 as usize];
+        let rules = self.dispatch.settings();
+        match rules.judge(&decision, key_ms, step_ms, &self.bookings) {
+            Verdict::Waits(hold) => Tried::Waits(hold),
+            Verdict::Goes(booked) => {
+                let booked = booked.into_iter().map(|(slot, of)| (slot.0 as usize, of));
+                self.booked.insert(asked.request, booked.collect());
+                self.excluded.remove(&asked.request);
+                if let Some(keys) = self.keys.get_mut(&asked.request) {
+                    keys.sent_ms = key_ms;
+                }
+                Tried::Placed(Placed {
+                    chosen: decision.chosen,
+                })
+            }
         }
-        self.unstarted[on].insert(asked.request, key);
-        self.booked.insert(asked.request, booked);
-        self.excluded.remove(&asked.request);
-        Tried::Placed(Placed {
-            chosen: decision.chosen,
-        })
-    }
-
-    /// Whether a request would go before all prompts that were sent to a
-    /// worker: it would preempt what runs there.
-    fn preempts(&self, worker: usize, key: f64) -> bool {
-        let there = &self.unstarted[worker];
-        !there.is_empty() && there.values().all(|other| key < *other)
     }
 
     /// A command about a request goes to a worker; its number.
@@ -338,8 +331,7 @@ impl Router {
     }
 
     /// A request made its first token, or is not there any more.
-    pub(crate) fn started(&mut self, worker: usize, request: u32) {
-        self.unstarted[worker].remove(&request);
+    pub(crate) fn started(&mut self, request: u32) {
         for (_, booking) in self.booked.get(&request).into_iter().flatten() {
             booking.started();
         }
@@ -347,10 +339,7 @@ impl Router {
 
     /// An attempt has ended, in whatever way.
     pub(crate) fn released(&mut self, request: u32) {
-        for (worker, booking) in self.booked.remove(&request).into_iter().flatten() {
-            drop(booking);
-            self.unstarted[worker].remove(&request);
-        }
+        self.booked.remove(&request);
     }
 
     /// Whether a request is placed.
@@ -410,14 +399,11 @@ impl Router {
     }
 
     /// What came here, and what of it waits and is seen at no worker.
-    pub(crate) fn demand(&self, trace: &Trace) -> Demand {
+    pub(crate) fn demand(&self) -> Demand {
         let mut demand = self.demand;
-        for (_, asked) in self.queue.iter() {
-            if !self.intended.contains_key(&asked.request) {
-                let class = trace.requests[asked.request as usize].class;
-                let work_ms = self.keys.get(&asked.request).map_or(0.0, |(_, work)| *work);
-                demand.queued_ms[class.index()] += work_ms;
-            }
+        let waiting = self.dispatch.unlisted_by_class_ms(&self.model);
+        for (queued, waits) in demand.queued_ms.iter_mut().zip(waiting) {
+            *queued += waits;
         }
         demand
     }
@@ -442,14 +428,14 @@ impl Router {
         let slot = WorkerSlot(worker as u32);
         self.bookings.session_ended(slot);
         self.commands[worker] = 0;
-        self.unstarted[worker].clear();
         let Some(view) = self.roster.get_mut(slot) else {
             return;
         };
         view.phase = if serving {
             Phase::Serving
         } else {
-            Phase::Stopping
+            // It may come back: who needs it waits.
+            Phase::Loading
         };
         view.load = Load::default();
         view.load.kv.free = view.abilities.pool_blocks;
@@ -465,5 +451,33 @@ impl Router {
             self.chain[(at + 1) * units - 1] = mix(*block);
         }
         index.lookup_into(&self.chain, &mut self.cached);
+    }
+}
+
+fn dispatch_settings(queue: &QueueSettings) -> DispatchSettings {
+    let shipped = DispatchSettings::default();
+    // First come, first served: nothing but the arrival counts.
+    let plain = |targets: Targets| Targets {
+        allowance_ms: 0.0,
+        ..targets
+    };
+    let targets = match queue.order {
+        Order::Deadline => shipped.targets,
+        Order::Arrival => ClassTargets {
+            interactive: plain(shipped.targets.interactive),
+            standard: plain(shipped.targets.standard),
+            batch: plain(shipped.targets.batch),
+            work_weight: 0.0,
+        },
+    };
+    DispatchSettings {
+        queue: kvmesh_scheduler::QueueSettings {
+            limit: usize::MAX,
+            ..shipped.queue
+        },
+        targets,
+        dispatch_ahead_ms: queue.dispatch_ahead_ms.unwrap_or(f64::INFINITY),
+        max_wait_ms: queue.max_wait_ms.unwrap_or(f64::INFINITY),
+        ..shipped
     }
 }

@@ -231,6 +231,7 @@ impl<'a> Simulation<'a> {
             Event::Noticed { number } => self.noticed(number as usize),
             Event::Back { number } => self.back(number as usize),
             Event::Look => self.look(),
+            Event::Pass { router } => self.pass_again(router as usize),
         }
     }
 

@@ -8,7 +8,7 @@ use crate::router::{Asked, Placed, Router, Tried};
 use crate::seed::mix;
 use crate::settings::PolicySettings;
 use kvmesh_kv_index::WorkerSlot;
-use kvmesh_scheduler::{Considered, Plan};
+use kvmesh_scheduler::{Considered, Next, Outcome, Pass, Plan};
 
 impl Simulation<'_> {
     pub(super) fn plan_arrival(&mut self) {
@@ -52,53 +52,66 @@ impl Simulation<'_> {
         self.recorder.queued(self.now_ms, self.waiting());
     }
 
+    /// Places a request, or lets it wait.
+    fn place(&mut self, router: usize, asked: Asked) {
+        if let Some(pass) = self.routers[router].arrives(asked, self.now_ms, self.trace) {
+            if let Some(at_ms) = pass.again_ms() {
+                self.pass_later(router, at_ms);
+            }
+            self.try_all(router, pass);
+        }
+    }
+
+    /// Tries the requests of a pass, one after the other.
+    pub(super) fn try_all(&mut self, router: usize, mut pass: Pass) {
+        while let Some(next) = self.routers[router].next(&mut pass) {
+            let Next {
+                place,
+                item: asked,
+                key_ms,
+            } = next;
+            let outcome = match self.try_plan(router, (asked, key_ms)) {
+                Tried::Placed(placed) => {
+                    self.dispatch(router, asked, &placed);
+                    Outcome::Went
+                }
+                Tried::NoRoom => Outcome::NoRoom(asked),
+                Tried::Waits(hold) => Outcome::Waits(asked, Some(hold)),
+                Tried::Never => {
+                    self.recorder.rejected(asked.request);
+                    Outcome::Ended
+                }
+            };
+            self.routers[router].came_of(&mut pass, &place, outcome, self.now_ms);
+        }
+    }
+
     pub(super) fn waiting(&self) -> usize {
         self.routers.iter().map(Router::queued).sum()
     }
 
-    pub(super) fn tried(&mut self, router: usize, asked: Asked, tried: Tried) {
-        match tried {
-            Tried::Placed(placed) => self.dispatch(router, asked, &placed),
-            Tried::Waits { .. } => {}
-            Tried::Never => self.recorder.rejected(asked.request),
-        }
-    }
-
-    fn place(&mut self, router: usize, asked: Asked) {
-        let tried = if self.settings.policy == PolicySettings::Clairvoyant {
-            let tried = self.try_clairvoyant(router, asked);
-            if let Tried::Waits { no_room } = tried {
-                self.routers[router].lacks_room(no_room);
-                self.routers[router].wait(asked, self.trace);
-            }
-            tried
-        } else {
-            self.routers[router].place(asked, self.now_ms, self.trace, &self.index)
-        };
-        self.tried(router, asked, tried);
-    }
-
     /// Chooses by what the policy may know.
-    pub(super) fn try_plan(&mut self, router: usize, asked: Asked) -> Tried {
+    fn try_plan(&mut self, router: usize, (asked, key): (Asked, f64)) -> Tried {
         if self.settings.policy == PolicySettings::Clairvoyant {
-            return self.try_clairvoyant(router, asked);
+            return self.try_clairvoyant(router, (asked, key));
         }
-        self.routers[router].try_plan(asked, self.now_ms, self.trace, &self.index, None)
+        let (now_ms, trace) = (self.now_ms, self.trace);
+        self.routers[router].try_plan((asked, key), now_ms, trace, &self.index, None)
     }
 
     /// Chooses with every worker and every length as it is, and nothing late.
-    fn try_clairvoyant(&mut self, router: usize, asked: Asked) -> Tried {
+    fn try_clairvoyant(&mut self, router: usize, (asked, key): (Asked, f64)) -> Tried {
         let (workers, trace, now_ms) = (&self.workers, self.trace, self.now_ms);
         let step_left_ms = |worker: &Worker| {
             let ends = worker.step.as_ref().map(|(ends_ms, ..)| ends_ms - now_ms);
             ends.unwrap_or(0.0).max(0.0)
         };
         for (number, worker) in workers.iter().enumerate() {
-            let load = worker.engine.load().of(router, step_left_ms(worker));
+            let left_ms = step_left_ms(worker);
+            let load = worker.engine.load().of(router, now_ms, left_ms);
             let truth = (worker.engine.truth(), worker.engine.mean_left());
             self.routers[router].sees(number, load, truth);
         }
-        let key = self.routers[router].key(asked.request);
         let row = &trace.requests[asked.request as usize];
         let sequence = |stage| {
             Sequence::new(
@@ -118,6 +131,7 @@ impl Simulation<'_> {
         };
         let mut choose =
             |plans: &[Considered]| clairvoyant::choose(plans, sequence, trace, now_ms, engine);
+        let asked = (asked, key);
         self.routers[router].try_plan(asked, now_ms, trace, &self.index, Some(&mut choose))
     }
 

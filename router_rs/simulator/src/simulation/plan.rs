@@ -19,7 +19,7 @@ impl Simulation<'_> {
     /// It sees what the first router sees, and what came to all of them.
     pub(super) fn look(&mut self) {
         self.look_later();
-        let demands = self.routers.iter().map(|router| router.demand(self.trace));
+        let demands = self.routers.iter().map(|router| router.demand());
         let demand = demands.fold(Demand::default(), Demand::plus);
         let (Some(planner), Some(first)) = (&mut self.planner, self.routers.first_mut()) else {
             return;

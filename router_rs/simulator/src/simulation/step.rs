@@ -3,10 +3,10 @@
 use super::{Said, Simulation, Worker};
 use crate::engine::Outcome;
 use crate::events::Event;
-use crate::router::{Report, Router, Tried};
+use crate::router::Report;
 use crate::seed::mix;
 use kvmesh_kv_index::{CacheChange, KvIndex, Tier, WorkerSlot};
-use kvmesh_scheduler::StepSample;
+use kvmesh_scheduler::{Look, StepSample};
 
 impl Simulation<'_> {
     /// Begins a step where none runs.
@@ -110,42 +110,40 @@ impl Simulation<'_> {
         for router in 0..self.routers.len() {
             let report = Report {
                 worker: number,
-                load: said.load.of(router, said.step_left_ms),
+                load: said.load.of(router, self.now_ms, said.step_left_ms),
                 last_command: said.commands[router],
                 step_ms: said.step_ms,
                 sample,
             };
             self.routers[router].reported(&report);
-            if self.routers[router].may_take(number, self.now_ms) {
-                self.serve_queue(router);
+            match self.routers[router].look(number, self.now_ms) {
+                Look::Now => self.serve_queue(router),
+                Look::At(at_ms) => self.pass_later(router, at_ms),
+                Look::No => {}
             }
         }
     }
 
-    /// Tries what waits in a router, most urgent first. Those behind a request
-    /// that finds no room are tried too, until its virtual deadline has
-    /// passed.
-    pub(super) fn serve_queue(&mut self, router: usize) {
-        let (mut held, mut lacks_room) = (false, false);
-        for (ticket, asked) in self.routers[router].take_first(self.now_ms) {
-            if held {
-                self.routers[router].put_back(ticket, asked);
-                continue;
-            }
-            let tried = self.try_plan(router, asked);
-            let queue = &mut self.routers[router];
-            if let Tried::Waits { no_room } = tried {
-                lacks_room |= no_room;
-                held |= no_room && queue.key(asked.request) <= self.now_ms;
-                queue.put_back(ticket, asked);
-            } else {
-                queue.served(ticket);
-                self.tried(router, asked, tried);
-            }
+    /// Plans a look, unless one is planned.
+    pub(super) fn pass_later(&mut self, router: usize, at_ms: f64) {
+        if self.routers[router].puts_off(at_ms) {
+            let router = router as u32;
+            self.events.at(at_ms, Event::Pass { router });
         }
-        self.routers[router].lacks_room(lacks_room);
-        let waiting = self.routers.iter().map(Router::queued).sum();
-        self.recorder.queued(self.now_ms, waiting);
+    }
+
+    /// The time of a look that was put off.
+    pub(super) fn pass_again(&mut self, router: usize) {
+        if self.routers[router].due(self.now_ms) {
+            self.serve_queue(router);
+        }
+    }
+
+    /// Tries what waits in a router, most urgent first.
+    pub(super) fn serve_queue(&mut self, router: usize) {
+        let pass = self.routers[router].pass(self.now_ms);
+        self.try_all(router, pass);
+        self.recorder.queued(self.now_ms, self.waiting());
     }
 
     /// What engines bring goes to clients, routers and other workers.
@@ -154,7 +152,7 @@ impl Simulation<'_> {
             match outcome {
                 Outcome::Started { request, cached } => self.started(request, cached),
                 Outcome::Chunk { request, tokens } => self.chunk(request, tokens),
-                Outcome::Token { request, left } => self.token(number, request, left),
+                Outcome::Token { request, left } => self.token(request, left),
                 Outcome::Finished { request } => self.finished(number, request),
                 Outcome::Returned { request, left } => {
                     let flight = &mut self.flights[request as usize];
@@ -196,14 +194,14 @@ impl Simulation<'_> {
         }
     }
 
-    fn token(&mut self, number: usize, request: u32, left: u32) {
+    fn token(&mut self, request: u32, left: u32) {
         let row = &self.trace.requests[request as usize];
         let flight = &mut self.flights[request as usize];
         flight.made = row.output - left;
         flight.last_ms = self.now_ms;
         let router = flight.router as usize;
         let (attempt, split) = (flight.attempt, flight.prefill != flight.decode);
-        self.routers[router].started(number, request);
+        self.routers[router].started(request);
         self.recorder.token(request, self.now_ms);
         if split && left > 0 {
             let noise = &self.settings.noise;

@@ -32,7 +32,7 @@ use super::{
     figures::{Figures, ms},
     given_up::GivenUp,
     placer::Tail,
-    queue::Admitted,
+    queue::Urgency,
     recover::Retry,
     session::SessionHandle,
     timers::TimerKey,
@@ -61,6 +61,9 @@ pub(super) struct Chosen {
     pub(super) cached_tokens: u32,
     pub(super) pulled_tokens: u32,
     pub(super) prefix_from: Option<v1::PrefixSource>,
+    /// From arrival to the virtual deadline as which it goes, ms: its turn among
+    /// tenants may let it go as a more urgent one.
+    pub(super) urgency_ms: f64,
     pub(super) predicted_start_ms: f64,
     /// What the choice predicts of the first token.
     pub(super) predicted: v1::PhaseTimes,
@@ -127,7 +130,7 @@ impl Open {
         core: Arc<Core>,
         chain: Vec<u64>,
         request: AdmittedRequest,
-        admitted: Admitted,
+        admitted: Urgency,
         id: GenerationId,
     ) -> Arc<Self> {
         let deadline = request.deadline;

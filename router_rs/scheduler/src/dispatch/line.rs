@@ -1,0 +1,233 @@
+//! Those that wait for workers of one model.
+
+use super::ahead::Ahead;
+use super::rules::{Hold, Reported};
+use super::{DispatchSettings, Entry, Look};
+use crate::queue::{Lane, Queue, Ticket};
+use crate::request::{Class, PerClass};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// By how much a request that goes before another is before it, ms.
+const BEFORE_MS: f64 = 1e-3;
+
+#[derive(Debug)]
+pub(super) struct Line<T> {
+    pub(super) queue: Queue<T>,
+    facts: BTreeMap<Ticket, Facts>,
+    /// Those that are listed at a worker.
+    holds: BTreeMap<Ticket, Hold>,
+    /// Work of those that are listed nowhere.
+    unlisted: PerClass<Ahead>,
+    /// Those that go on.
+    going_on: PerClass<BTreeSet<Ticket>>,
+    /// Found no room, and its virtual deadline has passed.
+    blocker: Option<Ticket>,
+    /// Somebody found no room.
+    lacks_room: bool,
+    next_pass_ms: f64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Facts {
+    lane: Lane,
+    work_ms: f64,
+    since_ms: f64,
+}
+
+impl<T> Line<T> {
+    pub(super) fn new(settings: &DispatchSettings) -> Self {
+        Self {
+            queue: Queue::with_settings(settings.queue),
+            facts: BTreeMap::new(),
+            holds: BTreeMap::new(),
+            unlisted: PerClass::default(),
+            going_on: PerClass::default(),
+            blocker: None,
+            lacks_room: false,
+            next_pass_ms: f64::NEG_INFINITY,
+        }
+    }
+
+    pub(super) fn join(&mut self, entry: &Entry, now_ms: f64, item: T) -> Result<Ticket, T> {
+        let Entry { lane, work_ms, .. } = *entry;
+        let ticket = self.queue.push_for(lane, entry.key_ms, work_ms, item)?;
+        let facts = Facts {
+            lane,
+            work_ms,
+            since_ms: now_ms,
+        };
+        self.facts.insert(ticket, facts);
+        self.unlisted[lane.class.index()].insert(ticket.key(), work_ms);
+        if entry.goes_on {
+            self.going_on[lane.class.index()].insert(ticket);
+        }
+        Ok(ticket)
+    }
+
+    /// Whether somebody goes before a new request: with an earlier key and
+    /// listed at a worker, or as one of its class that goes on.
+    pub(super) fn passes_somebody(&self, ticket: Ticket, class: Class) -> bool {
+        let first = self.holds.first_key_value();
+        !self.going_on[class.index()].is_empty() || first.is_some_and(|(first, _)| *first < ticket)
+    }
+
+    /// Whether one that came may be tried by itself: few wait before it, and
+    /// none of them blocks it.
+    pub(super) fn may_try(&self, ticket: Ticket, most: usize) -> bool {
+        let blocked = self.blocker.is_some_and(|blocker| blocker < ticket);
+        !blocked && self.queue.tickets().take(most).any(|other| other == ticket)
+    }
+
+    pub(super) fn next_pass_ms(&self) -> f64 {
+        self.next_pass_ms
+    }
+
+    /// Those to be tried in one go, each with the key that it goes as. Turns of
+    /// tenants may let a request go before others with earlier keys: for as long
+    /// as they all wait here it is before them, and of equal ones the first is.
+    pub(super) fn begin_pass(
+        &mut self,
+        now_ms: f64,
+        settings: &DispatchSettings,
+    ) -> Vec<(Ticket, f64)> {
+        let most = settings.tried_at_once;
+        self.next_pass_ms = now_ms + settings.pass_ms;
+        (self.lacks_room, self.blocker) = (false, None);
+        let tickets = self.order(most);
+        if self.holds.len() > most {
+            // Those that were overtaken by many will choose again.
+            let gone: Vec<Ticket> = {
+                let held = self.holds.keys().copied();
+                held.filter(|held| !tickets.contains(held)).collect()
+            };
+            gone.into_iter().for_each(|ticket| self.let_go(ticket));
+        }
+        let mut next_ms = f64::INFINITY;
+        let mut tried: Vec<(Ticket, f64)> = Vec::with_capacity(tickets.len());
+        for ticket in tickets.into_iter().rev() {
+            next_ms = ticket.virtual_deadline_ms().min(next_ms - BEFORE_MS);
+            tried.push((ticket, next_ms));
+        }
+        // The next one is at the end.
+        tried
+    }
+
+    /// The order of service, with what goes on before new work of its class.
+    /// Between classes all stays as it is.
+    fn order(&self, most: usize) -> Vec<Ticket> {
+        let order = self.queue.order(most);
+        if self.going_on.iter().all(BTreeSet::is_empty) {
+            return order;
+        }
+        let mut all = Vec::with_capacity(order.len());
+        let mut seen = [false; 3];
+        for ticket in order {
+            let Some(facts) = self.facts.get(&ticket) else {
+                continue;
+            };
+            let class = facts.lane.class.index();
+            if !std::mem::replace(&mut seen[class], true) {
+                all.extend(self.going_on[class].iter().take(most));
+            }
+            if !self.going_on[class].contains(&ticket) {
+                all.push(ticket);
+            }
+        }
+        for class in (0..seen.len()).filter(|class| !seen[*class]) {
+            all.extend(self.going_on[class].iter().take(most));
+        }
+        all
+    }
+
+    /// Takes one to be tried. What it held is let go of, so that nobody waits
+    /// for who waits for them.
+    pub(super) fn take(&mut self, ticket: Ticket) -> Option<T> {
+        let item = self.queue.take(ticket)?;
+        self.let_go(ticket);
+        Some(item)
+    }
+
+    pub(super) fn put_back(&mut self, ticket: Ticket, item: T, hold: Option<Hold>) {
+        self.queue.put_back(ticket, item);
+        if let (Some(hold), Some(facts)) = (hold, self.facts.get(&ticket)) {
+            self.unlisted[facts.lane.class.index()].remove(ticket.key());
+            self.holds.insert(ticket, hold);
+        }
+    }
+
+    /// One found no room; once it `blocks`, nobody passes it.
+    pub(super) fn found_no_room(&mut self, ticket: Ticket, blocks: bool) {
+        self.lacks_room = true;
+        if blocks && self.blocker.is_none_or(|blocker| ticket < blocker) {
+            self.blocker = Some(ticket);
+        }
+    }
+
+    /// One that is taken leaves, if it is there; with `served` its tenant pays
+    /// for it.
+    pub(super) fn leave(&mut self, ticket: Ticket, served: bool) -> bool {
+        let Some(facts) = self.facts.remove(&ticket) else {
+            return false;
+        };
+        self.holds.remove(&ticket);
+        self.going_on[facts.lane.class.index()].remove(&ticket);
+        if self.blocker == Some(ticket) {
+            self.blocker = None;
+        }
+        self.unlisted[facts.lane.class.index()].remove(ticket.key());
+        if served {
+            self.queue.serve(ticket);
+        } else {
+            self.queue.remove(ticket);
+        }
+        true
+    }
+
+    fn let_go(&mut self, ticket: Ticket) {
+        if self.holds.remove(&ticket).is_some()
+            && let Some(facts) = self.facts.get(&ticket)
+        {
+            self.unlisted[facts.lane.class.index()].insert(ticket.key(), facts.work_ms);
+        }
+    }
+
+    pub(super) fn look(&self, report: &Reported, now_ms: f64, settings: &DispatchSettings) -> Look {
+        let ahead_ms = settings.dispatch_ahead_ms.max(report.step_ms);
+        let may = self.lacks_room || report.computes && report.least_ms <= ahead_ms;
+        if self.queue.is_empty() || !may {
+            return Look::No;
+        }
+        let meant = || self.holds.values().any(|hold| hold.is_on(report.worker));
+        if self.due(now_ms) || meant() {
+            Look::Now
+        } else if self.lacks_room {
+            // Room is what workers say it is: the next one that speaks.
+            Look::No
+        } else {
+            Look::At(self.next_pass_ms)
+        }
+    }
+
+    pub(super) fn due(&self, now_ms: f64) -> bool {
+        !self.queue.is_empty() && now_ms >= self.next_pass_ms
+    }
+
+    /// Work of those with this key or an earlier one, and of all that are as
+    /// urgent by class, ms: each without those that are listed at a worker.
+    pub(super) fn unlisted_ms(&self, class: Class, key_ms: f64) -> (f64, f64) {
+        let before = self.unlisted.iter().map(|of| of.before_ms(key_ms)).sum();
+        let as_urgent = self.unlisted[..=class.index()].iter();
+        (before, as_urgent.map(Ahead::work_ms).sum())
+    }
+
+    pub(super) fn unlisted_by_class_ms(&self) -> PerClass<f64> {
+        Class::ALL.map(|class| self.unlisted[class.index()].work_ms())
+    }
+
+    pub(super) fn waiting(&self) -> impl Iterator<Item = (Ticket, f64, &T)> {
+        self.queue.iter().filter_map(|(ticket, item)| {
+            let since_ms = self.facts.get(&ticket)?.since_ms;
+            Some((ticket, since_ms, item))
+        })
+    }
+}

@@ -1,0 +1,151 @@
+//! When a request that has a plan goes, and what it does otherwise.
+
+use super::DispatchSettings;
+use crate::booking::{Booking, Bookings, Work};
+use crate::plan::{Decision, NoPlan};
+use crate::request::RequestView;
+use crate::survey::placeable;
+use crate::worker::{Cluster, Role, WorkerView};
+use kvmesh_kv_index::WorkerSlot;
+use std::sync::Arc;
+
+/// What becomes of a request that has a plan.
+#[derive(Debug)]
+pub enum Verdict {
+    /// It goes, and its load is booked: by worker, in the order of
+    /// [`Decision::work`].
+    Goes(Vec<(WorkerSlot, Booking)>),
+    /// Its worker would not start it soon: it waits, listed there.
+    Waits(Hold),
+}
+
+/// A prompt that is listed where it would go now, while it waits: those that
+/// choose after it see it there. It takes no room and no place in a batch:
+/// whoever goes first must get these. Dropping it takes it off the lists.
+#[derive(Debug)]
+pub struct Hold {
+    /// Workers of the plan.
+    workers: [WorkerSlot; 2],
+    _prompt: Vec<Booking>,
+}
+
+impl Hold {
+    /// Whether this worker is part of its plan.
+    pub(super) fn is_on(&self, worker: WorkerSlot) -> bool {
+        self.workers.contains(&worker)
+    }
+}
+
+/// What a load report says of whether somebody may go.
+#[derive(Debug, Clone)]
+pub struct Reported {
+    /// The worker.
+    pub worker: WorkerSlot,
+    /// Its model.
+    pub model: Arc<str>,
+    /// Whether it computes prompts.
+    pub computes: bool,
+    /// Least time until it would start a new prompt, ms.
+    pub least_ms: f64,
+    /// Predicted length of the step that runs, ms.
+    pub step_ms: f64,
+}
+
+impl Reported {
+    /// Reads it off a worker's view, once its report is in it.
+    pub fn of(view: &WorkerView, step_ms: f64) -> Self {
+        let (own, others) = (&view.load.own, &view.load.others);
+        let queued = own.queued_prefill_tokens + others.queued_prefill_tokens;
+        let running = own.running_prefill_tokens + others.running_prefill_tokens;
+        Self {
+            worker: view.slot,
+            model: Arc::clone(&view.model),
+            computes: view.role != Role::Decode,
+            least_ms: (queued + running) as f64 * view.step.b_ms,
+            step_ms,
+        }
+    }
+}
+
+impl DispatchSettings {
+    /// Books a plan, or lists its prompt where it would go: a request goes when
+    /// its worker is predicted to start it within
+    /// [`DispatchSettings::dispatch_ahead_ms`] or one step of `step_ms`, or
+    /// when its key is before those of all prompts that were sent there and
+    /// have not begun, so that it would be taken first.
+    pub fn judge(
+        &self,
+        decision: &Decision,
+        key_ms: f64,
+        step_ms: f64,
+        bookings: &Bookings,
+    ) -> Verdict {
+        let plan = decision.plan();
+        let soon = decision.start_ms <= self.dispatch_ahead_ms.max(step_ms);
+        let first = || bookings.first_sent_ms(plan.prefill());
+        if soon || first().is_some_and(|first_ms| key_ms < first_ms) {
+            let book = |(slot, work): &(WorkerSlot, Work)| {
+                (*slot, bookings.book_prompt(*slot, *work, key_ms))
+            };
+            return Verdict::Goes(decision.work.iter().map(book).collect());
+        }
+        let prompts = decision.work.iter().filter(|(_, work)| work.prefills > 0);
+        let list = |(slot, work): &(WorkerSlot, Work)| {
+            bookings.list_prompt(*slot, work.prompt_alone(), key_ms)
+        };
+        Verdict::Waits(Hold {
+            workers: [plan.prefill(), plan.decode()],
+            _prompt: prompts.map(list).collect(),
+        })
+    }
+}
+
+impl NoPlan {
+    /// Whether a request without a plan waits. `lasting` are those of its
+    /// excluded workers that will never run it: the others refused for now, and
+    /// may be all that there are.
+    pub fn waits(
+        &self,
+        cluster: &Cluster<'_>,
+        request: &RequestView<'_>,
+        lasting: &[WorkerSlot],
+    ) -> bool {
+        if lasting.is_empty() && (self.passes() || request.excluded.is_empty()) {
+            return self.passes();
+        }
+        may_run(cluster, request, lasting).is_ok()
+    }
+}
+
+/// Whether somebody may run a request once there is room, whoever refused it
+/// for now: anybody but the workers in `lasting`.
+///
+/// # Errors
+/// Why nobody ever will.
+pub fn may_run(
+    cluster: &Cluster<'_>,
+    request: &RequestView<'_>,
+    lasting: &[WorkerSlot],
+) -> Result<(), NoPlan> {
+    let request = RequestView {
+        excluded: &[],
+        ..*request
+    };
+    let answer = if lasting.is_empty() {
+        placeable(cluster, &request)
+    } else {
+        let rest = cluster.workers.iter();
+        let rest = rest.filter(|view| !lasting.contains(&view.slot)).cloned();
+        let rest: Vec<WorkerView> = rest.collect();
+        let left = Cluster {
+            workers: &rest,
+            table: None,
+            ..*cluster
+        };
+        placeable(&left, &request)
+    };
+    match answer {
+        Err(never) if !never.passes() => Err(never),
+        _ => Ok(()),
+    }
+}

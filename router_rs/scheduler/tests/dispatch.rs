@@ -1,0 +1,315 @@
+//! Who of those that wait is tried when, and who goes.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::{request, worker};
+use kvmesh_kv_index::{Matches, WorkerSlot};
+use kvmesh_scheduler::{
+    Bookings, Class, Cluster, Dispatch, DispatchSettings, Entry, KvCost, Lane, Look, NoPlan,
+    Outcome, Pass, Policy, Reported, RequestView, Role, Verdict,
+};
+use std::sync::Arc;
+
+fn entry(model: &str, tenant: u64, key_ms: f64) -> Entry {
+    Entry {
+        model: model.into(),
+        lane: Lane {
+            class: Class::Standard,
+            tenant,
+        },
+        key_ms,
+        work_ms: 100.0,
+        goes_on: false,
+    }
+}
+
+fn report(worker: u32, model: &str) -> Reported {
+    Reported {
+        worker: WorkerSlot(worker),
+        model: model.into(),
+        computes: true,
+        least_ms: 0.0,
+        step_ms: 10.0,
+    }
+}
+
+/// What a pass tries, where nobody has a place yet.
+fn tries(dispatch: &mut Dispatch<u32>, mut pass: Pass, now_ms: f64) -> Vec<u32> {
+    let mut tried = Vec::new();
+    while let Some(next) = dispatch.next(&mut pass) {
+        tried.push(next.item);
+        let outcome = Outcome::Waits(next.item, None);
+        dispatch.came_of(&mut pass, &next.place, outcome, now_ms);
+    }
+    tried
+}
+
+#[test]
+fn models_do_not_wait_for_each_other() {
+    let mut dispatch = Dispatch::new(DispatchSettings::default());
+    for n in 0..64 {
+        dispatch
+            .waits(&entry("a", 1, f64::from(n)), 0.0, n)
+            .unwrap();
+    }
+    dispatch.waits(&entry("b", 1, 1_000.0), 0.0, 64).unwrap();
+    assert_eq!(dispatch.look(&report(0, "b"), 0.0), Look::Now);
+    let pass = dispatch.pass(&"b".into(), 0.0);
+    assert_eq!(tries(&mut dispatch, pass, 0.0), [64]);
+    let pass = dispatch.pass(&"a".into(), 0.0);
+    let first: Vec<u32> = (0..32).collect();
+    assert_eq!(tries(&mut dispatch, pass, 0.0), first);
+    assert_eq!(dispatch.len(), 65);
+}
+
+#[test]
+fn reports_of_workers_that_nobody_means_to_go_to_lead_to_a_pass_now_and_then() {
+    let mut dispatch = Dispatch::new(DispatchSettings::default());
+    assert_eq!(dispatch.look(&report(0, "a"), 0.0), Look::No);
+    dispatch.waits(&entry("a", 1, 0.0), 0.0, 1).unwrap();
+    assert_eq!(dispatch.look(&report(0, "a"), 0.0), Look::Now);
+    let busy = Reported {
+        least_ms: 500.0,
+        ..report(0, "a")
+    };
+    assert_eq!(dispatch.look(&busy, 0.0), Look::No);
+
+    // It means to go to worker 1.
+    let none = Matches::default();
+    let mut view = worker(1, Role::Both);
+    view.load.step_ends_ms = 400.0;
+    let cluster = [view];
+    let decision = KvCost::default()
+        .choose(&Cluster::new(1, &cluster), &request(&none, 1))
+        .unwrap();
+    let bookings = Bookings::new();
+    let mut pass = dispatch.pass(&"a".into(), 0.0);
+    let next = dispatch.next(&mut pass).unwrap();
+    let Verdict::Waits(hold) = dispatch.settings().judge(&decision, 0.0, 10.0, &bookings) else {
+        panic!("it goes")
+    };
+    assert_eq!(bookings.booked(WorkerSlot(1)).prefills, 1);
+    let outcome = Outcome::Waits(next.item, Some(hold));
+    dispatch.came_of(&mut pass, &next.place, outcome, 0.0);
+
+    assert_eq!(dispatch.look(&report(0, "a"), 4.0), Look::At(5.0));
+    assert_eq!(dispatch.look(&report(1, "a"), 4.0), Look::Now);
+    assert!(!dispatch.due("a", 4.0) && dispatch.due("a", 5.0));
+    // A new one does not pass it: they are tried in their order, or it waits.
+    let pass = dispatch.arrives(&entry("a", 1, 7.0), 4.0, 7).unwrap();
+    assert_eq!(pass.again_ms(), Some(5.0));
+    assert_eq!(tries(&mut dispatch, pass, 4.0), []);
+    // One with an earlier key is tried by itself.
+    let pass = dispatch.arrives(&entry("a", 1, -7.0), 4.0, 3).unwrap();
+    assert_eq!(tries(&mut dispatch, pass, 4.0), [3]);
+    assert_eq!(dispatch.look(&report(0, "a"), 5.0), Look::Now);
+    // What is listed at a worker is counted there, and not here.
+    let unlisted = dispatch.unlisted_ms("a", Class::Standard, 0.0);
+    assert_eq!(unlisted, (100.0, 200.0));
+    let pass = dispatch.arrives(&entry("a", 1, 8.0), 5.0, 8).unwrap();
+    assert_eq!(tries(&mut dispatch, pass, 5.0), [3, 1, 7, 8]);
+    assert_eq!(bookings.booked(WorkerSlot(1)).prefills, 0);
+    let mut pass = dispatch.pass(&"a".into(), 5.0);
+    while let Some(next) = dispatch.next(&mut pass) {
+        dispatch.came_of(&mut pass, &next.place, Outcome::Went, 5.0);
+    }
+    assert!(dispatch.is_empty());
+}
+
+#[test]
+fn who_would_start_soon_or_before_all_that_were_sent_goes() {
+    let none = Matches::default();
+    let mut view = worker(0, Role::Both);
+    let rules = DispatchSettings::default();
+    let bookings = Bookings::new();
+    let choose = |view: &_| {
+        KvCost::default()
+            .choose(
+                &Cluster::new(1, std::slice::from_ref(view)),
+                &request(&none, 1),
+            )
+            .unwrap()
+    };
+    let Verdict::Goes(sent) = rules.judge(&choose(&view), 20.0, 0.0, &bookings) else {
+        panic!("an idle worker starts it")
+    };
+    view.load.step_ends_ms = 60.0;
+    let busy = choose(&view);
+    let goes = |key_ms, step_ms| {
+        matches!(
+            rules.judge(&busy, key_ms, step_ms, &bookings),
+            Verdict::Goes(_)
+        )
+    };
+    assert!(
+        !goes(30.0, 10.0),
+        "60 ms are longer than 50 and than a step"
+    );
+    assert!(goes(30.0, 70.0), "within a step");
+    assert!(goes(10.0, 10.0), "before all that were sent there");
+    sent.iter().for_each(|(_, booking)| booking.started());
+    assert!(!goes(10.0, 10.0), "what has begun is not passed");
+}
+
+#[test]
+fn once_it_is_late_nobody_of_its_model_passes_who_lacks_room() {
+    let mut dispatch = Dispatch::new(DispatchSettings::default());
+    for n in 0..3 {
+        dispatch
+            .waits(&entry("a", 1, f64::from(n)), 0.0, n)
+            .unwrap();
+    }
+    let tried = |dispatch: &mut Dispatch<u32>, now_ms| {
+        let mut pass = dispatch.pass(&"a".into(), now_ms);
+        let mut tried = 0;
+        while let Some(next) = dispatch.next(&mut pass) {
+            tried += 1;
+            let outcome = Outcome::NoRoom(next.item);
+            dispatch.came_of(&mut pass, &next.place, outcome, now_ms);
+        }
+        tried
+    };
+    assert_eq!(tried(&mut dispatch, -1.0), 3);
+    assert_eq!(tried(&mut dispatch, 10.0), 1);
+    // A decode worker's report matters once somebody lacks room.
+    let decodes = Reported {
+        computes: false,
+        ..report(0, "a")
+    };
+    assert_eq!(dispatch.look(&decodes, 20.0), Look::Now);
+    // Nor does a new one pass it.
+    let pass = dispatch.arrives(&entry("a", 1, 9.0), 11.0, 9).unwrap();
+    assert_eq!(tries(&mut dispatch, pass, 11.0), []);
+    // One with an earlier key than all goes by itself.
+    let pass = dispatch.arrives(&entry("a", 1, -5.0), 20.0, 7).unwrap();
+    assert_eq!(tries(&mut dispatch, pass, 20.0), [7]);
+}
+
+#[test]
+fn a_tenant_whose_turn_it_is_goes_as_one_before_those_that_it_passes() {
+    let mut dispatch = Dispatch::new(DispatchSettings::default());
+    for n in 0..3 {
+        dispatch
+            .waits(&entry("a", 1, f64::from(n)), 0.0, n)
+            .unwrap();
+    }
+    dispatch.waits(&entry("a", 2, 50.0), 0.0, 9).unwrap();
+    let mut pass = dispatch.pass(&"a".into(), 0.0);
+    let mut keys = Vec::new();
+    while let Some(next) = dispatch.next(&mut pass) {
+        keys.push((next.item, next.key_ms));
+        let outcome = Outcome::Waits(next.item, None);
+        dispatch.came_of(&mut pass, &next.place, outcome, 0.0);
+    }
+    let order: Vec<u32> = keys.iter().map(|(item, _)| *item).collect();
+    assert_eq!(order, [0, 9, 1, 2]);
+    assert!(keys.is_sorted_by(|a, b| a.1 < b.1), "{keys:?}");
+    assert!(
+        keys[1].1 < 1.0,
+        "the key that it is predicted by and sent with"
+    );
+}
+
+#[test]
+fn what_goes_on_goes_before_new_work_of_its_class() {
+    let mut dispatch = Dispatch::new(DispatchSettings::default());
+    for n in 0..40 {
+        dispatch
+            .waits(&entry("a", 1, f64::from(n)), 0.0, n)
+            .unwrap();
+    }
+    let urgent = Entry {
+        lane: Lane {
+            class: Class::Interactive,
+            tenant: 1,
+        },
+        ..entry("a", 1, -1.0)
+    };
+    dispatch.waits(&urgent, 0.0, 50).unwrap();
+    let goes_on = Entry {
+        goes_on: true,
+        ..entry("a", 1, 100.0)
+    };
+    let pass = dispatch.arrives(&goes_on, 0.0, 60).unwrap();
+    assert_eq!(tries(&mut dispatch, pass, 0.0), [60]);
+    let pass = dispatch.pass(&"a".into(), 0.0);
+    assert_eq!(tries(&mut dispatch, pass, 0.0)[..3], [50, 60, 0]);
+}
+
+#[test]
+fn who_can_be_run_by_nobody_any_more_does_not_wait() {
+    let none = Matches::default();
+    let (a, b) = (WorkerSlot(0), WorkerSlot(1));
+    let mut workers = vec![worker(0, Role::Both), worker(1, Role::Both)];
+    let refused = RequestView {
+        excluded: &[a, b],
+        ..request(&none, 1)
+    };
+    let why = |workers: &[_]| {
+        let chosen = KvCost::default().choose(&Cluster::new(1, workers), &refused);
+        chosen.unwrap_err()
+    };
+    let waits = |workers: &[_], lasting: &[WorkerSlot]| {
+        why(workers).waits(&Cluster::new(1, workers), &refused, lasting)
+    };
+    // Both refused for now; one of them, or both, for ever.
+    assert!(waits(&workers, &[]));
+    assert!(waits(&workers, &[a]));
+    assert!(!waits(&workers, &[a, b]));
+    // The one that could run it later drains.
+    workers[1].draining = true;
+    assert!(!waits(&workers, &[a]));
+    assert!(NoPlan::NoRoom { tokens: 1 }.passes());
+}
+
+#[test]
+fn a_class_is_admitted_by_what_is_as_urgent_waiting_or_sent() {
+    let none = Matches::default();
+    let settings = DispatchSettings {
+        max_wait_ms: 1_000.0,
+        ..DispatchSettings::default()
+    };
+    let mut dispatch = Dispatch::new(settings);
+    let mut view = worker(0, Role::Both);
+    let asked = |class| RequestView {
+        class,
+        prompt_tokens: 64,
+        ..request(&none, 1)
+    };
+    let admits = |dispatch: &Dispatch<u32>, view: &_, class| {
+        let cluster = Cluster::new(1, std::slice::from_ref(view));
+        dispatch.admit(&cluster, &asked(class), 0.0, None).is_ok()
+    };
+    let waiting = |class, key_ms| Entry {
+        lane: Lane { class, tenant: 1 },
+        work_ms: 600.0,
+        ..entry("m", 1, key_ms)
+    };
+    // All behind it by key: no wait, but the class is full.
+    for n in 0..2 {
+        assert!(admits(&dispatch, &view, Class::Standard));
+        let key_ms = 1e6 + f64::from(n);
+        dispatch
+            .waits(&waiting(Class::Standard, key_ms), 0.0, n)
+            .unwrap();
+    }
+    assert!(!admits(&dispatch, &view, Class::Standard));
+    assert!(!admits(&dispatch, &view, Class::Batch));
+    assert!(admits(&dispatch, &view, Class::Interactive));
+    // What was sent and is not computed counts as well.
+    view.load.own.queued_prefill_tokens = 4_000;
+    view.load.own.classes.waiting_tokens[0] = 4_000;
+    view.prompts = vec![kvmesh_scheduler::Prompt {
+        virtual_deadline_ms: 1e6,
+        class: Class::Interactive,
+        tokens: 4_000,
+        context: 8_000_000,
+    }];
+    assert!(!admits(&dispatch, &view, Class::Interactive));
+    let model: Arc<str> = "m".into();
+    assert_eq!(
+        dispatch.unlisted_ms(&model, Class::Batch, 2e6),
+        (1_200.0, 1_200.0)
+    );
+}
