@@ -21,7 +21,7 @@ RUST_SOURCES := $(shell find router_rs proto -type f \( -name '*.rs' -o -name '*
 	Cargo.toml Cargo.lock pyproject.toml
 NATIVE := target/.native-stamp
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
-CARGO_TEST := cargo test --release --workspace --exclude kvmesh-python
+CARGO_TEST := cargo test --release --workspace --exclude kvmesh-python --no-fail-fast
 
 # The checkout in use, also where another one is installed in a shared
 # environment.
