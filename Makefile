@@ -100,6 +100,7 @@ router-static: ## Build kvmesh-router without dynamic libraries, and check that 
 	CC_$(subst -,_,$(STATIC_TARGET))="$(STATIC_CC)" CFLAGS_$(subst -,_,$(STATIC_TARGET))=-U_FORTIFY_SOURCE \
 		RUSTFLAGS="-C target-feature=+crt-static" \
 		cargo build --release --locked -p kvmesh-router --target $(STATIC_TARGET)
+	strip --strip-debug $(STATIC_ROUTER)
 	@if readelf --dynamic $(STATIC_ROUTER) | grep -E 'NEEDED'; then \
 		echo "$(STATIC_ROUTER) needs dynamic libraries" >&2; exit 1; fi
 	@if readelf --program-headers $(STATIC_ROUTER) | grep -E 'INTERP'; then \
