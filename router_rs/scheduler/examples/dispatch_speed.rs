@@ -12,8 +12,8 @@
 use kvmesh_kv_index::{Matches, WorkerSlot};
 use kvmesh_scheduler::{
     Abilities, Bookings, ByClass, Class, CostSettings, Dispatch, DispatchSettings, Entry, KvCost,
-    KvRoom, Lane, Load, Look, Needs, Outcome, Phase, Policy, Reload, Reported, RequestView, Role,
-    Roster, Share, StepModel, Verdict, Work, WorkerView, virtual_deadline_ms,
+    KvRoom, Lane, Load, LocalPrefill, Look, Needs, Outcome, Phase, Policy, Reload, Reported,
+    RequestView, Role, Roster, Share, StepModel, Verdict, Work, WorkerView, virtual_deadline_ms,
 };
 use std::sync::Arc;
 use std::time::Instant;
@@ -161,13 +161,13 @@ fn run(workers: u32, reports: usize) {
             .get_mut(WorkerSlot(mix(n as u64) as u32 % workers))
             .unwrap();
         view.load = load(n as u64, now_ms);
-        let report = Reported::of(view, 50.0);
+        let report = Reported::of(view, 50.0, LocalPrefill::ByCost, &bookings);
         if dispatch.look(&report, now_ms) != Look::Now {
             continue;
         }
         passes += 1;
         let mut pass = dispatch.pass(&report.model, now_ms);
-        while let Some(next) = dispatch.next(&mut pass) {
+        while let Some(next) = dispatch.next(&mut pass, now_ms) {
             roster.refresh(&bookings);
             let cluster = roster.cluster(1).at(now_ms);
             let view = request(next.item, next.key_ms, &cached);

@@ -260,11 +260,6 @@ impl<T> Queue<T> {
         order
     }
 
-    /// Places of all items, taken or not, earliest virtual deadline first.
-    pub(crate) fn tickets(&self) -> impl Iterator<Item = Ticket> {
-        self.items.keys().map(|key| Ticket(*key))
-    }
-
     /// All items that are not taken, earliest virtual deadline first.
     pub fn iter(&self) -> impl Iterator<Item = (Ticket, &T)> {
         self.items

@@ -7,7 +7,7 @@ use common::{request, worker};
 use kvmesh_kv_index::{Matches, WorkerSlot};
 use kvmesh_scheduler::{
     Bookings, Class, Cluster, Dispatch, DispatchSettings, Entry, KvCost, Lane, Look, NoPlan,
-    Outcome, Pass, Policy, Reported, RequestView, Role, Verdict,
+    Outcome, Pass, Policy, QueueSettings, Reported, RequestView, Role, Verdict,
 };
 use std::sync::Arc;
 
@@ -29,6 +29,7 @@ fn report(worker: u32, model: &str) -> Reported {
         worker: WorkerSlot(worker),
         model: model.into(),
         computes: true,
+        first_sent_ms: None,
         least_ms: 0.0,
         step_ms: 10.0,
     }
@@ -37,7 +38,7 @@ fn report(worker: u32, model: &str) -> Reported {
 /// What a pass tries, where nobody has a place yet.
 fn tries(dispatch: &mut Dispatch<u32>, mut pass: Pass, now_ms: f64) -> Vec<u32> {
     let mut tried = Vec::new();
-    while let Some(next) = dispatch.next(&mut pass) {
+    while let Some(next) = dispatch.next(&mut pass, 0.0) {
         tried.push(next.item);
         let outcome = Outcome::Waits(next.item, None);
         dispatch.came_of(&mut pass, &next.place, outcome, now_ms);
@@ -85,13 +86,14 @@ fn reports_of_workers_that_nobody_means_to_go_to_lead_to_a_pass_now_and_then() {
         .unwrap();
     let bookings = Bookings::new();
     let mut pass = dispatch.pass(&"a".into(), 0.0);
-    let next = dispatch.next(&mut pass).unwrap();
+    let next = dispatch.next(&mut pass, 0.0).unwrap();
     let Verdict::Waits(hold) = dispatch.settings().judge(&decision, 0.0, 10.0, &bookings) else {
         panic!("it goes")
     };
     assert_eq!(bookings.booked(WorkerSlot(1)).prefills, 1);
     let outcome = Outcome::Waits(next.item, Some(hold));
     dispatch.came_of(&mut pass, &next.place, outcome, 0.0);
+    assert!(dispatch.next(&mut pass, 0.0).is_none());
 
     assert_eq!(dispatch.look(&report(0, "a"), 4.0), Look::At(5.0));
     assert_eq!(dispatch.look(&report(1, "a"), 4.0), Look::Now);
@@ -111,7 +113,7 @@ fn reports_of_workers_that_nobody_means_to_go_to_lead_to_a_pass_now_and_then() {
     assert_eq!(tries(&mut dispatch, pass, 5.0), [3, 1, 7, 8]);
     assert_eq!(bookings.booked(WorkerSlot(1)).prefills, 0);
     let mut pass = dispatch.pass(&"a".into(), 5.0);
-    while let Some(next) = dispatch.next(&mut pass) {
+    while let Some(next) = dispatch.next(&mut pass, 0.0) {
         dispatch.came_of(&mut pass, &next.place, Outcome::Went, 5.0);
     }
     assert!(dispatch.is_empty());
@@ -163,7 +165,7 @@ fn once_it_is_late_nobody_of_its_model_passes_who_lacks_room() {
     let tried = |dispatch: &mut Dispatch<u32>, now_ms| {
         let mut pass = dispatch.pass(&"a".into(), now_ms);
         let mut tried = 0;
-        while let Some(next) = dispatch.next(&mut pass) {
+        while let Some(next) = dispatch.next(&mut pass, 0.0) {
             tried += 1;
             let outcome = Outcome::NoRoom(next.item);
             dispatch.came_of(&mut pass, &next.place, outcome, now_ms);
@@ -197,7 +199,7 @@ fn a_tenant_whose_turn_it_is_goes_as_one_before_those_that_it_passes() {
     dispatch.waits(&entry("a", 2, 50.0), 0.0, 9).unwrap();
     let mut pass = dispatch.pass(&"a".into(), 0.0);
     let mut keys = Vec::new();
-    while let Some(next) = dispatch.next(&mut pass) {
+    while let Some(next) = dispatch.next(&mut pass, 0.0) {
         keys.push((next.item, next.key_ms));
         let outcome = Outcome::Waits(next.item, None);
         dispatch.came_of(&mut pass, &next.place, outcome, 0.0);
@@ -311,5 +313,174 @@ fn a_class_is_admitted_by_what_is_as_urgent_waiting_or_sent() {
     assert_eq!(
         dispatch.unlisted_ms(&model, Class::Batch, 2e6),
         (1_200.0, 1_200.0)
+    );
+}
+
+/// A prompt that means to go to this worker, which would not start it soon.
+fn held(dispatch: &mut Dispatch<u32>, bookings: &Bookings, at: u32, key_ms: f64, item: u32) {
+    let none = Matches::default();
+    let mut view = worker(at, Role::Both);
+    view.load.step_ends_ms = 400.0;
+    let cluster = [view];
+    let decision = KvCost::default()
+        .choose(&Cluster::new(1, &cluster), &request(&none, 1))
+        .unwrap();
+    dispatch.waits(&entry("a", 1, key_ms), 0.0, item).unwrap();
+    let mut pass = dispatch.pass(&"a".into(), 0.0);
+    while let Some(next) = dispatch.next(&mut pass, 0.0) {
+        let verdict = dispatch.settings().judge(&decision, 1e9, 10.0, bookings);
+        let Verdict::Waits(hold) = verdict else {
+            panic!("it goes")
+        };
+        let outcome = Outcome::Waits(next.item, Some(hold));
+        dispatch.came_of(&mut pass, &next.place, outcome, 0.0);
+    }
+}
+
+#[test]
+fn a_report_wakes_whoever_means_to_go_there() {
+    let bookings = Bookings::new();
+    let mut dispatch = Dispatch::new(DispatchSettings::default());
+    held(&mut dispatch, &bookings, 1, 20.0, 1);
+    // A decode worker that computes it, though others' prompts do not come to it.
+    let decodes = Reported {
+        computes: false,
+        ..report(1, "a")
+    };
+    assert_eq!(dispatch.look(&decodes, 1.0), Look::Now);
+    let other = Reported {
+        computes: false,
+        ..report(2, "a")
+    };
+    assert_eq!(dispatch.look(&other, 1.0), Look::No);
+    // Busy for long with what it would be taken before, or with what it would not.
+    let busy = |first_sent_ms| Reported {
+        least_ms: 9_000.0,
+        first_sent_ms,
+        ..report(1, "a")
+    };
+    assert_eq!(dispatch.look(&busy(Some(30.0)), 1.0), Look::Now);
+    assert_eq!(dispatch.look(&busy(Some(10.0)), 1.0), Look::No);
+    assert_eq!(dispatch.look(&busy(None), 1.0), Look::No);
+}
+
+#[test]
+fn who_is_listed_nowhere_is_looked_at_after_any_report() {
+    let mut dispatch = Dispatch::new(DispatchSettings::default());
+    for n in 0..2 {
+        let place = entry("a", 1, f64::from(n));
+        dispatch.waits(&place, 0.0, n).unwrap();
+    }
+    let mut pass = dispatch.pass(&"a".into(), 0.0);
+    while let Some(next) = dispatch.next(&mut pass, 0.0) {
+        let outcome = match next.item {
+            0 => Outcome::NoRoom(next.item),
+            _ => Outcome::Waits(next.item, None),
+        };
+        dispatch.came_of(&mut pass, &next.place, outcome, -1.0);
+    }
+    let busy = Reported {
+        computes: false,
+        least_ms: 9_000.0,
+        ..report(0, "a")
+    };
+    assert_eq!(dispatch.look(&busy, 1.0), Look::At(5.0));
+    assert_eq!(dispatch.look(&busy, 5.0), Look::Now);
+}
+
+#[test]
+fn who_is_not_ready_for_is_late_and_blocks_nobody() {
+    let mut dispatch = Dispatch::new(DispatchSettings::default());
+    for n in 0..3 {
+        let place = entry("a", 1, f64::from(n));
+        dispatch.waits(&place, 0.0, n).unwrap();
+    }
+    let pass = dispatch.pass(&"a".into(), 1_000.0);
+    assert_eq!(tries(&mut dispatch, pass, 1_000.0), [0, 1, 2]);
+}
+
+#[test]
+fn one_pass_at_a_time_is_made_for_a_model() {
+    let mut dispatch = Dispatch::new(DispatchSettings::default());
+    for n in 0..3 {
+        let place = entry("a", 1, f64::from(n));
+        dispatch.waits(&place, 0.0, n).unwrap();
+    }
+    let mut pass = dispatch.pass(&"a".into(), 100.0);
+    let large = dispatch.next(&mut pass, 100.0).unwrap();
+    assert_eq!(large.item, 0);
+    // Meanwhile somebody else looks: nobody passes the one that is tried.
+    let mut other = dispatch.pass(&"a".into(), 100.0);
+    assert!(dispatch.next(&mut other, 100.0).is_none());
+    let late = Outcome::NoRoom(large.item);
+    dispatch.came_of(&mut pass, &large.place, late, 100.0);
+    // What the other one was to do is done by this one: it begins anew.
+    let again = dispatch.next(&mut pass, 100.0).unwrap();
+    assert_eq!(again.item, 0);
+    let outcome = Outcome::Went;
+    dispatch.came_of(&mut pass, &again.place, outcome, 100.0);
+    // Who comes meanwhile is tried in it, in turn.
+    let first = dispatch.arrives(&entry("a", 1, -9.0), 100.0, 9).unwrap();
+    assert_eq!(tries(&mut dispatch, first, 100.0), []);
+    assert_eq!(tries(&mut dispatch, pass, 100.0), [1, 2, 9]);
+    // A pass that is given up leaves them to the next one.
+    let mut pass = dispatch.pass(&"a".into(), 100.0);
+    let next = dispatch.next(&mut pass, 100.0).unwrap();
+    dispatch.give_up(&mut pass, Some(&next.place));
+    assert!(dispatch.due("a", 100.0));
+    let pass = dispatch.pass(&"a".into(), 100.0);
+    assert_eq!(tries(&mut dispatch, pass, 100.0), [1, 2]);
+    assert_eq!(dispatch.len(), 2);
+}
+
+#[test]
+fn many_that_lack_room_do_not_hide_who_has_it_elsewhere() {
+    let mut dispatch = Dispatch::new(DispatchSettings::default());
+    for n in 0..100 {
+        let place = entry("a", 1, 1e6 + f64::from(n));
+        dispatch.waits(&place, 0.0, n).unwrap();
+    }
+    // All but the last lack room; some passes find out.
+    let mut found = None;
+    for at in 0..20 {
+        let mut pass = dispatch.pass(&"a".into(), f64::from(at));
+        let mut tried = 0;
+        while let Some(next) = dispatch.next(&mut pass, 0.0) {
+            tried += 1;
+            let outcome = match next.item {
+                99 => Outcome::Went,
+                lacks => Outcome::NoRoom(lacks),
+            };
+            found = found.or((next.item == 99).then_some(at));
+            dispatch.came_of(&mut pass, &next.place, outcome, 0.0);
+        }
+        assert!(tried <= 32, "a bound on what a report costs");
+    }
+    assert!(found.is_some());
+    // Nor do they hold up who comes: they cannot go in its place.
+    let pass = dispatch.arrives(&entry("a", 1, 2e6), 0.0, 200).unwrap();
+    assert_eq!(tries(&mut dispatch, pass, 0.0), [200]);
+}
+
+#[test]
+fn who_comes_passes_nobody_in_the_order_of_service() {
+    let mut dispatch = Dispatch::new(DispatchSettings {
+        queue: QueueSettings {
+            batch_strict: true,
+            ..QueueSettings::default()
+        },
+        ..DispatchSettings::default()
+    });
+    let pass = dispatch.arrives(&entry("a", 1, 500.0), 0.0, 1).unwrap();
+    assert_eq!(tries(&mut dispatch, pass, 0.0), [1]);
+    let mut batch = entry("a", 1, 0.0);
+    batch.lane.class = Class::Batch;
+    let pass = dispatch.arrives(&batch, 0.0, 2).unwrap();
+    assert_eq!(tries(&mut dispatch, pass, 0.0), [1, 2]);
+    batch.key_ms = 1.0;
+    let pass = dispatch.arrives(&batch, 1.0, 3).unwrap();
+    assert_eq!(
+        (tries(&mut dispatch, pass, 1.0), dispatch.len()),
+        (vec![], 3)
     );
 }

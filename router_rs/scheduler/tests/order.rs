@@ -6,9 +6,9 @@ mod common;
 use common::{request, worker};
 use kvmesh_kv_index::{Matches, WorkerSlot};
 use kvmesh_scheduler::{
-    Booking, Bookings, Class, ClassTargets, Dispatch, DispatchSettings, Entry, KvCost, Lane, Look,
-    Outcome, Pass, Policy, Queue, QueueSettings, Reported, RequestView, Role, Roster, Share,
-    StepModel, Verdict, virtual_deadline_ms,
+    Booking, Bookings, Class, ClassTargets, Dispatch, DispatchSettings, Entry, KvCost, Lane,
+    LocalPrefill, Look, Outcome, Pass, Policy, Queue, QueueSettings, Reported, RequestView, Role,
+    Roster, Share, StepModel, Verdict, virtual_deadline_ms,
 };
 use proptest::prelude::*;
 use std::sync::Arc;
@@ -133,7 +133,7 @@ impl Run {
     }
 
     fn try_all(&mut self, number: usize, mut pass: Pass) {
-        while let Some(next) = self.routers[number].dispatch.next(&mut pass) {
+        while let Some(next) = self.routers[number].dispatch.next(&mut pass, self.now) {
             let outcome = self.try_one(number, next.item, next.key_ms);
             let router = &mut self.routers[number];
             router
@@ -192,10 +192,10 @@ impl Run {
         for number in 0..self.routers.len() {
             let router = &mut self.routers[number];
             let view = router.roster.get(WorkerSlot(0)).unwrap();
-            match router
-                .dispatch
-                .look(&Reported::of(view, self.step), self.now)
-            {
+            match router.dispatch.look(
+                &Reported::of(view, self.step, LocalPrefill::ByCost, &router.bookings),
+                self.now,
+            ) {
                 Look::Now => self.look(number),
                 Look::At(at) => router.look_at = at,
                 Look::No => {}

@@ -51,9 +51,10 @@ pub(super) enum Tried {
     Done,
     /// It has its end.
     Ended,
-    /// No worker has room, or is ready, at the moment.
+    /// No worker has room at the moment.
     NoRoom,
-    /// Its worker would not start it soon. It is listed where it would go.
+    /// Its worker would not start it soon, and it is listed there; or nobody is
+    /// ready for it.
     NotYet(Option<Hold>),
 }
 
@@ -186,10 +187,11 @@ impl Core {
         let mut placed = match self.choose(open, request, border, key_ms) {
             Ok(placed) => placed,
             Err(Lacks::Room) => return Tried::NoRoom,
+            Err(Lacks::Ready) => return Tried::NotYet(None),
             // A worker that is lost may be replaced; one that cannot run it is not
             // waited for.
             Err(Lacks::Worker(_)) if open.continues() && !unsupported(request) => {
-                return Tried::NoRoom;
+                return Tried::NotYet(None);
             }
             Err(Lacks::Worker(why)) => {
                 tracing::info!(generation = %open.id, %why, "no plan");
@@ -205,7 +207,7 @@ impl Core {
             return Tried::NotYet(Some(hold));
         }
         let Some(parties) = self.parties(&placed) else {
-            return Tried::NoRoom;
+            return Tried::NotYet(None);
         };
         self.go(open, placed, parties, (border, retry), began);
         Tried::Done
@@ -328,7 +330,13 @@ impl Core {
         let now_ms = self.dispatcher.waits.now_ms() as u64;
         let (prefill, decode) = (placed.plan.prefill(), placed.plan.decode());
         let two = (decode != prefill).then_some(decode);
-        for slot in [prefill].into_iter().chain(two) {
+        let mut guessed: SmallVec<[WorkerSlot; 2]> = [prefill].into_iter().chain(two).collect();
+        {
+            // The others tell of their cache: the index need not be asked to write.
+            let placer = self.dispatcher.placer();
+            guessed.retain(|slot| placer.guesses(*slot));
+        }
+        for slot in guessed {
             // A worker that left meanwhile holds nothing any more.
             let index = &self.dispatcher.index;
             let _ = index.record_sent(slot, open.chain(), now_ms);

@@ -90,8 +90,10 @@ pub(super) struct Placed {
 /// Why a request has no plan.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Lacks {
-    /// It waits: for room, or for somebody to be ready.
+    /// It waits for room.
     Room,
+    /// It waits for somebody to be ready.
+    Ready,
     /// Nobody will ever run it.
     Worker(NoPlan),
 }
@@ -293,7 +295,8 @@ impl Placer {
             view.load = load_of(load, now_ms);
         });
         let view = self.roster.get(slot)?;
-        Some(Reported::of(view, step_ms))
+        let local = self.policy.local_prefill();
+        Some(Reported::of(view, step_ms, local, &self.bookings))
     }
 
     /// A step's service time came.
@@ -415,6 +418,12 @@ impl Placer {
             .collect()
     }
 
+    /// Whether what a worker has cached is guessed from what was sent to it.
+    pub(super) fn guesses(&self, slot: WorkerSlot) -> bool {
+        let known = self.worker_at(slot).and_then(|at| self.workers.get(&at));
+        known.is_some_and(|known| !tells_of_cache(&known.capabilities))
+    }
+
     /// The worker of a slot.
     pub(super) fn worker_at(&self, slot: WorkerSlot) -> Option<WorkerIndex> {
         self.by_slot.get(slot.0 as usize).copied().flatten()
@@ -477,8 +486,9 @@ impl Placer {
             .with_transfers(&self.transfers);
         let decision = match self.policy.choose(&cluster, request) {
             Ok(decision) => decision,
-            Err(why) if why.waits(&cluster, request, lasting) => return Err(Lacks::Room),
-            Err(why) => return Err(Lacks::Worker(why)),
+            Err(why) if !why.waits(&cluster, request, lasting) => return Err(Lacks::Worker(why)),
+            Err(NoPlan::NoRoom { .. }) => return Err(Lacks::Room),
+            Err(_) => return Err(Lacks::Ready),
         };
         let tail = self.tail(&decision.plan(), request);
         let placed = self.place(decision, request.virtual_deadline_ms, rules);

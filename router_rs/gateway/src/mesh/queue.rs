@@ -6,7 +6,7 @@
 //! other way round; a request is tried with neither.
 
 use std::{
-    collections::BTreeSet,
+    collections::BTreeMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -35,6 +35,9 @@ use crate::{error::RequestError, request::AdmittedRequest};
 
 /// Shortest and longest time after which a client is told to try again.
 const RETRY_AFTER: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(60));
+
+/// Requests that a task tries before it goes back to what it is there for.
+const TRIED_IN_A_ROW: usize = 128;
 
 /// A request that waits.
 pub(super) struct Waiting {
@@ -73,8 +76,9 @@ pub(super) struct Waits {
 
 struct State {
     dispatch: Dispatch<Waiting>,
-    /// Models for which a look is planned.
-    looks: BTreeSet<Arc<str>>,
+    /// Models for which a look is planned, with the latest time that it was asked
+    /// for, ms.
+    looks: BTreeMap<Arc<str>, f64>,
 }
 
 /// What these locks guard is whole after each operation on it.
@@ -89,7 +93,7 @@ impl Waits {
             rules,
             line: Mutex::new(State {
                 dispatch: Dispatch::new(rules),
-                looks: BTreeSet::new(),
+                looks: BTreeMap::new(),
             }),
             length: AtomicUsize::new(0),
         }
@@ -162,12 +166,28 @@ impl Waits {
     }
 
     fn next(&self, pass: &mut Pass) -> Option<Next<Waiting>> {
-        self.with(|dispatch| dispatch.next(pass))
+        let now_ms = self.now_ms();
+        self.with(|dispatch| dispatch.next(pass, now_ms))
     }
 
     fn came_of(&self, pass: &mut Pass, place: &Place, outcome: Outcome<Waiting>) {
         let now_ms = self.now_ms();
         self.with(|dispatch| dispatch.came_of(pass, place, outcome, now_ms));
+    }
+}
+
+/// A pass that is driven. One that is left half way, also by a panic, is given up:
+/// nobody else could make one for its model.
+struct Driven<'a> {
+    waits: &'a Waits,
+    pass: Pass,
+    tried: Option<Place>,
+}
+
+impl Drop for Driven<'_> {
+    fn drop(&mut self) {
+        let (pass, tried) = (&mut self.pass, self.tried.as_ref());
+        self.waits.with(|dispatch| dispatch.give_up(pass, tried));
     }
 }
 
@@ -269,41 +289,64 @@ impl Core {
         self.try_all(pass);
     }
 
-    /// Plans a look, unless one is planned. No report may come before then.
+    /// Plans a look, for no report may come before then. One that is planned
+    /// already is followed by another one at the later time.
     fn look_later(self: &Arc<Self>, model: &Arc<str>, at_ms: f64) {
         let waits = &self.dispatcher.waits;
-        if !waits.lock().looks.insert(Arc::clone(model)) {
-            return;
+        {
+            let mut line = waits.lock();
+            if let Some(asked_ms) = line.looks.get_mut(model) {
+                *asked_ms = asked_ms.max(at_ms);
+                return;
+            }
+            line.looks.insert(Arc::clone(model), at_ms);
         }
-        let after = (at_ms - waits.now_ms()).max(0.0);
-        let after = Duration::try_from_secs_f64(after / 1e3).unwrap_or_default();
         let (core, model) = (Arc::clone(self), Arc::clone(model));
         self.tasks.spawn(async move {
-            tokio::select! {
-                () = core.stop.cancelled() => return,
-                () = tokio::time::sleep(after) => {}
-            }
             let waits = &core.dispatcher.waits;
-            let due = {
+            let mut at_ms = at_ms;
+            loop {
+                let after = (at_ms - waits.now_ms()).max(0.0);
+                let after = Duration::try_from_secs_f64(after / 1e3).unwrap_or_default();
+                tokio::select! {
+                    () = core.stop.cancelled() => return,
+                    () = tokio::time::sleep(after) => {}
+                }
+                let due = waits.lock().dispatch.due(&model, waits.now_ms());
+                if due {
+                    core.serve(&model);
+                }
                 let mut line = waits.lock();
-                line.looks.remove(&model);
-                line.dispatch.due(&model, waits.now_ms())
-            };
-            if due {
-                core.serve(&model);
+                match line.looks.get(&model) {
+                    Some(asked_ms) if *asked_ms > at_ms => at_ms = *asked_ms,
+                    _ => {
+                        line.looks.remove(&model);
+                        return;
+                    }
+                }
             }
         });
     }
 
-    /// Tries the requests of a pass, one after the other.
-    fn try_all(self: &Arc<Self>, mut pass: Pass) {
+    /// Tries the requests of a pass, one after the other. A pass that others keep
+    /// feeding goes on in a task of its own: this one has frames to read.
+    fn try_all(self: &Arc<Self>, pass: Pass) {
         let waits = &self.dispatcher.waits;
-        while let Some(next) = waits.next(&mut pass) {
+        let mut driven = Driven {
+            waits,
+            pass,
+            tried: None,
+        };
+        for _ in 0..TRIED_IN_A_ROW {
+            let Some(next) = waits.next(&mut driven.pass) else {
+                return;
+            };
             let Next {
                 place,
                 item: waiting,
                 key_ms,
             } = next;
+            driven.tried = Some(place.clone());
             let tried = match waiting.open.ended() {
                 true => Tried::Ended,
                 false => self.try_plan(&waiting.open, &waiting.request, key_ms),
@@ -314,8 +357,12 @@ impl Core {
                 Tried::NoRoom => Outcome::NoRoom(waiting.later()),
                 Tried::NotYet(hold) => Outcome::Waits(waiting.later(), hold),
             };
-            waits.came_of(&mut pass, &place, outcome);
+            driven.tried = None;
+            waits.came_of(&mut driven.pass, &place, outcome);
         }
+        let model = Arc::clone(driven.pass.model());
+        drop(driven);
+        self.look_later(&model, waits.now_ms());
     }
 
     /// Ends what waited for too long, and forgets what ended while it waited.

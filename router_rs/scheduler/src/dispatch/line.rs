@@ -5,10 +5,13 @@ use super::rules::{Hold, Reported};
 use super::{DispatchSettings, Entry, Look};
 use crate::queue::{Lane, Queue, Ticket};
 use crate::request::{Class, PerClass};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// By how much a request that goes before another is before it, ms.
 const BEFORE_MS: f64 = 1e-3;
+/// How many times as many as are tried are looked through for those that may find
+/// room.
+const LOOKED_THROUGH: usize = 8;
 
 #[derive(Debug)]
 pub(super) struct Line<T> {
@@ -22,9 +25,17 @@ pub(super) struct Line<T> {
     going_on: PerClass<BTreeSet<Ticket>>,
     /// Found no room, and its virtual deadline has passed.
     blocker: Option<Ticket>,
-    /// Somebody found no room.
-    lacks_room: bool,
+    /// Those that found no room when they were last tried.
+    roomless: BTreeSet<Ticket>,
+    /// Somebody was tried and is listed at no worker.
+    unplaced: bool,
     next_pass_ms: f64,
+    /// A pass is being made.
+    passing: bool,
+    /// When it ends there is to be another one.
+    again: bool,
+    /// Came while a pass is being made, and is tried in it.
+    joined: VecDeque<Ticket>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -43,8 +54,12 @@ impl<T> Line<T> {
             unlisted: PerClass::default(),
             going_on: PerClass::default(),
             blocker: None,
-            lacks_room: false,
+            roomless: BTreeSet::new(),
+            unplaced: false,
             next_pass_ms: f64::NEG_INFINITY,
+            passing: false,
+            again: false,
+            joined: VecDeque::new(),
         }
     }
 
@@ -64,22 +79,60 @@ impl<T> Line<T> {
         Ok(ticket)
     }
 
-    /// Whether somebody goes before a new request: with an earlier key and
-    /// listed at a worker, or as one of its class that goes on.
-    pub(super) fn passes_somebody(&self, ticket: Ticket, class: Class) -> bool {
-        let first = self.holds.first_key_value();
-        !self.going_on[class.index()].is_empty() || first.is_some_and(|(first, _)| *first < ticket)
+    /// Whether one that came may be tried by itself: nobody goes before it but
+    /// those that found no room, and none of them is late.
+    pub(super) fn may_try(&self, ticket: Ticket, most: usize) -> bool {
+        if self.blocks(ticket) {
+            return false;
+        }
+        let order = self.order(most);
+        let mut before = order.iter().take_while(|other| **other != ticket);
+        before.all(|other| self.roomless.contains(other))
     }
 
-    /// Whether one that came may be tried by itself: few wait before it, and
-    /// none of them blocks it.
-    pub(super) fn may_try(&self, ticket: Ticket, most: usize) -> bool {
-        let blocked = self.blocker.is_some_and(|blocker| blocker < ticket);
-        !blocked && self.queue.tickets().take(most).any(|other| other == ticket)
+    /// Whether one that lacks room and is late goes before this one.
+    pub(super) fn blocks(&self, ticket: Ticket) -> bool {
+        self.blocker.is_some_and(|blocker| blocker < ticket)
     }
 
     pub(super) fn next_pass_ms(&self) -> f64 {
         self.next_pass_ms
+    }
+
+    /// Begins a pass, unless one is being made: then there is another one after
+    /// it. One at a time, so that nobody who is being tried is passed.
+    pub(super) fn enter(&mut self) -> bool {
+        let free = !std::mem::replace(&mut self.passing, true);
+        self.again |= !free;
+        free
+    }
+
+    /// Whether a pass is being made; then this one is tried in it.
+    pub(super) fn join_pass(&mut self, ticket: Ticket) -> bool {
+        if self.passing {
+            self.joined.push_back(ticket);
+        }
+        self.passing
+    }
+
+    /// One that came while the pass was being made.
+    pub(super) fn next_joined(&mut self) -> Option<Ticket> {
+        self.joined.pop_front()
+    }
+
+    /// The pass is over; whether another one is due at once, and begins.
+    pub(super) fn goes_again(&mut self) -> bool {
+        let again = std::mem::replace(&mut self.again, false);
+        self.passing = again;
+        again
+    }
+
+    /// The pass is given up half way: what it has not tried is looked at again
+    /// as soon as somebody looks.
+    pub(super) fn give_up_pass(&mut self) {
+        (self.passing, self.again) = (false, false);
+        self.joined.clear();
+        self.next_pass_ms = f64::NEG_INFINITY;
     }
 
     /// Those to be tried in one go, each with the key that it goes as. Turns of
@@ -92,8 +145,8 @@ impl<T> Line<T> {
     ) -> Vec<(Ticket, f64)> {
         let most = settings.tried_at_once;
         self.next_pass_ms = now_ms + settings.pass_ms;
-        (self.lacks_room, self.blocker) = (false, None);
-        let tickets = self.order(most);
+        let tickets = self.to_try(most);
+        (self.unplaced, self.blocker) = (false, None);
         if self.holds.len() > most {
             // Those that were overtaken by many will choose again.
             let gone: Vec<Ticket> = {
@@ -110,6 +163,22 @@ impl<T> Line<T> {
         }
         // The next one is at the end.
         tried
+    }
+
+    /// Those that a pass tries. Half of them may have found no room before: more
+    /// of these would hide the rest, whose place is elsewhere or smaller.
+    fn to_try(&self, most: usize) -> Vec<Ticket> {
+        let mut tickets = self.order(most);
+        if self.roomless.len() > most / 2 {
+            tickets = self.order(most * LOOKED_THROUGH);
+            let mut lacking = 0;
+            tickets.retain(|ticket| {
+                lacking += usize::from(self.roomless.contains(ticket));
+                lacking <= most / 2 || !self.roomless.contains(ticket)
+            });
+            tickets.truncate(most);
+        }
+        tickets
     }
 
     /// The order of service, with what goes on before new work of its class.
@@ -149,15 +218,17 @@ impl<T> Line<T> {
 
     pub(super) fn put_back(&mut self, ticket: Ticket, item: T, hold: Option<Hold>) {
         self.queue.put_back(ticket, item);
+        self.roomless.remove(&ticket);
+        self.unplaced |= hold.is_none();
         if let (Some(hold), Some(facts)) = (hold, self.facts.get(&ticket)) {
             self.unlisted[facts.lane.class.index()].remove(ticket.key());
             self.holds.insert(ticket, hold);
         }
     }
 
-    /// One found no room; once it `blocks`, nobody passes it.
+    /// One that was put back found no room; once it `blocks`, nobody passes it.
     pub(super) fn found_no_room(&mut self, ticket: Ticket, blocks: bool) {
-        self.lacks_room = true;
+        self.roomless.insert(ticket);
         if blocks && self.blocker.is_none_or(|blocker| ticket < blocker) {
             self.blocker = Some(ticket);
         }
@@ -170,6 +241,7 @@ impl<T> Line<T> {
             return false;
         };
         self.holds.remove(&ticket);
+        self.roomless.remove(&ticket);
         self.going_on[facts.lane.class.index()].remove(&ticket);
         if self.blocker == Some(ticket) {
             self.blocker = None;
@@ -192,19 +264,23 @@ impl<T> Line<T> {
     }
 
     pub(super) fn look(&self, report: &Reported, now_ms: f64, settings: &DispatchSettings) -> Look {
-        let ahead_ms = settings.dispatch_ahead_ms.max(report.step_ms);
-        let may = self.lacks_room || report.computes && report.least_ms <= ahead_ms;
-        if self.queue.is_empty() || !may {
+        if self.queue.is_empty() {
             return Look::No;
         }
-        let meant = || self.holds.values().any(|hold| hold.is_on(report.worker));
-        if self.due(now_ms) || meant() {
-            Look::Now
-        } else if self.lacks_room {
-            // Room is what workers say it is: the next one that speaks.
-            Look::No
-        } else {
-            Look::At(self.next_pass_ms)
+        let soon = settings.soon(report.least_ms, report.step_ms);
+        let first = |ticket: &Ticket| {
+            let first_ms = report.first_sent_ms;
+            first_ms.is_some_and(|first_ms| ticket.virtual_deadline_ms() < first_ms)
+        };
+        let mut held = self.holds.iter();
+        if held.any(|(ticket, hold)| hold.is_on(report.worker) && (soon || first(ticket))) {
+            return Look::Now;
+        }
+        // Who is listed nowhere waits for anybody: room is what workers say it is.
+        match self.unplaced || soon && report.computes {
+            true if self.due(now_ms) => Look::Now,
+            true => Look::At(self.next_pass_ms),
+            false => Look::No,
         }
     }
 

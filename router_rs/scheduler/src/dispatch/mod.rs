@@ -87,10 +87,28 @@ pub struct Pass {
     model: Arc<str>,
     /// Each with the key that it goes as; the next one is at the end.
     tried: Vec<(Ticket, f64)>,
+    /// Whether it is the one that is being made.
+    ours: bool,
     again_ms: Option<f64>,
 }
 
 impl Pass {
+    fn not_ours(model: Arc<str>) -> Self {
+        Self {
+            model,
+            tried: Vec::new(),
+            ours: false,
+            again_ms: None,
+        }
+    }
+
+    fn next_of<T>(&mut self, line: &mut Line<T>) -> Option<(Ticket, f64)> {
+        self.tried.pop().or_else(|| {
+            let ticket = line.next_joined()?;
+            Some((ticket, ticket.virtual_deadline_ms()))
+        })
+    }
+
     /// The model.
     pub fn model(&self) -> &Arc<str> {
         &self.model
@@ -121,9 +139,10 @@ pub enum Outcome<T> {
     Went,
     /// It will never go.
     Ended,
-    /// There is no room for it, or nobody is ready.
+    /// There is no room for it: late, it is passed by nobody any more.
     NoRoom(T),
-    /// Its worker would not start it soon.
+    /// Its worker would not start it soon, and it is listed there; or nobody who
+    /// could run it is there or ready.
     Waits(T, Option<Hold>),
 }
 
@@ -197,42 +216,37 @@ impl<T> Dispatch<T> {
     }
 
     /// A request is there, new or once more. It is tried at once where nobody
-    /// with an earlier key is listed at a worker. Otherwise those are tried
-    /// first, so that it passes nobody: now, or where they were tried a moment
-    /// ago once more after [`DispatchSettings::pass_ms`] ([`Pass::again_ms`]).
-    /// Nor does it pass one that lacks room and is late. What goes on is tried
-    /// at once.
+    /// goes before it in the order of service but those that found no room;
+    /// otherwise they are tried first, so that it passes nobody: now, or where
+    /// they were tried a moment ago once more after [`DispatchSettings::pass_ms`]
+    /// ([`Pass::again_ms`]). Nor does it pass one that lacks room and is late.
+    /// What goes on is tried at once. While a pass is being made, that pass tries
+    /// it.
     ///
     /// # Errors
     /// The request, where its model's queue is full.
     pub fn arrives(&mut self, entry: &Entry, now_ms: f64, item: T) -> Result<Pass, T> {
         let Place { model, ticket } = self.waits(entry, now_ms, item)?;
-        let mut pass = Pass {
-            model,
-            tried: vec![(ticket, ticket.virtual_deadline_ms())],
-            again_ms: None,
+        let mut pass = Pass::not_ours(model);
+        let Some(line) = self.lines.get_mut(&pass.model) else {
+            return Ok(pass);
         };
-        let most = self.settings.tried_at_once;
-        if let Some(line) = self.lines.get_mut(&pass.model) {
-            if entry.goes_on {
-                return Ok(pass);
+        if entry.goes_on || line.may_try(ticket, self.settings.tried_at_once) {
+            if !line.join_pass(ticket) {
+                pass.ours = line.enter();
+                pass.tried.push((ticket, ticket.virtual_deadline_ms()));
             }
-            if !line.passes_somebody(ticket, entry.lane.class) {
-                if !line.may_try(ticket, most) {
-                    pass.tried.clear();
-                }
-            } else if line.due(now_ms) {
-                pass.tried = line.begin_pass(now_ms, &self.settings);
-            } else {
-                pass.tried.clear();
-                pass.again_ms = Some(line.next_pass_ms());
-            }
+        } else if line.due(now_ms) && line.enter() {
+            pass.ours = true;
+            pass.tried = line.begin_pass(now_ms, &self.settings);
+        } else {
+            pass.again_ms = Some(line.next_pass_ms());
         }
         Ok(pass)
     }
 
     /// Whether a worker's report may let somebody go: it would start a prompt
-    /// soon, or somebody waits for room.
+    /// soon, or before all that were sent there, or somebody waits for room.
     pub fn look(&self, report: &Reported, now_ms: f64) -> Look {
         let line = self.lines.get(&report.model);
         line.map_or(Look::No, |line| line.look(report, now_ms, &self.settings))
@@ -249,31 +263,60 @@ impl<T> Dispatch<T> {
     /// behind a request that finds no room are tried too: its place may be
     /// elsewhere, or larger. Once its virtual deadline has passed nobody of its
     /// model passes it any more, so that a large one is not starved.
+    ///
+    /// One pass at a time is made for a model. Where one is being made already
+    /// this one is empty, and that one begins anew when it is through.
     pub fn pass(&mut self, model: &Arc<str>, now_ms: f64) -> Pass {
-        let line = self.lines.get_mut(model);
-        Pass {
-            model: Arc::clone(model),
-            tried: line.map_or_else(Vec::new, |line| line.begin_pass(now_ms, &self.settings)),
-            again_ms: None,
+        let mut pass = Pass::not_ours(Arc::clone(model));
+        if let Some(line) = self.lines.get_mut(model)
+            && line.enter()
+        {
+            pass.ours = true;
+            pass.tried = line.begin_pass(now_ms, &self.settings);
         }
+        pass
     }
 
-    /// Takes the next request to try; [`Dispatch::came_of`] follows.
-    pub fn next(&mut self, pass: &mut Pass) -> Option<Next<T>> {
+    /// Takes the next request to try; [`Dispatch::came_of`] follows. After `None`
+    /// the pass is over: it is to be driven to there, or given up
+    /// ([`Dispatch::give_up`]).
+    pub fn next(&mut self, pass: &mut Pass, now_ms: f64) -> Option<Next<T>> {
         let line = self.lines.get_mut(&pass.model)?;
-        while let Some((ticket, key_ms)) = pass.tried.pop() {
-            if let Some(item) = line.take(ticket) {
-                return Some(Next {
-                    place: Place {
-                        model: Arc::clone(&pass.model),
-                        ticket,
-                    },
-                    item,
-                    key_ms,
-                });
+        while pass.ours {
+            while let Some((ticket, key_ms)) = pass.next_of(line) {
+                if line.blocks(ticket) {
+                    continue;
+                }
+                if let Some(item) = line.take(ticket) {
+                    return Some(Next {
+                        place: Place {
+                            model: Arc::clone(&pass.model),
+                            ticket,
+                        },
+                        item,
+                        key_ms,
+                    });
+                }
+            }
+            pass.ours = line.goes_again();
+            if pass.ours {
+                pass.tried = line.begin_pass(now_ms, &self.settings);
             }
         }
         None
+    }
+
+    /// A pass is not driven to its end. Who was being tried is forgotten; the
+    /// others are tried at the next look, which is due now.
+    pub fn give_up(&mut self, pass: &mut Pass, tried: Option<&Place>) {
+        if let Some(place) = tried {
+            self.leave(place, false);
+        }
+        if std::mem::replace(&mut pass.ours, false)
+            && let Some(line) = self.lines.get_mut(&pass.model)
+        {
+            line.give_up_pass();
+        }
     }
 
     /// What came of trying a request.
@@ -287,8 +330,8 @@ impl<T> Dispatch<T> {
             Outcome::Ended => self.leave(place, false),
             Outcome::NoRoom(item) => {
                 let late = ticket.virtual_deadline_ms() <= now_ms;
-                line.found_no_room(ticket, late);
                 line.put_back(ticket, item, None);
+                line.found_no_room(ticket, late);
                 if late {
                     pass.tried.clear();
                 }

@@ -4,7 +4,7 @@ use super::DispatchSettings;
 use crate::booking::{Booking, Bookings, Work};
 use crate::plan::{Decision, NoPlan};
 use crate::request::RequestView;
-use crate::survey::placeable;
+use crate::survey::{LocalPrefill, placeable};
 use crate::worker::{Cluster, Role, WorkerView};
 use kvmesh_kv_index::WorkerSlot;
 use std::sync::Arc;
@@ -24,15 +24,15 @@ pub enum Verdict {
 /// whoever goes first must get these. Dropping it takes it off the lists.
 #[derive(Debug)]
 pub struct Hold {
-    /// Workers of the plan.
-    workers: [WorkerSlot; 2],
+    /// The worker that would compute it.
+    prefill: WorkerSlot,
     _prompt: Vec<Booking>,
 }
 
 impl Hold {
-    /// Whether this worker is part of its plan.
+    /// Whether this worker would compute it.
     pub(super) fn is_on(&self, worker: WorkerSlot) -> bool {
-        self.workers.contains(&worker)
+        self.prefill == worker
     }
 }
 
@@ -43,24 +43,29 @@ pub struct Reported {
     pub worker: WorkerSlot,
     /// Its model.
     pub model: Arc<str>,
-    /// Whether it computes prompts.
+    /// Whether a prompt that means to go elsewhere may come to it.
     pub computes: bool,
     /// Least time until it would start a new prompt, ms.
     pub least_ms: f64,
+    /// Earliest virtual deadline of the prompts that went there and have not
+    /// begun, ms: one before it would be taken first.
+    pub first_sent_ms: Option<f64>,
     /// Predicted length of the step that runs, ms.
     pub step_ms: f64,
 }
 
 impl Reported {
-    /// Reads it off a worker's view, once its report is in it.
-    pub fn of(view: &WorkerView, step_ms: f64) -> Self {
+    /// Reads it off a worker's view, once its report is in it. `local` says
+    /// whether decode workers compute prompts, too.
+    pub fn of(view: &WorkerView, step_ms: f64, local: LocalPrefill, bookings: &Bookings) -> Self {
         let (own, others) = (&view.load.own, &view.load.others);
         let queued = own.queued_prefill_tokens + others.queued_prefill_tokens;
         let running = own.running_prefill_tokens + others.running_prefill_tokens;
         Self {
             worker: view.slot,
             model: Arc::clone(&view.model),
-            computes: view.role != Role::Decode,
+            computes: view.role != Role::Decode || local == LocalPrefill::ByCost,
+            first_sent_ms: bookings.first_sent_ms(view.slot),
             least_ms: (queued + running) as f64 * view.step.b_ms,
             step_ms,
         }
@@ -68,6 +73,11 @@ impl Reported {
 }
 
 impl DispatchSettings {
+    /// Whether a worker would start a prompt soon.
+    pub(super) fn soon(&self, start_ms: f64, step_ms: f64) -> bool {
+        start_ms <= self.dispatch_ahead_ms.max(step_ms)
+    }
+
     /// Books a plan, or lists its prompt where it would go: a request goes when
     /// its worker is predicted to start it within
     /// [`DispatchSettings::dispatch_ahead_ms`] or one step of `step_ms`, or
@@ -81,7 +91,7 @@ impl DispatchSettings {
         bookings: &Bookings,
     ) -> Verdict {
         let plan = decision.plan();
-        let soon = decision.start_ms <= self.dispatch_ahead_ms.max(step_ms);
+        let soon = self.soon(decision.start_ms, step_ms);
         let first = || bookings.first_sent_ms(plan.prefill());
         if soon || first().is_some_and(|first_ms| key_ms < first_ms) {
             let book = |(slot, work): &(WorkerSlot, Work)| {
@@ -94,7 +104,7 @@ impl DispatchSettings {
             bookings.list_prompt(*slot, work.prompt_alone(), key_ms)
         };
         Verdict::Waits(Hold {
-            workers: [plan.prefill(), plan.decode()],
+            prefill: plan.prefill(),
             _prompt: prompts.map(list).collect(),
         })
     }

@@ -15,9 +15,9 @@ use kvmesh_kv_index::{KvIndex, Matches, UNIT_TOKENS, WorkerSlot};
 use kvmesh_scheduler::planner::{Demand, Pools};
 use kvmesh_scheduler::{
     Booking, Bookings, Class, ClassTargets, Considered, Decision, Dispatch, DispatchSettings,
-    Entry, Hold, Lane, Learner, Load, Look, Next, Outcome, OutputLengths, Pass, Path, Phase, Place,
-    Policy, Rejected, Reported, RequestView, Role, Roster, ScoreError, StepModel, StepSample,
-    Targets, TransferRates, Verdict,
+    Entry, Hold, Lane, Learner, Load, Look, Next, NoPlan, Outcome, OutputLengths, Pass, Path,
+    Phase, Place, Policy, Rejected, Reported, RequestView, Role, Roster, ScoreError, StepModel,
+    StepSample, Targets, TransferRates, Verdict,
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -51,8 +51,9 @@ pub(crate) enum Tried {
     Placed(Placed),
     /// There is no room.
     NoRoom,
-    /// Its worker would not start it soon.
-    Waits(Hold),
+    /// Its worker would not start it soon, and it is listed there; or nobody is
+    /// ready for it.
+    Waits(Option<Hold>),
     /// Nobody will ever run it.
     Never,
 }
@@ -220,8 +221,8 @@ impl Router {
         self.dispatch.pass(&self.model, now_ms)
     }
 
-    pub(crate) fn next(&mut self, pass: &mut Pass) -> Option<Next<Asked>> {
-        self.dispatch.next(pass)
+    pub(crate) fn next(&mut self, pass: &mut Pass, now_ms: f64) -> Option<Next<Asked>> {
+        self.dispatch.next(pass, now_ms)
     }
 
     pub(crate) fn came_of(
@@ -238,7 +239,8 @@ impl Router {
     pub(crate) fn look(&self, worker: usize, now_ms: f64) -> Look {
         let view = self.roster.get(WorkerSlot(worker as u32));
         view.map_or(Look::No, |view| {
-            let report = Reported::of(view, self.step_ms[worker]);
+            let local = self.policy.local_prefill();
+            let report = Reported::of(view, self.step_ms[worker], local, &self.bookings);
             self.dispatch.look(&report, now_ms)
         })
     }
@@ -298,13 +300,14 @@ impl Router {
         };
         let decision = match decided {
             Ok(decision) => decision,
-            Err(why) if why.waits(&cluster, &request, &[]) => return Tried::NoRoom,
-            Err(_) => return Tried::Never,
+            Err(why) if !why.waits(&cluster, &request, &[]) => return Tried::Never,
+            Err(NoPlan::NoRoom { .. }) => return Tried::NoRoom,
+            Err(_) => return Tried::Waits(None),
         };
         let step_ms = self.step_ms[decision.plan().prefill().0 as usize];
         let rules = self.dispatch.settings();
         match rules.judge(&decision, key_ms, step_ms, &self.bookings) {
-            Verdict::Waits(hold) => Tried::Waits(hold),
+            Verdict::Waits(hold) => Tried::Waits(Some(hold)),
             Verdict::Goes(booked) => {
                 let booked = booked.into_iter().map(|(slot, of)| (slot.0 as usize, of));
                 self.booked.insert(asked.request, booked.collect());

@@ -64,7 +64,7 @@ impl Simulation<'_> {
 
     /// Tries the requests of a pass, one after the other.
     pub(super) fn try_all(&mut self, router: usize, mut pass: Pass) {
-        while let Some(next) = self.routers[router].next(&mut pass) {
+        while let Some(next) = self.routers[router].next(&mut pass, self.now_ms) {
             let Next {
                 place,
                 item: asked,
@@ -76,7 +76,7 @@ impl Simulation<'_> {
                     Outcome::Went
                 }
                 Tried::NoRoom => Outcome::NoRoom(asked),
-                Tried::Waits(hold) => Outcome::Waits(asked, Some(hold)),
+                Tried::Waits(hold) => Outcome::Waits(asked, hold),
                 Tried::Never => {
                     self.recorder.rejected(asked.request);
                     Outcome::Ended
