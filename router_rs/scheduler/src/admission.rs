@@ -2,6 +2,7 @@
 
 use crate::cost::CostSettings;
 use crate::facts::Table;
+use crate::fit::could_compute;
 use crate::request::{PerClass, RequestView};
 use crate::survey::LocalPrefill;
 use crate::terms::queued::{line, own_prompt_ms};
@@ -113,6 +114,10 @@ impl Estimate {
                 if !ready || Some(gate.model) != model || !role(gate.role) {
                     continue;
                 }
+                // Idle workers that cannot run it make nobody's wait shorter.
+                if !could_compute(worker, request) {
+                    continue;
+                }
                 let line = line(facts, &worker.prompts, &asked, &people.weights.ttft);
                 let cached = request.cached_on(worker.slot);
                 let work = first::prefill(facts, &asked, cached as f64).ms();
@@ -125,15 +130,14 @@ impl Estimate {
             }
             all
         };
-        let computing = sum(|role| role != Role::Decode);
-        if cluster.local_prefill == LocalPrefill::ByCost {
-            // Decode workers take prompts over where others are busy.
-            sum(|_| true)
-        } else if computing.workers > 0 {
-            computing
-        } else {
-            sum(|_| true)
+        // Decode workers take prompts over where others are busy.
+        if cluster.local_prefill != LocalPrefill::ByCost {
+            let computing = sum(|role| role != Role::Decode);
+            if computing.workers > 0 {
+                return computing;
+            }
         }
+        sum(|_| true)
     }
 
     /// Decides, with this much work queued before the request; as [`admit`].

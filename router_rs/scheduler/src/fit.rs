@@ -96,6 +96,16 @@ pub(crate) fn fits(worker: &WorkerView, request: &RequestView<'_>, duty: Duty) -
     Ok(())
 }
 
+/// Whether a worker can compute a request's prompt, now or once it has room.
+pub(crate) fn could_compute(worker: &WorkerView, request: &RequestView<'_>) -> bool {
+    let duty = match worker.role {
+        Role::Prefill => Duty::Prefill,
+        Role::Decode | Role::Both => Duty::Whole,
+    };
+    let fit = fits(worker, request, duty);
+    matches!(fit, Ok(()) | Err(Miss::NoRoom | Miss::NotReady))
+}
+
 /// Tokens that a worker must hold for it to start: the sequence, headroom,
 /// but no more than it can ever become.
 pub(crate) fn tokens_held(request: &RequestView<'_>) -> u64 {

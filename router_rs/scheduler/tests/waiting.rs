@@ -5,6 +5,8 @@ mod common;
 
 use common::{request, worker};
 use kvmesh_kv_index::{Matches, WorkerSlot};
+use std::sync::Arc;
+
 use kvmesh_scheduler::{
     AdmissionSettings, Booking, Bookings, Class, ClassTargets, Cluster, LocalPrefill, Queue,
     Rejected, Role, Work, admit, virtual_deadline_ms,
@@ -175,4 +177,12 @@ fn admission_is_by_predicted_wait_and_deadline() {
     // A decode worker computes prompts where no other is there.
     assert!(ask(&workers[1..], 0.0, None).is_ok());
     assert!(ask(&[], 0.0, None).is_ok());
+    // Nor do idle workers count that cannot run it.
+    workers.push(worker(2, Role::Prefill));
+    assert!(ask(&workers, 0.0, None).is_ok());
+    Arc::make_mut(&mut workers[2].abilities).pool_blocks = 1;
+    assert!(matches!(
+        ask(&workers, 0.0, None),
+        Err(Rejected::WaitTooLong { .. })
+    ));
 }

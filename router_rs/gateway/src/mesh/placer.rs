@@ -48,6 +48,8 @@ struct Known {
     fits: bool,
     /// Its view while it is not in the roster.
     aside: Option<WorkerView>,
+    /// Its step model as it said it.
+    told: StepModel,
     learner: Learner,
     relay: Relay,
     capabilities: v1::Capabilities,
@@ -168,14 +170,23 @@ impl Placer {
         };
         self.bookings.session_ended(slot);
         self.roster.remove(slot);
-        let step = step_model.map_or_else(StepModel::default, step_model_of);
+        let told = step_model.map_or_else(StepModel::default, step_model_of);
+        let before = self.workers.remove(&worker);
+        // One that was away for a moment is as fast as it was.
+        let same = |known: &Known| known.told == told && known.capabilities == *capabilities;
+        let (learner, relay) = match before.filter(same) {
+            Some(known) => (known.learner, known.relay),
+            None => (Learner::new(told), Relay::new()),
+        };
+        let step = *learner.model();
         let known = Known {
             slot,
             standing: Standing::Absent,
             fits,
             aside: Some(view_of(slot, record, model, capabilities, step)),
-            learner: Learner::new(step),
-            relay: Relay::new(),
+            told,
+            learner,
+            relay,
             capabilities: capabilities.clone(),
             step_ms: 0.0,
             stepped: Instant::now(),

@@ -31,6 +31,11 @@ pub struct MeshSettings {
     /// A request leaves for a worker that is predicted to start it within this
     /// or within one step, whichever is longer.
     pub dispatch_ahead: Duration,
+    /// Waiting requests of a model that are tried in one go.
+    pub dispatch_tries: usize,
+    /// Pause between two looks at what waits for the sake of workers that none of
+    /// it means to go to.
+    pub dispatch_interval: Duration,
     /// A worker has to answer a placement within this.
     pub answer_timeout: Duration,
     /// Decode has to bring a token within this after prefill's session broke.
@@ -62,6 +67,8 @@ impl Default for MeshSettings {
             queue_length: 4_096,
             queue_timeout: Duration::from_secs(60),
             dispatch_ahead: Duration::from_millis(50),
+            dispatch_tries: 32,
+            dispatch_interval: Duration::from_millis(5),
             answer_timeout: Duration::from_secs(10),
             orphan_timeout: Duration::from_secs(10),
             reattach_grace: Duration::from_millis(250),
@@ -81,7 +88,8 @@ impl MeshSettings {
             targets: self.policy.cost.targets,
             dispatch_ahead_ms: ms(self.dispatch_ahead),
             max_wait_ms: ms(self.queue_timeout),
-            ..DispatchSettings::default()
+            tried_at_once: self.dispatch_tries,
+            pass_ms: ms(self.dispatch_interval),
         }
     }
 }

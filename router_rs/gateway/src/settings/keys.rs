@@ -279,6 +279,18 @@ pub const KEYS: &[Key] = &[
         "A request leaves for a worker that is predicted to start it within this, or within one step if that is longer.",
     ),
     key(
+        "dispatch_tries",
+        Kind::Number(1, 4_096),
+        "32",
+        "Waiting requests of a model that are tried in one go, most urgent first: a bound on what a load report costs.",
+    ),
+    key(
+        "dispatch_interval",
+        Kind::Time(0, 1_000),
+        "5ms",
+        "Pause between two looks at what waits for the sake of workers that none of it means to go to.",
+    ),
+    key(
         "answer_timeout",
         Kind::Time(100, HOUR),
         "10s",
