@@ -17,6 +17,7 @@ definitions of SCHEDULING 6:
 
     python benchmarks/routing_quality.py [--quick] [--json FILE] [--traces DIR] [--workers 8,16]
         [--only mooncake,azure-conv,azure-code] [--pools unified,pd] [--loads 50,80,95] [--seeds N]
+        [--perfect]
 
 Figures are means over worker counts of the Mooncake trace, as ratios; a ratio under 1 is ours.
 """
@@ -83,7 +84,13 @@ class Cell:
     """Highest replay speed that is looked at."""
     share: float = 1.0
     """Of the trace."""
+    noise: Mapping[str, Any] = field(default_factory=dict)
+    """Of the workers; empty: as in life."""
     runs: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        return {"noise": dict(self.noise)} if self.noise else {}
 
     def judge(
         self, policy: Policy, speed: float, seeds: Sequence[int] | None = None, **more: Any
@@ -92,7 +99,7 @@ class Cell:
         runs = [
             replay(
                 self.trace, self.cluster, policy, speed=speed, share=self.share, seed=seed,
-                **{"warm_up": TUNED_SHARE, **more},
+                **{"warm_up": TUNED_SHARE, **self.conditions, **more},
             )["summary"]
             for seed in seeds or self.seeds
         ]  # fmt: skip
@@ -108,6 +115,7 @@ class Cell:
                         replay(
                             self.trace, self.cluster, policy, speed=speed,
                             share=self.share * TUNED_SHARE, seed=self.seeds[0],
+                            **self.conditions,
                         )["summary"]
                     ]
                 ),
@@ -191,7 +199,9 @@ def placement(cell: Cell, speed: float, fixed: bool) -> dict[str, Row]:
     rows["default"] = ("as shipped: overlap-load", cell.judge(formula(1.0), speed))
     rows["clairvoyant"] = (
         "clairvoyant",
-        cell.judge(Policy("clairvoyant", {}, AT_ONCE), speed, noise=clear_sight()),
+        cell.judge(
+            Policy("clairvoyant", {}, AT_ONCE), speed, noise={**cell.noise, **clear_sight()}
+        ),
     )
     if fixed:
         for name in FIXED:
@@ -259,7 +269,7 @@ def split_cluster(trace: TraceFile, workers: int, args: argparse.Namespace, most
     shares = (0.5, 0.625, 0.6875, 0.75, 0.8125)
     for prefill in sorted({round(workers * share) for share in shares}):
         cluster = Cluster(profile, 0, prefill, workers - prefill)
-        cell = Cell("", trace, cluster, args.seed_list[:1], most, args.share)
+        cell = Cell("", trace, cluster, args.seed_list[:1], most, args.share, args.noise)
         order = [formula(1.0)]
 
         def served(speed: float, cell: Cell = cell, order: Sequence[Policy] = order) -> bool:
@@ -291,7 +301,10 @@ def cells(args: argparse.Namespace) -> Iterable[tuple[str, Cell]]:
                 else:
                     cluster = Cluster(profile, workers)
                 title = f"{kind}, {cluster.name} workers"
-                yield pool, Cell(title, trace, cluster, args.seed_list, most, args.share)
+                yield (
+                    pool,
+                    Cell(title, trace, cluster, args.seed_list, most, args.share, args.noise),
+                )
 
 
 def main() -> int:
@@ -321,7 +334,7 @@ def main() -> int:
     print_table("figures", ("figure", "ratio"), [(f.name, f"{f.value:.3f}") for f in figures])
     print(f"{time.monotonic() - began:.0f} s" + (", quick: no evidence" if args.quick else ""))
     if args.json:
-        write_json(args.json, figures, tables=tables, quick=args.quick)
+        write_json(args.json, figures, tables=tables, quick=args.quick, perfect=args.perfect)
     return 0
 
 
@@ -363,6 +376,9 @@ def arguments() -> argparse.Namespace:
     default = Path(__file__).resolve().parents[2] / "shared" / "traces"
     parser.add_argument("--quick", action="store_true", help="under a minute; no evidence")
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--perfect", action="store_true", help="workers without noise, reports at once"
+    )
     parser.add_argument("--traces", type=Path, default=default)
     names = lambda text: text.split(",")  # noqa: E731
     numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
@@ -373,6 +389,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     args.share = 1.0
+    args.noise = dict(PERFECT) if args.perfect else {}
     if args.quick:
         args.only, args.workers, args.loads, args.seeds, args.share = (
             ["mooncake"],
