@@ -147,6 +147,62 @@ async fn a_deadline_that_cannot_be_met_is_refused_at_entry() {
 }
 
 #[tokio::test]
+async fn a_deadline_is_looked_at_again_when_it_could_go() {
+    // 2 s of work by the mock's step model, and room for it alone.
+    let prompt: Vec<u32> = (0..51_200).map(|id| id % 50).collect();
+    let both = MockWorker::start(MockConfig {
+        pool_blocks: (51_200 + 64) / 16,
+        step: Duration::from_millis(20),
+        ..MockConfig::default()
+    })
+    .unwrap();
+    let mesh = mesh_of(&[&both]).await;
+    let mut first = mesh.generate(request(&[1; 32], 100_000)).unwrap();
+    first_tokens(&mut first).await;
+    let deadline = Instant::now() + Duration::from_secs(4);
+    let hurried = AdmittedRequest {
+        deadline: Some(deadline),
+        ..request(&prompt, 3)
+    };
+    let hurried = mesh.generate(hurried).unwrap();
+    assert_eq!(mesh.queued(), 1);
+    // Room comes when it is too late for the first token, and not for the client.
+    tokio::time::sleep_until((deadline - Duration::from_millis(1_500)).into()).await;
+    drop(first);
+    let ended = collect(hurried).await.error;
+    assert!(
+        matches!(ended, Some(RequestError::Overloaded { .. })),
+        "{ended:?}"
+    );
+    assert_eq!(both.counters().placed, 1);
+    assert!(until(|| nothing_left(&mesh, &[&both])).await);
+}
+
+#[tokio::test]
+async fn who_waits_for_a_decode_worker_goes_when_it_has_time() {
+    let decode = MockWorker::start(MockConfig {
+        role: Role::Decode,
+        step: Duration::from_millis(20),
+        prefill: Duration::from_millis(300),
+        ..MockConfig::default()
+    })
+    .unwrap();
+    let shipped = MeshSettings {
+        policy: PolicySettings::default(),
+        ..settings(&[&decode])
+    };
+    let mesh = mesh_with(shipped).await;
+    let streams: Vec<_> = (1..4)
+        .map(|first| mesh.generate(long(first, 3)).unwrap())
+        .collect();
+    assert_eq!(mesh.queued(), 2);
+    for stream in streams {
+        assert_eq!(collect(stream).await.error, None);
+    }
+    assert!(until(|| nothing_left(&mesh, &[&decode])).await);
+}
+
+#[tokio::test]
 async fn a_full_queue_refuses_new_work() {
     let both = slow_prompts();
     let bound = MeshSettings {
