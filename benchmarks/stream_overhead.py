@@ -5,11 +5,12 @@ One mock worker answers twice: as a plain gRPC stream (direct) and as a worker o
 the mock worker on the other; Envoy, where it is installed, passes the direct stream on as bytes in
 the same blocks. A second table has the Python worker (sim) behind a raw Attach client.
 
-    python benchmarks/stream_overhead.py [--quick] [--json FILE]
+    python benchmarks/stream_overhead.py [--quick] [--parts {streams,worker}] [--json FILE]
 
 `added` is the difference of a percentile of the first token, through minus direct, paired by
 round. CPU a token is taken while streams run and none starts; CPU a request in a block of requests
-of one token.
+of one token. The Python worker forgets a client that is gone within a moment (`ORPHAN_TTL_S`): by
+default it goes on with its streams for 10 s, and a block would pay for those of the block before.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ENDLESS_TOKENS = 120_000
 WORKER_TOKENS = 4_000
 """Output length of the Python worker's streams; its pool holds them all."""
+ORPHAN_TTL_S = 0.1
+"""How long the Python worker goes on for a client that is gone; less than a block's warm-up."""
 # Output length of the blocks that measure first tokens, by streams: short enough for many
 # requests, long enough that the other streams run meanwhile.
 SHORT_TOKENS = {1: 2, 64: 32, 256: 64}
@@ -474,18 +477,21 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--testkit", type=Path, help="binary; default: built from here")
     parser.add_argument("--router", type=Path, help="binary; default: built from here")
     parser.add_argument("--envoy", type=Path, help="Envoy's binary")
+    parser.add_argument("--parts", choices=PARTS, help="only this table; default: all")
     parser.add_argument("--without", action="append", default=[], choices=CASES, help="leave out")
     parser.add_argument(
         "--worker-command",
         help="starts the Python worker; {port} and {engine} are replaced",
         default=f"{sys.executable} -m kvmesh.cli worker --role both --engine sim "
         f"--kv-pool-tokens {80 * WORKER_TOKENS} --listen 127.0.0.1:{{port}} "
+        f"--orphan-ttl-s {ORPHAN_TTL_S} "
         "--engine-arguments {engine}",
     )
     return parser.parse_args()
 
 
 CASES = ("router", "envoy", "worker")
+PARTS = ("streams", "worker")
 
 
 def main() -> None:
@@ -494,35 +500,15 @@ def main() -> None:
     rounds = options.rounds or (1 if options.quick else 3)
     seconds = Seconds(0.8, 1.0, 0.4) if options.quick else Seconds(3.0, 3.0, 1.0)
     testkit = options.testkit or build("kvmesh-testkit")[0]
-    router = options.router
-    if router is None and "router" not in options.without:
-        router = build("kvmesh-router")[0]
-    envoy = None if "envoy" in options.without else find_envoy(options.envoy)
-    if envoy is None:
-        print("Envoy is left out" if "envoy" in options.without else "Envoy is not installed")
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Bench(testkit.resolve(), seconds) as bench,
-    ):
-        targets: dict[tuple[str, int], Target] = {}
-        for step in (10, 0):
-            mock = bench.mock_worker(step)
-            targets["direct", step] = Target(mock, None)
-            bench.wait_ready(targets["direct", step])
-            if "router" not in options.without:
-                targets["router", step] = start_router(bench, router, mock)
-            if envoy is not None:
-                targets["envoy", step] = start_envoy(bench, envoy, mock, Path(folder))
-        results: dict[Cell, Blocks[Reading]] = {}
-        rows = []
-        for cell, blocks in measure(bench, targets, QUICK_GRID if options.quick else GRID, rounds):
-            results[cell] = blocks
-            rows += [row(cell, case, blocks) for case in blocks.results]
-            print(f"{cell}: done, {blocks.repeated} blocks repeated", file=sys.stderr)
-        print_table("Streams through a router and directly", HEAD, rows)
-        figures = figures_of(results)
-        measured: list[Blocks[Any]] = [*results.values()]
-        if "worker" not in options.without:
+    results: dict[Cell, Blocks[Reading]] = {}
+    figures: list[Figure] = []
+    measured: list[Blocks[Any]] = []
+    with Bench(testkit.resolve(), seconds) as bench:
+        if options.parts != "worker":
+            results = measure_streams(bench, options, rounds)
+            figures += figures_of(results)
+            measured += results.values()
+        if options.parts != "streams" and "worker" not in options.without:
             worker = measure_worker(bench, options.worker_command.split(), rounds)
             figures += show_worker(worker)
             measured.append(worker)
@@ -543,6 +529,36 @@ def main() -> None:
         ]
         more = {"evidence": evidence, "blocks_repeated": repeated, "blocks_kept_busy": kept_busy}
         write_json(options.json, figures, **more, blocks=grid)
+
+
+def measure_streams(
+    bench: Bench, options: argparse.Namespace, rounds: int
+) -> dict[Cell, Blocks[Reading]]:
+    """The first table: streams through a router, through Envoy and directly."""
+    router = options.router
+    if router is None and "router" not in options.without:
+        router = build("kvmesh-router")[0]
+    envoy = None if "envoy" in options.without else find_envoy(options.envoy)
+    if envoy is None:
+        print("Envoy is left out" if "envoy" in options.without else "Envoy is not installed")
+    targets: dict[tuple[str, int], Target] = {}
+    results: dict[Cell, Blocks[Reading]] = {}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for step in (10, 0):
+            mock = bench.mock_worker(step)
+            targets["direct", step] = Target(mock, None)
+            bench.wait_ready(targets["direct", step])
+            if "router" not in options.without:
+                targets["router", step] = start_router(bench, router, mock)
+            if envoy is not None:
+                targets["envoy", step] = start_envoy(bench, envoy, mock, Path(folder))
+        for cell, blocks in measure(bench, targets, QUICK_GRID if options.quick else GRID, rounds):
+            results[cell] = blocks
+            rows += [row(cell, case, blocks) for case in blocks.results]
+            print(f"{cell}: done, {blocks.repeated} blocks repeated", file=sys.stderr)
+    print_table("Streams through a router and directly", HEAD, rows)
+    return results
 
 
 def show_worker(blocks: Blocks[dict[str, Any]]) -> list[Figure]:

@@ -882,14 +882,17 @@ class DecodeLoop:
         tables: npt.NDArray[np.uint32],
         context: int,
         most: int,
+        look: bool,
     ) -> tuple[list[bytes], bool, float]:
         """Makes steps until `most`, a wake or event of the node, or a stop id drawn.
+
+        `look`: what the last of `most` steps brought is for somebody else to tell.
 
         `output`: the `StepOutput` of the step before, its rows with the indices of
         the first one to come; `context` is that of the first. Returns the tokens
         of each step, packed, whether the last step was told to the routers (not
-        where it drew a stop id), and its length in seconds. Waits without the
-        GIL. Raises ValueError, IndexError.
+        where it needs a `look` or drew a stop id), and its length in seconds.
+        Waits without the GIL. Raises ValueError, IndexError.
         """
 
 def router_settings() -> list[tuple[str, str, str, str, bool]]:

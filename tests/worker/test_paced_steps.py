@@ -172,3 +172,26 @@ async def test_a_cancel_ends_a_stream_that_nothing_else_disturbs() -> None:
         assert any(sample.decode_batch == 2 for _, sample in router.samples)
         assert engine.residue().held_blocks == 0
         router.detach()
+
+
+async def test_streams_that_fill_their_blocks_at_different_steps_seldom_need_a_look() -> None:
+    async with worker(SimSettings(profile="step-10ms", speed=20)) as (engine, stub):
+        router = await Router(stub, "a").attach()
+        prompts = [range(300, 301 + i) for i in range(32)]
+        asked = {await router.place(prompt, 1000): prompt for prompt in prompts}
+        streams, steps, looks = engine._loop.streams, engine._loop.steps, []
+        look = streams.take_due
+        streams.take_due = lambda *a: (looks.append(steps.running.number), look(*a))[1]
+        await router.until(lambda: len(router.ends) == len(asked))
+        for generation, prompt in asked.items():
+            is_right(prompt, router.tokens[generation], router.ends[generation], 1000)
+        together = [
+            step
+            for step, sample in router.samples
+            if sample.decode_batch == len(asked) and not sample.prefill_tokens
+        ]
+        assert len(together) > 900
+        seen = [step for step in looks if together[0] < step < together[-1]]
+        assert len(seen) * 32 < len(together)
+        assert engine.residue().held_blocks == 0
+        router.detach()

@@ -78,7 +78,8 @@ impl PyDecodeLoop {
         })
     }
 
-    /// Makes up to `most` steps.
+    /// Makes up to `most` steps; the last of them is not told where it needs a `look`.
+    #[allow(clippy::too_many_arguments)]
     fn run<'py>(
         &self,
         py: Python<'py>,
@@ -87,6 +88,7 @@ impl PyDecodeLoop {
         tables: PyBuffer<u32>,
         context: u64,
         most: usize,
+        look: bool,
     ) -> PyResult<(Bound<'py, PyList>, bool, f64)> {
         let told = report(output)?;
         let tables = Tables::of(&tables)?;
@@ -101,7 +103,7 @@ impl PyDecodeLoop {
             node: self.node.get(),
             streams: self.streams.get(),
         };
-        let made = py.detach(|| guarded(|| steps.run(told, ids, tables, context, most)))?;
+        let made = py.detach(|| guarded(|| steps.run(told, ids, tables, context, (most, look))))?;
         let tokens = made.tokens.iter().map(|tokens| PyBytes::new(py, tokens));
         Ok((PyList::new(py, tokens)?, made.told, made.took.as_secs_f64()))
     }
@@ -126,7 +128,7 @@ impl Steps<'_> {
         mut ids: Vec<u32>,
         tables: Tables<'_>,
         mut context: u64,
-        most: usize,
+        (most, look): (usize, bool),
     ) -> PyResult<Made> {
         let mut streams = self.streams.lock()?;
         let mut made = Made {
@@ -143,7 +145,8 @@ impl Steps<'_> {
             made.took = begun.elapsed();
             made.tokens
                 .push(ids.iter().flat_map(|id| id.to_ne_bytes()).collect());
-            if ids.iter().any(|id| self.at.stop_ids.contains(id)) {
+            let last = made.tokens.len() == most;
+            if (last && look) || ids.iter().any(|id| self.at.stop_ids.contains(id)) {
                 // Ends are told with the tokens: somebody else does both.
                 made.told = false;
                 break;

@@ -2,11 +2,13 @@
 
 A step of 64 streams may cost tens of microseconds of Python, not some a
 token. So all that is the same as in the step before is kept: the columns of
-the runner, the columns of the answer, and a calendar that says at which step
-which stream fills its blocks or reaches its limit. Blocks that it fills before
-are cached then, or when it ends. Nothing is looked at a stream
-a step: the new tokens are one column of a table, and a stream's own list gets
-them when somebody is about to read it (`sync`).
+the runner, the columns of the answer, and calendars that say at which step
+which stream fills its blocks and which reaches its limit. Blocks that it fills
+before are cached then, or when it ends. Whoever looks at one stream that has
+filled its blocks looks at all that soon will (`fill_soon`): so the steps of many
+streams, each of which fills a block at a time of its own, go on without a look.
+Nothing is looked at a stream a step: the new tokens are one column of a table,
+and a stream's own list gets them when somebody is about to read it (`sync`).
 """
 
 from __future__ import annotations
@@ -70,7 +72,10 @@ class DecodeBatch:
         """What the newest step brought (`tell`), by router."""
         self._routers: list[_RouterRows] = []
         self._dirty = False
-        self._calendar: dict[int, list[int]] = {}
+        self._full: dict[int, list[int]] = {}
+        """By step: rows whose blocks are full after it."""
+        self._limits: dict[int, list[int]] = {}
+        """By step: rows that end with it."""
         self._made: list[bytes] = []
         """Tokens of the last steps, packed."""
         self._synced: list[int] = []
@@ -118,7 +123,7 @@ class DecodeBatch:
         self._synced = [0] * len(sequences)
         self._members = list(sequences)
         self._dirty = False
-        self._calendar = {}
+        self._full, self._limits = {}, {}
         positions = [s.length - 1 for s in sequences]
         width = max((len(s.blocks) for s in sequences), default=0) + _SPARE_BLOCKS
         tables = np.zeros((len(sequences), width), np.uint32)
@@ -134,8 +139,8 @@ class DecodeBatch:
             sum(positions) + len(positions),
         )
         for row, sequence in enumerate(sequences):
-            self._note(row, len(sequence.blocks) * size - positions[row])
-            self._note(row, sequence.limit - sequence.length)
+            self._note(self._full, row, len(sequence.blocks) * size - positions[row])
+            self._note(self._limits, row, sequence.limit - sequence.length)
         self.stop_ids = frozenset().union(*(s.stop_ids for s in sequences))
         self._stop_ids = [_packed([stop_id]) for stop_id in sorted(self.stop_ids)]
         self.plain = all(s.plain for s in sequences)
@@ -169,11 +174,17 @@ class DecodeBatch:
         everything = list(range(len(self._members)))
         return [everything if p.rows is None else p.rows.tolist() for p in self._routers]
 
-    def steps_ahead(self) -> int:
-        """Steps until one whose rows need a look, as far as is known; at most what is kept."""
-        now = self.rows.steps
-        first = min((step for step in self._calendar if step > now), default=now + _KEPT_STEPS + 1)
-        return min(first - now - 1, _KEPT_STEPS - len(self._made))
+    def steps_ahead(self) -> tuple[int, bool]:
+        """Steps, at least one, before which no row needs a look, as far as is known.
+
+        True: after the last of them one does.
+        """
+        if len(self._made) == _KEPT_STEPS:
+            self.sync()
+        now, most = self.rows.steps, _KEPT_STEPS - len(self._made)
+        noted = (step for by_step in (self._full, self._limits) for step in by_step if step > now)
+        ahead = min(noted, default=now + most + 1) - now
+        return min(ahead, most), ahead <= most
 
     def take(self, steps: list[bytes]) -> None:
         """Takes steps that none of the rows had to be looked at after."""
@@ -189,8 +200,8 @@ class DecodeBatch:
             part.columns.index_offset = self.rows.steps
             part.columns.ids = b""
 
-    def _note(self, row: int, steps: int) -> None:
-        self._calendar.setdefault(self.rows.steps + steps, []).append(row)
+    def _note(self, by_step: dict[int, list[int]], row: int, steps: int) -> None:
+        by_step.setdefault(self.rows.steps + steps, []).append(row)
 
     # -- tokens of a stream ------------------------------------------------
 
@@ -239,7 +250,9 @@ class DecodeBatch:
         rows.ids = tokens
         rows.context += len(self._members)
         rows.steps = step = rows.steps + 1
-        due = self._calendar.pop(step, _NONE)
+        due = self._limits.pop(step, _NONE)
+        if step in self._full:
+            due = due + self._full.pop(step)
         if not self.plain:
             self.sync()
             self.plain = self.steady = all(s.plain for s in self.sequences)
@@ -258,6 +271,18 @@ class DecodeBatch:
         rows: list[int] = np.flatnonzero(drawn).tolist()
         return rows
 
+    def fill_soon(self) -> list[int]:
+        """Rows that fill their blocks soon; each is to be `grown`.
+
+        Their streams have all their tokens.
+        """
+        until = self.rows.steps + _KEPT_STEPS
+        rows = [row for step in self._full if step <= until for row in self._full[step]]
+        self._full = {step: rows for step, rows in self._full.items() if step > until}
+        if rows and self._made:
+            self._give(rows)
+        return rows
+
     def grown(self, row: int, sequence: Sequence, first: int) -> None:
         """Takes over a stream's blocks from `first` on, after they changed."""
         blocks, tables = sequence.blocks, self.rows.tables
@@ -266,4 +291,4 @@ class DecodeBatch:
             wider[:, : tables.shape[1]] = tables
             self.rows.tables = tables = wider
         tables[row, first : len(blocks)] = blocks[first:]
-        self._note(row, len(blocks) * self._block_tokens - sequence.computed)
+        self._note(self._full, row, len(blocks) * self._block_tokens - sequence.computed)

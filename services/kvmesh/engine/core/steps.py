@@ -176,7 +176,8 @@ class Steps:
             return False
         if self._said.composition != batch.rows.composition:
             self._said = self._begin_saying(batch, columns)
-        if self._said.paced is not None and self._run_paced(self._said, self._said.paced):
+        if self._said.paced is not None:
+            self._run_paced(self._said, self._said.paced)
             return True
         said, running, now = self._said, self.running, self._clock.now
         context = batch.rows.context
@@ -223,24 +224,22 @@ class Steps:
             )
         return said
 
-    def _run_paced(self, said: _Said, paced: DecodeLoop) -> bool:
-        """As `run_streams`, many steps at once. False: the next one needs a look."""
+    def _run_paced(self, said: _Said, paced: DecodeLoop) -> None:
+        """As `run_streams`, many steps at once, up to one that needs a look."""
         loop, running, batch = self._loop, self.running, self._loop.streams.batch
-        most = batch.steps_ahead()
-        if most < 1:
-            return False
+        most, look = batch.steps_ahead()
         batch.next_indices()
         rows = batch.rows
         try:
             steps, told, took_s = paced.run(
-                self._output(said, None), rows.ids, rows.tables, rows.context, most
+                self._output(said, None), rows.ids, rows.tables, rows.context, most, look
             )
         except Exception as error:
             _log.exception("steps failed prompts=0 decode=%d", said.size)
             self._fail(Plan(decode=True), error)
             loop.count_shares()
             loop.flush(0, None)
-            return True
+            return
         loop.streams.decoded_at = self._clock.now()
         running.number += len(steps)
         if known := steps if told else steps[:-1]:
@@ -250,7 +249,6 @@ class Steps:
             sample = StepSample(0, 0, said.size, rows.context, int(took_s * 1e6))
             loop.streams.take_tokens(steps[-1], ())
             loop.flush(running.number, sample)
-        return True
 
     def _output(self, said: _Said, sample: StepSample | None) -> StepOutput:
         """What is said of a step, but for its tokens."""

@@ -69,6 +69,8 @@ class Streams:
             stays = [self._look(row, sequences[row]) for row in sorted(set(due))]
             if not all(stays):
                 loop.count_shares()
+            if batch.steady:
+                self._grow_ahead(sequences)
 
     def _tell_logprobs(self, sequences: list[Sequence], draws: Seq[Sampled | None]) -> None:
         places: dict[str, int] = {}
@@ -96,6 +98,25 @@ class Streams:
             return False
         self.batch.grown(row, sequence, changed)
         return True
+
+    def _grow_ahead(self, sequences: list[Sequence]) -> None:
+        """Room for streams that soon fill theirs, where there is plenty.
+
+        Each fills its blocks at another step: looked at one by one, they would
+        let hardly a step go on without a look. Nobody gives way for it.
+        """
+        loop, pool, batch = self._loop, self._loop.pool, self.batch
+        if not self._plenty:
+            return
+        for row in batch.fill_soon():
+            sequence = sequences[row]
+            sequence.computed = sequence.length - 1
+            changed = sequence.stored
+            loop.store(sequence)
+            # One that ends before needs none.
+            if self._plenty and sequence.limit > len(sequence.blocks) * pool.block_tokens + 1:
+                sequence.blocks += pool.allocate(_GROWTH_BLOCKS, Hold.RUNNING) or ()
+            batch.grown(row, sequence, changed)
 
     def take_suspect(self, sequence: Sequence, draw: Sampled) -> None:
         """The new token of a suspect that decoded by itself."""
@@ -130,13 +151,18 @@ class Streams:
 
     # -- room of running streams -------------------------------------------
 
+    @property
+    def _plenty(self) -> bool:
+        """Whether streams may take more blocks than they need now."""
+        return self._loop.pool.available > self._loop.pool.blocks // 4
+
     def _has_room(self, sequence: Sequence) -> bool:
         """Sees that the next token has a block. False: the stream cannot go on now."""
         loop = self._loop
         if (sequence.length - 1) // loop.pool.block_tokens < len(sequence.blocks):
             return True
         # Some at once where there is plenty: a stream asks less often.
-        wanted = _GROWTH_BLOCKS if loop.pool.available > loop.pool.blocks // 4 else 1
+        wanted = _GROWTH_BLOCKS if self._plenty else 1
         while True:
             if loop.queue.make_room(wanted, None):
                 fresh = loop.pool.allocate(wanted, Hold.RUNNING)
