@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use kvmesh_wire::v1::{HandOver, Place};
+
 use crate::{attempt::AttemptId, ends::AttemptEnd};
 
 /// What routers and operators want of the worker's process, in order.
@@ -11,18 +13,15 @@ pub enum Event {
     Placed {
         /// The session that gets the answers.
         session: String,
-        /// The encoded `Place`, without the prompt.
-        place: Vec<u8>,
-        /// Token ids of the prompt: a process reads a column many times faster than
-        /// a repeated field.
-        prompt_ids: Vec<u32>,
+        /// The placement, as it was read.
+        place: Box<Place>,
         /// When it was read.
         received: Instant,
     },
     /// Attempts to end: a router said so, or its session is gone.
     Cancelled(Vec<AttemptId>),
-    /// A running attempt is to pass to another worker: the encoded `HandOver`.
-    HandOver(Vec<u8>),
+    /// A running attempt is to pass to another worker.
+    HandOver(HandOver),
     /// A router needs the cache's content.
     SnapshotWanted {
         /// Its session.

@@ -5,7 +5,6 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    mem,
     task::Waker,
     time::{Duration, Instant},
 };
@@ -576,7 +575,7 @@ impl State {
         };
         let number = frame.number;
         match frame.frame {
-            Some(Frame::Place(mut place)) => {
+            Some(Frame::Place(place)) => {
                 let attempt = place.attempt_id().ok_or_else(command::unnamed)?;
                 session.read(number);
                 let refusal = command::refusal(&place, &self.record, self.draining);
@@ -590,12 +589,9 @@ impl State {
                 } else {
                     session.placed(number, attempt, place.stage, now);
                     self.commands += 1;
-                    let continuation = place.continuation.as_mut();
-                    let prompt_ids = continuation.map(|asked| mem::take(&mut asked.prompt_ids));
                     self.tell(Event::Placed {
                         session: key.to_owned(),
-                        place: place.encode_to_vec(),
-                        prompt_ids: prompt_ids.unwrap_or_default(),
+                        place: Box::new(place),
                         received: now,
                     });
                 }
@@ -612,7 +608,7 @@ impl State {
                 hand_over.attempt_id().ok_or_else(command::unnamed)?;
                 session.read(number);
                 self.commands += 1;
-                self.tell(Event::HandOver(hand_over.encode_to_vec()));
+                self.tell(Event::HandOver(hand_over));
             }
             Some(Frame::Find(find)) => {
                 session.read(number);
