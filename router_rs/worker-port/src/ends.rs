@@ -11,7 +11,7 @@ pub struct AttemptEnd {
     pub session: String,
     /// The attempt.
     pub attempt: AttemptId,
-    /// The stage, in one word; empty where its session ended before it did.
+    /// The stage, as the protocol names it (`WHOLE`); empty where its session ended before it did.
     pub stage: &'static str,
     /// The end, in one word: `finished`, `handed_off`, `returned`,
     /// `transfer_failed`, `cancelled`, `failed` or `session_ended`.
@@ -34,12 +34,7 @@ impl AttemptEnd {
         Some(Self {
             session: session.to_owned(),
             attempt: told.attempt_id()?,
-            stage: match told.stage() {
-                Stage::Whole => "whole",
-                Stage::Prefill => "prefill",
-                Stage::Decode => "decode",
-                Stage::Unspecified => "",
-            },
+            stage: stage(told.stage()),
             end,
             why,
         })
@@ -60,6 +55,12 @@ impl AttemptEnd {
     pub(crate) fn is_ordinary(&self) -> bool {
         matches!(self.end, "finished" | "handed_off" | "cancelled")
     }
+}
+
+fn stage(stage: Stage) -> &'static str {
+    let named = Some(stage).filter(|stage| *stage != Stage::Unspecified);
+    let name = named.and_then(|stage| stage.as_str_name().strip_prefix("STAGE_"));
+    name.unwrap_or_default()
 }
 
 fn reason(reason: FinishReason) -> &'static str {
@@ -97,7 +98,7 @@ mod tests {
         let end = AttemptEnd::of("r/1", &told(End::Finished(finished))).unwrap();
         assert_eq!(
             (end.stage, end.end, end.why.as_str()),
-            ("decode", "finished", "LENGTH")
+            ("DECODE", "finished", "LENGTH")
         );
         assert_eq!((end.attempt.owner, end.attempt.attempt), (1, 2));
         assert!(end.is_ordinary());

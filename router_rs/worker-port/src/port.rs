@@ -1,20 +1,15 @@
 //! The port itself: its socket, its thread, and what its worker calls.
 
 use std::{
-    collections::HashMap,
     net::{SocketAddr, TcpListener, ToSocketAddrs},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     thread::JoinHandle,
     time::{Duration, Instant},
 };
 
 use kvmesh_wire::v1::{Residue, WorkerPhase, WorkerRecord};
-use tokio::sync::{Notify, oneshot, watch};
-use tonic::{
-    Status,
-    transport::{Server, server::TcpIncoming},
-};
-use tonic_health::pb::health_server::HealthServer;
+use tokio::sync::watch;
+use tonic::Status;
 
 use crate::{
     cache_log::Change,
@@ -22,86 +17,12 @@ use crate::{
     event::Event,
     health::WorkerHealth,
     report::Report,
-    service::{SERVICE, WorkerService},
+    server::serve,
     settings::Settings,
+    shared::Shared,
     state::{State, ended},
     tokenizer::TokenizerFiles,
 };
-
-/// Calls that may wait for the process at once.
-const MAX_ASKED: usize = 256;
-/// Window of one stream and of one connection, bytes: a Place may be long.
-const STREAM_WINDOW: u32 = 4 << 20;
-const CONNECTION_WINDOW: u32 = 16 << 20;
-
-/// Calls that wait for the process, and the number of the last one.
-type Asked = (u64, HashMap<u64, oneshot::Sender<Residue>>);
-
-/// What the thread, the streams and the worker's calls share.
-pub(crate) struct Shared {
-    state: Mutex<State>,
-    /// Something was told to the process, or running work ended.
-    changed: Condvar,
-    /// A snapshot may have room.
-    snapshots: Condvar,
-    /// Commands may have room.
-    pub(crate) room: Notify,
-    asked: Mutex<Asked>,
-    tokenizer: Mutex<TokenizerFiles>,
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Does something under the lock, then wakes whom it concerns.
-    pub(crate) fn with<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
-        let mut state = self.lock();
-        let result = work(&mut state);
-        let wakers = state.take_wakers();
-        let told = state.has_events();
-        drop(state);
-        for waker in wakers {
-            waker.wake();
-        }
-        if told {
-            self.changed.notify_all();
-        }
-        result
-    }
-
-    /// A session's stream is gone.
-    pub(crate) fn forget(&self, key: &str, stream: u64) {
-        self.with(|state| state.forget(key, stream));
-        self.changed.notify_all();
-        self.snapshots.notify_all();
-    }
-
-    /// The tokeniser's files; contents are shared.
-    pub(crate) fn tokenizer(&self) -> TokenizerFiles {
-        let files = self.tokenizer.lock();
-        files.unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Asks the process what the engine holds. `None`: too many ask, or it is gone.
-    pub(crate) async fn ask(&self, event: impl FnOnce(u64) -> Event) -> Option<Residue> {
-        let (answer, asked) = oneshot::channel();
-        let call = {
-            let mut calls = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-            calls.1.retain(|_, answer| !answer.is_closed());
-            if calls.1.len() >= MAX_ASKED {
-                return None;
-            }
-            calls.0 += 1;
-            let call = calls.0;
-            calls.1.insert(call, answer);
-            call
-        };
-        self.with(|state| state.tell(event(call)));
-        asked.await.ok()
-    }
-}
 
 /// A worker's gRPC port. Nothing here waits, except where it says so.
 pub struct Port {
@@ -127,16 +48,8 @@ impl Port {
         let listener = TcpListener::bind(&addresses[..]).map_err(os)?;
         listener.set_nonblocking(true).map_err(os)?;
         let address = listener.local_addr().map_err(os)?;
-        let shared = Shared {
-            state: Mutex::new(State::new(settings)),
-            changed: Condvar::new(),
-            snapshots: Condvar::new(),
-            room: Notify::new(),
-            asked: Mutex::default(),
-            tokenizer: Mutex::default(),
-        };
         Ok(Self {
-            shared: Arc::new(shared),
+            shared: Arc::new(Shared::new(settings)),
             address,
             listener: Mutex::new(Some(listener)),
             thread: Mutex::new(None),
@@ -207,8 +120,7 @@ impl Port {
             Ok(state.settings.clone())
         })?;
         if let Some(files) = tokenizer {
-            let known = self.shared.tokenizer.lock();
-            *known.unwrap_or_else(PoisonError::into_inner) = files;
+            self.shared.set_tokenizer(files);
         }
         if !started {
             *thread = Some(self.start_thread(settings)?);
@@ -375,15 +287,7 @@ impl Port {
 
     /// Answers [`Event::InfoWanted`].
     pub fn answer_info(&self, call: u64, residue: Residue) {
-        let mut asked = self
-            .shared
-            .asked
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if let Some(answer) = asked.1.remove(&call) {
-            // Gone: nobody waits any more.
-            let _ = answer.send(residue);
-        }
+        self.shared.answer(call, residue);
     }
 
     /// Attempts that have not ended.
@@ -452,53 +356,5 @@ impl Port {
 impl Drop for Port {
     fn drop(&mut self) {
         self.stop.send_replace(true);
-    }
-}
-
-async fn serve(
-    shared: Arc<Shared>,
-    listener: TcpListener,
-    health: WorkerHealth,
-    mut stop: watch::Receiver<bool>,
-    settings: Settings,
-) {
-    let Ok(listener) = tokio::net::TcpListener::from_std(listener) else {
-        return;
-    };
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-    // h2 answers pings at any rate and holds none against a router, so those of
-    // a silent prefill are permitted. TLS would be `tls_config` here.
-    // A router that vanished without a word is found by our own.
-    let mut server = Server::builder()
-        .http2_keepalive_interval(Some(settings.keep_alive_interval))
-        .http2_keepalive_timeout(Some(settings.keep_alive_timeout))
-        .initial_stream_window_size(Some(STREAM_WINDOW))
-        .initial_connection_window_size(Some(CONNECTION_WINDOW))
-        .add_service(WorkerService(Arc::clone(&shared)))
-        .add_service(HealthServer::new(health));
-    let reflection = || {
-        tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(kvmesh_wire::FILE_DESCRIPTOR_SET)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-            .with_service_name(SERVICE)
-            .with_service_name("grpc.health.v1.Health")
-    };
-    if let (Ok(v1), Ok(alpha)) = (reflection().build_v1(), reflection().build_v1alpha()) {
-        server = server.add_service(v1).add_service(alpha);
-    }
-    let server = server.serve_with_incoming(incoming);
-    let ticks = async {
-        let mut ticks = tokio::time::interval(settings.load_interval);
-        loop {
-            ticks.tick().await;
-            shared.with(|state| state.tick(Instant::now()));
-            shared.snapshots.notify_all();
-        }
-    };
-    // An error is the sender's end: the port was dropped.
-    tokio::select! {
-        _ = server => {}
-        () = ticks => {}
-        _ = stop.wait_for(|stop| *stop) => {}
     }
 }

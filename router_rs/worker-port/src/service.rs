@@ -30,7 +30,7 @@ use tower::{Service, service_fn};
 use crate::{
     command,
     event::Event,
-    port::Shared,
+    shared::Shared,
     state::{Step, Taken, ended},
 };
 

@@ -53,7 +53,7 @@ def _log_ends(told: EndsTold) -> None:
         _log.log(
             level,
             "attempt ended generation=%s owner=%d attempt=%d stage=%s end=%s session=%s why=%r",
-            generation.hex(), owner, attempt, stage or "-", end, session, why,
+            generation.hex(), owner, attempt, stage.lower() or "-", end, session, why,
         )  # fmt: skip
 
 

@@ -1,20 +1,22 @@
 //! `TransferNode` and its events as Python sees them.
 
+mod events;
+
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use kvmesh_transfer::{
-    Event, PullRequest, Reason, Refused, Settings, TransferId, TransferNode, check_logprobs,
-    sender::Tail,
+    PullRequest, Reason, Refused, Settings, TransferId, TransferNode, check_logprobs, sender::Tail,
 };
 use kvmesh_wire::v1::{KvCompatibility, PrefixKey};
 use prost::Message;
 use pyo3::{
     exceptions::PyValueError,
     prelude::*,
-    types::{PyBytes, PyDict, PyTuple},
+    types::{PyDict, PyTuple},
 };
 
+use self::events::to_python;
 use crate::pool::PyKvPool;
 
 pyo3::create_exception!(
@@ -46,214 +48,6 @@ fn seconds(name: &str, value: f64) -> PyResult<Duration> {
         .ok()
         .filter(|time| *time <= Duration::from_secs(86_400))
         .ok_or_else(|| PyValueError::new_err(format!("{name}: 0 to 86400 seconds, not {value}")))
-}
-
-/// A class of events: its name, its fields, and how an `Event` fills them.
-macro_rules! event_class {
-    ($(#[$doc:meta])* $name:ident { $($field:ident: $kind:ty),* $(,)? }) => {
-        $(#[$doc])*
-        #[pyclass(module = "kvmesh._router", frozen, get_all)]
-        pub(crate) struct $name {
-            transfer_id: Py<PyBytes>,
-            $($field: $kind),*
-        }
-    };
-}
-
-event_class!(
-    /// Sender: the receiver has come.
-    Pulled { worker_id: String, from_token: u32, traceparent: String, request_id: String }
-);
-event_class!(
-    /// Sender: a peer asks for a prefix.
-    PrefixWanted {
-        worker_id: String,
-        adapter: String,
-        cache_salt: String,
-        token_ids: Vec<u32>,
-        from_token: u32,
-        traceparent: String,
-        request_id: String,
-    }
-);
-event_class!(
-    /// Sender: the receiver has everything.
-    SenderReleased { blocks: u64, bytes: u64, seconds: f64 }
-);
-event_class!(
-    /// Sender: over without success.
-    SenderAborted { reason: &'static str, message: String, commit_sent: bool }
-);
-event_class!(
-    /// Receiver: what the holder of a prefix has.
-    PrefixFound { tokens: u32 }
-);
-event_class!(
-    /// Receiver: blocks before `upto_block` of the sequence are in the pool.
-    Verified { upto_block: u32 }
-);
-event_class!(
-    /// Receiver: all is copied and verified.
-    Committed {
-        kv_tokens: u32,
-        output_ids: Vec<u32>,
-        logprobs: Vec<Py<PyBytes>>,
-        blocks: u64,
-        bytes: u64,
-        seconds: f64,
-        tail_seconds: f64,
-        shared_memory: bool,
-    }
-);
-event_class!(
-    /// Receiver: over without success, and no write to the blocks can come now.
-    ReceiveFailed { reason: &'static str, message: String, verified_blocks: u32, seconds: f64 }
-);
-
-fn to_python(py: Python<'_>, event: Event) -> PyResult<Py<PyAny>> {
-    let name = |id: TransferId| PyBytes::new(py, &id.0).unbind();
-    Ok(match event {
-        Event::Pulled {
-            id,
-            worker_id,
-            from_token,
-            traceparent,
-            request_id,
-        } => {
-            let transfer_id = name(id);
-            Py::new(
-                py,
-                Pulled {
-                    transfer_id,
-                    worker_id,
-                    from_token,
-                    traceparent,
-                    request_id,
-                },
-            )?
-            .into_any()
-        }
-        Event::PrefixWanted {
-            id,
-            worker_id,
-            adapter,
-            cache_salt,
-            token_ids,
-            from_token,
-            traceparent,
-            request_id,
-        } => Py::new(
-            py,
-            PrefixWanted {
-                transfer_id: name(id),
-                worker_id,
-                adapter,
-                cache_salt,
-                token_ids,
-                from_token,
-                traceparent,
-                request_id,
-            },
-        )?
-        .into_any(),
-        Event::SenderReleased {
-            id,
-            blocks,
-            bytes,
-            seconds,
-        } => Py::new(
-            py,
-            SenderReleased {
-                transfer_id: name(id),
-                blocks,
-                bytes,
-                seconds,
-            },
-        )?
-        .into_any(),
-        Event::SenderAborted {
-            id,
-            reason,
-            message,
-            commit_sent,
-        } => {
-            let (transfer_id, reason) = (name(id), reason.name());
-            Py::new(
-                py,
-                SenderAborted {
-                    transfer_id,
-                    reason,
-                    message,
-                    commit_sent,
-                },
-            )?
-            .into_any()
-        }
-        Event::PrefixFound { id, tokens } => Py::new(
-            py,
-            PrefixFound {
-                transfer_id: name(id),
-                tokens,
-            },
-        )?
-        .into_any(),
-        Event::Verified { id, upto_block } => Py::new(
-            py,
-            Verified {
-                transfer_id: name(id),
-                upto_block,
-            },
-        )?
-        .into_any(),
-        Event::Committed {
-            id,
-            kv_tokens,
-            output_ids,
-            logprobs,
-            blocks,
-            bytes,
-            seconds,
-            tail_seconds,
-            shared_memory,
-        } => Py::new(
-            py,
-            Committed {
-                transfer_id: name(id),
-                kv_tokens,
-                output_ids,
-                logprobs: logprobs
-                    .iter()
-                    .map(|l| PyBytes::new(py, l).unbind())
-                    .collect(),
-                blocks,
-                bytes,
-                seconds,
-                tail_seconds,
-                shared_memory,
-            },
-        )?
-        .into_any(),
-        Event::ReceiveFailed {
-            id,
-            reason,
-            message,
-            verified_blocks,
-            seconds,
-        } => {
-            let (transfer_id, reason) = (name(id), reason.name());
-            Py::new(
-                py,
-                ReceiveFailed {
-                    transfer_id,
-                    reason,
-                    message,
-                    verified_blocks,
-                    seconds,
-                },
-            )?
-            .into_any()
-        }
-    })
 }
 
 /// Moves KV blocks between this worker's pool and its peers'.
@@ -530,30 +324,9 @@ impl PyTransferNode {
     }
 }
 
-/// Adds the classes of this file, and their union, `TransferEvent`.
+/// Adds what this module has.
 pub(crate) fn add(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    let py = module.py();
-    module.add("TransferError", py.get_type::<TransferError>())?;
+    module.add("TransferError", module.py().get_type::<TransferError>())?;
     module.add_class::<PyTransferNode>()?;
-    module.add_class::<Pulled>()?;
-    module.add_class::<PrefixWanted>()?;
-    module.add_class::<SenderReleased>()?;
-    module.add_class::<SenderAborted>()?;
-    module.add_class::<PrefixFound>()?;
-    module.add_class::<Verified>()?;
-    module.add_class::<Committed>()?;
-    module.add_class::<ReceiveFailed>()?;
-    let mut union = py.get_type::<Pulled>().into_any();
-    for other in [
-        py.get_type::<PrefixWanted>(),
-        py.get_type::<SenderReleased>(),
-        py.get_type::<SenderAborted>(),
-        py.get_type::<PrefixFound>(),
-        py.get_type::<Verified>(),
-        py.get_type::<Committed>(),
-        py.get_type::<ReceiveFailed>(),
-    ] {
-        union = union.bitor(other)?;
-    }
-    module.add("TransferEvent", union)
+    events::add(module)
 }
