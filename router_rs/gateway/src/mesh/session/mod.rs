@@ -6,6 +6,7 @@
 //! the router's queue once some are in this one; only cancels that nobody reads can
 //! fill it, and then the session is closed.
 
+mod alarms;
 mod frames;
 mod handle;
 mod reattach;
@@ -29,6 +30,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::{Core, figures::ms, open::Open, placer::Standing, table::WorkerEntry};
+use alarms::Alarms;
 pub(super) use handle::{ById, Outgoing, SessionHandle};
 use reattach::at;
 pub(super) use transport::connect;
@@ -61,10 +63,7 @@ pub(super) struct Session {
     worker: Arc<WorkerEntry>,
     link: Link,
     open: ById<Held>,
-    suspect_at: Option<Instant>,
-    lost_at: Option<Instant>,
-    /// When an ejection ends.
-    probe_at: Option<Instant>,
+    alarms: Alarms,
     /// When what runs there is lost unless the worker is back.
     reattach_at: Option<Instant>,
     /// What the last hello named of what runs there.
@@ -85,9 +84,7 @@ impl Session {
             worker,
             link,
             open: HashMap::default(),
-            suspect_at: None,
-            lost_at: None,
-            probe_at: None,
+            alarms: Alarms::new(Instant::now()),
             reattach_at: None,
             named: Vec::new(),
             kept: Vec::new(),
@@ -199,7 +196,8 @@ impl Session {
     ) -> Ended {
         let Transport { inbound, outbound } = transport;
         let mut sweep = tokio::time::interval(SWEEP);
-        let alarm = tokio::time::sleep(Duration::from_secs(1));
+        self.alarms.begin(Instant::now());
+        let alarm = tokio::time::sleep_until(self.alarms.due().into());
         tokio::pin!(alarm);
         loop {
             tokio::select! {
@@ -221,30 +219,25 @@ impl Session {
                 () = handle.closed.cancelled() => {
                     return Ended::Transport("commands are not drained".to_owned());
                 }
-                () = &mut alarm => alarm.as_mut().reset(self.alarms().into()),
+                () = &mut alarm => {
+                    self.look();
+                    alarm.as_mut().reset(self.alarms.due().into());
+                }
                 _ = sweep.tick() => self.open.retain(|_, held| !held.open.ended()),
             }
         }
     }
 
-    /// Fires what is due and gives the next instant to look again. The waits
-    /// move with every frame; the alarm only looks.
-    fn alarms(&mut self) -> Instant {
-        let now = Instant::now();
-        if self.suspect_at.take_if(|at| *at <= now).is_some() {
-            self.feed(Event::Fired(link::Timer::Suspect));
+    /// Fires what is due. The waits move with every frame; the alarm only looks.
+    fn look(&mut self) {
+        let look = self.alarms.look(Instant::now());
+        if let Some(late) = look.forgiven {
+            let worker = self.worker.name();
+            tracing::info!(%worker, ?late, "this router stood still: its worker gets the time");
         }
-        if self.lost_at.take_if(|at| *at <= now).is_some() {
-            self.feed(Event::Fired(link::Timer::Lost));
+        for timer in look.fired {
+            self.feed(Event::Fired(timer));
         }
-        if self.probe_at.take_if(|at| *at <= now).is_some() {
-            self.feed(Event::Fired(link::Timer::Probe));
-        }
-        let next = [self.suspect_at, self.lost_at, self.probe_at]
-            .into_iter()
-            .flatten()
-            .min();
-        next.unwrap_or(now + Duration::from_secs(1))
     }
 
     fn command(&mut self, number: u64, outgoing: Outgoing) -> v1::RouterFrame {
@@ -273,25 +266,21 @@ impl Session {
     fn perform(&mut self, actions: link::Actions) {
         for action in actions {
             match action {
-                Action::Arm(link::Timer::Suspect, after) => {
-                    self.suspect_at = Some(Instant::now() + Duration::from_millis(after));
+                Action::Arm(timer @ (link::Timer::Suspect | link::Timer::Lost), after) => {
+                    let after = Duration::from_millis(after);
+                    self.alarms.arm(timer, Instant::now(), after);
                 }
-                Action::Arm(link::Timer::Lost, after) => {
-                    self.lost_at = Some(Instant::now() + Duration::from_millis(after));
-                }
-                Action::Arm(link::Timer::Probe, after) => {
+                Action::Arm(timer @ link::Timer::Probe, after) => {
                     let (name, after) = (self.worker.name(), Duration::from_millis(after));
                     tracing::warn!(worker = %name, ?after, "worker ejected: its answers fail");
                     self.core.counters.ejections.add(1);
-                    self.probe_at = Some(Instant::now() + after);
+                    self.alarms.arm(timer, Instant::now(), after);
                 }
-                Action::Disarm(link::Timer::Probe) => self.probe_at = None,
                 Action::Arm(link::Timer::Reattach, after) => {
                     self.reattach_at = Some(Instant::now() + Duration::from_millis(after));
                 }
                 Action::Disarm(link::Timer::Reattach) => self.reattach_at = None,
-                Action::Disarm(link::Timer::Suspect) => self.suspect_at = None,
-                Action::Disarm(link::Timer::Lost) => self.lost_at = None,
+                Action::Disarm(timer) => self.alarms.disarm(timer),
                 Action::ArmRedial(tries) => {
                     self.redial = (REDIAL.0 * 2_u32.pow(tries.min(8))).min(REDIAL.1);
                 }
@@ -305,8 +294,7 @@ impl Session {
                 Action::Dial
                 | Action::SendHello { .. }
                 | Action::Close
-                | Action::Arm(..)
-                | Action::Disarm(_) => {}
+                | Action::Arm(..) => {}
             }
         }
     }
