@@ -153,6 +153,9 @@ pub struct Counters {
     pub slow_clients: Count,
     /// Sessions closed since a worker broke the protocol.
     pub violations: Count,
+    /// Panics of sessions' tasks: bugs of ours, each of which cost a worker's
+    /// streams their session.
+    pub session_panics: Count,
     /// Frames on the step lane.
     pub step_frames: Count,
     /// Bytes on the step lane, as encoded.

@@ -129,14 +129,14 @@ impl Core {
         all.values().cloned().collect()
     }
 
-    /// Starts a worker's session.
+    /// Starts a worker's session. It outlives its own panics.
     fn spawn_session(self: &Arc<Self>, worker: Arc<WorkerEntry>) {
         let stop = worker.stop.clone();
         let all = self.stop.clone();
         let session = Session::new(Arc::clone(self), worker);
         self.tasks.spawn(async move {
             tokio::select! {
-                () = session.run(stop) => {}
+                () = session.supervised(stop) => {}
                 () = all.cancelled() => {}
             }
         });

@@ -335,6 +335,11 @@ impl Figures {
                 &counts.violations,
             ),
             (
+                "session_panics",
+                "Sessions that ended in a panic of this router",
+                &counts.session_panics,
+            ),
+            (
                 "cache_events_dropped",
                 "Cache events without a known parent",
                 &counts.cache_events_dropped,

@@ -7,6 +7,7 @@
 //! Lock order: a generation's lock may be held while the scheduler's, a
 //! timer's or a command queue's is taken, never the other way round.
 
+mod abandon;
 mod carry;
 mod client;
 mod reattach;

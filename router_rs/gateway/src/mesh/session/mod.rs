@@ -10,6 +10,7 @@ mod alarms;
 mod frames;
 mod handle;
 mod reattach;
+mod supervise;
 mod transport;
 
 use std::{
@@ -21,7 +22,7 @@ use std::{
 
 use kvmesh_session::{
     Command, Fence, GenerationId, Link,
-    generation::{Event as GenerationEvent, Loss},
+    generation::Loss,
     link::{self, Action, Event, State},
 };
 use kvmesh_wire::v1;
@@ -33,6 +34,7 @@ use super::{Core, figures::ms, open::Open, placer::Standing, table::WorkerEntry}
 use alarms::Alarms;
 pub(super) use handle::{ById, Outgoing, SessionHandle};
 use reattach::at;
+use supervise::lost;
 pub(super) use transport::connect;
 use transport::{Ended, Transport, next_frame};
 
@@ -57,6 +59,9 @@ struct Held {
     open: Arc<Open>,
 }
 
+/// The commands of the session that is open, both ends.
+type Queue = Option<(Arc<SessionHandle>, mpsc::Receiver<(u64, Outgoing)>)>;
+
 /// The task of one worker.
 pub(super) struct Session {
     core: Arc<Core>,
@@ -72,17 +77,22 @@ pub(super) struct Session {
     kept: Vec<(GenerationId, Fence)>,
     redial: Duration,
     wake: Vec<Waker>,
+    /// How often the task panicked.
+    panics: u32,
+}
+
+/// A worker's link before its first hello.
+fn new_link(core: &Core, worker: &WorkerEntry) -> Link {
+    let grace = core.settings.reattach_grace.as_millis();
+    Link::new(worker.expected_id.clone()).with_grace(u64::try_from(grace).unwrap_or(u64::MAX))
 }
 
 impl Session {
     pub(super) fn new(core: Arc<Core>, worker: Arc<WorkerEntry>) -> Self {
-        let grace = core.settings.reattach_grace.as_millis();
-        let link = Link::new(worker.expected_id.clone())
-            .with_grace(u64::try_from(grace).unwrap_or(u64::MAX));
         Self {
+            link: new_link(&core, &worker),
             core,
             worker,
-            link,
             open: HashMap::default(),
             alarms: Alarms::new(Instant::now()),
             reattach_at: None,
@@ -90,17 +100,19 @@ impl Session {
             kept: Vec::new(),
             redial: REDIAL.0,
             wake: Vec::new(),
+            panics: 0,
         }
     }
 
     /// Keeps the session up until it is stopped.
-    pub(super) async fn run(mut self, stop: CancellationToken) {
+    async fn run(&mut self, stop: &CancellationToken, queue: &mut Queue) {
         loop {
             let ended = tokio::select! {
                 () = stop.cancelled() => Ended::Stopped,
-                ended = self.connect_and_serve() => ended,
+                ended = self.connect_and_serve(queue) => ended,
             };
             self.worker.detach();
+            self.end_queue(queue);
             match &ended {
                 Ended::Stopped => {
                     self.feed(Event::Violated);
@@ -129,7 +141,7 @@ impl Session {
                 self.core.worker_gone(&self.worker);
                 return;
             }
-            if !self.pause(&stop).await {
+            if !self.pause(stop).await {
                 self.feed(Event::Fired(link::Timer::Reattach));
                 return;
             }
@@ -163,29 +175,17 @@ impl Session {
         }
     }
 
-    async fn connect_and_serve(&mut self) -> Ended {
+    async fn connect_and_serve(&mut self, queue: &mut Queue) -> Ended {
         let mut transport = match self.greet().await {
             Ok(transport) => transport,
             Err(ended) => return ended,
         };
-        let (handle, mut commands) = SessionHandle::new();
-        self.worker.attach(Arc::clone(&handle));
+        let (handle, commands) = SessionHandle::new();
+        let (handle, commands) = queue.insert((handle, commands));
+        self.worker.attach(Arc::clone(handle));
         self.publish();
-        self.take_back(&handle);
-        let ended = self.serve(&mut transport, &handle, &mut commands).await;
-        handle.closed.cancel();
-        // Closed before it is emptied: what was queued never left, and nothing
-        // more comes in.
-        commands.close();
-        while let Ok((_, outgoing)) = commands.try_recv() {
-            if let Some(open) = outgoing.open {
-                open.apply(GenerationEvent::SessionLost {
-                    worker: self.worker.index,
-                    loss: Loss::Broken,
-                });
-            }
-        }
-        ended
+        self.take_back(handle);
+        self.serve(&mut transport, handle, commands).await
     }
 
     async fn serve(
@@ -291,10 +291,7 @@ impl Session {
                 // What the hello brought is taken once there is a handle.
                 Action::Reattach => {}
                 // Dialling, greeting and closing are the steps of `run`.
-                Action::Dial
-                | Action::SendHello { .. }
-                | Action::Close
-                | Action::Arm(..) => {}
+                Action::Dial | Action::SendHello { .. } | Action::Close | Action::Arm(..) => {}
             }
         }
     }
@@ -308,8 +305,7 @@ impl Session {
         let worker = self.worker.index;
         // Taken out first: a generation that is planned anew may come back.
         for held in std::mem::take(&mut self.open).into_values() {
-            held.open
-                .apply(GenerationEvent::SessionLost { worker, loss });
+            lost(&held.open, worker, loss);
         }
     }
 
