@@ -54,7 +54,7 @@ use kvmesh_wire::v1;
 use tokio::sync::Notify;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-pub use counters::{AttemptCounts, Count, Counters, Gauge, Ratios, SessionCounts};
+pub use counters::{AttemptCounts, Count, Counters, Gauge, Ratios, Seconds, SessionCounts};
 pub(crate) use dispatch::class_of;
 pub use given_up::GivenUp;
 pub use models::ServedModel;

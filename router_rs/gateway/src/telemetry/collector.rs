@@ -20,7 +20,7 @@ use prometheus_client::{
 use tokio::sync::watch;
 
 use super::{Histogram, Telemetry};
-use crate::mesh::{Count, Mesh, Ratios};
+use crate::mesh::{Count, Counters, Mesh, Ratios};
 
 /// The figures of a router in the form that scrapers read.
 pub(crate) struct Exposition {
@@ -127,6 +127,32 @@ fn counter(
     value.encode(encoder.encode_descriptor(name, help, None, MetricType::Counter)?)
 }
 
+/// Times that are summed, and the longest of one kind.
+fn seconds(encoder: &mut DescriptorEncoder<'_>, counts: &Counters) -> fmt::Result {
+    for (name, help, from) in [
+        (
+            "decide_seconds",
+            "Time from asking for a plan to its bookings",
+            &counts.decide,
+        ),
+        (
+            "moved_gap_seconds",
+            "From the last token before a failure to the first after it",
+            &counts.moved_gap,
+        ),
+    ] {
+        let value = ConstCounter::new(from.get());
+        value.encode(encoder.encode_descriptor(name, help, None, MetricType::Counter)?)?;
+    }
+    let longest = ConstGauge::new(counts.longest_moved_gap.get());
+    longest.encode(encoder.encode_descriptor(
+        "longest_moved_gap_seconds",
+        "Longest gap of a stream that went on after a failure",
+        None,
+        MetricType::Gauge,
+    )?)
+}
+
 fn histogram(
     encoder: &mut DescriptorEncoder<'_>,
     name: &str,
@@ -210,12 +236,7 @@ impl Figures {
             let labels = [("cause", cause)];
             ConstCounter::new(value).encode(migrations.encode_family(&Labels(&labels))?)?;
         }
-        gauge(
-            encoder,
-            "longest_moved_gap_microseconds",
-            "Longest gap of a stream that went on after a failure",
-            counts.longest_moved_gap_us.get(),
-        )?;
+        seconds(encoder, counts)?;
         let attempts = self.mesh.attempts();
         gauge(encoder, "open_attempts", "Attempts that run", attempts.open)?;
         let transfers = [
@@ -241,11 +262,6 @@ impl Figures {
                 "plans_split",
                 "Plans with prompt and output on two workers",
                 &counts.plans_split,
-            ),
-            (
-                "decide_microseconds",
-                "Time from asking for a plan to its bookings",
-                &counts.decide_us,
             ),
             (
                 "placements",
@@ -308,11 +324,6 @@ impl Figures {
                 "moved_gaps",
                 "Streams that went on after a failure",
                 &counts.moved_gaps,
-            ),
-            (
-                "moved_gap_microseconds",
-                "From the last token before a failure to the first after it",
-                &counts.moved_gap_us,
             ),
             (
                 "ejections",
