@@ -178,6 +178,7 @@ fn nothing_left(mesh: &Mesh, workers: &[&MockWorker]) -> bool {
 mod choice;
 mod failures;
 mod index;
+mod log;
 mod queue;
 mod streams;
 mod workers;

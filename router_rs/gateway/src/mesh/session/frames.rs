@@ -59,15 +59,30 @@ impl Session {
     fn step(&mut self, step: &StepFrame, now: Instant) -> Result<(), Violation> {
         let index = self.worker.index;
         for opening in &step.openings {
-            let ends = matches!(opening.answer, Answer::Refused(_));
-            if ends {
+            let refusal = match opening.answer {
+                Answer::Refused(why) => Some(why),
+                Answer::Reserved { .. } => None,
+            };
+            if refusal.is_some() {
                 self.feed(Event::Answered);
                 self.core.counters.refusals.add(1);
             }
-            let Some(open) = self.held(&opening.generation, opening.fence, ends) else {
+            let Some(open) = self.held(&opening.generation, opening.fence, refusal.is_some())
+            else {
                 self.core.counters.stale_frames.add(1);
                 continue;
             };
+            if let Some(reason) = refusal {
+                tracing::debug!(
+                    generation = %opening.generation,
+                    owner = opening.fence.owner,
+                    attempt = opening.fence.attempt,
+                    stage = ?opening.stage,
+                    worker = %self.worker.name(),
+                    ?reason,
+                    "refused"
+                );
+            }
             open.try_apply(GenerationEvent::Opening {
                 from: index,
                 fence: opening.fence,
