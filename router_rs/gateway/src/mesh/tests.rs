@@ -179,6 +179,7 @@ mod choice;
 mod failures;
 mod index;
 mod log;
+mod overload;
 mod queue;
 mod streams;
 mod workers;

@@ -11,6 +11,7 @@ mod abandon;
 mod carry;
 mod client;
 mod log;
+mod overload;
 mod reattach;
 
 use std::{
