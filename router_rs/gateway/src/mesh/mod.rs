@@ -160,9 +160,13 @@ impl Core {
                 for worker in difference.added {
                     self.spawn_session(worker);
                 }
+                let fewer = !difference.removed.is_empty();
                 for worker in difference.removed {
                     worker.stop.cancel();
                     self.worker_gone(&worker);
+                }
+                if fewer {
+                    self.forget_models();
                 }
             }
             tokio::select! {

@@ -139,6 +139,7 @@ impl Session {
             if !self.link.away() && self.core.table.drop_gone(&self.worker) {
                 // Its key went before its session did.
                 self.core.worker_gone(&self.worker);
+                self.core.forget_models();
                 return;
             }
             if !self.pause(stop).await {
