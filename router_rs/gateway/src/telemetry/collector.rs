@@ -10,17 +10,17 @@ use kvmesh_registry::Status;
 use kvmesh_wire::v1;
 use prometheus_client::{
     collector::Collector,
-    encoding::{
-        DescriptorEncoder, EncodeLabel, EncodeLabelSet, EncodeMetric, LabelSetEncoder, NoLabelSet,
-        text::encode,
-    },
-    metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
+    encoding::{DescriptorEncoder, EncodeMetric, text::encode},
+    metrics::{MetricType, counter::ConstCounter},
     registry::Registry,
 };
 use tokio::sync::watch;
 
-use super::{Histogram, Telemetry};
-use crate::mesh::{Count, Counters, Mesh, Ratios};
+use super::{
+    Telemetry,
+    encode::{Labels, Series, by_state, counter, gauge, gauges, histogram, ratios, seconds},
+};
+use crate::mesh::{Count, Mesh};
 
 /// The figures of a router in the form that scrapers read.
 pub(crate) struct Exposition {
@@ -77,102 +77,6 @@ impl fmt::Debug for Figures {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Figures")
     }
-}
-
-/// Labels of one series, in order.
-struct Labels<'a>(&'a [(&'static str, &'a str)]);
-
-impl EncodeLabelSet for Labels<'_> {
-    fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> fmt::Result {
-        for pair in self.0 {
-            (pair.0, pair.1).encode(encoder.encode_label())?;
-        }
-        Ok(())
-    }
-}
-
-type Series<'a> = (Vec<(&'static str, &'a str)>, u64);
-
-fn gauges(
-    encoder: &mut DescriptorEncoder<'_>,
-    name: &str,
-    help: &str,
-    series: &[Series<'_>],
-) -> fmt::Result {
-    let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
-    for (labels, value) in series {
-        let value = ConstGauge::new(i64::try_from(*value).unwrap_or(i64::MAX));
-        value.encode(metric.encode_family(&Labels(labels))?)?;
-    }
-    Ok(())
-}
-
-fn by_state(states: &[(&'static str, u64)]) -> Vec<Series<'static>> {
-    let series = |(state, n): &(&'static str, u64)| (vec![("state", *state)], *n);
-    states.iter().map(series).collect()
-}
-
-fn gauge(encoder: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: u64) -> fmt::Result {
-    let value = ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));
-    value.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)
-}
-
-fn counter(
-    encoder: &mut DescriptorEncoder<'_>,
-    name: &str,
-    help: &str,
-    from: &Count,
-) -> fmt::Result {
-    let value = ConstCounter::new(from.get());
-    value.encode(encoder.encode_descriptor(name, help, None, MetricType::Counter)?)
-}
-
-/// Times that are summed, and the longest of one kind.
-fn seconds(encoder: &mut DescriptorEncoder<'_>, counts: &Counters) -> fmt::Result {
-    for (name, help, from) in [
-        (
-            "decide_seconds",
-            "Time from asking for a plan to its bookings",
-            &counts.decide,
-        ),
-        (
-            "moved_gap_seconds",
-            "From the last token before a failure to the first after it",
-            &counts.moved_gap,
-        ),
-    ] {
-        let value = ConstCounter::new(from.get());
-        value.encode(encoder.encode_descriptor(name, help, None, MetricType::Counter)?)?;
-    }
-    let longest = ConstGauge::new(counts.longest_moved_gap.get());
-    longest.encode(encoder.encode_descriptor(
-        "longest_moved_gap_seconds",
-        "Longest gap of a stream that went on after a failure",
-        None,
-        MetricType::Gauge,
-    )?)
-}
-
-fn histogram(
-    encoder: &mut DescriptorEncoder<'_>,
-    name: &str,
-    help: &str,
-    from: &Histogram,
-) -> fmt::Result {
-    let (sum, count, buckets) = from.read();
-    let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
-    metric.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
-}
-
-fn ratios(
-    encoder: &mut DescriptorEncoder<'_>,
-    name: &str,
-    help: &str,
-    from: &Ratios,
-) -> fmt::Result {
-    let (sum, count, buckets) = from.read();
-    let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
-    metric.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
 }
 
 impl Collector for Figures {
