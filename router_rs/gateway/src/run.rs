@@ -15,7 +15,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     door::Door,
     mesh::Mesh,
-    serve::{Acceptor, Health, RouterFacts, Shared, TlsError, bind},
+    serve::{Acceptor, Health, Reflection, RouterFacts, Shared, TlsError, bind},
     settings::Settings,
     telemetry::{Exposition, Telemetry},
 };
@@ -51,6 +51,9 @@ pub enum StartError {
     /// This router cannot be registered.
     #[error("etcd: {0}")]
     Register(#[from] kvmesh_registry::RegistryError),
+    /// Its own descriptors cannot be read.
+    #[error("reflection: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
 }
 
 /// A router that serves.
@@ -191,11 +194,13 @@ impl Parts {
         };
         let etcd = registry.as_ref().map(Registry::status);
         let watch = registry.as_ref().map(Registry::watch_workers);
+        let reflection = Reflection::new()?;
         let mesh = Mesh::start(settings.mesh(router_id.clone(), incarnation), watch);
         let telemetry = Arc::new(Telemetry::default());
         let shared = Arc::new(Shared {
             door: Door::new(settings, Arc::clone(&mesh), Arc::clone(&telemetry)),
             health: Health::default(),
+            reflection,
             exposition: Exposition::new(Arc::clone(&mesh), Arc::clone(&telemetry), etcd.clone()),
             telemetry,
             facts: RouterFacts {

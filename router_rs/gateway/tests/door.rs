@@ -125,6 +125,15 @@ fn rows() -> Vec<(Change, Code, &'static str, &'static str)> {
             field,
             "hints.cache_salt",
         ),
+        (
+            |r| {
+                let most = r.stopping.get_or_insert_default().max_tokens;
+                r.hints.get_or_insert_default().expected_output_tokens = most + 1;
+            },
+            invalid,
+            field,
+            "hints.expected_output_tokens",
+        ),
         (|r| r.adapter = "none".to_owned(), invalid, field, "adapter"),
         (|r| r.n = 2, Code::Unimplemented, "UNSUPPORTED", "n"),
         (

@@ -113,6 +113,40 @@ async fn workers_come_and_go_by_their_records() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_model_whose_last_worker_is_gone_for_good_is_not_found() {
+    let etcd = Etcd::start();
+    let registry = registry(&etcd);
+    let mesh = over(&etcd).await;
+    let one = MockWorker::start(MockConfig::default()).unwrap();
+    let other = MockConfig {
+        model: "other".to_owned(),
+        ..MockConfig::default()
+    };
+    let mut two = MockWorker::start(other).unwrap();
+    let first = register(&registry, &one).await;
+    let second = register(&registry, &two).await;
+    wait_workers(&mesh, |workers| live(workers, &one) && live(workers, &two)).await;
+    answers(&mesh, 3).await;
+    let mut client = mesh.client().await;
+    let mut asked = request(3);
+    asked.model = "other".to_owned();
+    two.kill();
+    wait_workers(&mesh, |workers| !live(workers, &two)).await;
+    // It has its key: it may come back.
+    let away = client.generate(asked.clone()).await.unwrap_err();
+    assert_eq!(away.code(), tonic::Code::Unavailable, "{away}");
+    second.close().await;
+    wait_workers(&mesh, |workers| !known(workers, &two)).await;
+    let gone = client.generate(asked).await.unwrap_err();
+    assert_eq!(gone.code(), tonic::Code::NotFound, "{gone}");
+    let models = client.list_models(v1::ListModelsRequest {}).await.unwrap();
+    let models = models.into_inner().models;
+    assert_eq!(models.len(), 1, "{models:?}");
+    answers(&mesh, 3).await;
+    first.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dead_worker_gets_nothing_at_once_and_is_gone_with_its_lease() {
     let etcd = Etcd::start();
     let registry = registry(&etcd);

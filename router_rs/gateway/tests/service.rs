@@ -116,6 +116,12 @@ async fn metrics_stay_within_their_bound_at_64_workers() {
         assert!(text.contains(name), "{name} is not in\n{text}");
     }
     assert!(!text.contains("unknown-1"), "a client's words are no label");
+    assert!(!text.contains("microseconds"), "times are told in seconds");
+    let decide = "\nkvmesh_decide_seconds_total ";
+    let (_, rest) = text.split_once(decide).expect(decide);
+    let decide: f64 = rest.lines().next().unwrap().parse().unwrap();
+    // 19 decisions, each of them a good deal shorter than the test may take.
+    assert!(decide > 0.0 && decide < 60.0, "{decide} s");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -367,6 +367,11 @@ pub(super) fn admit(
         let allowed = format!("at most {max_tokens} ids: as many as may be output in all");
         return Err(RequestError::invalid("continue_from.token_ids", allowed));
     }
+    if hints.expected_output_tokens > max_tokens {
+        let allowed = format!("0 to {max_tokens}: as many as may be output in all");
+        let field = "hints.expected_output_tokens";
+        return Err(RequestError::invalid(field, allowed));
+    }
     let class = classes.class(hints.request_class());
     let shipped = *ClassTargets::default().of(class_of(class));
     let mut stop_token_ids = stopping.stop_token_ids;
@@ -411,7 +416,7 @@ pub(super) fn admit(
         },
         cache_salt: hints.cache_salt,
         adapter: request.adapter,
-        expected_output_tokens: hints.expected_output_tokens.min(max_tokens),
+        expected_output_tokens: hints.expected_output_tokens,
         arrived: call.arrived,
         deadline: call.deadline,
         tokenize_ms,

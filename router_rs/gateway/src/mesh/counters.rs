@@ -25,15 +25,37 @@ impl Gauge {
         self.0.fetch_add(n, Ordering::Relaxed);
     }
 
-    /// Raises it to `n` where it is lower.
-    fn raise(&self, n: u64) {
-        self.0.fetch_max(n, Ordering::Relaxed);
-    }
-
     /// Takes `n` away.
     pub(super) fn sub(&self, n: u64) {
         self.0.fetch_sub(n, Ordering::Relaxed);
     }
+}
+
+/// A time that grows, or whose longest value is kept: whole microseconds inside,
+/// seconds outside.
+#[derive(Debug, Default)]
+pub struct Seconds(AtomicU64);
+
+impl Seconds {
+    /// Its value now, in seconds.
+    #[must_use]
+    pub fn get(&self) -> f64 {
+        self.0.load(Ordering::Relaxed) as f64 / 1e6
+    }
+
+    /// Adds a time.
+    fn add(&self, time: Duration) {
+        self.0.fetch_add(micros(time), Ordering::Relaxed);
+    }
+
+    /// Raises it to a time where it is lower.
+    fn raise(&self, time: Duration) {
+        self.0.fetch_max(micros(time), Ordering::Relaxed);
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// A number that only goes up.
@@ -101,8 +123,8 @@ pub struct Counters {
     pub plans_whole: Count,
     /// Plans with prompt and output on two.
     pub plans_split: Count,
-    /// Time from a request for a plan to its booking, microseconds.
-    pub decide_us: Count,
+    /// Time from a request for a plan to its booking.
+    pub decide: Seconds,
     /// How far predicted first tokens were off.
     pub ttft_errors: Ratios,
     /// The same of computing prompts alone.
@@ -135,10 +157,10 @@ pub struct Counters {
     /// Streams that went on after a failure: how many, and the sum of their
     /// gaps, from the last token before it to the first after it.
     pub moved_gaps: Count,
-    /// That sum, microseconds.
-    pub moved_gap_us: Count,
-    /// The longest of these gaps, microseconds.
-    pub longest_moved_gap_us: Gauge,
+    /// That sum.
+    pub moved_gap: Seconds,
+    /// The longest of these gaps.
+    pub longest_moved_gap: Seconds,
     /// Workers ejected since their answers failed.
     pub ejections: Count,
     /// Requests of which workers died.
@@ -153,6 +175,9 @@ pub struct Counters {
     pub slow_clients: Count,
     /// Sessions closed since a worker broke the protocol.
     pub violations: Count,
+    /// Panics of sessions' tasks: bugs of ours, each of which cost a worker's
+    /// streams their session.
+    pub session_panics: Count,
     /// Frames on the step lane.
     pub step_frames: Count,
     /// Bytes on the step lane, as encoded.
@@ -234,10 +259,9 @@ impl Counters {
 
     /// A stream goes on after a failure.
     pub(super) fn moved(&self, gap: Duration) {
-        let micros = u64::try_from(gap.as_micros()).unwrap_or(u64::MAX);
         self.moved_gaps.add(1);
-        self.moved_gap_us.add(micros);
-        self.longest_moved_gap_us.raise(micros);
+        self.moved_gap.add(gap);
+        self.longest_moved_gap.raise(gap);
     }
 
     /// A plan was made.
@@ -246,8 +270,7 @@ impl Counters {
             Plan::Whole { .. } => self.plans_whole.add(1),
             Plan::Mesh { .. } | Plan::Engine { .. } => self.plans_split.add(1),
         }
-        let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
-        self.decide_us.add(micros);
+        self.decide.add(took);
     }
 
     /// A first token came that was predicted.
@@ -278,6 +301,16 @@ pub struct SessionCounts {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn gaps_are_told_in_seconds() {
+        let counters = Counters::default();
+        counters.moved(Duration::from_millis(1_500));
+        counters.moved(Duration::from_millis(250));
+        assert_eq!(counters.moved_gaps.get(), 2);
+        assert_eq!(counters.moved_gap.get(), 1.75);
+        assert_eq!(counters.longest_moved_gap.get(), 1.5);
+    }
 
     #[test]
     fn errors_are_relative_to_what_was_measured() {

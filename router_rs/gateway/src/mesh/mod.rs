@@ -54,7 +54,7 @@ use kvmesh_wire::v1;
 use tokio::sync::Notify;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-pub use counters::{AttemptCounts, Count, Counters, Gauge, Ratios, SessionCounts};
+pub use counters::{AttemptCounts, Count, Counters, Gauge, Ratios, Seconds, SessionCounts};
 pub(crate) use dispatch::class_of;
 pub use given_up::GivenUp;
 pub use models::ServedModel;
@@ -129,14 +129,14 @@ impl Core {
         all.values().cloned().collect()
     }
 
-    /// Starts a worker's session.
+    /// Starts a worker's session. It outlives its own panics.
     fn spawn_session(self: &Arc<Self>, worker: Arc<WorkerEntry>) {
         let stop = worker.stop.clone();
         let all = self.stop.clone();
         let session = Session::new(Arc::clone(self), worker);
         self.tasks.spawn(async move {
             tokio::select! {
-                () = session.run(stop) => {}
+                () = session.supervised(stop) => {}
                 () = all.cancelled() => {}
             }
         });
@@ -160,9 +160,13 @@ impl Core {
                 for worker in difference.added {
                     self.spawn_session(worker);
                 }
+                let fewer = !difference.removed.is_empty();
                 for worker in difference.removed {
                     worker.stop.cancel();
                     self.worker_gone(&worker);
+                }
+                if fewer {
+                    self.forget_models();
                 }
             }
             tokio::select! {

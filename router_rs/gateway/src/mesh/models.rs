@@ -9,6 +9,8 @@ use std::{
 use kvmesh_text::ModelText;
 use kvmesh_wire::v1;
 
+use super::Core;
+
 /// A model that can be asked for.
 pub struct ServedModel {
     /// Name, digests, limits, end-of-text ids, adapters.
@@ -81,6 +83,14 @@ impl Models {
         Some(inner.fetching.insert(record.tokenizer_digest.clone()))
     }
 
+    /// Forgets the models of which no worker is left. Their tokenisers stay: a
+    /// worker that comes back needs none fetched.
+    pub(super) fn keep(&self, left: impl Fn(&str) -> bool) {
+        let mut inner = self.lock();
+        inner.told.retain(|name, _| left(name));
+        inner.served.retain(|name, _| left(name));
+    }
+
     /// A tokeniser is here.
     pub(super) fn fetched(&self, text: Arc<ModelText>) {
         let mut inner = self.lock();
@@ -120,5 +130,20 @@ impl Inner {
                 }
             }
         }
+    }
+}
+
+impl Core {
+    /// Forgets the models that no worker of the table has: what was told of them
+    /// is unknown again. While a worker is on the table its model is known, also
+    /// where no session with it is open.
+    pub(super) fn forget_models(&self) {
+        let workers = self.table.all();
+        let records = workers.iter().filter_map(|worker| worker.record());
+        let names: BTreeSet<String> = records
+            .filter_map(|record| record.model)
+            .map(|model| model.name)
+            .collect();
+        self.models.keep(|name| names.contains(name));
     }
 }

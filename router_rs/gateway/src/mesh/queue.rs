@@ -16,8 +16,8 @@ use std::{
 
 use kvmesh_kv_index::Matches;
 use kvmesh_scheduler::{
-    Admitted, Dispatch, DispatchSettings, Entry, Lane, Look, Next, NoPlan, Outcome, Pass, PerClass,
-    Place, Rejected, Reported,
+    Admitted, Cluster, Dispatch, DispatchSettings, Entry, Lane, Look, Next, NoPlan, Outcome, Pass,
+    PerClass, Place, Rejected, Reported, RequestView,
 };
 use kvmesh_session::{
     generation::{Cause, Event, PlanRequest, Stop},
@@ -150,6 +150,18 @@ impl Waits {
             work_ms: open.work_ms,
             goes_on: taken || request.failures > 0 || open.next_index() > 0,
         }
+    }
+
+    /// Whether a request might wait if it came now.
+    pub(super) fn admit_now(
+        &self,
+        cluster: &Cluster<'_>,
+        request: &RequestView<'_>,
+        left_ms: Option<f64>,
+    ) -> Result<Admitted, Rejected> {
+        let line = self.lock();
+        let arrival_ms = self.now_ms();
+        line.dispatch.admit(cluster, request, arrival_ms, left_ms)
     }
 
     fn look(&self, report: &Reported) -> Look {
@@ -410,7 +422,7 @@ impl Core {
     }
 }
 
-fn retry_after(wait_ms: f64) -> Duration {
+pub(super) fn retry_after(wait_ms: f64) -> Duration {
     Duration::try_from_secs_f64(wait_ms / 1e3)
         .unwrap_or(RETRY_AFTER.1)
         .clamp(RETRY_AFTER.0, RETRY_AFTER.1)

@@ -178,6 +178,8 @@ fn nothing_left(mesh: &Mesh, workers: &[&MockWorker]) -> bool {
 mod choice;
 mod failures;
 mod index;
+mod log;
+mod overload;
 mod queue;
 mod streams;
 mod workers;

@@ -9,11 +9,13 @@ mod health;
 mod inference;
 mod io;
 mod lazily;
+mod reflection;
 mod service;
 mod tls;
 mod tokens;
 
 pub(crate) use accept::{Acceptor, bind};
 pub(crate) use health::Health;
+pub(crate) use reflection::Reflection;
 pub(crate) use service::{RouterFacts, Shared};
 pub(crate) use tls::TlsError;

@@ -8,10 +8,11 @@ use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header
 use hyper::body::Incoming;
 use kvmesh_registry::Status as EtcdStatus;
 use tokio::sync::watch;
-use tonic_reflection::server::Builder as Reflection;
-use tower::ServiceExt;
 
-use super::{admin, body::ResponseBody, calls::CallEnd, grpc, health::Health, inference};
+use super::{
+    admin, body::ResponseBody, calls::CallEnd, grpc, health::Health, inference,
+    reflection::Reflection,
+};
 use crate::{
     door::{CallMetadata, Door},
     error::RequestError,
@@ -33,6 +34,7 @@ pub(crate) struct Shared {
     pub(crate) mesh: Arc<Mesh>,
     pub(crate) door: Door,
     pub(crate) health: Health,
+    pub(crate) reflection: Reflection,
     pub(crate) telemetry: Arc<Telemetry>,
     pub(crate) exposition: Exposition,
     pub(crate) facts: RouterFacts,
@@ -63,7 +65,7 @@ impl Shared {
             return self.plain(request.method(), request.uri().path());
         }
         if request.uri().path().starts_with("/grpc.reflection.") {
-            return reflection(request).await;
+            return self.reflection.answer(request).await;
         }
         let loopback = peer.ip().to_canonical().is_loopback();
         let mut metadata = CallMetadata::read(request.headers(), arrived, loopback);
@@ -177,40 +179,4 @@ fn text(status: StatusCode, kind: &'static str, body: String) -> Response<Respon
         .headers_mut()
         .insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
     response
-}
-
-/// Both versions of reflection: grpcio speaks v1alpha, newer tools v1.
-async fn reflection(request: Request<Incoming>) -> Response<ResponseBody> {
-    let builder = || {
-        Reflection::configure()
-            .register_encoded_file_descriptor_set(kvmesh_wire::FILE_DESCRIPTOR_SET)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-            .with_service_name("kvmesh.v1.Inference")
-            .with_service_name("kvmesh.v1.Admin")
-            .with_service_name("grpc.health.v1.Health")
-    };
-    let alpha = request
-        .uri()
-        .path()
-        .starts_with("/grpc.reflection.v1alpha.");
-    let answered = if alpha {
-        match builder().build_v1alpha() {
-            Ok(service) => service.oneshot(request).await,
-            Err(error) => return broken(&error),
-        }
-    } else {
-        match builder().build_v1() {
-            Ok(service) => service.oneshot(request).await,
-            Err(error) => return broken(&error),
-        }
-    };
-    match answered {
-        Ok(response) => response.map(ResponseBody::Reflection),
-        Err(never) => match never {},
-    }
-}
-
-fn broken(error: &dyn std::fmt::Display) -> Response<ResponseBody> {
-    let error = RequestError::Internal(error.to_string());
-    grpc::refusal(&error.to_status(), &HeaderMap::new())
 }

@@ -10,17 +10,17 @@ use kvmesh_registry::Status;
 use kvmesh_wire::v1;
 use prometheus_client::{
     collector::Collector,
-    encoding::{
-        DescriptorEncoder, EncodeLabel, EncodeLabelSet, EncodeMetric, LabelSetEncoder, NoLabelSet,
-        text::encode,
-    },
-    metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
+    encoding::{DescriptorEncoder, EncodeMetric, text::encode},
+    metrics::{MetricType, counter::ConstCounter},
     registry::Registry,
 };
 use tokio::sync::watch;
 
-use super::{Histogram, Telemetry};
-use crate::mesh::{Count, Mesh, Ratios};
+use super::{
+    Telemetry,
+    encode::{Labels, Series, by_state, counter, gauge, gauges, histogram, ratios, seconds},
+};
+use crate::mesh::{Count, Mesh};
 
 /// The figures of a router in the form that scrapers read.
 pub(crate) struct Exposition {
@@ -77,76 +77,6 @@ impl fmt::Debug for Figures {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Figures")
     }
-}
-
-/// Labels of one series, in order.
-struct Labels<'a>(&'a [(&'static str, &'a str)]);
-
-impl EncodeLabelSet for Labels<'_> {
-    fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> fmt::Result {
-        for pair in self.0 {
-            (pair.0, pair.1).encode(encoder.encode_label())?;
-        }
-        Ok(())
-    }
-}
-
-type Series<'a> = (Vec<(&'static str, &'a str)>, u64);
-
-fn gauges(
-    encoder: &mut DescriptorEncoder<'_>,
-    name: &str,
-    help: &str,
-    series: &[Series<'_>],
-) -> fmt::Result {
-    let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
-    for (labels, value) in series {
-        let value = ConstGauge::new(i64::try_from(*value).unwrap_or(i64::MAX));
-        value.encode(metric.encode_family(&Labels(labels))?)?;
-    }
-    Ok(())
-}
-
-fn by_state(states: &[(&'static str, u64)]) -> Vec<Series<'static>> {
-    let series = |(state, n): &(&'static str, u64)| (vec![("state", *state)], *n);
-    states.iter().map(series).collect()
-}
-
-fn gauge(encoder: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: u64) -> fmt::Result {
-    let value = ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));
-    value.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)
-}
-
-fn counter(
-    encoder: &mut DescriptorEncoder<'_>,
-    name: &str,
-    help: &str,
-    from: &Count,
-) -> fmt::Result {
-    let value = ConstCounter::new(from.get());
-    value.encode(encoder.encode_descriptor(name, help, None, MetricType::Counter)?)
-}
-
-fn histogram(
-    encoder: &mut DescriptorEncoder<'_>,
-    name: &str,
-    help: &str,
-    from: &Histogram,
-) -> fmt::Result {
-    let (sum, count, buckets) = from.read();
-    let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
-    metric.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
-}
-
-fn ratios(
-    encoder: &mut DescriptorEncoder<'_>,
-    name: &str,
-    help: &str,
-    from: &Ratios,
-) -> fmt::Result {
-    let (sum, count, buckets) = from.read();
-    let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
-    metric.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
 }
 
 impl Collector for Figures {
@@ -210,12 +140,7 @@ impl Figures {
             let labels = [("cause", cause)];
             ConstCounter::new(value).encode(migrations.encode_family(&Labels(&labels))?)?;
         }
-        gauge(
-            encoder,
-            "longest_moved_gap_microseconds",
-            "Longest gap of a stream that went on after a failure",
-            counts.longest_moved_gap_us.get(),
-        )?;
+        seconds(encoder, counts)?;
         let attempts = self.mesh.attempts();
         gauge(encoder, "open_attempts", "Attempts that run", attempts.open)?;
         let transfers = [
@@ -241,11 +166,6 @@ impl Figures {
                 "plans_split",
                 "Plans with prompt and output on two workers",
                 &counts.plans_split,
-            ),
-            (
-                "decide_microseconds",
-                "Time from asking for a plan to its bookings",
-                &counts.decide_us,
             ),
             (
                 "placements",
@@ -310,11 +230,6 @@ impl Figures {
                 &counts.moved_gaps,
             ),
             (
-                "moved_gap_microseconds",
-                "From the last token before a failure to the first after it",
-                &counts.moved_gap_us,
-            ),
-            (
                 "ejections",
                 "Workers left out for a while since their answers failed",
                 &counts.ejections,
@@ -333,6 +248,11 @@ impl Figures {
                 "violations",
                 "Sessions closed for a broken protocol",
                 &counts.violations,
+            ),
+            (
+                "session_panics",
+                "Sessions that ended in a panic of this router",
+                &counts.session_panics,
             ),
             (
                 "cache_events_dropped",

@@ -2,6 +2,7 @@
 //! stream, flushed now and then; labels are looked up once a request.
 
 mod collector;
+mod encode;
 mod goodput;
 mod histogram;
 mod log;

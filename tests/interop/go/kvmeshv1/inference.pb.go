@@ -907,23 +907,26 @@ type Hints struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Urgency. Default: the server's default class.
 	RequestClass RequestClass `protobuf:"varint,1,opt,name=request_class,json=requestClass,proto3,enum=kvmesh.v1.RequestClass" json:"request_class,omitempty"`
-	// Any name that turns of one conversation share; helps to keep its KV warm.
-	// At most 256 bytes. Default: empty.
+	// Any name that turns of one conversation share. Without effect now: what
+	// turns share is found by their tokens. At most 256 bytes. Default: empty.
 	ConversationId string `protobuf:"bytes,2,opt,name=conversation_id,json=conversationId,proto3" json:"conversation_id,omitempty"`
 	// Keeps this request's cached prefix apart from requests with another salt.
-	// At most 256 bytes. Default: empty, the tenant's own salt.
+	// At most 256 bytes. Default: empty, which is shared with all that give none.
 	CacheSalt string `protobuf:"bytes,3,opt,name=cache_salt,json=cacheSalt,proto3" json:"cache_salt,omitempty"`
-	// Overrides the class's target for the first token, in milliseconds.
-	// Range 1 to 3,600,000; default 0, the class's.
+	// Overrides the class's target for the first token, in milliseconds, where
+	// it is counted whether targets were kept. Without effect now on the place in
+	// queues, which is the class's. Range 1 to 3,600,000; default 0, the class's.
 	TtftTargetMs uint32 `protobuf:"varint,4,opt,name=ttft_target_ms,json=ttftTargetMs,proto3" json:"ttft_target_ms,omitempty"`
 	// Overrides the class's target between tokens, in milliseconds.
 	// Range 1 to 3,600,000; default 0, the class's.
 	ItlTargetMs uint32 `protobuf:"varint,5,opt,name=itl_target_ms,json=itlTargetMs,proto3" json:"itl_target_ms,omitempty"`
 	// Keep the generation running for a while after a lost connection so that
-	// Resume can take it up. Default: false.
+	// Resume can take it up. Without effect now, as Resume is: it ends with its
+	// connection, and continue_from goes on. Default: false.
 	Resumable bool `protobuf:"varint,6,opt,name=resumable,proto3" json:"resumable,omitempty"`
-	// Expected number of output tokens. Range 1 to max_tokens; default 0,
-	// unknown, and the server uses what it has learnt.
+	// Expected number of output tokens. Range 1 to max_tokens, or to what the
+	// context leaves where that is 0; default 0, unknown, and the server uses
+	// what it has learnt.
 	ExpectedOutputTokens uint32 `protobuf:"varint,7,opt,name=expected_output_tokens,json=expectedOutputTokens,proto3" json:"expected_output_tokens,omitempty"`
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache

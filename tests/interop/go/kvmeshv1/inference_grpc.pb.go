@@ -51,6 +51,7 @@ type InferenceClient interface {
 	// Goes on with a running generation, at this or any other router of the
 	// cluster, from a given index. Ends with NOT_FOUND, in one and the same
 	// text, for an id that is unknown, expired or belongs to another tenant.
+	// This release ends it with UNIMPLEMENTED.
 	Resume(ctx context.Context, in *ResumeRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[GenerateResponse], error)
 	// Turns text or chat messages into the token ids that Generate would use.
 	Tokenize(ctx context.Context, in *TokenizeRequest, opts ...grpc.CallOption) (*TokenizeResponse, error)
@@ -137,6 +138,7 @@ type InferenceServer interface {
 	// Goes on with a running generation, at this or any other router of the
 	// cluster, from a given index. Ends with NOT_FOUND, in one and the same
 	// text, for an id that is unknown, expired or belongs to another tenant.
+	// This release ends it with UNIMPLEMENTED.
 	Resume(*ResumeRequest, grpc.ServerStreamingServer[GenerateResponse]) error
 	// Turns text or chat messages into the token ids that Generate would use.
 	Tokenize(context.Context, *TokenizeRequest) (*TokenizeResponse, error)

@@ -3,7 +3,7 @@
 use std::{
     sync::Arc,
     task::{Context, Poll},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use kvmesh_scheduler::OWN_STEP_SHARE;
@@ -191,7 +191,7 @@ impl Open {
             }
             Outcome::Stopped(Stop::Overloaded) => RequestError::Overloaded {
                 reason: "no worker had room in time",
-                retry_after: Duration::from_secs(1),
+                retry_after: self.retry_after(),
             },
             Outcome::DeadlineExceeded => RequestError::DeadlineExceeded { next_index },
             Outcome::NoPlan => RequestError::NoWorker(self.request.model.clone()),

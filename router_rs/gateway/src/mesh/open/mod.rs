@@ -7,8 +7,11 @@
 //! Lock order: a generation's lock may be held while the scheduler's, a
 //! timer's or a command queue's is taken, never the other way round.
 
+mod abandon;
 mod carry;
 mod client;
+mod log;
+mod overload;
 mod reattach;
 
 use std::{
@@ -100,6 +103,8 @@ struct State {
     taken: usize,
     /// Attempt that brought the last token.
     started: u32,
+    /// Attempt that is over while the generation is not; 0 for none.
+    over: u32,
     /// Log-probabilities of `output[taken..]`, where they were asked for.
     logprobs: Vec<v1::TokenLogprobs>,
     waker: Option<Waker>,
@@ -148,6 +153,7 @@ impl Open {
             taken: output.len(),
             output,
             started: 0,
+            over: 0,
             logprobs: Vec::new(),
             waker: None,
             outcome: None,
@@ -351,6 +357,7 @@ impl Open {
             if let Some(party) = chosen.parties.last() {
                 state.figures.decodes_on(party.worker);
             }
+            self.log_placed(&state, &chosen);
             self.core.counters.decided(&chosen.plan, chosen.decide);
             if matches!(chosen.plan, Plan::Mesh { .. }) {
                 self.core.counters.transfers_started.add(1);
@@ -397,6 +404,8 @@ impl Open {
     /// The machine asks for a new plan.
     fn note_plan(&self, state: &mut State, cause: Cause) {
         self.core.counters.migrates(cause);
+        self.log_over(state, cause);
+        state.over = state.machine.fence().attempt;
         if !matches!(cause, Cause::Start | Cause::Refused(_)) && !state.output.is_empty() {
             let last = state.figures.last_arrival();
             state.moved = state.moved.or(last);
@@ -404,6 +413,7 @@ impl Open {
     }
 
     fn end(&self, state: &mut State, outcome: Outcome) {
+        self.log_end(state, &outcome);
         if outcome == Outcome::Poisoned {
             self.core.quarantine(self);
         }

@@ -11,7 +11,10 @@ use kvmesh_session::{
 use kvmesh_wire::v1;
 use prost::Message as _;
 
-use super::{super::open::Open, Session};
+use super::{
+    super::{counters::Counters, open::Open},
+    Session,
+};
 
 impl Session {
     pub(super) fn frame(&mut self, frame: v1::WorkerFrame) -> Result<(), Violation> {
@@ -56,15 +59,30 @@ impl Session {
     fn step(&mut self, step: &StepFrame, now: Instant) -> Result<(), Violation> {
         let index = self.worker.index;
         for opening in &step.openings {
-            let ends = matches!(opening.answer, Answer::Refused(_));
-            if ends {
+            let refusal = match opening.answer {
+                Answer::Refused(why) => Some(why),
+                Answer::Reserved { .. } => None,
+            };
+            if refusal.is_some() {
                 self.feed(Event::Answered);
                 self.core.counters.refusals.add(1);
             }
-            let Some(open) = self.held(&opening.generation, opening.fence, ends) else {
+            let Some(open) = self.held(&opening.generation, opening.fence, refusal.is_some())
+            else {
                 self.core.counters.stale_frames.add(1);
                 continue;
             };
+            if let Some(reason) = refusal {
+                tracing::debug!(
+                    generation = %opening.generation,
+                    owner = opening.fence.owner,
+                    attempt = opening.fence.attempt,
+                    stage = ?opening.stage,
+                    worker = %self.worker.name(),
+                    ?reason,
+                    "refused"
+                );
+            }
             open.try_apply(GenerationEvent::Opening {
                 from: index,
                 fence: opening.fence,
@@ -76,28 +94,23 @@ impl Session {
             // Once a frame: what is half open works.
             self.works();
         }
-        let mut new = 0;
-        let mut stale = 0;
+        let mut counted = Rows::new(&self.core.counters);
         let mut violation = None;
         for row in step.rows.iter() {
             let Some(held) = self.open.get(&row.generation) else {
-                stale += 1;
+                counted.stale += 1;
                 continue;
             };
             match held.open.tokens(index, &row, now, &mut self.wake) {
-                Ok(Some(count)) => new += count as u64,
-                Ok(None) => stale += 1,
+                Ok(Some(count)) => counted.new += count as u64,
+                Ok(None) => counted.stale += 1,
                 Err(broken) => {
                     violation = Some(broken);
                     break;
                 }
             }
         }
-        self.core.counters.tokens.add(new);
-        self.core.counters.undelivered_ids.add(new);
-        if stale > 0 {
-            self.core.counters.stale_frames.add(stale);
-        }
+        drop(counted);
         // After the counts: a stream that is woken takes from them.
         for waker in self.wake.drain(..) {
             waker.wake();
@@ -160,5 +173,33 @@ impl Session {
     fn load(&mut self, report: &LoadReport) {
         self.worker.loaded(report);
         self.core.worker_loaded(&self.worker, report);
+    }
+}
+
+/// Counts the rows of a frame when it is dropped, also by a panic among them:
+/// streams take from these counts what they were given.
+struct Rows<'a> {
+    counters: &'a Counters,
+    new: u64,
+    stale: u64,
+}
+
+impl<'a> Rows<'a> {
+    fn new(counters: &'a Counters) -> Self {
+        Self {
+            counters,
+            new: 0,
+            stale: 0,
+        }
+    }
+}
+
+impl Drop for Rows<'_> {
+    fn drop(&mut self) {
+        self.counters.tokens.add(self.new);
+        self.counters.undelivered_ids.add(self.new);
+        if self.stale > 0 {
+            self.counters.stale_frames.add(self.stale);
+        }
     }
 }

@@ -6,9 +6,11 @@
 //! the router's queue once some are in this one; only cancels that nobody reads can
 //! fill it, and then the session is closed.
 
+mod alarms;
 mod frames;
 mod handle;
 mod reattach;
+mod supervise;
 mod transport;
 
 use std::{
@@ -20,7 +22,7 @@ use std::{
 
 use kvmesh_session::{
     Command, Fence, GenerationId, Link,
-    generation::{Event as GenerationEvent, Loss},
+    generation::Loss,
     link::{self, Action, Event, State},
 };
 use kvmesh_wire::v1;
@@ -29,8 +31,10 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::{Core, figures::ms, open::Open, placer::Standing, table::WorkerEntry};
+use alarms::Alarms;
 pub(super) use handle::{ById, Outgoing, SessionHandle};
 use reattach::at;
+use supervise::lost;
 pub(super) use transport::connect;
 use transport::{Ended, Transport, next_frame};
 
@@ -55,16 +59,16 @@ struct Held {
     open: Arc<Open>,
 }
 
+/// The commands of the session that is open, both ends.
+type Queue = Option<(Arc<SessionHandle>, mpsc::Receiver<(u64, Outgoing)>)>;
+
 /// The task of one worker.
 pub(super) struct Session {
     core: Arc<Core>,
     worker: Arc<WorkerEntry>,
     link: Link,
     open: ById<Held>,
-    suspect_at: Option<Instant>,
-    lost_at: Option<Instant>,
-    /// When an ejection ends.
-    probe_at: Option<Instant>,
+    alarms: Alarms,
     /// When what runs there is lost unless the worker is back.
     reattach_at: Option<Instant>,
     /// What the last hello named of what runs there.
@@ -73,37 +77,42 @@ pub(super) struct Session {
     kept: Vec<(GenerationId, Fence)>,
     redial: Duration,
     wake: Vec<Waker>,
+    /// How often the task panicked.
+    panics: u32,
+}
+
+/// A worker's link before its first hello.
+fn new_link(core: &Core, worker: &WorkerEntry) -> Link {
+    let grace = core.settings.reattach_grace.as_millis();
+    Link::new(worker.expected_id.clone()).with_grace(u64::try_from(grace).unwrap_or(u64::MAX))
 }
 
 impl Session {
     pub(super) fn new(core: Arc<Core>, worker: Arc<WorkerEntry>) -> Self {
-        let grace = core.settings.reattach_grace.as_millis();
-        let link = Link::new(worker.expected_id.clone())
-            .with_grace(u64::try_from(grace).unwrap_or(u64::MAX));
         Self {
+            link: new_link(&core, &worker),
             core,
             worker,
-            link,
             open: HashMap::default(),
-            suspect_at: None,
-            lost_at: None,
-            probe_at: None,
+            alarms: Alarms::new(Instant::now()),
             reattach_at: None,
             named: Vec::new(),
             kept: Vec::new(),
             redial: REDIAL.0,
             wake: Vec::new(),
+            panics: 0,
         }
     }
 
     /// Keeps the session up until it is stopped.
-    pub(super) async fn run(mut self, stop: CancellationToken) {
+    async fn run(&mut self, stop: &CancellationToken, queue: &mut Queue) {
         loop {
             let ended = tokio::select! {
                 () = stop.cancelled() => Ended::Stopped,
-                ended = self.connect_and_serve() => ended,
+                ended = self.connect_and_serve(queue) => ended,
             };
             self.worker.detach();
+            self.end_queue(queue);
             match &ended {
                 Ended::Stopped => {
                     self.feed(Event::Violated);
@@ -130,9 +139,10 @@ impl Session {
             if !self.link.away() && self.core.table.drop_gone(&self.worker) {
                 // Its key went before its session did.
                 self.core.worker_gone(&self.worker);
+                self.core.forget_models();
                 return;
             }
-            if !self.pause(&stop).await {
+            if !self.pause(stop).await {
                 self.feed(Event::Fired(link::Timer::Reattach));
                 return;
             }
@@ -166,29 +176,17 @@ impl Session {
         }
     }
 
-    async fn connect_and_serve(&mut self) -> Ended {
+    async fn connect_and_serve(&mut self, queue: &mut Queue) -> Ended {
         let mut transport = match self.greet().await {
             Ok(transport) => transport,
             Err(ended) => return ended,
         };
-        let (handle, mut commands) = SessionHandle::new();
-        self.worker.attach(Arc::clone(&handle));
+        let (handle, commands) = SessionHandle::new();
+        let (handle, commands) = queue.insert((handle, commands));
+        self.worker.attach(Arc::clone(handle));
         self.publish();
-        self.take_back(&handle);
-        let ended = self.serve(&mut transport, &handle, &mut commands).await;
-        handle.closed.cancel();
-        // Closed before it is emptied: what was queued never left, and nothing
-        // more comes in.
-        commands.close();
-        while let Ok((_, outgoing)) = commands.try_recv() {
-            if let Some(open) = outgoing.open {
-                open.apply(GenerationEvent::SessionLost {
-                    worker: self.worker.index,
-                    loss: Loss::Broken,
-                });
-            }
-        }
-        ended
+        self.take_back(handle);
+        self.serve(&mut transport, handle, commands).await
     }
 
     async fn serve(
@@ -199,7 +197,8 @@ impl Session {
     ) -> Ended {
         let Transport { inbound, outbound } = transport;
         let mut sweep = tokio::time::interval(SWEEP);
-        let alarm = tokio::time::sleep(Duration::from_secs(1));
+        self.alarms.begin(Instant::now());
+        let alarm = tokio::time::sleep_until(self.alarms.due().into());
         tokio::pin!(alarm);
         loop {
             tokio::select! {
@@ -221,30 +220,25 @@ impl Session {
                 () = handle.closed.cancelled() => {
                     return Ended::Transport("commands are not drained".to_owned());
                 }
-                () = &mut alarm => alarm.as_mut().reset(self.alarms().into()),
+                () = &mut alarm => {
+                    self.look();
+                    alarm.as_mut().reset(self.alarms.due().into());
+                }
                 _ = sweep.tick() => self.open.retain(|_, held| !held.open.ended()),
             }
         }
     }
 
-    /// Fires what is due and gives the next instant to look again. The waits
-    /// move with every frame; the alarm only looks.
-    fn alarms(&mut self) -> Instant {
-        let now = Instant::now();
-        if self.suspect_at.take_if(|at| *at <= now).is_some() {
-            self.feed(Event::Fired(link::Timer::Suspect));
+    /// Fires what is due. The waits move with every frame; the alarm only looks.
+    fn look(&mut self) {
+        let look = self.alarms.look(Instant::now());
+        if let Some(late) = look.forgiven {
+            let worker = self.worker.name();
+            tracing::info!(%worker, ?late, "this router stood still: its worker gets the time");
         }
-        if self.lost_at.take_if(|at| *at <= now).is_some() {
-            self.feed(Event::Fired(link::Timer::Lost));
+        for timer in look.fired {
+            self.feed(Event::Fired(timer));
         }
-        if self.probe_at.take_if(|at| *at <= now).is_some() {
-            self.feed(Event::Fired(link::Timer::Probe));
-        }
-        let next = [self.suspect_at, self.lost_at, self.probe_at]
-            .into_iter()
-            .flatten()
-            .min();
-        next.unwrap_or(now + Duration::from_secs(1))
     }
 
     fn command(&mut self, number: u64, outgoing: Outgoing) -> v1::RouterFrame {
@@ -273,25 +267,21 @@ impl Session {
     fn perform(&mut self, actions: link::Actions) {
         for action in actions {
             match action {
-                Action::Arm(link::Timer::Suspect, after) => {
-                    self.suspect_at = Some(Instant::now() + Duration::from_millis(after));
+                Action::Arm(timer @ (link::Timer::Suspect | link::Timer::Lost), after) => {
+                    let after = Duration::from_millis(after);
+                    self.alarms.arm(timer, Instant::now(), after);
                 }
-                Action::Arm(link::Timer::Lost, after) => {
-                    self.lost_at = Some(Instant::now() + Duration::from_millis(after));
-                }
-                Action::Arm(link::Timer::Probe, after) => {
+                Action::Arm(timer @ link::Timer::Probe, after) => {
                     let (name, after) = (self.worker.name(), Duration::from_millis(after));
                     tracing::warn!(worker = %name, ?after, "worker ejected: its answers fail");
                     self.core.counters.ejections.add(1);
-                    self.probe_at = Some(Instant::now() + after);
+                    self.alarms.arm(timer, Instant::now(), after);
                 }
-                Action::Disarm(link::Timer::Probe) => self.probe_at = None,
                 Action::Arm(link::Timer::Reattach, after) => {
                     self.reattach_at = Some(Instant::now() + Duration::from_millis(after));
                 }
                 Action::Disarm(link::Timer::Reattach) => self.reattach_at = None,
-                Action::Disarm(link::Timer::Suspect) => self.suspect_at = None,
-                Action::Disarm(link::Timer::Lost) => self.lost_at = None,
+                Action::Disarm(timer) => self.alarms.disarm(timer),
                 Action::ArmRedial(tries) => {
                     self.redial = (REDIAL.0 * 2_u32.pow(tries.min(8))).min(REDIAL.1);
                 }
@@ -302,11 +292,7 @@ impl Session {
                 // What the hello brought is taken once there is a handle.
                 Action::Reattach => {}
                 // Dialling, greeting and closing are the steps of `run`.
-                Action::Dial
-                | Action::SendHello { .. }
-                | Action::Close
-                | Action::Arm(..)
-                | Action::Disarm(_) => {}
+                Action::Dial | Action::SendHello { .. } | Action::Close | Action::Arm(..) => {}
             }
         }
     }
@@ -320,8 +306,7 @@ impl Session {
         let worker = self.worker.index;
         // Taken out first: a generation that is planned anew may come back.
         for held in std::mem::take(&mut self.open).into_values() {
-            held.open
-                .apply(GenerationEvent::SessionLost { worker, loss });
+            lost(&held.open, worker, loss);
         }
     }
 

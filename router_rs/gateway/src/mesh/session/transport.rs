@@ -73,6 +73,7 @@ impl Session {
             self.worker.stop.cancel();
             return Err(Ended::Stopped);
         }
+        let before = self.link.incarnation();
         let actions = self
             .link
             .apply(Event::Hello(&hello))
@@ -85,6 +86,10 @@ impl Session {
         self.kept.clone_from(&hello.reattached);
         self.worker.greeted(&hello);
         self.core.worker_greeted(&self.worker, &hello);
+        if self.link.incarnation() != before {
+            // It may have had another model before.
+            self.core.forget_models();
+        }
         self.perform(actions);
         self.redial = REDIAL.0;
         Ok(transport)

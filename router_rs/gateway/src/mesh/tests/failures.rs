@@ -1,5 +1,7 @@
 //! What breaks, refuses or stands still.
 
+use kvmesh_session::WorkerIndex;
+
 use super::*;
 
 #[tokio::test]
@@ -30,7 +32,12 @@ async fn what_is_returned_goes_on_where_it_was() {
 
 /// A worker of which streams can be lost in the middle: a step takes 5 ms.
 fn slow() -> MockWorker {
+    slow_as(Role::Both)
+}
+
+fn slow_as(role: Role) -> MockWorker {
     MockWorker::start(MockConfig {
+        role,
         step: Duration::from_millis(5),
         ..MockConfig::default()
     })
@@ -263,4 +270,106 @@ async fn the_last_worker_of_a_role_is_never_left_out() {
     let answer = collect(mesh.generate(request(&[1], 3)).unwrap()).await;
     assert_eq!((answer.error, answer.ids.len()), (None, 3));
     assert_eq!(mesh.counters().ejections.get(), 0);
+}
+
+/// A waker that panics: a bug in what the task that wakes it runs. Does
+/// something before, in that task.
+struct Bomb<F>(F);
+
+impl<F: Fn() + Send + Sync> std::task::Wake for Bomb<F> {
+    fn wake(self: Arc<Self>) {
+        self.0();
+        panic!("a bug");
+    }
+}
+
+/// Takes what is there; the task that brings the next token panics.
+fn bomb(
+    stream: &mut GenerationStream,
+    answer: &mut Answer,
+    before: impl Fn() + Send + Sync + 'static,
+) {
+    let waker = Arc::new(Bomb(before)).into();
+    let mut cx = std::task::Context::from_waker(&waker);
+    while let std::task::Poll::Ready(item) = stream.poll_next_unpin(&mut cx) {
+        answer.take(item.expect("it goes on"));
+    }
+}
+
+#[tokio::test]
+async fn a_panic_of_a_sessions_task_costs_no_stream() {
+    let both = slow();
+    let mesh = mesh_of(&[&both]).await;
+    let mut streams = Vec::new();
+    for n in 0..4 {
+        let mut stream = mesh.generate(request(&[n, n], 200)).unwrap();
+        let answer = first_tokens(&mut stream).await;
+        streams.push((stream, answer));
+    }
+    // Again and again: the task is there each time.
+    for panics in 1..=3 {
+        let (stream, answer) = &mut streams[0];
+        bomb(stream, answer, || {});
+        assert!(until(|| mesh.counters().session_panics.get() == panics).await);
+        assert!(until(|| mesh.sessions().live == 1).await);
+        // It is placed anew; the others, too.
+        let (stream, answer) = &mut streams[0];
+        let before = answer.ids.len();
+        while answer.ids.len() == before {
+            let item = tokio::time::timeout(LIMIT, stream.next()).await.unwrap();
+            answer.take(item.expect("it goes on"));
+        }
+    }
+    for (n, (stream, mut answer)) in (0..).zip(streams) {
+        answer.rest(stream).await;
+        assert_eq!(answer.error, None);
+        assert_eq!(answer.ids, both.tokens().expected(&[n, n], 200));
+    }
+    assert!(mesh.counters().migrations.broken.get() >= 4);
+    assert!(until(|| nothing_left(&mesh, &[&both])).await);
+}
+
+#[tokio::test]
+async fn what_a_panicked_session_had_not_sent_is_lost_with_it() {
+    let both = slow();
+    let patient = MeshSettings {
+        answer_timeout: Duration::from_secs(3_600),
+        ..settings(&[&both])
+    };
+    let mesh = mesh_with(patient).await;
+    let mut first = mesh.generate(request(&[1], 200)).unwrap();
+    let mut answer = first_tokens(&mut first).await;
+    let second = Arc::new(Mutex::new(None));
+    let place = {
+        let (mesh, second) = (Arc::clone(&mesh), Arc::clone(&second));
+        move || *second.lock().unwrap() = mesh.generate(request(&[2], 20)).ok()
+    };
+    // Placed by the task itself, which panics before it sends anything.
+    bomb(&mut first, &mut answer, place);
+    assert!(until(|| mesh.counters().session_panics.get() == 1).await);
+    let second = second.lock().unwrap().take().expect("it was placed");
+    let placed = collect(second).await;
+    assert_eq!(placed.ids, both.tokens().expected(&[2], 20));
+    assert_eq!(placed.finished.unwrap().usage.unwrap().attempts, 2);
+    answer.rest(first).await;
+    assert_eq!(answer.ids, both.tokens().expected(&[1], 200));
+    assert!(until(|| nothing_left(&mesh, &[&both])).await);
+}
+
+#[tokio::test]
+async fn a_generation_whose_machine_panicked_ends_for_all_who_know_of_it() {
+    let (prefill, decode) = (worker(Role::Prefill), slow_as(Role::Decode));
+    let mesh = mesh_of(&[&prefill, &decode]).await;
+    let mut stream = mesh.generate(request(&[1, 2], 100_000)).unwrap();
+    let mut answer = first_tokens(&mut stream).await;
+    let open = mesh.core.all_open().remove(0);
+    open.abandon(WorkerIndex(0));
+    assert_eq!(mesh.booked(), 0);
+    answer.rest(stream).await;
+    let Some(RequestError::WorkerLost { next_index, .. }) = answer.error else {
+        panic!("{:?}", answer.error)
+    };
+    assert_eq!(next_index as usize, answer.ids.len());
+    assert!(until(|| nothing_left(&mesh, &[&prefill, &decode])).await);
+    assert_eq!(decode.counters().cancelled, 1);
 }

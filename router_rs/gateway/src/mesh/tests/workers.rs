@@ -47,6 +47,38 @@ async fn another_protocol_major_is_refused_by_name() {
 }
 
 #[tokio::test]
+async fn a_model_that_no_worker_has_any_more_is_unknown_again() {
+    let of = |model: &str, listen| MockConfig {
+        model: model.to_owned(),
+        listen,
+        ..MockConfig::default()
+    };
+    let asked = || AdmittedRequest {
+        model: "old".to_owned(),
+        ..request(&[1], 3)
+    };
+    let stays = worker(Role::Both);
+    let any = MockConfig::default().listen;
+    let mut changes = MockWorker::start(of("old", any)).unwrap();
+    let mesh = mesh_of(&[&stays, &changes]).await;
+    let answer = collect(mesh.generate(asked()).unwrap()).await;
+    assert_eq!(answer.error, None);
+    let address = changes.addr();
+    changes.kill();
+    assert!(until(|| mesh.sessions().live == 1).await);
+    // Its worker is away: nobody says that it does not come back.
+    let away = mesh.generate(asked()).err();
+    assert!(matches!(away, Some(RequestError::NoWorker(_))), "{away:?}");
+    // It comes back with another model.
+    let _changed = MockWorker::start(of("new", address)).unwrap();
+    assert!(until(|| mesh.model("new").is_ok()).await);
+    let known = vec!["mock".to_owned(), "new".to_owned()];
+    let name = "old".to_owned();
+    let unknown = mesh.generate(asked()).err();
+    assert_eq!(unknown, Some(RequestError::UnknownModel { name, known }));
+}
+
+#[tokio::test]
 async fn a_tokenizer_is_fetched_once_a_digest_and_kept_on_disk() {
     let (one, two) = (worker(Role::Both), worker(Role::Both));
     let folder = std::env::temp_dir().join(format!("kvmesh-mesh-{}", std::process::id()));

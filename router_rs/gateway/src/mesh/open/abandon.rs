@@ -1,0 +1,26 @@
+//! The end of a generation whose machine cannot be asked any more.
+
+use kvmesh_session::{WorkerIndex, generation::Outcome};
+
+use super::Open;
+
+impl Open {
+    /// Ends it from outside of its machine, which panicked: its client and its
+    /// workers hear of it, and what was booked for it is released.
+    pub(in crate::mesh) fn abandon(&self, worker: WorkerIndex) {
+        let (chosen, fence, waker) = {
+            let mut state = self.lock();
+            if state.outcome.is_none() {
+                self.end(&mut state, Outcome::WorkerLost(worker));
+            }
+            let fence = state.machine.fence();
+            (state.chosen.take(), fence, state.waker.take())
+        };
+        for party in chosen.iter().flat_map(|chosen| &chosen.parties) {
+            party.session.cancel(self.id, fence);
+        }
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}

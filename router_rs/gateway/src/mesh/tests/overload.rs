@@ -1,0 +1,63 @@
+//! What the client of a request hears that overload ended after it was accepted.
+
+use super::*;
+
+/// One prompt takes far longer than was predicted.
+fn stuck_prompts() -> MockWorker {
+    MockWorker::start(MockConfig {
+        step: Duration::from_millis(20),
+        prefill: Duration::from_secs(3_600),
+        ..MockConfig::default()
+    })
+    .unwrap()
+}
+
+/// A prompt that computes for 40 ms a thousand tokens by the mock's step model.
+fn prompt(first: u32, tokens: u32) -> AdmittedRequest {
+    let prompt: Vec<u32> = (first..first + tokens).map(|id| id % 50).collect();
+    request(&prompt, 3)
+}
+
+async fn retry_after(stream: GenerationStream) -> Duration {
+    match collect(stream).await.error {
+        Some(RequestError::Overloaded { retry_after, .. }) => retry_after,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn who_would_miss_its_deadline_is_told_what_is_lacking() {
+    let both = stuck_prompts();
+    let mesh = mesh_of(&[&both]).await;
+    let _first = mesh.generate(prompt(1, 51_200)).unwrap();
+    // Its first token is predicted for 4 s from now, and stays so.
+    let hurried = AdmittedRequest {
+        deadline: Some(Instant::now() + Duration::from_millis(4_500)),
+        ..prompt(2, 51_200)
+    };
+    let second = mesh.generate(hurried).unwrap();
+    assert_eq!(mesh.queued(), 1);
+    let told = retry_after(second).await;
+    // It is found out with the first load after half a second, which comes
+    // within another quarter.
+    assert!(told >= Duration::from_millis(100), "{told:?}");
+    assert!(told < Duration::from_secs(1), "{told:?}");
+}
+
+#[tokio::test]
+async fn who_waited_in_vain_is_told_the_estimate_but_never_to_come_back_at_once() {
+    for (tokens, least, most) in [(5_120, 1_000, 1_000), (51_200, 1_500, 2_100)] {
+        let both = stuck_prompts();
+        let bound = MeshSettings {
+            queue_timeout: Duration::from_millis(2_200),
+            ..settings(&[&both])
+        };
+        let mesh = mesh_with(bound).await;
+        let _first = mesh.generate(prompt(1, tokens)).unwrap();
+        let second = mesh.generate(prompt(2, tokens)).unwrap();
+        assert_eq!(mesh.queued(), 1);
+        let told = retry_after(second).await;
+        assert!(told >= Duration::from_millis(least), "{tokens}: {told:?}");
+        assert!(told <= Duration::from_millis(most), "{tokens}: {told:?}");
+    }
+}
