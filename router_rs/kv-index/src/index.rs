@@ -8,6 +8,7 @@ use crate::edit::{Batch, Edit, KeptEdit};
 use crate::left_right::LeftRight;
 use crate::settings::{IndexSettings, IndexStats};
 use crate::worker::{CacheChange, Knowledge, Matches, SlotError, Tier, WorkerSlot};
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
@@ -357,21 +358,32 @@ impl KvIndex {
 
     /// Makes a change, then brings the content under the bound.
     fn write(&self, writer: &mut Writer, edit: Edit<'_>) {
-        self.copies
-            .write(|core, pass| edit.make(core, pass), || edit.keep());
+        // Looked at on the way: taking a copy once more would cost four locked
+        // instructions with each event.
+        let gauges = Cell::new(None);
+        let make = |core: &mut Core, pass| {
+            edit.make(core, pass);
+            gauges.set(Some(core.gauges()));
+        };
+        self.copies.write(make, || edit.keep());
         // What waits for a reader is not counted yet: the next call does.
         while !self.copies.is_behind() {
-            let tails = self.copies.read_both(|core, other| {
-                writer.room = core.room();
-                if std::mem::take(&mut writer.reshaped) {
-                    self.absence.set_shape(core.only_units(), core.slots());
-                }
-                let over = core.charge() > self.settings.max_bytes;
-                over.then(|| core.coldest(&mut writer.hand, other))
-            });
-            let Some(tails) = tails.filter(|tails| !tails.is_empty()) else {
+            let now = gauges.take();
+            let now = now.unwrap_or_else(|| self.copies.read_both(|core, _| core.gauges()));
+            writer.room = now.room;
+            if std::mem::take(&mut writer.reshaped) {
+                self.absence.set_shape(now.only_units, now.slots);
+            }
+            if now.charge <= self.settings.max_bytes {
                 break;
-            };
+            }
+            let hand = &mut writer.hand;
+            let tails = self
+                .copies
+                .read_both(|core, other| core.coldest(hand, other));
+            if tails.is_empty() {
+                break;
+            }
             let before = self.copies.read(Core::blocks);
             let edit = Edit::Forget(&tails);
             self.copies
