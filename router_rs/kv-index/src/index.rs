@@ -12,8 +12,11 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
-/// Values that wait in the log for a reader to leave, at most: what is applied
-/// in the few milliseconds that a thread can be without its processor.
+/// Values that wait in the log for a reader to leave, at most, and one light
+/// change: what is applied in the few milliseconds that a thread can be without
+/// its processor. In memory about 10 bytes a value, 1.3 MiB in all; where values
+/// that are removed lie each for itself up to 72, which is 9 MiB. No part of
+/// [`IndexStats::bytes`].
 const LOG_VALUES: usize = 1 << 17;
 
 /// Which worker holds which prefix. Share it by `Arc`.
@@ -22,7 +25,8 @@ const LOG_VALUES: usize = 1 << 17;
 /// So a look-up never waits for a change, and sees each call's changes whole or
 /// not at all. It sees them when the call has returned; where another look-up is
 /// held up in the middle, at the latest when that one ends. Those who change the
-/// index take turns.
+/// index take turns; a snapshot, a worker that goes, a cleared cache and more than
+/// 2,048 values at once wait for such a look-up.
 #[derive(Debug)]
 pub struct KvIndex {
     copies: LeftRight<Core, KeptEdit>,
