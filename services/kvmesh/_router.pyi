@@ -4,10 +4,11 @@ Checked against the built module by stubtest.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, final
+from typing import Any, Literal, Self, final
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import disjoint_base
 
 from kvmesh.engine.contract import CacheChange, StepOutput
 
@@ -27,56 +28,118 @@ def chain_values_to(parent: int, ids: npt.NDArray[np.uint32], out: npt.NDArray[n
 
 # --- Index --------------------------------------------------------------------
 
-@final
+@disjoint_base
 class KvIndex:
-    """What `kvmesh.KvIndex` is made of: the same methods, of bare arrays and numbers.
+    """What `kvmesh.KvIndex` is made of: that one inherits all of these.
 
     A tier is 0 (device), 1 (host) or 2 (disk); a change (kind, parent, chain, tier) with kind 0
-    (stored), 1 (removed) or 2 (cleared). KeyError for a worker that is not there.
+    (stored), 1 (removed) or 2 (cleared). Chain values are an array of uint64, or another sequence
+    of integers, which is converted. KeyError for a worker that is not there.
     """
 
-    def __new__(cls, max_bytes: int, max_workers: int) -> KvIndex: ...
+    def __new__(cls, *, max_bytes: int = 1073741824, max_workers: int = 4096) -> Self:
+        """`max_bytes` bounds what blocks take; above it the coldest go. `max_workers` at a time."""
+
     def add_worker(
-        self, block_tokens: int, ttl_ms: int | None = None, max_units: int = 0
-    ) -> int: ...
-    def remove_worker(self, worker: int) -> None: ...
+        self, block_tokens: int = 16, *, ttl_ms: int | None = None, max_units: int = 1048576
+    ) -> int:
+        """Takes a worker in and returns its number, the lowest that is free.
+
+        `block_tokens`: its block size, a multiple of 16. With `ttl_ms` it is a worker without
+        cache events: it is taken to hold what was sent there (`record_sent`) until that is older
+        than this or more than `max_units` units of 16 tokens. ValueError for another block size,
+        RuntimeError where `max_workers` are there.
+        """
+
+    def remove_worker(self, worker: int) -> None:
+        """Takes a worker and all its blocks out."""
+
     def stored(
-        self, worker: int, parent: int | None, chain: npt.NDArray[np.uint64], tier: int
-    ) -> None: ...
+        self,
+        worker: int,
+        chain: npt.NDArray[np.uint64] | Sequence[int],
+        *,
+        parent: int | None = None,
+        tier: int = 0,
+    ) -> None:
+        """Blocks of a worker can be shared now; see `kvmesh.index.Stored`.
+
+        One value a block, in any order.
+        """
+
     def stored_many(
         self,
         workers: npt.NDArray[np.uint32],
         parents: npt.NDArray[np.uint64],
         offsets: npt.NDArray[np.uint64],
         chain: npt.NDArray[np.uint64],
-        tier: int,
-    ) -> None: ...
-    def removed(self, worker: int, chain: npt.NDArray[np.uint64], tier: int) -> None: ...
-    def apply(
+        *,
+        tier: int = 0,
+    ) -> None:
+        """Many `stored` in one call, also of several workers: faster, and seen whole.
+
+        Event i is of `workers[i]`, comes after `parents[i]` and has the values from `offsets[i]` to
+        `offsets[i + 1]` of `chain`. Shapes (n,), (n,), (n + 1,) and (offsets[n],); ValueError where
+        they do not fit. Where a worker is not there, nothing is changed.
+        """
+
+    def removed(
+        self, worker: int, chain: npt.NDArray[np.uint64] | Sequence[int], *, tier: int = 0
+    ) -> None:
+        """Blocks of a worker are gone. Values that it does not hold are ignored."""
+
+    def cleared(self, worker: int) -> None:
+        """All blocks of a worker are gone."""
+
+    def apply_parts(
         self,
         worker: int,
-        changes: Sequence[tuple[int, int | None, npt.NDArray[np.uint64] | None, int]],
-    ) -> None: ...
-    def snapshot(
+        changes: Sequence[
+            tuple[int, int | None, npt.NDArray[np.uint64] | Sequence[int] | None, int]
+        ],
+    ) -> None:
+        """Makes several changes, in order, seen whole."""
+
+    def snapshot_parts(
         self,
         worker: int,
-        changes: Sequence[tuple[int, int | None, npt.NDArray[np.uint64] | None, int]],
+        changes: Sequence[
+            tuple[int, int | None, npt.NDArray[np.uint64] | Sequence[int] | None, int]
+        ],
         first: bool,
         last: bool,
-    ) -> None: ...
-    def record_sent(self, worker: int, chain: npt.NDArray[np.uint64], now_ms: int) -> None: ...
-    def expire(self, now_ms: int) -> None: ...
-    def lookup(
+    ) -> None:
+        """What a worker holds becomes what the parts from `first` to `last` store."""
+
+    def record_sent(
+        self, worker: int, chain: npt.NDArray[np.uint64] | Sequence[int], now_ms: int
+    ) -> None:
+        """Notes that a prompt (its whole chain) was sent to a worker without cache events.
+
+        `now_ms` is a clock of the caller's, as in `expire`. Nothing for a worker with events.
+        """
+
+    def expire(self, now_ms: int) -> None:
+        """Forgets what was sent too long ago. To be called from time to time."""
+
+    def lookup_to(
         self,
-        chain: npt.NDArray[np.uint64],
+        chain: npt.NDArray[np.uint64] | Sequence[int],
         tokens: npt.NDArray[np.uint32],
         host: npt.NDArray[np.uint32] | None = None,
         disk: npt.NDArray[np.uint32] | None = None,
-    ) -> None: ...
+    ) -> None:
+        """Writes tokens by worker, and of these what lies on the host and on disk."""
+
     @property
-    def slots(self) -> int: ...
-    def held(self, worker: int) -> int: ...
-    def stats(self) -> tuple[int, int, int, int, int, int]: ...
+    def slots(self) -> int:
+        """Length of a look-up's answer: one more than the highest worker number so far."""
+
+    def held(self, worker: int) -> int:
+        """Blocks of a worker that are here, in any tier; 0 for one that is not there. Not fast."""
+
+    def counts(self) -> tuple[int, int, int, int, int, int]:
+        """The fields of `kvmesh.index.IndexStats`."""
 
 # --- Simulator ----------------------------------------------------------------
 

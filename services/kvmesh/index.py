@@ -17,8 +17,6 @@ import numpy.typing as npt
 
 from kvmesh import _router
 
-_Array = np.ndarray
-
 UNIT_TOKENS = 16
 """Tokens that a chain value stands for."""
 
@@ -47,7 +45,7 @@ class Stored:
     tier: Tier = Tier.DEVICE
 
     def _native(self) -> _Change:
-        return (0, self.parent, _values(self.chain), self.tier)
+        return (0, self.parent, self.chain, self.tier)
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Removed:
     tier: Tier = Tier.DEVICE
 
     def _native(self) -> _Change:
-        return (1, None, _values(self.chain), self.tier)
+        return (1, None, self.chain, self.tier)
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Cleared:
 
 
 Change: TypeAlias = Stored | Removed | Cleared
-_Change: TypeAlias = tuple[int, int | None, npt.NDArray[np.uint64] | None, int]
+_Change: TypeAlias = tuple[int, int | None, Values | None, int]
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ class IndexStats:
     evicted: int = field(metadata={"doc": "blocks that went because of the bound, since the start"})
 
 
-class KvIndex:
+class KvIndex(_router.KvIndex):
     """Which worker holds which prefix.
 
     Workers are numbered from 0 as they come; numbers of removed workers are used again. Every
@@ -110,67 +108,11 @@ class KvIndex:
     than stated.
     """
 
-    def __init__(self, *, max_bytes: int = 1 << 30, max_workers: int = 4096) -> None:
-        """`max_bytes` bounds what blocks take; above it the coldest go. `max_workers` at a time."""
-        self._index = _router.KvIndex(max_bytes, max_workers)
-
-    def add_worker(
-        self,
-        block_tokens: int = UNIT_TOKENS,
-        *,
-        ttl_ms: int | None = None,
-        max_units: int = 1 << 20,
-    ) -> int:
-        """Takes a worker in and returns its number, the lowest that is free.
-
-        `block_tokens`: its block size, a multiple of 16. With `ttl_ms` it is a worker without
-        cache events: it is taken to hold what was sent there (`record_sent`) until that is older
-        than this or more than `max_units` units of 16 tokens. ValueError for another block size,
-        RuntimeError where `max_workers` are there.
-        """
-        return self._index.add_worker(block_tokens, ttl_ms, max_units)
-
-    def remove_worker(self, worker: int) -> None:
-        """Takes a worker and all its blocks out."""
-        self._index.remove_worker(worker)
-
-    def stored(
-        self, worker: int, chain: Values, *, parent: int | None = None, tier: Tier = Tier.DEVICE
-    ) -> None:
-        """Blocks of a worker can be shared now; see `Stored`. One value a block, in any order."""
-        # Without a call more: this one is made for every event.
-        if not isinstance(chain, _Array):
-            chain = _values(chain)
-        self._index.stored(worker, parent, chain, tier)
-
-    def stored_many(
-        self,
-        workers: npt.NDArray[np.uint32],
-        parents: npt.NDArray[np.uint64],
-        offsets: npt.NDArray[np.uint64],
-        chain: npt.NDArray[np.uint64],
-        *,
-        tier: Tier = Tier.DEVICE,
-    ) -> None:
-        """Many `stored` in one call, also of several workers: faster, and seen whole.
-
-        Event i is of `workers[i]`, comes after `parents[i]` and has the values from `offsets[i]` to
-        `offsets[i + 1]` of `chain`. Shapes (n,), (n,), (n + 1,) and (offsets[n],); ValueError where
-        they do not fit. Where a worker is not there, nothing is changed.
-        """
-        self._index.stored_many(workers, parents, offsets, chain, tier)
-
-    def removed(self, worker: int, chain: Values, *, tier: Tier = Tier.DEVICE) -> None:
-        """Blocks of a worker are gone. Values that it does not hold are ignored."""
-        self._index.removed(worker, _values(chain), tier)
-
-    def cleared(self, worker: int) -> None:
-        """All blocks of a worker are gone."""
-        self.apply(worker, [Cleared()])
+    __slots__ = ()
 
     def apply(self, worker: int, changes: Iterable[Change]) -> None:
         """Makes several changes, in order; look-ups see all of them or none."""
-        self._index.apply(worker, [change._native() for change in changes])
+        self.apply_parts(worker, [change._native() for change in changes])
 
     def snapshot(
         self, worker: int, changes: Iterable[Change], *, first: bool = True, last: bool = True
@@ -179,23 +121,7 @@ class KvIndex:
 
         The old view stays in use until the last part is here.
         """
-        self._index.snapshot(worker, [change._native() for change in changes], first, last)
-
-    def record_sent(self, worker: int, chain: Values, now_ms: int) -> None:
-        """Notes that a prompt (its whole chain) was sent to a worker without cache events.
-
-        `now_ms` is a clock of the caller's, as in `expire`. Nothing for a worker with events.
-        """
-        self._index.record_sent(worker, _values(chain), now_ms)
-
-    def expire(self, now_ms: int) -> None:
-        """Forgets what was sent too long ago. To be called from time to time."""
-        self._index.expire(now_ms)
-
-    @property
-    def slots(self) -> int:
-        """Length of a look-up's answer: one more than the highest worker number so far."""
-        return self._index.slots
+        self.snapshot_parts(worker, [change._native() for change in changes], first, last)
 
     def lookup(
         self, chain: Values, out: npt.NDArray[np.uint32] | None = None
@@ -206,43 +132,37 @@ class KvIndex:
         for numbers without a worker. `out`, at least so long, is written and returned: the rest of
         it becomes 0; ValueError where it is shorter.
         """
-        values = _values(chain)
         if out is not None:
-            self._index.lookup(values, out)
+            self.lookup_to(chain, out)
             return out
         while True:
-            slots = self._index.slots
+            slots = self.slots
             out = np.empty(slots, dtype=np.uint32)
             try:
-                self._index.lookup(values, out)
+                self.lookup_to(chain, out)
             except ValueError:
                 # Another thread may have added a worker in between.
-                if self._index.slots == slots:
+                if self.slots == slots:
                     raise
                 continue
             return out
 
     def lookup_tiers(self, chain: Values) -> Matches:
         """As `lookup`, and what of it lies below the device."""
-        values = _values(chain)
         while True:
-            slots = self._index.slots
+            slots = self.slots
             tokens, host, disk = np.empty((3, slots), dtype=np.uint32)
             try:
-                self._index.lookup(values, tokens, host, disk)
+                self.lookup_to(chain, tokens, host, disk)
             except ValueError:
-                if self._index.slots == slots:
+                if self.slots == slots:
                     raise
                 continue
             return Matches(tokens, host, disk)
 
-    def held(self, worker: int) -> int:
-        """Blocks of a worker that are here, in any tier; 0 for one that is not there. Not fast."""
-        return self._index.held(worker)
-
     def stats(self) -> IndexStats:
         """How full it is. Not for every request."""
-        return IndexStats(*self._index.stats())
+        return IndexStats(*self.counts())
 
 
 def namespace_root(model_digest: str, adapter: str = "", cache_salt: str = "") -> int:
@@ -266,9 +186,3 @@ def chain_values(
     out = np.empty(array.size // UNIT_TOKENS, dtype=np.uint64)
     _router.chain_values_to(root, array, out)
     return out
-
-
-def _values(chain: Values) -> npt.NDArray[np.uint64]:
-    if isinstance(chain, np.ndarray):
-        return chain
-    return np.asarray(chain, dtype=np.uint64)

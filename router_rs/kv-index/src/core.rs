@@ -31,6 +31,19 @@ pub(crate) struct Tail {
     pub(crate) slot: usize,
 }
 
+/// What has to be known after each change.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Gauges {
+    /// Values that can be stored before the table has to grow.
+    pub(crate) room: usize,
+    /// Block size of all workers in units; 0 where they differ.
+    pub(crate) only_units: usize,
+    /// Worker slots, free ones between them included.
+    pub(crate) slots: usize,
+    /// Bytes that content of this size takes at most in both copies.
+    pub(crate) charge: usize,
+}
+
 #[derive(Debug)]
 pub(crate) struct Core {
     /// Where values are, here and in the other copy.
@@ -205,9 +218,18 @@ impl Core {
         seen.into_iter().map(tail).collect()
     }
 
+    pub(crate) fn gauges(&self) -> Gauges {
+        Gauges {
+            room: self.table.room(),
+            only_units: self.only_units(),
+            slots: self.slots(),
+            charge: self.charge(),
+        }
+    }
+
     /// Bytes that content of this size takes at most in both copies, for the
     /// bound.
-    pub(crate) fn charge(&self) -> usize {
+    fn charge(&self) -> usize {
         let runs = self.runs.len() - self.free.len();
         let copy = runs * size_of::<Run>() + self.heap + self.sets.heap();
         self.blocks * BYTES_A_BLOCK + 2 * copy
@@ -239,17 +261,11 @@ impl Core {
         self.sets.len()
     }
 
-    /// Block size of all workers in units; 0 where they differ.
-    pub(crate) fn only_units(&self) -> usize {
+    fn only_units(&self) -> usize {
         match self.classes.as_slice() {
             [class] => class.units,
             _ => 0,
         }
-    }
-
-    /// Values that can be stored before the table has to grow.
-    pub(crate) fn room(&self) -> usize {
-        self.table.room()
     }
 
     /// Worker slots, free ones between them included.

@@ -3,9 +3,15 @@
 use crate::change::Steps;
 use crate::core::{Core, Tail};
 use crate::left_right::{Kept, Pass};
+use crate::run::SEGMENT;
 use crate::worker::{CacheChange, Tier, WorkerSlot};
 use smallvec::SmallVec;
 use std::cell::RefCell;
+
+/// Values that a change has at most that may be put off: 64 events of 32 blocks,
+/// some 0.2 ms at 10 M values a second. Above it, and where it walks over all runs,
+/// it is heavy.
+const LIGHT: usize = 2_048;
 
 /// Changes of workers' caches.
 #[derive(Debug, Clone, Copy)]
@@ -22,6 +28,17 @@ impl<'a> Batch<'a> {
             Self::One(worker, changes) => Some((*worker, *changes.get(at)?)),
             Self::Many(changes) => changes.get(at).map(|(slot, change)| (slot.at(), *change)),
         }
+    }
+
+    fn is_heavy(self) -> bool {
+        let values = self.each().map(|(_, change)| match change {
+            CacheChange::Stored { chain, .. }
+            | CacheChange::StoredAfter { chain, .. }
+            | CacheChange::Removed { chain, .. } => chain.len(),
+            // Walks over all runs.
+            CacheChange::Cleared => LIGHT + 1,
+        });
+        values.sum::<usize>() > LIGHT
     }
 
     pub(crate) fn each(self) -> impl Iterator<Item = (usize, CacheChange<'a>)> {
@@ -64,11 +81,14 @@ impl<'a> Edit<'a> {
         core.end();
     }
 
-    /// The same to be made later, with what it came to where one copy has it.
-    pub(crate) fn keep(&self) -> KeptEdit {
-        match *self {
+    /// The same to be made later, with what it came to where one copy has it;
+    /// none where it is heavy.
+    pub(crate) fn keep(&self) -> Option<KeptEdit> {
+        Some(match *self {
             Edit::Add(worker, units) => KeptEdit::Add(worker, units),
-            Edit::Drop(worker) => KeptEdit::Drop(worker),
+            // They walk over all runs.
+            Edit::Drop(_) | Edit::Replace(..) => return None,
+            Edit::Apply(batch, _) if batch.is_heavy() => return None,
             Edit::Apply(batch, ref steps) => {
                 let mut values = Vec::new();
                 let parts = batch
@@ -77,9 +97,8 @@ impl<'a> Edit<'a> {
                     .collect();
                 KeptEdit::Apply(parts, values, steps.take())
             }
-            Edit::Replace(worker, blocks) => KeptEdit::Replace(worker, blocks.to_vec()),
             Edit::Forget(tails) => KeptEdit::Forget(tails.to_vec()),
-        }
+        })
     }
 }
 
@@ -132,9 +151,7 @@ impl Part {
 #[derive(Debug)]
 pub(crate) enum KeptEdit {
     Add(usize, usize),
-    Drop(usize),
     Apply(SmallVec<[(usize, Part); 1]>, Vec<u64>, Steps),
-    Replace(usize, Vec<(u64, Tier)>),
     Forget(Vec<Tail>),
 }
 
@@ -143,7 +160,6 @@ impl Kept<Core> for KeptEdit {
         core.begin(pass);
         match self {
             Self::Add(worker, units) => core.add_worker(*worker, *units),
-            Self::Drop(worker) => core.remove_worker(*worker),
             Self::Apply(parts, values, steps) => {
                 let mut values = values.as_slice();
                 let changes: SmallVec<[_; 1]> = parts
@@ -155,7 +171,6 @@ impl Kept<Core> for KeptEdit {
                     Pass::Second => core.follow(Batch::Many(&changes), steps),
                 }
             }
-            Self::Replace(worker, blocks) => core.replace(*worker, blocks),
             Self::Forget(tails) => core.forget(tails),
         }
         core.end();
@@ -165,8 +180,8 @@ impl Kept<Core> for KeptEdit {
     fn weight(&self) -> usize {
         match self {
             Self::Apply(parts, values, _) => 16 + 4 * parts.len() + values.len(),
-            Self::Replace(_, blocks) => 16 + 2 * blocks.len(),
-            _ => 16,
+            Self::Forget(tails) => 16 + SEGMENT * tails.len(),
+            Self::Add(..) => 16,
         }
     }
 }

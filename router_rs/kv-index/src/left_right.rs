@@ -8,7 +8,11 @@
 //! A writer hardly waits for a reader either: where the copy that it needs is
 //! still being read after a short while (a reader that lost its processor), the
 //! change goes to a log and is made with the next one, or by the next reader
-//! that leaves. Only a log that is full is waited for.
+//! that leaves. Two things are waited for: room in a log that is full, and the
+//! readers of a copy that is to take a heavy change. That takes a hundred times as
+//! long as they stay, and whoever had to make it later would be held up by it: so
+//! it never goes to the log, and what a reader makes when it leaves is bounded by
+//! [`HELP`] and one light change.
 
 #[cfg(loom)]
 use loom::sync::{
@@ -153,38 +157,57 @@ impl<T, K: Kept<T>> LeftRight<T, K> {
     }
 
     /// Makes a change, `make` in a copy at a time; `keep` is asked for it where
-    /// a copy has to wait for it. Readers see it when this returns, or, where
-    /// one of them stays for long, as soon as that one leaves.
-    pub(crate) fn write(&self, make: impl Fn(&mut T, Pass), keep: impl FnOnce() -> K) {
+    /// a copy has to wait for it, and gives none where it is heavy. Readers see it
+    /// when this returns, or, where one of them stays for long, as soon as that
+    /// one leaves.
+    pub(crate) fn write(&self, make: impl Fn(&mut T, Pass), keep: impl Fn() -> Option<K>) {
         let mut log = self.log();
         let idle = 1 - self.active.load(Ordering::Relaxed);
         // A reader that has stayed for long will not leave just now.
         let tries = if self.is_behind() { 1 } else { WRITES };
-        let Some(mut copy) = self.free_copy(idle, tries) else {
-            log.push(keep());
-            self.behind.store(true, Ordering::Relaxed);
-            // The reader may have left before it could see that.
-            self.advance(&mut log, usize::MAX);
-            if log.weight > self.most {
-                let copy = self.copies[idle].write();
-                let copy = copy.unwrap_or_else(PoisonError::into_inner);
-                self.turn(&mut log, idle, copy, usize::MAX);
-            }
-            return;
+        let mut copy = match self.copy_or(idle, tries, &keep) {
+            Ok(copy) => copy,
+            Err(kept) => return self.put_off(&mut log, idle, kept),
         };
         log.bring(idle, &mut *copy, usize::MAX);
         make(&mut copy, Pass::First);
         self.turn(&mut log, idle, copy, usize::MAX);
         let other = 1 - idle;
-        match self.free_copy(other, 1) {
-            Some(mut copy) => {
+        match self.copy_or(other, 1, &keep) {
+            Ok(mut copy) => {
                 log.bring(other, &mut *copy, usize::MAX);
                 make(&mut copy, Pass::Second);
             }
-            None => {
-                log.push(keep());
+            Err(kept) => {
+                log.push(kept);
                 log.taken[idle] = log.end();
             }
+        }
+    }
+
+    /// A copy to be changed if it is free soon, or the change is heavy; else what
+    /// is to be kept.
+    fn copy_or(
+        &self,
+        which: usize,
+        tries: usize,
+        keep: impl Fn() -> Option<K>,
+    ) -> Result<RwLockWriteGuard<'_, T>, K> {
+        match self.free_copy(which, tries) {
+            Some(copy) => Ok(copy),
+            None => keep().map_or_else(|| Ok(self.wait_for(which)), Err),
+        }
+    }
+
+    /// Keeps a change that readers do not see yet.
+    fn put_off(&self, log: &mut Log<K>, idle: usize, kept: K) {
+        log.push(kept);
+        self.behind.store(true, Ordering::Relaxed);
+        // The reader may have left before it could see that.
+        self.advance(log, usize::MAX);
+        if log.weight > self.most {
+            let copy = self.wait_for(idle);
+            self.turn(log, idle, copy, usize::MAX);
         }
     }
 
@@ -218,6 +241,11 @@ impl<T, K: Kept<T>> LeftRight<T, K> {
             std::hint::spin_loop();
         }
         None
+    }
+
+    fn wait_for(&self, which: usize) -> RwLockWriteGuard<'_, T> {
+        let copy = self.copies[which].write();
+        copy.unwrap_or_else(PoisonError::into_inner)
     }
 
     fn active_copy(&self) -> RwLockReadGuard<'_, T> {

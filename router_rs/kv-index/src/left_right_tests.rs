@@ -38,7 +38,11 @@ fn pairs(most: usize) -> LeftRight<Pair, Set> {
 }
 
 fn set(pairs: &LeftRight<Pair, Set>, value: u64) {
-    pairs.write(|copy, pass| Set(value).set(copy, pass), || Set(value));
+    pairs.write(|copy, pass| Set(value).set(copy, pass), || Some(Set(value)));
+}
+
+fn set_heavy(pairs: &LeftRight<Pair, Set>, value: u64) {
+    pairs.write(|copy, pass| Set(value).set(copy, pass), || None);
 }
 
 /// Each change came to both copies in order, first to one and then to the other.
@@ -88,6 +92,28 @@ mod one_thread {
         assert_taken(&pairs, 10);
     }
 
+    /// It has no part in a heavy change, and who reads meanwhile sees what was
+    /// there before.
+    #[test]
+    fn a_heavy_change_waits_for_a_reader_that_stays() {
+        let pairs = pairs(100);
+        std::thread::scope(|scope| {
+            let writer = pairs.read(|_| {
+                // The copy that is not read takes it, this one's comes later.
+                set(&pairs, 1);
+                let writer = scope.spawn(|| set_heavy(&pairs, 2));
+                for _ in 0..1_000 {
+                    assert_eq!(pairs.read(|pair| (pair.left, pair.right)), (1, 1));
+                }
+                writer
+            });
+            writer.join().unwrap();
+        });
+        assert!(!pairs.is_behind());
+        assert_eq!(pairs.read(|pair| (pair.left, pair.right)), (2, 2));
+        assert_taken(&pairs, 2);
+    }
+
     #[test]
     fn a_reader_helps_only_so_far() {
         let pairs = pairs(usize::MAX);
@@ -112,7 +138,7 @@ mod every_order {
 
     /// A reader sees whole changes in order, and once all threads are done
     /// nothing waits but what a next look brings in.
-    fn model(readers: usize, writes: u64, most: usize) {
+    fn model(readers: usize, writes: u64, most: usize, heavy: Option<u64>) {
         let mut builder = loom::model::Builder::new();
         builder.preemption_bound = Some(3);
         builder.check(move || {
@@ -131,7 +157,11 @@ mod every_order {
                 })
                 .collect();
             for value in 1..=writes {
-                set(&pairs, value);
+                if heavy == Some(value) {
+                    set_heavy(&pairs, value);
+                } else {
+                    set(&pairs, value);
+                }
             }
             for thread in threads {
                 thread.join().unwrap();
@@ -144,16 +174,26 @@ mod every_order {
 
     #[test]
     fn one_reader_and_three_changes() {
-        model(1, 3, 100);
+        model(1, 3, 100, None);
     }
 
     #[test]
     fn two_readers_and_two_changes() {
-        model(2, 2, 100);
+        model(2, 2, 100, None);
     }
 
     #[test]
     fn a_full_log_is_waited_for() {
-        model(1, 3, 0);
+        model(1, 3, 0, None);
+    }
+
+    #[test]
+    fn a_heavy_change_between_two_others() {
+        model(1, 3, 100, Some(2));
+    }
+
+    #[test]
+    fn a_heavy_change_beside_two_readers() {
+        model(2, 2, 100, Some(2));
     }
 }

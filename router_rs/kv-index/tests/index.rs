@@ -288,55 +288,6 @@ fn the_coldest_blocks_go_first_and_memory_is_bounded() {
     assert!(stats.blocks > 10_000, "{stats:?}");
 }
 
-/// A day of churn: everything that comes goes again, and memory with it.
-#[test]
-fn churn_leaves_memory_flat() {
-    let index = KvIndex::new(IndexSettings::default());
-    let slots: Vec<WorkerSlot> = (0..64).map(|_| exact(&index)).collect();
-    let mut live = std::collections::VecDeque::new();
-    let mut after_warm_up = 0;
-    for round in 0..20_000u32 {
-        let slot = slots[(round.wrapping_mul(2_654_435_761) >> 16) as usize % slots.len()];
-        let chain = prompt(round % 7_919, 32);
-        index.apply(slot, &stored(&chain)).unwrap();
-        live.push_back((slot, chain));
-        if live.len() > 500 {
-            let (slot, chain) = live.pop_front().unwrap();
-            index
-                .apply(
-                    slot,
-                    &[CacheChange::Removed {
-                        chain: &chain,
-                        tier: Tier::Device,
-                    }],
-                )
-                .unwrap();
-        }
-        if round == 4_000 {
-            after_warm_up = index.stats().bytes;
-        }
-    }
-    assert!(
-        index.stats().bytes <= after_warm_up * 11 / 10,
-        "{} then {}",
-        after_warm_up,
-        index.stats().bytes
-    );
-    for (slot, chain) in live {
-        index
-            .apply(
-                slot,
-                &[CacheChange::Removed {
-                    chain: &chain,
-                    tier: Tier::Device,
-                }],
-            )
-            .unwrap();
-    }
-    let stats = index.stats();
-    assert_eq!((stats.blocks, stats.entries, stats.holder_sets), (0, 0, 0));
-}
-
 #[test]
 fn approximate_workers_hold_what_was_sent_until_it_is_old() {
     let index = KvIndex::new(IndexSettings::default());

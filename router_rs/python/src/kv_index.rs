@@ -11,8 +11,8 @@ use kvmesh_kv_index::{
     chain_values_into,
 };
 use pyo3::{
-    buffer::{Element, PyBuffer},
-    exceptions::{PyKeyError, PyRuntimeError, PyValueError},
+    buffer::{Element, PyBuffer, PyUntypedBuffer},
+    exceptions::{PyKeyError, PyRuntimeError, PyTypeError, PyValueError},
     prelude::*,
 };
 
@@ -21,8 +21,11 @@ use pyo3::{
 const SHORT: usize = 64;
 
 thread_local! {
-    /// A prompt and its answer, used again by every call of a thread.
-    static SCRATCH: RefCell<(Vec<u64>, Matches)> = RefCell::default();
+    /// Values, used again by every call of a thread. Taken out meanwhile: what
+    /// converts them may be Python code that calls again.
+    static VALUES: RefCell<Vec<u64>> = const { RefCell::new(Vec::new()) };
+    /// A look-up's answer, in the same way.
+    static FOUND: RefCell<Matches> = RefCell::default();
 }
 
 /// kind (0 stored, 1 removed, 2 cleared), parent, chain, tier.
@@ -46,48 +49,72 @@ fn tier(number: u8) -> PyResult<Tier> {
     }
 }
 
-/// A buffer with one dimension.
-fn flat<T: Element>(object: &Bound<'_, PyAny>) -> PyResult<PyBuffer<T>> {
-    let buffer = PyBuffer::get(object)?;
-    if buffer.dimensions() != 1 {
-        return Err(PyValueError::new_err(
+/// Does something with an array of one dimension.
+fn with_array<T: Element, R>(
+    object: &Bound<'_, PyAny>,
+    act: impl FnOnce(&PyBuffer<T>) -> PyResult<R>,
+) -> PyResult<R> {
+    let buffer = PyUntypedBuffer::get(object)?;
+    let done = match buffer.as_typed() {
+        Ok(typed) if typed.dimensions() == 1 => act(typed),
+        Ok(_) => Err(PyValueError::new_err(
             "an array with one dimension is needed",
-        ));
-    }
-    Ok(buffer)
+        )),
+        Err(error) => Err(error),
+    };
+    // Dropping it would ask for the GIL again, which is held.
+    buffer.release(object.py());
+    done
 }
 
+/// Copies an array.
 fn read<T: Element + Default>(object: &Bound<'_, PyAny>, into: &mut Vec<T>) -> PyResult<()> {
-    let buffer = flat(object)?;
-    into.resize(buffer.item_count(), T::default());
-    buffer.copy_to_slice(object.py(), into)
+    with_array(object, |buffer| {
+        into.resize(buffer.item_count(), T::default());
+        buffer.copy_to_slice(object.py(), into)
+    })
+}
+
+/// Copies an array, or another sequence of integers.
+fn read_values(object: &Bound<'_, PyAny>, into: &mut Vec<u64>) -> PyResult<()> {
+    match read(object, into) {
+        Err(error) if error.is_instance_of::<PyTypeError>(object.py()) => {
+            *into = object.extract()?;
+            Ok(())
+        }
+        done => done,
+    }
 }
 
 fn values(object: &Bound<'_, PyAny>) -> PyResult<Vec<u64>> {
     let mut values = Vec::new();
-    read(object, &mut values)?;
+    read_values(object, &mut values)?;
     Ok(values)
 }
 
 /// Writes to the front of an array, and 0 to the rest of it.
 fn write<T: Element + Default>(object: &Bound<'_, PyAny>, values: &[T]) -> PyResult<()> {
-    let (py, buffer) = (object.py(), flat(object)?);
-    match buffer.item_count().checked_sub(values.len()) {
-        Some(0) => buffer.copy_from_slice(py, values),
-        Some(rest) => {
-            let rest = std::iter::repeat_n(T::default(), rest);
-            let whole: Vec<T> = values.iter().copied().chain(rest).collect();
-            buffer.copy_from_slice(py, &whole)
+    let py = object.py();
+    with_array(object, |buffer| {
+        match buffer.item_count().checked_sub(values.len()) {
+            Some(0) => buffer.copy_from_slice(py, values),
+            Some(rest) => {
+                let rest = std::iter::repeat_n(T::default(), rest);
+                let whole: Vec<T> = values.iter().copied().chain(rest).collect();
+                buffer.copy_from_slice(py, &whole)
+            }
+            None => {
+                let text = format!("an array of at least {} is needed", values.len());
+                Err(PyValueError::new_err(text))
+            }
         }
-        None => {
-            let text = format!("an array of at least {} is needed", values.len());
-            Err(PyValueError::new_err(text))
-        }
-    }
+    })
 }
 
-/// The index; see `kvmesh.KvIndex`.
-#[pyclass(name = "KvIndex", module = "kvmesh._router", frozen)]
+/// What `kvmesh.KvIndex` is made of. That one adds only what is better said in
+/// Python, and inherits the rest: a method of its own around each of these would
+/// cost as much as the call.
+#[pyclass(name = "KvIndex", module = "kvmesh._router", frozen, subclass)]
 struct PyKvIndex {
     index: KvIndex,
 }
@@ -102,6 +129,7 @@ impl PyKvIndex {
 #[pymethods]
 impl PyKvIndex {
     #[new]
+    #[pyo3(signature = (*, max_bytes=1_073_741_824, max_workers=4096))]
     fn new(max_bytes: usize, max_workers: usize) -> Self {
         let index = KvIndex::new(IndexSettings {
             max_bytes,
@@ -110,7 +138,8 @@ impl PyKvIndex {
         Self { index }
     }
 
-    #[pyo3(signature = (block_tokens, ttl_ms=None, max_units=0))]
+    /// Takes a worker in and returns its number, the lowest that is free.
+    #[pyo3(signature = (block_tokens=16, *, ttl_ms=None, max_units=1_048_576))]
     fn add_worker(
         &self,
         py: Python<'_>,
@@ -127,21 +156,24 @@ impl PyKvIndex {
             .map_err(refused)
     }
 
+    /// Takes a worker and all its blocks out.
     fn remove_worker(&self, py: Python<'_>, worker: u32) -> PyResult<()> {
         py.detach(|| self.index.remove_worker(WorkerSlot(worker)))
             .map_err(refused)
     }
 
+    /// Blocks of a worker can be shared now.
+    #[pyo3(signature = (worker, chain, *, parent=None, tier=0))]
     fn stored(
         &self,
         worker: u32,
-        parent: Option<u64>,
         chain: &Bound<'_, PyAny>,
+        parent: Option<u64>,
         tier: u8,
     ) -> PyResult<()> {
         let tier = self::tier(tier)?;
-        let (mut values, found) = SCRATCH.take();
-        let done = read(chain, &mut values).and_then(|()| {
+        let mut values = VALUES.take();
+        let done = read_values(chain, &mut values).and_then(|()| {
             let slot = WorkerSlot(worker);
             // An event of an engine is done sooner than the GIL changes hands.
             if values.len() <= SHORT
@@ -151,12 +183,15 @@ impl PyKvIndex {
             }
             self.change(chain.py(), worker, &[stored(parent, &values, tier)])
         });
-        SCRATCH.set((values, found));
+        VALUES.set(values);
         done
     }
 
+    /// Many `stored` in one call, also of several workers.
+    ///
     /// Event i, of `workers[i]`, has the values from `offsets[i]` to
     /// `offsets[i + 1]` and comes after `parents[i]`.
+    #[pyo3(signature = (workers, parents, offsets, chain, *, tier=0))]
     fn stored_many(
         &self,
         py: Python<'_>,
@@ -186,6 +221,8 @@ impl PyKvIndex {
             .map_err(refused)
     }
 
+    /// Blocks of a worker are gone. Values that it does not hold are ignored.
+    #[pyo3(signature = (worker, chain, *, tier=0))]
     fn removed(&self, worker: u32, chain: &Bound<'_, PyAny>, tier: u8) -> PyResult<()> {
         let (values, tier) = (values(chain)?, self::tier(tier)?);
         let chain_of = CacheChange::Removed {
@@ -195,12 +232,17 @@ impl PyKvIndex {
         self.change(chain.py(), worker, &[chain_of])
     }
 
-    fn apply(&self, py: Python<'_>, worker: u32, changes: Vec<Change<'_>>) -> PyResult<()> {
+    /// All blocks of a worker are gone.
+    fn cleared(&self, py: Python<'_>, worker: u32) -> PyResult<()> {
+        self.change(py, worker, &[CacheChange::Cleared])
+    }
+
+    fn apply_parts(&self, py: Python<'_>, worker: u32, changes: Vec<Change<'_>>) -> PyResult<()> {
         let (chains, kinds) = taken(&changes)?;
         self.change(py, worker, &made(&chains, &kinds))
     }
 
-    fn snapshot(
+    fn snapshot_parts(
         &self,
         py: Python<'_>,
         worker: u32,
@@ -215,6 +257,7 @@ impl PyKvIndex {
             .map_err(refused)
     }
 
+    /// Notes that a prompt was sent to a worker without cache events.
     fn record_sent(&self, worker: u32, chain: &Bound<'_, PyAny>, now_ms: u64) -> PyResult<()> {
         let values = values(chain)?;
         let worker = WorkerSlot(worker);
@@ -224,6 +267,7 @@ impl PyKvIndex {
             .map_err(refused)
     }
 
+    /// Forgets what was sent too long ago. To be called from time to time.
     fn expire(&self, py: Python<'_>, now_ms: u64) {
         py.detach(|| self.index.expire(now_ms));
     }
@@ -231,15 +275,16 @@ impl PyKvIndex {
     /// Writes tokens by worker to `tokens`, and where wanted how many of them
     /// lie on the host and on disk.
     #[pyo3(signature = (chain, tokens, host=None, disk=None))]
-    fn lookup(
+    fn lookup_to(
         &self,
         chain: &Bound<'_, PyAny>,
         tokens: &Bound<'_, PyAny>,
         host: Option<&Bound<'_, PyAny>>,
         disk: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
-        let (mut prompt, mut found) = SCRATCH.take();
-        read(chain, &mut prompt)?;
+        let mut prompt = VALUES.take();
+        read_values(chain, &mut prompt)?;
+        let mut found = FOUND.take();
         chain
             .py()
             .detach(|| self.index.lookup_into(&prompt, &mut found));
@@ -248,22 +293,24 @@ impl PyKvIndex {
             host.map_or(Ok(()), |host| write(host, found.host_by_slot()))?;
             disk.map_or(Ok(()), |disk| write(disk, found.disk_by_slot()))
         })();
-        SCRATCH.set((prompt, found));
+        VALUES.set(prompt);
+        FOUND.set(found);
         answer
     }
 
-    /// One more than the highest worker number in use so far.
+    /// Length of a look-up's answer: one more than the highest worker number so far.
     #[getter]
     fn slots(&self) -> usize {
         self.index.slots()
     }
 
+    /// Blocks of a worker that are here, in any tier; 0 for one that is not there. Not fast.
     fn held(&self, py: Python<'_>, worker: u32) -> u64 {
         py.detach(|| self.index.held(WorkerSlot(worker)))
     }
 
     /// Workers, blocks, entries, holder sets, bytes, blocks evicted.
-    fn stats(&self, py: Python<'_>) -> (usize, usize, u64, usize, usize, u64) {
+    fn counts(&self, py: Python<'_>) -> (usize, usize, u64, usize, usize, u64) {
         let stats = py.detach(|| self.index.stats());
         (
             stats.workers,
