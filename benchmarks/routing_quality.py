@@ -17,7 +17,7 @@ definitions of SCHEDULING 6:
 
     python benchmarks/routing_quality.py [--quick] [--json FILE] [--traces DIR] [--workers 8,16]
         [--only mooncake,azure-conv,azure-code] [--pools unified,pd] [--loads 50,80,95] [--seeds N]
-        [--perfect]
+        [--perfect] [--tuned-only]
 
 Figures are means over worker counts of the Mooncake trace, as ratios; a ratio under 1 is ours.
 """
@@ -320,8 +320,8 @@ def main() -> int:
         for load in args.loads:
             at = speed * load / 100
             for table, rows in (
-                ("placement alone", placement(cell, at, not args.quick)),
-                ("whole", whole(cell, at, not args.quick)),
+                ("placement alone", placement(cell, at, args.fixed)),
+                ("whole", whole(cell, at, args.fixed)),
             ):
                 show(f"{cell.name}, {load} % load, {table}", rows)
                 tables.append(
@@ -379,6 +379,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--perfect", action="store_true", help="workers without noise, reports at once"
     )
+    parser.add_argument(
+        "--tuned-only", action="store_true", help="without the fixed policies: no figure is of them"
+    )
     parser.add_argument("--traces", type=Path, default=default)
     names = lambda text: text.split(",")  # noqa: E731
     numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
@@ -389,6 +392,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     args.share = 1.0
+    args.fixed = not (args.quick or args.tuned_only)
     args.noise = dict(PERFECT) if args.perfect else {}
     if args.quick:
         args.only, args.workers, args.loads, args.seeds, args.share = (
