@@ -1,6 +1,7 @@
 """Where settings come from, and what a wrong one says."""
 
 import argparse
+import io
 
 import pytest
 
@@ -47,6 +48,43 @@ def test_what_is_not_given_is_not_there():
 def test_a_wrong_key_is_named_with_the_nearest_and_the_allowed(tmp_path):
     with pytest.raises(UsageError, match=r"rolle is no setting of \[worker\] \(meant role\?\)"):
         values(config='[worker]\nrolle = "a"', tmp_path=tmp_path)
+
+
+CLIENT = """
+[client]
+endpoint = "127.0.0.1:1"
+max_tokens = 5
+etcd_server_name = "etcd"
+cluster = "other"
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "x"], ["chat"], ["workers"], ["drain", "w"], ["role", "w", "both"],
+        ["explain", "0" * 32], ["planner", "--once"], ["models"],
+    ],
+)  # fmt: skip
+def test_all_commands_of_a_client_share_its_section(command, tmp_path, capsys, monkeypatch):
+    """Each takes from it what it has: all ask the router that it names, and find none."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    file = tmp_path / "kvmesh.toml"
+    file.write_text(CLIENT)
+    assert main([*command, "--config", str(file)]) == 1
+    assert "no router answers at 127.0.0.1:1" in capsys.readouterr().err
+
+    file.write_text(CLIENT + "max_token = 5\n")
+    assert main([*command, "--config", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert "max_token is no setting of [client] (meant max_tokens?); allowed are ca_file," in said
+
+
+def test_a_registry_is_asked_with_the_section_of_the_clients(tmp_path, capsys):
+    file = tmp_path / "kvmesh.toml"
+    file.write_text(CLIENT.replace('etcd_server_name = "etcd"', ""))
+    assert main(["workers", "--etcd", "127.0.0.1:1", "--config", str(file)]) == 2
+    assert "etcd is 127.0.0.1:1: etcd cannot be reached" in capsys.readouterr().err
 
 
 def test_a_section_that_nobody_has_is_named(tmp_path):

@@ -42,9 +42,9 @@ def sections() -> tuple[tuple[str, str, Iterable[Setting]], ...]:
         ("up", "`kvmesh up`: section `[up]`.", up.SETTINGS),
         (
             "client",
-            "`kvmesh chat`, `generate`, `workers`, `drain`, `role`, `planner`, `explain`: "
-            "section `[client]`.",
-            client.CONNECTION + client.SAMPLING + workers.ETCD_ACCESS,
+            "`kvmesh chat`, `generate`, `models`, `workers`, `drain`, `role`, `planner`, "
+            "`explain`: section `[client]`. Each takes from it what it has.",
+            client.CONNECTION + client.SAMPLING + workers.REGISTRY,
         ),
     )
 
@@ -60,6 +60,8 @@ def _section(name: str, text: str, settings: Iterable[Setting]) -> str:
     for setting in settings:
         default = f"`{setting.default}`" if setting.default else ""
         meaning = setting.help.replace("|", "\\|")
+        if setting.flag_only:
+            meaning += " (a flag only)"
         rows.append(f"| `{setting.name}` | {default} | {meaning} |")
     return "\n".join(rows) + "\n"
 

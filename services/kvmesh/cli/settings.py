@@ -126,14 +126,24 @@ def _from_file(
     found = content.get(section, {})
     if not isinstance(found, dict):
         raise UsageError(f"{name}: {section} is {found!r}; allowed is a section [{section}]")
-    allowed = sorted(key for key, setting in known.items() if not setting.flag_only)
-    for key in found:
-        if key not in allowed:
-            raise UsageError(
-                f"{name}: {key} is no setting of [{section}]{_guess(key, allowed)}; "
-                f"allowed are {', '.join(allowed)}"
-            )
-    return dict(found)
+    own = {key for key, setting in known.items() if not setting.flag_only}
+    if strangers := [key for key in found if key not in own]:
+        allowed = sorted(own | _of_section(section))
+        for key in strangers:
+            if key not in allowed:
+                raise UsageError(
+                    f"{name}: {key} is no setting of [{section}]{_guess(key, allowed)}; "
+                    f"allowed are {', '.join(allowed)}"
+                )
+    return {key: value for key, value in found.items() if key in own}
+
+
+def _of_section(section: str) -> set[str]:
+    """The keys of all commands that share a section, as the client's do."""
+    from kvmesh.cli.reference import sections
+
+    found = (settings for name, _, settings in sections() if name == section)
+    return {s.name for settings in found for s in settings if not s.flag_only}
 
 
 def _check_sections(name: str, content: Mapping[str, Any]) -> None:
