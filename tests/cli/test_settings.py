@@ -2,11 +2,14 @@
 
 import argparse
 import io
+import socket
+import threading
 
 import pytest
 
 from kvmesh.cli.commands import main
 from kvmesh.cli.settings import Setting, UsageError, add_settings, merged
+from kvmesh.worker.settings import SettingError, WorkerSettings
 
 SETTINGS = (
     Setting("role", "what it takes"),
@@ -35,6 +38,47 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path):
     assert found == {"role": "b", "kv_pool_tokens": 1}
     found = values(["--role", "c"], environment, config, tmp_path)
     assert found["role"] == "c"
+
+
+@pytest.mark.parametrize(
+    ("text", "means"),
+    [("true", True), ("1", True), ("Yes", True), ("on", True),
+     ("false", False), ("0", False), ("no", False), ("OFF", False)],
+)  # fmt: skip
+def test_switches_are_read_the_same_everywhere(text, means, tmp_path):
+    assert values(environment={"KVMESH_INSECURE": text}) == {"insecure": means}
+    found = values(config=f'[worker]\ninsecure = "{text}"', tmp_path=tmp_path)
+    assert found == {"insecure": means}
+    assert WorkerSettings.from_mapping({"insecure": text}).insecure is means
+
+
+@pytest.mark.parametrize("text", ["jes", "2", "enable", "truee"])
+def test_a_switch_that_is_neither_on_nor_off_is_refused(text):
+    said = f"insecure is '{text}'; allowed is true or false"
+    with pytest.raises(UsageError, match=said):
+        values(environment={"KVMESH_INSECURE": text})
+    with pytest.raises(SettingError, match=said):
+        WorkerSettings.from_mapping({"insecure": text})
+
+
+@pytest.mark.parametrize("text", ["yes", "on"])
+def test_a_token_is_sent_in_no_plain_text_where_tls_is_asked_for(text, monkeypatch, capsys):
+    """The listener sees a TLS hello first, whose record type is 22."""
+    monkeypatch.setenv("KVMESH_TLS", text)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        begins = []
+
+        def take():
+            connection, _ = server.accept()
+            with connection:
+                begins.append(connection.recv(1))
+
+        taking = threading.Thread(target=take)
+        taking.start()
+        where = f"127.0.0.1:{server.getsockname()[1]}"
+        assert main(["models", "--endpoint", where, "--token", "t"]) == 1
+        taking.join()
+    assert begins == [b"\x16"]
 
 
 def test_what_is_not_given_is_not_there():

@@ -70,7 +70,7 @@ def connect(values: Mapping[str, Any]) -> kvmesh.Client:
         except OSError as error:
             text = f"ca_file is {values['ca_file']!r}, which cannot be read: {error.strerror}"
             raise UsageError(text) from error
-    elif str(values.get("tls", "")).lower() in ("1", "true"):
+    elif values.get("tls"):
         credentials = True
     endpoint = values.get("endpoint") or DEFAULT_ENDPOINT
     return kvmesh.Client(endpoint, credentials=credentials, token=values.get("token"))

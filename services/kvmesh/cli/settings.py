@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvmesh.setting_values import ValueNotAllowedError, boolean
+
 SECTIONS = ("router", "worker", "up", "client")
 """Sections of a file."""
 
@@ -85,11 +87,11 @@ def merged(
     args: argparse.Namespace,
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The settings that were given, the strongest source of each.
+    """The settings that were given, the strongest source of each; switches as bool.
 
-    Raises `UsageError` for a file that cannot be read, and for a section or a key
-    that nobody has. A variable that nobody has is warned of: it may be another
-    program's.
+    Raises `UsageError` for a file that cannot be read, for a section or a key that
+    nobody has, and for a switch that is neither on nor off. A variable that nobody has is
+    warned of: it may be another program's.
     """
     known = {setting.name: setting for setting in settings}
     values = _from_file(section, known, args, environment)
@@ -103,6 +105,12 @@ def merged(
         value = getattr(args, name, None)
         if value is not None:
             values[name] = value
+    try:
+        for name, setting in known.items():
+            if setting.is_switch and name in values:
+                values[name] = boolean(name, values[name])
+    except ValueNotAllowedError as error:
+        raise UsageError(str(error)) from error
     return values
 
 

@@ -143,7 +143,7 @@ def _plan(values: dict[str, Any], once: bool) -> Plan:
         cluster=str(values.get("cluster", "default")),
         data=Path(values["data"]).expanduser().resolve() if values.get("data") else None,
         worker_arguments=tuple(extra),
-        insecure=str(values.get("insecure", "")).lower() in ("1", "true"),
+        insecure=values.get("insecure", False),
         ready_timeout_s=float(number("ready_timeout_s", 600, 1)),
     )
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from kvmesh.etcd_access import ETCD_ACCESS, EtcdAccess
 from kvmesh.roles import ROLES
+from kvmesh.setting_values import ValueNotAllowedError, boolean
 
 ENGINES = ("torch", "sim")
 LIKE = ("kvmesh", "vllm")
@@ -222,9 +223,7 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     text = str(hint)
     try:
         if hint is bool:
-            if isinstance(value, str):
-                return {"1": True, "true": True, "0": False, "false": False}[value.lower()]
-            return bool(value)
+            return boolean(key, value)
         if hint in (int, float):
             return hint(value)
         if text.startswith("tuple"):
@@ -234,7 +233,9 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
             if isinstance(value, str):
                 return dict(part.split("=", 1) for part in value.split(",") if part)
             return {str(k): str(v) for k, v in value.items()}
+    except ValueNotAllowedError as error:
+        raise SettingError(str(error)) from error
     except (KeyError, TypeError, ValueError) as error:
-        allowed = "true or false" if hint is bool else getattr(hint, "__name__", text)
+        allowed = getattr(hint, "__name__", text)
         raise SettingError(f"{key} is {value!r}; allowed is {allowed}") from error
     return str(value)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import get_type_hints
 
+from kvmesh.setting_values import ValueNotAllowedError, boolean
 from kvmesh.v1 import worker_pb2 as wire
 
 
@@ -127,12 +128,12 @@ class SimSettings:
                 )
             try:
                 if hints[key] is bool:
-                    values[key] = {"1": True, "true": True, "0": False, "false": False}[
-                        text.lower()
-                    ]
+                    values[key] = boolean(key, text)
                 else:
                     values[key] = hints[key](text)
-            except (KeyError, ValueError) as error:
-                allowed = "true or false" if hints[key] is bool else hints[key].__name__
+            except ValueNotAllowedError as error:
+                raise SimSettingError(str(error)) from error
+            except ValueError as error:
+                allowed = hints[key].__name__
                 raise SimSettingError(f"{key} is {text!r}; allowed is {allowed}") from error
         return cls(**values)  # type: ignore[arg-type]
