@@ -143,12 +143,7 @@ lint: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) ## Check format, types, stubs, wire co
 
 .PHONY: bench
 bench: $(STAMPS)/bench-$(ENV_KEY) $(NATIVE) ## Run every benchmark (QUICK=1: under a minute each, not evidence)
-	@mkdir -p benchmarks/results
-	@for file in benchmarks/*.py; do \
-		grep -q __main__ "$$file" || continue; \
-		name=$$(basename "$$file" .py); echo "== $$name"; \
-		$(BIN)/python "$$file" --json "benchmarks/results/$$name.json" $(if $(QUICK),--quick); \
-	done
+	@$(BIN)/python benchmarks/run_all.py $(if $(QUICK),--quick)
 
 .PHONY: wire
 wire: $(STAMPS)/build-$(ENV_KEY) ## Make services/kvmesh/v1 from proto/

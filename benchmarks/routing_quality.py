@@ -35,6 +35,7 @@ from statistics import geometric_mean, mean
 from typing import Any
 
 from alternating import Figure, print_table, write_json
+from trace_files import add_traces, need_traces
 
 from kvmesh.simulate.profiles import load_profile
 from kvmesh.simulate.replay import AT_ONCE, FIFO, PERFECT, Cluster, Policy, TraceFile, replay
@@ -373,7 +374,6 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = Path(__file__).resolve().parents[2] / "shared" / "traces"
     parser.add_argument("--quick", action="store_true", help="under a minute; no evidence")
     parser.add_argument("--json", type=Path)
     parser.add_argument(
@@ -382,7 +382,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tuned-only", action="store_true", help="without the fixed policies: no figure is of them"
     )
-    parser.add_argument("--traces", type=Path, default=default)
+    add_traces(parser)
     names = lambda text: text.split(",")  # noqa: E731
     numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
     parser.add_argument("--only", type=names, default=list(TRACES))
@@ -403,8 +403,7 @@ def arguments() -> argparse.Namespace:
             0.25,
         )
     args.seed_list = list(range(1, args.seeds + 1))
-    if not args.traces.is_dir():
-        parser.error(f"{args.traces} is no folder: --traces says where the traces are")
+    need_traces(args.traces, [TRACES[name] for name in args.only])
     return args
 
 

@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from alternating import Figure, print_table, write_json
+from trace_files import add_traces, need_traces
 
 from kvmesh.simulate.profiles import load_profile
 from kvmesh.simulate.replay import Cluster, Policy, Run, TraceFile, replay
 
 PROFILE = "h100-70b-tp4"
+MOONCAKE = "mooncake_conversation_part1.jsonl"
 WORKERS, REQUESTS = 1_000, 1_000_000
 QUICK_WORKERS, QUICK_REQUESTS = 100, 20_000
 PER_WORKER_SECOND = 0.6
@@ -33,7 +35,7 @@ PER_WORKER_SECOND = 0.6
 
 
 def mooncake(traces: Path) -> Run:
-    trace = TraceFile.read(traces / "mooncake_conversation_part1.jsonl")
+    trace = TraceFile.read(traces / MOONCAKE)
     return replay(trace, Cluster(load_profile(PROFILE), both=16), Policy("cost"), speed=2.0)
 
 
@@ -71,8 +73,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="under a minute; no evidence")
     parser.add_argument("--json", type=Path, help="write the figures there")
-    default = Path(__file__).resolve().parents[2] / "shared" / "traces"
-    parser.add_argument("--traces", type=Path, default=default, help="folder of the traces")
+    add_traces(parser)
     parser.add_argument("--workers", type=int, help="of the made-up case")
     parser.add_argument("--requests", type=int, help="of the made-up case")
     parser.add_argument("--case", choices=("mooncake", "made-up"), help=argparse.SUPPRESS)
@@ -82,8 +83,7 @@ def main() -> int:
     if args.case:
         one(args.case, args.traces, args.workers, args.requests)
         return 0
-    if not args.traces.is_dir():
-        parser.error(f"{args.traces} is no folder: --traces says where the traces are")
+    need_traces(args.traces, [MOONCAKE])
 
     names = {
         "mooncake": "Mooncake half, 16 workers, twice its speed",

@@ -23,10 +23,10 @@ SECTIONS = ("router", "worker", "up", "client")
 
 OTHER_VARIABLES = frozenset(
     f"KVMESH_{name}"
-    for name in ("CONFIG", "CACHE", "VENV", "ETCD_BIN", "ETCD", "CLUSTER", "HISTORIES")
+    for name in ("CONFIG", "CACHE", "VENV", "ETCD_BIN", "ETCD", "CLUSTER", "HISTORIES", "TRACES")
 )
 """Variables that are no setting of a command: of the model cache, of `up`, of the
-Makefile and of tests."""
+Makefile, of tests and of benchmarks."""
 
 
 class UsageError(Exception):
