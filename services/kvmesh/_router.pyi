@@ -586,6 +586,11 @@ class WorkerRegistration:
     def reason(self) -> str:
         """Why it is refused or away; else empty."""
 
+    def wait_change(self, known_state: str, known_reason: str) -> tuple[RegistrationStateName, str]:
+        """Waits without the GIL until state or reason are others than these, or it is
+        closed; both as they are then.
+        """
+
     def update(self, record: bytes) -> None:
         """Writes another record of the same worker and incarnation.
 
@@ -980,6 +985,13 @@ def measure_scorer(
 
 class InternalError(Exception):
     """A bug in kvmesh: Rust code panicked. Please report it with its text."""
+
+def start_logging(level: str) -> None:
+    """Sends log lines of Rust code to stderr, in the form of a router's.
+
+    For processes without a router; the first call in a process counts. `level`: as the
+    router's setting `log_level`. Raises ValueError.
+    """
 
 @final
 class Router:

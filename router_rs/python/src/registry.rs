@@ -188,10 +188,21 @@ impl PyWorkerRegistration {
 
     /// Why it is refused or away; else empty.
     fn reason(&self) -> String {
-        match self.registration.state() {
-            RegistrationState::Refused(reason) | RegistrationState::Away(reason) => reason,
-            _ => String::new(),
-        }
+        reason(&self.registration.state())
+    }
+
+    /// Waits until state or reason are others than these, or it is closed; both.
+    fn wait_change(
+        &self,
+        py: Python<'_>,
+        known_state: &str,
+        known_reason: &str,
+    ) -> (&'static str, String) {
+        let other = |state: &RegistrationState| {
+            state.name() != known_state || reason(state) != known_reason
+        };
+        let state = py.detach(|| self.runtime.block_on(self.registration.wait_for(other)));
+        (state.name(), reason(&state))
     }
 
     /// Writes another record of the same worker and incarnation.
@@ -216,6 +227,13 @@ impl PyWorkerRegistration {
     /// Revokes the lease and waits for that.
     fn close(&self, py: Python<'_>) {
         py.detach(|| self.runtime.block_on(self.registration.close()));
+    }
+}
+
+fn reason(state: &RegistrationState) -> String {
+    match state {
+        RegistrationState::Refused(reason) | RegistrationState::Away(reason) => reason.clone(),
+        _ => String::new(),
     }
 }
 

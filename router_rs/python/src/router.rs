@@ -33,6 +33,7 @@ const SIGNAL_CHECK: Duration = Duration::from_millis(100);
 pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     let py = module.py();
     module.add_class::<PyRouter>()?;
+    module.add_function(wrap_pyfunction!(start_logging, module)?)?;
     module.add("InternalError", py.get_type::<InternalError>())
 }
 
@@ -149,6 +150,21 @@ impl Drop for PyRouter {
             runtime.shutdown_background();
         }
     }
+}
+
+/// Sends the log lines of Rust code to stderr, in the form of a router's. For
+/// processes without a router: one that is started later changes nothing.
+/// `level`: as the setting `log_level`.
+#[pyfunction]
+fn start_logging(level: &str) -> PyResult<()> {
+    let wrong =
+        |error: kvmesh_gateway::settings::SettingsError| PyValueError::new_err(error.to_string());
+    let mut layers = Layers::default();
+    layers
+        .add("start_logging", [("log_level".to_owned(), level.into())])
+        .map_err(wrong)?;
+    init_logging(&Settings::resolve(&layers).map_err(wrong)?);
+    Ok(())
 }
 
 fn start(settings: &Settings) -> PyResult<PyRouter> {

@@ -6,7 +6,6 @@ import argparse
 import ast
 import dataclasses
 import inspect
-import logging
 import textwrap
 from functools import cache
 
@@ -39,16 +38,14 @@ def run(args: argparse.Namespace) -> int:
         raise _missing(error) from error
     try:
         chosen = WorkerSettings.from_mapping(values)
-        logging.basicConfig(
-            level=chosen.log_level.upper(),
-            format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        )
         from kvmesh._router import WorkerIdTakenError
+        from kvmesh.worker.log import start_logging
         from kvmesh.worker.serve import main
     except SettingError as error:
         raise UsageError(str(error)) from error
     except ModuleNotFoundError as error:
         raise _missing(error) from error
+    start_logging(chosen.log_level)
     try:
         return main(chosen, announcer(args.announce_fd))
     except SettingError as error:

@@ -14,12 +14,12 @@ from contextlib import ExitStack
 import kvmesh
 from kvmesh._router import WorkerPort, WorkerRegistration
 from kvmesh.engine.contract import Engine
-from kvmesh.etcd_access import EtcdArguments
 from kvmesh.roles import role_number
 from kvmesh.v1 import worker_pb2 as wire
 from kvmesh.worker.engines import BuiltEngine, build_engine
+from kvmesh.worker.registration import etcd_access, register, tell_changes
 from kvmesh.worker.service import WorkerService
-from kvmesh.worker.settings import SettingError, WorkerSettings, split_address
+from kvmesh.worker.settings import WorkerSettings, split_address
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ async def serve(settings: WorkerSettings, announce: Callable[[str], None]) -> in
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.stop)
 
-    access = _etcd_access(settings)
+    access = etcd_access(settings)
     worker_id = settings.resolved_worker_id()
     incarnation = secrets.randbits(63) | 1
     started = time.monotonic()
@@ -76,7 +76,8 @@ async def serve(settings: WorkerSettings, announce: Callable[[str], None]) -> in
             f"after {time.monotonic() - started:.1f} s"
         )
         with ExitStack() as stack:
-            registration = await asyncio.to_thread(_register, settings, access, record, stack)
+            registration = await asyncio.to_thread(register, settings, access, record, stack)
+            telling = asyncio.create_task(tell_changes(registration, settings), name="tell")
             await _until_told(record, told, registration)
             port.begin_stop()
             announce(f"worker {worker_id}: draining, {port.running()} running")
@@ -88,6 +89,7 @@ async def serve(settings: WorkerSettings, announce: Callable[[str], None]) -> in
     finally:
         await asyncio.to_thread(port.close, _LINGER_S)
         if engine is not None:
+        await telling
             await engine.close()
         if service is not None:
             await asyncio.to_thread(service.join)
@@ -159,30 +161,6 @@ def _port(settings: WorkerSettings) -> WorkerPort:
         replay_bytes=settings.replay_bytes,
         orphan_ttl_s=settings.orphan_ttl_s,
     )
-
-
-def _etcd_access(settings: WorkerSettings) -> EtcdArguments:
-    """Reads the files: a wrong name is told before the model is loaded."""
-    try:
-        return settings.etcd_access().arguments()
-    except ValueError as error:
-        raise SettingError(str(error)) from error
-
-
-def _register(
-    settings: WorkerSettings, access: EtcdArguments, record: wire.WorkerRecord, stack: ExitStack
-) -> WorkerRegistration | None:
-    if not settings.etcd:
-        return None
-    registration = WorkerRegistration(
-        list(settings.etcd),
-        settings.cluster,
-        record.SerializeToString(),
-        settings.lease_ttl_s,
-        **access,
-    )
-    stack.callback(registration.close)
-    return registration
 
 
 def _record(
