@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from kvmesh.cli.etcd import free_ports
+
 UP = [sys.executable, "-m", "kvmesh.cli", "up", "--engine", "sim"]
 
 ASK = textwrap.dedent("""
@@ -36,6 +38,68 @@ def test_a_command_gets_the_cluster_and_its_status_is_ours():
     assert answer["finish_reason"] == "length"
     assert {"text", "timings"} <= set(answer)
     assert counts == "1 1"
+
+
+LOOK = textwrap.dedent("""
+    import json, os, subprocess, sys
+    from kvmesh._router import list_routers
+    ((router, _),) = list_routers([os.environ["KVMESH_ETCD"]], os.environ["KVMESH_CLUSTER"])
+    command = [sys.executable, "-m", "kvmesh.cli", "workers", "--json"]
+    workers = json.loads(subprocess.run(
+        [*command, "--etcd", os.environ["KVMESH_ETCD"]], check=True, capture_output=True).stdout)
+    print(json.dumps([router, os.environ["KVMESH_ENDPOINT"], [w["labels"] for w in workers]]))
+""")
+
+
+def test_its_file_holds_for_its_parts_and_its_variables_for_itself(tmp_path):
+    (port,) = free_ports([0])
+    file = tmp_path / "kvmesh.toml"
+    file.write_text(
+        '[router]\nrouter_id = "named"\nlisten = "127.0.0.1:1"\n'
+        '[worker]\nlabels = {zone = "a"}\nlisten = "127.0.0.1:1"\ntransfer_listen = "127.0.0.1:1"\n'
+    )
+    done = subprocess.run(
+        [*UP, "--config", str(file), "--once", "--", sys.executable, "-c", LOOK],
+        capture_output=True,
+        text=True,
+        # Each means another thing to a router and to a worker.
+        env={**os.environ, "KVMESH_LISTEN": f"127.0.0.1:{port}", "KVMESH_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found == ["named", f"127.0.0.1:{port}", [{"zone": "a"}, {"zone": "a"}]]
+
+
+KILL = textwrap.dedent("""
+    import os, pathlib, signal, sys
+    up = os.getppid()
+    for pid in pathlib.Path(f"/proc/{up}/task/{up}/children").read_text().split():
+        command = pathlib.Path(f"/proc/{pid}/cmdline").read_text()
+        if f"\\0{sys.argv[1]}\\0" in command and int(pid) != os.getpid():
+            os.kill(int(pid), signal.SIGKILL)
+    if sys.argv[2] == "wait":
+        signal.pause()
+""")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_router_that_dies_under_a_command_ends_it_and_is_told():
+    command = [*UP, "--once", "--", sys.executable, "-c", KILL, "router", "wait"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "kvmesh up: router was ended by SIGKILL" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_command_goes_on_without_a_worker():
+    code = KILL.replace("signal.pause()", "sys.stdin.readline(); sys.exit(3)")
+    command = [*UP, "--once", "--", sys.executable, "-c", code, "decode-1", "wait"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as up:
+        assert any("kvmesh up: decode-1 was ended by SIGKILL" in line for line in up.stderr)
+        up.stdin.write("\n")
+        up.stdin.close()
+        up.stderr.read()
+        assert up.wait() == 3
 
 
 TIMINGS = re.compile(

@@ -13,7 +13,8 @@ import selectors
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -88,8 +89,13 @@ class Children:
         *,
         announce: bool = False,
         environment: Mapping[str, str] | None = None,
+        hidden: Collection[str] = (),
     ) -> Child:
-        """Starts a child. `announce`: it takes --announce-fd and tells its progress."""
+        """Starts a child. `announce`: it takes --announce-fd and tells its progress.
+
+        `environment`: variables besides those of this process, of which it does not
+        get the `hidden` ones.
+        """
         read_end, write_end = os.pipe()
         log = self._logs / f"{name}.log"
         arguments = tethered(command)
@@ -103,7 +109,10 @@ class Children:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     pass_fds=(write_end,),
-                    env={**os.environ, **(environment or {})},
+                    env={
+                        **{k: v for k, v in os.environ.items() if k not in hidden},
+                        **(environment or {}),
+                    },
                     # Ctrl-C goes to this process alone, which ends the
                     # children in order.
                     process_group=0,
@@ -133,7 +142,29 @@ class Children:
         Raises `ChildDiedError` where one has ended.
         """
         for key, _ in self._selector.select(timeout_s):
-            self._read(key.data)
+            if isinstance(key.data, Child):
+                self._read(key.data)
+
+    @contextlib.contextmanager
+    def watching(self, process: subprocess.Popen[bytes]) -> Iterator[Callable[[], bool]]:
+        """While inside, `wait` returns also when this other process has ended.
+
+        Gives a function that says whether it has.
+        """
+        read_end, write_end = os.pipe()
+
+        def wait_for_end() -> None:
+            process.wait()
+            os.close(write_end)
+
+        waiting = threading.Thread(target=wait_for_end, name="command", daemon=True)
+        self._selector.register(read_end, selectors.EVENT_READ)
+        waiting.start()
+        try:
+            yield lambda: process.returncode is not None
+        finally:
+            self._selector.unregister(read_end)
+            os.close(read_end)
 
     def wait_for(self, child: Child, prefix: str, until: float | None = None) -> str:
         """Waits for a line with a prefix; what follows the prefix.

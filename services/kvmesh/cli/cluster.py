@@ -37,6 +37,11 @@ class Plan:
     cluster: str = "default"
     data: Path | None = None
     """Folder for etcd's data and the logs; None: one that goes with the cluster."""
+    config: Path | None = None
+    """File of settings whose sections [router] and [worker] hold for them; what is
+    decided here is stronger."""
+    hidden_variables: frozenset[str] = frozenset()
+    """Variables of this process that are not for routers and workers."""
     worker_arguments: tuple[str, ...] = ()
     """Further flags for every worker."""
     insecure: bool = False
@@ -89,12 +94,16 @@ def _start(plan: Plan, children: Children, data: Path) -> Cluster:
         etcd = f"127.0.0.1:{client_port}"
     # All start at once: whoever needs etcd tries until it answers.
     common = ["--etcd", etcd, "--cluster", plan.cluster]
-    if plan.insecure:
-        common.append("--insecure")
+    common.append("--insecure" if plan.insecure else "--no-insecure")
+    if plan.config is not None:
+        common += ["--config", str(plan.config)]
     kvmesh = [sys.executable, "-m", "kvmesh.cli"]
     listen = f"{plan.host}:{port}"
     router = children.spawn(
-        "router", [*kvmesh, "router", *common, "--listen", listen], announce=True
+        "router",
+        [*kvmesh, "router", *common, "--listen", listen],
+        announce=True,
+        hidden=plan.hidden_variables,
     )
     workers = []
     for role, count in plan.workers.items():
@@ -104,8 +113,11 @@ def _start(plan: Plan, children: Children, data: Path) -> Cluster:
                 *kvmesh, "worker", *common, *plan.worker_arguments,
                 "--role", role, "--engine", plan.engine, "--model", plan.model,
                 "--worker-id", name, "--grace-s", "2",
+                # Several on one machine: a port that is given would be taken.
+                "--listen", "127.0.0.1:0", "--transfer-listen", "127.0.0.1:0",
             ]  # fmt: skip
-            workers.append(children.spawn(name, command, announce=True))
+            hidden = plan.hidden_variables
+            workers.append(children.spawn(name, command, announce=True, hidden=hidden))
     logs = data / "logs"
     until = time.monotonic() + plan.ready_timeout_s
     try:

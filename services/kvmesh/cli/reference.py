@@ -33,13 +33,23 @@ The program `kvmesh-router` takes the same router settings, from the section `[r
 from a file without sections.
 """
 
+_UP = """\
+`kvmesh up`: section `[up]`.
+
+Its file's sections `[router]` and `[worker]`, and variables that are no setting of `up`,
+hold for the router and the workers that it starts. Variables of the settings below are its
+own alone: `KVMESH_THREADS` are the threads of each worker and no router's, `KVMESH_LISTEN`
+is the router's address and no worker's. It decides, whatever the file says: `listen`,
+`etcd`, `cluster` and `insecure` of them all, and of workers `role`, `engine`, `model`,
+`worker_id`, `grace` and `transfer_listen`."""
+
 
 def sections() -> tuple[tuple[str, str, Iterable[Setting]], ...]:
     """Each section: name, who uses it, and its settings."""
     return (
         ("router", "`kvmesh router`: section `[router]`.", router.settings()),
         ("worker", "`kvmesh worker`: section `[worker]`.", worker.settings()),
-        ("up", "`kvmesh up`: section `[up]`.", up.SETTINGS),
+        ("up", _UP, up.SETTINGS),
         (
             "client",
             "`kvmesh chat`, `generate`, `models`, `workers`, `drain`, `role`, `planner`, "

@@ -114,14 +114,21 @@ def merged(
     return values
 
 
+def config_file(
+    args: argparse.Namespace, environment: Mapping[str, str] | None = None
+) -> str | None:
+    """The file of settings that was named, by flag or variable."""
+    environment = os.environ if environment is None else environment
+    return getattr(args, "config", None) or environment.get("KVMESH_CONFIG") or None
+
+
 def _from_file(
     section: str,
     known: Mapping[str, Setting],
     args: argparse.Namespace,
     environment: Mapping[str, str] | None,
 ) -> dict[str, Any]:
-    environment = os.environ if environment is None else environment
-    name = getattr(args, "config", None) or environment.get("KVMESH_CONFIG")
+    name = config_file(args, environment)
     if not name:
         return {}
     try:

@@ -14,12 +14,22 @@ from typing import Any, NoReturn
 from kvmesh.cli.children import ChildDiedError, tethered
 from kvmesh.cli.client import DEFAULT_ENDPOINT, explain, print_stream, timings_line
 from kvmesh.cli.cluster import Cluster, Plan, running
-from kvmesh.cli.settings import Setting, UsageError, add_settings, merged
+from kvmesh.cli.settings import Setting, UsageError, add_settings, config_file, merged
 
 _EPILOG = """\
 Starts etcd, a router, and prefill and decode workers as children of this process
 and waits until they serve. Ctrl-C ends them all; so does the end of this process,
 whatever its cause.
+
+The sections [router] and [worker] of a file (--config), and KVMESH_* variables that are
+no setting of `up`, hold for its router and its workers. What `up` has itself is its own
+alone, also as a variable: KVMESH_THREADS are the threads of each worker and no router's,
+KVMESH_LISTEN is the router's address and no worker's. It decides, whatever the file
+says: listen, etcd, cluster and insecure of them all, and of workers role, engine, model,
+worker_id, grace and transfer_listen.
+
+With `-- COMMAND` a part that ends under it is told at once; without its router the
+command is ended, too, and the status is 1.
 
 examples:
   kvmesh up                               until Ctrl-C; then, elsewhere: kvmesh chat
@@ -77,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("a COMMAND needs --once: the cluster ends with it")
     if args.once and not args.program and args.ask is None:
         raise UsageError("--once needs something to do: --ask TEXT or -- COMMAND ARGS…")
-    plan = _plan(merged("up", SETTINGS, args), args.once)
+    plan = _plan(merged("up", SETTINGS, args), args.once, config_file(args))
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _told)
     try:
@@ -101,7 +111,7 @@ def _told(number: int, _: FrameType | None) -> NoReturn:
     raise _Told(number)
 
 
-def _plan(values: dict[str, Any], once: bool) -> Plan:
+def _plan(values: dict[str, Any], once: bool, config: str | None) -> Plan:
     from kvmesh.worker.settings import SettingError, split_address
 
     def number(name: str, default: int, low: int = 0) -> int:
@@ -142,6 +152,8 @@ def _plan(values: dict[str, Any], once: bool) -> Plan:
         etcd=str(values.get("etcd", "")),
         cluster=str(values.get("cluster", "default")),
         data=Path(values["data"]).expanduser().resolve() if values.get("data") else None,
+        config=Path(config).resolve() if config else None,
+        hidden_variables=frozenset(setting.variable for setting in SETTINGS) | {"KVMESH_CONFIG"},
         worker_arguments=tuple(extra),
         insecure=values.get("insecure", False),
         ready_timeout_s=float(number("ready_timeout_s", 600, 1)),
@@ -219,7 +231,7 @@ def _run_program(cluster: Cluster, program: list[str]) -> int:
     }
     process = subprocess.Popen(tethered(program), env=environment)
     try:
-        status = _wait_out(process)
+        status = _wait_out(process, cluster)
     except BaseException:
         process.terminate()
         process.wait()
@@ -227,12 +239,22 @@ def _run_program(cluster: Cluster, program: list[str]) -> int:
     return status if status >= 0 else 128 - status
 
 
-def _wait_out(process: subprocess.Popen[bytes]) -> int:
-    """Waits; a Ctrl-C is the command's own matter, the second one ends it."""
-    for _ in range(2):
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue
-    process.kill()
+def _wait_out(process: subprocess.Popen[bytes], cluster: Cluster) -> int:
+    """Waits; a Ctrl-C is the command's own matter, the second one ends it.
+
+    Raises `ChildDiedError` where the router ends first.
+    """
+    interrupts = 0
+    with cluster.children.watching(process) as ended:
+        while not ended():
+            try:
+                cluster.children.wait()
+            except ChildDiedError as error:
+                if cluster.router.process.poll() is not None:
+                    raise
+                print(f"kvmesh up: {error}", file=sys.stderr, flush=True)
+            except KeyboardInterrupt:
+                interrupts += 1
+                if interrupts == 2:
+                    process.kill()
     return process.wait()
