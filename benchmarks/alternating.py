@@ -138,6 +138,12 @@ def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]
     sys.stdout.flush()
 
 
+def print_figures(figures: Sequence[Figure]) -> None:
+    """Prints figures by their names, as `--json` has them."""
+    head = ["figure", "value", "unit", "better"]
+    print_table("figures", head, [[f.name, f.value, f.unit, f.better] for f in figures])
+
+
 def _cell(value: object) -> str:
     if value is None:
         return "-"

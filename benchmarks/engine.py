@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import alternating
 import numpy as np
 import torch
-from alternating import Blocks, Figure, alternate, print_table, write_json
+from alternating import Blocks, Figure, alternate, print_figures, print_table, write_json
 
 from kvmesh import models
 from kvmesh._router import KvPool
@@ -237,8 +237,13 @@ def main() -> None:
     title = f"{arguments.model}, float32, {arguments.threads} thread(s), {rounds} rounds"
     head = ["", "kvmesh tok/s", "transformers tok/s", "ratio", "repeated", "kept busy"]
     print_table(title + (" (quick: not evidence)" if quick else ""), head, rows)
+    print_figures(figures)
+    evidence = not quick and not busy
+    if not evidence:
+        print("Not evidence: " + ("a quick run." if quick else "the machine was busy."))
     if arguments.json:
-        write_json(arguments.json, figures, quick=quick, kept_busy=busy, torch=torch.__version__)
+        about = {"quick": quick, "kept_busy": busy, "torch": torch.__version__}
+        write_json(arguments.json, figures, evidence=evidence, **about)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import second_token
-from alternating import Blocks, Figure, alternate, print_table, write_json
+from alternating import Blocks, Figure, alternate, print_figures, print_table, write_json
 
 from kvmesh import _router
 
@@ -211,8 +211,6 @@ def show(took: Blocks[float], blocks: int, nbytes: int) -> tuple[list[Figure], d
         "shm_over_memcpy": ratio(took, "shm", "memcpy"),
         "tcp_over_socket": ratio(took, "tcp", "socket"),
     }
-    for name, value in ratios.items():
-        print(f"{name:24}{value:8.2f}")
     figures = [Figure(name, value, "ratio", "higher") for name, value in ratios.items()]
     figures += [Figure(f"{name}_gb_s", value, "GB/s", "higher") for name, value in rate.items()]
     return figures, {"blocks_repeated": took.repeated, "blocks_kept_busy": took.kept_busy}
@@ -231,6 +229,7 @@ def main() -> int:
         more, others = second_token.measure(arguments.quick)
         figures += more
         counts = {name: counts[name] + others[name] for name in counts}
+    print_figures(figures)
     print(
         f"\n{counts['blocks_repeated']} blocks were repeated because others used the machine, ",
         end="",

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from textwrap import dedent
 
 import pytest
 
@@ -23,6 +24,32 @@ def test_the_page_lists_every_benchmark(root):
     names = listed.stdout.split()
     assert len(names) > 5, listed.stderr
     assert [name for name in names if name not in page] == []
+
+
+def test_figures_are_printed_by_their_names(root):
+    code = """
+        from alternating import Figure, print_figures
+        print_figures([Figure("shm_over_memcpy", 0.875, "ratio", "higher")])
+    """
+    assert "shm_over_memcpy  0.875  ratio  higher" in run(root, "-c", dedent(code)).stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "figures"),
+    [
+        pytest.param("session.py", ["itl_p99_ratio_snapshot", "itl_p99_ratio_prompts",
+                                    "itl_p99_ratio_tokenizer"], marks=pytest.mark.slow),
+        ("kv_transfer.py", ["shm_over_memcpy", "tcp_over_socket"]),
+        pytest.param("engine.py", ["prefill_over_transformers", "decode8_over_transformers",
+                                   "kvmesh tok/s"], marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_a_run_prints_its_figures_and_whether_it_is_evidence(root, name, figures):
+    arguments = ["--without-model"] if name == "kv_transfer.py" else []
+    done = run(root, name, "--quick", *arguments)
+    assert done.returncode == 0, done.stderr
+    for figure in [*figures, "Not evidence: a quick run."]:
+        assert figure in done.stdout
 
 
 @pytest.mark.parametrize("name", ["routing_quality.py", "simulate_speed.py"])
