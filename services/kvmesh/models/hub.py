@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import json
 import os
+import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -137,7 +138,7 @@ def _download(
                 blob.update(piece)
                 done += len(piece)
                 progress(step, done, remote.size)
-        except (http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        except (http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
             raise SourceUnreachableError(f"download of {remote.name} broke: {error}") from error
     expected = remote.sha256 or remote.blob_id
     found = sha256.hexdigest() if remote.sha256 else blob.hexdigest()

