@@ -116,6 +116,8 @@ async def test_a_worker_answers_health_before_its_model_is_there(monkeypatch) ->
         assert info.load.phase == wire.WORKER_PHASE_LOADING
         assert info.record.labels == {"zone": "a"}
         loaded.set()
+        await said("worker w: warming up")
+        await said("worker w: warmed up in ")
         await said("serving sim on ")
         assert await health(channel) == SERVING
         info = await stub.GetInfo(wire.GetInfoRequest())

@@ -62,7 +62,10 @@ async def serve(settings: WorkerSettings, announce: Callable[[str], None]) -> in
         _complete(record, settings, built)
         tokenizer = list(built.tokenizer.files.items()), built.tokenizer.digest
         port.warm_up(record.SerializeToString(), *tokenizer)
+        announce(f"worker {worker_id}: warming up")
+        warming = time.monotonic()
         await asyncio.to_thread(engine.start, port)
+        announce(f"worker {worker_id}: warmed up in {time.monotonic() - warming:.1f} s")
         record.step_model.CopyFrom(engine.step_model())
         record.capabilities.CopyFrom(engine.capabilities())
         port.serve(record.SerializeToString(), *tokenizer)
@@ -86,10 +89,10 @@ async def serve(settings: WorkerSettings, announce: Callable[[str], None]) -> in
                 # A line each follows: which, and why.
                 _log.warning("grace ended grace_s=%g running=%d", told.grace_s, port.running())
                 port.give_back(told.grace_s)
+        await telling
     finally:
         await asyncio.to_thread(port.close, _LINGER_S)
         if engine is not None:
-        await telling
             await engine.close()
         if service is not None:
             await asyncio.to_thread(service.join)

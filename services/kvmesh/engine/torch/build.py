@@ -56,10 +56,9 @@ def build(settings: TorchSettings, progress: models.Progress = models.silent) ->
     )
     device = torch.device(settings.device)
     dtype = getattr(torch, settings.dtype or _default_dtype(device))
-    progress("load weights", 0, None)
     runner = TorchRunner(
         config,
-        load_weights(folder, config, dtype, device),
+        load_weights(folder, config, dtype, device, progress),
         digest,
         dtype=dtype,
         device=device,

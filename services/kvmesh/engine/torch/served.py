@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 
 from kvmesh import models
@@ -16,6 +17,8 @@ from kvmesh.worker.tokenizer_files import TokenizerFiles
 
 MAX_LOGPROBS = 20
 """Most alternatives with log-probability, as inference.proto allows."""
+
+_SHOW_EVERY_S = 3.0
 
 _ARGUMENTS = ("block_tokens", "max_batch", "chunk_tokens")
 
@@ -35,6 +38,8 @@ def build(
         block_tokens = int(arguments.get("block_tokens", 16))
         max_batch = int(arguments.get("max_batch", 256))
         chunk_tokens = _chunk_tokens(arguments, block_tokens)
+        steps = _Steps(progress)
+        models.pull(settings.model, steps)
         built = build_runner(
             TorchSettings(
                 model=settings.model,
@@ -44,7 +49,7 @@ def build(
                 threads=settings.threads,
                 block_tokens=block_tokens,
             ),
-            _Steps(progress),
+            steps,
         )
     except (models.ModelError, ValueError) as error:
         raise SettingError(f"model {settings.model}: {error}") from error
@@ -94,14 +99,22 @@ def _chunk_tokens(arguments: Mapping[str, str], block_tokens: int) -> int:
 
 
 class _Steps:
-    """One line a step of loading: a worker's log is no terminal."""
+    """A line at the start of a step, then one every few seconds: a worker's log is no
+    terminal."""
 
-    def __init__(self, progress: Callable[[str], None]) -> None:
+    def __init__(
+        self, progress: Callable[[str], None], now: Callable[[], float] = time.monotonic
+    ) -> None:
         self._progress = progress
+        self._now = now
         self._step = ""
+        self._shown = 0.0
 
     def __call__(self, step: str, done: int, total: int | None) -> None:
         """See kvmesh.models.Progress."""
-        if step != self._step:
-            self._step = step
-            self._progress(f"model: {step}")
+        now = self._now()
+        if step == self._step and now - self._shown < _SHOW_EVERY_S:
+            return
+        self._step, self._shown = step, now
+        share = f" {100 * done / total:.0f} % of {total / 1e6:.0f} MB" if total and done else ""
+        self._progress(f"model: {step}{share}")

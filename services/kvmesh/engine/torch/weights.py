@@ -15,7 +15,10 @@ from safetensors import safe_open
 
 from kvmesh.engine.torch.linear import Linear
 from kvmesh.models import ModelConfig, UnsupportedModelError
+from kvmesh.models.progress import Progress, silent
 from kvmesh.models.safetensors_file import weight_files
+
+_STEP = "load weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +46,18 @@ class ModelWeights:
 
 
 def load_weights(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress = silent,
 ) -> ModelWeights:
-    """Reads all shards of a model.
+    """Reads all shards of a model. Progress is told in bytes of the files.
 
     A tensor that is missing, of another shape or of no known use is refused
     by name: ignoring it would compute something else.
     """
-    loader = _Loader(folder, dtype, device)
+    loader = _Loader(folder, dtype, device, progress)
     embedding = loader.take(
         "model.embed_tokens.weight", (config.vocabulary_size, config.hidden_size)
     )
@@ -90,11 +97,17 @@ def _layer(loader: _Loader, config: ModelConfig, index: int) -> LayerWeights:
 class _Loader:
     """Takes tensors out of shards, and keeps account of them."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, device: torch.device, progress: Progress
+    ) -> None:
         self._dtype = dtype
         self._device = device
+        self._progress = progress
         self._where: dict[str, Any] = {}
-        for file in weight_files(folder):
+        files = weight_files(folder)
+        self._done, self._total = 0, sum(file.stat().st_size for file in files)
+        progress(_STEP, 0, self._total)
+        for file in files:
             shard: Any = safe_open(file, framework="pt", device="cpu")
             for name in shard.keys():  # noqa: SIM118 - not a dict
                 self._where[name] = shard
@@ -108,7 +121,10 @@ class _Loader:
             raise UnsupportedModelError(
                 f"{name} has shape {list(tensor.shape)}; config.json says {list(shape)}"
             )
-        return tensor.to(device=self._device, dtype=self._dtype)
+        taken = tensor.to(device=self._device, dtype=self._dtype)
+        self._done += tensor.nbytes
+        self._progress(_STEP, self._done, self._total)
+        return taken
 
     def linear(self, parts: dict[str, int], inputs: int, bias: bool) -> Linear:
         """One product for several projections of the same input."""
@@ -127,3 +143,5 @@ class _Loader:
             raise UnsupportedModelError(
                 f"the weights hold {len(left)} tensors of no known use, the first is {left[0]}"
             )
+        # Heads of files, and what was ignored.
+        self._progress(_STEP, self._total, self._total)

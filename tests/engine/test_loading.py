@@ -1,0 +1,36 @@
+"""A worker that loads says how far it is."""
+
+import torch
+
+from kvmesh import models
+from kvmesh.engine.torch.served import _Steps
+from kvmesh.engine.torch.weights import load_weights
+
+
+def test_loading_weights_tells_bytes_up_to_the_whole():
+    folder = models.pull("smollm2-135m")
+    told = []
+
+    def progress(step, done, total):
+        told.append((step, done, total))
+
+    config = models.load_config(folder)
+    load_weights(folder, config, torch.float32, torch.device("cpu"), progress)
+    steps, done, totals = map(list, zip(*told, strict=True))
+    (total,) = set(totals)
+    assert set(steps) == {"load weights"}
+    assert total == sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    assert done == sorted(done)
+    assert (done[0], done[-1]) == (0, total)
+    assert len(done) > config.layers
+
+
+def test_a_log_gets_a_line_at_the_start_of_a_step_and_then_one_every_few_seconds():
+    lines, moments = [], iter([0.0, 1.0, 2.0, 3.0, 4.0, 4.5])
+    steps = _Steps(lines.append, lambda: next(moments))
+    for done in (0, 100_000_000, 150_000_000, 200_000_000, 250_000_000):
+        steps("load weights", done, 400_000_000)
+    steps("digest", 0, 5)
+    assert lines == [
+        "model: load weights", "model: load weights 50 % of 400 MB", "model: digest",
+    ]  # fmt: skip
