@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvmesh.client.request import build_request
+from kvmesh.client.request import build_request, build_tokenize_request
 from kvmesh.v1 import inference_pb2 as wire
 
 
@@ -48,3 +48,14 @@ def test_what_is_unknown_is_named() -> None:
         build_request({"prompt": "a", "temprature": 1})
     with pytest.raises(ValueError, match="interactive, standard, batch"):
         build_request({"prompt": "a", "request_class": "urgent"})
+
+
+@pytest.mark.parametrize("options", [{}, {"token_ids": [1]}, {"prompt": "a", "messages": []}])
+def test_tokenizing_needs_one_text(options) -> None:
+    with pytest.raises(TypeError, match="exactly one of prompt and messages is needed, given: "):
+        build_tokenize_request(options)
+
+
+def test_tokenizing_names_what_is_unknown() -> None:
+    with pytest.raises(TypeError, match="unknown argument mesages; allowed are"):
+        build_tokenize_request({"prompt": "a", "mesages": []})

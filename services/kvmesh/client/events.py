@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from kvmesh.v1 import inference_pb2 as wire
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "unknown"]
+"""unknown: one that this release has no name for; the router is newer."""
 
 _REASONS: dict[int, FinishReason] = {
     wire.FINISH_REASON_STOP: "stop",
@@ -172,7 +173,7 @@ def _tokens(t: wire.Tokens) -> Tokens:
 
 def _finished(f: wire.Finished) -> Finished:
     return Finished(
-        finish_reason=_REASONS.get(f.reason, "stop"),
+        finish_reason=_REASONS.get(f.reason, "unknown"),
         usage=Usage(*(getattr(f.usage, name) for name in Usage.__slots__)),
         timings=Timings(*(getattr(f.timings, name) for name in Timings.__slots__)),
         stop_string=f.stop_string,

@@ -87,12 +87,7 @@ def build_request(options: GenerateOptions) -> wire.GenerateRequest:
     `prompt`, `messages` and `token_ids`; `ValueError` for a value that has no
     place on the wire. Ranges are the server's to check.
     """
-    unknown = set(options) - set(GenerateOptions.__annotations__)
-    if unknown:
-        raise TypeError(
-            f"unknown argument {', '.join(sorted(unknown))}; "
-            f"allowed are {', '.join(sorted(GenerateOptions.__annotations__))}"
-        )
+    _check_names(options)
     request = wire.GenerateRequest(model=options.get("model", ""), n=options.get("n", 0))
     _set_input(request, options)
     _copy(request.sampling, options, _SAMPLING)
@@ -141,7 +136,12 @@ def build_chat(messages: Sequence[Message], options: GenerateOptions) -> wire.Ch
 
 
 def build_tokenize_request(options: GenerateOptions) -> wire.TokenizeRequest:
-    """A request for the ids of `prompt` or `messages`."""
+    """A request for the ids of `prompt` or `messages`.
+
+    Raises `TypeError` for an unknown argument and for none or both of the two.
+    """
+    _check_names(options)
+    _check_input(options, "prompt and messages")
     request = wire.TokenizeRequest(model=options.get("model", ""))
     if "messages" in options:
         request.chat.CopyFrom(build_chat(options["messages"], options))
@@ -150,13 +150,23 @@ def build_tokenize_request(options: GenerateOptions) -> wire.TokenizeRequest:
     return request
 
 
-def _set_input(request: wire.GenerateRequest, options: GenerateOptions) -> None:
-    given = [key for key in ("prompt", "messages", "token_ids") if key in options]
-    if len(given) != 1:
+def _check_names(options: GenerateOptions) -> None:
+    unknown = set(options) - set(GenerateOptions.__annotations__)
+    if unknown:
         raise TypeError(
-            "exactly one of prompt, messages and token_ids is needed, "
-            f"given: {', '.join(given) or 'none'}"
+            f"unknown argument {', '.join(sorted(unknown))}; "
+            f"allowed are {', '.join(sorted(GenerateOptions.__annotations__))}"
         )
+
+
+def _check_input(options: GenerateOptions, allowed: str) -> None:
+    given = [key for key in ("prompt", "messages", "token_ids") if key in options]
+    if len(given) != 1 or given[0] not in allowed:
+        raise TypeError(f"exactly one of {allowed} is needed, given: {', '.join(given) or 'none'}")
+
+
+def _set_input(request: wire.GenerateRequest, options: GenerateOptions) -> None:
+    _check_input(options, "prompt, messages and token_ids")
     if "prompt" in options:
         request.prompt = options["prompt"]
     elif "messages" in options:
