@@ -23,6 +23,9 @@ NATIVE := target/.native-stamp
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 CARGO_TEST := cargo test --release --workspace --exclude kvmesh-python --no-fail-fast
 
+# The least Rust, as every crate has it.
+RUST_LEAST := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+
 # The checkout in use, also where another one is installed in a shared
 # environment.
 export PYTHONPATH := $(CURDIR)/services$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -163,10 +166,17 @@ $(STAMPS)/%-$(ENV_KEY): requirements/%.txt | $(STAMPS)/venv
 	@flock $(STAMPS)/lock $(PIP) --progress-bar on -r $<
 	@touch $@
 
-$(STAMPS)/venv:
+.PHONY: rust
+rust:
+	@command -v cargo > /dev/null || { \
+		echo "cargo is missing; get Rust $(RUST_LEAST) or newer from https://rustup.rs" >&2; exit 1; }
+	@has=$$(cargo --version | cut -d ' ' -f 2); \
+		printf '%s\n' "$(RUST_LEAST)" "$$has" | sort --version-sort --check=quiet || { \
+		echo "cargo is $$has; Rust $(RUST_LEAST) or newer is needed (rustup update)" >&2; exit 1; }
+
+$(STAMPS)/venv: | rust
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is $$($(PYTHON) --version); Python 3.11 or newer is needed (PYTHON=... names one)" >&2; exit 1; }
-	@command -v cargo > /dev/null || { echo "cargo is missing; get Rust from https://rustup.rs" >&2; exit 1; }
 	@echo "== make the environment $(VENV)"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@mkdir -p $(STAMPS)

@@ -340,7 +340,7 @@ def late(seconds: float, rounds: int) -> tuple[float, float]:
     arrivals = LATE_LOAD.arrivals(seconds, seed=21)
     for _ in range(rounds):
         for late_ms, ttft in found.items():
-            arguments = ("--load-delay-ms", str(late_ms), "--kv-pool-tokens", "200000")
+            arguments = ("--load-delay", f"{late_ms}ms", "--kv-pool-tokens", "200000")
             with serving(["both"] * BURST_WORKERS, arguments=arguments) as cluster:
                 ttft += asyncio.run(play(cluster.endpoints[0], arrivals)).ttft
     return quantile(found[0], 0.99), quantile(found[LATE_MS], 0.99)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Annotated, Any
+
+Seconds = Annotated[float, "seconds"]
+"""A setting that is a time: given with its unit, held in seconds."""
 
 _BOOLEANS = {
     "true": True, "1": True, "yes": True, "on": True,
@@ -38,3 +41,8 @@ def duration_s(name: str, value: Any) -> float:
     if found is None or not math.isfinite(seconds := float(found[1]) * _UNITS_S[found[2]]):
         raise ValueNotAllowedError(name, value, "a time with its unit (ms, s, m, h); bare: seconds")
     return seconds
+
+
+def written(seconds: float) -> str:
+    """A time as settings have it: "30s", "500ms"."""
+    return f"{seconds:g}s" if seconds == 0 or seconds >= 1 else f"{seconds * 1000:g}ms"

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from kvmesh.cli import worker
 from kvmesh.cli.commands import main
 from kvmesh.cli.settings import Setting, UsageError, add_settings, merged
 from kvmesh.worker.settings import SettingError, WorkerSettings
@@ -79,6 +80,33 @@ def test_a_token_is_sent_in_no_plain_text_where_tls_is_asked_for(text, monkeypat
         assert main(["models", "--endpoint", where, "--token", "t"]) == 1
         taking.join()
     assert begins == [b"\x16"]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("30s", 30.0), ("500ms", 0.5), ("1.5m", 90.0), ("1h", 3600.0), ("2", 2.0), ("0.25", 0.25)],
+)
+def test_times_are_read_with_their_units(text, seconds):
+    assert WorkerSettings.from_mapping({"grace": text}).grace == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["", "s", "5 days", "-1s", "1e3s", "inf", "nan", True])
+def test_what_is_no_time_is_refused(text):
+    with pytest.raises(SettingError, match=r"orphan_ttl is .*; allowed is a time with its unit"):
+        WorkerSettings.from_mapping({"orphan_ttl": text})
+
+
+@pytest.mark.parametrize("name", ["grace", "etcd_ttl", "offer_timeout", "orphan_ttl"])
+def test_a_time_is_said_as_it_is_given(name):
+    shown = {setting.name: setting.default for setting in worker.settings()}
+    default = WorkerSettings.from_mapping({name: shown[name]})
+    assert getattr(default, name) == getattr(WorkerSettings(), name)
+    assert shown[name].endswith("s")
+
+
+def test_a_drain_takes_a_time_with_its_unit(capsys):
+    assert main(["drain", "w", "--grace", "soon"]) == 2
+    assert "--grace is 'soon'; allowed is a time with its unit" in capsys.readouterr().err
 
 
 def test_what_is_not_given_is_not_there():
@@ -164,7 +192,7 @@ def test_a_broken_or_missing_file_is_named(tmp_path):
         (["worker", "--listen", "0.0.0.0:1"], "not loopback"),
         (["worker", "--threads", "many"], "threads is 'many'"),
         (["worker", "--log-level", "loud"], "log_level is 'loud'; allowed are error, warn"),
-        (["worker", "--offer-timeout-s", "0"], "offer_timeout_s is 0.0; allowed is more than 0"),
+        (["worker", "--offer-timeout", "0"], "offer_timeout is 0s; allowed is more than 0s"),
         (["worker", "--etcd-user", "me"], "etcd_user and etcd_password go together"),
         (["worker", "--etcd-cert", "a"], "etcd_cert and etcd_key go together"),
         (["workers", "--etcd", "a:1", "--etcd-server-name", "a"], "need etcd_ca"),

@@ -86,7 +86,7 @@ class Cluster:
                 "--engine", engine,
                 "--model", "sim" if engine == "sim" else "smollm2-135m",
                 "--etcd", self.etcd,
-                "--lease-ttl-s", str(self.ttl_s),
+                "--etcd-ttl", str(self.ttl_s),
                 *arguments,
             ],
             announce=True,

@@ -18,7 +18,7 @@ def two_routers(fresh) -> Cluster:
     """Two routers, a prefill and a decode worker."""
     endpoints = [fresh.start_router() for _ in range(2)]
     fresh.start_worker("p", "prefill", *STEPS)
-    fresh.start_worker("d", "decode", "--orphan-ttl-s", "0.5", *STEPS)
+    fresh.start_worker("d", "decode", "--orphan-ttl", "500ms", *STEPS)
     for endpoint in endpoints:
         fresh.wait_live(endpoint, "p", "d")
     return fresh

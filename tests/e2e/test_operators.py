@@ -72,7 +72,7 @@ def test_a_drain_gives_back_what_outlives_its_grace_and_says_which(fresh) -> Non
         assert isinstance(next(stream), kvmesh.Tokens)
         fresh.start_worker("b", "both")
         fresh.wait_live(endpoint, "a", "b")
-        assert main(["drain", "a", "--grace-s", "0.05", "--endpoint", endpoint]) == 0
+        assert main(["drain", "a", "--grace", "50ms", "--endpoint", endpoint]) == 0
         # Its client sees nothing of it: another worker goes on.
         *_, last = stream
         assert last.usage.output_tokens == 1_000

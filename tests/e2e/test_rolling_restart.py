@@ -5,7 +5,7 @@ from __future__ import annotations
 from figures import figures, wait_quiet
 from many_streams import Streams, prompts
 
-STEPS = ("--grace-s", "0.2", "--engine-arguments", "profile=step-10ms")
+STEPS = ("--grace", "200ms", "--engine-arguments", "profile=step-10ms")
 COUNT = 24
 ROLES = {"p1": "prefill", "p2": "prefill", "d1": "decode", "d2": "decode"}
 

@@ -256,7 +256,7 @@ def test_the_bounds_of_transfers_are_settings(monkeypatch) -> None:
         return made[-1]
 
     monkeypatch.setattr(sim_build, "TransferSettings", remember)
-    settings = {"engine": "sim", "model": "sim", "transfer_lease_s": "3.5", "offer_timeout_s": "7"}
+    settings = {"engine": "sim", "model": "sim", "transfer_lease": "3500ms", "offer_timeout": "7s"}
     serving.build_engine(WorkerSettings.from_mapping(settings), "w", 7, print)
     (bounds,) = made
     assert (bounds.lease_s, bounds.offer_timeout_s) == (3.5, 7.0)

@@ -1,6 +1,6 @@
 """What the commands for operators share: one call to a router's Admin service.
 
-A router answers it on loopback only, or where --admin-listen says.
+A router answers it to callers on loopback addresses only.
 """
 
 from __future__ import annotations

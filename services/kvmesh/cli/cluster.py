@@ -112,7 +112,7 @@ def _start(plan: Plan, children: Children, data: Path) -> Cluster:
             command = [
                 *kvmesh, "worker", *common, *plan.worker_arguments,
                 "--role", role, "--engine", plan.engine, "--model", plan.model,
-                "--worker-id", name, "--grace-s", "2",
+                "--worker-id", name, "--grace", "2s",
                 # Several on one machine: a port that is given would be taken.
                 "--listen", "127.0.0.1:0", "--transfer-listen", "127.0.0.1:0",
             ]  # fmt: skip

@@ -12,13 +12,15 @@ from functools import cache
 from kvmesh.cli.announce import add_announce, announcer
 from kvmesh.cli.settings import Setting, UsageError, add_settings, merged
 
+_TIME = " Allowed: a time with its unit (ms, s, m, h); bare: seconds."
+
 _EPILOG = """\
 examples:
   kvmesh worker --role both --model smollm2-135m --etcd 127.0.0.1:2379
   kvmesh worker --role prefill --engine sim --etcd 127.0.0.1:2379
   kvmesh worker --config kvmesh.toml      # section [worker]
 
-SIGTERM drains: no new work, what runs has --grace-s to finish.
+SIGTERM drains: no new work, what runs has --grace to finish.
 """
 
 
@@ -68,15 +70,24 @@ def settings() -> tuple[Setting, ...]:
     found = []
     for field in dataclasses.fields(WorkerSettings):
         default = field.default if field.default is not dataclasses.MISSING else ""
+        is_time = field.type == "Seconds"
         found.append(
             Setting(
                 field.name,
-                docs.get(field.name, ""),
+                docs.get(field.name, "") + (_TIME if is_time else ""),
                 is_switch=isinstance(default, bool),
-                default="" if default in ("", (), False) else str(default),
+                default=_default(default, is_time),
             )
         )
     return tuple(found)
+
+
+def _default(value: object, is_time: bool) -> str:
+    from kvmesh.setting_values import written
+
+    if is_time and isinstance(value, float | int):
+        return written(value)
+    return "" if value in ("", (), False) else str(value)
 
 
 def _attribute_docs(node: ast.AST) -> dict[str, str]:

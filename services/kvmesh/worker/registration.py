@@ -35,7 +35,7 @@ def register(
         list(settings.etcd),
         settings.cluster,
         record.SerializeToString(),
-        settings.lease_ttl_s,
+        settings.etcd_ttl,
         **access,
     )
     stack.callback(registration.close)
@@ -61,8 +61,8 @@ async def tell_changes(registration: WorkerRegistration | None, settings: Worker
         elif state == "refused":
             _log.error(
                 "not registered: setting worker_id is refused: %s; allowed is a name that no "
-                "live worker has; tried again every lease_ttl_s (%g s)",
-                reason, settings.lease_ttl_s,
+                "live worker has; tried again every etcd_ttl (%g s)",
+                reason, settings.etcd_ttl,
             )  # fmt: skip
         elif state == "away":
             _log.error(

@@ -29,7 +29,7 @@ _LINGER_S = 1.0
 
 def main(settings: WorkerSettings, announce: Callable[[str], None] = print) -> int:
     """Runs a worker until it is told to stop. Returns the exit status."""
-    sys.setswitchinterval(settings.switch_interval_ms / 1000)
+    sys.setswitchinterval(settings.switch_interval)
     return asyncio.run(serve(settings, announce))
 
 
@@ -39,7 +39,7 @@ async def serve(settings: WorkerSettings, announce: Callable[[str], None]) -> in
     The loop waits for signals and the end; gRPC is served by the native port,
     and the engine runs on its own thread.
     """
-    told = _Told(settings.grace_s)
+    told = _Told(settings.grace)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.stop)
@@ -150,19 +150,19 @@ def _port(settings: WorkerSettings) -> WorkerPort:
     return WorkerPort(
         settings.listen,
         step_lane_bytes=settings.step_lane_bytes,
-        step_lane_age_s=settings.step_lane_age_s,
+        step_lane_age_s=settings.step_lane_age,
         cache_ring_events=settings.cache_ring_events,
-        cache_coalesce_ms=settings.cache_coalesce_ms,
-        snapshot_interval_ms=settings.snapshot_interval_ms,
-        load_interval_ms=settings.load_interval_ms,
-        load_coalesce_ms=settings.load_coalesce_ms,
-        keep_alive_interval_s=settings.keep_alive_interval_s,
-        keep_alive_timeout_s=settings.keep_alive_timeout_s,
-        grace_s=settings.grace_s,
+        cache_coalesce_ms=settings.cache_coalesce * 1000,
+        snapshot_interval_ms=settings.snapshot_interval * 1000,
+        load_interval_ms=settings.load_interval * 1000,
+        load_coalesce_ms=settings.load_coalesce * 1000,
+        keep_alive_interval_s=settings.keep_alive_interval,
+        keep_alive_timeout_s=settings.keep_alive_timeout,
+        grace_s=settings.grace,
         tell_all_ends=_log.isEnabledFor(logging.DEBUG),
-        load_delay_ms=settings.load_delay_ms,
+        load_delay_ms=settings.load_delay * 1000,
         replay_bytes=settings.replay_bytes,
-        orphan_ttl_s=settings.orphan_ttl_s,
+        orphan_ttl_s=settings.orphan_ttl,
     )
 
 

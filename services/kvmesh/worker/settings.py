@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from kvmesh.etcd_access import ETCD_ACCESS, EtcdAccess
 from kvmesh.roles import ROLES
-from kvmesh.setting_values import ValueNotAllowedError, boolean
+from kvmesh.setting_values import Seconds, ValueNotAllowedError, boolean, duration_s, written
 
 ENGINES = ("torch", "sim")
 LIKE = ("kvmesh", "vllm")
@@ -47,10 +47,10 @@ class WorkerSettings:
     """Address of the transfer port; port 0 takes a free one."""
     transfer_tcp: bool = False
     """Move KV by TCP also between workers of one host, not by shared memory."""
-    transfer_lease_s: float = 10.0
-    """How long offered KV stays pinned after the receiver's last sign of life, seconds."""
-    offer_timeout_s: float = 2.0
-    """How long a pull of KV waits for its offer, seconds."""
+    transfer_lease: Seconds = 10.0
+    """How long offered KV stays pinned after the receiver's last sign of life."""
+    offer_timeout: Seconds = 2.0
+    """How long a pull of KV waits for its offer."""
     advertise_host: str = ""
     """Host that others reach this worker by. Empty: the host of `listen`."""
     insecure: bool = False
@@ -73,10 +73,10 @@ class WorkerSettings:
     machine."""
     cluster: str = "default"
     """Name of the cluster: part of the keys in etcd."""
-    lease_ttl_s: int = 10
-    """How long a record outlives the last sign of life, seconds."""
-    grace_s: float = 30.0
-    """Time for running work after SIGTERM or a drain that names no other, seconds. What
+    etcd_ttl: Seconds = 10.0
+    """Time that a record outlives its last sign of life."""
+    grace: Seconds = 30.0
+    """Time for running work after SIGTERM or a drain that names no other. What
     still runs then goes back to its routers."""
     kv_pool_tokens: int = 32_768
     """Size of the KV pool, in tokens."""
@@ -93,33 +93,33 @@ class WorkerSettings:
     """Free labels, told to routers."""
     step_lane_bytes: int = 8 * 1024 * 1024
     """Step output that may wait for one router, bytes; beyond it the session is closed."""
-    step_lane_age_s: float = 10.0
-    """Age that waiting step output may reach, seconds; beyond it the session is closed."""
+    step_lane_age: Seconds = 10.0
+    """Age that waiting step output may reach; beyond it the session is closed."""
     replay_bytes: int = 4 * 1024 * 1024
     """Step output kept for a router whose session broke, bytes; what it lacks from
     before that is computed anew."""
-    orphan_ttl_s: float = 10.0
-    """How long streams of a router whose session broke go on without it, seconds."""
+    orphan_ttl: Seconds = 10.0
+    """How long streams of a router whose session broke go on without it."""
     cache_ring_events: int = 65_536
     """Cache events kept for routers that come back."""
-    cache_coalesce_ms: float = 20.0
-    """Longest time that cache events wait for others, milliseconds."""
-    snapshot_interval_ms: float = 5.0
-    """Shortest time between two frames of a snapshot of the cache, milliseconds."""
-    load_interval_ms: float = 250.0
-    """Longest time between two load reports, milliseconds."""
-    load_coalesce_ms: float = 5.0
-    """Shortest time between two load reports, milliseconds."""
-    keep_alive_interval_s: float = 10.0
-    """A router's connection is pinged this often, seconds."""
-    keep_alive_timeout_s: float = 10.0
-    """A router's connection that answers no ping for this long is closed, seconds."""
+    cache_coalesce: Seconds = 0.02
+    """Longest time that cache events wait for others."""
+    snapshot_interval: Seconds = 0.005
+    """Shortest time between two frames of a snapshot of the cache."""
+    load_interval: Seconds = 0.25
+    """Longest time between two load reports."""
+    load_coalesce: Seconds = 0.005
+    """Shortest time between two load reports."""
+    keep_alive_interval: Seconds = 10.0
+    """A router's connection is pinged this often."""
+    keep_alive_timeout: Seconds = 10.0
+    """A router's connection that answers no ping for this long is closed."""
     log_level: str = "info"
     """Level of log lines: error, warn, info, debug. An attempt that goes wrong here is
     a line of info or above, any other attempt's end one of debug."""
-    load_delay_ms: float = 0.0
-    """How much later than it was true each load report goes, milliseconds. For trials."""
-    switch_interval_ms: float = 1.0
+    load_delay: Seconds = 0.0
+    """How much later than it was true each load report goes. For trials."""
+    switch_interval: Seconds = 0.001
     """Python's thread switch interval: engine thread and others share the GIL."""
     like: str = ""
     """Whose behaviour the engine sim has: kvmesh or vllm. Empty: kvmesh."""
@@ -151,16 +151,16 @@ class WorkerSettings:
                     "or set insecure if the network is trusted"
                 )
         positive = (
-            "lease_ttl_s", "kv_pool_tokens", "threads", "step_lane_bytes", "step_lane_age_s",
-            "replay_bytes", "orphan_ttl_s", "cache_ring_events", "cache_coalesce_ms",
-            "snapshot_interval_ms", "load_interval_ms", "load_coalesce_ms", "switch_interval_ms",
-            "keep_alive_interval_s", "keep_alive_timeout_s", "transfer_lease_s", "offer_timeout_s",
+            "kv_pool_tokens", "threads", "step_lane_bytes", "replay_bytes", "cache_ring_events",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:
                 raise SettingError(f"{name} is {getattr(self, name)}; allowed is more than 0")
-        if self.load_delay_ms < 0:
-            raise SettingError(f"load_delay_ms is {self.load_delay_ms}; allowed is 0 or more")
+        times = (f.name for f in dataclasses.fields(self) if f.type == "Seconds")
+        for name in times:
+            if getattr(self, name) <= 0 and name not in ("grace", "load_delay"):
+                found = written(getattr(self, name))
+                raise SettingError(f"{name} is {found}; allowed is more than 0s")
 
     def _check_etcd(self) -> None:
         try:
@@ -184,7 +184,7 @@ class WorkerSettings:
         Text is turned into each setting's type. Raises `SettingError` naming
         an unknown key or a value that has no place.
         """
-        hints = get_type_hints(cls)
+        hints = get_type_hints(cls, include_extras=True)
         known = {f.name for f in dataclasses.fields(cls)}
         converted: dict[str, Any] = {}
         for key, value in values.items():
@@ -224,6 +224,8 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     try:
         if hint is bool:
             return boolean(key, value)
+        if hint == Seconds:
+            return duration_s(key, value)
         if hint in (int, float):
             return hint(value)
         if text.startswith("tuple"):

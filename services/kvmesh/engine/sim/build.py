@@ -38,8 +38,8 @@ def build(
             listen=settings.transfer_listen,
             advertise=settings.advertise_host,
             shared_memory=not settings.transfer_tcp,
-            lease_s=settings.transfer_lease_s,
-            offer_timeout_s=settings.offer_timeout_s,
+            lease_s=settings.transfer_lease,
+            offer_timeout_s=settings.offer_timeout,
         ),
         huge_pages=settings.huge_pages,
     )
