@@ -5,6 +5,7 @@ another user or in another mount namespace. Answers each line with one.
 """
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -19,6 +20,11 @@ def filled(pool: _router.KvPool, seed: int) -> None:
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
+    if uid := settings.pop("uid", 0):
+        # Here and not around the program: nobody else may read where it lies.
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
     blocks, block_bytes = settings.pop("blocks"), settings.pop("block_bytes")
     pool = _router.KvPool(blocks, block_bytes)
     filled(pool, settings.pop("seed", 1))
