@@ -9,7 +9,7 @@ the same blocks. A second table has the Python worker (sim) behind a raw Attach 
 
 `added` is the difference of a percentile of the first token, through minus direct, paired by
 round. CPU a token is taken while streams run and none starts; CPU a request in a block of requests
-of one token. The Python worker forgets a client that is gone within a moment (`ORPHAN_TTL_S`): by
+of one token. The Python worker forgets a client that is gone within a moment (`ORPHAN_TTL`): by
 default it goes on with its streams for 10 s, and a block would pay for those of the block before.
 """
 
@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ENDLESS_TOKENS = 120_000
 WORKER_TOKENS = 4_000
 """Output length of the Python worker's streams; its pool holds them all."""
-ORPHAN_TTL_S = 0.1
+ORPHAN_TTL = "100ms"
 """How long the Python worker goes on for a client that is gone; less than a block's warm-up."""
 # Output length of the blocks that measure first tokens, by streams: short enough for many
 # requests, long enough that the other streams run meanwhile.
@@ -484,7 +484,7 @@ def arguments() -> argparse.Namespace:
         help="starts the Python worker; {port} and {engine} are replaced",
         default=f"{sys.executable} -m kvmesh.cli worker --role both --engine sim "
         f"--kv-pool-tokens {80 * WORKER_TOKENS} --listen 127.0.0.1:{{port}} "
-        f"--orphan-ttl-s {ORPHAN_TTL_S} "
+        f"--orphan-ttl {ORPHAN_TTL} "
         "--engine-arguments {engine}",
     )
     return parser.parse_args()

@@ -84,7 +84,8 @@ async fn metrics_stay_within_their_bound_at_64_workers() {
     let workers = (0..64).map(|_| MockConfig::default()).collect();
     let mesh = Mesh::start(workers, json!({})).await;
     // A model is unknown once every worker has said its own.
-    mesh.wait_figure("kvmesh_sessions{state=\"live\"}", 64).await;
+    mesh.wait_figure("kvmesh_sessions{state=\"live\"}", 64)
+        .await;
     let mut client = mesh.client().await;
     for tokens in 1..20 {
         read(client.generate(request(tokens)).await.unwrap().into_inner())

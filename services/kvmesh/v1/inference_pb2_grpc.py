@@ -74,6 +74,7 @@ class InferenceServicer(object):
         """Goes on with a running generation, at this or any other router of the
         cluster, from a given index. Ends with NOT_FOUND, in one and the same
         text, for an id that is unknown, expired or belongs to another tenant.
+        This release ends it with UNIMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
