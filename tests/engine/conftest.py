@@ -1,5 +1,21 @@
+"""Fixtures that these tests share."""
+
 import sys
 from pathlib import Path
 
+import pytest
+
 # The harness beside these tests; tests here are no package.
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> str:
+    """A tiny random model that the torch engine loads."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from tiny_torch import write_model
+
+    folder = tmp_path_factory.mktemp("tiny")
+    write_model(folder)
+    return str(folder)

@@ -1,65 +1,118 @@
 """What every engine promises (engine/contract.py), and what kvmesh's own add."""
 
 import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
-from engine_harness import VOCABULARY, apply, chains_of, mesh_from, prompt, running, sim
+import tiny_torch
+from engine_harness import VOCABULARY, Driver, apply, chains_of, mesh_from, prompt, running, sim
 
 from kvmesh.engine.contract import STORED, AttemptId, Stage
 from kvmesh.engine.sim.content import reference_tokens
 from kvmesh.v1 import inference_pb2 as inference
 from kvmesh.v1 import worker_pb2 as wire
 
-LIKES = ("kvmesh", "vllm")
+SIMULATED = ("kvmesh", "vllm")
 
 
-@pytest.fixture(params=LIKES)
+@dataclass
+class Kind:
+    """One kind of engine, and what it says to a prompt."""
+
+    name: str
+    folder: str = ""
+    said: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
+
+    @property
+    def simulated(self) -> bool:
+        return self.name in SIMULATED
+
+    def engine(self, blocks: int = 512, pace: str = "", **settings: Any) -> Any:
+        """`pace` is a profile of the simulated one; the other is as slow as it is."""
+        if not self.simulated:
+            settings.pop("speed", None)
+            return tiny_torch.engine_of(self.folder, blocks=blocks, **settings)
+        if pace:
+            settings["profile"] = pace
+        return sim(self.name, blocks=blocks, **settings)
+
+    def place(self, driver: Driver, ids: Sequence[int], *args: Any, **more: Any) -> Any:
+        """The most likely token each time."""
+        if not self.simulated:
+            more = {**tiny_torch.SAMPLING, **more}
+        return driver.place(ids, *args, **more)
+
+    async def tokens(self, ids: Sequence[int], count: int) -> list[int]:
+        """What an engine says that does nothing else."""
+        if self.simulated:
+            return reference_tokens(ids, count, VOCABULARY)
+        known = self.said.get(tuple(ids), [])
+        if len(known) < count:
+            (known,) = await tiny_torch.tokens_alone(self.folder, [ids], max_tokens=count)
+            self.said[tuple(ids)] = known
+        return known[:count]
+
+
+@pytest.fixture(params=SIMULATED)
 def like(request) -> str:
     return request.param
 
 
-async def test_a_whole_request_gives_every_token_once(like) -> None:
-    async with running(sim(like)) as driver:
-        attempt = driver.place(prompt(100), max_tokens=40)
+_torch = Kind("torch")
+
+
+@pytest.fixture(params=(*SIMULATED, "torch"))
+def kind(request) -> Kind:
+    if request.param in SIMULATED:
+        return Kind(request.param)
+    _torch.folder = request.getfixturevalue("folder")
+    return _torch
+
+
+async def test_a_whole_request_gives_every_token_once(kind) -> None:
+    async with running(kind.engine()) as driver:
+        attempt = kind.place(driver, prompt(100), max_tokens=40)
         assert await attempt.ended() == "finished"
         assert attempt.end.finished.reason == inference.FINISH_REASON_LENGTH
-        assert attempt.tokens == reference_tokens(prompt(100), 40, VOCABULARY)
+        assert attempt.tokens == await kind.tokens(prompt(100), 40)
         await driver.idle()
 
 
-async def test_batched_requests_are_as_if_alone(like) -> None:
-    async with running(sim(like, blocks=2048)) as driver:
+async def test_batched_requests_are_as_if_alone(kind) -> None:
+    async with running(kind.engine(blocks=2048)) as driver:
         prompts = [prompt(3 + 37 * i, seed=i) for i in range(20)]
-        attempts = [driver.place(p, max_tokens=5 + 3 * i) for i, p in enumerate(prompts)]
+        attempts = [kind.place(driver, p, max_tokens=5 + 3 * i) for i, p in enumerate(prompts)]
         for i, attempt in enumerate(attempts):
             assert await attempt.ended() == "finished"
-            assert attempt.tokens == reference_tokens(prompts[i], 5 + 3 * i, VOCABULARY)
+            assert attempt.tokens == await kind.tokens(prompts[i], 5 + 3 * i)
         await driver.idle()
 
 
-async def test_a_continuation_goes_on_where_it_was(like) -> None:
-    whole = reference_tokens(prompt(50), 30, VOCABULARY)
-    async with running(sim(like)) as driver:
-        attempt = driver.place(prompt(50), output=whole[:11], max_tokens=30)
+async def test_a_continuation_goes_on_where_it_was(kind) -> None:
+    whole = await kind.tokens(prompt(50), 30)
+    async with running(kind.engine()) as driver:
+        attempt = kind.place(driver, prompt(50), output=whole[:11], max_tokens=30)
         await attempt.ended()
         assert attempt.tokens == whole[11:]
 
 
-async def test_a_cached_prefix_is_used_and_changes_nothing(like) -> None:
-    async with running(sim(like)) as driver:
-        await driver.place(prompt(100)).ended()
-        again = driver.place(prompt(100))
+async def test_a_cached_prefix_is_used_and_changes_nothing(kind) -> None:
+    async with running(kind.engine()) as driver:
+        await kind.place(driver, prompt(100)).ended()
+        again = kind.place(driver, prompt(100))
         await again.ended()
         assert again.opening.reserved.tokens_held == 96
         assert again.end.timings.cached_tokens == 96
         assert again.end.timings.computed_tokens == 4
-        assert again.tokens == reference_tokens(prompt(100), 16, VOCABULARY)
+        assert again.tokens == await kind.tokens(prompt(100), 16)
 
 
-async def test_another_salt_shares_nothing(like) -> None:
-    async with running(sim(like)) as driver:
-        await driver.place(prompt(64), cache_salt="a").ended()
-        other = driver.place(prompt(64), cache_salt="b")
+async def test_another_salt_shares_nothing(kind) -> None:
+    async with running(kind.engine()) as driver:
+        await kind.place(driver, prompt(64), cache_salt="a").ended()
+        other = kind.place(driver, prompt(64), cache_salt="b")
         await other.ended()
         assert other.end.timings.cached_tokens == 0
 
@@ -82,10 +135,10 @@ async def test_a_corrupted_block_gives_wrong_tokens(like) -> None:
         assert again.tokens != reference_tokens(prompt(100), 16, VOCABULARY)
 
 
-async def test_a_stop_id_ends_the_output(like) -> None:
-    expected = reference_tokens(prompt(20), 16, VOCABULARY)
-    async with running(sim(like)) as driver:
-        attempt = driver.place(prompt(20), stop_token_ids=[expected[6]], max_tokens=16)
+async def test_a_stop_id_ends_the_output(kind) -> None:
+    expected = await kind.tokens(prompt(20), 16)
+    async with running(kind.engine()) as driver:
+        attempt = kind.place(driver, prompt(20), stop_token_ids=[expected[6]], max_tokens=16)
         await attempt.ended()
         assert attempt.tokens == expected[: expected.index(expected[6]) + 1]
         assert attempt.end.finished.reason == inference.FINISH_REASON_STOP
@@ -105,18 +158,18 @@ async def test_ends_of_text_wait_for_min_tokens(like) -> None:
             assert attempt.end.finished.reason == inference.FINISH_REASON_STOP
 
 
-async def test_the_context_ends_the_output(like) -> None:
-    async with running(sim(like, context_length=64)) as driver:
-        attempt = driver.place(prompt(50), max_tokens=100)
+async def test_the_context_ends_the_output(kind) -> None:
+    async with running(kind.engine(context_length=64)) as driver:
+        attempt = kind.place(driver, prompt(50), max_tokens=100)
         await attempt.ended()
         assert len(attempt.tokens) == 14
         assert attempt.end.finished.reason == inference.FINISH_REASON_LENGTH
 
 
 @pytest.mark.parametrize("length", [33 * 16, 600])
-async def test_what_can_never_fit_is_refused(like, length) -> None:
-    async with running(sim(like, blocks=33)) as driver:
-        attempt = driver.place(prompt(length))
+async def test_what_can_never_fit_is_refused(kind, length) -> None:
+    async with running(kind.engine(blocks=33)) as driver:
+        attempt = kind.place(driver, prompt(length))
         assert await attempt.ended() == "refused"
         assert attempt.opening.refused.reason == wire.REFUSAL_REASON_UNSUPPORTED
         assert "528" in attempt.opening.refused.message
@@ -133,11 +186,11 @@ async def test_an_attempt_can_be_told_apart_by_its_tokens(like) -> None:
         assert second.tokens == reference_tokens(prompt(30), 16, VOCABULARY, tag=1 << 32 | 2)
 
 
-async def test_cancel_ends_a_queued_and_a_running_request(like) -> None:
-    async with running(sim(like, blocks=400, profile="step-10ms", speed=10)) as driver:
-        running_one = driver.place(prompt(40), max_tokens=5000)
+async def test_cancel_ends_a_queued_and_a_running_request(kind) -> None:
+    async with running(kind.engine(blocks=100, pace="step-10ms", speed=10)) as driver:
+        running_one = kind.place(driver, prompt(40), max_tokens=5000)
         await running_one.until(lambda a: len(a.tokens) > 3)
-        waiting = driver.place(prompt(6000), max_tokens=2)
+        waiting = kind.place(driver, prompt(1500), max_tokens=2)
         await waiting.opened()
         driver.engine.cancel([running_one.id, waiting.id])
         assert await running_one.ended() == "cancelled"
@@ -145,21 +198,21 @@ async def test_cancel_ends_a_queued_and_a_running_request(like) -> None:
         await driver.idle()
 
 
-async def test_cancelling_what_is_not_there_is_ignored(like) -> None:
-    async with running(sim(like)) as driver:
+async def test_cancelling_what_is_not_there_is_ignored(kind) -> None:
+    async with running(kind.engine()) as driver:
         driver.engine.cancel([AttemptId(b"x" * 16, 1, 1)])
-        assert await driver.place(prompt(5)).ended() == "finished"
+        assert await kind.place(driver, prompt(5)).ended() == "finished"
 
 
-async def test_a_full_pool_returns_streams_and_finishes_the_others(like) -> None:
+async def test_a_full_pool_returns_streams_and_finishes_the_others(kind) -> None:
     """Streams that are returned are placed anew by their router, as here."""
-    async with running(sim(like, blocks=40)) as driver:
+    async with running(kind.engine(blocks=40)) as driver:
         work = [(prompt(100, i), [], i) for i in range(8)]
         done = {}
         returned = 0
         while work:
             placed = [
-                (p, out, i, driver.place(p, output=out, max_tokens=150)) for p, out, i in work
+                (p, out, i, kind.place(driver, p, output=out, max_tokens=150)) for p, out, i in work
             ]
             work = []
             for p, out, i, attempt in placed:
@@ -173,20 +226,23 @@ async def test_a_full_pool_returns_streams_and_finishes_the_others(like) -> None
                     done[i] = out
         assert returned
         for i, out in done.items():
-            assert out == reference_tokens(prompt(100, i), 150, VOCABULARY)
+            assert out == await kind.tokens(prompt(100, i), 150)
         await driver.idle()
 
 
-async def test_the_lowest_class_gives_way(like) -> None:
-    async with running(sim(like, blocks=30)) as driver:
+async def test_the_lowest_class_gives_way(kind) -> None:
+    async with running(kind.engine(blocks=30)) as driver:
         fast = [
-            driver.place(
-                prompt(60, i), max_tokens=200, request_class=inference.REQUEST_CLASS_INTERACTIVE
+            kind.place(
+                driver,
+                prompt(60, i),
+                max_tokens=200,
+                request_class=inference.REQUEST_CLASS_INTERACTIVE,
             )
             for i in range(1)
         ]
-        slow = driver.place(
-            prompt(60, 9), max_tokens=200, request_class=inference.REQUEST_CLASS_BATCH
+        slow = kind.place(
+            driver, prompt(60, 9), max_tokens=200, request_class=inference.REQUEST_CLASS_BATCH
         )
         assert await slow.ended() == "returned"
         assert await fast[0].ended() == "finished"
@@ -222,21 +278,21 @@ async def test_streams_go_on_beside_a_long_prompt(like) -> None:
         await stream.ended()
 
 
-async def test_a_suspect_shares_its_steps_with_nobody(like) -> None:
-    async with running(sim(like)) as driver:
-        others = [driver.place(prompt(30, i), max_tokens=300) for i in range(4)]
-        suspect = driver.place(prompt(40, 9), alone=True, max_tokens=20)
+async def test_a_suspect_shares_its_steps_with_nobody(kind) -> None:
+    async with running(kind.engine()) as driver:
+        others = [kind.place(driver, prompt(30, i), max_tokens=300) for i in range(4)]
+        suspect = kind.place(driver, prompt(40, 9), alone=True, max_tokens=20)
         await suspect.ended()
-        assert suspect.tokens == reference_tokens(prompt(40, 9), 20, VOCABULARY)
+        assert suspect.tokens == await kind.tokens(prompt(40, 9), 20)
         for other in others:
             await other.ended()
         lonely = [s for s in driver.samples if (s.prefill_tokens > 0) + s.decode_batch == 1]
         assert len(lonely) >= 20
 
 
-async def test_samples_tell_what_steps_held(like) -> None:
-    async with running(sim(like)) as driver:
-        attempt = driver.place(prompt(100), max_tokens=10)
+async def test_samples_tell_what_steps_held(kind) -> None:
+    async with running(kind.engine()) as driver:
+        attempt = kind.place(driver, prompt(100), max_tokens=10)
         await attempt.ended()
         assert sum(s.prefill_tokens for s in driver.samples) == 100
         assert sum(s.prefill_context for s in driver.samples) == sum(range(1, 101))
@@ -244,11 +300,11 @@ async def test_samples_tell_what_steps_held(like) -> None:
         assert sum(s.decode_context for s in driver.samples) == sum(range(101, 110))
 
 
-async def test_events_and_snapshot_tell_the_same_cache(like) -> None:
-    engine = sim(like, blocks=30)
+async def test_events_and_snapshot_tell_the_same_cache(kind) -> None:
+    engine = kind.engine(blocks=30)
     async with running(engine) as driver:
         for i in range(9):
-            await driver.place(prompt(100, i)).ended()
+            await kind.place(driver, prompt(100, i)).ended()
         await driver.idle()
         parts = list(engine.snapshot())
     told: set[int] = set()
@@ -260,9 +316,9 @@ async def test_events_and_snapshot_tell_the_same_cache(like) -> None:
     assert len(chains) == len(told) == engine.load().kv.evictable
 
 
-async def test_load_counts_what_runs(like) -> None:
-    async with running(sim(like, profile="step-10ms", speed=5)) as driver:
-        attempt = driver.place(prompt(100), max_tokens=1000)
+async def test_load_counts_what_runs(kind) -> None:
+    async with running(kind.engine(pace="step-10ms", speed=5)) as driver:
+        attempt = kind.place(driver, prompt(100), max_tokens=1000)
         await attempt.until(lambda a: len(a.tokens) >= 5)
         share = driver.engine.load().shares["router"]
         assert share.decoding == 1
@@ -288,33 +344,33 @@ async def test_unsupported_features_are_refused(like) -> None:
         await driver.idle()
 
 
-async def test_closing_ends_everything(like) -> None:
-    engine = sim(like, profile="step-10ms")
+async def test_closing_ends_everything(kind) -> None:
+    engine = kind.engine(pace="step-10ms")
     async with running(engine) as driver:
         for i in range(5):
-            driver.place(prompt(100, i), max_tokens=10_000)
-        await driver.place(prompt(7), max_tokens=2).opened()
+            kind.place(driver, prompt(100, i), max_tokens=10_000)
+        await kind.place(driver, prompt(7), max_tokens=2).opened()
     await engine.close()
 
 
-async def test_token_ids_outside_the_vocabulary_are_refused(like) -> None:
-    async with running(sim(like)) as driver:
-        attempt = driver.place([5, 2000, 7])
+async def test_token_ids_outside_the_vocabulary_are_refused(kind) -> None:
+    async with running(kind.engine()) as driver:
+        attempt = kind.place(driver, [5, 2000, 7])
         assert await attempt.ended() == "refused"
         assert "2000" in attempt.opening.refused.message
         await driver.idle()
 
 
-async def test_streams_that_grow_take_no_room_from_a_prompt_within_its_step(like) -> None:
+async def test_streams_that_grow_take_no_room_from_a_prompt_within_its_step(kind) -> None:
     # Prompts are computed beside streams that fill the pool: who gives way is
     # given back, and nobody's chunk is counted in blocks that went to others.
-    async with running(sim(like, blocks=120)) as driver:
-        attempts = [driver.place(prompt(64 + i, i), max_tokens=300) for i in range(60)]
+    async with running(kind.engine(blocks=120)) as driver:
+        attempts = [kind.place(driver, prompt(64 + i, i), max_tokens=300) for i in range(60)]
         ends = [await attempt.ended() for attempt in attempts]
         assert set(ends) <= {"finished", "returned"}
         assert "returned" in ends
         for attempt, end in zip(attempts, ends, strict=True):
             if end == "finished":
                 expected = prompt(64 + attempts.index(attempt), attempts.index(attempt))
-                assert attempt.tokens == reference_tokens(expected, 300, VOCABULARY)
+                assert attempt.tokens == await kind.tokens(expected, 300)
         await driver.idle()
