@@ -5,12 +5,12 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Mesh, get, read, request};
+use common::{Mesh, call, get, h2_connection, read, request};
 use kvmesh_rpc::v1::admin_client::AdminClient;
 use kvmesh_testkit::mock::MockConfig;
 use kvmesh_wire::v1;
 use serde_json::json;
-use tonic::Code;
+use tonic::{Code, codec::CompressionEncoding};
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
@@ -159,4 +159,47 @@ async fn the_last_worker_of_a_role_is_drained_only_by_force() {
         admin.explain(unknown).await.unwrap_err().code(),
         Code::NotFound
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn admin_and_the_list_of_models_answer_while_the_budget_for_bytes_is_spent() {
+    let narrow = json!({"max_request_bytes": "2KiB", "request_bytes_budget": "2KiB"});
+    let mesh = Mesh::start(vec![MockConfig::default(), MockConfig::default()], narrow).await;
+    // A message that is announced, and never sent, holds the whole budget.
+    let mut sender = h2_connection(&mesh).await.ready().await.unwrap();
+    let (_response, mut body) = sender.send_request(call(), false).unwrap();
+    let mut prefix = vec![0];
+    prefix.extend(2_000u32.to_be_bytes());
+    body.send_data(prefix.into(), false).unwrap();
+    mesh.wait_figure("kvmesh_request_bytes_held", 2_048).await;
+
+    let mut client = mesh.client().await;
+    let refused = client.generate(request(1)).await.map(|_| ()).unwrap_err();
+    assert_eq!(
+        refused.get_details_error_info().unwrap().reason,
+        "OVERLOADED"
+    );
+    let models = client.list_models(v1::ListModelsRequest {}).await.unwrap();
+    assert_eq!(models.into_inner().models.len(), 1);
+    // Packed messages too: no thread of the text pool is asked.
+    let mut admin =
+        AdminClient::new(mesh.channel().await).send_compressed(CompressionEncoding::Gzip);
+    let listed = admin.list_workers(v1::ListWorkersRequest::default()).await;
+    assert_eq!(listed.unwrap().into_inner().workers.len(), 2);
+    let drain = v1::DrainWorkerRequest {
+        worker_id: mesh.workers[0].worker_id().to_owned(),
+        ..Default::default()
+    };
+    admin.drain_worker(drain).await.unwrap();
+    let mut health = HealthClient::new(mesh.channel().await);
+    let answer = health.check(ask("")).await.unwrap().into_inner();
+    assert_eq!(answer.status(), ServingStatus::Serving);
+    // What stands in for the permit is a bound that no name comes near.
+    let long = v1::ExplainRequest {
+        generation_id: "0".repeat(5_000),
+    };
+    let status = admin.explain(long).await.unwrap_err();
+    let info = status.get_details_error_info().unwrap();
+    assert_eq!(info.reason, "MESSAGE_TOO_LARGE");
+    assert_eq!(info.metadata["limit"], "4096");
 }

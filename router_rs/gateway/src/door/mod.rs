@@ -36,6 +36,9 @@ const PERMIT_BYTES: u64 = 1_024;
 /// tokenised: some 0.4 ns against 25. So long prompts are hashed where long
 /// texts are tokenised.
 const HASHED_PER_TEXT_BYTE: usize = 64;
+/// Longest message of a call that takes no permit and no pool, in bytes: such
+/// messages hold a name or two.
+const SMALL_BYTES: u64 = 4_096;
 /// When to try again where bytes or connections were the limit: bodies are
 /// read and admitted in well under this.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
@@ -87,13 +90,7 @@ impl Door {
     ) -> Result<Admitted<M>, Refused> {
         let limit = self.max_request_bytes;
         let receive = grpc::receive(headers, body, limit, |length| self.permit(length));
-        let (received, mut permit) = tokio::time::timeout(self.read_timeout, receive)
-            .await
-            .unwrap_or_else(|_| {
-                let text = format!("it was not there after {:?}", self.read_timeout);
-                Err(RequestError::Malformed(text))
-            })
-            .map_err(|error| (Step::of_reading(&error), error))?;
+        let (received, mut permit) = self.in_time(receive).await?;
         let mut bytes = received.bytes;
         if received.gzip {
             let packed = bytes.len();
@@ -110,6 +107,38 @@ impl Door {
             message,
             _permit: permit,
         })
+    }
+
+    /// Reads the message of a call of health or admin, or of ListModels. It
+    /// takes no permit and no pool: who runs the cluster is answered while
+    /// requests have spent both. A fixed bound stands in for them.
+    pub(crate) async fn read_small<M: Message + Default>(
+        &self,
+        headers: &HeaderMap,
+        body: Incoming,
+    ) -> Result<M, Refused> {
+        let receive = grpc::receive(headers, body, SMALL_BYTES, |_| Ok(()));
+        let (received, ()) = self.in_time(receive).await?;
+        let bytes = match received.gzip {
+            true => grpc::inflate(&received.bytes, SMALL_BYTES),
+            false => Ok(received.bytes),
+        };
+        let bytes = bytes.map_err(|error| (Step::Size, error))?;
+        grpc::decode(bytes).map_err(|error| (Step::Body, error))
+    }
+
+    /// Ends a reading that takes too long.
+    async fn in_time<T>(
+        &self,
+        receive: impl Future<Output = Result<T, RequestError>>,
+    ) -> Result<T, Refused> {
+        tokio::time::timeout(self.read_timeout, receive)
+            .await
+            .unwrap_or_else(|_| {
+                let text = format!("it was not there after {:?}", self.read_timeout);
+                Err(RequestError::Malformed(text))
+            })
+            .map_err(|error| (Step::of_reading(&error), error))
     }
 
     fn permit(&self, bytes: u64) -> Result<OwnedSemaphorePermit, RequestError> {

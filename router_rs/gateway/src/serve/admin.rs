@@ -10,12 +10,7 @@ use super::{
     inference::{refuse, unary},
     service::{Call, Shared},
 };
-use crate::{
-    door::{Admitted, Refused},
-    error::RequestError,
-    mesh::MeshError,
-    telemetry::Step,
-};
+use crate::{door::Refused, error::RequestError, mesh::MeshError, telemetry::Step};
 
 /// Answers a call of `kvmesh.v1.Admin`; `None` for an unknown method.
 pub(super) async fn call(
@@ -36,47 +31,47 @@ pub(super) async fn call(
             .await
         }
         "DrainWorker" => {
-            let drain = async |ask: Admitted<v1::DrainWorkerRequest>| {
-                let running = mesh.drain(&ask.message).await.map_err(refused)?;
+            let drain = async |ask: v1::DrainWorkerRequest| {
+                let running = mesh.drain(&ask).await.map_err(refused)?;
                 Ok(v1::DrainWorkerResponse { running })
             };
             unary(shared, "DrainWorker", call, drain).await
         }
         "SetWorkerRole" => {
-            let set = async |ask: Admitted<v1::SetWorkerRoleRequest>| {
-                if ask.message.role() == v1::Role::Unspecified {
+            let set = async |ask: v1::SetWorkerRoleRequest| {
+                if ask.role() == v1::Role::Unspecified {
                     let error = RequestError::invalid("role", "PREFILL, DECODE or BOTH");
                     return Err((Step::Validate, error));
                 }
-                let role = mesh.set_role(&ask.message).await.map_err(refused)?.into();
+                let role = mesh.set_role(&ask).await.map_err(refused)?.into();
                 Ok(v1::SetWorkerRoleResponse { role })
             };
             unary(shared, "SetWorkerRole", call, set).await
         }
         "Explain" => {
-            let explain = async |ask: Admitted<v1::ExplainRequest>| {
-                let known = mesh.explain(&ask.message.generation_id);
+            let explain = async |ask: v1::ExplainRequest| {
+                let known = mesh.explain(&ask.generation_id);
                 known.ok_or((Step::Validate, RequestError::UnknownGeneration))
             };
             unary(shared, "Explain", call, explain).await
         }
         "AdvisePools" => {
-            let advise = async |_: Admitted<v1::AdvisePoolsRequest>| {
+            let advise = async |_: v1::AdvisePoolsRequest| {
                 let models = mesh.advise_pools();
                 Ok(v1::AdvisePoolsResponse { models })
             };
             unary(shared, "AdvisePools", call, advise).await
         }
         "GetRouterInfo" => {
-            let info = async |_: Admitted<v1::GetRouterInfoRequest>| Ok(info(shared));
+            let info = async |_: v1::GetRouterInfoRequest| Ok(info(shared));
             unary(shared, "GetRouterInfo", call, info).await
         }
         _ => return None,
     })
 }
 
-fn list(shared: &Shared, ask: &Admitted<v1::ListWorkersRequest>) -> v1::ListWorkersResponse {
-    let wanted = &ask.message.model;
+fn list(shared: &Shared, ask: &v1::ListWorkersRequest) -> v1::ListWorkersResponse {
+    let wanted = &ask.model;
     let mut workers = shared.mesh.workers();
     workers.retain(|worker| {
         let model = worker

@@ -2,7 +2,7 @@
 
 use std::{future::Future, sync::Arc};
 
-use http::Response;
+use http::{HeaderMap, Response};
 use kvmesh_wire::v1;
 use prost::Message;
 use tonic_health::pb::HealthCheckRequest;
@@ -12,11 +12,7 @@ use super::{
     grpc,
     service::{Call, Shared},
 };
-use crate::{
-    door::{Admitted, Refused},
-    error::RequestError,
-    telemetry::Step,
-};
+use crate::{door::Refused, error::RequestError, telemetry::Step};
 
 /// Answers a call of `kvmesh.v1.Inference`; `None` for an unknown method.
 pub(super) async fn call(
@@ -27,13 +23,15 @@ pub(super) async fn call(
     Some(match method {
         "Generate" => generate(shared, call).await,
         "Tokenize" => {
-            unary(shared, "Tokenize", call, async |request| {
+            let back = call.metadata.headers();
+            let answer = async {
+                let request = shared.door.read(&call.headers, call.body).await?;
                 shared.door.tokenize(request).await
-            })
-            .await
+            };
+            answered(shared, "Tokenize", &back, answer.await)
         }
         "ListModels" => {
-            let models = async |_: Admitted<v1::ListModelsRequest>| {
+            let models = async |_: v1::ListModelsRequest| {
                 Ok(v1::ListModelsResponse {
                     models: shared.mesh.models(),
                 })
@@ -87,12 +85,12 @@ async fn generate(shared: &Arc<Shared>, call: Call) -> Response<ResponseBody> {
     }
 }
 
-/// A call with one message each way.
+/// A call with one small message each way, which takes no permit and no pool.
 pub(super) async fn unary<Q, A, F>(
     shared: &Arc<Shared>,
     method: &'static str,
     call: Call,
-    answer: impl FnOnce(Admitted<Q>) -> F,
+    answer: impl FnOnce(Q) -> F,
 ) -> Response<ResponseBody>
 where
     Q: Message + Default,
@@ -100,19 +98,29 @@ where
     F: Future<Output = Result<A, Refused>>,
 {
     let back = call.metadata.headers();
-    let answered = async {
-        let request = shared.door.read::<Q>(&call.headers, call.body).await?;
+    let made = async {
+        let request = shared.door.read_small(&call.headers, call.body).await?;
         answer(request).await
     };
-    match answered.await {
+    answered(shared, method, &back, made.await)
+}
+
+/// The answer of a call with one message each way.
+fn answered(
+    shared: &Shared,
+    method: &'static str,
+    back: &HeaderMap,
+    made: Result<impl Message, Refused>,
+) -> Response<ResponseBody> {
+    match made {
         Ok(message) => {
             shared.telemetry.ended(method, None);
-            grpc::one(&message, &back)
+            grpc::one(&message, back)
         }
         Err((step, error)) => {
             shared.telemetry.rejected(step, &error);
             shared.telemetry.ended(method, Some(&error));
-            grpc::refusal(&error.to_status(), &back)
+            grpc::refusal(&error.to_status(), back)
         }
     }
 }
@@ -129,9 +137,6 @@ pub(super) fn refuse(
     grpc::refusal(&error.to_status(), &call.metadata.headers())
 }
 
-/// Longest message on the health path, in bytes: it takes no permit.
-const HEALTH_BYTES: u64 = 4_096;
-
 /// Answers a call of `grpc.health.v1.Health`. Takes no permit and no pool.
 pub(super) async fn health(
     shared: &Arc<Shared>,
@@ -139,17 +144,12 @@ pub(super) async fn health(
     call: Call,
 ) -> Option<Response<ResponseBody>> {
     let back = call.metadata.headers();
-    let received = grpc::receive(&call.headers, call.body, HEALTH_BYTES, |_| Ok(())).await;
-    let request = received.and_then(|(received, ())| {
-        let bytes = match received.gzip {
-            true => grpc::inflate(&received.bytes, HEALTH_BYTES)?,
-            false => received.bytes,
-        };
-        grpc::decode::<HealthCheckRequest>(bytes)
-    });
-    let request = match request {
+    let read = shared
+        .door
+        .read_small::<HealthCheckRequest>(&call.headers, call.body);
+    let request = match read.await {
         Ok(request) => request,
-        Err(error) => return Some(grpc::refusal(&error.to_status(), &back)),
+        Err((_, error)) => return Some(grpc::refusal(&error.to_status(), &back)),
     };
     Some(match method {
         "Check" => match shared.health.check(&request.service) {
