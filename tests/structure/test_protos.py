@@ -1,5 +1,6 @@
 """The wire contract: commented, compiled as committed, compatible with the last tag."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ import pytest
 from google.protobuf.descriptor_pb2 import (
     DescriptorProto,
     EnumDescriptorProto,
+    FieldDescriptorProto,
     FileDescriptorProto,
     FileDescriptorSet,
 )
@@ -27,6 +29,49 @@ def compile_protos(folder: Path, target: Path) -> FileDescriptorSet:
 @pytest.fixture(scope="session")
 def protos(root, tmp_path_factory) -> FileDescriptorSet:
     return compile_protos(root / "proto", tmp_path_factory.mktemp("protos") / "set.bin")
+
+
+MEASURES = re.compile(
+    r"""
+    \d                                                    # a bound, or what 0 means
+    | \b(?:range|default|unset|empty|number\ of)\b
+    | \b(?:ms|milliseconds|microseconds|seconds|bytes|elements)\b
+    | \b(?:tokens|blocks|requests|workers|layers|attempts|plans)\b
+    | \b(?:random\ number)\b
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+"""What a number's comment names: its unit, its range or what is meant without it."""
+
+NUMBERS = frozenset(
+    getattr(FieldDescriptorProto, f"TYPE_{name}")
+    for name in (
+        "DOUBLE", "FLOAT", "INT32", "INT64", "UINT32", "UINT64", "SINT32", "SINT64",
+        "FIXED32", "FIXED64", "SFIXED32", "SFIXED64",
+    )
+)  # fmt: skip
+
+
+def unmeasured(file: FileDescriptorProto) -> Iterator[str]:
+    """Numbers whose comment says nothing that a caller could check, by full name."""
+    comments = {
+        tuple(location.path): location.leading_comments + location.trailing_comments
+        for location in file.source_code_info.location
+    }
+
+    def in_message(message: DescriptorProto, path: tuple[int, ...], scope: str) -> Iterator[str]:
+        name = f"{scope}.{message.name}"
+        if message.options.map_entry:
+            return
+        for number, field in enumerate(message.field):
+            comment = " ".join(comments.get((*path, 2, number), "").split())
+            if field.type in NUMBERS and not MEASURES.search(comment):
+                yield f"{name}.{field.name}"
+        for number, nested in enumerate(message.nested_type):
+            yield from in_message(nested, (*path, 3, number), name)
+
+    for number, message in enumerate(file.message_type):
+        yield from in_message(message, (4, number), file.package)
 
 
 def uncommented(file: FileDescriptorProto) -> Iterator[str]:
@@ -77,6 +122,11 @@ def test_everything_has_a_comment(protos):
     assert missing == []
 
 
+def test_every_number_has_a_unit_a_range_or_a_default(protos):
+    missing = [name for file in protos.file for name in unmeasured(file)]
+    assert missing == []
+
+
 def test_the_registrys_subset_of_etcd_has_comments_too(root, tmp_path):
     found = compile_protos(root / "router_rs/registry/proto", tmp_path / "set.bin")
     assert [name for file in found.file for name in uncommented(file)] == []
@@ -115,3 +165,20 @@ def last_tag(root: Path) -> str | None:
     command = ["git", "describe", "--tags", "--abbrev=0", "--match", "v*"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def test_the_stub_of_the_go_client_has_every_field(root, protos):
+    (public,) = (file for file in protos.file if file.name == "kvmesh/v1/inference.proto")
+    stub = (root / "tests/interop/go/kvmeshv1/inference.pb.go").read_text()
+    known: dict[str, set[str]] = {}
+    for line in stub.splitlines():
+        if begun := re.match(r"type (\w+) struct \{$", line):
+            fields = known.setdefault(begun[1], set())
+        elif named := re.search(r'protobuf:"[^"]*\bname=(\w+)', line):
+            fields.add(named[1])
+    for message in public.message_type:
+        # A oneof's fields are each a struct of their own, Message_Field.
+        own = known[message.name] | {
+            name for key in known if key.startswith(f"{message.name}_") for name in known[key]
+        }
+        assert {field.name for field in message.field} - own == set(), message.name
