@@ -128,8 +128,8 @@ async def test_chunk_sizes(extent, chunk, prompts, reference, ledger: Ledger, st
 
 
 def test_few_streams_differ_at_all(ledger: Ledger) -> None:
-    """At most 1 %; of fewer than 100 streams, one."""
-    assert ledger.streams, "run with the tests above"
-    share = len(ledger.differences) / ledger.streams
+    """At most 1 % of those that the tests above had: of the subset's 80, none."""
+    if not ledger.streams:
+        pytest.skip("it counts the streams of the other tests here, and none of them ran")
     print(f"{ledger.streams} streams, {len(ledger.differences)} differ: {ledger.differences}")
-    assert len(ledger.differences) <= max(1, ledger.streams // 100), f"{share:.1%} differ"
+    assert len(ledger.differences) <= ledger.streams // 100
