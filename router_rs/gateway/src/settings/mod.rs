@@ -468,4 +468,25 @@ mod tests {
                 .contains("not a section")
         );
     }
+
+    #[test]
+    fn other_machines_reach_a_router_only_where_it_was_said_that_they_may() {
+        let resolved = |file: &str| listen(file).map_err(|error| error.to_string());
+        for reachable in ["0.0.0.0:1", "192.0.2.1:1", "[::]:1"] {
+            let refused = resolved(&format!("listen = '{reachable}'")).unwrap_err();
+            for named in ["listen", reachable, "tls_cert", "tls_key", "insecure"] {
+                assert!(refused.contains(named), "{named} is not in: {refused}");
+            }
+            let trusted = format!("listen = '{reachable}'\ninsecure = true");
+            assert_eq!(resolved(&trusted), Ok(reachable.parse().unwrap()));
+            let proven = format!("listen = '{reachable}'\ntls_cert = 'c'\ntls_key = 'k'");
+            assert_eq!(resolved(&proven), Ok(reachable.parse().unwrap()));
+        }
+        for own in ["127.0.0.1:1", "[::1]:1"] {
+            assert_eq!(
+                resolved(&format!("listen = '{own}'")),
+                Ok(own.parse().unwrap())
+            );
+        }
+    }
 }
