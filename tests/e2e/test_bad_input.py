@@ -114,10 +114,13 @@ def test_a_prompt_over_the_context_is_refused_with_the_limit(client) -> None:
     assert "131072" in str(caught.value) or "32768" in str(caught.value)
 
 
-def test_a_prompt_over_every_pool_is_refused_with_the_limit(client) -> None:
-    with pytest.raises(kvmesh.InvalidRequestError, match="32") as caught:
-        client.complete(model="sim", prompt="x" * 60_000, max_tokens=1)
-    assert caught.value.reason in ("PROMPT_TOO_LONG", "INVALID_FIELD")
+def test_a_prompt_over_every_pool_is_refused_with_the_limit(mesh, client) -> None:
+    (pool,) = {mesh.info(name).record.capabilities.pool_blocks * 16 for name in ("p", "d")}
+    with pytest.raises(kvmesh.InvalidRequestError, match=str(pool)) as caught:
+        client.complete(model="sim", token_ids=[5] * (pool + 1), max_tokens=1)
+    assert caught.value.reason == "PROMPT_TOO_LONG"
+    assert caught.value.metadata["limit"] == str(pool)
+    assert [violation.field for violation in caught.value.violations] == ["prompt"]
 
 
 def test_an_unknown_model_is_not_found(client) -> None:

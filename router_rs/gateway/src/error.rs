@@ -60,6 +60,9 @@ pub enum RequestError {
     /// No generation of this id for this caller. One text for all causes.
     #[error("no such generation")]
     UnknownGeneration,
+    /// No service of this name: a question to health.
+    #[error("unknown service")]
+    UnknownService,
     /// No worker of this id.
     #[error("no worker {0:?}")]
     UnknownWorker(String),
@@ -151,9 +154,14 @@ pub enum RequestError {
         /// First index that the client lacks.
         next_index: u32,
     },
-    /// A bug of ours; an id to quote.
-    #[error("internal error {0}")]
-    Internal(String),
+    /// A bug of ours.
+    #[error("internal error {id}")]
+    Internal {
+        /// To quote: the request's id, which the log line of the bug has.
+        id: String,
+        /// First index that the client lacks.
+        next_index: u32,
+    },
 }
 
 impl RequestError {
@@ -177,6 +185,7 @@ impl RequestError {
             Self::Unsupported(_) => (Code::Unimplemented, "UNSUPPORTED"),
             Self::UnknownModel { .. } => (Code::NotFound, "UNKNOWN_MODEL"),
             Self::UnknownGeneration => (Code::NotFound, "UNKNOWN_GENERATION"),
+            Self::UnknownService => (Code::NotFound, "UNKNOWN_SERVICE"),
             Self::UnknownWorker(_) => (Code::NotFound, "UNKNOWN_WORKER"),
             Self::Text(_) => (Code::FailedPrecondition, "TEXT_FAILED"),
             Self::Refused { reason, .. } => (Code::FailedPrecondition, reason),
@@ -190,12 +199,14 @@ impl RequestError {
             Self::TakenOver { .. } => (Code::Aborted, "TAKEN_OVER"),
             Self::DeadlineExceeded { .. } => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
             Self::Cancelled => (Code::Cancelled, "CANCELLED"),
-            Self::Internal(_) => (Code::Internal, "INTERNAL"),
+            Self::Internal { .. } => (Code::Internal, "INTERNAL"),
         }
     }
 
     /// First output index that the client lacks, for ends of a generation that
-    /// may have sent tokens.
+    /// may have sent tokens. No other end can come after a token: where a
+    /// generation that has begun finds no room or no worker, that is
+    /// [`Self::WorkerLost`].
     #[must_use]
     pub fn next_index(&self) -> Option<u32> {
         match self {
@@ -204,6 +215,7 @@ impl RequestError {
             | Self::TakenOver { next_index }
             | Self::DeadlineExceeded { next_index }
             | Self::SlowClient { next_index }
+            | Self::Internal { next_index, .. }
             | Self::ShuttingDown { next_index } => Some(*next_index),
             _ => None,
         }
@@ -267,7 +279,7 @@ impl RequestError {
             Self::Unsupported(field) => {
                 metadata.insert("field".to_owned(), cut(field.clone()));
             }
-            Self::Internal(id) => {
+            Self::Internal { id, .. } => {
                 metadata.insert("id".to_owned(), id.clone());
             }
             _ => {}

@@ -164,13 +164,14 @@ fn etcd_of(settings: &Settings) -> Result<kvmesh_registry::Settings, StartError>
     Ok(to)
 }
 
-struct Parts {
-    shared: Arc<Shared>,
+/// What a router is made of, before it accepts connections.
+pub(crate) struct Parts {
+    pub(crate) shared: Arc<Shared>,
     registration: Option<Registration>,
 }
 
 impl Parts {
-    fn assemble(settings: &Settings, address: SocketAddr) -> Result<Self, StartError> {
+    pub(crate) fn assemble(settings: &Settings, address: SocketAddr) -> Result<Self, StartError> {
         let incarnation: u64 = rand::random();
         let router_id = match settings.router_id.as_str() {
             "" => format!("router-{incarnation:016x}"),

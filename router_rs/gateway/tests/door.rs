@@ -6,7 +6,7 @@ mod common;
 use std::time::Duration;
 
 use bytes::Bytes;
-use common::{Mesh, call, framed, h2_connection, read, request};
+use common::{Mesh, call, framed, h2_connection, narrow, read, request, spend_budget};
 use kvmesh_testkit::mock::MockConfig;
 use kvmesh_wire::v1::{self, generate_request::Input, generate_response::Event};
 use serde_json::json;
@@ -208,7 +208,7 @@ async fn every_refusal_has_the_status_of_the_table() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_worker_worker_failure_and_deadline_have_their_statuses() {
+async fn no_worker_its_failure_a_takeover_and_the_deadline_have_their_statuses() {
     let mesh = Mesh::start(
         vec![MockConfig {
             step: Duration::from_millis(5),
@@ -238,6 +238,32 @@ async fn no_worker_worker_failure_and_deadline_have_their_statuses() {
     if let Some(info) = status.get_details_error_info() {
         assert_eq!(info.metadata["next_index"], ids.len().to_string());
     }
+
+    // Given back after tokens, and then another router's.
+    let mut stream = client.generate(request(2_000)).await.unwrap().into_inner();
+    let mut next = 0;
+    let status = loop {
+        let message = match stream.message().await {
+            Ok(message) => message.unwrap(),
+            Err(status) => break status,
+        };
+        if let Some(Event::Tokens(tokens)) = message.event {
+            next = tokens.first_index + u32::try_from(tokens.ids.len()).unwrap();
+            mesh.workers[0].faults().set(|plan| {
+                plan.return_at = plan.return_at.or(Some(next + 50));
+                plan.return_next = 1;
+                plan.refuse_next = 1;
+                plan.refuse_reason = v1::RefusalReason::TakenOver;
+            });
+        }
+    };
+    assert_eq!(
+        (status.code(), reason(&status).as_str()),
+        (Code::Aborted, "TAKEN_OVER")
+    );
+    let info = status.get_details_error_info().unwrap();
+    assert!(next > 0);
+    assert_eq!(info.metadata["next_index"], next.to_string());
 
     let nobody = Mesh::start(vec![], json!({})).await;
     let status = nobody
@@ -292,6 +318,117 @@ async fn a_full_queue_says_when_to_come_back_in_both_of_grpcs_ways() {
     assert!(!wait.is_zero());
     let pushback = status.metadata().get("grpc-retry-pushback-ms").unwrap();
     assert_eq!(pushback.to_str().unwrap(), wait.as_millis().to_string());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_prompt_over_the_largest_pool_is_refused_with_what_that_holds() {
+    let small = MockConfig {
+        pool_blocks: 8,
+        ..MockConfig::default()
+    };
+    let mesh = Mesh::start(vec![small], json!({})).await;
+    let long = v1::GenerateRequest {
+        input: Some(Input::TokenIds(v1::TokenIds { ids: vec![5; 200] })),
+        ..request(1)
+    };
+    let status = mesh.client().await.generate(long).await.map(|_| ());
+    let status = status.unwrap_err();
+    assert_eq!(
+        (status.code(), reason(&status).as_str()),
+        (Code::InvalidArgument, "PROMPT_TOO_LONG")
+    );
+    let info = status.get_details_error_info().unwrap();
+    assert_eq!(info.metadata["limit"], "128");
+    let violations = status.get_details_bad_request().unwrap().field_violations;
+    assert_eq!(violations[0].field, "prompt");
+    assert!(status.get_details_retry_info().is_none());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_spent_budget_for_bytes_says_when_to_come_back() {
+    let mesh = Mesh::start(vec![MockConfig::default()], narrow()).await;
+    let mut held = spend_budget(&mesh).await;
+    let mut client = mesh.client().await;
+    let status = client.generate(request(1)).await.map(|_| ()).unwrap_err();
+    assert_eq!(
+        (status.code(), reason(&status).as_str()),
+        (Code::ResourceExhausted, "OVERLOADED")
+    );
+    let told = status.get_details_retry_info().unwrap().retry_delay;
+    assert!(!told.unwrap().is_zero());
+    let step = "kvmesh_rejected_total{step=\"permit\",reason=\"OVERLOADED\"}";
+    assert_eq!(mesh.figure(step).await, 1);
+    // What was held is free when its client goes.
+    held.send_reset(h2::Reason::CANCEL);
+    mesh.wait_figure("kvmesh_request_bytes_held", 0).await;
+    assert_eq!(
+        read(client.generate(request(4)).await.unwrap().into_inner())
+            .await
+            .0
+            .len(),
+        4
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_over_the_limit_is_closed_and_counted() {
+    const MOST: usize = 3;
+    let mesh = Mesh::start(
+        vec![MockConfig::default()],
+        json!({"max_connections": MOST}),
+    )
+    .await;
+    // Those of the start may still be on their way out.
+    let mut held = Vec::new();
+    while held.len() < MOST {
+        if let Some(connection) = answered(&mesh).await {
+            held.push(connection);
+        }
+    }
+    let limit = "kvmesh_rejected_total{step=\"connection\",reason=\"LIMIT\"}";
+    let before = metric(&mut held[0], limit).await;
+    assert!(answered(&mesh).await.is_none());
+    assert_eq!(metric(&mut held[0], limit).await, before + 1);
+    // One that goes makes room.
+    held.pop();
+    while answered(&mesh).await.is_none() {
+        tokio::task::yield_now().await;
+    }
+}
+
+type Connection = h2::client::SendRequest<Bytes>;
+
+/// A connection that has had an answer; `None` where it was closed instead.
+async fn answered(mesh: &Mesh) -> Option<Connection> {
+    let socket = TcpStream::connect(mesh.address()).await.unwrap();
+    let (sender, connection) = h2::client::handshake(socket).await.ok()?;
+    tokio::spawn(connection);
+    let mut sender = sender.ready().await.ok()?;
+    plain(&mut sender, "/health").await?;
+    Some(sender)
+}
+
+/// What a path answers over HTTP/2.
+async fn plain(connection: &mut Connection, path: &str) -> Option<String> {
+    let ask = http::Request::get(format!("http://router{path}"))
+        .body(())
+        .unwrap();
+    let (response, _) = connection.send_request(ask, true).ok()?;
+    let mut body = response.await.ok()?.into_body();
+    let mut text = Vec::new();
+    while let Some(data) = body.data().await {
+        let data = data.ok()?;
+        body.flow_control().release_capacity(data.len()).unwrap();
+        text.extend_from_slice(&data);
+    }
+    String::from_utf8(text).ok()
+}
+
+/// A figure of `/metrics`, 0 where it is not there.
+async fn metric(connection: &mut Connection, series: &str) -> u64 {
+    let text = plain(connection, "/metrics").await.unwrap();
+    let line = text.lines().find(|line| line.starts_with(series));
+    line.map_or(0, |line| line.rsplit(' ').next().unwrap().parse().unwrap())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

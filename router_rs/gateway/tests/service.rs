@@ -5,7 +5,7 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Mesh, call, get, h2_connection, read, request};
+use common::{Mesh, get, narrow, read, request, spend_budget};
 use kvmesh_rpc::v1::admin_client::AdminClient;
 use kvmesh_testkit::mock::MockConfig;
 use kvmesh_wire::v1;
@@ -32,6 +32,11 @@ async fn health_needs_no_worker_and_knows_what_it_does_not_know() {
     }
     let unknown = health.check(ask("nobody")).await.unwrap_err();
     assert_eq!(unknown.code(), Code::NotFound);
+    let info = unknown.get_details_error_info().unwrap();
+    assert_eq!(
+        (info.domain.as_str(), info.reason.as_str()),
+        ("kvmesh", "UNKNOWN_SERVICE")
+    );
     let mut watch = health.watch(ask("nobody")).await.unwrap().into_inner();
     assert_eq!(
         watch.message().await.unwrap().unwrap().status(),
@@ -163,15 +168,8 @@ async fn the_last_worker_of_a_role_is_drained_only_by_force() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn admin_and_the_list_of_models_answer_while_the_budget_for_bytes_is_spent() {
-    let narrow = json!({"max_request_bytes": "2KiB", "request_bytes_budget": "2KiB"});
-    let mesh = Mesh::start(vec![MockConfig::default(), MockConfig::default()], narrow).await;
-    // A message that is announced, and never sent, holds the whole budget.
-    let mut sender = h2_connection(&mesh).await.ready().await.unwrap();
-    let (_response, mut body) = sender.send_request(call(), false).unwrap();
-    let mut prefix = vec![0];
-    prefix.extend(2_000u32.to_be_bytes());
-    body.send_data(prefix.into(), false).unwrap();
-    mesh.wait_figure("kvmesh_request_bytes_held", 2_048).await;
+    let mesh = Mesh::start(vec![MockConfig::default(), MockConfig::default()], narrow()).await;
+    let _held = spend_budget(&mesh).await;
 
     let mut client = mesh.client().await;
     let refused = client.generate(request(1)).await.map(|_| ()).unwrap_err();

@@ -49,7 +49,6 @@ impl TextPool {
         if bytes < self.inline_bytes {
             return work(&flag);
         }
-        let broken = |_| RequestError::Internal("text thread".to_owned());
         let permit = Arc::clone(&self.threads)
             .acquire_owned()
             .await
@@ -61,7 +60,12 @@ impl TextPool {
             result
         })
         .await
-        .map_err(broken)?;
+        // A panic there is one of its request: it goes on to the request's
+        // border, which gives it an id and a line in the log.
+        .unwrap_or_else(|error| match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_) => Err(RequestError::ShuttingDown { next_index: 0 }),
+        });
         drop(interrupt);
         done
     }
@@ -140,5 +144,26 @@ fn encode_error(error: EncodeError) -> RequestError {
     match error {
         EncodeError::Interrupted => RequestError::Cancelled,
         EncodeError::Tokenizer(message) => RequestError::Text(message),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::panic::AssertUnwindSafe;
+
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_on_a_text_thread_reaches_the_border_of_its_request_and_frees_the_thread() {
+        let pool = TextPool::new(10, 1);
+        for _ in 0..2 {
+            let work = pool.run::<()>(100, |_| panic!("planted"));
+            let panic = AssertUnwindSafe(work).catch_unwind().await.unwrap_err();
+            assert_eq!(panic.downcast_ref::<&str>(), Some(&"planted"));
+        }
+        assert_eq!(pool.run(100, |_| Ok(1)).await, Ok(1));
     }
 }

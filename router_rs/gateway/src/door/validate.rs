@@ -167,7 +167,7 @@ fn check_sampling(sampling: &v1::Sampling, model: &ServedModel, check: &mut Chec
     for (at, bias) in biases.iter().take(MAX_LOGIT_BIAS).enumerate() {
         let id = format!("sampling.logit_bias[{at}].token_id");
         check.that(bias.token_id < vocabulary, &id, || {
-            format!("0 to {}", vocabulary - 1)
+            format!("0 to {}", vocabulary.saturating_sub(1))
         });
         check.range(
             bias.bias,

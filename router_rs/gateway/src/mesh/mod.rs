@@ -59,6 +59,7 @@ pub(crate) use dispatch::class_of;
 pub use given_up::GivenUp;
 pub use models::ServedModel;
 pub use policy::{COST, POLICIES, PolicySettings, SCORED};
+pub(crate) use session::text_of;
 pub use settings::MeshSettings;
 pub use stream::GenerationStream;
 
@@ -327,7 +328,11 @@ impl Mesh {
             None => None,
             Some(settings) => {
                 let stream = model.text.stream(settings);
-                Some(stream.map_err(|error| RequestError::Internal(error.to_string()))?)
+                Some(stream.map_err(|error| {
+                    let id = request.request_id.clone();
+                    tracing::error!(event = "bug", request_id = id, %error, "text of a stream");
+                    RequestError::Internal { id, next_index: 0 }
+                })?)
             }
         };
         let id = GenerationId(rand::random());

@@ -1,6 +1,7 @@
 //! Bodies of answers.
 
 use std::{
+    any::Any,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
     sync::Arc,
@@ -16,7 +17,7 @@ use kvmesh_wire::v1::generate_response::Event;
 use super::{calls, grpc, health::Watch, tokens};
 use crate::{
     error::RequestError,
-    mesh::GenerationStream,
+    mesh::{GenerationStream, text_of},
     telemetry::{ClassEnd, StreamFigures, Telemetry, Took},
 };
 
@@ -144,13 +145,16 @@ impl GenerateBody {
         while self.buffer.len() < FRAME_BYTES {
             // The request's border: a panic of ours ends this stream only.
             let (stream, cx) = (&mut self.stream, &mut *cx);
-            let next = guarded(move || stream.poll_message(cx));
+            #[cfg(test)]
+            let (asked, sent) = (self.request_id.clone(), self.figures.count());
+            let next = guarded(move || {
+                #[cfg(test)]
+                super::border_tests::panic_where_asked(&asked, Some(sent));
+                stream.poll_message(cx)
+            });
             let next = match next {
                 Ok(next) => next,
-                Err(_) => {
-                    let error = RequestError::Internal(self.request_id.clone());
-                    Poll::Ready(Some(Err(error)))
-                }
+                Err(panic) => Poll::Ready(Some(Err(self.panicked(&*panic)))),
             };
             match next {
                 Poll::Ready(Some(Ok(message))) => {
@@ -190,6 +194,16 @@ impl GenerateBody {
             return self.poll(cx);
         }
         Poll::Ready(Some(Frame::data(self.buffer.split().freeze())))
+    }
+
+    fn panicked(&self, panic: &(dyn Any + Send)) -> RequestError {
+        let (id, what) = (self.request_id.clone(), text_of(panic));
+        let generation = &self.generation;
+        tracing::error!(event = "panic", request_id = id, %generation, what, "a stream panicked");
+        RequestError::Internal {
+            id,
+            next_index: self.stream.delivered(),
+        }
     }
 
     fn end(&mut self, error: Option<&RequestError>) {

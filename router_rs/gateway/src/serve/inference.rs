@@ -154,7 +154,7 @@ pub(super) async fn health(
     Some(match method {
         "Check" => match shared.health.check(&request.service) {
             Some(response) => grpc::one(&response, &back),
-            None => grpc::refusal(&tonic::Status::not_found("unknown service"), &back),
+            None => grpc::refusal(&RequestError::UnknownService.to_status(), &back),
         },
         "Watch" => {
             let watch = Box::new(shared.health.watch(&request.service));

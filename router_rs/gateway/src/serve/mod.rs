@@ -3,6 +3,8 @@
 mod accept;
 mod admin;
 pub(crate) mod body;
+#[cfg(test)]
+mod border_tests;
 mod calls;
 pub(crate) mod grpc;
 mod health;

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     door::{CallMetadata, Door},
     error::RequestError,
-    mesh::Mesh,
+    mesh::{Mesh, text_of},
     telemetry::{Exposition, Step, Telemetry},
 };
 
@@ -94,6 +94,8 @@ impl Shared {
             return unknown(path, &metadata);
         };
         let answer = async {
+            #[cfg(test)]
+            super::border_tests::panic_where_asked(&call.metadata.request_id, None);
             match service {
                 "kvmesh.v1.Inference" => inference::call(&self, method, call).await,
                 "kvmesh.v1.Admin" => admin::call(&self, method, call).await,
@@ -110,9 +112,15 @@ impl Shared {
         match answer {
             Ok(Ok(Some(response))) => response,
             Ok(Ok(None)) => unknown(path, &metadata),
-            Ok(Err(_)) => {
-                tracing::error!(event = "panic", request_id, "a call ended in a panic");
-                grpc::refusal(&RequestError::Internal(request_id).to_status(), &metadata)
+            Ok(Err(panic)) => {
+                let what = text_of(&*panic);
+                tracing::error!(event = "panic", request_id, what, "a call panicked");
+                let error = RequestError::Internal {
+                    id: request_id,
+                    next_index: 0,
+                };
+                telemetry.rejected(Step::Admission, &error);
+                grpc::refusal(&error.to_status(), &metadata)
             }
             Err(_) => {
                 let error = RequestError::DeadlineExceeded { next_index: 0 };

@@ -180,6 +180,7 @@ fn reason_label(error: &RequestError) -> &'static str {
         RequestError::MessageTooLarge { .. } => "MESSAGE_TOO_LARGE",
         RequestError::Text(_) => "TEXT_FAILED",
         RequestError::UnknownGeneration => "UNKNOWN_GENERATION",
+        RequestError::UnknownService => "UNKNOWN_SERVICE",
         RequestError::UnknownWorker(_) => "UNKNOWN_WORKER",
         RequestError::Refused { reason, .. } => reason,
         RequestError::PermissionDenied => "PERMISSION_DENIED",
@@ -195,7 +196,7 @@ fn reason_label(error: &RequestError) -> &'static str {
         RequestError::SlowClient { .. } => "SLOW_CLIENT",
         RequestError::Cancelled => "CANCELLED",
         RequestError::ShuttingDown { .. } => "SHUTTING_DOWN",
-        RequestError::Internal(_) => "INTERNAL",
+        RequestError::Internal { .. } => "INTERNAL",
     }
 }
 

@@ -144,6 +144,23 @@ pub(crate) fn call() -> http::Request<()> {
         .unwrap()
 }
 
+/// Settings with a budget for bytes that one message of 2,000 bytes spends.
+pub(crate) fn narrow() -> Value {
+    json!({"max_request_bytes": "2KiB", "request_bytes_budget": "2KiB"})
+}
+
+/// Spends the budget of [`narrow`]: with a message that is announced, and never
+/// sent. Held until the stream is reset.
+pub(crate) async fn spend_budget(mesh: &Mesh) -> h2::SendStream<Bytes> {
+    let mut sender = h2_connection(mesh).await.ready().await.unwrap();
+    let (_, mut body) = sender.send_request(call(), false).unwrap();
+    let mut prefix = vec![0];
+    prefix.extend(2_000u32.to_be_bytes());
+    body.send_data(prefix.into(), false).unwrap();
+    mesh.wait_figure("kvmesh_request_bytes_held", 2_048).await;
+    body
+}
+
 /// A message with gRPC's prefix.
 pub(crate) fn framed(message: &v1::GenerateRequest) -> Bytes {
     let message = prost::Message::encode_to_vec(message);

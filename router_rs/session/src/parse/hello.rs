@@ -29,7 +29,7 @@ pub fn hello(frame: v1::WorkerFrame) -> Result<Hello, Violation> {
         .model
         .as_ref()
         .ok_or(Violation::Malformed("hello without a model"))?;
-    if model.name.is_empty() || model.context_length == 0 {
+    if model.name.is_empty() || model.context_length == 0 || model.vocabulary_size == 0 {
         return Err(Violation::Malformed("hello with an empty model"));
     }
     let Some(capabilities) = record.capabilities.as_ref() else {
@@ -130,6 +130,46 @@ mod tests {
         assert_eq!(of(HASH_SCHEME, 32), Ok(()));
         assert_eq!(of(2, 32), Err(Unread::HashScheme(2)));
         assert_eq!(of(HASH_SCHEME, 24), Err(Unread::BlockTokens(24)));
+    }
+
+    #[test]
+    fn a_model_has_a_name_a_context_and_a_vocabulary() {
+        let whole = v1::ModelRecord {
+            name: "m".to_owned(),
+            context_length: 1,
+            vocabulary_size: 1,
+            ..v1::ModelRecord::default()
+        };
+        let told = |change: fn(&mut v1::ModelRecord)| {
+            let mut model = whole.clone();
+            change(&mut model);
+            let record = v1::WorkerRecord {
+                worker_id: "w".to_owned(),
+                model: Some(model),
+                capabilities: Some(v1::Capabilities {
+                    block_tokens: 16,
+                    ..v1::Capabilities::default()
+                }),
+                ..v1::WorkerRecord::default()
+            };
+            let said = v1::WorkerHello {
+                version: Some(v1::ProtocolVersion { major: 1, minor: 0 }),
+                record: Some(record),
+                ..v1::WorkerHello::default()
+            };
+            let frame = Some(Frame::Hello(said));
+            hello(v1::WorkerFrame { frame }).map(|_| ())
+        };
+        assert_eq!(told(|_| {}), Ok(()));
+        let empty: [fn(&mut v1::ModelRecord); 3] = [
+            |model| model.name.clear(),
+            |model| model.context_length = 0,
+            |model| model.vocabulary_size = 0,
+        ];
+        for change in empty {
+            let wrong = Violation::Malformed("hello with an empty model");
+            assert_eq!(told(change), Err(wrong));
+        }
     }
 
     #[test]

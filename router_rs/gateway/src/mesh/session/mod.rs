@@ -35,6 +35,7 @@ use alarms::Alarms;
 pub(super) use handle::{ById, Outgoing, SessionHandle};
 use reattach::at;
 use supervise::lost;
+pub(crate) use supervise::text_of;
 pub(super) use transport::connect;
 use transport::{Ended, Transport, next_frame};
 

@@ -88,7 +88,7 @@ pub(super) fn lost(open: &Arc<Open>, worker: WorkerIndex, loss: Loss) {
 }
 
 /// What a panic said, where it said a text.
-fn text_of(panic: &(dyn Any + Send)) -> &str {
+pub(crate) fn text_of(panic: &(dyn Any + Send)) -> &str {
     let owned = panic.downcast_ref::<String>().map(String::as_str);
     let text = owned.or_else(|| panic.downcast_ref::<&str>().copied());
     text.unwrap_or("no text")

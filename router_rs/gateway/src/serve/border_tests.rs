@@ -1,0 +1,202 @@
+//! The border of a request over gRPC, for what no client can bring about: a
+//! panic of ours, and a peer that is another machine.
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    convert::Infallible,
+    io,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+};
+
+use hyper::{server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use kvmesh_rpc::v1::{admin_client::AdminClient, inference_client::InferenceClient};
+use kvmesh_testkit::mock::{MockConfig, MockWorker};
+use kvmesh_wire::v1::{self, generate_request::Input, generate_response::Event};
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tonic::{Code, Request, Status, transport::Channel};
+use tonic_types::StatusExt;
+use tracing::subscriber::DefaultGuard;
+
+use super::{Shared, calls::CallEnd};
+use crate::{
+    run::Parts,
+    settings::{Layers, Settings},
+};
+
+const IN_ITS_CALL: &str = "panics-in-its-call";
+const IN_ITS_STREAM: &str = "panics-in-its-stream";
+
+/// Panics in a request that is named so: in its call, or in its stream once
+/// tokens were sent.
+pub(super) fn panic_where_asked(request_id: &str, sent: Option<u64>) {
+    let asked = match sent {
+        None => request_id == IN_ITS_CALL,
+        Some(sent) => request_id == IN_ITS_STREAM && sent > 0,
+    };
+    assert!(!asked, "planted");
+}
+
+/// A router's shared part whose callers all seem to come from `peer`.
+struct Served {
+    channel: Channel,
+    _worker: MockWorker,
+}
+
+impl Served {
+    async fn for_peer(peer: SocketAddr) -> Self {
+        let worker = MockWorker::start(MockConfig {
+            step: std::time::Duration::from_millis(1),
+            ..MockConfig::default()
+        })
+        .unwrap();
+        let mut layers = Layers::default();
+        let settings = json!({"workers": [worker.addr().to_string()]});
+        layers.add_json("test", &settings.to_string()).unwrap();
+        let settings = Settings::resolve(&layers).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let parts = Parts::assemble(&settings, address).unwrap();
+        tokio::spawn(serve(Arc::clone(&parts.shared), listener, peer));
+        let to = Channel::from_shared(format!("http://{address}")).unwrap();
+        let channel = to.connect().await.unwrap();
+        while !parts.shared.mesh.models().iter().any(|model| model.ready) {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+        Self {
+            channel,
+            _worker: worker,
+        }
+    }
+}
+
+async fn serve(shared: Arc<Shared>, listener: TcpListener, peer: SocketAddr) {
+    let (socket, _) = listener.accept().await.unwrap();
+    let service = service_fn(|request| {
+        let answer = Arc::clone(&shared).answer(request, peer, CallEnd::default());
+        async move { Ok::<_, Infallible>(answer.await) }
+    });
+    let connection = http2::Builder::new(TokioExecutor::new());
+    // It ends with its client.
+    let _ = connection
+        .serve_connection(TokioIo::new(socket), service)
+        .await;
+}
+
+/// Log lines of this test's thread, which is the one that all runs on.
+#[derive(Clone, Default)]
+struct Lines(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Lines {
+    fn kept() -> (Self, DefaultGuard) {
+        let lines = Self::default();
+        let to = lines.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .json()
+            .flatten_event(true)
+            .with_writer(move || to.clone())
+            .finish();
+        (lines, tracing::subscriber::set_default(subscriber))
+    }
+
+    /// What the line of a panic says, by the id of its request.
+    fn panic_of(&self, request_id: &str) -> Option<String> {
+        let text = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
+        let mut lines = text.lines().map(|line| serde_json::from_str(line).unwrap());
+        let line = lines
+            .find(|line: &Value| line["event"] == "panic" && line["request_id"] == request_id)?;
+        Some(line["what"].as_str()?.to_owned())
+    }
+}
+
+fn named(request_id: &str) -> Request<v1::GenerateRequest> {
+    let mut request = Request::new(v1::GenerateRequest {
+        input: Some(Input::TokenIds(v1::TokenIds { ids: vec![5, 6, 7] })),
+        stopping: Some(v1::Stopping {
+            max_tokens: 1_000,
+            ..Default::default()
+        }),
+        ..Default::default()
+    });
+    let id = request_id.parse().unwrap();
+    request.metadata_mut().insert("x-request-id", id);
+    request
+}
+
+fn assert_internal(status: &Status, id: &str, next_index: usize, lines: &Lines) {
+    assert_eq!(status.code(), Code::Internal, "{status}");
+    assert!(!status.message().contains("planted"), "{status}");
+    let info = status.get_details_error_info().unwrap();
+    assert_eq!(
+        (info.domain.as_str(), info.reason.as_str()),
+        ("kvmesh", "INTERNAL")
+    );
+    assert_eq!(info.metadata["next_index"], next_index.to_string());
+    // The id that the client quotes finds what happened.
+    assert_eq!(info.metadata["id"], id);
+    assert_eq!(
+        lines.panic_of(&info.metadata["id"]).as_deref(),
+        Some("planted")
+    );
+}
+
+#[tokio::test]
+async fn a_panic_ends_one_call_with_an_id_that_the_log_has() {
+    let (lines, _guard) = Lines::kept();
+    let served = Served::for_peer(SocketAddr::from(([127, 0, 0, 1], 1))).await;
+    let mut client = InferenceClient::new(served.channel.clone());
+    let status = client.generate(named(IN_ITS_CALL)).await.map(|_| ());
+    assert_internal(&status.unwrap_err(), IN_ITS_CALL, 0, &lines);
+
+    let stream = client.generate(named(IN_ITS_STREAM)).await.unwrap();
+    let (mut stream, mut sent) = (stream.into_inner(), 0);
+    let status = loop {
+        match stream.message().await {
+            Ok(message) => {
+                if let Some(Event::Tokens(tokens)) = message.unwrap().event {
+                    sent += tokens.ids.len();
+                }
+            }
+            Err(status) => break status,
+        }
+    };
+    assert!(sent > 0);
+    assert_internal(&status, IN_ITS_STREAM, sent, &lines);
+
+    let mut other = client.generate(named("other")).await.unwrap().into_inner();
+    while let Some(message) = other.message().await.unwrap() {
+        if let Some(Event::Finished(finished)) = message.event {
+            assert_eq!(finished.usage.unwrap().output_tokens, 1_000);
+        }
+    }
+}
+
+#[tokio::test]
+async fn admin_answers_this_machine_only_and_tells_others_nothing() {
+    for (peer, may) in [([127, 0, 0, 1], true), ([203, 0, 113, 5], false)] {
+        let served = Served::for_peer(SocketAddr::from((peer, 1))).await;
+        let mut admin = AdminClient::new(served.channel.clone());
+        let listed = admin.list_workers(v1::ListWorkersRequest::default()).await;
+        assert_eq!(listed.is_ok(), may, "{peer:?}: {listed:?}");
+        let Err(status) = listed else { continue };
+        assert_eq!(status.code(), Code::PermissionDenied);
+        let info = status.get_details_error_info().unwrap();
+        assert_eq!(info.reason, "PERMISSION_DENIED");
+        assert!(info.metadata.is_empty(), "{info:?}");
+        // A client from there is served all the same.
+        let mut client = InferenceClient::new(served.channel.clone());
+        client.list_models(v1::ListModelsRequest {}).await.unwrap();
+    }
+}
