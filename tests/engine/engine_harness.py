@@ -121,7 +121,8 @@ class Driver:
         return self.attempts[AttemptId(message.generation, message.owner, message.attempt)]
 
     def place(self, prompt, stage=Stage.WHOLE, *, id=None, output=(), hand_off=None, prefix_from=None,
-              alone=False, trace=False, deadline_ms=0.0, **continuation) -> Attempt:  # fmt: skip
+              alone=False, trace=False, deadline_ms=0.0, request_id="", traceparent="",
+              **continuation) -> Attempt:  # fmt: skip
         continuation.setdefault("max_tokens", 16)
         continuation = wire.Continuation(
             model="m", prompt_ids=prompt, output_ids=output,
@@ -133,7 +134,7 @@ class Driver:
             Placement(
                 id=id, router="router", stage=stage, continuation=continuation,
                 received_at=time.monotonic(), hand_off=hand_off, prefix_from=prefix_from,
-                alone=alone, trace=trace,
+                alone=alone, trace=trace, request_id=request_id, traceparent=traceparent,
             )
         )  # fmt: skip
         return attempt

@@ -6,7 +6,9 @@ from contextlib import asynccontextmanager
 import pytest
 from engine_harness import VOCABULARY, mesh_from, prompt, running, sim
 
+from kvmesh._router import PrefixWanted, Pulled
 from kvmesh.engine.contract import AttemptId, Stage
+from kvmesh.engine.core.admission import Admission
 from kvmesh.engine.sim.content import reference_tokens
 from kvmesh.v1 import worker_pb2 as wire
 
@@ -214,6 +216,37 @@ async def test_a_prefix_is_pulled_from_any_holder() -> None:
         assert attempt.end.timings.computed_tokens == 32
         await holder.idle()
         await asker.idle()
+
+
+async def test_a_pull_tells_the_holder_which_request_it_is_for(monkeypatch) -> None:
+    told = {}
+    take = Admission.transfer_event
+
+    def listening(admission, event) -> None:
+        if isinstance(event, Pulled | PrefixWanted):
+            told[type(event)] = (event.request_id, event.traceparent)
+        take(admission, event)
+
+    monkeypatch.setattr(Admission, "transfer_event", listening)
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-0{}"
+    async with pair() as (p, d):
+        # Only decode knows the names: what prefill sees came with the pull.
+        hand_off = hand_off_from(p)
+        names = {"request_id": "whole", "traceparent": trace.format(0)}
+        decode = d.place(prompt(100), Stage.DECODE, hand_off=hand_off, **names)
+        p.place(prompt(100), Stage.PREFILL, id=decode.id, hand_off=hand_off)
+        assert await decode.ended() == "finished"
+        assert told.pop(Pulled) == ("whole", trace.format(0))
+        await p.place(prompt(300, 1), max_tokens=1).ended()
+        source = wire.PrefixSource(
+            worker="p", incarnation=11, address=p.engine.transfer_address, tokens=288
+        )
+        names = {"request_id": "prefix", "traceparent": trace.format(1)}
+        asker = d.place(prompt(320, 1), prefix_from=source, **names)
+        assert await asker.ended() == "finished"
+        assert told == {PrefixWanted: ("prefix", trace.format(1))}
+        await p.idle()
+        await d.idle()
 
 
 async def test_a_holder_that_has_less_or_is_gone_costs_only_time() -> None:

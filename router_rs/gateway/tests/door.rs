@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use common::{Mesh, call, framed, h2_connection, narrow, read, request, spend_budget};
 use kvmesh_testkit::mock::MockConfig;
-use kvmesh_wire::v1::{self, generate_request::Input, generate_response::Event};
+use kvmesh_wire::v1::{self, Role, Stage, generate_request::Input, generate_response::Event};
 use serde_json::json;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -458,6 +458,42 @@ async fn names_of_a_call_come_back_and_gzip_is_taken() {
         (status.code(), reason(&status).as_str()),
         (Code::ResourceExhausted, "MESSAGE_TOO_LARGE")
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn names_and_context_of_a_call_reach_the_workers_of_both_stages() {
+    let of = |role| MockConfig {
+        role,
+        ..MockConfig::default()
+    };
+    let mesh = Mesh::start(vec![of(Role::Prefill), of(Role::Decode)], json!({})).await;
+    let names = [
+        ("x-request-id", "mine"),
+        (
+            "traceparent",
+            "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+        ),
+        ("tracestate", "vendor=1"),
+        ("baggage", "user=2"),
+    ];
+    let mut named = tonic::Request::new(request(2));
+    for (name, value) in names {
+        named.metadata_mut().insert(name, value.parse().unwrap());
+    }
+    let mut client = mesh.client().await;
+    let answer = client.generate(named).await.unwrap();
+    assert_eq!(read(answer.into_inner()).await.0.len(), 2);
+    for (worker, stage) in mesh.workers.iter().zip([Stage::Prefill, Stage::Decode]) {
+        let place = worker.last_place().unwrap();
+        assert_eq!(place.stage(), stage);
+        let told = [
+            place.request_id,
+            place.traceparent,
+            place.tracestate,
+            place.baggage,
+        ];
+        assert_eq!(told, names.map(|(_, value)| value));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

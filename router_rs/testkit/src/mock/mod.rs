@@ -26,7 +26,7 @@ use std::{
 pub use config::MockConfig;
 pub use faults::{FaultPlan, Faults};
 use kvmesh_rpc::v1::{inference_server::InferenceServer, worker_server::WorkerServer};
-use kvmesh_wire::v1::{CacheEvents, Role, WorkerRecord};
+use kvmesh_wire::v1::{CacheEvents, Place, Role, WorkerRecord};
 pub use state::MockCounters;
 use state::State;
 use tokio::{net::TcpListener, sync::mpsc, task::JoinSet};
@@ -115,6 +115,13 @@ impl MockWorker {
     #[must_use]
     pub fn counters(&self) -> MockCounters {
         MockCounters::read(&self.state)
+    }
+
+    /// The last placement that it was asked for: its stage, its names and the
+    /// context that came with it, nothing else.
+    #[must_use]
+    pub fn last_place(&self) -> Option<Place> {
+        self.state.last_place()
     }
 
     /// Routers with an open session, sorted.

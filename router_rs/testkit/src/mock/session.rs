@@ -221,6 +221,7 @@ impl Session {
     }
 
     fn place(&mut self, place: Place) {
+        self.state.note_place(&place);
         let opening = Opening {
             generation: place.generation.clone(),
             owner: place.owner,

@@ -10,7 +10,7 @@ use std::{
 };
 
 use kvmesh_wire::v1::{
-    CacheEvents, Capabilities, KvCompatibility, KvRoom, Load, LoadShare, ModelRecord,
+    CacheEvents, Capabilities, KvCompatibility, KvRoom, Load, LoadShare, ModelRecord, Place,
     ProtocolVersion, Residue, Role, StepModel, WorkerPhase, WorkerRecord,
 };
 use tokio::sync::broadcast;
@@ -44,6 +44,7 @@ pub(super) struct State {
     started: Instant,
     step_began_us: AtomicU64,
     sessions: Mutex<BTreeMap<String, Session>>,
+    placed: Mutex<Option<Place>>,
 }
 
 /// One open Attach stream.
@@ -71,7 +72,26 @@ impl State {
             started: Instant::now(),
             step_began_us: AtomicU64::new(0),
             sessions: Mutex::default(),
+            placed: Mutex::default(),
         }
+    }
+
+    /// Keeps what a placement is called and where it came from.
+    pub(super) fn note_place(&self, place: &Place) {
+        let named = Place {
+            stage: place.stage,
+            request_id: place.request_id.clone(),
+            traceparent: place.traceparent.clone(),
+            tracestate: place.tracestate.clone(),
+            baggage: place.baggage.clone(),
+            ..Place::default()
+        };
+        *self.placed.lock().unwrap_or_else(PoisonError::into_inner) = Some(named);
+    }
+
+    pub(super) fn last_place(&self) -> Option<Place> {
+        let placed = self.placed.lock();
+        placed.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(super) fn set_role(&self, role: Role) {
