@@ -48,7 +48,8 @@ def start(tmp_path) -> Start:
     def started(*, arguments: tuple[str, ...] = (), **roles: str) -> Iterator[Cluster]:
         cluster = Cluster(tmp_path / "cluster")
         try:
-            endpoint = cluster.start_router()
+            # All prompts are asked at once: that they wait is not too much here.
+            endpoint = cluster.start_router("--queue-timeout", "30m")
             for name, role in roles.items():
                 cluster.begin_worker(name, role, "--model", MODEL, *arguments, engine="torch")
             cluster.wait_live(endpoint, *roles)
