@@ -951,7 +951,7 @@ class DecodeLoop:
         context: int,
         most: int,
         look: bool,
-    ) -> tuple[list[bytes], bool, float]:
+    ) -> tuple[list[bytes], bool, list[tuple[float, float]]]:
         """Makes steps until `most`, a wake or event of the node, or a stop id drawn.
 
         `look`: what the last of `most` steps brought is for somebody else to tell.
@@ -959,7 +959,8 @@ class DecodeLoop:
         `output`: the `StepOutput` of the step before, its rows with the indices of
         the first one to come; `context` is that of the first. Returns the tokens
         of each step, packed, whether the last step was told to the routers (not
-        where it needs a `look` or drew a stop id), and its length in seconds.
+        where it needs a `look` or drew a stop id), and when each began and ended,
+        seconds since the call.
         Waits without the GIL. Raises ValueError, IndexError.
         """
 

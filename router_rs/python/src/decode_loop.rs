@@ -47,8 +47,8 @@ struct Made {
     tokens: Vec<Vec<u8>>,
     /// Whether the last step was told.
     told: bool,
-    /// Length of the last step.
-    took: Duration,
+    /// When each step began and ended, seconds since the call's begin.
+    times: Vec<(f64, f64)>,
 }
 
 #[pymethods]
@@ -89,7 +89,7 @@ impl PyDecodeLoop {
         context: u64,
         most: usize,
         look: bool,
-    ) -> PyResult<(Bound<'py, PyList>, bool, f64)> {
+    ) -> PyResult<(Bound<'py, PyList>, bool, Vec<(f64, f64)>)> {
         let told = report(output)?;
         let tables = Tables::of(&tables)?;
         let ids = unpacked(ids);
@@ -105,7 +105,7 @@ impl PyDecodeLoop {
         };
         let made = py.detach(|| guarded(|| steps.run(told, ids, tables, context, (most, look))))?;
         let tokens = made.tokens.iter().map(|tokens| PyBytes::new(py, tokens));
-        Ok((PyList::new(py, tokens)?, made.told, made.took.as_secs_f64()))
+        Ok((PyList::new(py, tokens)?, made.told, made.times))
     }
 }
 
@@ -130,11 +130,12 @@ impl Steps<'_> {
         mut context: u64,
         (most, look): (usize, bool),
     ) -> PyResult<Made> {
+        let called = Instant::now();
         let mut streams = self.streams.lock()?;
         let mut made = Made {
             tokens: Vec::with_capacity(most),
             told: true,
-            took: Duration::ZERO,
+            times: Vec::with_capacity(most),
         };
         while made.tokens.len() < most {
             let of = |(once, each): (f64, f64)| once + each * context as f64;
@@ -142,7 +143,9 @@ impl Steps<'_> {
             self.port.port.begin_step(of(self.at.predicted_ms));
             std::thread::sleep(Duration::from_secs_f64(of(self.at.takes_s)));
             ids = self.streams.advance(&mut streams, &ids, &tables)?;
-            made.took = begun.elapsed();
+            let took = begun.elapsed();
+            let begun_s = begun.duration_since(called).as_secs_f64();
+            made.times.push((begun_s, begun_s + took.as_secs_f64()));
             made.tokens
                 .push(ids.iter().flat_map(|id| id.to_ne_bytes()).collect());
             let last = made.tokens.len() == most;
@@ -154,7 +157,7 @@ impl Steps<'_> {
             told.sample = Some(StepSample {
                 decode_batch: u32::try_from(ids.len()).unwrap_or(u32::MAX),
                 decode_context: context,
-                duration_us: u64::try_from(made.took.as_micros()).unwrap_or(u64::MAX),
+                duration_us: u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
                 ..StepSample::default()
             });
             self.tell(&mut told, &ids)?;

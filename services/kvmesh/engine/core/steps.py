@@ -229,9 +229,9 @@ class Steps:
         loop, running, batch = self._loop, self.running, self._loop.streams.batch
         most, look = batch.steps_ahead()
         batch.next_indices()
-        rows = batch.rows
+        rows, called = batch.rows, self._clock.now()
         try:
-            steps, told, took_s = paced.run(
+            steps, told, times = paced.run(
                 self._output(said, None), rows.ids, rows.tables, rows.context, most, look
             )
         except Exception as error:
@@ -241,12 +241,14 @@ class Steps:
             loop.flush(0, None)
             return
         loop.streams.decoded_at = self._clock.now()
+        for begun, ended in times:
+            self.log.add(called + begun, called + ended)
         running.number += len(steps)
         if known := steps if told else steps[:-1]:
             batch.take(known)
             loop.shares.stepped(len(known))
         if not told:
-            sample = StepSample(0, 0, said.size, rows.context, int(took_s * 1e6))
+            sample = StepSample(0, 0, said.size, rows.context, int((ended - begun) * 1e6))
             loop.streams.take_tokens(steps[-1], ())
             loop.flush(running.number, sample)
 
