@@ -33,13 +33,15 @@ class Extent:
     longest: int
     tokens: int
     """Output of each stream."""
+    pool_tokens: int
+    """KV pool of a worker: what was made warm stays until it is asked for."""
 
     def __str__(self) -> str:
         return self.name
 
 
-SUBSET = Extent("subset", 8, 200, 24)
-FULL = Extent("full", 40, 1_500, 32)
+SUBSET = Extent("subset", 8, 200, 24, 32_768)
+FULL = Extent("full", 40, 1_500, 32, 98_304)
 
 both_extents = pytest.mark.parametrize(
     "extent", [SUBSET, pytest.param(FULL, marks=pytest.mark.slow)], ids=str
@@ -85,7 +87,8 @@ async def test_one_worker(extent, prompts, reference, ledger: Ledger, start) -> 
 async def test_prefill_and_decode_cold_and_warm(
     extent, prompts, reference, ledger: Ledger, start
 ) -> None:
-    with start(p="prefill", d="decode") as cluster:
+    pool = ("--kv-pool-tokens", str(extent.pool_tokens))
+    with start(p="prefill", d="decode", arguments=pool) as cluster:
         ask = Asked(cluster, prompts, extent.tokens)
         cold = await ask("cold")
         await warm(cluster.worker_address("p"), prompts, salts("warm p"))
