@@ -41,14 +41,17 @@ pub(crate) struct PyDecodeLoop {
     takes_s: (f64, f64),
 }
 
+/// When each step began and ended, seconds since the call's begin.
+type Times = Vec<(f64, f64)>;
+
 /// What one call of `run` did.
 struct Made {
     /// Tokens of all rows, a step after the other.
     tokens: Vec<Vec<u8>>,
     /// Whether the last step was told.
     told: bool,
-    /// When each step began and ended, seconds since the call's begin.
-    times: Vec<(f64, f64)>,
+    /// Of all its steps.
+    times: Times,
 }
 
 #[pymethods]
@@ -89,7 +92,7 @@ impl PyDecodeLoop {
         context: u64,
         most: usize,
         look: bool,
-    ) -> PyResult<(Bound<'py, PyList>, bool, Vec<(f64, f64)>)> {
+    ) -> PyResult<(Bound<'py, PyList>, bool, Times)> {
         let told = report(output)?;
         let tables = Tables::of(&tables)?;
         let ids = unpacked(ids);
