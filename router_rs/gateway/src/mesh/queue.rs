@@ -16,8 +16,8 @@ use std::{
 
 use kvmesh_kv_index::Matches;
 use kvmesh_scheduler::{
-    Admitted, Cluster, Dispatch, DispatchSettings, Entry, Lane, Look, Next, NoPlan, Outcome, Pass,
-    PerClass, Place, Rejected, Reported, RequestView,
+    Admitted, Dispatch, DispatchSettings, Entry, Lane, Look, Next, NoPlan, Outcome, Pass, PerClass,
+    Place, Rejected, Reported,
 };
 use kvmesh_session::{
     generation::{Cause, Event, PlanRequest, Stop},
@@ -99,7 +99,6 @@ impl Waits {
         }
     }
 
-    // What this lock guards is whole after each operation on it.
     fn lock(&self) -> MutexGuard<'_, State> {
         lock(&self.line)
     }
@@ -150,18 +149,6 @@ impl Waits {
             work_ms: open.work_ms,
             goes_on: taken || request.failures > 0 || open.next_index() > 0,
         }
-    }
-
-    /// Whether a request might wait if it came now.
-    pub(super) fn admit_now(
-        &self,
-        cluster: &Cluster<'_>,
-        request: &RequestView<'_>,
-        left_ms: Option<f64>,
-    ) -> Result<Admitted, Rejected> {
-        let line = self.lock();
-        let arrival_ms = self.now_ms();
-        line.dispatch.admit(cluster, request, arrival_ms, left_ms)
     }
 
     fn look(&self, report: &Reported) -> Look {
@@ -229,20 +216,11 @@ impl Core {
             }
             Some(deadline) => Some(ms(deadline - now)),
         };
-        let mut cached = Matches::default();
-        self.dispatcher.index.lookup_into(chain, &mut cached);
+        let waits = &self.dispatcher.waits;
+        let arrival_ms = waits.arrival_ms(request);
         let had = u32::try_from(request.output_ids.len()).unwrap_or(u32::MAX);
         let expected = self.dispatcher.expected_output(request, had);
-        let waits = &self.dispatcher.waits;
-        let view = request_view(request, 0, had, expected, &cached, &[]);
-        let arrival_ms = waits.arrival_ms(request);
-        let admitted = self
-            .dispatcher
-            .placer()
-            .admit(&view, waits.now_ms(), |cluster| {
-                let line = waits.lock();
-                line.dispatch.admit(cluster, &view, arrival_ms, left_ms)
-            });
+        let admitted = self.would_admit(request, chain, (had, expected), arrival_ms, left_ms);
         let Admitted {
             key_ms,
             work_ms,
@@ -260,6 +238,27 @@ impl Core {
         };
         self.pools.admitted(request, &urgency, expected);
         Ok(urgency)
+    }
+
+    /// Whether a request that arrived then may wait, and for how long it would.
+    /// It had so many tokens and is expected to have so many.
+    pub(super) fn would_admit(
+        &self,
+        request: &AdmittedRequest,
+        chain: &[u64],
+        (had, expected): (u32, u32),
+        arrival_ms: f64,
+        left_ms: Option<f64>,
+    ) -> Result<Admitted, Turned> {
+        let mut cached = Matches::default();
+        self.dispatcher.index.lookup_into(chain, &mut cached);
+        let waits = &self.dispatcher.waits;
+        let view = request_view(request, 0, had, expected, &cached, &[]);
+        let mut placer = self.dispatcher.placer();
+        placer.admit(&view, waits.now_ms(), |cluster| {
+            let line = waits.lock();
+            line.dispatch.admit(cluster, &view, arrival_ms, left_ms)
+        })
     }
 
     /// Finds a plan for a generation, or lets it wait for room.

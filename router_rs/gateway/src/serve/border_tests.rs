@@ -2,28 +2,24 @@
 //! panic of ours, and a peer that is another machine.
 #![allow(clippy::unwrap_used)]
 
-use std::{
-    convert::Infallible,
-    io,
-    net::SocketAddr,
-    sync::{Arc, Mutex},
-};
+use std::{convert::Infallible, net::SocketAddr, sync::Arc};
 
 use hyper::{server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use kvmesh_rpc::v1::{admin_client::AdminClient, inference_client::InferenceClient};
 use kvmesh_testkit::mock::{MockConfig, MockWorker};
 use kvmesh_wire::v1::{self, generate_request::Input, generate_response::Event};
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::net::TcpListener;
 use tonic::{Code, Request, Status, transport::Channel};
 use tonic_types::StatusExt;
-use tracing::subscriber::DefaultGuard;
+use tracing::Level;
 
 use super::{Shared, calls::CallEnd};
 use crate::{
     run::Parts,
     settings::{Layers, Settings},
+    telemetry::log_lines::LogLines,
 };
 
 const IN_ITS_CALL: &str = "panics-in-its-call";
@@ -85,40 +81,11 @@ async fn serve(shared: Arc<Shared>, listener: TcpListener, peer: SocketAddr) {
         .await;
 }
 
-/// Log lines of this test's thread, which is the one that all runs on.
-#[derive(Clone, Default)]
-struct Lines(Arc<Mutex<Vec<u8>>>);
-
-impl io::Write for Lines {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Lines {
-    fn kept() -> (Self, DefaultGuard) {
-        let lines = Self::default();
-        let to = lines.clone();
-        let subscriber = tracing_subscriber::fmt()
-            .json()
-            .flatten_event(true)
-            .with_writer(move || to.clone())
-            .finish();
-        (lines, tracing::subscriber::set_default(subscriber))
-    }
-
-    /// What the line of a panic says, by the id of its request.
-    fn panic_of(&self, request_id: &str) -> Option<String> {
-        let text = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
-        let mut lines = text.lines().map(|line| serde_json::from_str(line).unwrap());
-        let line = lines
-            .find(|line: &Value| line["event"] == "panic" && line["request_id"] == request_id)?;
-        Some(line["what"].as_str()?.to_owned())
-    }
+/// What the line of a panic says, by the id of its request.
+fn panic_of(lines: &LogLines, request_id: &str) -> Option<String> {
+    let mut lines = lines.all().into_iter();
+    let line = lines.find(|line| line["event"] == "panic" && line["request_id"] == request_id)?;
+    Some(line["what"].as_str()?.to_owned())
 }
 
 fn named(request_id: &str) -> Request<v1::GenerateRequest> {
@@ -135,7 +102,7 @@ fn named(request_id: &str) -> Request<v1::GenerateRequest> {
     request
 }
 
-fn assert_internal(status: &Status, id: &str, next_index: usize, lines: &Lines) {
+fn assert_internal(status: &Status, id: &str, next_index: usize, lines: &LogLines) {
     assert_eq!(status.code(), Code::Internal, "{status}");
     assert!(!status.message().contains("planted"), "{status}");
     let info = status.get_details_error_info().unwrap();
@@ -147,14 +114,14 @@ fn assert_internal(status: &Status, id: &str, next_index: usize, lines: &Lines) 
     // The id that the client quotes finds what happened.
     assert_eq!(info.metadata["id"], id);
     assert_eq!(
-        lines.panic_of(&info.metadata["id"]).as_deref(),
+        panic_of(lines, &info.metadata["id"]).as_deref(),
         Some("planted")
     );
 }
 
 #[tokio::test]
 async fn a_panic_ends_one_call_with_an_id_that_the_log_has() {
-    let (lines, _guard) = Lines::kept();
+    let (lines, _guard) = LogLines::at(Level::INFO);
     let served = Served::for_peer(SocketAddr::from(([127, 0, 0, 1], 1))).await;
     let mut client = InferenceClient::new(served.channel.clone());
     let status = client.generate(named(IN_ITS_CALL)).await.map(|_| ());

@@ -6,6 +6,8 @@ mod encode;
 mod goodput;
 mod histogram;
 mod log;
+#[cfg(test)]
+pub(crate) mod log_lines;
 
 pub(crate) use collector::Exposition;
 pub(crate) use goodput::{ClassEnd, HeldTo, Took};

@@ -2,11 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use kvmesh_kv_index::Matches;
 use kvmesh_scheduler::Rejected;
 
 use super::Open;
-use crate::mesh::{dispatch::request_view, figures::ms, placer::Turned, queue::retry_after};
+use crate::mesh::{figures::ms, placer::Turned, queue::retry_after};
 
 /// Where there is no estimate, and the least for those that waited for as long
 /// as they may: whatever was predicted for them did not come true.
@@ -25,20 +24,16 @@ impl Open {
 
     fn wait_now_ms(&self) -> Option<f64> {
         let (request, dispatcher) = (&self.request, &self.core.dispatcher);
-        let mut cached = Matches::default();
-        dispatcher.index.lookup_into(self.chain(), &mut cached);
         let had = u32::try_from(request.output_ids.len()).unwrap_or(u32::MAX);
         let expected = dispatcher.expected_output(request, had);
-        let view = request_view(request, 0, had, expected, &cached, &[]);
         let left = |at: Instant| ms(at.saturating_duration_since(Instant::now()));
         let left_ms = request.deadline.map(left);
-        let waits = &dispatcher.waits;
-        let now_ms = waits.now_ms();
-        let mut placer = dispatcher.placer();
-        let admitted = placer.admit(&view, now_ms, |cluster| {
-            waits.admit_now(cluster, &view, left_ms)
-        });
-        match admitted {
+        let now_ms = dispatcher.waits.now_ms();
+        let of = (had, expected);
+        match self
+            .core
+            .would_admit(request, self.chain(), of, now_ms, left_ms)
+        {
             // Without work nobody was there to be asked.
             Ok(admitted) => (admitted.work_ms > 0.0).then_some(admitted.wait_ms),
             Err(Turned::Waits(Rejected::DeadlineCannotBeMet { ttft_ms, left_ms })) => {

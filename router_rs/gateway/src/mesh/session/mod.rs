@@ -82,6 +82,11 @@ pub(super) struct Session {
     panics: u32,
 }
 
+/// Longest pause before a worker is dialled again after so many tries in vain.
+fn redial_after(tries: u32) -> Duration {
+    (REDIAL.0 * 2_u32.pow(tries.min(8))).min(REDIAL.1)
+}
+
 /// A worker's link before its first hello.
 fn new_link(core: &Core, worker: &WorkerEntry) -> Link {
     let grace = core.settings.reattach_grace.as_millis();
@@ -284,7 +289,7 @@ impl Session {
                 Action::Disarm(link::Timer::Reattach) => self.reattach_at = None,
                 Action::Disarm(timer) => self.alarms.disarm(timer),
                 Action::ArmRedial(tries) => {
-                    self.redial = (REDIAL.0 * 2_u32.pow(tries.min(8))).min(REDIAL.1);
+                    self.redial = redial_after(tries);
                 }
                 Action::Lose(loss) => self.lose(loss),
                 Action::ForgetCache => self.core.forget_cache(&self.worker),

@@ -18,7 +18,7 @@ use kvmesh_session::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{super::open::Open, Alarms, Queue, REDIAL, Session, new_link};
+use super::{super::open::Open, Alarms, Queue, Session, new_link, redial_after};
 
 impl Session {
     /// Keeps the session up until it is stopped, whatever happens in it.
@@ -44,7 +44,7 @@ impl Session {
         tracing::error!(event = "panic", %worker, what, "a session's task panicked");
         self.core.counters.session_panics.add(1);
         self.panics = self.panics.saturating_add(1);
-        self.redial = (REDIAL.0 * 2_u32.pow(self.panics.min(8))).min(REDIAL.1);
+        self.redial = redial_after(self.panics);
         self.worker.detach();
         self.end_queue(queue);
         // What was half changed is not gone on with. A new link knows nothing of

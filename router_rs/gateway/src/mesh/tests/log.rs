@@ -1,60 +1,29 @@
 //! What happens to attempts, in log lines.
 
-use std::io;
-
-use serde_json::Value;
-use tracing::{Level, subscriber::DefaultGuard};
+use tracing::Level;
 
 use super::*;
+use crate::telemetry::log_lines::LogLines;
 
-/// Log lines of this test's thread, which is the one that the mesh runs on.
-#[derive(Clone, Default)]
-struct Lines(Arc<Mutex<Vec<u8>>>);
-
-impl io::Write for Lines {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Lines {
-    fn at(level: Level) -> (Self, DefaultGuard) {
-        let lines = Self::default();
-        let to = lines.clone();
-        let subscriber = tracing_subscriber::fmt()
-            .json()
-            .flatten_event(true)
-            .with_max_level(level)
-            .with_writer(move || to.clone())
-            .finish();
-        (lines, tracing::subscriber::set_default(subscriber))
-    }
-
-    /// Message, attempt and reason of each line that tells of a generation.
-    fn of(&self, generation: &str) -> Vec<(String, u64, String)> {
-        let text = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
-        let lines = text.lines().map(|line| serde_json::from_str(line).unwrap());
-        lines
-            .filter(|line: &Value| line["generation"] == generation)
-            .map(|line| {
-                let told = |key: &str| line[key].as_str().unwrap_or_default().to_owned();
-                (
-                    told("message"),
-                    line["attempt"].as_u64().unwrap(),
-                    told("reason"),
-                )
-            })
-            .collect()
-    }
+/// Message, attempt and reason of each line that tells of a generation.
+fn told_of(lines: &LogLines, generation: &str) -> Vec<(String, u64, String)> {
+    let lines = lines.all().into_iter();
+    lines
+        .filter(|line| line["generation"] == generation)
+        .map(|line| {
+            let told = |key: &str| line[key].as_str().unwrap_or_default().to_owned();
+            (
+                told("message"),
+                line["attempt"].as_u64().unwrap(),
+                told("reason"),
+            )
+        })
+        .collect()
 }
 
 /// A request that is refused once, given back once, and then finishes.
 async fn told_at(level: Level) -> Vec<(String, u64, String)> {
-    let (lines, _guard) = Lines::at(level);
+    let (lines, _guard) = LogLines::at(level);
     let both = worker(Role::Both);
     both.faults().set(|plan| {
         plan.refuse_next = 1;
@@ -64,7 +33,7 @@ async fn told_at(level: Level) -> Vec<(String, u64, String)> {
     let mesh = mesh_of(&[&both]).await;
     let answer = collect(mesh.generate(request(&[1, 1], 20)).unwrap()).await;
     assert_eq!(answer.ids.len(), 20, "{:?}", answer.error);
-    lines.of(&answer.accepted.unwrap().generation_id)
+    told_of(&lines, &answer.accepted.unwrap().generation_id)
 }
 
 #[tokio::test]
@@ -99,7 +68,7 @@ async fn at_level_info_only_what_went_wrong_is_told() {
 
 #[tokio::test]
 async fn a_request_that_is_given_up_while_it_waits_says_so() {
-    let (lines, _guard) = Lines::at(Level::INFO);
+    let (lines, _guard) = LogLines::at(Level::INFO);
     let mut both = worker(Role::Both);
     both.faults().set(|plan| plan.refuse_next = u32::MAX);
     let bound = MeshSettings {
@@ -112,7 +81,7 @@ async fn a_request_that_is_given_up_while_it_waits_says_so() {
     both.kill();
     let answer = collect(stream).await;
     assert!(answer.error.is_some());
-    let told = lines.of(&answer.accepted.unwrap().generation_id);
+    let told = told_of(&lines, &answer.accepted.unwrap().generation_id);
     let (message, attempt, reason) = told.last().unwrap();
     assert_eq!(message, "ended while it waited");
     assert!(*attempt > 0, "{told:?}");
