@@ -14,6 +14,7 @@
 //! gRPC resolvers find routers under `etcd:///kvmesh/v1/<cluster>/routers`.
 #![forbid(unsafe_code)]
 
+mod again;
 mod backoff;
 mod client;
 mod error;

@@ -20,6 +20,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    again,
     backoff::{Backoff, jittered},
     client::Client,
     error::RegistryError,
@@ -260,7 +261,14 @@ struct Holder {
 
 impl Holder {
     async fn run(mut self, stop: CancellationToken) {
-        stop.run_until_cancelled(self.hold()).await;
+        let pause = self.client.settings.backoff.0;
+        let held = async {
+            loop {
+                again::turn("registration", pause, self.hold()).await;
+            }
+        };
+        let never: Option<std::convert::Infallible> = stop.run_until_cancelled(held).await;
+        debug_assert!(never.is_none());
         if self.lease != 0
             && let Err(error) = self.client.revoke(self.lease).await
         {

@@ -13,10 +13,15 @@
 
 use std::{collections::BTreeSet, sync::Arc};
 
-use tokio::{sync::watch, task::JoinHandle, time::Instant};
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio::{
+    sync::{Mutex, watch},
+    task::JoinHandle,
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
+    again,
     backoff::Backoff,
     client::{Client, List, OpenWatch},
     error::{RegistryError, WatchBreak},
@@ -34,8 +39,15 @@ use crate::{
 #[derive(Debug)]
 pub struct WorkerWatch {
     table: watch::Receiver<Arc<WorkerTable>>,
-    task: JoinHandle<()>,
-    _stop: DropGuard,
+    stop: CancellationToken,
+    /// Taken by the first close. Locked over its await, hence tokio's.
+    task: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Drop for WorkerWatch {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
 }
 
 impl WorkerWatch {
@@ -51,13 +63,21 @@ impl WorkerWatch {
         let task = tokio::spawn({
             let stop = stop.clone();
             async move {
-                stop.run_until_cancelled(follower.run()).await;
+                let mut follower = follower;
+                let pause = follower.client.settings.backoff.0;
+                let followed = async {
+                    loop {
+                        again::turn("workers", pause, follower.run()).await;
+                    }
+                };
+                stop.run_until_cancelled::<_, std::convert::Infallible>(followed)
+                    .await;
             }
         });
         Self {
             table,
-            task,
-            _stop: stop.drop_guard(),
+            stop,
+            task: Mutex::new(Some(task)),
         }
     }
 
@@ -88,15 +108,16 @@ impl WorkerWatch {
         }
     }
 
-    /// Stops and waits for the end.
-    pub async fn close(self) {
-        let Self { task, _stop, .. } = self;
-        drop(_stop);
-        if let Err(error) = task.await
-            && error.is_panic()
+    /// Stops and waits for the end. Idempotent.
+    pub async fn close(&self) {
+        self.stop.cancel();
+        let mut task = self.task.lock().await;
+        if let Some(running) = task.as_mut()
+            && let Err(error) = running.await
         {
-            tracing::error!(%error, "the worker watch panicked");
+            tracing::error!(%error, "the worker watch failed");
         }
+        *task = None;
     }
 }
 
@@ -135,7 +156,7 @@ pub(crate) struct Follower {
 }
 
 impl Follower {
-    async fn run(mut self) {
+    async fn run(&mut self) {
         let mut backoff = Backoff::new(self.client.settings.backoff);
         loop {
             let error = match self.list().await {

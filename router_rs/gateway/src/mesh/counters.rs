@@ -178,6 +178,9 @@ pub struct Counters {
     /// Panics of sessions' tasks: bugs of ours, each of which cost a worker's
     /// streams their session.
     pub session_panics: Count,
+    /// Panics of the mesh's other tasks: timers, sweep, the list of workers, looks
+    /// at the queue.
+    pub task_panics: Count,
     /// Frames on the step lane.
     pub step_frames: Count,
     /// Bytes on the step lane, as encoded.

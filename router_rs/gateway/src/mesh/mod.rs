@@ -30,6 +30,7 @@ mod recover;
 mod session;
 mod settings;
 mod stream;
+mod supervise;
 mod table;
 mod timers;
 mod tokenizer;
@@ -144,7 +145,7 @@ impl Core {
     }
 
     /// Follows the registry's list of workers.
-    async fn follow(self: Arc<Self>, watch: WorkerWatch) {
+    async fn follow(self: Arc<Self>, watch: Arc<WorkerWatch>) {
         let mut changes = watch.changes();
         loop {
             let listed: Option<BTreeMap<String, String>> = {
@@ -234,14 +235,16 @@ impl Mesh {
             tasks: TaskTracker::new(),
             settings,
         });
-        core.tasks
-            .spawn(Arc::clone(&core.timers).run(core.stop.clone()));
-        core.tasks.spawn(Arc::clone(&core).sweep());
+        core.spawn_kept("timers", |core| {
+            Arc::clone(&core.timers).run(core.stop.clone())
+        });
+        core.spawn_kept("sweep", Core::sweep);
         for address in &core.settings.workers {
             core.spawn_session(core.table.add_static(address));
         }
         if let Some(watch) = registry {
-            core.tasks.spawn(Arc::clone(&core).follow(watch));
+            let watch = Arc::new(watch);
+            core.spawn_kept("workers", move |core| core.follow(Arc::clone(&watch)));
         }
         Arc::new(Self { core })
     }

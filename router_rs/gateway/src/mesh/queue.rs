@@ -312,31 +312,34 @@ impl Core {
             }
             line.looks.insert(Arc::clone(model), at_ms);
         }
-        let (core, model) = (Arc::clone(self), Arc::clone(model));
-        self.tasks.spawn(async move {
-            let waits = &core.dispatcher.waits;
-            let mut at_ms = at_ms;
-            loop {
-                let after = (at_ms - waits.now_ms()).max(0.0);
-                let after = Duration::try_from_secs_f64(after / 1e3).unwrap_or_default();
-                tokio::select! {
-                    () = core.stop.cancelled() => return,
-                    () = tokio::time::sleep(after) => {}
-                }
-                let due = waits.lock().dispatch.due(&model, waits.now_ms());
-                if due {
-                    core.serve(&model);
-                }
-                let mut line = waits.lock();
-                match line.looks.get(&model) {
-                    Some(asked_ms) if *asked_ms > at_ms => at_ms = *asked_ms,
-                    _ => {
-                        line.looks.remove(&model);
-                        return;
-                    }
+        let model = Arc::clone(model);
+        self.spawn_kept("looks", move |core| core.planned(Arc::clone(&model), at_ms));
+    }
+
+    /// Looks at the time that was planned, and again at a later one that was
+    /// asked for meanwhile.
+    async fn planned(self: Arc<Self>, model: Arc<str>, mut at_ms: f64) {
+        let waits = &self.dispatcher.waits;
+        loop {
+            let after = (at_ms - waits.now_ms()).max(0.0);
+            let after = Duration::try_from_secs_f64(after / 1e3).unwrap_or_default();
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                () = tokio::time::sleep(after) => {}
+            }
+            let due = waits.lock().dispatch.due(&model, waits.now_ms());
+            if due {
+                self.serve(&model);
+            }
+            let mut line = waits.lock();
+            match line.looks.get(&model) {
+                Some(asked_ms) if *asked_ms > at_ms => at_ms = *asked_ms,
+                _ => {
+                    line.looks.remove(&model);
+                    return;
                 }
             }
-        });
+        }
     }
 
     /// Tries the requests of a pass, one after the other. A pass that others keep

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Instant,
 };
@@ -91,8 +92,17 @@ impl Timers {
                 entry.remove()
             };
             if let Some(open) = open.upgrade() {
-                open.apply(Event::Fired(timer));
+                fire(&open, timer);
             }
         }
+    }
+}
+
+/// A generation whose machine panics at a timer ends: nobody would fire it again.
+fn fire(open: &Arc<Open>, timer: Timer) {
+    let apply = || open.apply(Event::Fired(timer));
+    if let Err(panic) = catch_unwind(AssertUnwindSafe(apply)) {
+        open.abandon(None);
+        resume_unwind(panic);
     }
 }

@@ -255,6 +255,11 @@ impl Figures {
                 &counts.session_panics,
             ),
             (
+                "task_panics",
+                "Panics of this router's other tasks, which were started again",
+                &counts.task_panics,
+            ),
+            (
                 "cache_events_dropped",
                 "Cache events without a known parent",
                 &counts.cache_events_dropped,

@@ -1,11 +1,20 @@
 //! Who may hold a key, and what stands in it.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use kvmesh_wire::v1::WorkerRecord;
 
 use super::{CLUSTER, Etcd, Told, register, registry, settings, worker};
 use crate::{
-    Credentials, RecordError, RegistrationState, Registry, RegistryError, RouterRecord, Settings,
-    Tls, client::Client,
+    Credentials, Probe, RecordError, RegistrationState, Registry, RegistryError, RouterRecord,
+    Settings, Tls, client::Client,
 };
 
 #[tokio::test]
@@ -88,6 +97,36 @@ async fn a_second_live_worker_is_refused_by_name_until_the_first_is_dead() {
     second
         .wait_for(|state| *state == RegistrationState::Registered)
         .await;
+    let table = registry.list_workers().await.unwrap();
+    assert_eq!(table.workers["a"].record.incarnation, 2);
+    drop(first);
+}
+
+/// A probe with a bug, the first time.
+#[derive(Default)]
+struct Panics(AtomicBool);
+
+impl Probe for Panics {
+    fn is_alive<'a>(
+        &'a self,
+        _: &'a WorkerRecord,
+    ) -> Pin<Box<dyn Future<Output = bool> + Send + 'a>> {
+        assert!(self.0.swap(true, Ordering::SeqCst), "a bug");
+        Box::pin(std::future::ready(false))
+    }
+}
+
+#[tokio::test]
+async fn a_registration_outlives_a_panic_of_its_task() {
+    let etcd = Etcd::start();
+    let registry = registry(&etcd);
+    let first = register(&registry, worker("a", 1)).await;
+    let probe = Arc::new(Panics::default());
+    let second = registry
+        .register_worker(worker("a", 2), probe.clone())
+        .unwrap();
+    assert_eq!(second.settled().await, RegistrationState::Registered);
+    assert!(probe.0.load(Ordering::SeqCst));
     let table = registry.list_workers().await.unwrap();
     assert_eq!(table.workers["a"].record.incarnation, 2);
     drop(first);

@@ -7,11 +7,18 @@ use super::Open;
 impl Open {
     /// Ends it from outside of its machine, which panicked: its client and its
     /// workers hear of it, and what was booked for it is released.
-    pub(in crate::mesh) fn abandon(&self, worker: WorkerIndex) {
+    /// `worker` is the one at which it happened, if it was one.
+    pub(in crate::mesh) fn abandon(&self, worker: Option<WorkerIndex>) {
         let (chosen, fence, waker) = {
             let mut state = self.lock();
             if state.outcome.is_none() {
-                self.end(&mut state, Outcome::WorkerLost(worker));
+                let placed = state
+                    .chosen
+                    .as_ref()
+                    .and_then(|chosen| chosen.parties.last());
+                let lost = worker.or(placed.map(|party| party.worker));
+                let outcome = lost.map_or(Outcome::NoPlan, Outcome::WorkerLost);
+                self.end(&mut state, outcome);
             }
             let fence = state.machine.fence();
             (state.chosen.take(), fence, state.waker.take())

@@ -83,7 +83,7 @@ pub(super) fn lost(open: &Arc<Open>, worker: WorkerIndex, loss: Loss) {
     if let Err(panic) = catch_unwind(AssertUnwindSafe(apply)) {
         let (generation, what) = (open.id, text_of(&*panic));
         tracing::error!(event = "panic", %generation, what, "a generation panicked");
-        open.abandon(worker);
+        open.abandon(Some(worker));
     }
 }
 

@@ -363,7 +363,7 @@ async fn a_generation_whose_machine_panicked_ends_for_all_who_know_of_it() {
     let mut stream = mesh.generate(request(&[1, 2], 100_000)).unwrap();
     let mut answer = first_tokens(&mut stream).await;
     let open = mesh.core.all_open().remove(0);
-    open.abandon(WorkerIndex(0));
+    open.abandon(Some(WorkerIndex(0)));
     assert_eq!(mesh.booked(), 0);
     answer.rest(stream).await;
     let Some(RequestError::WorkerLost { next_index, .. }) = answer.error else {
@@ -372,4 +372,30 @@ async fn a_generation_whose_machine_panicked_ends_for_all_who_know_of_it() {
     assert_eq!(next_index as usize, answer.ids.len());
     assert!(until(|| nothing_left(&mesh, &[&prefill, &decode])).await);
     assert_eq!(decode.counters().cancelled, 1);
+}
+
+#[tokio::test]
+async fn timers_outlive_a_panic_of_their_task() {
+    let config = MockConfig {
+        // Nothing but its deadline wakes a client.
+        step: Duration::from_secs(3_600),
+        ..MockConfig::default()
+    };
+    let both = MockWorker::start(config).unwrap();
+    let mesh = mesh_of(&[&both]).await;
+    for panics in 1..=3 {
+        let asked = AdmittedRequest {
+            deadline: Some(Instant::now() + Duration::from_millis(300)),
+            ..request(&[3], 10)
+        };
+        let mut stream = mesh.generate(asked).unwrap();
+        let mut answer = Answer::default();
+        assert!(until(|| both.counters().placed == panics).await);
+        bomb(&mut stream, &mut answer, || {});
+        assert!(until(|| mesh.counters().task_panics.get() == panics).await);
+        answer.rest(stream).await;
+        let late = RequestError::DeadlineExceeded { next_index: 0 };
+        assert_eq!(answer.error, Some(late));
+    }
+    assert!(until(|| nothing_left(&mesh, &[&both])).await);
 }

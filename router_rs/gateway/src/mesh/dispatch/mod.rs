@@ -6,16 +6,12 @@ use std::{
     time::Instant,
 };
 
-use kvmesh_kv_index::{
-    CacheChange, IndexStats, KvIndex, Matches, WorkerSlot, chain_values, namespace_root,
-};
-use kvmesh_scheduler::{
-    Booking as Load, Class, Hold, Needs, OutputLengths, PerClass, RequestView, TransferRate,
-};
+use kvmesh_kv_index::{IndexStats, KvIndex, Matches, WorkerSlot, chain_values};
+use kvmesh_scheduler::{Booking as Load, Class, Hold, OutputLengths, PerClass, RequestView};
 use kvmesh_session::{
-    TransferId, WorkerIndex,
-    generation::{Event, Plan, PlanRequest, Stop},
-    parse::{Hello, LoadReport, Refusal},
+    WorkerIndex,
+    generation::{Event, PlanRequest, Stop},
+    parse::Refusal,
 };
 use kvmesh_wire::v1;
 use smallvec::SmallVec;
@@ -24,16 +20,22 @@ use super::{
     Core,
     decisions::Decided,
     figures::ms,
-    models::ServedModel,
     open::{Chosen, Open, Party},
-    placer::{Lacks, Placed, Placer, Standing},
+    placer::{Lacks, Placed, Placer},
     queue::Waits,
     recover::Retry,
     settings::MeshSettings,
-    table::WorkerEntry,
-    views::apply_cache,
 };
 use crate::request::AdmittedRequest;
+
+mod request;
+mod rows;
+mod spare;
+mod told;
+
+pub(crate) use request::class_of;
+use request::{affinity, plan_of, root_of, unsupported};
+pub(super) use request::{chain_of, request_view};
 
 /// The placer, the index it asks, and the requests that wait.
 pub(super) struct Dispatcher {
@@ -355,260 +357,5 @@ impl Core {
                 .then_some(Party { worker, session })
         };
         workers.into_iter().map(party).collect()
-    }
-
-    /// A worker said who it is.
-    pub(super) fn worker_greeted(self: &Arc<Self>, worker: &Arc<WorkerEntry>, hello: &Hello) {
-        let record = &hello.record;
-        let (Some(model), Some(capabilities)) = (&record.model, &record.capabilities) else {
-            return;
-        };
-        let others = self.table.all();
-        let alone = !others
-            .iter()
-            .any(|other| other.index != worker.index && other.live());
-        let told = self.models.tell(model, capabilities, alone);
-        let mut placer = self.dispatcher.placer();
-        placer.greeted(worker.index, record, hello.step_model, told.is_some());
-        drop(placer);
-        match told {
-            None => worker.set_mismatch(format!(
-                "its digests of model {} are not those of the other workers",
-                model.name
-            )),
-            Some(true) => self.fetch_tokenizer(worker, model.tokenizer_digest.clone()),
-            Some(false) => {}
-        }
-    }
-
-    /// A worker's load came.
-    pub(super) fn worker_loaded(self: &Arc<Self>, worker: &Arc<WorkerEntry>, report: &LoadReport) {
-        let now_ms = self.dispatcher.waits.now_ms();
-        let mut placer = self.dispatcher.placer();
-        let reported = placer.loaded(worker.index, report, now_ms);
-        drop(placer);
-        if let Some(reported) = reported {
-            self.look(&reported);
-        }
-    }
-
-    /// Whether a worker can be placed on has changed.
-    pub(super) fn worker_state(&self, worker: &WorkerEntry, standing: Standing) {
-        self.dispatcher.placer().stands(worker.index, standing);
-    }
-
-    /// A worker is off the table.
-    pub(super) fn worker_gone(&self, worker: &Arc<WorkerEntry>) {
-        self.dispatcher.placer().remove(worker.index);
-    }
-
-    /// A step's service time came.
-    pub(super) fn step_sample(&self, worker: &WorkerEntry, sample: &v1::StepSample) {
-        self.dispatcher.placer().stepped(worker.index, sample);
-    }
-
-    /// Cache events came; gives the number of the last one that is applied.
-    pub(super) fn cache_events(
-        &self,
-        worker: &WorkerEntry,
-        events: &v1::CacheEvents,
-    ) -> Option<u64> {
-        let slot = self.dispatcher.placer().slot(worker.index)?;
-        let fed = apply_cache(&self.dispatcher.index, slot, events);
-        if fed.dropped > 0 {
-            self.counters.cache_events_dropped.add(fed.dropped);
-        }
-        fed.last
-    }
-
-    /// What is known of a worker's cache is void.
-    pub(super) fn forget_cache(&self, worker: &WorkerEntry) {
-        if let Some(slot) = self.dispatcher.placer().slot(worker.index) {
-            // The slot was just read: it is there.
-            let _ = self.dispatcher.index.apply(slot, &[CacheChange::Cleared]);
-        }
-    }
-
-    /// The row of a worker.
-    pub(super) fn status(&self, worker: &WorkerEntry) -> v1::WorkerStatus {
-        let (step_model, slot, paths) = {
-            let placer = self.dispatcher.placer();
-            let (index, slot) = (worker.index, placer.slot(worker.index));
-            (placer.step_model(index), slot, placer.paths_to(index))
-        };
-        let path = |(source, rate): (WorkerIndex, TransferRate)| {
-            Some(v1::PathRate {
-                source: self.table.get(source)?.name(),
-                fixed_ms: rate.fixed_ms,
-                bytes_per_ms: rate.bytes_per_ms,
-            })
-        };
-        let status = worker.status();
-        v1::WorkerStatus {
-            step_model: step_model.or(status.step_model),
-            paths_to: paths.into_iter().filter_map(path).collect(),
-            indexed_blocks: slot.map_or(0, |slot| self.dispatcher.index.held(slot)),
-            ..status
-        }
-    }
-
-    /// A model as clients see it.
-    pub(super) fn describe(&self, model: &ServedModel) -> v1::Model {
-        let record = &model.record;
-        v1::Model {
-            name: record.name.clone(),
-            context_length: record.context_length,
-            vocabulary_size: record.vocabulary_size,
-            adapters: {
-                let mut names: Vec<_> = record.adapters.keys().cloned().collect();
-                names.sort();
-                names
-            },
-            reproducible: model.capabilities.reproducible,
-            chat: model.text.has_chat_template(),
-            digest: record.digest.clone(),
-            ready: self.dispatcher.placer().ready(&record.name),
-        }
-    }
-
-    /// Whether a worker whose answers fail may be left out: of those that do its
-    /// stages at least half are to be left. Where most fail the fault is
-    /// elsewhere, and a pool that is emptied serves nobody (DESIGN 5).
-    pub(super) fn may_eject(&self, worker: &WorkerEntry) -> bool {
-        let model = |entry: &WorkerEntry| entry.record().and_then(|r| r.model).map(|m| m.name);
-        let (own, (role, _)) = (model(worker), worker.role());
-        let alike = |entry: &&Arc<WorkerEntry>| {
-            let (other, draining) = entry.role();
-            let same = other == role || other == v1::Role::Both;
-            entry.index != worker.index && same && !draining && model(entry) == own
-        };
-        let all = self.table.all();
-        let (mut others, mut works) = (0, 0);
-        for entry in all.iter().filter(alike) {
-            others += 1;
-            works += usize::from(entry.live());
-        }
-        2 * works > others
-    }
-
-    /// Whether a role that is served now would not be, were this worker gone
-    /// or of another role.
-    pub(super) fn would_empty(&self, worker: &WorkerEntry, becomes: Option<v1::Role>) -> bool {
-        let model = |entry: &WorkerEntry| entry.record().and_then(|r| r.model).map(|m| m.name);
-        let own = model(worker);
-        let (before, draining) = worker.role();
-        if draining {
-            return false;
-        }
-        let does = |role: v1::Role, stage: v1::Role| role == stage || role == v1::Role::Both;
-        [v1::Role::Prefill, v1::Role::Decode]
-            .into_iter()
-            .any(|stage| {
-                let loses = does(before, stage) && !becomes.is_some_and(|role| does(role, stage));
-                let others = self.table.all();
-                let mut rest = others.iter().filter(|entry| {
-                    entry.index != worker.index && entry.live() && model(entry) == own
-                });
-                loses
-                    && !rest.any(|entry| {
-                        let (role, draining) = entry.role();
-                        !draining && does(role, stage)
-                    })
-            })
-    }
-}
-
-/// Units of a prompt whose chain value stands for what belongs together.
-const AFFINITY_UNITS: usize = 16;
-
-/// What a request belongs to: the first 256 tokens of its prompt, or it stands
-/// for itself.
-fn affinity(chain: &[u64], id: u128) -> u64 {
-    let first = &chain[..chain.len().min(AFFINITY_UNITS)];
-    first.last().copied().unwrap_or(id as u64)
-}
-
-/// Whether a worker said that its engine cannot do what is asked.
-fn unsupported(request: &PlanRequest) -> bool {
-    let mut why = request.excluded.iter().map(|(_, why)| *why);
-    why.any(|why| why == Refusal::Unsupported)
-}
-
-/// A class in the scheduler's terms.
-pub(crate) fn class_of(class: v1::RequestClass) -> Class {
-    match class {
-        v1::RequestClass::Interactive => Class::Interactive,
-        v1::RequestClass::Batch => Class::Batch,
-        v1::RequestClass::Standard | v1::RequestClass::Unspecified => Class::Standard,
-    }
-}
-
-/// A request as the scheduler sees it.
-pub(super) fn request_view<'a>(
-    request: &'a AdmittedRequest,
-    id: u128,
-    output_tokens: u32,
-    expected_output: u32,
-    cached: &'a Matches,
-    excluded: &'a [WorkerSlot],
-) -> RequestView<'a> {
-    let sampling = &request.sampling;
-    let neutral = (sampling.repetition_penalty == 1.0 || sampling.repetition_penalty == 0.0)
-        && sampling.frequency_penalty == 0.0
-        && sampling.presence_penalty == 0.0;
-    let grammar = request.grammar.as_ref();
-    RequestView {
-        id,
-        model: &request.model,
-        digest: "",
-        adapter: &request.adapter,
-        prompt_tokens: u32::try_from(request.prompt_ids.len()).unwrap_or(u32::MAX),
-        output_tokens,
-        max_tokens: request.max_tokens,
-        expected_output,
-        class: class_of(request.class),
-        itl_target_ms: (request.itl_target_ms > 0.0).then_some(request.itl_target_ms),
-        virtual_deadline_ms: f64::INFINITY,
-        affinity: 0,
-        needs: Needs {
-            grammar: grammar.is_some(),
-            grammar_continuation: grammar.is_some_and(|grammar| grammar.require_continuation),
-            penalties: !neutral,
-            logprobs: request.logprobs,
-        },
-        cached,
-        excluded,
-    }
-}
-
-/// Chain values of a request's prompt.
-pub(super) fn chain_of(request: &AdmittedRequest, model: &v1::ModelRecord) -> Vec<u64> {
-    chain_values(root_of(request, model), &request.prompt_ids)
-}
-
-fn root_of(request: &AdmittedRequest, model: &v1::ModelRecord) -> u64 {
-    let adapter = model
-        .adapters
-        .get(&request.adapter)
-        .map_or("", String::as_str);
-    namespace_root(&model.digest, adapter, &request.cache_salt)
-}
-
-/// `left` is the number of tokens still to be made.
-fn plan_of(engine: Option<bool>, prefill: WorkerIndex, decode: WorkerIndex, left: u32) -> Plan {
-    match engine {
-        _ if prefill == decode => Plan::Whole { on: decode },
-        // One token comes with the prompt: there is nothing to hand on.
-        _ if left <= 1 => Plan::Whole { on: prefill },
-        Some(prefill_emits) => Plan::Engine {
-            prefill,
-            decode,
-            prefill_emits,
-        },
-        None => Plan::Mesh {
-            prefill,
-            decode,
-            transfer: TransferId(rand::random()),
-        },
     }
 }

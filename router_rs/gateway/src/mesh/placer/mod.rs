@@ -1,4 +1,4 @@
-//! What this router knows of its workers, and the choice among them.
+//! What this router knows of its workers, and the choice among them (`choose`).
 //!
 //! Hellos, loads and step samples become views (`views`), which are kept in
 //! place: a choice reads them where they are. One index slot a worker. Pure but
@@ -10,12 +10,10 @@ use std::{
     time::Instant,
 };
 
-use kvmesh_kv_index::{Knowledge, KvIndex, Matches, UNIT_TOKENS, WorkerSlot};
+use kvmesh_kv_index::{Knowledge, KvIndex, UNIT_TOKENS, WorkerSlot};
 use kvmesh_scheduler::{
-    Admitted, Booking, Bookings, Class, ClassTargets, Cluster, Considered, Decision,
-    DispatchSettings, FirstToken, Hold, Learner, Needs, NoPlan, Path, PerClass, Plan, Policy,
-    Rejected, Relay, Reported, RequestView, Roster, StepModel, StepSample, TransferRate,
-    TransferRates, Verdict, WorkerView, may_run, placeable,
+    Bookings, ClassTargets, Cluster, FirstToken, Learner, Path, PerClass, Policy, Relay, Reported,
+    Roster, StepModel, StepSample, TransferRate, TransferRates, WorkerView,
     planner::{Demand, Pools},
 };
 use kvmesh_session::{
@@ -28,6 +26,10 @@ use super::{
     policy::PolicySettings,
     views::{load_of, phase_of, role_of, step_model_of, told, view_of},
 };
+
+mod choose;
+
+pub(super) use choose::{Lacks, Placed, Tail, Turned};
 
 /// Whether a worker can be placed on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,60 +64,6 @@ struct Known {
 /// Whether a worker's cache is known by what it tells, or by what is sent there.
 fn tells_of_cache(capabilities: &v1::Capabilities) -> bool {
     capabilities.cache_events && reads_cache(capabilities).is_ok()
-}
-
-/// A plan with its bookings.
-pub(super) struct Placed {
-    pub(super) plan: Plan,
-    pub(super) prefill: WorkerIndex,
-    pub(super) decode: WorkerIndex,
-    pub(super) source: Option<WorkerIndex>,
-    /// For two workers: the connector's hand-off, and whether prefill's tokens
-    /// count; else a mesh transfer.
-    pub(super) engine: Option<bool>,
-    /// What is booked. Empty where it waits.
-    pub(super) bookings: Vec<(WorkerIndex, Booking)>,
-    /// It waits, listed where it would go.
-    pub(super) hold: Option<Hold>,
-    /// Its virtual deadline, as which it goes.
-    pub(super) key_ms: f64,
-    pub(super) chosen: Considered,
-    /// The best plans, each with its workers: prefill, decode, prefix.
-    pub(super) considered: Vec<(Considered, [Option<WorkerIndex>; 3])>,
-    pub(super) weighed: u32,
-    pub(super) tied: u32,
-    /// What a streamed hand-off leaves to move when prefill ends.
-    pub(super) tail: Option<Tail>,
-    pub(super) start_ms: f64,
-}
-
-/// Why a request has no plan.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Lacks {
-    /// It waits for room.
-    Room,
-    /// It waits for somebody to be ready.
-    Ready,
-    /// Nobody will ever run it.
-    Worker(NoPlan),
-}
-
-/// The end of a streamed hand-off.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Tail {
-    /// Bytes of KV.
-    pub(super) bytes: u64,
-    /// The decode step that comes before its tokens are seen, ms.
-    pub(super) step_ms: f64,
-}
-
-/// Why a request is turned away.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Turned {
-    /// Nobody will ever run it.
-    Never(NoPlan),
-    /// It would wait for too long.
-    Waits(Rejected),
 }
 
 /// All workers.
@@ -446,159 +394,5 @@ impl Placer {
             .at(now_ms)
             .with_transfers(&self.transfers)
             .with_local_prefill(self.policy.local_prefill())
-    }
-
-    /// Whether somebody may run a request, once there is room: anybody but the
-    /// workers in `lasting`.
-    pub(super) fn may_run(
-        &mut self,
-        request: &RequestView<'_>,
-        lasting: &[WorkerSlot],
-        now_ms: f64,
-    ) -> bool {
-        self.roster.refresh(&self.bookings);
-        may_run(&self.cluster(now_ms), request, lasting).is_ok()
-    }
-
-    /// Whether a request may wait to be placed, as `decide` says of the
-    /// cluster.
-    ///
-    /// # Errors
-    /// Why it may not.
-    pub(super) fn admit(
-        &mut self,
-        request: &RequestView<'_>,
-        now_ms: f64,
-        decide: impl FnOnce(&Cluster<'_>) -> Result<Admitted, Rejected>,
-    ) -> Result<Admitted, Turned> {
-        self.roster.refresh(&self.bookings);
-        let cluster = self.cluster(now_ms);
-        may_run(&cluster, request, &[]).map_err(Turned::Never)?;
-        decide(&cluster).map_err(Turned::Waits)
-    }
-
-    /// Chooses and books by the rules of dispatch. `lasting` are those of the
-    /// excluded workers that will never run it.
-    ///
-    /// # Errors
-    /// Why there is no plan now.
-    pub(super) fn choose(
-        &mut self,
-        request: &RequestView<'_>,
-        lasting: &[WorkerSlot],
-        now_ms: f64,
-        rules: &DispatchSettings,
-    ) -> Result<Placed, Lacks> {
-        self.roster.refresh(&self.bookings);
-        let cluster = self
-            .roster
-            .cluster(self.router)
-            .at(now_ms)
-            .with_transfers(&self.transfers);
-        let decision = match self.policy.choose(&cluster, request) {
-            Ok(decision) => decision,
-            Err(why) if !why.waits(&cluster, request, lasting) => return Err(Lacks::Worker(why)),
-            Err(NoPlan::NoRoom { .. }) => return Err(Lacks::Room),
-            Err(_) => return Err(Lacks::Ready),
-        };
-        let tail = self.tail(&decision.plan(), request);
-        let placed = self.place(decision, request.virtual_deadline_ms, rules);
-        let placed = placed.map_err(Lacks::Worker)?;
-        Ok(Placed { tail, ..placed })
-    }
-
-    fn tail(&self, plan: &Plan, request: &RequestView<'_>) -> Option<Tail> {
-        let Plan::Split {
-            prefill, decode, ..
-        } = plan
-        else {
-            return None;
-        };
-        let (p, d) = (self.roster.get(*prefill)?, self.roster.get(*decode)?);
-        let streamed = p.abilities.streamed_hand_off && d.abilities.streamed_hand_off;
-        let missing = request.sequence() - request.cached_on(*decode);
-        let late = missing.min(u64::from(p.step.saturating_chunk));
-        streamed.then(|| Tail {
-            bytes: d.blocks(late) * d.abilities.block_bytes,
-            step_ms: d.step.decode_ms(d.decode_batch() + 1, d.decode_context()),
-        })
-    }
-
-    fn place(
-        &self,
-        decision: Decision,
-        key_ms: f64,
-        rules: &DispatchSettings,
-    ) -> Result<Placed, NoPlan> {
-        let plan = decision.plan();
-        let at = |slot| self.worker_at(slot).ok_or(NoPlan::NoPair);
-        let (prefill, decode) = (at(plan.prefill())?, at(plan.decode())?);
-        let known = self.workers.get(&prefill);
-        let step_ms = known.map_or(0.0, |known| known.step_ms);
-        let (booked, hold) = match rules.judge(&decision, key_ms, step_ms, &self.bookings) {
-            Verdict::Goes(booked) => (booked, None),
-            Verdict::Waits(hold) => (Vec::new(), Some(hold)),
-        };
-        let on = |(slot, booking)| Ok((at(slot)?, booking));
-        let bookings = booked.into_iter().map(on).collect::<Result<_, NoPlan>>()?;
-        let workers = |plan: &Plan| {
-            let prefill = match plan {
-                Plan::Whole { .. } => None,
-                Plan::Split { prefill, .. } => self.worker_at(*prefill),
-            };
-            let source = plan.source().and_then(|slot| self.worker_at(slot));
-            [prefill, self.worker_at(plan.decode()), source]
-        };
-        let considered = decision.considered.into_iter();
-        Ok(Placed {
-            plan,
-            prefill,
-            decode,
-            source: plan.source().and_then(|slot| self.worker_at(slot)),
-            engine: self.engine(prefill, decode),
-            bookings,
-            hold,
-            key_ms,
-            chosen: decision.chosen,
-            considered: considered.map(|one| (one, workers(&one.plan))).collect(),
-            tail: None,
-            weighed: decision.weighed,
-            tied: decision.tied,
-            start_ms: decision.start_ms,
-        })
-    }
-
-    /// Whether two workers hand over by their engine's connector, and then
-    /// whether prefill's tokens count. Mesh goes first where both have it.
-    fn engine(&self, prefill: WorkerIndex, decode: WorkerIndex) -> Option<bool> {
-        let sender = &self.workers.get(&prefill)?.capabilities;
-        let receiver = &self.workers.get(&decode)?.capabilities;
-        let mesh = sender.streamed_hand_off && receiver.streamed_hand_off;
-        (!mesh).then_some(sender.prefill_emits_first_token)
-    }
-
-    /// Whether a model's roles are all served now.
-    pub(super) fn ready(&mut self, model: &str) -> bool {
-        let found = Matches::default();
-        let request = RequestView {
-            id: 0,
-            model,
-            digest: "",
-            adapter: "",
-            prompt_tokens: 1,
-            output_tokens: 0,
-            max_tokens: 2,
-            expected_output: 2,
-            class: Class::Standard,
-            itl_target_ms: None,
-            virtual_deadline_ms: f64::INFINITY,
-            affinity: 0,
-            needs: Needs::default(),
-            cached: &found,
-            excluded: &[],
-        };
-        self.roster.refresh(&self.bookings);
-        let answer = placeable(&self.cluster(0.0), &request);
-        matches!(answer, Ok(()) | Err(NoPlan::NoRoom { .. }))
     }
 }
