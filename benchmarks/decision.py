@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from alternating import Figure, alternate, print_table, write_json
+from alternating import Figure, alternate, print_figures, print_table, write_json
 
 from kvmesh._router import measure_scorer
 
@@ -141,8 +141,9 @@ def main() -> None:
         Figure("hash_us_5000_tokens", rows[0][2], "us", "lower"),
         Figure("python_scorer_p50_us", scorer_us[0], "us", "lower"),
     ]
+    print_figures(figures)
     if args.json:
-        write_json(args.json, figures, rows=rows, repeated=blocks.repeated)
+        write_json(args.json, figures, rows=rows, repeated=blocks.repeated, quick=args.quick)
 
 
 if __name__ == "__main__":

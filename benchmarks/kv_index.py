@@ -171,14 +171,21 @@ def measure(side: Any, events: Sequence[Any], blocks: int, queries: dict[int, li
         p50[depth] = times[len(times) // 2] / 1e3
         p99[depth] = times[len(times) * 99 // 100] / 1e3
     prompts = [query for pairs in queries.values() for query, _ in pairs]
-    beside = {threads: lookups_beside(side, index, events, prompts, threads) for threads in (1, 2)}
+    del index, lookup
+    # An index that grows: half of the events are there, the others come meanwhile.
+    index, half, rest = side.new(), len(events) // 2, len(events) // 4
+    side.apply(index, events[:half])
+    beside = {}
+    for threads in (1, 2):
+        new, half = events[half : half + rest], half + rest
+        beside[threads] = lookups_beside(side, index, new, prompts, threads)
     return Block(rate, p50, p99, beside)
 
 
 def lookups_beside(
     side: Any, index: Any, events: Sequence[Any], prompts: Sequence[Any], threads: int
 ) -> float:
-    """Look-ups a second by so many threads while the first events are applied again."""
+    """Look-ups a second by so many threads while events are applied."""
     stop = threading.Event()
     counts = [0] * threads
 
@@ -193,7 +200,7 @@ def lookups_beside(
     begin = time.perf_counter()
     for reader in readers:
         reader.start()
-    side.apply(index, events[: max(1, len(events) // 4)])
+    side.apply(index, events)
     stop.set()
     seconds = time.perf_counter() - begin
     for reader in readers:
@@ -414,17 +421,17 @@ def median_of(blocks: Sequence[dict[str, Any]], side: str, key: str) -> float:
 
 
 def crate_figures(blocks: Sequence[dict[str, Any]]) -> list[Figure]:
-    """Ratios of the medians; for look-ups that at depth 512, and the worst of the three depths."""
+    """Ratios of the medians; for look-ups that at depth 512, and the worst of all rows."""
 
     def ratio(key: str) -> float:
         ours, theirs = (median_of(blocks, side, key) for side in ("ours", "dynamo"))
         return theirs / ours if key.endswith("_us") else ours / theirs
 
-    lookups = {depth: ratio(f"lookup_{depth}_p50_us") for depth in DEPTHS}
+    keys = [key for key in blocks[0] if key not in ("side", "round", "resident_bytes")]
     return [
         Figure("crate_apply_over_dynamo", ratio("apply_blocks_per_s"), "x", "higher"),
-        Figure("crate_lookup_over_dynamo", lookups[512], "x", "higher"),
-        Figure("crate_lookup_worst_over_dynamo", min(lookups.values()), "x", "higher"),
+        Figure("crate_lookup_over_dynamo", ratio("lookup_512_p50_us"), "x", "higher"),
+        Figure("crate_worst_row_over_dynamo", min(map(ratio, keys)), "x", "higher"),
     ]
 
 

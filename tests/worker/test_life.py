@@ -78,6 +78,38 @@ async def test_each_phase_is_answered_and_told() -> None:
         await asyncio.to_thread(service.join)
 
 
+async def test_who_attached_while_it_warmed_up_is_told_its_fit() -> None:
+    engine, port = FakeEngine(), WorkerPort("127.0.0.1:0")
+    record = wire.WorkerRecord(worker_id="w", incarnation=7, role=wire.ROLE_BOTH)
+    port.load(record.SerializeToString())
+    router = {"router_id": "r", "router_incarnation": 3}
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port.port}") as channel:
+        stub = rpc.WorkerStub(channel)
+        port.warm_up(record.SerializeToString(), *FILES)
+        call, hello = await attach(Stubbed(stub), **router)
+        assert not hello.HasField("step_model")
+        await call.write(place())
+        while (await read(call, "load")).last_command != 1:
+            pass
+
+        record.step_model.a_ms = 3.5
+        port.serve(record.SerializeToString(), *FILES)
+        while await call.read() is not grpc.aio.EOF:
+            pass
+        assert await call.code() is grpc.StatusCode.OK
+        kept = wire.Reattach(generation=GENERATION, owner=1, attempt=1)
+        call, hello = await attach(Stubbed(stub), **router, reattach=[kept])
+        assert hello.step_model.a_ms == 3.5
+        assert len(hello.reattached) == 1
+        service = WorkerService(engine, port, record)
+        engine.start(port)
+        service.start()
+        assert (await engine.placed.get()).id == AttemptId(GENERATION, 1, 1)
+        assert engine.cancelled.empty()
+        await asyncio.to_thread(port.close, 0.1)
+        await asyncio.to_thread(service.join)
+
+
 class Stubbed:
     """What `attach` asks of a rig."""
 

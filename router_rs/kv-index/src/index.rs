@@ -19,6 +19,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 /// [`IndexStats::bytes`].
 const LOG_VALUES: usize = 1 << 17;
 
+/// What a block of a snapshot takes while the snapshot is not whole.
+const STAGED_BYTES: usize = size_of::<(u64, Tier)>();
+
 /// Which worker holds which prefix. Share it by `Arc`.
 ///
 /// The content is there twice: one copy is read while the other one is changed.
@@ -197,7 +200,8 @@ impl KvIndex {
 
     /// Takes a part of a worker's snapshot. The old view stays in use until
     /// the last part is here, then what the worker holds is exactly what the
-    /// parts stored. `first` begins anew.
+    /// parts stored. `first` begins anew. Parts that wait for their last one are
+    /// held within the bound of memory, all workers' together.
     ///
     /// # Errors
     /// [`SlotError::Unknown`].
@@ -208,12 +212,15 @@ impl KvIndex {
         first: bool,
         last: bool,
     ) -> Result<(), SlotError> {
-        let room = self.settings.max_bytes / size_of::<(u64, Tier)>();
         let mut writer = self.writer();
-        let member = member(&mut writer, worker)?;
+        let own = member(&mut writer, worker)?;
         if first {
-            member.staged = Some(Vec::new());
+            own.staged = Some(Vec::new());
         }
+        let own = own.staged.as_ref().map_or(0, Vec::len);
+        let of_others = staged(&writer) - own;
+        let room = (self.settings.max_bytes / STAGED_BYTES).saturating_sub(of_others);
+        let member = member(&mut writer, worker)?;
         let staged = member.staged.get_or_insert_default();
         for change in stored {
             match *change {
@@ -331,6 +338,7 @@ impl KvIndex {
     /// How full it is. Walks over the sets of holders: not for every request.
     pub fn stats(&self) -> IndexStats {
         let writer = self.writer();
+        let staged = staged(&writer) * STAGED_BYTES;
         let approximate: usize = writer
             .workers
             .values()
@@ -343,7 +351,11 @@ impl KvIndex {
             entries: core.entries(),
             holder_sets: core.holder_sets(),
             // A copy that is in use now is as large as the other one.
-            bytes: core.bytes() + other.unwrap_or(core).bytes() + core.table_bytes() + approximate,
+            bytes: core.bytes()
+                + other.unwrap_or(core).bytes()
+                + core.table_bytes()
+                + approximate
+                + staged,
             evicted: writer.evicted,
         })
     }
@@ -396,6 +408,12 @@ impl KvIndex {
             writer.evicted += before.saturating_sub(after) as u64;
         }
     }
+}
+
+/// Blocks of all snapshots that are not whole yet.
+fn staged(writer: &Writer) -> usize {
+    let parts = writer.workers.values().filter_map(|w| w.staged.as_ref());
+    parts.map(Vec::len).sum()
 }
 
 fn member(writer: &mut Writer, worker: WorkerSlot) -> Result<&mut Member, SlotError> {

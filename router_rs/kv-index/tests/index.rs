@@ -265,6 +265,37 @@ fn the_old_view_stays_until_a_snapshot_is_whole() {
 }
 
 #[test]
+fn snapshots_that_wait_for_their_last_part_share_the_bound() {
+    let settings = IndexSettings {
+        max_bytes: 16 * 100,
+        max_workers: 8,
+    };
+    let index = KvIndex::new(settings);
+    let chain = prompt(3, 80);
+    let workers = [exact(&index), exact(&index)];
+    let empty = index.stats().bytes;
+    for worker in workers {
+        index
+            .snapshot(worker, &stored(&chain), true, false)
+            .unwrap();
+    }
+    assert_eq!(index.stats().bytes, empty + 16 * 100);
+    // The one that came first has all of its blocks, the other one what was left.
+    let staged = index.stats().bytes;
+    index
+        .snapshot(workers[1], &stored(&chain), false, false)
+        .unwrap();
+    assert_eq!(index.stats().bytes, staged);
+    // One that begins anew gives its part back.
+    index.snapshot(workers[0], &[], true, false).unwrap();
+    assert_eq!(index.stats().bytes, staged - 16 * 80);
+    for worker in workers {
+        index.snapshot(worker, &[], true, true).unwrap();
+    }
+    assert!(index.stats().bytes <= staged - 16 * 100);
+}
+
+#[test]
 fn the_coldest_blocks_go_first_and_memory_is_bounded() {
     let settings = IndexSettings {
         max_bytes: 1 << 20,

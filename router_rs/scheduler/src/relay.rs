@@ -17,6 +17,10 @@ const MOST_MS: f64 = 250.0;
 const WAITED_MS: f64 = 5.0;
 const WAITED_SHARE: f64 = 0.1;
 
+/// Without first tokens what is known halves in this time, ms: a worker that
+/// looked far away, since its clients read slowly, is tried again.
+const HALVES_IN_MS: f64 = 30_000.0;
+
 /// What a first token took, as it was measured.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct FirstToken {
@@ -46,6 +50,11 @@ impl Relay {
     /// What is to be added to a prediction, ms; 0 until enough was seen.
     pub fn ms(&self) -> f64 {
         self.ms
+    }
+
+    /// The same after so many ms without anything learnt.
+    pub fn ms_after_idle(&self, idle_ms: f64) -> f64 {
+        self.ms * (-idle_ms.max(0.0) / HALVES_IN_MS).exp2()
     }
 
     /// A first token came. Returns whether it taught something: one that
@@ -123,6 +132,17 @@ mod tests {
         let near = (0..100).map(|_| seen(12.0, 0.0, 10.0));
         let far = (0..REMEMBERED).map(|_| seen(50.0, 0.0, 10.0));
         assert_eq!(after(near.chain(far)), 40.0);
+    }
+
+    #[test]
+    fn it_fades_where_nothing_comes_any_more() {
+        let mut relay = Relay::new();
+        for _ in 0..FEWEST {
+            relay.observe(&seen(90.0, 0.0, 10.0));
+        }
+        assert_eq!(relay.ms_after_idle(0.0), 80.0);
+        assert_eq!(relay.ms_after_idle(HALVES_IN_MS), 40.0);
+        assert!(relay.ms_after_idle(20.0 * HALVES_IN_MS) < 1e-3);
     }
 
     #[test]

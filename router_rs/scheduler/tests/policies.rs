@@ -171,7 +171,7 @@ fn columns_are_named_and_as_long_as_there_are_plans() {
                 assert_eq!(column.len(), 4, "{name}");
             }
             let total = plans.column("total").unwrap();
-            let rows: Vec<&[f64]> = Columns::NAMES[5..15]
+            let rows: Vec<&[f64]> = Columns::NAMES[5..17]
                 .iter()
                 .map(|name| plans.column(name).unwrap())
                 .collect();

@@ -48,14 +48,19 @@ fn equal_seeds_give_equal_bytes_and_others_do_not() {
 fn every_request_ends_once_under_every_policy_and_kind_of_pool() {
     let trace = traffic(300, 15.0);
     for policy in every_policy() {
-        for (prefill, decode, both) in [(0, 0, 3), (2, 2, 0), (1, 1, 2)] {
+        let pools = [(0, 0, 3), (2, 2, 0), (1, 1, 2)];
+        for ((prefill, decode, both), pulls) in pools
+            .into_iter()
+            .flat_map(|pool| [(pool, false), (pool, true)])
+        {
             let settings = Settings {
                 policy: policy.clone(),
                 warm_up: 0.0,
+                prefix_pull: pulls,
                 ..settings(prefill, decode, both)
             };
             let run = simulate(&settings, &trace).unwrap();
-            let what = format!("{policy:?} {prefill}P{decode}D+{both}");
+            let what = format!("{policy:?} {prefill}P{decode}D+{both}, pulls {pulls}");
             assert_eq!(run.summary.unfinished + run.summary.rejected, 0, "{what}");
             assert_eq!(run.rows.len(), 300, "{what}");
             for row in &run.rows {

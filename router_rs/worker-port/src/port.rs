@@ -114,9 +114,14 @@ impl Port {
                 // SetRole may have come already.
                 record.role = state.record.role;
             }
+            // A hello said that nothing is known of its steps; now there is a fit.
+            let fitted = state.record.step_model.is_none() && record.step_model.is_some();
             state.record = record;
             state.phase = phase;
             state.mark_all();
+            if fitted {
+                state.greet_anew();
+            }
             Ok(state.settings.clone())
         })?;
         if let Some(files) = tokenizer {

@@ -82,8 +82,9 @@ def notes(run: Run) -> list[str]:
     lines = [
         f"{s['counted']:,} of {s['requests']:,} requests count, "
         f"{s['arrivals_per_s']:.2f} a second; the others warm caches.",
-        f"No placement gets below a mean TTFT of {bounds['no_wait_ms']:,.0f} ms (no waiting, every "
-        f"hit); pooled bound {bounds['pooled_ms']:,.0f} ms.",
+        f"With workers of mean speed no placement gets below a mean TTFT of "
+        f"{bounds['no_wait_ms']:,.0f} ms (no waiting, every hit); pooled bound "
+        f"{bounds['pooled_ms']:,.0f} ms (one queue, every worker computes prompts).",
         f"First tokens came within {prediction['median']:.0%} (median) and {prediction['p95']:.0%} "
         f"(95 %) of what was predicted at placement.",
     ]

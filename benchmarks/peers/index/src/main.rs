@@ -56,8 +56,22 @@ fn block<S: Side>(name: &str, round: usize, workers: u64, events: &[Event], quer
         row[format!("lookup_{depth}_p50_us")] = json!(p50);
         row[format!("lookup_{depth}_p99_us")] = json!(p99);
     }
+    drop(index);
+    // One that grows: half of the events are there, the others come meanwhile.
+    let (index, half) = (S::new(workers), events.len() / 2);
+    let ready = |from: usize, to: usize| -> Vec<S::Event> {
+        (from as u64..).zip(&events[from..to]).map(|(id, event)| S::event(event, id)).collect()
+    };
+    for event in ready(0, half) {
+        index.apply(event);
+    }
+    index.settle();
     for threads in [1, 2] {
-        let (lookups, applied) = beside_writes(&index, threads, events, queries);
+        let from = half + (threads - 1) * (half / 2);
+        let to = from + half / 2;
+        let blocks = events[from..to].iter().map(|event| event.chain.len()).sum();
+        let (lookups, applied) =
+            beside_writes(&index, threads, ready(from, to), blocks, queries);
         row[format!("lookups_per_s_{threads}_beside_events")] = json!(lookups);
         row[format!("blocks_per_s_beside_{threads}_readers")] = json!(applied);
     }
@@ -89,12 +103,15 @@ fn lookups<S: Side>(index: &S, queries: &[&Query]) -> (f64, f64) {
     (at(0.5), at(0.99))
 }
 
-/// Look-ups a second by so many threads while this one applies the first
-/// events again, and the blocks a second that it applies meanwhile.
-fn beside_writes<S: Side>(index: &S, threads: usize, events: &[Event], queries: &[Query]) -> (f64, f64) {
-    let some = &events[..events.len().min(10_000)];
-    let ready: Vec<S::Event> = (0..).zip(some).map(|(id, event)| S::event(event, id)).collect();
-    let blocks: usize = some.iter().map(|event| event.chain.len()).sum();
+/// Look-ups a second by so many threads while this one applies events, and the
+/// blocks a second that it applies meanwhile.
+fn beside_writes<S: Side>(
+    index: &S,
+    threads: usize,
+    events: Vec<S::Event>,
+    blocks: usize,
+    queries: &[Query],
+) -> (f64, f64) {
     let prompts: Vec<S::Query> =
         queries.iter().map(|query| S::query(&query.chain, &query.local)).collect();
     let (stop, total) = (AtomicBool::new(false), AtomicU64::new(0));
@@ -114,7 +131,7 @@ fn beside_writes<S: Side>(index: &S, threads: usize, events: &[Event], queries: 
             });
         }
         let begin = Instant::now();
-        for event in ready {
+        for event in events {
             index.apply(event);
         }
         index.settle();

@@ -4,13 +4,10 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use kvmesh_kv_index::{CacheChange, KvIndex, Tier, WorkerSlot};
 use kvmesh_scheduler::{
-    Abilities, ByClass, Class, KvRoom, Load, Phase, Reload, Role, Share, StepModel, Work,
+    Abilities, ByClass, Class, KvRoom, Load, PerClass, Phase, Reload, Role, Share, StepModel, Work,
     WorkerView,
 };
 use kvmesh_wire::v1;
-
-/// Output tokens that a stream is taken to have left until lengths are learnt.
-const LEFT: f64 = 128.0;
 
 /// Labels of a worker's record: bytes a second at which cached blocks come back
 /// to the device from the host's memory, and from disk.
@@ -24,6 +21,7 @@ pub(super) fn view_of(
     model: &v1::ModelRecord,
     capabilities: &v1::Capabilities,
     step: StepModel,
+    left: PerClass<f64>,
 ) -> WorkerView {
     WorkerView {
         slot,
@@ -39,7 +37,7 @@ pub(super) fn view_of(
         load: Load::default(),
         booked: Work::default(),
         prompts: Vec::new(),
-        left: [LEFT; 3],
+        left,
         relay_ms: 0.0,
     }
 }

@@ -261,7 +261,7 @@ impl Figures {
             ),
             (
                 "cache_events_dropped",
-                "Cache events without a known parent",
+                "Cache events of a kind that this version does not know",
                 &counts.cache_events_dropped,
             ),
             (

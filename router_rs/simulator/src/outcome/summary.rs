@@ -140,8 +140,8 @@ pub(super) fn summarise(
         .count();
     let span_s = ((recorder.until_ms - recorder.from_ms) / 1e3).max(1e-9);
     let per_s = good as f64 / span_s;
-    let servers = settings.prefill + settings.both;
-    let workers = servers + settings.decode;
+    // Decode workers compute prompts, too, where that is sooner.
+    let workers = settings.prefill + settings.both + settings.decode;
     let gpus = workers as f64 * f64::from(settings.profile.gpus);
     let tokens = |value: &dyn Fn(&Row) -> u32| -> u64 {
         served.iter().map(|row| u64::from(value(row))).sum()
@@ -167,7 +167,7 @@ pub(super) fn summarise(
         bounds: bounds(
             trace,
             &recorder.unloaded,
-            servers,
+            workers,
             settings.speed,
             recorder.first,
         ),

@@ -81,6 +81,15 @@ impl State {
         }
     }
 
+    /// Ends the streams of all sessions, whose routers attach again and are told
+    /// who this worker is now. What they placed stays.
+    pub(crate) fn greet_anew(&mut self) {
+        let keys: Vec<_> = self.sessions.keys().cloned().collect();
+        for key in keys {
+            self.end(&key, End::Quiet);
+        }
+    }
+
     /// Ends all sessions once their step output has gone.
     pub(crate) fn end_all(&mut self) {
         let keys: Vec<_> = self.sessions.keys().cloned().collect();

@@ -273,7 +273,7 @@ impl Core {
         let terms = placed.chosen.terms;
         let predicted = v1::PhaseTimes {
             wait_ms: terms.wait_ms,
-            prefill_ms: terms.pull_ms + terms.prefill_ms,
+            prefill_ms: terms.pull_ms + terms.reload_ms + terms.prefill_ms,
             transfer_ms: terms.transfer_ms,
             ttft_ms: terms.ttft_ms(),
         };

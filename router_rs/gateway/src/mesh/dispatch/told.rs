@@ -25,7 +25,8 @@ impl Core {
             .any(|other| other.index != worker.index && other.live());
         let told = self.models.tell(model, capabilities, alone);
         let mut placer = self.dispatcher.placer();
-        placer.greeted(worker.index, record, hello.step_model, told.is_some());
+        let step_model = hello.step_model.or(record.step_model);
+        placer.greeted(worker.index, record, step_model, told.is_some());
         drop(placer);
         match told {
             None => worker.set_mismatch(format!(

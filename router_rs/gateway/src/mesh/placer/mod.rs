@@ -12,8 +12,9 @@ use std::{
 
 use kvmesh_kv_index::{Knowledge, KvIndex, UNIT_TOKENS, WorkerSlot};
 use kvmesh_scheduler::{
-    Bookings, ClassTargets, Cluster, FirstToken, Learner, Path, PerClass, Policy, Relay, Reported,
-    Roster, StepModel, StepSample, TransferRate, TransferRates, WorkerView,
+    Bookings, Class, ClassTargets, Cluster, FirstToken, Learner, OutputLengths, Path, PerClass,
+    Policy, Relay, Reported, Roster, StepModel, StepSample, TransferRate, TransferRates,
+    WorkerView,
     planner::{Demand, Pools},
 };
 use kvmesh_session::{
@@ -23,6 +24,7 @@ use kvmesh_session::{
 use kvmesh_wire::v1;
 
 use super::{
+    figures::ms,
     policy::PolicySettings,
     views::{load_of, phase_of, role_of, step_model_of, told, view_of},
 };
@@ -59,6 +61,8 @@ struct Known {
     step_ms: f64,
     /// When its last step was told of, or its hello came.
     stepped: Instant,
+    /// When a first token taught something of it, or its hello came.
+    reached: Instant,
 }
 
 /// Whether a worker's cache is known by what it tells, or by what is sent there.
@@ -78,6 +82,9 @@ pub(super) struct Placer {
     /// Workers that can be chosen from.
     roster: Roster,
     transfers: TransferRates,
+    /// What streams have left, by model; before outputs end, what is expected.
+    left: BTreeMap<String, PerClass<f64>>,
+    left_before: PerClass<f64>,
     approximate_ttl_ms: u64,
 }
 
@@ -92,6 +99,10 @@ impl Placer {
             by_slot: Vec::new(),
             roster: Roster::with_targets(&policy.cost.targets),
             transfers: TransferRates::new(),
+            left: BTreeMap::new(),
+            left_before: Class::ALL.map(|class| {
+                OutputLengths::new(policy.expected_output).left_of_running("", class, u32::MAX)
+            }),
             approximate_ttl_ms: u64::try_from(policy.approximate_ttl.as_millis())
                 .unwrap_or(u64::MAX),
         }
@@ -127,17 +138,19 @@ impl Placer {
             None => (Learner::new(told), Relay::new()),
         };
         let step = *learner.model();
+        let left = self.left.get(&model.name).unwrap_or(&self.left_before);
         let known = Known {
             slot,
             standing: Standing::Absent,
             fits,
-            aside: Some(view_of(slot, record, model, capabilities, step)),
+            aside: Some(view_of(slot, record, model, capabilities, step, *left)),
             told,
             learner,
             relay,
             capabilities: capabilities.clone(),
             step_ms: 0.0,
             stepped: Instant::now(),
+            reached: Instant::now(),
         };
         self.workers.insert(worker, known);
         let at = slot.0 as usize;
@@ -246,12 +259,14 @@ impl Placer {
         let load = &report.load;
         known.step_ms = load.step_predicted_ms;
         let (slot, step_ms) = (known.slot, known.step_ms);
+        let relay_ms = known.relay.ms_after_idle(ms(known.reached.elapsed()));
         self.bookings.echoed(slot, load.last_command);
         self.change(worker, |view| {
             view.role = role_of(report.role);
             view.draining = load.draining;
             view.phase = phase_of(report.phase);
             view.load = load_of(load, now_ms);
+            view.relay_ms = relay_ms;
         });
         let view = self.roster.get(slot)?;
         let local = self.policy.local_prefill();
@@ -283,6 +298,7 @@ impl Placer {
             return;
         };
         if known.relay.observe(seen) {
+            known.reached = Instant::now();
             let relay_ms = known.relay.ms();
             self.change(worker, |view| view.relay_ms = relay_ms);
         }
@@ -311,6 +327,7 @@ impl Placer {
 
     /// What a stream of this model has left on average has changed.
     pub(super) fn left(&mut self, model: &str, left: PerClass<f64>) {
+        self.left.insert(model.to_owned(), left);
         let of_model: Vec<WorkerIndex> = self.workers.keys().copied().collect();
         for worker in of_model {
             self.change(worker, |view| {
