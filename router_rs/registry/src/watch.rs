@@ -70,8 +70,9 @@ impl WorkerWatch {
                         again::turn("workers", pause, follower.run()).await;
                     }
                 };
-                stop.run_until_cancelled::<_, std::convert::Infallible>(followed)
-                    .await;
+                let never: Option<std::convert::Infallible> =
+                    stop.run_until_cancelled(followed).await;
+                debug_assert!(never.is_none());
             }
         });
         Self {

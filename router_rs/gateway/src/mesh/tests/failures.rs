@@ -376,26 +376,25 @@ async fn a_generation_whose_machine_panicked_ends_for_all_who_know_of_it() {
 
 #[tokio::test]
 async fn timers_outlive_a_panic_of_their_task() {
-    let config = MockConfig {
-        // Nothing but its deadline wakes a client.
-        step: Duration::from_secs(3_600),
-        ..MockConfig::default()
-    };
-    let both = MockWorker::start(config).unwrap();
-    let mesh = mesh_of(&[&both]).await;
-    for panics in 1..=3 {
+    // Nothing but its deadline wakes a client.
+    let stuck = worker(Role::Both);
+    stuck.faults().set(|plan| plan.stuck = true);
+    let mesh = mesh_of(&[&stuck]).await;
+    let mut streams = Vec::new();
+    for n in 1..=3 {
         let asked = AdmittedRequest {
-            deadline: Some(Instant::now() + Duration::from_millis(300)),
-            ..request(&[3], 10)
+            deadline: Some(Instant::now() + Duration::from_millis(500 * u64::from(n))),
+            ..request(&[n], 10)
         };
-        let mut stream = mesh.generate(asked).unwrap();
+        streams.push(mesh.generate(asked).unwrap());
+    }
+    for (panics, mut stream) in (1..).zip(streams) {
         let mut answer = Answer::default();
-        assert!(until(|| both.counters().placed == panics).await);
         bomb(&mut stream, &mut answer, || {});
         assert!(until(|| mesh.counters().task_panics.get() == panics).await);
         answer.rest(stream).await;
         let late = RequestError::DeadlineExceeded { next_index: 0 };
         assert_eq!(answer.error, Some(late));
     }
-    assert!(until(|| nothing_left(&mesh, &[&both])).await);
+    assert!(until(|| nothing_left(&mesh, &[&stuck])).await);
 }
