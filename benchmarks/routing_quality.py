@@ -12,8 +12,8 @@ definitions of SCHEDULING 6:
 - Baselines are tuned over a grid on the first third, once for TTFT and once for end-to-end time, at
   each load; all are judged on the rest. `overlap-load` is Dynamo's formula with its one weight,
   `weighted` the same with two free weights, which no product has. In unified pools it is shown, and
-  not the figure's base. In P:D pools the one weight changes nothing (a prefill worker has no streams,
-  a decode worker no prompts), so that "tuned" there is the best of both formulas.
+  not the figure's base. In P:D pools the one weight changes nothing (a prefill worker has no
+  streams, a decode worker no prompts), so that "tuned" there is the best of both formulas.
 - Ours is as shipped; a row shows SCHEDULING's own weight of streams' delay (0.1) beside it.
 - Clairvoyant: true lengths and coefficients, no report delay, each candidate rolled forward, least
   sum of first-token times of everyone who waits.

@@ -85,12 +85,13 @@ async def test_who_attached_while_it_warmed_up_is_told_its_fit() -> None:
     router = {"router_id": "r", "router_incarnation": 3}
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port.port}") as channel:
         stub = rpc.WorkerStub(channel)
+        record.model.name = "m"
         port.warm_up(record.SerializeToString(), *FILES)
         call, hello = await attach(Stubbed(stub), **router)
         assert not hello.HasField("step_model")
         await call.write(place())
-        while (await read(call, "load")).last_command != 1:
-            pass
+        while port.running() == 0:
+            await stub.GetInfo(wire.GetInfoRequest())
 
         record.step_model.a_ms = 3.5
         port.serve(record.SerializeToString(), *FILES)
