@@ -265,10 +265,15 @@ impl Core {
     pub(super) fn plan(self: &Arc<Self>, open: &Arc<Open>, request: &PlanRequest) {
         let waits = &self.dispatcher.waits;
         let (entry, now_ms) = (waits.entry(open, request), waits.now_ms());
-        let waiting = Waiting::new(open, request);
+        let mut waiting = Waiting::new(open, request);
+        if request.wait_for_room {
+            waiting = waiting.later();
+            if self.waited_in_vain(open, now_ms) {
+                return self.give_up(&waiting);
+            }
+        }
         let came = waits.with(|dispatch| {
             if request.wait_for_room {
-                let waiting = waiting.later();
                 return dispatch.waits(&entry, now_ms, waiting).map(|_| None);
             }
             dispatch.arrives(&entry, now_ms, waiting).map(Some)
@@ -385,28 +390,42 @@ impl Core {
         if waits.len() == 0 {
             return;
         }
-        let since_ms = waits.now_ms() - self.settings.queue_timeout.as_secs_f64() * 1e3;
-        let waiting: Vec<(Place, bool, Arc<Open>)> = {
+        let waiting: Vec<(Place, f64, Arc<Open>)> = {
             let line = waits.lock();
             let all = line.dispatch.waiting();
-            all.map(|(place, since, one)| (place, since < since_ms, Arc::clone(&one.open)))
+            all.map(|(place, since_ms, one)| (place, since_ms, Arc::clone(&one.open)))
                 .collect()
         };
-        for (place, old, open) in waiting {
-            // What goes on waits until its client's deadline, where it has one.
-            let patient = open.continues() && open.request.deadline.is_some();
-            if !(old && !patient || open.ended()) {
+        for (place, since_ms, open) in waiting {
+            if !(self.waited_in_vain(&open, since_ms) || open.ended()) {
                 continue;
             }
             // One that is being tried meanwhile stays for the next time.
             if let Some(waiting) = waits.with(|dispatch| dispatch.remove(&place)) {
-                let event = match self.will_run(&waiting) {
-                    true => Event::Stop(Stop::Overloaded),
-                    false => Event::NoPlan,
-                };
-                open.apply(event);
+                self.give_up(&waiting);
             }
         }
+    }
+
+    /// Whether one that waits here since then has waited for as long as it may.
+    /// Until somebody takes it that counts from its arrival: each refusal makes
+    /// it wait anew. What goes on waits until its client's deadline, where it
+    /// has one.
+    fn waited_in_vain(&self, open: &Open, since_ms: f64) -> bool {
+        let waits = &self.dispatcher.waits;
+        let since_ms = match (open.continues(), open.request.deadline) {
+            (true, Some(_)) => return false,
+            (true, None) => since_ms,
+            (false, _) => waits.arrival_ms(&open.request),
+        };
+        waits.now_ms() - since_ms > ms(self.settings.queue_timeout)
+    }
+
+    fn give_up(&self, waiting: &Waiting) {
+        waiting.open.apply(match self.will_run(waiting) {
+            true => Event::Stop(Stop::Overloaded),
+            false => Event::NoPlan,
+        });
     }
 
     /// Whether somebody could run a request once there is room.

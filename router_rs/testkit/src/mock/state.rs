@@ -10,8 +10,8 @@ use std::{
 };
 
 use kvmesh_wire::v1::{
-    CacheEvents, Capabilities, KvCompatibility, KvRoom, Load, LoadShare, ModelRecord, Place,
-    ProtocolVersion, Residue, Role, StepModel, WorkerPhase, WorkerRecord,
+    CacheEvents, Capabilities, Continuation, KvCompatibility, KvRoom, Load, LoadShare, ModelRecord,
+    Place, ProtocolVersion, Residue, Role, StepModel, WorkerPhase, WorkerRecord,
 };
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
@@ -76,9 +76,15 @@ impl State {
         }
     }
 
-    /// Keeps what a placement is called and where it came from.
+    /// Keeps what a placement is called, where it came from and how urgent it is.
     pub(super) fn note_place(&self, place: &Place) {
+        let continuation = place.continuation.as_ref().map(|from| Continuation {
+            request_class: from.request_class,
+            virtual_deadline_ms: from.virtual_deadline_ms,
+            ..Continuation::default()
+        });
         let named = Place {
+            continuation,
             stage: place.stage,
             request_id: place.request_id.clone(),
             traceparent: place.traceparent.clone(),

@@ -130,9 +130,10 @@ impl Open {
         let chosen = state.chosen.as_ref();
         // What goes on is as urgent as what should have begun when it arrived.
         let as_chosen = chosen.map_or(self.urgency_ms, |chosen| chosen.urgency_ms);
-        let urgency_ms = match state.machine.fence().attempt {
-            0 | 1 => as_chosen,
-            _ => as_chosen.min(0.0),
+        let goes_on = state.machine.fence().attempt > 1 && self.was_begun(state);
+        let urgency_ms = match goes_on {
+            true => as_chosen.min(0.0),
+            false => as_chosen,
         };
         Box::new(Placement {
             continuation: continuation(&self.request, &state.output, urgency_ms, Instant::now()),

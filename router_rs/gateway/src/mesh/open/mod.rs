@@ -23,7 +23,7 @@ use std::{
 use kvmesh_session::{
     Generation, GenerationId, Taken, Violation, WorkerIndex,
     generation::{Cause, Event, Outcome, Plan, Policy, Stop, Timer, TransferState},
-    parse::{End, Row, StageEnd},
+    parse::{End, Refusal, Row, StageEnd},
 };
 use kvmesh_wire::v1;
 use smallvec::SmallVec;
@@ -118,6 +118,8 @@ struct State {
     figures: Figures,
     /// When the last token came before a failure, until one comes after it.
     moved: Option<Instant>,
+    /// An attempt of it ended otherwise than by a worker's refusal.
+    failed_over: bool,
 }
 
 /// What a client's stream takes at once.
@@ -163,6 +165,7 @@ impl Open {
             progress: now,
             figures: Figures::default(),
             moved: None,
+            failed_over: false,
         };
         let open = Arc::new(Self {
             id,
@@ -406,6 +409,13 @@ impl Open {
         self.core.counters.migrates(cause);
         self.log_over(state, cause);
         state.over = state.machine.fence().attempt;
+        // A worker that refuses was asked, no more. One that did not answer may
+        // have begun.
+        state.failed_over |= match cause {
+            Cause::Start => false,
+            Cause::Refused(why) => why == Refusal::Unanswered,
+            Cause::Returned | Cause::Failed | Cause::Lost(_) => true,
+        };
         if !matches!(cause, Cause::Start | Cause::Refused(_)) && !state.output.is_empty() {
             let last = state.figures.last_arrival();
             state.moved = state.moved.or(last);
@@ -470,9 +480,14 @@ impl Open {
         self.lock().machine.fence().attempt
     }
 
-    /// Whether it was placed before: it goes before new work of its class.
+    /// Whether it was begun before: it goes before new work of its class, and
+    /// where nobody takes it up a worker was lost to it. Refused is not begun.
     pub(super) fn continues(&self) -> bool {
-        self.attempt() > 0
+        self.was_begun(&self.lock())
+    }
+
+    fn was_begun(&self, state: &State) -> bool {
+        state.failed_over || state.machine.next_index() as usize > self.request.output_ids.len()
     }
 
     /// Prompt and output so far.

@@ -17,6 +17,33 @@ async fn a_refused_placement_is_planned_again() {
 }
 
 #[tokio::test]
+async fn a_refusal_makes_a_request_no_more_urgent_and_a_failure_does() {
+    let both = worker(Role::Both);
+    let mesh = mesh_of(&[&both]).await;
+    let asked = |token| AdmittedRequest {
+        class: v1::RequestClass::Batch,
+        ..request(&[token], 5)
+    };
+    let urgency_ms = async |token| {
+        let answer = collect(mesh.generate(asked(token)).unwrap()).await;
+        assert_eq!((answer.error, answer.ids.len()), (None, 5));
+        assert_eq!(answer.finished.unwrap().usage.unwrap().attempts, 2);
+        let place = both.last_place().unwrap();
+        place.continuation.unwrap().virtual_deadline_ms
+    };
+    both.faults().set(|plan| plan.refuse_next = 1);
+    // 30 s after its arrival: what its class has.
+    let refused_ms = urgency_ms(1).await;
+    assert!(refused_ms > 1_000.0, "{refused_ms}");
+    both.faults().set(|plan| {
+        plan.return_at = Some(2);
+        plan.return_next = 1;
+    });
+    let begun_ms = urgency_ms(2).await;
+    assert!(begun_ms <= 0.0, "{begun_ms}");
+}
+
+#[tokio::test]
 async fn what_is_returned_goes_on_where_it_was() {
     let both = worker(Role::Both);
     both.faults().set(|plan| {
