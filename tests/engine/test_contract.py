@@ -333,6 +333,7 @@ async def test_unsupported_features_are_refused(like) -> None:
     async with running(sim(like, blocks=400, transfer=True, profile="step-10ms")) as driver:
         grammar = driver.place(prompt(9), grammar=wire.Continuation().grammar.__class__())
         assert await grammar.ended() == "refused"
+        assert grammar.opening.refused.field == "grammar"
         no_hand_off = driver.place(prompt(9), Stage.DECODE)
         assert await no_hand_off.ended() == "refused"
         foreign = driver.place(prompt(6000), Stage.PREFILL, hand_off=mesh_from(driver.engine))

@@ -133,21 +133,26 @@ async def test_a_command_without_an_attempt_closes_the_session() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "says", "names"),
     [
-        ({"stage": wire.STAGE_UNSPECIFIED}, "stage"),
-        ({"continuation": wire.Continuation(model="m")}, "empty"),
-        ({"continuation": wire.Continuation(model="x", prompt_ids=[1])}, "model x"),
-        ({"continuation": wire.Continuation(model="m", prompt_ids=[1], adapter="a")}, "adapter a"),
+        ({"stage": wire.STAGE_UNSPECIFIED}, "stage", ""),
+        ({"continuation": wire.Continuation(model="m")}, "empty", "input"),
+        ({"continuation": wire.Continuation(model="x", prompt_ids=[1])}, "model x", "model"),
+        (
+            {"continuation": wire.Continuation(model="m", prompt_ids=[1], adapter="a")},
+            "adapter a",
+            "adapter",
+        ),
     ],
 )
-async def test_what_cannot_run_here_is_refused_with_a_reason(fields, says) -> None:
+async def test_what_cannot_run_here_is_refused_with_a_reason(fields, says, names) -> None:
     async with running() as rig:
         call, _ = await attach(rig)
         await call.write(place(**fields))
         opening = (await read(call, "step")).openings[0]
         assert opening.refused.reason == wire.REFUSAL_REASON_UNSUPPORTED
         assert says in opening.refused.message
+        assert opening.refused.field == names
         assert rig.port.running() == 0
 
 

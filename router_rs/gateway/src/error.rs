@@ -130,9 +130,14 @@ pub enum RequestError {
         /// First index that the client lacks.
         next_index: u32,
     },
-    /// A feature that this model, engine or release lacks; names the field.
-    #[error("not supported: {0}")]
-    Unsupported(String),
+    /// A feature that this model, engine or release lacks.
+    #[error("not supported: {field}{}", in_words(words))]
+    Unsupported {
+        /// Path of the field, or the name of what was asked for.
+        field: String,
+        /// In the worker's words; may be empty.
+        words: String,
+    },
     /// The client's deadline passed.
     #[error("deadline passed")]
     DeadlineExceeded {
@@ -174,6 +179,14 @@ impl RequestError {
         Self::Invalid(Violations(vec![violation]))
     }
 
+    /// A field or call that is not supported.
+    pub fn unsupported(field: impl Into<String>) -> Self {
+        Self::Unsupported {
+            field: field.into(),
+            words: String::new(),
+        }
+    }
+
     /// Status code and the documented reason (`docs/protocols.md`).
     #[must_use]
     pub fn code_and_reason(&self) -> (Code, &str) {
@@ -182,7 +195,7 @@ impl RequestError {
             Self::Malformed(_) => (Code::InvalidArgument, "MALFORMED_MESSAGE"),
             Self::PromptTooLong { .. } => (Code::InvalidArgument, "PROMPT_TOO_LONG"),
             Self::MessageTooLarge { .. } => (Code::ResourceExhausted, "MESSAGE_TOO_LARGE"),
-            Self::Unsupported(_) => (Code::Unimplemented, "UNSUPPORTED"),
+            Self::Unsupported { .. } => (Code::Unimplemented, "UNSUPPORTED"),
             Self::UnknownModel { .. } => (Code::NotFound, "UNKNOWN_MODEL"),
             Self::UnknownGeneration => (Code::NotFound, "UNKNOWN_GENERATION"),
             Self::UnknownService => (Code::NotFound, "UNKNOWN_SERVICE"),
@@ -238,8 +251,12 @@ impl RequestError {
                 let allowed = format!("at most {limit} tokens with the output");
                 details.add_bad_request_violation("prompt", allowed);
             }
-            Self::Unsupported(what) => {
-                details.add_bad_request_violation(what.as_str(), "not supported");
+            Self::Unsupported { field, words } => {
+                let why = match words.is_empty() {
+                    true => "not supported".to_owned(),
+                    false => cut(words.clone()),
+                };
+                details.add_bad_request_violation(field.as_str(), why);
             }
             _ => {}
         }
@@ -276,7 +293,7 @@ impl RequestError {
             Self::UnknownModel { known, .. } => {
                 metadata.insert("models".to_owned(), cut(known.join(",")));
             }
-            Self::Unsupported(field) => {
+            Self::Unsupported { field, .. } => {
                 metadata.insert("field".to_owned(), cut(field.clone()));
             }
             Self::Internal { id, .. } => {
@@ -299,6 +316,14 @@ fn worker_code(code: u32) -> Code {
         | Code::Unavailable
         | Code::DataLoss) => code,
         _ => Code::Internal,
+    }
+}
+
+/// A worker's words behind what is said already; nothing where it has none.
+fn in_words(words: &str) -> String {
+    match words.is_empty() {
+        true => String::new(),
+        false => format!(": {words}"),
     }
 }
 

@@ -185,7 +185,7 @@ impl Decision {
     }
 }
 
-/// What an engine lacks.
+/// What an engine lacks. It is shown as the path of the client's field.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Feature {
     /// Output held to a grammar.
@@ -203,7 +203,7 @@ impl std::fmt::Display for Feature {
         f.write_str(match self {
             Self::Grammar => "grammar",
             Self::GrammarContinuation => "grammar.require_continuation",
-            Self::PenaltiesOverContinuation => "penalties over a continuation",
+            Self::PenaltiesOverContinuation => "continue_from",
             Self::Logprobs => "output.logprobs",
         })
     }

@@ -60,6 +60,7 @@ pub(crate) fn refusal(place: &Place, record: &WorkerRecord, draining: bool) -> O
         return Some(Refused {
             reason: RefusalReason::Draining.into(),
             message: "the worker takes no new work".to_owned(),
+            field: String::new(),
         });
     }
     let model = record.model.as_ref();
@@ -67,21 +68,22 @@ pub(crate) fn refusal(place: &Place, record: &WorkerRecord, draining: bool) -> O
     let asked = continuation.map_or("", |asked| asked.model.as_str());
     let adapter = continuation.map_or("", |asked| asked.adapter.as_str());
     let staged = Stage::try_from(place.stage).is_ok_and(|stage| stage != Stage::Unspecified);
-    let message = if !staged {
-        "stage is not set".to_owned()
+    let (field, message) = if !staged {
+        ("", "stage is not set".to_owned())
     } else if continuation.is_none_or(|asked| asked.prompt_ids.is_empty()) {
-        "the prompt is empty".to_owned()
+        ("input", "the prompt is empty".to_owned())
     } else if model.is_none_or(|model| model.name != asked) {
-        format!("model {asked} is not served here")
+        ("model", format!("model {asked} is not served here"))
     } else if !adapter.is_empty() && model.is_none_or(|model| !model.adapters.contains_key(adapter))
     {
-        format!("adapter {adapter} is not served here")
+        ("adapter", format!("adapter {adapter} is not served here"))
     } else {
         return None;
     };
     Some(Refused {
         reason: RefusalReason::Unsupported.into(),
         message,
+        field: field.to_owned(),
     })
 }
 

@@ -530,12 +530,14 @@ class Reserved(_message.Message):
     def __init__(self, tokens_held: _Optional[int] = ..., tokens_reserved: _Optional[int] = ...) -> None: ...
 
 class Refused(_message.Message):
-    __slots__ = ("reason", "message")
+    __slots__ = ("reason", "message", "field")
     REASON_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    FIELD_FIELD_NUMBER: _ClassVar[int]
     reason: RefusalReason
     message: str
-    def __init__(self, reason: _Optional[_Union[RefusalReason, str]] = ..., message: _Optional[str] = ...) -> None: ...
+    field: str
+    def __init__(self, reason: _Optional[_Union[RefusalReason, str]] = ..., message: _Optional[str] = ..., field: _Optional[str] = ...) -> None: ...
 
 class StageEnd(_message.Message):
     __slots__ = ("generation", "owner", "attempt", "stage", "timings", "finished", "handed_off", "returned", "transfer_failed", "cancelled", "failed")

@@ -161,7 +161,7 @@ impl Door {
         let input = message.input.take();
         let invalid = |error| (Step::Validate, error);
         if message.n > 1 {
-            return Err(invalid(RequestError::Unsupported("n".to_owned())));
+            return Err(invalid(RequestError::unsupported("n")));
         }
         let model = self.model(&message.model)?;
         validate::values(&message, &model).map_err(invalid)?;

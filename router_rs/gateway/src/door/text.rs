@@ -94,7 +94,7 @@ impl TextPool {
         chat: Chat,
     ) -> Result<Vec<u32>, Refused> {
         if !model.text.has_chat_template() {
-            return Err((Step::Validate, RequestError::Unsupported("chat".to_owned())));
+            return Err((Step::Validate, RequestError::unsupported("chat")));
         }
         let bytes = chat
             .messages
@@ -122,7 +122,7 @@ fn render_and_encode(
         .unwrap_or_default();
     let now = UnixSeconds(i64::try_from(now.as_secs()).unwrap_or(i64::MAX));
     let rendered = text.render_chat(chat, now).map_err(|error| match error {
-        TemplateError::None => RequestError::Unsupported("chat".to_owned()),
+        TemplateError::None => RequestError::unsupported("chat"),
         error => RequestError::Text(error.to_string()),
     })?;
     fits(model, rendered.len(), "chat")?;

@@ -259,7 +259,7 @@ fn supported(
     model: &ServedModel,
 ) -> Result<(), RequestError> {
     let can = &model.capabilities;
-    let lacks = |field: &str| Err(RequestError::Unsupported(field.to_owned()));
+    let lacks = |field: &str| Err(RequestError::unsupported(field));
     if logprobs.is_some_and(|n| can.max_logprobs == 0 || n > can.max_logprobs) {
         return lacks("output.logprobs");
     }

@@ -465,7 +465,7 @@ fn turned(request: &AdmittedRequest, why: Turned) -> RequestError {
             RequestError::PromptTooLong { tokens, limit }
         }
         Turned::Never(NoPlan::Unsupported(feature)) => {
-            RequestError::Unsupported(feature.to_string())
+            RequestError::unsupported(feature.to_string())
         }
         Turned::Never(NoPlan::UnknownAdapter) => {
             RequestError::invalid("adapter", "no worker has this adapter")

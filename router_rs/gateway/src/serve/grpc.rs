@@ -53,7 +53,7 @@ pub(crate) async fn receive<P>(
     ) {
         (0, _) => false,
         (1, Some(b"gzip")) => true,
-        (1, _) => return Err(RequestError::Unsupported("grpc-encoding".to_owned())),
+        (1, _) => return Err(RequestError::unsupported("grpc-encoding")),
         _ => return Err(malformed("a compression flag that is neither 0 nor 1")),
     };
     let permit = admit(u64::from(length))?;

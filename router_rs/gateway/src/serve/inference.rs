@@ -39,10 +39,7 @@ pub(super) async fn call(
             unary(shared, "ListModels", call, models).await
         }
         "Resume" => {
-            let refused = (
-                Step::Validate,
-                RequestError::Unsupported("Resume".to_owned()),
-            );
+            let refused = (Step::Validate, RequestError::unsupported("Resume"));
             refuse(shared, "Resume", &call, &refused)
         }
         _ => return None,

@@ -174,10 +174,7 @@ impl Shared {
 }
 
 fn unknown(path: &str, metadata: &HeaderMap) -> Response<ResponseBody> {
-    grpc::refusal(
-        &RequestError::Unsupported(path.to_owned()).to_status(),
-        metadata,
-    )
+    grpc::refusal(&RequestError::unsupported(path).to_status(), metadata)
 }
 
 fn text(status: StatusCode, kind: &'static str, body: String) -> Response<ResponseBody> {

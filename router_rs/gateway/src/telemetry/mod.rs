@@ -193,7 +193,7 @@ fn reason_label(error: &RequestError) -> &'static str {
         RequestError::WorkerLost { .. } => "WORKER_LOST",
         RequestError::WorkerFailed { .. } => "WORKER_FAILED",
         RequestError::TakenOver { .. } => "TAKEN_OVER",
-        RequestError::Unsupported(_) => "UNSUPPORTED",
+        RequestError::Unsupported { .. } => "UNSUPPORTED",
         RequestError::DeadlineExceeded { .. } => "DEADLINE_EXCEEDED",
         RequestError::SlowClient { .. } => "SLOW_CLIENT",
         RequestError::Cancelled => "CANCELLED",

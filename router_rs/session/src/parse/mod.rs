@@ -64,6 +64,17 @@ pub struct Opening {
     pub stage: Stage,
     /// The answer.
     pub answer: Answer,
+    /// What the engine lacks, where it is refused for that.
+    pub lacks: Option<Box<Lacks>>,
+}
+
+/// What an engine lacks, as its worker says.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Lacks {
+    /// Path of the field in the client's request; empty where it does not say.
+    pub field: String,
+    /// More, for people.
+    pub message: String,
 }
 
 /// Whether a worker takes a stage.
@@ -244,13 +255,17 @@ fn opening(opening: v1::Opening) -> Result<Opening, Violation> {
         opening.attempt,
         opening.stage,
     )?;
+    let mut lacks = None;
     let answer = match opening.answer {
         Some(v1::opening::Answer::Reserved(room)) => Answer::Reserved {
             held: room.tokens_held,
             reserved: room.tokens_reserved,
         },
         Some(v1::opening::Answer::Refused(refused)) => {
-            Answer::Refused(Refusal::from_wire(refused.reason))
+            let why = Refusal::from_wire(refused.reason);
+            let v1::Refused { message, field, .. } = refused;
+            lacks = (why == Refusal::Unsupported).then(|| Box::new(Lacks { field, message }));
+            Answer::Refused(why)
         }
         None => return Err(Violation::Malformed("an opening without an answer")),
     };
@@ -259,6 +274,7 @@ fn opening(opening: v1::Opening) -> Result<Opening, Violation> {
         fence,
         stage,
         answer,
+        lacks,
     })
 }
 
@@ -333,6 +349,26 @@ mod tests {
             })
             .is_err()
         );
+    }
+
+    #[test]
+    fn what_an_engine_lacks_is_kept_with_its_refusal_alone() {
+        let refused = |reason: v1::RefusalReason| v1::Opening {
+            generation: vec![0; 16].into(),
+            owner: 1,
+            attempt: 1,
+            stage: v1::Stage::Whole.into(),
+            answer: Some(v1::opening::Answer::Refused(v1::Refused {
+                reason: reason.into(),
+                message: "no such thing".to_owned(),
+                field: "sampling.min_p".to_owned(),
+            })),
+        };
+        let lacks = |reason| opening(refused(reason)).unwrap().lacks;
+        let told = lacks(v1::RefusalReason::Unsupported).unwrap();
+        assert_eq!(told.field, "sampling.min_p");
+        assert_eq!(told.message, "no such thing");
+        assert_eq!(lacks(v1::RefusalReason::NoRoom), None);
     }
 
     #[test]

@@ -39,6 +39,8 @@ pub struct MockConfig {
     /// Name of an engine's connector: hand-offs are then `engine` ones, known
     /// when prefill ends. Empty: mesh hand-offs.
     pub engine_connector: String,
+    /// Whether it tells that penalties are right over a continuation.
+    pub penalties_over_continuation: bool,
     /// Output index at which an end-of-text token comes. `None`: never.
     pub end_of_text_at: Option<u32>,
     /// Whether it tells of its cache: what [`super::MockWorker::send_cache`] is
@@ -69,6 +71,7 @@ impl Default for MockConfig {
             max_batch: 4_096,
             prefill_emits_first_token: true,
             engine_connector: String::new(),
+            penalties_over_continuation: true,
             end_of_text_at: None,
             cache_events: false,
             hash_scheme: 1,

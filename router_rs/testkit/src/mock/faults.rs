@@ -14,6 +14,8 @@ pub struct FaultPlan {
     pub refuse_next: u32,
     /// Reason given for them.
     pub refuse_reason: RefusalReason,
+    /// Field that they name as what is lacking.
+    pub refuse_field: String,
     /// So many downloads of the tokeniser from now on fail.
     pub fail_tokenizer_next: u32,
     /// So many placements from now on get neither `reserved` nor `refused`;
@@ -48,6 +50,7 @@ impl Default for FaultPlan {
         Self {
             refuse_next: 0,
             refuse_reason: RefusalReason::NoRoom,
+            refuse_field: String::new(),
             fail_tokenizer_next: 0,
             skip_openings: 0,
             delay_first_token: Duration::ZERO,

@@ -229,13 +229,14 @@ impl Session {
             stage: place.stage,
             answer: None,
         };
-        let (refusal, silent) = {
+        let (refusal, field, silent) = {
             let mut plan = self.state.faults.plan();
             let refuses = plan.refuse_next > 0;
             plan.refuse_next = plan.refuse_next.saturating_sub(1);
             let silent = !refuses && plan.skip_openings > 0;
             plan.skip_openings -= u32::from(silent);
-            (refuses.then_some(plan.refuse_reason), silent)
+            let field = refuses.then(|| plan.refuse_field.clone());
+            (refuses.then_some(plan.refuse_reason), field, silent)
         };
         let accepted = match refusal {
             Some(reason) => Err((reason, "asked to refuse".to_owned())),
@@ -256,6 +257,7 @@ impl Session {
                 opening::Answer::Refused(Refused {
                     reason: reason as i32,
                     message,
+                    field: field.unwrap_or_default(),
                 })
             }
         };

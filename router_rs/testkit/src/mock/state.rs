@@ -365,7 +365,7 @@ fn record(config: &MockConfig, address: String, transfer_address: String) -> Wor
             engine_connector: config.engine_connector.clone(),
             prefill_emits_first_token: config.prefill_emits_first_token,
             reproducible: true,
-            penalties_over_continuation: true,
+            penalties_over_continuation: config.penalties_over_continuation,
             block_tokens: config.block_tokens,
             pool_blocks: config.pool_blocks,
             block_bytes: 1024,

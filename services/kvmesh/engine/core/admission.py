@@ -62,7 +62,9 @@ class Admission:
         sequence = Sequence(placement, next(self._keys), root, self._limit, self._max_logprobs)
         problem = self._problem(sequence)
         if problem:
-            self._refuse(sequence, wire.REFUSAL_REASON_UNSUPPORTED, problem)
+            field = "grammar" if continuation.HasField("grammar") else ""
+            loop.answers.refused(sequence, wire.REFUSAL_REASON_UNSUPPORTED, problem, field)
+            loop.pool.close_root(root)
         elif placement.stage is Stage.DECODE:
             self._receive(sequence)
         else:

@@ -30,11 +30,14 @@ class Answers:
         opening.reserved.tokens_reserved = reserved
         self._router(sequence.router).openings.append(opening)
 
-    def refused(self, sequence: Sequence, reason: wire.RefusalReason, message: str) -> None:
-        """The placement will not run here."""
+    def refused(
+        self, sequence: Sequence, reason: wire.RefusalReason, message: str, field: str = ""
+    ) -> None:
+        """The placement will not run here; `field` of the request is what is lacking."""
         opening = sequence.opening()
         opening.refused.reason = reason
         opening.refused.message = message
+        opening.refused.field = field
         self._router(sequence.router).openings.append(opening)
 
     def opening(self, router: str, opening: wire.Opening) -> None:

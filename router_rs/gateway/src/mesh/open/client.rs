@@ -9,7 +9,7 @@ use std::{
 use kvmesh_scheduler::OWN_STEP_SHARE;
 use kvmesh_session::{
     generation::{Event, Outcome, Stop},
-    parse::FinishReason,
+    parse::{FinishReason, Lacks},
 };
 use kvmesh_wire::v1;
 
@@ -177,6 +177,22 @@ impl Open {
             .unwrap_or_default()
     }
 
+    /// No engine can do it, though their capabilities do not say so. Grammars,
+    /// log-probabilities and adapters are looked at at the door: what is left of
+    /// a request that an engine may lack is in its sampling.
+    fn unsupported(&self) -> RequestError {
+        let lacks = self.lock().lacks.clone();
+        let (field, words) = lacks.map_or_else(Default::default, |lacks| {
+            let Lacks { field, message } = *lacks;
+            (field, message)
+        });
+        let field = match field.is_empty() {
+            true => "sampling".to_owned(),
+            false => field,
+        };
+        RequestError::Unsupported { field, words }
+    }
+
     /// What the client is told of an end that is no success.
     pub(in crate::mesh) fn error(&self, outcome: &Outcome, next_index: u32) -> RequestError {
         match outcome {
@@ -189,15 +205,17 @@ impl Open {
                 let reason = "the worker was lost, and no other had room in time".to_owned();
                 RequestError::WorkerLost { reason, next_index }
             }
+            Outcome::Unsupported if self.continues() => {
+                let reason = "the worker was lost, and no other can go on from here".to_owned();
+                RequestError::WorkerLost { reason, next_index }
+            }
             Outcome::Stopped(Stop::Overloaded) => RequestError::Overloaded {
                 reason: "no worker had room in time",
                 retry_after: self.retry_after(),
             },
             Outcome::DeadlineExceeded => RequestError::DeadlineExceeded { next_index },
             Outcome::NoPlan => RequestError::NoWorker(self.request.model.clone()),
-            Outcome::Unsupported => {
-                RequestError::Unsupported(format!("by the engine of {}", self.request.model))
-            }
+            Outcome::Unsupported => self.unsupported(),
             Outcome::TakenOver => RequestError::TakenOver { next_index },
             Outcome::WorkerLost(_) => {
                 let reason = "the worker was lost".to_owned();

@@ -23,7 +23,7 @@ use std::{
 use kvmesh_session::{
     Generation, GenerationId, Taken, Violation, WorkerIndex,
     generation::{Cause, Event, Outcome, Plan, Policy, Stop, Timer, TransferState},
-    parse::{End, Refusal, Row, StageEnd},
+    parse::{End, Lacks, Refusal, Row, StageEnd},
 };
 use kvmesh_wire::v1;
 use smallvec::SmallVec;
@@ -120,6 +120,8 @@ struct State {
     moved: Option<Instant>,
     /// An attempt of it ended otherwise than by a worker's refusal.
     failed_over: bool,
+    /// What an engine said that it lacks for it.
+    lacks: Option<Box<Lacks>>,
 }
 
 /// What a client's stream takes at once.
@@ -166,6 +168,7 @@ impl Open {
             figures: Figures::default(),
             moved: None,
             failed_over: false,
+            lacks: None,
         };
         let open = Arc::new(Self {
             id,
@@ -267,6 +270,11 @@ impl Open {
         state.figures.tokens_arrived(now);
         wake.extend(state.waker.take());
         Ok(Some(new.len()))
+    }
+
+    /// A worker refuses it: its engine lacks something.
+    pub(super) fn engine_lacks(&self, lacks: &Lacks) {
+        self.lock().lacks = Some(Box::new(lacks.clone()));
     }
 
     /// Takes the end of a stage.

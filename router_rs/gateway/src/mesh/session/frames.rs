@@ -83,6 +83,9 @@ impl Session {
                     "refused"
                 );
             }
+            if let Some(lacks) = &opening.lacks {
+                open.engine_lacks(lacks);
+            }
             open.try_apply(GenerationEvent::Opening {
                 from: index,
                 fence: opening.fence,

@@ -272,6 +272,9 @@ async fn who_can_be_run_by_nobody_any_more_is_told_so_at_once() {
     });
     let refused = collect(mesh.generate(request(&[1; 32], 5)).unwrap()).await;
     let why = refused.error;
-    assert!(matches!(why, Some(RequestError::Unsupported(_))), "{why:?}");
+    assert!(
+        matches!(why, Some(RequestError::Unsupported { .. })),
+        "{why:?}"
+    );
     assert!(until(|| nothing_left(&mesh, &[&both])).await);
 }
