@@ -3,11 +3,17 @@
 
 mod common;
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 
 use common::{Mesh, read, request};
+use kvmesh_rpc::v1::admin_client::AdminClient;
 use kvmesh_testkit::mock::MockConfig;
-use kvmesh_wire::v1::{self, RefusalReason, generate_response::Event};
+use kvmesh_wire::v1::{
+    self, RefusalReason, Role, generate_request::Input, generate_response::Event,
+};
 use serde_json::json;
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
@@ -140,4 +146,160 @@ async fn a_stream_that_no_other_engine_can_go_on_with_is_lost_with_its_next_inde
     let metadata = told(&status, Code::Unavailable, "WORKER_LOST");
     assert!(next > 0);
     assert_eq!(metadata["next_index"], next.to_string());
+}
+
+/// A worker whose prompts compute for longer than any test, and by its step
+/// model 40 ms a thousand tokens.
+fn stuck_prompts() -> MockConfig {
+    MockConfig {
+        step: Duration::from_millis(20),
+        prefill: Duration::from_secs(3_600),
+        ..MockConfig::default()
+    }
+}
+
+/// A prompt of so many tokens that begins as no other one does.
+fn prompt(first: u32, tokens: u32) -> v1::GenerateRequest {
+    let ids = (first..first + tokens).map(|id| id % 50).collect();
+    v1::GenerateRequest {
+        input: Some(Input::TokenIds(v1::TokenIds { ids })),
+        ..request(3)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deadline_that_cannot_be_met_is_told_what_it_lacks() {
+    let mesh = Mesh::start(vec![stuck_prompts()], json!({})).await;
+    let mut client = mesh.client().await;
+    // 4 s of work, and 2 s of time.
+    let refused = client.generate(within("2S", prompt(1, 102_400))).await;
+    let delay = overloaded(&refused.map(|_| ()).unwrap_err());
+    let lacking = Duration::from_secs(2)..Duration::from_secs(4);
+    assert!(lacking.contains(&delay), "{delay:?}");
+    assert_eq!(mesh.workers[0].counters().placed, 0);
+    let step = "kvmesh_rejected_total{step=\"admission\",reason=\"OVERLOADED\"}";
+    assert_eq!(mesh.figure(step).await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wait_that_is_predicted_to_be_too_long_is_told_how_much_too_long() {
+    let settings = json!({"queue_timeout": "500ms"});
+    let mesh = Mesh::start(vec![stuck_prompts()], settings).await;
+    let mut client = mesh.client().await;
+    let _first = client.generate(prompt(1, 51_200)).await.unwrap();
+    // 2 s of work are before it.
+    let refused = client.generate(prompt(2, 51_200)).await;
+    let delay = overloaded(&refused.map(|_| ()).unwrap_err());
+    let too_long = Duration::from_millis(1_400)..Duration::from_millis(2_000);
+    assert!(too_long.contains(&delay), "{delay:?}");
+    assert_eq!(mesh.figure("kvmesh_queued_requests").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_waited_in_vain_is_not_told_to_come_back_at_once() {
+    let settings = json!({"queue_timeout": "2200ms"});
+    let mesh = Mesh::start(vec![stuck_prompts()], settings).await;
+    let mut client = mesh.client().await;
+    let _first = client.generate(prompt(1, 5_120)).await.unwrap();
+    let waiting = client.generate(prompt(2, 5_120)).await.unwrap();
+    let (ids, end) = read(waiting.into_inner()).await;
+    // What is predicted for it are 200 ms, which did not come true.
+    assert_eq!(overloaded(&end.unwrap_err()), Duration::from_secs(1));
+    assert!(ids.is_empty());
+}
+
+type Admin = AdminClient<tonic::transport::Channel>;
+
+/// Looks until the router's table of workers is as wanted.
+async fn wait_workers(admin: &mut Admin, wanted: impl Fn(&v1::WorkerStatus) -> bool) {
+    let until = Instant::now() + Duration::from_secs(60);
+    loop {
+        let ask = v1::ListWorkersRequest::default();
+        let workers = admin.list_workers(ask).await.unwrap().into_inner().workers;
+        if workers.iter().all(&wanted) {
+            return;
+        }
+        assert!(Instant::now() < until, "{workers:?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_all_workers_drain_there_is_none() {
+    let workers = vec![MockConfig::default(), MockConfig::default()];
+    let mesh = Mesh::start(workers, json!({})).await;
+    let mut client = mesh.client().await;
+    let mut admin = AdminClient::new(mesh.channel().await);
+    for worker in &mesh.workers {
+        worker.set_draining(true);
+    }
+    wait_workers(&mut admin, |row| row.load.is_some_and(|load| load.draining)).await;
+    let refused = client.generate(request(3)).await.map(|_| ()).unwrap_err();
+    told(&refused, Code::Unavailable, "NO_WORKER");
+    assert!(refused.get_details_retry_info().is_none());
+    // One that is back is enough.
+    mesh.workers[1].set_draining(false);
+    let back = |row: &v1::WorkerStatus| {
+        let drains = row.load.is_some_and(|load| load.draining);
+        drains == (row.record.as_ref().unwrap().worker_id == mesh.workers[0].worker_id())
+    };
+    wait_workers(&mut admin, back).await;
+    let stream = client.generate(request(3)).await.unwrap().into_inner();
+    assert_eq!(read(stream).await.0.len(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_an_administrator_asks_in_vain_has_a_reason_each() {
+    let mesh = Mesh::start(vec![MockConfig::default()], json!({})).await;
+    let mut admin = AdminClient::new(mesh.channel().await);
+    let worker_id = mesh.workers[0].worker_id().to_owned();
+    let drain = |worker_id: &str, force| v1::DrainWorkerRequest {
+        worker_id: worker_id.to_owned(),
+        force,
+        ..Default::default()
+    };
+    let turn = |worker_id: &str, role: Role, force| v1::SetWorkerRoleRequest {
+        worker_id: worker_id.to_owned(),
+        role: role.into(),
+        force,
+    };
+    let generation_id = "0".repeat(32);
+    let unknown = admin.explain(v1::ExplainRequest { generation_id }).await;
+    told(&unknown.unwrap_err(), Code::NotFound, "UNKNOWN_GENERATION");
+
+    let status = admin.drain_worker(drain("nobody", true)).await.unwrap_err();
+    told(&status, Code::NotFound, "UNKNOWN_WORKER");
+    let ask = turn("nobody", Role::Decode, true);
+    let status = admin.set_worker_role(ask).await.unwrap_err();
+    told(&status, Code::NotFound, "UNKNOWN_WORKER");
+
+    let status = admin.drain_worker(drain(&worker_id, false)).await;
+    told(
+        &status.unwrap_err(),
+        Code::FailedPrecondition,
+        "EMPTIES_ROLE",
+    );
+    let ask = turn(&worker_id, Role::Decode, false);
+    let status = admin.set_worker_role(ask).await.unwrap_err();
+    told(&status, Code::FailedPrecondition, "EMPTIES_ROLE");
+
+    let ask = turn(&worker_id, Role::Unspecified, true);
+    let status = admin.set_worker_role(ask).await.unwrap_err();
+    told(&status, Code::InvalidArgument, "INVALID_FIELD");
+
+    let faults = mesh.workers[0].faults();
+    faults.set(|plan| plan.refuse_calls_next = 2);
+    let status = admin
+        .drain_worker(drain(&worker_id, true))
+        .await
+        .unwrap_err();
+    told(&status, Code::FailedPrecondition, "WORKER_REFUSED");
+    assert!(status.message().contains("asked to refuse"), "{status}");
+    let ask = turn(&worker_id, Role::Decode, true);
+    let status = admin.set_worker_role(ask).await.unwrap_err();
+    told(&status, Code::FailedPrecondition, "WORKER_REFUSED");
+    // What is meant is done.
+    let ask = turn(&worker_id, Role::Decode, true);
+    admin.set_worker_role(ask).await.unwrap();
+    admin.drain_worker(drain(&worker_id, true)).await.unwrap();
 }

@@ -16,6 +16,9 @@ pub struct FaultPlan {
     pub refuse_reason: RefusalReason,
     /// Field that they name as what is lacking.
     pub refuse_field: String,
+    /// So many calls of Drain and SetRole from now on are refused
+    /// (FAILED_PRECONDITION).
+    pub refuse_calls_next: u32,
     /// So many downloads of the tokeniser from now on fail.
     pub fail_tokenizer_next: u32,
     /// So many placements from now on get neither `reserved` nor `refused`;
@@ -51,6 +54,7 @@ impl Default for FaultPlan {
             refuse_next: 0,
             refuse_reason: RefusalReason::NoRoom,
             refuse_field: String::new(),
+            refuse_calls_next: 0,
             fail_tokenizer_next: 0,
             skip_openings: 0,
             delay_first_token: Duration::ZERO,
@@ -79,6 +83,16 @@ impl Faults {
     /// Changes the plan in place.
     pub fn set(&self, change: impl FnOnce(&mut FaultPlan)) {
         change(&mut self.plan());
+    }
+
+    /// What a call of Drain or SetRole comes to.
+    pub(super) fn call(&self) -> Result<(), tonic::Status> {
+        let mut plan = self.plan();
+        if plan.refuse_calls_next == 0 {
+            return Ok(());
+        }
+        plan.refuse_calls_next -= 1;
+        Err(tonic::Status::failed_precondition("asked to refuse"))
     }
 
     /// The plan in force.

@@ -90,6 +90,7 @@ impl Worker for WorkerService {
     }
 
     async fn drain(&self, _: Request<DrainRequest>) -> Result<Response<DrainResponse>, Status> {
+        self.0.faults.call()?;
         self.0.set_draining(true);
         let running = self.0.counters.running.get() as u32;
         Ok(Response::new(DrainResponse { running }))
@@ -99,6 +100,7 @@ impl Worker for WorkerService {
         &self,
         request: Request<SetRoleRequest>,
     ) -> Result<Response<SetRoleResponse>, Status> {
+        self.0.faults.call()?;
         let role = request.into_inner().role();
         if role == Role::Unspecified {
             return Err(Status::invalid_argument("role"));
