@@ -4,10 +4,13 @@ import threading
 import time
 
 import pytest
+from figures import figures
 
 import kvmesh
 
 LONG = {"max_tokens": 2_000, "ignore_end_of_text": True}
+MARGIN_S = 5
+"""etcd looks for leases that have ended every half a second."""
 
 
 def start_stream(client: kvmesh.Client, prompt: str):
@@ -27,17 +30,27 @@ def test_a_killed_worker_loses_its_streams_to_others_and_gets_no_new_ones(fresh)
         stream, first = start_stream(client, "One stream")
         fresh.start_worker("b", "both")
         fresh.wait_live(endpoint, "a", "b")
+        before = figures(endpoint)["placements_total"]
         fresh.kill("a")
-        delivered = len(first.ids)
+        killed = time.monotonic()
+        for number in range(20):
+            answer = client.complete(prompt=f"After it, {number}", max_tokens=3)
+            assert answer.token_ids
+            # What goes to the dead is planned anew: that would be the second.
+            assert answer.usage.attempts == 1
 
+        delivered = len(first.ids)
         for event in stream:
             if isinstance(event, kvmesh.Tokens):
                 assert event.first_index == delivered
                 delivered += len(event.ids)
         assert delivered == LONG["max_tokens"]
-        for number in range(20):
-            assert client.complete(prompt=f"After it, {number}", max_tokens=3).token_ids
-        fresh.wait_table(endpoint, lambda table: "a" not in table, seconds=30)
+        # It alone was placed anew, and nothing else was placed but what was asked.
+        moved = event.usage.attempts - 1
+        assert moved >= 1
+        assert figures(endpoint)["placements_total"] == before + 20 + moved
+        left = killed + fresh.ttl_s + MARGIN_S - time.monotonic()
+        fresh.wait_table(endpoint, lambda table: "a" not in table, seconds=left)
         fresh.wait_empty("b")
 
 

@@ -44,8 +44,15 @@ async fn over(etcd: &Etcd) -> Mesh {
 
 /// Looks until the router's table of workers is as wanted.
 async fn wait_workers(mesh: &Mesh, wanted: impl Fn(&[v1::WorkerStatus]) -> bool) {
+    wait_workers_until(mesh, Instant::now() + Duration::from_secs(60), wanted).await;
+}
+
+async fn wait_workers_until(
+    mesh: &Mesh,
+    until: Instant,
+    wanted: impl Fn(&[v1::WorkerStatus]) -> bool,
+) {
     let mut admin = AdminClient::new(mesh.channel().await);
-    let until = Instant::now() + Duration::from_secs(60);
     loop {
         let ask = v1::ListWorkersRequest::default();
         let workers = admin.list_workers(ask).await.unwrap().into_inner().workers;
@@ -148,13 +155,16 @@ async fn a_model_whose_last_worker_is_gone_for_good_is_not_found() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dead_worker_gets_nothing_at_once_and_is_gone_with_its_lease() {
+    const LEASE: Duration = Duration::from_secs(5);
+    // etcd looks for leases that have ended every half a second.
+    const MARGIN: Duration = Duration::from_secs(5);
     let etcd = Etcd::start();
     let registry = registry(&etcd);
     let one = MockWorker::start(MockConfig::default()).unwrap();
     let mut two = MockWorker::start(MockConfig::default()).unwrap();
     let _one = register(&registry, &one).await;
     // By hand, under a lease that nobody keeps alive: as after kill -9.
-    let lease = etcd.ctl(&["lease", "grant", "5"]);
+    let lease = etcd.ctl(&["lease", "grant", &LEASE.as_secs().to_string()]);
     let lease = lease.split_whitespace().nth(1).unwrap();
     let key = format!("kvmesh/v1/default/workers/{}", two.worker_id());
     let record = serde_json::to_string(two.record()).unwrap();
@@ -162,14 +172,22 @@ async fn a_dead_worker_gets_nothing_at_once_and_is_gone_with_its_lease() {
     let mesh = over(&etcd).await;
     wait_workers(&mesh, |workers| live(workers, &one) && live(workers, &two)).await;
     mesh.wait_ready().await;
+    let placements = "kvmesh_placements_total ";
+    let (before, here) = (mesh.figure(placements).await, one.counters().placed);
     two.kill();
+    let killed = Instant::now();
     wait_workers(&mesh, |workers| !live(workers, &two)).await;
-    let before = two.counters().placed;
+    let mut client = mesh.client().await;
     for _ in 0..20 {
-        answers(&mesh, 2).await;
+        let stream = client.generate(request(2)).await.unwrap().into_inner();
+        let (ids, end) = read(stream).await;
+        // What goes to the dead is planned anew: that would be the second.
+        assert_eq!((ids.len(), end.unwrap().usage.unwrap().attempts), (2, 1));
     }
-    assert_eq!(two.counters().placed, before);
-    wait_workers(&mesh, |workers| !known(workers, &two)).await;
+    assert_eq!(mesh.figure(placements).await, before + 20);
+    assert_eq!(one.counters().placed, here + 20);
+    let until = killed + LEASE + MARGIN;
+    wait_workers_until(&mesh, until, |workers| !known(workers, &two)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
