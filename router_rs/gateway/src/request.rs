@@ -46,6 +46,8 @@ pub struct AdmittedRequest {
     /// Whose it is, as a hash: tenants of a class take turns. Without keys the
     /// client's address.
     pub tenant: u64,
+    /// Whether another router may take it over.
+    pub resumable: bool,
     /// Urgency; never unspecified.
     pub class: v1::RequestClass,
     /// Target for the first token, milliseconds.

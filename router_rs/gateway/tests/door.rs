@@ -497,6 +497,54 @@ async fn names_and_context_of_a_call_reach_the_workers_of_both_stages() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_another_router_needs_of_a_resumable_request_is_left_at_both_workers() {
+    let of = |role| MockConfig {
+        role,
+        ..MockConfig::default()
+    };
+    let mesh = Mesh::start(vec![of(Role::Prefill), of(Role::Decode)], json!({})).await;
+    let mut client = mesh.client().await;
+    let mut asked = request(2);
+    asked.hints = Some(v1::Hints {
+        resumable: true,
+        ..Default::default()
+    });
+    asked.sampling = Some(v1::Sampling {
+        seed: Some(11),
+        ..Default::default()
+    });
+    asked.stopping.get_or_insert_default().stop = vec!["never said".to_owned()];
+    let mut named = tonic::Request::new(asked);
+    let name = "mine".parse().unwrap();
+    named.metadata_mut().insert("x-request-id", name);
+    let answer = client.generate(named).await.unwrap();
+    assert_eq!(read(answer.into_inner()).await.0.len(), 2);
+    let mut tenants = Vec::new();
+    for worker in &mesh.workers {
+        let place = worker.last_place().unwrap();
+        let state: v1::ResumeState = prost::Message::decode(place.resume_state).unwrap();
+        let from = state.continuation.unwrap();
+        assert_eq!(from.prompt_ids, [5, 6, 7]);
+        assert_eq!(from.sampling.unwrap().seed, 11);
+        assert_eq!((from.model.as_str(), from.max_tokens), ("mock", 2));
+        assert_eq!(state.text.unwrap().stop, ["never said"]);
+        assert_eq!(state.request_id, "mine");
+        tenants.push(place.tenant);
+    }
+    // Without keys a tenant is an address: both streams come from one.
+    assert!(!tenants[0].is_empty());
+    let answer = client.generate(request(2)).await.unwrap();
+    assert_eq!(read(answer.into_inner()).await.0.len(), 2);
+    for worker in &mesh.workers {
+        let place = worker.last_place().unwrap();
+        assert!(place.resume_state.is_empty(), "nobody asked for it");
+        tenants.push(place.tenant);
+    }
+    tenants.dedup();
+    assert_eq!(tenants.len(), 1, "{tenants:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_long_message_is_refused_by_its_prefix_alone() {
     let mesh = Mesh::start(vec![MockConfig::default()], json!({})).await;
     let mut sender = h2_connection(&mesh).await.ready().await.unwrap();

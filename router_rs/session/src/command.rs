@@ -68,6 +68,10 @@ pub struct Placement {
     /// Whether no other request may be in its steps: it is suspected of ending
     /// workers.
     pub alone: bool,
+    /// Whose it is, as routers name it.
+    pub tenant: String,
+    /// What another router needs to take it over; empty: it is not resumable.
+    pub resume_state: bytes::Bytes,
 }
 
 /// A command of a session. Its number is given when it is sent.
@@ -190,7 +194,8 @@ fn place(generation: GenerationId, fence: Fence, placement: Placement) -> v1::Pl
         predicted_start_ms: placement.predicted_start_ms,
         trace: placement.trace,
         alone: placement.alone,
-        ..v1::Place::default()
+        tenant: placement.tenant,
+        resume_state: placement.resume_state,
     }
 }
 

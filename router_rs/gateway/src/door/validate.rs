@@ -405,6 +405,7 @@ pub(super) fn admit(
         trace: output.trace,
         admin: call.loopback,
         tenant: call.tenant,
+        resumable: hints.resumable,
         class,
         ttft_target_ms: match hints.ttft_target_ms {
             0 => shipped.ttft_ms,

@@ -2,10 +2,49 @@
 
 use std::time::Instant;
 
+use bytes::Bytes;
 use kvmesh_wire::v1;
+use prost::Message as _;
 
 use super::figures::ms;
 use crate::request::AdmittedRequest;
+
+/// Longest state that is left at a worker for another router, bytes.
+const MAX_RESUME_STATE: usize = 1 << 20;
+
+/// A tenant as routers name it to workers. The same at every router.
+pub(super) fn tenant(request: &AdmittedRequest) -> String {
+    format!("{:016x}", request.tenant)
+}
+
+/// What another router needs to take a request over that is placed with this
+/// continuation. Empty where its client does not ask for that, and where it
+/// would be longer than a worker has to keep.
+pub(super) fn resume_state(request: &AdmittedRequest, placed: &v1::Continuation) -> Bytes {
+    if !request.resumable {
+        return Bytes::new();
+    }
+    let state = v1::ResumeState {
+        continuation: Some(v1::Continuation {
+            output_ids: Vec::new(),
+            ..placed.clone()
+        }),
+        text: request.text.as_ref().map(|text| v1::ResumeText {
+            special_tokens: text.special_tokens,
+            stop: text.stops.clone(),
+            include_stop: text.include_stop,
+        }),
+        request_id: request.request_id.clone(),
+        ttft_target_ms: request.ttft_target_ms,
+        expected_output_tokens: request.expected_output_tokens,
+        placements: request.placements,
+        trace: request.trace,
+    };
+    match state.encoded_len() {
+        ..=MAX_RESUME_STATE => state.encode_to_vec().into(),
+        _ => Bytes::new(),
+    }
+}
 
 /// The continuation of a request whose output so far is `output`. Times in it
 /// count from `now`: no clock reading is sent. `urgency_ms` is the time from
@@ -47,6 +86,25 @@ mod tests {
 
     use super::*;
     use crate::mesh::tests::request;
+
+    #[test]
+    fn a_state_that_no_worker_has_to_keep_is_not_sent() {
+        let of = |prompt: &[u32], resumable| {
+            let asked = AdmittedRequest {
+                resumable,
+                ..request(prompt, 3)
+            };
+            let placed = continuation(&asked, &[7], 2_000.0, asked.arrived);
+            resume_state(&asked, &placed)
+        };
+        let state = v1::ResumeState::decode(of(&[1, 2], true)).unwrap();
+        let kept = state.continuation.unwrap();
+        assert_eq!((kept.prompt_ids, kept.output_ids), (vec![1, 2], vec![]));
+        assert!(of(&[1, 2], false).is_empty());
+        // Three bytes a token.
+        assert!(!of(&[100_000; 300_000], true).is_empty());
+        assert!(of(&[100_000; 400_000], true).is_empty());
+    }
 
     #[test]
     fn times_count_from_the_placement() {

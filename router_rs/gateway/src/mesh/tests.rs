@@ -105,6 +105,7 @@ pub(super) fn request(prompt: &[u32], max_tokens: u32) -> AdmittedRequest {
         trace: false,
         admin: true,
         tenant: 0,
+        resumable: false,
         class: v1::RequestClass::Standard,
         ttft_target_ms: 5_000.0,
         itl_target_ms: 0.0,

@@ -117,8 +117,9 @@ impl MockWorker {
         MockCounters::read(&self.state)
     }
 
-    /// The last placement that it was asked for: its stage, its names, the
-    /// context that came with it and how urgent it is, nothing else.
+    /// The last placement that it was asked for: its stage, its names, its
+    /// tenant, the context that came with it, what another router needs of it and
+    /// how urgent it is, nothing else.
     #[must_use]
     pub fn last_place(&self) -> Option<Place> {
         self.state.last_place()

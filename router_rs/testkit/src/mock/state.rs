@@ -76,7 +76,8 @@ impl State {
         }
     }
 
-    /// Keeps what a placement is called, where it came from and how urgent it is.
+    /// Keeps what a placement is called, whose it is, where it came from and how
+    /// urgent it is.
     pub(super) fn note_place(&self, place: &Place) {
         let continuation = place.continuation.as_ref().map(|from| Continuation {
             request_class: from.request_class,
@@ -90,6 +91,8 @@ impl State {
             traceparent: place.traceparent.clone(),
             tracestate: place.tracestate.clone(),
             baggage: place.baggage.clone(),
+            tenant: place.tenant.clone(),
+            resume_state: place.resume_state.clone(),
             ..Place::default()
         };
         *self.placed.lock().unwrap_or_else(PoisonError::into_inner) = Some(named);

@@ -12,7 +12,10 @@ use kvmesh_session::{
 use smallvec::SmallVec;
 
 use super::{
-    super::{continuation::continuation, session::Outgoing},
+    super::{
+        continuation::{continuation, resume_state, tenant},
+        session::Outgoing,
+    },
     Open, State,
 };
 
@@ -135,17 +138,21 @@ impl Open {
             true => as_chosen.min(0.0),
             false => as_chosen,
         };
+        let request = &self.request;
+        let continuation = continuation(request, &state.output, urgency_ms, Instant::now());
         Box::new(Placement {
-            continuation: continuation(&self.request, &state.output, urgency_ms, Instant::now()),
+            tenant: tenant(request),
+            resume_state: resume_state(request, &continuation),
+            continuation,
             stage,
             hand_off,
             prefix_from: chosen.and_then(|chosen| chosen.prefix_from.clone()),
-            traceparent: self.request.traceparent.clone(),
-            tracestate: self.request.tracestate.clone(),
-            baggage: self.request.baggage.clone(),
-            request_id: self.request.request_id.clone(),
+            traceparent: request.traceparent.clone(),
+            tracestate: request.tracestate.clone(),
+            baggage: request.baggage.clone(),
+            request_id: request.request_id.clone(),
             predicted_start_ms: chosen.map_or(0.0, |chosen| chosen.predicted_start_ms),
-            trace: self.request.trace,
+            trace: request.trace,
             alone: state.machine.alone(),
         })
     }
