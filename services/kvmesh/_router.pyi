@@ -256,6 +256,10 @@ class PrefixWanted:
     @property
     def adapter(self) -> str: ...
     @property
+    def adapter_digest(self) -> str:
+        """The peer's digest of that adapter; empty: it does not say."""
+
+    @property
     def cache_salt(self) -> str: ...
     @property
     def token_ids(self) -> list[int]:
@@ -503,9 +507,12 @@ class TransferNode:
         cache_salt: str = "",
         traceparent: str = "",
         request_id: str = "",
+        adapter_digest: str = "",
     ) -> None:
         """Pulls a prefix from any holder; `transfer_id` is made up by the caller.
 
+        A holder whose adapter of that name has another `adapter_digest` holds
+        nothing of it; empty: it is not compared.
         Brings at most the whole blocks of `token_ids`. Ends as `pull`, with no
         output ids; `Committed.kv_tokens` says how many tokens came to be there.
         """

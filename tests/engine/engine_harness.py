@@ -193,6 +193,7 @@ def sim(
     incarnation=1,
     clock=None,
     node=None,
+    adapters=None,
     **settings,
 ):
     settings.setdefault("speed", float("inf"))
@@ -203,6 +204,7 @@ def sim(
         incarnation=incarnation,
         transfer=TransferSettings(**(node or {})) if transfer else None,
         clock=clock,
+        adapters=adapters,
     )
 
 

@@ -218,6 +218,34 @@ async def test_a_prefix_is_pulled_from_any_holder() -> None:
         await asker.idle()
 
 
+@pytest.mark.parametrize(
+    ("here", "there", "pulled"),
+    [
+        ({"lora": "1" * 64}, {"lora": "1" * 64}, 288),
+        # One name, two adapters: their KV has nothing in common.
+        ({"lora": "1" * 64}, {"lora": "2" * 64}, 0),
+        ({"lora": "1" * 64}, {}, 0),
+        # Who does not know its digest says none: it is not compared.
+        ({}, {"lora": "2" * 64}, 288),
+    ],
+)
+async def test_a_prefix_is_pulled_only_where_its_adapter_is_the_same(here, there, pulled) -> None:
+    own = {"transfer": True, "worker_id": "d", "incarnation": 22, "adapters": here}
+    peer = {"transfer": True, "worker_id": "p", "incarnation": 11, "adapters": there}
+    async with running(sim(**peer)) as holder, running(sim(**own)) as asker:
+        await holder.place(prompt(300), max_tokens=1, adapter="lora").ended()
+        source = wire.PrefixSource(
+            worker="p", incarnation=11, address=holder.engine.transfer_address, tokens=288
+        )
+        attempt = asker.place(prompt(320), prefix_from=source, max_tokens=20, adapter="lora")
+        assert await attempt.ended() == "finished"
+        assert attempt.tokens == reference_tokens(prompt(320), 20, VOCABULARY)
+        assert attempt.end.timings.pulled_tokens == pulled
+        assert attempt.end.timings.computed_tokens == 320 - pulled
+        await holder.idle()
+        await asker.idle()
+
+
 async def test_a_pull_tells_the_holder_which_request_it_is_for(monkeypatch) -> None:
     told = {}
     take = Admission.transfer_event

@@ -235,9 +235,10 @@ def test_a_prefix_is_pulled_from_any_holder(nodes, shared_memory):
     a.fill()
     transfer_id, ids = os.urandom(16), list(range(64))
     b.node.pull_prefix(
-        transfer_id, a.address, "a", 1, 16, [5, 6, 7], ids, "lora", "salt", "00-trace", "req"
+        transfer_id, a.address, "a", 1, 16, [5, 6, 7], ids, "lora", "salt", "00-trace", "req", "5e"
     )
     wanted = a.expect(_router.PrefixWanted)
+    assert wanted.adapter_digest == "5e"
     assert (wanted.adapter, wanted.cache_salt, wanted.token_ids) == ("lora", "salt", ids)
     assert (wanted.from_token, wanted.traceparent, wanted.request_id) == (16, "00-trace", "req")
     a.node.offer_prefix(transfer_id, 48, [0, 1, 2])

@@ -26,8 +26,10 @@ pub enum Event {
         id: TransferId,
         /// The receiver.
         worker_id: String,
-        /// Adapter.
+        /// Adapter by name.
         adapter: String,
+        /// Its digest there; empty: not said.
+        adapter_digest: String,
         /// Cache salt.
         cache_salt: String,
         /// The whole prefix.

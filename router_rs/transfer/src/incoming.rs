@@ -116,6 +116,7 @@ impl Shared {
                 id,
                 worker_id: connection.peer_worker(),
                 adapter: prefix.adapter,
+                adapter_digest: prefix.adapter_digest,
                 cache_salt: prefix.cache_salt,
                 token_ids: prefix.token_ids,
                 from_token: pull.from_token,

@@ -97,14 +97,16 @@ class Pull(_message.Message):
     def __init__(self, transfer_id: _Optional[bytes] = ..., from_token: _Optional[int] = ..., prefix: _Optional[_Union[PrefixKey, _Mapping]] = ..., first_layer: _Optional[int] = ..., layer_count: _Optional[int] = ..., first_kv_head: _Optional[int] = ..., kv_head_count: _Optional[int] = ..., traceparent: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class PrefixKey(_message.Message):
-    __slots__ = ("adapter", "cache_salt", "token_ids")
+    __slots__ = ("adapter", "cache_salt", "token_ids", "adapter_digest")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     adapter: str
     cache_salt: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, adapter: _Optional[str] = ..., cache_salt: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    adapter_digest: str
+    def __init__(self, adapter: _Optional[str] = ..., cache_salt: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., adapter_digest: _Optional[str] = ...) -> None: ...
 
 class PrefixFound(_message.Message):
     __slots__ = ("transfer_id", "tokens")

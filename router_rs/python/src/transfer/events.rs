@@ -50,6 +50,7 @@ event_class!(
     PrefixWanted {
         worker_id: String,
         adapter: String,
+        adapter_digest: String,
         cache_salt: String,
         token_ids: Vec<u32>,
         from_token: u32,
@@ -119,6 +120,7 @@ pub(super) fn to_python(py: Python<'_>, event: Event) -> PyResult<Py<PyAny>> {
             id,
             worker_id,
             adapter,
+            adapter_digest,
             cache_salt,
             token_ids,
             from_token,
@@ -130,6 +132,7 @@ pub(super) fn to_python(py: Python<'_>, event: Event) -> PyResult<Py<PyAny>> {
                 transfer_id: name(id),
                 worker_id,
                 adapter,
+                adapter_digest,
                 cache_salt,
                 token_ids,
                 from_token,

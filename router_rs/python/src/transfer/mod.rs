@@ -201,7 +201,7 @@ impl PyTransferNode {
     #[pyo3(signature = (
         transfer_id, address, worker, incarnation, from_token, slots, token_ids,
         adapter="", cache_salt="", traceparent="",
-        request_id="",
+        request_id="", adapter_digest="",
     ))]
     #[allow(clippy::too_many_arguments, reason = "arguments in Python")]
     fn pull_prefix(
@@ -218,6 +218,7 @@ impl PyTransferNode {
         cache_salt: &str,
         traceparent: &str,
         request_id: &str,
+        adapter_digest: &str,
     ) -> PyResult<()> {
         let request = PullRequest {
             id: transfer_id.0,
@@ -230,6 +231,7 @@ impl PyTransferNode {
                 adapter: adapter.to_owned(),
                 cache_salt: cache_salt.to_owned(),
                 token_ids,
+                adapter_digest: adapter_digest.to_owned(),
             }),
             traceparent: traceparent.to_owned(),
             request_id: request_id.to_owned(),

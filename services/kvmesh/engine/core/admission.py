@@ -288,7 +288,11 @@ class Admission:
             return
         root = pool.open_root(wanted.adapter, wanted.cache_salt)
         ids = array("I", wanted.token_ids)
-        slots = pool.find(root, ids.tobytes(), len(ids) // pool.block_tokens)
+        slots: list[int] = []
+        if hand_offs.knows_adapter_of(wanted):
+            slots = pool.find(root, ids.tobytes(), len(ids) // pool.block_tokens)
+        else:
+            _log.info("prefix not offered adapter=%s: another digest", wanted.adapter)
         try:
             hand_offs.offer_prefix(wanted, slots)
         except TransferError:

@@ -12,6 +12,7 @@ destination is freed only after the node says that no write can come.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -56,9 +57,11 @@ class Receiving:
 class HandOffs:
     """Transfers of this worker. Used by the engine thread alone."""
 
-    def __init__(self, node: TransferNode, pool: BlockPool) -> None:
+    def __init__(self, node: TransferNode, pool: BlockPool, adapters: Mapping[str, str]) -> None:
+        """`adapters`: digests by name."""
         self._node = node
         self._pool = pool
+        self._adapters = adapters
         self._sending: dict[bytes, Sending] = {}
         self._receiving: dict[bytes, Receiving] = {}
         self._of_sequence: dict[int, bytes] = {}
@@ -128,6 +131,11 @@ class HandOffs:
         sending.sequence = None
         del self._of_sequence[sequence.key]
 
+    def knows_adapter_of(self, wanted: PrefixWanted) -> bool:
+        """Whether the adapter that a peer names is the one of that name here."""
+        digest = wanted.adapter_digest
+        return not digest or self._adapters.get(wanted.adapter) == digest
+
     def offer_prefix(self, wanted: PrefixWanted, slots: list[int]) -> None:
         """Answers a peer that asked for a prefix. Raises TransferError: it is gone."""
         tokens = len(slots) * self._pool.block_tokens
@@ -191,6 +199,7 @@ class HandOffs:
             continuation.cache_salt,
             sequence.placement.traceparent,
             sequence.placement.request_id,
+            self._adapters.get(continuation.adapter, ""),
         )
         self._note(Receiving(transfer_id, sequence, [], [], is_prefix=True))
         return True

@@ -72,7 +72,7 @@ class EngineLoop:
         """Set before the thread starts."""
         self.shares = Shares()
         self.sequences: dict[AttemptId, Sequence] = {}
-        self.hand_offs = HandOffs(node, pool) if node is not None else None
+        self.hand_offs = HandOffs(node, pool, settings.adapters) if node is not None else None
         self.node = node
         self.clock = clock
         self._inbox: deque[Callable[[EngineLoop], None]] = deque()

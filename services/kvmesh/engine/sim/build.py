@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from kvmesh.engine.core.engine import CoreEngine, TransferSettings
 from kvmesh.engine.core.settings import CoreSettings, OutputBehaviour
@@ -66,8 +66,10 @@ def build_engine(
     transfer: TransferSettings | None = None,
     clock: SimClock | None = None,
     huge_pages: bool = True,
+    adapters: Mapping[str, str] | None = None,
 ) -> CoreEngine:
-    """A simulated engine by itself."""
+    """A simulated engine by itself. `adapters`: digests by name; what it computes is
+    the same with all of them."""
     behaviour = OutputBehaviour()
     if sim.like == "vllm":
         behaviour = OutputBehaviour(
@@ -96,6 +98,7 @@ def build_engine(
             output_behaviour=behaviour,
             step_model=model,
             huge_pages=huge_pages,
+            adapters=adapters or {},
         ),
         wire.Capabilities(engine="sim", reproducible=True, penalties_over_continuation=True),
         transfer,
