@@ -154,7 +154,9 @@ class Streams:
     @property
     def _plenty(self) -> bool:
         """Whether streams may take more blocks than they need now."""
-        return self._loop.pool.available > self._loop.pool.blocks // 4
+        pool = self._loop.pool
+        # In a small pool a quarter is less than what they take: prompts would give way.
+        return pool.available > max(pool.blocks // 4, _GROWTH_BLOCKS)
 
     def _has_room(self, sequence: Sequence) -> bool:
         """Sees that the next token has a block. False: the stream cannot go on now."""
