@@ -196,10 +196,9 @@ impl Core {
                 true => bound.undelivered_ids as usize / open.len().max(1),
                 false => usize::MAX,
             };
-            if let Some(since) = now.checked_sub(bound.slow_client_timeout) {
-                for open in open.iter().filter(|open| open.starved(since, share)) {
-                    open.give_up_on_client();
-                }
+            let since = now.checked_sub(bound.slow_client_timeout);
+            for open in open.iter().filter(|open| open.starved(since, share)) {
+                open.give_up_on_client();
             }
             self.expire_queued();
             let now_ms = self.dispatcher.waits.now_ms() as u64;

@@ -112,10 +112,11 @@ impl GenerationStream {
             self.tokens();
         } else if let Some(stop) = self.stopped.take() {
             self.message.event = Some(self.finished(FinishReason::Stop, None, stop));
-        } else if let Some((outcome, next_index)) = self.pending.outcome.take() {
+        } else if let Some(outcome) = self.pending.outcome.take() {
             let Outcome::Finished { reason, stop_token } = outcome else {
                 self.done = true;
-                return Err(self.open.error(&outcome, next_index));
+                // What it was given counts: of a slow client's ids some are gone.
+                return Err(self.open.error(&outcome, self.delivered));
             };
             self.message.event = Some(self.finished(reason, stop_token, String::new()));
         } else {

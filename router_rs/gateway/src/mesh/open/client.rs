@@ -36,9 +36,7 @@ impl Open {
         batch.placed = state.placed.take().map(|placed| *placed);
         batch.ids.extend_from_slice(&state.output[state.taken..]);
         batch.logprobs.append(&mut state.logprobs);
-        if let Some(outcome) = &state.outcome {
-            batch.outcome = Some((outcome.clone(), state.machine.next_index()));
-        }
+        batch.outcome.clone_from(&state.outcome);
         state.taken = state.output.len();
         let now = Instant::now();
         state.progress = now;
@@ -52,11 +50,12 @@ impl Open {
 
     /// Whether it waits with ids, or with its end, that nobody took since
     /// `since`, or holds more than `most` ids.
-    pub(in crate::mesh) fn starved(&self, since: Instant, most: usize) -> bool {
+    pub(in crate::mesh) fn starved(&self, since: Option<Instant>, most: usize) -> bool {
         let state = self.lock();
         let pending = state.output.len() - state.taken;
         let owes = pending > 0 || state.outcome.is_some();
-        owes && (state.progress <= since || pending > most) && !self.given_up.was_said()
+        let slow = since.is_some_and(|since| state.progress <= since);
+        owes && (slow || pending > most) && !self.given_up.was_said()
     }
 
     /// Drops what a client did not read, and ends the stream for it.

@@ -130,7 +130,7 @@ pub(super) struct Batch {
     pub(super) placed: Option<v1::Placed>,
     pub(super) ids: Vec<u32>,
     pub(super) logprobs: Vec<v1::TokenLogprobs>,
-    pub(super) outcome: Option<(Outcome, u32)>,
+    pub(super) outcome: Option<Outcome>,
 }
 
 impl Open {

@@ -256,6 +256,40 @@ async fn a_slow_client_is_given_up_and_costs_ids_only() {
 }
 
 #[tokio::test]
+async fn over_the_bound_of_all_who_holds_more_than_its_share_is_given_up() {
+    let config = MockConfig {
+        step: Duration::from_millis(1),
+        ..MockConfig::default()
+    };
+    let both = MockWorker::start(config).unwrap();
+    let bound = MeshSettings {
+        undelivered_ids: 300,
+        slow_client_timeout: Duration::from_secs(3_600),
+        ..settings(&[&both])
+    };
+    let mesh = mesh_with(bound).await;
+    let mut idle = mesh.generate(request(&[9], 1_000_000)).unwrap();
+    let mut answer = first_tokens(&mut idle).await;
+    let readers: Vec<_> = (1..3)
+        .map(|n| tokio::spawn(collect(mesh.generate(request(&[n], 1_000)).unwrap())))
+        .collect();
+    assert!(until(|| mesh.counters().slow_clients.get() == 1).await);
+    // It came of what it left unread: those who read go on.
+    for reader in readers {
+        let answer = reader.await.unwrap();
+        assert_eq!((answer.error, answer.ids.len()), (None, 1_000));
+    }
+    answer.rest(idle).await;
+    let Some(RequestError::SlowClient { next_index }) = answer.error else {
+        panic!("{:?}", answer.error)
+    };
+    // What was dropped is lacking, though it was made.
+    assert_eq!(next_index as usize, answer.ids.len());
+    assert_eq!(mesh.counters().slow_clients.get(), 1);
+    assert!(until(|| nothing_left(&mesh, &[&both])).await);
+}
+
+#[tokio::test]
 async fn a_worker_whose_answers_fail_is_left_out_until_a_probe_succeeds() {
     let (bad, good) = (worker(Role::Both), worker(Role::Both));
     bad.faults().set(|plan| {
