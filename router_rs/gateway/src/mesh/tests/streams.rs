@@ -38,6 +38,27 @@ async fn prefill_and_decode_share_a_request() {
 }
 
 #[tokio::test]
+async fn only_an_admin_is_told_where_its_request_is_placed() {
+    let (prefill, decode) = (worker(Role::Prefill), worker(Role::Decode));
+    let mesh = mesh_of(&[&prefill, &decode]).await;
+    let named = (
+        prefill.worker_id().to_owned(),
+        decode.worker_id().to_owned(),
+    );
+    for (admin, told) in [(true, named), (false, Default::default())] {
+        let asked = AdmittedRequest {
+            admin,
+            ..request(&[5, 6], 5)
+        };
+        let mut answer = collect(mesh.generate(asked).unwrap()).await;
+        assert_eq!(answer.ids.len(), 5);
+        let placed = answer.placed.remove(0);
+        assert_eq!(placed.attempt, 1);
+        assert_eq!((placed.prefill_worker, placed.decode_worker), told);
+    }
+}
+
+#[tokio::test]
 async fn an_engine_hand_off_goes_prefill_first() {
     for emits in [true, false] {
         let config = |role| MockConfig {
