@@ -85,6 +85,29 @@ async fn a_stop_says_so_first_and_ends_streams_with_their_index() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_says_that_it_stops_serves_on_for_the_drain_delay() {
+    let mesh = Mesh::start(vec![MockConfig::default()], json!({"drain_delay": "1h"})).await;
+    let mut health = HealthClient::new(mesh.channel().await);
+    let mut watch = health.watch(ask("")).await.unwrap().into_inner();
+    let mut status = async || watch.message().await.unwrap().unwrap().status();
+    assert_eq!(status().await, ServingStatus::Serving);
+    mesh.router.as_ref().unwrap().stop_token().cancel();
+    assert_eq!(status().await, ServingStatus::NotServing);
+    assert!(get(&mesh, "/ready").await.starts_with("HTTP/1.1 503"));
+    // Balancers need time to hear of it: what they still send is served, also
+    // over connections that are new.
+    for _ in 0..3 {
+        let mut client = mesh.client().await;
+        let stream = client.generate(request(4)).await.unwrap().into_inner();
+        let (ids, end) = read(stream).await;
+        assert_eq!(end.unwrap().reason(), v1::FinishReason::Length);
+        assert_eq!(ids.len(), 4);
+    }
+    let now = health.check(ask("")).await.unwrap().into_inner();
+    assert_eq!(now.status(), ServingStatus::NotServing);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn metrics_stay_within_their_bound_at_64_workers() {
     let workers = (0..64).map(|_| MockConfig::default()).collect();
     let mesh = Mesh::start(workers, json!({})).await;
