@@ -1,6 +1,9 @@
 """What an operator sees and may do, from the command line."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -83,3 +86,48 @@ def test_a_drain_gives_back_what_outlives_its_grace_and_says_which(fresh) -> Non
     assert "end=returned" in line
     assert "its grace of 0.05 s has ended" in line
     fresh.assert_alive()
+
+
+def test_the_models_that_are_served_are_listed(pair, client, capsys) -> None:
+    (model,) = client.models()
+    assert main(["models", "--endpoint", pair.endpoints[0]]) == 0
+    assert capsys.readouterr().out == f"sim  ready  context {model.context_length} tokens\n"
+
+
+def test_the_version_is_told(capsys) -> None:
+    assert main(["version"]) == 0
+    assert capsys.readouterr().out.startswith(f"kvmesh {kvmesh.__version__} (Python 3.")
+
+
+def test_a_chat_remembers_its_turns_until_a_new_one_begins(pair, client) -> None:
+    command = [
+        sys.executable, "-m", "kvmesh.cli", "chat",
+        "--endpoint", pair.endpoints[0],
+        "--system", "Be brief.",
+        "--max-tokens", "12",
+        "--temperature", "0",
+        "--timings",
+    ]  # fmt: skip
+    typed = "The first\n\nThe second\n/new\nThe first\n/help\n"
+    said = subprocess.run(
+        command,
+        input=typed.encode(),
+        capture_output=True,
+        timeout=120,
+        env={**os.environ, "PYTHONUTF8": "1"},
+    )
+    assert said.returncode == 0, said.stderr
+
+    def answer(*turns: str) -> str:
+        roles = ("user", "assistant")
+        messages = [{"role": "system", "content": "Be brief."}]
+        messages += [{"role": roles[n % 2], "content": turn} for n, turn in enumerate(turns)]
+        return client.complete(messages=messages, max_tokens=12, temperature=0).text
+
+    first = answer("The first")
+    second = answer("The first", first, "The second")
+    assert second != answer("The second"), "the second turn stands on the first"
+    printed = f"{first}\n{second}\n{first}\n".encode()
+    assert said.stdout.startswith(printed)
+    assert b"/new" in said.stdout.removeprefix(printed)
+    assert said.stderr.count(b"first token") == 3

@@ -304,6 +304,19 @@ def test_pull_from_a_hub(fake_hub, cache, monkeypatch):
     assert len(fake_hub.tokens) == asked
 
 
+def test_pull_from_the_command_line(fake_hub, cache, capsys):
+    assert main(["models", "pull", "owner/tiny"]) == 0
+    said = capsys.readouterr()
+    folder = models.resolve("owner/tiny")
+    assert said.out == f"{folder}\n"
+    # Each step is shown as it begins.
+    assert "download config.json" in said.err
+    assert main(["models", "cached"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.split()[0] == "owner/tiny"
+    assert line.endswith(f"owner/tiny at c0ffee  {folder}")
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "shard"])
 def test_a_damaged_download_leaves_nothing(fake_hub, cache, name):
     if name == "shard":
