@@ -51,6 +51,26 @@ def test_kv_moves_from_prefill_to_decode_and_a_second_turn_finds_it(client) -> N
     assert second.usage.cached_tokens > 0
 
 
+def test_timings_of_what_happened_are_there_and_fit_into_each_other(client) -> None:
+    prompt = "Where does the time go, and how much of it? " * 20
+    t = client.complete(prompt=prompt, max_tokens=20, ignore_end_of_text=True).timings
+    happened = (
+        "queue_ms", "tokenize_ms", "decide_ms", "worker_queue_ms", "prefill_ms", "transfer_ms",
+        "first_token_ms", "decode_ms", "total_ms", "longest_gap_ms", "longest_gap_start_ms",
+        "transferred_bytes",
+    )  # fmt: skip
+    assert [name for name in happened if not getattr(t, name) > 0] == []
+    before = t.queue_ms + t.tokenize_ms + t.decide_ms + t.prefill_ms
+    rounding = 0.001
+    assert before <= t.first_token_ms + rounding
+    assert t.first_token_ms + t.decode_ms <= t.total_ms + rounding
+    assert t.longest_gap_ms <= t.decode_ms + rounding
+    assert 0 <= t.transfer_tail_ms <= t.transfer_ms + rounding
+    # Nothing to choose, nothing to move, nothing after the first token.
+    one = client.complete(prompt=prompt, max_tokens=1).timings
+    assert (one.transfer_ms, one.transferred_bytes, one.decode_ms) == (0, 0, 0)
+
+
 def test_seeded_sampling_repeats_itself(client) -> None:
     options = {"prompt": PROMPT, "max_tokens": 16, "temperature": 1.0, "seed": 7}
     assert client.complete(**options).token_ids == client.complete(**options).token_ids
