@@ -33,15 +33,23 @@ def protos(root, tmp_path_factory) -> FileDescriptorSet:
 
 MEASURES = re.compile(
     r"""
-    \d                                                    # a bound, or what 0 means
-    | \b(?:range|default|unset|empty|number\ of)\b
+    \b(?:range|default|unset|empty)\b
     | \b(?:ms|milliseconds|microseconds|seconds|bytes|elements)\b
-    | \b(?:tokens|blocks|requests|workers|layers|attempts|plans)\b
-    | \b(?:random\ number)\b
+    | (?:\bin|,)\ tokens\b
+    # What is counted comes first: "Prompt tokens computed."
+    | ^(?:number\ of|(?:most\ |(?:kv|prompt|output|prefill)\ )?
+         (?:tokens|blocks|requests|workers|attempts|plans))\b
+    # A bound: "from 1", "at most 64"; or what a value means: "0: none".
+    | \b(?:from|to|at\ least|at\ most|above|now|number)\ \d
+    | [.,:;]\ \d+(?:\.\d+)?\b
+    | \b0\ (?:where|for|if|when|before|to|or)\b
+    # Any value at all.
+    | \bany\ 64\ bits\b | \(64\ bits\) | \brandom\ number\b
     """,
     re.VERBOSE | re.IGNORECASE,
 )
-"""What a number's comment names: its unit, its range or what is meant without it."""
+"""What a number's comment names: its unit, its range or what is meant without it. A
+digit somewhere, or a word that could be a unit, is not enough."""
 
 NUMBERS = frozenset(
     getattr(FieldDescriptorProto, f"TYPE_{name}")
@@ -120,6 +128,22 @@ def uncommented(file: FileDescriptorProto) -> Iterator[str]:
 def test_everything_has_a_comment(protos):
     missing = [name for file in protos.file for name in uncommented(file)]
     assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("comment", "measured"),
+    [
+        ("Prompt tokens computed.", True),
+        ("The attempt, from 1.", True),
+        ("Bytes of KV moved.", True),
+        ("Its weight. 0: none.", True),
+        ("How often it was tried with other workers.", False),
+        ("By hash scheme 1, or another one.", False),
+        ("Weight of its layers.", False),
+    ],
+)
+def test_a_comment_is_held_to_what_a_caller_can_check(comment, measured):
+    assert bool(MEASURES.search(comment)) == measured
 
 
 def test_every_number_has_a_unit_a_range_or_a_default(protos):

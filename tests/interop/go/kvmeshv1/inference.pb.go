@@ -1624,7 +1624,7 @@ type TokenLogprobs struct {
 	// Log-probability of the token that was output. Range: at most 0.
 	Logprob float32 `protobuf:"fixed32,1,opt,name=logprob,proto3" json:"logprob,omitempty"`
 	// Ids of the most likely tokens, most likely first: as many as
-	// Output.logprobs asked for.
+	// Output.logprobs asked for, each 0 to vocabulary size - 1.
 	TopIds []uint32 `protobuf:"varint,2,rep,packed,name=top_ids,json=topIds,proto3" json:"top_ids,omitempty"`
 	// Their log-probabilities, in the same order. Range: each at most 0.
 	TopLogprobs   []float32 `protobuf:"fixed32,3,rep,packed,name=top_logprobs,json=topLogprobs,proto3" json:"top_logprobs,omitempty"`
