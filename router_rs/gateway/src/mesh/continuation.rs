@@ -97,8 +97,8 @@ mod tests {
             let placed = continuation(&asked, &[7], 2_000.0, asked.arrived);
             resume_state(&asked, &placed)
         };
-        let state = v1::ResumeState::decode(of(&[1, 2], true)).unwrap();
-        let kept = state.continuation.unwrap();
+        let state = v1::ResumeState::decode(of(&[1, 2], true)).expect("it is whole");
+        let kept = state.continuation.expect("it is there");
         assert_eq!((kept.prompt_ids, kept.output_ids), (vec![1, 2], vec![]));
         assert!(of(&[1, 2], false).is_empty());
         // Three bytes a token.

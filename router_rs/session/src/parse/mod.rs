@@ -364,8 +364,8 @@ mod tests {
                 field: "sampling.min_p".to_owned(),
             })),
         };
-        let lacks = |reason| opening(refused(reason)).unwrap().lacks;
-        let told = lacks(v1::RefusalReason::Unsupported).unwrap();
+        let lacks = |reason| opening(refused(reason)).expect("it is whole").lacks;
+        let told = lacks(v1::RefusalReason::Unsupported).expect("it is told");
         assert_eq!(told.field, "sampling.min_p");
         assert_eq!(told.message, "no such thing");
         assert_eq!(lacks(v1::RefusalReason::NoRoom), None);
