@@ -52,7 +52,7 @@ test-rust: $(STAMPS)/test-$(ENV_KEY) ## Run the Rust tests
 	$(CARGO_TEST)
 
 .PHONY: test-python
-test-python: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) ## Run the Python tests
+test-python: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) network-tools ## Run the Python tests
 	$(BIN)/python -m pytest -m "not slow" --ignore=tests/interop
 
 # Crates with unsafe code, under the compiler's sanitizers; no nightly is
@@ -124,12 +124,35 @@ test: sanitize-address
 test-long: sanitize
 endif
 
+# How long and by which schedule: make chaos MINUTES=10 SEED=3.
+MINUTES ?= 60
+SEED ?= 7
+
+.PHONY: chaos
+chaos: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) network-tools ## Break a mesh under load for an hour (MINUTES=60 SEED=7)
+	$(BIN)/python tests/chaos/chaos.py --seed $(SEED) --seconds $$(( $(MINUTES) * 30 ))
+	$(BIN)/python tests/chaos/chaos.py --seed $$(( $(SEED) + 1 )) --seconds $$(( $(MINUTES) * 30 )) \
+		--attempt-tokens
+
+# What tests/chaos makes its networks with. Not from PyPI: these are the
+# system's own programs.
+.PHONY: network-tools
+network-tools:
+	@[ "$$(uname)" = Linux ] || exit 0; \
+		PATH="$$PATH:/usr/sbin:/sbin"; command -v ip > /dev/null && command -v tc > /dev/null && \
+		command -v nft > /dev/null || { \
+		echo "== install iproute2 and nftables"; \
+		packages="apt-get install -y --no-install-recommends iproute2 nftables"; \
+		as_root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+		$$as_root $$packages || { $$as_root apt-get update && $$as_root $$packages; } || { \
+		echo "ip, tc or nft is missing: install iproute2 and nftables" >&2; exit 1; }; }
+
 .PHONY: interop
 interop: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) ## Run the clients in other languages against a cluster
 	@if [ -d tests/interop ]; then $(BIN)/python -m pytest -m "not slow" tests/interop; fi
 
 .PHONY: test-long
-test-long: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) ## Run everything, also what takes long
+test-long: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) network-tools ## Run everything, also what takes long
 	$(CARGO_TEST) -- --include-ignored
 	$(BIN)/python -m pytest
 
@@ -145,7 +168,7 @@ lint: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) ## Check format, types, stubs, wire co
 	$(BIN)/python -m pytest -q tests/structure
 
 .PHONY: bench
-bench: $(STAMPS)/bench-$(ENV_KEY) $(NATIVE) ## Run every benchmark (QUICK=1: under a minute each, not evidence)
+bench: $(STAMPS)/bench-$(ENV_KEY) $(NATIVE) network-tools ## Run every benchmark (QUICK=1: under a minute each, not evidence)
 	@$(BIN)/python benchmarks/run_all.py $(if $(QUICK),--quick)
 
 .PHONY: wire

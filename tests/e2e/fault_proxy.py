@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import TracebackType
+
+from kvmesh.cli.children import tethered
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,11 +25,18 @@ def testkit() -> str:
 
 
 class FaultProxy:
-    """Passes connections on to `upstream`; a context manager."""
+    """Passes connections on to `upstream`; a context manager. For the main thread."""
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(
+        self,
+        upstream: str,
+        listen: str = "127.0.0.1:0",
+        within: Callable[..., list[str]] = lambda *command: [*command],
+    ) -> None:
+        """`within`: makes the command line that runs a command where the proxy is to be."""
+        command = [testkit(), "fault-proxy", "--listen", listen, "--upstream", upstream]
         self._process = subprocess.Popen(
-            [testkit(), "fault-proxy", "--upstream", upstream],
+            tethered(within(*command)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

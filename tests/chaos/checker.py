@@ -1,0 +1,81 @@
+"""What is true of a stream: the simulated model's own output, token by token.
+
+The model is a pure function of prefix and position. Where its tokens depend on the attempt as
+well, an output is right if it is one attempt's up to some point, from there another one's that
+follows from what was delivered before it, and so on: attempts go up at one router, and begin
+again where a client went on at another. A token of an attempt that was over shows at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from many_streams import VOCABULARY
+
+from kvmesh.engine.sim.content import FIRST_STATE, MASK, Content, K, draw, token_number
+from kvmesh.engine.sim.settings import SimSettings
+
+_SIM = SimSettings()
+_GAIN = int(Content(_SIM.block_bytes // _SIM.block_tokens // 8).gain)
+_OWNER = 1 << 32
+"""A router's attempts are tagged with this and their number."""
+_MOST_ATTEMPTS = 32
+
+
+class Model:
+    """The simulated model after some tokens."""
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self._position, self._state, self._reading = 0, FIRST_STATE, 0
+        for token in prompt:
+            self.take(token)
+
+    def take(self, token: int) -> None:
+        """The text goes on with a token."""
+        self._state = (K * self._state + token_number(token)) & MASK
+        weight = (2 * self._position + 1) * _GAIN
+        self._reading = (self._reading + weight * self._state) & MASK
+        self._position += 1
+
+    def next(self, tag: int = 0) -> int:
+        """The token that comes now."""
+        return draw(self._state, self._reading, tag, VOCABULARY)
+
+
+def first_wrong(prompt: Sequence[int], output: Sequence[int]) -> int | None:
+    """First index at which an output is not the model's. None: it is right."""
+    model = Model(prompt)
+    for index, token in enumerate(output):
+        if model.next() != token:
+            return index
+        model.take(token)
+    return None
+
+
+def first_wrong_of_attempts(
+    prompt: Sequence[int], output: Sequence[int], routers_lost: int
+) -> int | None:
+    """The same where tokens depend on the attempt.
+
+    `routers_lost`: how often attempts may have begun again.
+    """
+    model = Model(prompt)
+    # What may be so far: (times that attempts began again, attempt). Before the first token
+    # any number of attempts may have come to nothing.
+    believed = {(0, 0)}
+    for index, token in enumerate(output):
+        go_on = {one for one in believed if one[1] and model.next(_OWNER | one[1]) == token}
+        if not go_on:
+            least = {again: min(a for g, a in believed if g == again) for again, _ in believed}
+            go_on = {
+                (again, attempt)
+                for attempt in range(1, _MOST_ATTEMPTS + 1)
+                if model.next(_OWNER | attempt) == token
+                for again in range(routers_lost + 1)
+                if any(g < again or (g == again and a < attempt) for g, a in least.items())
+            }
+        if not go_on:
+            return index
+        believed = go_on
+        model.take(token)
+    return None

@@ -1,0 +1,71 @@
+"""Whatever breaks, in whatever order: no stream is lost, repeated or wrong.
+
+CHAOS_SEED makes it another schedule; `make chaos` plays one for an hour.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from faults import KINDS
+from schedule import schedule
+
+PROGRAM = Path(__file__).with_name("chaos.py")
+SEED = int(os.environ.get("CHAOS_SEED", "7"))
+HALF = (len(KINDS) + 1) // 2
+"""Faults of one run; two runs have every kind once."""
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's namespaces")
+SILENCING = ("Unreachable", "Mute", "Deaf", "HalfOpen", "Vanished")
+"""Kinds that cannot but drop what routers and workers say all the time."""
+
+
+def run(folder: Path, *arguments: str) -> dict:
+    report = folder / "report.json"
+    command = [sys.executable, str(PROGRAM), "--seed", str(SEED), "--report", str(report)]
+    done = subprocess.run(
+        [*command, "--folder", str(folder), *arguments], capture_output=True, text=True, timeout=900
+    )
+    print(done.stdout, done.stderr)
+    assert report.exists(), "it did not come to an end"
+    return json.loads(report.read_text())
+
+
+@pytest.mark.parametrize(
+    ("first", "mode"),
+    [
+        pytest.param(0, [], id="as if nothing had happened"),
+        pytest.param(HALF, ["--attempt-tokens"], id="no attempt in another one's place"),
+    ],
+)
+def test_every_kind_of_fault_under_load_harms_no_stream(tmp_path, first, mode) -> None:
+    report = run(tmp_path, "--first", str(first), "--faults", str(HALF), "--seconds", "600", *mode)
+    assert report["faults"] == HALF
+    assert report["streams"] > 0
+    bad = ("lost", "repeated", "missing", "wrong", "falsely_quarantined", "falsely_lost")
+    assert {name: report[name] for name in bad} == dict.fromkeys(bad, 0), report["details"]
+    # What was to break did break.
+    for kind in SILENCING:
+        assert report["by_kind"].get(kind, {}).get("dropped") != 0, kind
+
+
+def test_two_runs_have_every_kind_of_fault() -> None:
+    played = [
+        fault
+        for first in (0, HALF)
+        for _, fault in itertools.islice(schedule(SEED, first=first), HALF)
+    ]
+    assert {type(fault) for fault in played} == set(KINDS)
+
+
+def test_a_schedule_follows_from_its_seed() -> None:
+    one, again, other = (
+        list(itertools.islice(schedule(seed), 60)) for seed in (SEED, SEED, SEED + 1)
+    )
+    assert one == again
+    assert one != other

@@ -1,0 +1,142 @@
+"""What a run comes to: bad streams, false accusations, and how long streams stood still."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from checker import first_wrong, first_wrong_of_attempts
+from mesh import STEP_MS
+from player import Played
+from traffic import Stream
+
+STALLED_S = 5.0
+"""A stream that waits for longer than this is stalled."""
+AFTER_S = 0.5
+"""A router may still tell of a loss so long after its view was whole again."""
+KEPT = 20
+"""Bad streams of which more than the count is kept."""
+FROZEN = frozenset({"Frozen", "Stuck", "Unreachable", "Mute", "Deaf", "HalfOpen", "Vanished"})
+"""Faults that only silence tells of, and that stop a worker altogether."""
+
+
+@dataclass
+class Verdict:
+    """Counts over all streams of a run."""
+
+    attempt_tokens: bool
+    streams: int = 0
+    tokens: int = 0
+    bad: Counter[str] = field(default_factory=Counter)
+    """Streams by what is wrong with them: lost, repeated, missing, wrong, stalled."""
+    bad_streams: int = 0
+    moved: int = 0
+    """Streams of more than one attempt at their last router."""
+    recomputed_tokens: int = 0
+    details: list[str] = field(default_factory=list)
+    gaps: list[tuple[float, float]] = field(default_factory=list)
+    """Long gaps of all streams."""
+    first_token_s: float = 0.0
+
+    def take(self, stream: Stream, routers_lost: int) -> None:
+        """Judges a stream. `routers_lost`: how many routers died while it ran."""
+        self.streams += 1
+        self.tokens += len(stream.output)
+        self.moved += stream.attempts > 1
+        self.recomputed_tokens += stream.recomputed_tokens
+        self.gaps += stream.gaps
+        self.first_token_s = max(self.first_token_s, stream.first_token_s)
+        wrong = (
+            first_wrong_of_attempts(stream.prompt, stream.output, routers_lost)
+            if self.attempt_tokens
+            else first_wrong(stream.prompt, stream.output)
+        )
+        problems = +stream.problems
+        if wrong is not None:
+            problems["wrong"] += 1
+        if stream.longest_wait_s > STALLED_S:
+            problems["stalled"] += 1
+        if problems:
+            self.bad_streams += 1
+            self.bad.update(problems.keys())
+            if len(self.details) < KEPT:
+                self.details.append(_describe(stream, problems, wrong))
+
+    def longest_gap_s(self, kinds: Iterable[str], played: Sequence[Played]) -> float:
+        """The longest gap between two tokens that only faults of these kinds overlap."""
+        wanted, longest = frozenset(kinds), 0.0
+        for begin, end in self.gaps:
+            if end - begin > longest:
+                near = [one.fault.kind for one in played if one.overlaps(begin, end)]
+                if near and wanted.issuperset(near):
+                    longest = end - begin
+        return longest
+
+
+def _describe(stream: Stream, problems: Counter[str], wrong: int | None) -> str:
+    where = "" if wrong is None else f", wrong from index {wrong}"
+    return (
+        f"{', '.join(problems)}: {len(stream.output)} of {stream.asked} tokens{where}, longest "
+        f"wait {stream.longest_wait_s:.2f} s, first token {stream.first_token_s:.2f} s, began "
+        f"{stream.began:.2f}, {stream.attempts} attempts. {stream.why}"
+    )
+
+
+def falsely_lost(
+    logs: Mapping[str, Iterable[Mapping[str, object]]], played: Sequence[Played]
+) -> list[str]:
+    """Losses that a router told of and that no fault in force explains."""
+    # Logs have wall-clock times.
+    offset = time.time() - time.monotonic()
+    false = []
+    for router, lines in logs.items():
+        for line in lines:
+            if line.get("message") != "worker lost":
+                continue
+            at = datetime.fromisoformat(str(line["timestamp"])).timestamp() - offset
+            worker = str(line["worker"])
+            if not any(
+                worker in one.fault.may_lose and one.overlaps(at - AFTER_S, at) for one in played
+            ):
+                false.append(f"{router} at {at:.2f}: {worker} lost ({line.get('loss')})")
+    return false
+
+
+def figures(verdict: Verdict, played: Sequence[Played], false: Sequence[str]) -> dict[str, object]:
+    """The figures that a run stands for, and what is needed to understand them."""
+    drain_gap_s = verdict.longest_gap_s(["Drained"], played)
+    return {
+        "bad_streams": verdict.bad_streams,
+        "faults": len(played),
+        "streams": verdict.streams,
+        "longest_gap_kill_s": verdict.longest_gap_s(["Killed"], played),
+        "longest_gap_freeze_s": verdict.longest_gap_s(FROZEN, played),
+        "drain_gap_steps": drain_gap_s * 1000 / STEP_MS,
+        "lost": verdict.bad["lost"],
+        "repeated": verdict.bad["repeated"],
+        "missing": verdict.bad["missing"],
+        "wrong": verdict.bad["wrong"],
+        "stalled": verdict.bad["stalled"],
+        "falsely_quarantined": verdict.bad["quarantined"],
+        "falsely_lost": len(false),
+        "tokens": verdict.tokens,
+        "moved_streams": verdict.moved,
+        "recomputed_tokens": verdict.recomputed_tokens,
+        "longest_first_token_s": verdict.first_token_s,
+        "packets_dropped": sum(one.dropped for one in played),
+        "by_kind": {
+            kind: {
+                "faults": sum(one.fault.kind == kind for one in played),
+                "dropped": sum(one.dropped for one in played if one.fault.kind == kind),
+                "longest_gap_s": verdict.longest_gap_s([kind], played),
+                "longest_until_whole_s": max(
+                    one.whole - one.healed for one in played if one.fault.kind == kind
+                ),
+            }
+            for kind in sorted({one.fault.kind for one in played})
+        },
+        "details": [*verdict.details, *false],
+    }
