@@ -45,7 +45,8 @@ STEP_MS = 25.0
 STEPS = {"profile": "step-10ms", "speed": str(10.0 / STEP_MS)}
 GRACE = "500ms"
 """What a worker has to finish what runs when it is drained."""
-LIVE = admin_pb2.SESSION_STATE_LIVE
+LIVE = (admin_pb2.SESSION_STATE_LIVE, admin_pb2.SESSION_STATE_HALF_OPEN)
+"""States of sessions that work. Half open: back from a loss, and one request decides."""
 
 
 class Mesh:
@@ -165,9 +166,9 @@ class Mesh:
         return {worker.record.worker_id: worker for worker in answer.workers}
 
     def is_live(self, router: str, workers: Iterable[str]) -> bool:
-        """Whether a router has live sessions with all of these."""
+        """Whether a router has sessions that work with all of these."""
         table = self.table(router)
-        return all(name in table and table[name].state == LIVE for name in workers)
+        return all(name in table and table[name].state in LIVE for name in workers)
 
     def _etcd_answers(self) -> bool:
         try:

@@ -30,9 +30,9 @@ class Played:
     dropped: int = 0
     """Packets that it dropped."""
 
-    def overlaps(self, begin: float, end: float) -> bool:
-        """Whether it was in force, or its traces were there, in a part of this time."""
-        return begin <= self.whole and self.injected <= end
+    def overlap_s(self, begin: float, end: float) -> float:
+        """How much of a time it was in force, or its traces were there. Negative: none."""
+        return min(end, self.whole) - max(begin, self.injected)
 
 
 class Player:
@@ -91,8 +91,7 @@ class Player:
                 self.active.remove(one)
                 self._say("whole", one.fault)
             elif now - one.healed > WHOLE_S:
-                tables = {router: self._mesh.table(router) for router in ROUTERS}
-                raise AssertionError(f"not whole again after {one.fault}: {tables}")
+                raise AssertionError(f"not whole again after {one.fault}: {self._states()}")
 
     def _is_whole(self, one: Played) -> bool:
         """Whether all that no other fault touches is live, for every such router."""
@@ -100,6 +99,13 @@ class Player:
         workers = [name for name in ROLES if name not in others]
         routers = [name for name in ROUTERS if name not in others]
         return all(self._mesh.is_live(router, workers) for router in routers)
+
+    def _states(self) -> list[str]:
+        return [
+            f"{router} has {name} as {worker.state} ({worker.state_detail})"
+            for router in ROUTERS
+            for name, worker in self._mesh.table(router).items()
+        ]
 
     def _say(self, what: str, fault: Fault) -> None:
         at = time.monotonic() - self._began

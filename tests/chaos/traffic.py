@@ -23,6 +23,8 @@ import kvmesh
 
 HUNG_S = 120.0
 """A stream that has not ended after this never does."""
+STREAMS_A_CLIENT = 8
+"""Streams that a client asks for before another client takes its place."""
 ASK_AGAIN_S = 0.1
 """Pause of a caller whose request was not accepted."""
 
@@ -109,32 +111,35 @@ class Traffic:
             self._done.set_exception(error)
 
     async def _all(self) -> None:
-        clients = [kvmesh.AsyncClient(target) for target in self._targets]
-        try:
-            async with asyncio.TaskGroup() as group:
-                turns = itertools.cycle(clients)
-                for number in range(self._shape.streams):
-                    group.create_task(self._ask_on(next(turns), number))
-        finally:
-            for client in clients:
-                await client.close()
+        async with asyncio.TaskGroup() as group:
+            targets = itertools.cycle(self._targets)
+            for number in range(self._shape.streams):
+                group.create_task(self._ask_on(next(targets), number))
 
-    async def _ask_on(self, client: kvmesh.AsyncClient, number: int) -> None:
+    async def _ask_on(self, target: str, number: int) -> None:
         rng = random.Random(f"{self._seed}/{number}")
         while not self._stopped:
-            own = rng.choices(VOCABULARY, k=rng.randint(*self._shape.own))
-            prompt = [*(rng.choice(self._heads) if self._heads else []), *own]
-            stream = Stream(prompt, rng.randint(*self._shape.output), time.monotonic())
-            try:
-                async with asyncio.timeout(HUNG_S):
-                    if not await self._follow(client, stream):
-                        self.asked_again += 1
-                        await asyncio.sleep(ASK_AGAIN_S)
-                        continue
-            except TimeoutError:
-                stream.problems["lost"] += 1
-                stream.why = f"no end after {HUNG_S:.0f} s"
-            self._ended(stream)
+            # A connection stays with the router that it found. New clients come all the time,
+            # so that a router that is back gets its share.
+            async with kvmesh.AsyncClient(target) as client:
+                for _ in range(STREAMS_A_CLIENT):
+                    if not self._stopped:
+                        await self._ask(client, rng)
+
+    async def _ask(self, client: kvmesh.AsyncClient, rng: random.Random) -> None:
+        own = rng.choices(VOCABULARY, k=rng.randint(*self._shape.own))
+        prompt = [*(rng.choice(self._heads) if self._heads else []), *own]
+        stream = Stream(prompt, rng.randint(*self._shape.output), time.monotonic())
+        try:
+            async with asyncio.timeout(HUNG_S):
+                if not await self._follow(client, stream):
+                    self.asked_again += 1
+                    await asyncio.sleep(ASK_AGAIN_S)
+                    return
+        except TimeoutError:
+            stream.problems["lost"] += 1
+            stream.why = f"no end after {HUNG_S:.0f} s"
+        self._ended(stream)
 
     async def _follow(self, client: kvmesh.AsyncClient, stream: Stream) -> bool:
         """Reads a stream to its end. False: it never began."""

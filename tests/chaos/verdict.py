@@ -66,12 +66,16 @@ class Verdict:
                 self.details.append(_describe(stream, problems, wrong))
 
     def longest_gap_s(self, kinds: Iterable[str], played: Sequence[Played]) -> float:
-        """The longest gap between two tokens that only faults of these kinds overlap."""
+        """The longest gap between two tokens that faults of these kinds explain, and no others.
+
+        A fault explains a gap where it was there for half of it.
+        """
         wanted, longest = frozenset(kinds), 0.0
         for begin, end in self.gaps:
             if end - begin > longest:
-                near = [one.fault.kind for one in played if one.overlaps(begin, end)]
-                if near and wanted.issuperset(near):
+                half = (end - begin) / 2
+                near = {one.fault.kind for one in played if one.overlap_s(begin, end) >= half}
+                if near and near <= wanted:
                     longest = end - begin
         return longest
 
@@ -99,7 +103,8 @@ def falsely_lost(
             at = datetime.fromisoformat(str(line["timestamp"])).timestamp() - offset
             worker = str(line["worker"])
             if not any(
-                worker in one.fault.may_lose and one.overlaps(at - AFTER_S, at) for one in played
+                worker in one.fault.may_lose and one.overlap_s(at - AFTER_S, at) >= 0
+                for one in played
             ):
                 false.append(f"{router} at {at:.2f}: {worker} lost ({line.get('loss')})")
     return false
