@@ -309,7 +309,7 @@ class Narrow(Fault):
 
     @classmethod
     def more(cls, rng: random.Random) -> dict[str, object]:
-        return {"bits_per_s": rng.choice((200_000, 500_000, 2_000_000))}
+        return {"bits_per_s": rng.choice((500_000, 1_000_000, 5_000_000))}
 
     def inject(self, mesh: Mesh) -> None:
         mesh.network.narrow(mesh.network.hosts[self.host], self.bits_per_s)

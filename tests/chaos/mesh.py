@@ -45,6 +45,9 @@ STEP_MS = 25.0
 STEPS = {"profile": "step-10ms", "speed": str(10.0 / STEP_MS)}
 GRACE = "500ms"
 """What a worker has to finish what runs when it is drained."""
+LEASE = "2s"
+"""How long a receiver of KV waits for a sender that has fallen silent. As shipped it is 10 s,
+and so long a stream stands still whose KV is on a path that drops it."""
 LIVE = (admin_pb2.SESSION_STATE_LIVE, admin_pb2.SESSION_STATE_HALF_OPEN)
 """States of sessions that work. Half open: back from a loss, and one request decides."""
 
@@ -127,6 +130,7 @@ class Mesh:
             "--insecure",
             "--etcd-ttl", "2s",
             "--grace", GRACE,
+            "--transfer-lease", LEASE,
             "--engine-arguments", ",".join(f"{key}={value}" for key, value in settings.items()),
         )  # fmt: skip
 

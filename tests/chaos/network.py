@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 HUB = "10.77.0.1"
 """Address of the program itself, on the bridge that joins all hosts."""
-_OUTER = "KVMESH_OUTER_NETWORK"
+_OUTER = "CHAOS_OUTER_NETWORK"
 _NAMESPACES = "/run/netns"
 
 
