@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -22,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "e2e"))
 import network
 from fault_proxy import testkit
 from faults import KINDS, RouterKilled
-from mesh import ROLES, ROUTERS, STEP_MS, STEPS, Mesh
+from mesh import ROLES, ROUTERS, STEP_MS, STEPS, Mesh, folder_of_run
 from player import Player
 from schedule import schedule
 from traffic import Shape, Stream, Traffic
@@ -99,26 +97,22 @@ def play(options: argparse.Namespace, folder: Path) -> dict[str, object]:
         mesh.close()
 
 
-def main() -> int:
-    """Runs it in a network of its own; the exit status."""
+def main() -> None:
+    """Runs it in a network of its own."""
     options = arguments()
     # Built while there is a way to what a build may need.
     testkit()
     network.enter()
     # Told to end, it takes its children with it in order.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="kvmesh-chaos-"))
-    report = play(options, folder)
-    print(json.dumps(report, indent=2))
-    if options.report is not None:
-        options.report.write_text(json.dumps(report) + "\n")
-    if report["bad_streams"] or report["falsely_lost"]:
-        print(f"seed {options.seed}: not as it should be; logs in {folder / 'logs'}")
-        return 1
-    if options.folder is None:
-        shutil.rmtree(folder)
-    return 0
+    with folder_of_run(options.folder) as folder:
+        report = play(options, folder)
+        print(json.dumps(report, indent=2))
+        if options.report is not None:
+            options.report.write_text(json.dumps(report) + "\n")
+        if report["bad_streams"] or report["falsely_lost"]:
+            sys.exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

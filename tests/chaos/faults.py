@@ -26,7 +26,7 @@ class Fault:
 
     among: ClassVar[tuple[str, ...]] = WORKERS
     """Hosts that it is drawn from."""
-    hold: ClassVar[tuple[float, float]] = (0.5, 6.0)
+    hold: ClassVar[tuple[float, float]] = (0.5, 4.5)
     """Least and longest time that it lasts, seconds."""
     silent: ClassVar[bool] = True
     """Whether only silence tells of it: streams then wait until that is noticed. Such

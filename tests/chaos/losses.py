@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "e2e"))
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "e2e"))
 import network
 from fault_proxy import testkit
 from many_streams import Streams, prompts
-from mesh import ROUTERS, Mesh
+from mesh import ROUTERS, Mesh, folder_of_run
 
 ENGINE = {"profile": "h100-8b", "speed": "0.25"}
 PROMPT_TOKENS, TOKENS = 500, 240
@@ -60,8 +59,8 @@ def main() -> None:
     options = parser.parse_args()
     testkit()
     network.enter()
-    with tempfile.TemporaryDirectory() as folder:
-        results = lose(Path(folder) / "mesh", options.streams)
+    with folder_of_run() as folder:
+        results = lose(folder, options.streams)
     print(results)
     if options.report is not None:
         options.report.write_text(json.dumps(results) + "\n")

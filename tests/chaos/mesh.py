@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import grpc
@@ -45,11 +47,25 @@ STEP_MS = 25.0
 STEPS = {"profile": "step-10ms", "speed": str(10.0 / STEP_MS)}
 GRACE = "500ms"
 """What a worker has to finish what runs when it is drained."""
+POOL_TOKENS = 65_536
 LEASE = "2s"
 """How long a receiver of KV waits for a sender that has fallen silent. As shipped it is 10 s,
 and so long a stream stands still whose KV is on a path that drops it."""
 LIVE = (admin_pb2.SESSION_STATE_LIVE, admin_pb2.SESSION_STATE_HALF_OPEN)
 """States of sessions that work. Half open: back from a loss, and one request decides."""
+
+
+@contextmanager
+def folder_of_run(given: Path | None = None) -> Iterator[Path]:
+    """A folder for a run's logs: the given one, or one that is kept only if the run fails."""
+    folder = given or Path(tempfile.mkdtemp(prefix="kvmesh-chaos-"))
+    try:
+        yield folder
+    except BaseException:
+        print(f"logs are in {folder / 'logs'}", flush=True)
+        raise
+    if given is None:
+        shutil.rmtree(folder)
 
 
 class Mesh:
@@ -131,6 +147,7 @@ class Mesh:
             "--etcd-ttl", "2s",
             "--grace", GRACE,
             "--transfer-lease", LEASE,
+            "--kv-pool-tokens", str(POOL_TOKENS),
             "--engine-arguments", ",".join(f"{key}={value}" for key, value in settings.items()),
         )  # fmt: skip
 
