@@ -1,6 +1,8 @@
 """Benchmarks can be run all at once, whatever one of them lacks, and the docs list them."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from textwrap import dedent
@@ -52,12 +54,65 @@ def test_a_run_prints_its_figures_and_whether_it_is_evidence(root, name, figures
         assert figure in done.stdout
 
 
-@pytest.mark.parametrize("name", ["routing_quality.py", "simulate_speed.py"])
-def test_one_without_its_traces_says_what_it_needs_and_how_to_give_it(root, name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "trace"),
+    [
+        ("routing_quality.py", "mooncake_conversation_part1.jsonl"),
+        ("simulate_speed.py", "mooncake_conversation_part1.jsonl"),
+        ("slo_sweep.py", "azure_code_2023_part1.csv"),
+    ],
+)
+def test_one_without_its_traces_says_what_it_needs_and_how_to_give_it(root, name, trace, tmp_path):
     done = run(root, name, "--quick", KVMESH_TRACES=str(tmp_path))
     assert done.returncode == 77
-    assert f"needs mooncake_conversation_part1.jsonl, which {tmp_path} has not" in done.stderr
+    assert f"needs {trace}, which {tmp_path} has not" in done.stderr
     assert "--traces DIR or KVMESH_TRACES" in done.stderr
+
+
+def test_a_sweep_prints_its_figures_and_its_plot_needs_no_network(root, tmp_path):
+    rows = [
+        f"2023-11-16 18:{17 + at // 60}:{at % 60:02}.5000000,{800 + 37 * (at % 50)},{5 + at % 30}"
+        for at in range(1_000)
+    ]
+    lines = "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(rows) + "\n"
+    (tmp_path / "azure_code_2023_part1.csv").write_text(lines)
+    html, out = tmp_path / "sweep.html", tmp_path / "sweep.json"
+    files = ["--html", str(html), "--json", str(out)]
+    done = run(root, "slo_sweep.py", "--quick", *files, KVMESH_TRACES=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "Not evidence: a quick run." in done.stdout
+    for figure in ("split_over_unified_code", "split_over_whole_code"):
+        assert figure in done.stdout
+    page = html.read_text()
+    assert not re.search(r"https?://|<script|<link|src=", page)
+    curves = json.loads(out.read_text())["workloads"]["code"]["curves"]
+    assert [curve["name"] for curve in curves] == ["split", "strict", "unified", "whole"]
+    # A knee is marked for each, and shares fall beyond it.
+    assert page.count("<circle") == 4
+    for curve in curves:
+        assert curve["points"][0][1] > curve["points"][-1][1]
+
+
+def test_a_sweep_judges_requests_as_the_simulator_does(root):
+    code = """
+        from slo_sweep import PROFILE, WARM_UP, Sweep, Workload, arrangements
+        from trace_rows import Arrival
+        from kvmesh.simulate.profiles import load_profile
+        from kvmesh.simulate.replay import replay
+        profile = load_profile(PROFILE)
+        arrivals = [Arrival(30.0 * n, 300 + 97 * (n % 90), 10 + n % 40) for n in range(600)]
+        sweep = Sweep(Workload("x", "x", "x", "interactive", 16), arrivals, profile, [1])
+        for one in arrangements(profile, 9_000)[:3]:
+            theirs = replay(sweep.trace("interactive"), one.cluster, one.policy, speed=1.5,
+                            seed=1, warm_up=WARM_UP)["summary"]["goodput_share"]
+            print(one.name, theirs, sweep.run(one, 1.5, 1).within)
+    """
+    done = run(root, "-c", dedent(code))
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, *_ in lines] == ["split", "strict", "unified"]
+    for name, theirs, ours in lines:
+        assert float(ours) == pytest.approx(float(theirs), abs=1e-9), name
 
 
 def test_one_that_fails_or_lacks_its_input_stops_no_other(root, tmp_path):
