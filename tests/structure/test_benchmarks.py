@@ -60,6 +60,7 @@ def test_a_run_prints_its_figures_and_whether_it_is_evidence(root, name, figures
         ("routing_quality.py", "mooncake_conversation_part1.jsonl"),
         ("simulate_speed.py", "mooncake_conversation_part1.jsonl"),
         ("slo_sweep.py", "azure_code_2023_part1.csv"),
+        ("mixed_trace.py", "azure_conv_2023_part1.csv, azure_code_2023_part1.csv"),
     ],
 )
 def test_one_without_its_traces_says_what_it_needs_and_how_to_give_it(root, name, trace, tmp_path):
@@ -113,6 +114,56 @@ def test_a_sweep_judges_requests_as_the_simulator_does(root):
     assert [name for name, *_ in lines] == ["split", "strict", "unified"]
     for name, theirs, ours in lines:
         assert float(ours) == pytest.approx(float(theirs), abs=1e-9), name
+
+
+def test_a_policys_rate_is_read_between_two_runs_and_void_ones_do_not_count(root):
+    code = """
+        from mixed_trace import Run, Walk, figures_of
+        def run(policy, rate, good, late=1.0, cpu=0.1):
+            one = {"class": "interactive", "requests": 100, "good": good}
+            return Run(policy, rate, {"classes": [one], "own_cpu": cpu,
+                                      "late_ms": {"max": late}}, 0.5, 0)
+        ours = Walk("cost", [run("cost", 10, 100), run("cost", 15, 0, late=5.1),
+                             run("cost", 16, 0, cpu=0.51), run("cost", 20, 95),
+                             run("cost", 30, 85)])
+        theirs = Walk("round-robin", [run("round-robin", 10, 80)])
+        others = Walk("random", [run("random", 10, 95), run("random", 20, 85)])
+        beyond = Walk("least-loaded", [run("least-loaded", 10, 99)])
+        for walk in (ours, theirs, others, beyond):
+            rate, seen = walk.knee()
+            print(round(rate, 6), seen)
+        for figure in figures_of([ours, theirs, others]):
+            print(figure.name, round(figure.value, 6))
+    """
+    done = run(root, "-c", dedent(code))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "25.0 True", "0.0 True", "15.0 True", "10 False",
+        "goodput_over_best_baseline 1.666667",
+    ]  # fmt: skip
+
+
+def test_a_mixed_load_has_its_rate_and_prefixes_that_repeat(root):
+    code = """
+        from itertools import takewhile
+        from mixed_trace import at_rate
+        from trace_rows import Arrival, with_prefixes
+        rows = [Arrival(n * n, 100 + 40 * (n % 60), 5) for n in range(2_000)]
+        scaled = at_rate(rows, 20, 30.0)
+        print(len(scaled), scaled[0].at_ms, 29_000 < scaled[-1].at_ms < 30_000)
+        given = with_prefixes(rows, 16, "seed")
+        assert given == with_prefixes(rows, 16, "seed") != with_prefixes(rows, 16, "other")
+        assert all(len(one.blocks) == one.prompt // 16 for one in given)
+        seen, hits, blocks = set(), 0, 0
+        for one in given:
+            hits += sum(1 for _ in takewhile(seen.__contains__, one.blocks))
+            blocks += len(one.blocks)
+            seen |= set(one.blocks)
+        print(0.2 < hits / blocks < 0.8)
+    """
+    done = run(root, "-c", dedent(code))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["600 0.0 True", "True"]
 
 
 def test_one_that_fails_or_lacks_its_input_stops_no_other(root, tmp_path):

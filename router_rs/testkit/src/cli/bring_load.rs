@@ -1,9 +1,9 @@
-//! `load` and `attach-load`.
+//! `load`, `replay-load` and `attach-load`.
 
-use std::{net::SocketAddr, process::ExitCode, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::Args;
-use kvmesh_testkit::load::{self, AttachConfig, LoadConfig};
+use kvmesh_testkit::load::{self, AttachConfig, LoadConfig, ReplayConfig};
 
 use super::Outcome;
 
@@ -53,6 +53,36 @@ pub(crate) struct AttachArguments {
     shape: Shape,
 }
 
+/// Arguments of `replay-load`.
+#[derive(Debug, Args)]
+pub(crate) struct ReplayArguments {
+    /// Address to bring load to.
+    #[arg(long)]
+    target: SocketAddr,
+    /// File of arrivals, a JSON object a line: arrival_ms, prompt_tokens,
+    /// output_tokens; if wanted blocks, class, ttft_target_ms, itl_target_ms.
+    #[arg(long)]
+    arrivals: PathBuf,
+    /// Tokens of a block.
+    #[arg(long, default_value_t = 16)]
+    block_tokens: u32,
+    /// Seed of the prompts' tokens: a replay with another one shares none.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Model to ask for. Empty: the only one.
+    #[arg(long, default_value = "")]
+    model: String,
+    /// Connections that requests take in turn.
+    #[arg(long, default_value_t = 4)]
+    connections: usize,
+    /// Seconds from the start in which arrivals do not count.
+    #[arg(long, default_value_t = 0.0)]
+    warm_up: f64,
+    /// Seconds for which answers are waited for after the last arrival.
+    #[arg(long, default_value_t = 30.0)]
+    grace: f64,
+}
+
 pub(crate) async fn load(arguments: LoadArguments) -> Outcome {
     let shape = arguments.shape;
     let figures = load::run(LoadConfig {
@@ -65,6 +95,23 @@ pub(crate) async fn load(arguments: LoadArguments) -> Outcome {
         warm_up: Duration::try_from_secs_f64(shape.warm_up)?,
         window: Duration::try_from_secs_f64(shape.window)?,
         watch_pid: shape.watch_pid,
+    })
+    .await?;
+    println!("{}", serde_json::to_string(&figures)?);
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) async fn replay(arguments: ReplayArguments) -> Outcome {
+    let arrivals = load::read_arrivals(&std::fs::read_to_string(&arguments.arrivals)?)?;
+    let figures = load::replay(ReplayConfig {
+        target: arguments.target,
+        model: arguments.model,
+        arrivals,
+        block_tokens: arguments.block_tokens,
+        seed: arguments.seed,
+        connections: arguments.connections,
+        warm_up: Duration::try_from_secs_f64(arguments.warm_up)?,
+        grace: Duration::try_from_secs_f64(arguments.grace)?,
     })
     .await?;
     println!("{}", serde_json::to_string(&figures)?);

@@ -28,6 +28,8 @@ enum Command {
     FaultProxy(fault_proxy::Arguments),
     /// Brings load to an Inference endpoint and prints figures.
     Load(bring_load::LoadArguments),
+    /// Brings arrivals of a file at their times and prints what became of them.
+    ReplayLoad(bring_load::ReplayArguments),
     /// Brings load to a worker over Attach and prints figures.
     AttachLoad(bring_load::AttachArguments),
 }
@@ -42,6 +44,7 @@ pub(crate) fn run() -> Outcome {
         Command::MockWorker(arguments) => runtime.block_on(mock_worker::run(arguments)),
         Command::FaultProxy(arguments) => runtime.block_on(fault_proxy::run(arguments)),
         Command::Load(arguments) => runtime.block_on(bring_load::load(arguments)),
+        Command::ReplayLoad(arguments) => runtime.block_on(bring_load::replay(arguments)),
         Command::AttachLoad(arguments) => runtime.block_on(bring_load::attach(arguments)),
     }
 }

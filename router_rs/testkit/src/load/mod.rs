@@ -1,8 +1,10 @@
 //! A load client that costs little itself: HTTP/2 without a gRPC library, one
 //! thread, messages counted and not built.
 
+mod arrivals;
 mod attach;
 mod histogram;
+mod replay;
 mod reply;
 
 use std::{
@@ -12,6 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use arrivals::{Arrival, ArrivalError, Targets, read_arrivals};
 pub use attach::{AttachConfig, AttachFigures, attach};
 use bytes::{BufMut, Bytes, BytesMut};
 use h2::client::SendRequest;
@@ -19,6 +22,7 @@ pub use histogram::{Histogram, Summary};
 use http::{HeaderMap, Request};
 use kvmesh_wire::v1::{GenerateRequest, Stopping, TokenIds, generate_request::Input};
 use prost::Message;
+pub use replay::{ClassFigures, ReplayConfig, ReplayFigures, replay};
 use reply::{Replies, Reply};
 use serde::Serialize;
 use tokio::{net::TcpStream, task::LocalSet, time::sleep};
@@ -229,6 +233,11 @@ fn request(config: &LoadConfig, number: u32, round: u32) -> Bytes {
         }),
         ..Default::default()
     };
+    framed(&message)
+}
+
+/// A request as a gRPC body has it.
+fn framed(message: &GenerateRequest) -> Bytes {
     let mut body = BytesMut::with_capacity(message.encoded_len() + 5);
     body.put_u8(0);
     body.put_u32(message.encoded_len() as u32);
@@ -242,18 +251,74 @@ async fn one(
     config: &LoadConfig,
     tally: &Shared,
 ) -> Result<(), String> {
+    let mut counted = Counted {
+        tally,
+        began: None,
+        last: None,
+    };
+    exchange(sender, config.target, body, &mut counted).await
+}
+
+/// Counts a request that began while the window was open.
+struct Counted<'a> {
+    tally: &'a Shared,
+    /// When it was sent, where it counts.
+    began: Option<Instant>,
+    last: Option<Instant>,
+}
+
+impl Witness for Counted<'_> {
+    fn sent(&mut self, now: Instant) {
+        self.began = self.tally.borrow().counts.then_some(now);
+    }
+
+    fn came(&mut self, reply: Reply, now: Instant) {
+        let mut tally = self.tally.borrow_mut();
+        match reply {
+            Reply::Tokens(count) => {
+                match (self.last, self.began) {
+                    (None, Some(began)) => {
+                        tally.first_token.add(now - began);
+                        tally.requests += 1;
+                    }
+                    (Some(last), _) if tally.counts => tally.gap.add(now - last),
+                    _ => {}
+                }
+                self.last = Some(now);
+                if tally.counts {
+                    tally.tokens += count;
+                    tally.messages += 1;
+                }
+            }
+            Reply::Finished if tally.counts => tally.finished += 1,
+            Reply::Finished | Reply::Other => {}
+        }
+    }
+}
+
+/// Is told what comes of a request.
+trait Witness {
+    /// It goes out now.
+    fn sent(&mut self, now: Instant);
+    /// A message came.
+    fn came(&mut self, reply: Reply, now: Instant);
+}
+
+/// Sends one request and reads its answer to the end.
+async fn exchange(
+    sender: SendRequest<Bytes>,
+    target: SocketAddr,
+    body: Bytes,
+    witness: &mut impl Witness,
+) -> Result<(), String> {
     let text = |error: h2::Error| error.to_string();
-    let request = Request::post(format!(
-        "http://{}/kvmesh.v1.Inference/Generate",
-        config.target
-    ))
-    .header("content-type", "application/grpc")
-    .header("te", "trailers")
-    .body(())
-    .map_err(|error| error.to_string())?;
+    let request = Request::post(format!("http://{target}/kvmesh.v1.Inference/Generate"))
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .body(())
+        .map_err(|error| error.to_string())?;
     let mut sender = sender.ready().await.map_err(text)?;
-    let counts = tally.borrow().counts;
-    let began = Instant::now();
+    witness.sent(Instant::now());
     let (response, mut upload) = sender.send_request(request, false).map_err(text)?;
     upload.send_data(body, true).map_err(text)?;
     let response = response.await.map_err(text)?;
@@ -262,37 +327,15 @@ async fn one(
     }
     let mut body = response.into_body();
     let mut replies = Replies::default();
-    let mut last: Option<Instant> = None;
     let mut finished = false;
     while let Some(data) = body.data().await {
         let data = data.map_err(text)?;
         let now = Instant::now();
         // A window of the connection's size is given back as it is read.
         let _ = body.flow_control().release_capacity(data.len());
-        let mut tally = tally.borrow_mut();
-        let read = replies.feed(data, |reply| match reply {
-            Reply::Tokens(count) => {
-                match last {
-                    None if counts => {
-                        tally.first_token.add(now - began);
-                        tally.requests += 1;
-                    }
-                    Some(last) if tally.counts => tally.gap.add(now - last),
-                    _ => {}
-                }
-                last = Some(now);
-                if tally.counts {
-                    tally.tokens += count;
-                    tally.messages += 1;
-                }
-            }
-            Reply::Finished => {
-                finished = true;
-                if tally.counts {
-                    tally.finished += 1;
-                }
-            }
-            Reply::Other => {}
+        let read = replies.feed(data, |reply| {
+            finished |= reply == Reply::Finished;
+            witness.came(reply, now);
         });
         read.ok_or("the answer is no stream of GenerateResponse")?;
     }

@@ -1,0 +1,376 @@
+"""How much more of a mixed load does the router serve within its targets than fixed policies do?
+
+The Azure traces of code (long prompts, short answers; class standard) and of conversations (class
+interactive) are replayed together, with arrivals scaled to a rate, live: etcd, a router, sim
+workers with the step times of an 8B model on an H100 at half its speed, and the compiled load
+client of the testkit. Each policy has a cluster of its own and gets the same arrivals at rising
+rates until too few interactive requests are within their targets: first token within 1 s, 50 ms
+between tokens in the mean. The baselines are the router's fixed policies (`--policy`); they wait
+in the same queue, in the same order.
+
+The traces have no prefixes; made-up ones are as in the simulator (docs/simulator.md), other ones
+at each rate. The first part of each run warms up and does not count. A run is void, and made
+again, where the client used over half a core or sent a request over 5 ms late.
+
+    python benchmarks/mixed_trace.py [--quick] [--json FILE] [--traces DIR] [--cluster 4|2P2D]
+        [--policies cost,round-robin,…] [--rates 12,14,…] [--window S] [--no-prefixes]
+
+The figures compare the rate up to which 90 % of the interactive requests are within their targets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from alternating import Figure, machine_busy_seconds, print_figures, print_table, write_json
+from stream_overhead import build
+from trace_files import add_traces, need_traces
+from trace_rows import Arrival, azure, json_lines, with_prefixes
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "e2e"))
+
+from cluster import Cluster
+
+OURS = "cost"
+BASELINES = (
+    "round-robin",
+    "random",
+    "least-loaded",
+    "power-of-two",
+    "consistent-hash",
+    "prefix-greedy",
+    "overlap-load",
+)
+TRACES = {"interactive": "azure_conv_2023_part1.csv", "standard": "azure_code_2023_part1.csv"}
+"""Files by the class that their requests get."""
+BLOCK_TOKENS = 64
+PROFILE = "profile=h100-8b,speed=0.5"
+POOL_TOKENS = 200_000
+SERVED = 0.9
+STOP_BELOW = 0.8
+"""Share of the interactive requests under which no higher rate is tried."""
+CPU_LIMIT = 0.5
+LATE_LIMIT_MS = 5.0
+MOST_REPEATS = 2
+GRACE_S = 30.0
+FIRST_RATE, RATE_STEP, MOST_RATES = 12.0, 1.2, 14
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    policies: Sequence[str]
+    rates: Sequence[float]
+    warm_up_s: float
+    window_s: float
+    prefixes: bool = True
+
+
+@dataclass(frozen=True)
+class Run:
+    """One policy at one rate."""
+
+    policy: str
+    rate: float
+    figures: Mapping[str, Any]
+    """As `kvmesh-testkit replay-load` prints them."""
+    machine: float
+    """Share of all cores that were busy."""
+    repeats: int
+
+    @property
+    def void(self) -> bool:
+        """The client was not able to bring the load."""
+        late: float = self.figures["late_ms"]["max"]
+        return self.figures["own_cpu"] > CPU_LIMIT or late > LATE_LIMIT_MS
+
+    def share(self, name: str) -> float:
+        """Of a class, within its targets."""
+        for one in self.figures["classes"]:
+            if one["class"] == name:
+                good: float = one["good"] / one["requests"]
+                return good
+        return float("nan")
+
+    def quantile(self, name: str, what: str, part: str) -> float | None:
+        """Of a class."""
+        for one in self.figures["classes"]:
+            if one["class"] == name and one[what]["count"]:
+                found: float = one[what][part]
+                return found
+        return None
+
+    def row(self) -> list[object]:
+        """Of the table."""
+        return [
+            self.policy, self.rate,
+            f"{self.share('interactive'):.1%}", f"{self.share('standard'):.1%}",
+            self.quantile("interactive", "first_token_ms", "p50"),
+            self.quantile("interactive", "first_token_ms", "p90"),
+            self.quantile("interactive", "itl_ms", "p90"),
+            self.quantile("standard", "first_token_ms", "p90"),
+            f"{self.machine:.0%}", f"{self.figures['own_cpu']:.2f}",
+            self.figures["late_ms"]["max"], "void" if self.void else "",
+        ]  # fmt: skip
+
+
+HEAD = (
+    "policy", "requests/s", "interactive", "standard", "TTFT p50", "p90", "ITL p90",
+    "standard TTFT p90", "machine", "client core", "latest ms", "",
+)  # fmt: skip
+
+
+@dataclass
+class Walk:
+    """A policy at rising rates."""
+
+    policy: str
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def valid(self) -> list[Run]:
+        """Those that count."""
+        return [run for run in self.runs if not run.void]
+
+    def knee(self) -> tuple[float, bool]:
+        """Highest rate up to which SERVED of the interactive requests are within their targets,
+        between two rates as on a line; and whether it was seen: else it lies beyond the last."""
+        before: Run | None = None
+        for run in self.valid:
+            share = run.share("interactive")
+            if share < SERVED:
+                if before is None:
+                    return 0.0, True
+                down = (before.share("interactive") - SERVED) / (
+                    before.share("interactive") - share
+                )
+                return before.rate + (run.rate - before.rate) * down, True
+            before = run
+        return (before.rate if before else 0.0), False
+
+
+# -- load ------------------------------------------------------------------------------------
+
+
+def merged(traces: Path, prefixes: bool) -> list[Arrival]:
+    """Both traces from their first row on, in the order of their arrival."""
+    found: list[Arrival] = []
+    for request_class, name in TRACES.items():
+        rows = azure((traces / name).read_text(encoding="utf-8"))
+        if prefixes:
+            rows = with_prefixes(rows, BLOCK_TOKENS, name)
+        found += [replace(one, request_class=request_class) for one in rows]
+    return sorted(found, key=lambda one: one.at_ms)
+
+
+def at_rate(arrivals: Sequence[Arrival], rate: float, seconds: float) -> list[Arrival]:
+    """The first of them, so many that they make this rate over this time."""
+    count = round(rate * seconds)
+    if count >= len(arrivals):
+        raise SystemExit(
+            f"{count:,} arrivals are needed for {rate:g} a second, the traces have "
+            f"{len(arrivals):,}: a shorter --window, or lower --rates"
+        )
+    scale = 1e3 * seconds / arrivals[count].at_ms
+    return [replace(one, at_ms=one.at_ms * scale) for one in arrivals[:count]]
+
+
+def roles(text: str) -> list[str]:
+    """`4` as workers for both, `2P2D` as two of each. Raises SystemExit."""
+    if found := re.fullmatch(r"(\d+)P(\d+)D", text):
+        return ["prefill"] * int(found[1]) + ["decode"] * int(found[2])
+    if text.isdigit() and int(text):
+        return ["both"] * int(text)
+    raise SystemExit(f"--cluster is {text!r}; allowed is as 4 or 2P2D")
+
+
+@contextlib.contextmanager
+def serving(policy: str, workers: Sequence[str]) -> Iterator[Cluster]:
+    """A cluster under a policy."""
+    with tempfile.TemporaryDirectory() as folder:
+        cluster = Cluster(Path(folder))
+        try:
+            endpoint = cluster.start_router("--local-prefill", "by-cost", "--policy", policy)
+            names = [f"{role}-{number}" for number, role in enumerate(workers)]
+            pool = ("--kv-pool-tokens", str(POOL_TOKENS), "--engine-arguments", PROFILE)
+            for name, role in zip(names, workers, strict=True):
+                cluster.start_worker(name, role, *pool)
+            cluster.wait_live(endpoint, *names)
+            yield cluster
+        finally:
+            cluster.close()
+
+
+def bring(
+    testkit: Path, cluster: Cluster, policy: str, rate: float, arrivals: Sequence[Arrival],
+    plan: Plan,
+) -> Run:  # fmt: skip
+    """One run; again while it is void."""
+    for repeats in range(MOST_REPEATS + 1):
+        with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+            file.write(json_lines(arrivals))
+            file.flush()
+            command = [
+                *(str(testkit), "replay-load", "--target", cluster.endpoints[0]),
+                *("--arrivals", file.name, "--block-tokens", str(BLOCK_TOKENS)),
+                # Nothing of another run is in a cache.
+                *("--seed", str(round(1e3 * rate) * (MOST_REPEATS + 1) + repeats)),
+                *("--warm-up", str(plan.warm_up_s), "--grace", str(GRACE_S)),
+            ]
+            busy, began = machine_busy_seconds(), time.monotonic()
+            done = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True, preexec_fn=go_first
+            )
+            took = (time.monotonic() - began) * (os.cpu_count() or 1)
+            machine = (machine_busy_seconds() - busy) / took
+        cluster.assert_alive()
+        run = Run(policy, rate, json.loads(done.stdout), machine, repeats)
+        if not run.void:
+            break
+        say(f"{policy} at {rate:g}/s was void ({run.row()[-3:-1]})")
+    if run.figures["first_error"]:
+        say(f"{policy} at {rate:g}/s: first error: {run.figures['first_error']}")
+    return run
+
+
+def go_first() -> None:
+    """The client is the clock of a run: it goes before who is measured, where it may."""
+    with contextlib.suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, -10)
+
+
+def walk(
+    testkit: Path, policy: str, workers: Sequence[str], arrivals: Sequence[Arrival], plan: Plan
+) -> Walk:
+    """A policy at rising rates, until too few are within their targets."""
+    found = Walk(policy)
+    seconds = plan.warm_up_s + plan.window_s
+    with serving(policy, workers) as cluster:
+        for rate in plan.rates:
+            scaled = at_rate(arrivals, rate, seconds)
+            run = bring(testkit, cluster, policy, rate, scaled, plan)
+            found.runs.append(run)
+            say(f"{policy} at {rate:g}/s: {run.share('interactive'):.1%} interactive in time")
+            if not run.void and run.share("interactive") < STOP_BELOW:
+                break
+    return found
+
+
+def say(text: str) -> None:
+    """Progress, apart from the tables."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+# -- results ---------------------------------------------------------------------------------
+
+
+def figures_of(walks: Sequence[Walk]) -> list[Figure]:
+    """Ours over the others, where both were seen."""
+    knees = {walk.policy: walk.knee()[0] for walk in walks}
+    ours = knees.get(OURS, 0.0)
+    others = {name: knee for name, knee in knees.items() if name != OURS and knee}
+    found = []
+    if ours and "round-robin" in others:
+        over = ours / others["round-robin"]
+        found.append(Figure("goodput_over_round_robin", over, "ratio", "higher"))
+    if ours and others:
+        over = ours / max(others.values())
+        found.append(Figure("goodput_over_best_baseline", over, "ratio", "higher"))
+    return found
+
+
+def show(walks: Sequence[Walk], title: str) -> None:
+    """Both tables."""
+    rows = [run.row() for walk in walks for run in walk.runs]
+    print_table(f"{title}: within their targets", HEAD, rows)
+    knees = []
+    for one in walks:
+        rate, seen = one.knee()
+        knees.append(
+            [
+                one.policy,
+                rate if seen else f"over {rate:.3g}",
+                sum(run.void for run in one.runs),
+                sum(run.repeats for run in one.runs),
+            ]
+        )
+    print_table(
+        f"rate with {SERVED:.0%} of the interactive requests within their targets",
+        ("policy", "requests/s", "void", "made again"),
+        knees,
+    )
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="under a minute; no evidence")
+    parser.add_argument("--json", type=Path, help="write figures and runs here")
+    add_traces(parser)
+    parser.add_argument("--cluster", default="4", help="workers: 4 for both, or as 2P2D")
+    parser.add_argument("--policies", type=lambda text: text.split(","))
+    parser.add_argument("--rates", type=lambda text: [float(part) for part in text.split(",")])
+    parser.add_argument("--warm-up", type=float, help="seconds before anything counts")
+    parser.add_argument("--window", type=float, help="seconds that count")
+    parser.add_argument("--no-prefixes", action="store_true", help="prompts share nothing")
+    parser.add_argument("--testkit", type=Path, help="binary; default: built from here")
+    return parser.parse_args(arguments)
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    """How much is measured, as asked for."""
+    policies, warm_up, window = (OURS, *BASELINES), 15.0, 60.0
+    rates = [FIRST_RATE * RATE_STEP**at for at in range(MOST_RATES)]
+    if args.quick:
+        policies, warm_up, window, rates = (OURS, "round-robin"), 2.0, 6.0, [16.0, 28.0]
+    return Plan(
+        args.policies or policies,
+        sorted(args.rates or rates),
+        warm_up if args.warm_up is None else args.warm_up,
+        args.window or window,
+        not args.no_prefixes,
+    )
+
+
+def main() -> int:
+    """Runs it; the exit status."""
+    args = parse()
+    need_traces(args.traces, TRACES.values())
+    plan, workers = plan_of(args), roles(args.cluster)
+    testkit = args.testkit or build("kvmesh-testkit")[0]
+    arrivals = merged(args.traces, plan.prefixes)
+    title = f"{args.cluster} sim workers, {plan.window_s:g} s at each rate"
+    if not plan.prefixes:
+        title += ", no prefixes"
+    if args.quick:
+        title += ". Not evidence: a quick run."
+    walks = [walk(testkit.resolve(), policy, workers, arrivals, plan) for policy in plan.policies]
+    show(walks, title)
+    figures = figures_of(walks)
+    print_figures(figures)
+    if args.json:
+        runs = [
+            {"void": run.void, **vars(run)} for walk in walks for run in walk.runs
+        ]  # fmt: skip
+        knees = {walk.policy: walk.knee() for walk in walks}
+        write_json(args.json, figures, quick=args.quick, title=title, knees=knees, runs=runs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
