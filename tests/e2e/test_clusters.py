@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
 import kvmesh
+from kvmesh.cli import main
 from kvmesh.cli.children import ChildDiedError
 from kvmesh.v1 import admin_pb2, inference_pb2, inference_pb2_grpc
 
@@ -83,6 +84,36 @@ def test_decode_computes_prompts_until_a_prefill_worker_joins(fresh, reference) 
         again = client.complete(prompt=PROMPTS[7], **OPTIONS)
         assert list(again.token_ids) == reference[7]
     wait_quiet(fresh, endpoint, "d")
+
+
+def test_one_worker_grows_into_pools_and_neither_client_nor_router_begins_anew(
+    fresh, reference
+) -> None:
+    endpoint = fresh.start_router()
+    start(fresh, endpoint, a="both")
+    with kvmesh.Client(endpoint) as client:
+
+        def moved(number: int) -> bool:
+            answer = client.complete(prompt=PROMPTS[number], **OPTIONS)
+            assert list(answer.token_ids) == reference[number]
+            return answer.timings.transferred_bytes > 0
+
+        assert not moved(3)
+        start(fresh, endpoint, p="prefill", d="decode")
+        assert main(["drain", "a", "--stop", "--endpoint", endpoint]) == 0
+        fresh.forget("a")
+        fresh.wait_table(endpoint, lambda table: "a" not in table)
+        assert moved(4)
+        start(fresh, endpoint, p2="prefill", d2="decode")
+        assert all(moved(number) for number in (5, 6, 7))
+        # And back to one.
+        start(fresh, endpoint, b="both")
+        for name in ("p", "p2", "d", "d2"):
+            assert main(["drain", name, "--stop", "--endpoint", endpoint]) == 0
+            fresh.forget(name)
+        fresh.wait_table(endpoint, lambda table: list(table) == ["b"])
+        assert not moved(2)
+    wait_quiet(fresh, endpoint, "b")
 
 
 def test_prefill_alone_decodes_nothing(fresh) -> None:

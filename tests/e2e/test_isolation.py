@@ -1,6 +1,7 @@
 """Pools change under load, classes are held to their targets, and requests are explained."""
 
 import asyncio
+import random
 import sys
 
 import pytest
@@ -148,6 +149,47 @@ def test_a_second_turn_pulls_the_answer_from_where_it_was_decoded(fresh) -> None
     assert usage.cached_tokens == 60 // 16 * 16
     assert usage.pulled_tokens == held - usage.cached_tokens
     assert usage.computed_tokens == usage.prompt_tokens - held
+
+
+async def test_decode_takes_over_prompts_that_are_too_many_for_prefill_and_gives_them_back(
+    fresh,
+) -> None:
+    endpoint = fresh.start_router("--local-prefill", "by-cost")
+    # Two seconds for the prompts below, on a worker that does nothing else.
+    slowly = ("--engine-arguments", "profile=cpu-135m")
+    fresh.start_worker("p", "prefill", *slowly)
+    fresh.start_worker("d", "decode", *slowly)
+    fresh.wait_live(endpoint, "p", "d")
+    rng = random.Random(5)
+    options = {"temperature": 0.0, "ignore_end_of_text": True}
+
+    def prompt(tokens: int) -> list[int]:
+        return rng.choices(range(300, 1_900), k=tokens)
+
+    async with kvmesh.AsyncClient(endpoint) as client:
+
+        async def speak(speaks: asyncio.Event) -> None:
+            async for event in client.generate(token_ids=prompt(32), max_tokens=4_000, **options):
+                if isinstance(event, kvmesh.Tokens):
+                    speaks.set()
+
+        async def by_prefill() -> bool:
+            done = await client.complete(token_ids=prompt(400), max_tokens=2, **options)
+            return done.timings.transferred_bytes > 0
+
+        # Streams that a prompt beside them would hold up: prefill has it.
+        started = [asyncio.Event() for _ in range(4)]
+        speaking = [asyncio.create_task(speak(speaks)) for speaks in started]
+        for speaks in started:
+            await speaks.wait()
+        assert await by_prefill()
+        # Six at once would wait for each other there: some are better off with decode.
+        assert set(await asyncio.gather(*(by_prefill() for _ in range(6)))) == {True, False}
+        assert await by_prefill()
+        for task in speaking:
+            task.cancel()
+        await asyncio.gather(*speaking, return_exceptions=True)
+    fresh.wait_empty("p", "d")
 
 
 def test_a_trace_tells_the_whole_way_and_explain_shows_it(pair, client, capsys) -> None:

@@ -178,6 +178,33 @@ def test_half_precision_runs(tmp_path):
     assert len(output) == 5
 
 
+@pytest.mark.parametrize("layers", [{1}, {2}, {3}, {1, 2, 3}])
+def test_what_runs_between_two_layers_changes_no_bit(tmp_path, layers):
+    """A prompt whose chunks are paused, after these layers, has the logits and the KV of one that
+    was computed in one go; a chunk and decode steps of another run meanwhile."""
+    make("llama", tmp_path)
+    rng = np.random.default_rng(4)
+    ids, others = rng.integers(0, 320, 192).tolist(), rng.integers(0, 320, 150).tolist()
+    outcomes = []
+    for paused in (set(), layers):
+        driver = Driver(build(TorchSettings(str(tmp_path), threads=1)).runner, 64)
+        stream, other = driver.stream(ids, 2), driver.stream(others, 30)
+        with logits_of() as seen:
+            for _ in range(2):
+                forward = driver.runner.forward([stream.next_slice(96)])
+                for layer in range(1, driver.runner.layers + 1):
+                    next(forward)
+                    if layer in paused:
+                        driver.step([other], 60)
+                with pytest.raises(StopIteration):
+                    next(forward)
+        blocks = np.frombuffer(driver.pool, dtype=np.uint8).reshape(-1, driver.runner.block_bytes)
+        outcomes.append((seen[-1], blocks[stream.blocks].tobytes()))
+        assert other.done >= (60 if paused else 0)
+    assert torch.equal(outcomes[0][0], outcomes[1][0])
+    assert outcomes[0][1] == outcomes[1][1]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
