@@ -13,7 +13,8 @@ at each rate. The first part of each run warms up and does not count. A run is v
 again, where the client used over half a core or sent a request over 5 ms late.
 
     python benchmarks/mixed_trace.py [--quick] [--json FILE] [--traces DIR] [--cluster 4|2P2D]
-        [--policies cost,round-robin,…] [--rates 12,14,…] [--window S] [--no-prefixes]
+        [--policies cost,round-robin,…] [--rates 14,16,…] [--window S] [--no-prefixes]
+        [--simulated]
 
 The figures compare the rate up to which 90 % of the interactive requests are within their targets.
 """
@@ -29,15 +30,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from alternating import Figure, machine_busy_seconds, print_figures, print_table, write_json
+from mixed_simulated import simulate, workers_of
 from stream_overhead import build
 from trace_files import add_traces, need_traces
-from trace_rows import Arrival, azure, json_lines, with_prefixes
+from trace_rows import Arrival, at_rate, azure, json_lines, with_prefixes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "e2e"))
 
@@ -56,7 +58,8 @@ BASELINES = (
 TRACES = {"interactive": "azure_conv_2023_part1.csv", "standard": "azure_code_2023_part1.csv"}
 """Files by the class that their requests get."""
 BLOCK_TOKENS = 64
-PROFILE = "profile=h100-8b,speed=0.5"
+SPEED = 0.5
+PROFILE = f"profile=h100-8b,speed={SPEED}"
 POOL_TOKENS = 200_000
 SERVED = 0.9
 STOP_BELOW = 0.8
@@ -65,7 +68,7 @@ CPU_LIMIT = 0.5
 LATE_LIMIT_MS = 5.0
 MOST_REPEATS = 2
 GRACE_S = 30.0
-FIRST_RATE, RATE_STEP, MOST_RATES = 12.0, 1.2, 14
+FIRST_RATE, RATE_STEP, MOST_RATES = 14.0, 1.12, 14
 
 
 @dataclass(frozen=True)
@@ -176,18 +179,6 @@ def merged(traces: Path, prefixes: bool) -> list[Arrival]:
     return sorted(found, key=lambda one: one.at_ms)
 
 
-def at_rate(arrivals: Sequence[Arrival], rate: float, seconds: float) -> list[Arrival]:
-    """The first of them, so many that they make this rate over this time."""
-    count = round(rate * seconds)
-    if count >= len(arrivals):
-        raise SystemExit(
-            f"{count:,} arrivals are needed for {rate:g} a second, the traces have "
-            f"{len(arrivals):,}: a shorter --window, or lower --rates"
-        )
-    scale = 1e3 * seconds / arrivals[count].at_ms
-    return [replace(one, at_ms=one.at_ms * scale) for one in arrivals[:count]]
-
-
 def roles(text: str) -> list[str]:
     """`4` as workers for both, `2P2D` as two of each. Raises SystemExit."""
     if found := re.fullmatch(r"(\d+)P(\d+)D", text):
@@ -253,20 +244,43 @@ def go_first() -> None:
 
 
 def walk(
-    testkit: Path, policy: str, workers: Sequence[str], arrivals: Sequence[Arrival], plan: Plan
-) -> Walk:
+    policy: str, arrivals: Sequence[Arrival], plan: Plan,
+    run_at: Callable[[float, Sequence[Arrival]], Run],
+) -> Walk:  # fmt: skip
     """A policy at rising rates, until too few are within their targets."""
     found = Walk(policy)
-    seconds = plan.warm_up_s + plan.window_s
-    with serving(policy, workers) as cluster:
-        for rate in plan.rates:
-            scaled = at_rate(arrivals, rate, seconds)
-            run = bring(testkit, cluster, policy, rate, scaled, plan)
-            found.runs.append(run)
-            say(f"{policy} at {rate:g}/s: {run.share('interactive'):.1%} interactive in time")
-            if not run.void and run.share("interactive") < STOP_BELOW:
-                break
+    for rate in plan.rates:
+        run = run_at(rate, at_rate(arrivals, rate, plan.warm_up_s + plan.window_s))
+        found.runs.append(run)
+        say(f"{policy} at {rate:g}/s: {run.share('interactive'):.1%} interactive in time")
+        if not run.void and run.share("interactive") < STOP_BELOW:
+            break
     return found
+
+
+def live(
+    testkit: Path, policy: str, workers: Sequence[str], arrivals: Sequence[Arrival], plan: Plan
+) -> Walk:
+    """A policy on a cluster of its own."""
+    with serving(policy, workers) as cluster:
+        return walk(
+            policy,
+            arrivals,
+            plan,
+            lambda rate, scaled: bring(testkit, cluster, policy, rate, scaled, plan),
+        )
+
+
+def simulated(policy: str, workers: Sequence[str], arrivals: Sequence[Arrival], plan: Plan) -> Walk:
+    """The same in the simulator: what is to be expected, in a minute."""
+    cluster = workers_of(workers, SPEED, POOL_TOKENS)
+    warm_up = plan.warm_up_s / (plan.warm_up_s + plan.window_s)
+
+    def run_at(rate: float, scaled: Sequence[Arrival]) -> Run:
+        figures = simulate(cluster, policy, scaled, BLOCK_TOKENS, warm_up)
+        return Run(policy, rate, figures, 0.0, 0)
+
+    return walk(policy, arrivals, plan, run_at)
 
 
 def say(text: str) -> None:
@@ -295,7 +309,8 @@ def figures_of(walks: Sequence[Walk]) -> list[Figure]:
 def show(walks: Sequence[Walk], title: str) -> None:
     """Both tables."""
     rows = [run.row() for walk in walks for run in walk.runs]
-    print_table(f"{title}: within their targets", HEAD, rows)
+    print(f"{title}.")
+    print_table("share within their targets", HEAD, rows)
     knees = []
     for one in walks:
         rate, seen = one.knee()
@@ -328,6 +343,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warm-up", type=float, help="seconds before anything counts")
     parser.add_argument("--window", type=float, help="seconds that count")
     parser.add_argument("--no-prefixes", action="store_true", help="prompts share nothing")
+    parser.add_argument("--simulated", action="store_true", help="in the simulator, not live")
     parser.add_argument("--testkit", type=Path, help="binary; default: built from here")
     return parser.parse_args(arguments)
 
@@ -335,9 +351,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def plan_of(args: argparse.Namespace) -> Plan:
     """How much is measured, as asked for."""
     policies, warm_up, window = (OURS, *BASELINES), 15.0, 60.0
-    rates = [FIRST_RATE * RATE_STEP**at for at in range(MOST_RATES)]
+    rates = [round(FIRST_RATE * RATE_STEP**at, 1) for at in range(MOST_RATES)]
     if args.quick:
-        policies, warm_up, window, rates = (OURS, "round-robin"), 2.0, 6.0, [16.0, 28.0]
+        policies, warm_up, window, rates = (OURS, "round-robin"), 2.0, 6.0, [16.0, 22.0]
     return Plan(
         args.policies or policies,
         sorted(args.rates or rates),
@@ -352,14 +368,18 @@ def main() -> int:
     args = parse()
     need_traces(args.traces, TRACES.values())
     plan, workers = plan_of(args), roles(args.cluster)
-    testkit = args.testkit or build("kvmesh-testkit")[0]
     arrivals = merged(args.traces, plan.prefixes)
     title = f"{args.cluster} sim workers, {plan.window_s:g} s at each rate"
     if not plan.prefixes:
         title += ", no prefixes"
     if args.quick:
-        title += ". Not evidence: a quick run."
-    walks = [walk(testkit.resolve(), policy, workers, arrivals, plan) for policy in plan.policies]
+        title += ". Not evidence: a quick run"
+    if args.simulated:
+        title += ". In the simulator: no evidence of what is live"
+        walks = [simulated(policy, workers, arrivals, plan) for policy in plan.policies]
+    else:
+        testkit = (args.testkit or build("kvmesh-testkit")[0]).resolve()
+        walks = [live(testkit, policy, workers, arrivals, plan) for policy in plan.policies]
     show(walks, title)
     figures = figures_of(walks)
     print_figures(figures)

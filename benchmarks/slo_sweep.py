@@ -5,6 +5,7 @@ group of four H100, eight of them in every row, and the same arrivals come to ea
 
     split     4 prefill and 4 decode workers, as shipped
     strict    the same; decode workers compute no prompts, as in the papers' pools
+    fitted    as strict, with the P:D ratio that serves most of this trace, as the papers choose it
     unified   8 workers for both, as shipped: chunks of prompts sized to the target between tokens
     whole     8 workers for both as the papers' baselines: whole prompts in a step, first come
               first served, at the worker with the fewest requests
@@ -85,15 +86,21 @@ class Arrangement:
     """Engines know no target between tokens."""
 
 
+def strict(name: str, profile: Profile, prefill: int) -> Arrangement:
+    """Pools of which each does its own stage only."""
+    own_stage = {"local_prefill": "without-prefill-workers"}
+    cluster = Cluster(profile, 0, prefill, WORKERS - prefill, own_stage)
+    return Arrangement(name, cluster, Policy("cost"))
+
+
 def arrangements(profile: Profile, longest: int) -> list[Arrangement]:
     """All of them. `longest`: prompt of the trace, tokens."""
     half = WORKERS // 2
-    strict = {"local_prefill": "without-prefill-workers"}
     # Nothing bounds a step but the longest prompt, and nothing stops it.
     unbounded = {**profile, "saturating_chunk": longest, "layer_preemption": True}
     return [
         Arrangement("split", Cluster(profile, 0, half, half), Policy("cost")),
-        Arrangement("strict", Cluster(profile, 0, half, half, strict), Policy("cost")),
+        strict("strict", profile, half),
         Arrangement("unified", Cluster(profile, WORKERS), Policy("cost")),
         Arrangement(
             "whole", Cluster(unbounded, WORKERS), Policy("least-loaded", queue=FIFO), True
@@ -209,11 +216,17 @@ class Sweep:
                 high = middle
         return low
 
+    def fitted(self, steps: int) -> Arrangement:
+        """Strict pools at the ratio that serves most."""
+        ratios = [strict("fitted", self.profile, prefill) for prefill in range(1, WORKERS)]
+        return max(ratios, key=lambda one: self.knee(one, steps))
+
 
 def measure(sweep: Sweep, points: int, steps: int) -> tuple[list[Curve], list[dict[str, Any]]]:
     """Curves of a workload, and a row for each arrangement."""
     longest = max(one.prompt for one in sweep.arrivals)
     known = arrangements(sweep.profile, longest)
+    known.insert(2, sweep.fitted(steps // 2))
     knees = {one.name: sweep.knee(one, steps) for one in known}
     most = 1.4 * max(knees.values())
     curves, rows = [], []
@@ -230,6 +243,7 @@ def measure(sweep: Sweep, points: int, steps: int) -> tuple[list[Curve], list[di
         rows.append(
             {
                 "name": one.name,
+                "workers": one.cluster.name,
                 "knee_per_s": knee.rate if knee else 0.0,
                 "ttft_p90_ms": quantile(knee.ttft_ms, 0.9) if knee else None,
                 "itl_p90_ms": quantile(knee.itl_ms, 0.9) if knee else None,
@@ -240,8 +254,8 @@ def measure(sweep: Sweep, points: int, steps: int) -> tuple[list[Curve], list[di
 
 
 HEAD = (
-    "", "knee, requests/s", "a GPU", "of unified", "first token p90 ms", "between p90 ms",
-    "tightest targets",
+    "", "workers", "knee, requests/s", "a GPU", "of unified", "first token p90 ms",
+    "between p90 ms", "tightest targets",
 )  # fmt: skip
 
 
@@ -253,7 +267,7 @@ def show(workload: Workload, rows: Sequence[Mapping[str, Any]], gpus: int) -> No
         HEAD,
         [
             [
-                row["name"], row["knee_per_s"], row["knee_per_s"] / gpus,
+                row["name"], row["workers"], row["knee_per_s"], row["knee_per_s"] / gpus,
                 row["knee_per_s"] / unified if unified else None,
                 row["ttft_p90_ms"], row["itl_p90_ms"], row["tightest"],
             ]
@@ -276,6 +290,9 @@ def ratios(workload: Workload, rows: Sequence[Mapping[str, Any]]) -> list[Figure
         if tight and tighter:
             name = f"split_tighter_than_{other}_{workload.name}"
             figures.append(Figure(name, tight / tighter, "ratio", "higher"))
+    if by_name["whole"]["knee_per_s"]:
+        more = by_name["fitted"]["knee_per_s"] / by_name["whole"]["knee_per_s"]
+        figures.append(Figure(f"fitted_over_whole_{workload.name}", more, "ratio", "higher"))
     return figures
 
 

@@ -99,3 +99,15 @@ def with_prefixes(arrivals: Sequence[Arrival], block_tokens: int, seed: str) -> 
             sessions.append(blocks)
         found.append(replace(one, blocks=blocks))
     return found
+
+
+def at_rate(arrivals: Sequence[Arrival], rate: float, seconds: float) -> list[Arrival]:
+    """The first of them, so many that they make this rate over this time."""
+    count = round(rate * seconds)
+    if count >= len(arrivals):
+        raise SystemExit(
+            f"{count:,} arrivals are needed for {rate:g} a second, the traces have "
+            f"{len(arrivals):,}: a shorter --window, or lower --rates"
+        )
+    scale = 1e3 * seconds / arrivals[count].at_ms
+    return [replace(one, at_ms=one.at_ms * scale) for one in arrivals[:count]]

@@ -70,13 +70,17 @@ def test_one_without_its_traces_says_what_it_needs_and_how_to_give_it(root, name
     assert "--traces DIR or KVMESH_TRACES" in done.stderr
 
 
-def test_a_sweep_prints_its_figures_and_its_plot_needs_no_network(root, tmp_path):
+def azure_rows(path, count, prompt):
+    """A trace of a row a second."""
     rows = [
-        f"2023-11-16 18:{17 + at // 60}:{at % 60:02}.5000000,{800 + 37 * (at % 50)},{5 + at % 30}"
-        for at in range(1_000)
+        f"2023-11-16 18:{17 + at // 60}:{at % 60:02}.5000000,{prompt + 37 * (at % 50)},{5 + at % 30}"
+        for at in range(count)
     ]
-    lines = "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(rows) + "\n"
-    (tmp_path / "azure_code_2023_part1.csv").write_text(lines)
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(rows) + "\n")
+
+
+def test_a_sweep_prints_its_figures_and_its_plot_needs_no_network(root, tmp_path):
+    azure_rows(tmp_path / "azure_code_2023_part1.csv", 1_000, 800)
     html, out = tmp_path / "sweep.html", tmp_path / "sweep.json"
     files = ["--html", str(html), "--json", str(out)]
     done = run(root, "slo_sweep.py", "--quick", *files, KVMESH_TRACES=str(tmp_path))
@@ -87,9 +91,9 @@ def test_a_sweep_prints_its_figures_and_its_plot_needs_no_network(root, tmp_path
     page = html.read_text()
     assert not re.search(r"https?://|<script|<link|src=", page)
     curves = json.loads(out.read_text())["workloads"]["code"]["curves"]
-    assert [curve["name"] for curve in curves] == ["split", "strict", "unified", "whole"]
+    assert [curve["name"] for curve in curves] == ["split", "strict", "fitted", "unified", "whole"]
     # A knee is marked for each, and shares fall beyond it.
-    assert page.count("<circle") == 4
+    assert page.count("<circle") == 5
     for curve in curves:
         assert curve["points"][0][1] > curve["points"][-1][1]
 
@@ -141,6 +145,26 @@ def test_a_policys_rate_is_read_between_two_runs_and_void_ones_do_not_count(root
         "25.0 True", "0.0 True", "15.0 True", "10 False",
         "goodput_over_best_baseline 1.666667",
     ]  # fmt: skip
+
+
+def test_a_mixed_load_is_compared_in_the_simulator_too(root, tmp_path):
+    for name, prompt in (("conv", 300), ("code", 1_500)):
+        azure_rows(tmp_path / f"azure_{name}_2023_part1.csv", 600, prompt)
+    out = tmp_path / "mixed.json"
+    arguments = ["--quick", "--simulated", "--rates", "10,60", "--json", str(out)]
+    done = run(root, "mixed_trace.py", *arguments, KVMESH_TRACES=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "Not evidence: a quick run. In the simulator" in done.stdout
+    runs = json.loads(out.read_text())["runs"]
+    assert [(run["policy"], run["rate"]) for run in runs] == [
+        ("cost", 10), ("cost", 60), ("round-robin", 10), ("round-robin", 60),
+    ]  # fmt: skip
+    for one in runs:
+        classes = {of["class"]: of for of in one["figures"]["classes"]}
+        assert set(classes) == {"interactive", "standard"}
+        for of in classes.values():
+            ends = ("good", "late_first_token", "slow_tokens", "failed")
+            assert sum(of[end] for end in ends) == of["requests"] > 0
 
 
 def test_a_mixed_load_has_its_rate_and_prefixes_that_repeat(root):
