@@ -12,7 +12,7 @@ The traces have no prefixes; made-up ones are as in the simulator (docs/simulato
 at each rate. The first part of each run warms up and does not count. A run is void, and made
 again, where the client used over half a core or sent a request over 5 ms late.
 
-    python benchmarks/mixed_trace.py [--quick] [--json FILE] [--traces DIR] [--cluster 4|2P2D]
+    python benchmarks/mixed_trace.py [--quick] [--json FILE] [--traces DIR] [--cluster 2P2D|4]
         [--policies cost,round-robin,…] [--rates 14,16,…] [--window S] [--no-prefixes]
         [--simulated]
 
@@ -337,7 +337,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="under a minute; no evidence")
     parser.add_argument("--json", type=Path, help="write figures and runs here")
     add_traces(parser)
-    parser.add_argument("--cluster", default="4", help="workers: 4 for both, or as 2P2D")
+    parser.add_argument("--cluster", default="2P2D", help="workers: as 2P2D, or 4 for both")
     parser.add_argument("--policies", type=lambda text: text.split(","))
     parser.add_argument("--rates", type=lambda text: [float(part) for part in text.split(",")])
     parser.add_argument("--warm-up", type=float, help="seconds before anything counts")

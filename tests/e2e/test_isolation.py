@@ -229,15 +229,25 @@ def test_a_planner_without_a_router_says_so(capsys) -> None:
 
 
 @pytest.mark.slow
-async def test_the_planner_gives_a_worker_to_the_pool_that_is_short(fresh) -> None:
+@pytest.mark.parametrize(
+    ("roles", "then"),
+    [
+        (["prefill", "decode", "decode"], ["prefill", "prefill", "decode"]),
+        # Nobody to spare: the last that decodes computes prompts, too.
+        (["prefill", "decode"], ["prefill", "both"]),
+    ],
+)
+async def test_the_planner_gives_a_worker_to_the_pool_that_is_short(fresh, roles, then) -> None:
     endpoint = fresh.start_router()
     slowly = ("--engine-arguments", "profile=cpu-135m")
-    for name, role in {"p": "prefill", "c": "decode", "d": "decode"}.items():
+    names = [f"{role}-{number}" for number, role in enumerate(roles)]
+    for name, role in zip(names, roles, strict=True):
         fresh.begin_worker(name, role, *slowly)
-    fresh.wait_live(endpoint, "p", "c", "d")
+    fresh.wait_live(endpoint, *names)
     command = [sys.executable, "-m", "kvmesh.cli", "planner", "--apply", "--endpoint", endpoint]
     fresh.children.spawn("planner", command)
     flipped = asyncio.Event()
+    wanted = [worker_pb2.Role.Value(f"ROLE_{role.upper()}") for role in then]
 
     async def prompts(client: kvmesh.AsyncClient, number: int) -> int:
         """Prompts one after the other: four at a time are more than one worker computes."""
@@ -253,7 +263,7 @@ async def test_the_planner_gives_a_worker_to_the_pool_that_is_short(fresh) -> No
     def look() -> None:
         fresh.wait_table(
             endpoint,
-            lambda table: [s.load.role for s in table.values()].count(worker_pb2.ROLE_PREFILL) == 2,
+            lambda table: sorted(s.load.role for s in table.values()) == sorted(wanted),
             seconds=120,
         )
 

@@ -101,6 +101,45 @@ fn the_pool_controller_gives_workers_to_the_pool_that_is_short() {
 }
 
 #[test]
+fn where_a_role_has_one_worker_the_pool_controller_shares_the_other() {
+    // Prompts keep a good worker and a quarter busy; streams are few.
+    let mut trace = traffic(1_500, 6.5);
+    for request in &mut trace.requests {
+        (request.prompt, request.output) = (5_000, 20);
+        request.blocks = 0..0;
+    }
+    let run = |planner| {
+        let settings = Settings {
+            planner,
+            local_prefill: Some(LocalPrefill::WithoutPrefillWorkers),
+            ..settings(1, 1, 0)
+        };
+        simulate(&settings, &trace).unwrap()
+    };
+    let (left_alone, planned) = (run(None), run(Some(PlannerNumbers::default())));
+    let flips: Vec<_> = planned
+        .flips
+        .iter()
+        .map(|flip| (flip.from, flip.to))
+        .collect();
+    assert_eq!(flips, [("decode", "both")], "{:?}", planned.flips);
+    assert_eq!(planned.summary.unfinished, 0);
+    let mean = |run: &Run| run.summary.ttft_ms.mean;
+    assert!(mean(&planned) < mean(&left_alone) / 2.0);
+    // It is seen at work in its new role.
+    let both = planned
+        .summary
+        .pools
+        .iter()
+        .find(|pool| pool.role == "both");
+    assert!(
+        both.is_some_and(|pool| pool.busy > 0.1),
+        "{:?}",
+        planned.summary.pools
+    );
+}
+
+#[test]
 fn a_scorer_that_fails_ends_the_run_and_is_no_other_policy() {
     let settings = Settings {
         policy: PolicySettings::Weighted {

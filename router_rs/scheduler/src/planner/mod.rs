@@ -16,6 +16,11 @@
 //!                                           or patience_ms
 //! ```
 //!
+//! Where a pool has nobody to spare, its worker with the least to do becomes
+//! one for both: so a pool of one worker is helped, too, and no role is ever
+//! left empty. Such a worker is lent: it goes back, or on, as its pools need
+//! it. One that was made `both` by somebody else never changes its role.
+//!
 //! Why it does not swing: a flip is undone only when what *comes* has changed
 //! (prompt work or output tokens a second, neither of which depends on where
 //! workers stand) by [`PlannerSettings::margin`] since.
@@ -86,6 +91,9 @@ pub struct Flip {
     pub from: Role,
     /// The role it should have.
     pub to: Role,
+    /// The pool that is short: prefill or decode. `to`, or half of a worker
+    /// for both.
+    pub relieves: Role,
     /// What is expected when it has.
     pub after: Outlook,
 }
@@ -136,6 +144,8 @@ struct Model {
     /// The role that is short, and since when, ms.
     short: Option<(Role, f64)>,
     last: Option<Flipped>,
+    /// Workers that were made `both` here, and the roles they had.
+    lent: BTreeMap<WorkerSlot, Role>,
 }
 
 /// The last flip.
@@ -143,6 +153,7 @@ struct Model {
 struct Flipped {
     worker: WorkerSlot,
     to: Role,
+    relieves: Role,
     at_ms: f64,
     under_way: bool,
     /// What came then: prompt work, and output tokens, a ms.
@@ -182,6 +193,7 @@ impl Model {
     fn look(&mut self, settings: &PlannerSettings, pools: &Pools, now_ms: f64) -> Advice {
         self.watched.take(pools, settings.memory_ms, now_ms);
         self.notice_role(settings, pools, now_ms);
+        self.notice_lent(pools);
         let watched = self.watched;
         let expected = Expected::of(&watched, pools, settings);
         let split = Split::of(pools);
@@ -189,9 +201,13 @@ impl Model {
         let flip = self.decide(settings, pools, &expected, split, &now, now_ms);
         if let Ok(flip) = &flip {
             self.short = None;
+            if flip.to == Role::Both {
+                self.lent.insert(flip.worker, flip.from);
+            }
             self.last = Some(Flipped {
                 worker: flip.worker,
                 to: flip.to,
+                relieves: flip.relieves,
                 at_ms: now_ms,
                 under_way: true,
                 prompt_load: self.watched.prompt_load(),
@@ -214,6 +230,19 @@ impl Model {
         let worker = pools.workers.iter().find(|one| one.slot == last.worker);
         let done = worker.is_none_or(|one| one.role == last.to && one.steady);
         last.under_way = !done && now_ms - last.at_ms < settings.patience_ms;
+    }
+
+    /// Forgets that a worker was lent when somebody gave it another role, or
+    /// did not make it `both` while that was the last that was asked for.
+    fn notice_lent(&mut self, pools: &Pools) {
+        let asked = self.last.filter(|last| last.to == Role::Both);
+        self.lent.retain(|slot, home| {
+            let worker = pools.workers.iter().find(|one| one.slot == *slot);
+            worker.is_some_and(|one| {
+                let to_come = asked.is_some_and(|last| last.worker == *slot);
+                one.role == Role::Both || (one.role == *home && to_come)
+            })
+        });
     }
 
     fn decide(
@@ -245,22 +274,27 @@ impl Model {
             if now_ms - last.at_ms < settings.dwell_ms {
                 return Err(Hold::Dwelling);
             }
-            if last.to != to && last.still_asked(&self.watched, settings.margin) {
+            if last.relieves != to && last.still_asked(&self.watched, settings.margin) {
                 return Err(Hold::StillAsked);
             }
         }
         if now_ms - since < settings.confirm_ms {
             return Err(Hold::Confirming);
         }
-        let (worker, from) = spare(pools, to, settings.keep).ok_or(Hold::NobodyToSpare)?;
-        let after = expected.outlook(split.with_one_more(to));
+        let keep = settings.keep.max(1);
+        let change = given_back(pools, &self.lent, to, keep)
+            .or_else(|| spare(pools, to, keep))
+            .or_else(|| lend(pools, to))
+            .ok_or(Hold::NobodyToSpare)?;
+        let after = expected.outlook(split.changed(change.from, change.to));
         if after.worst() > now.worst() * (1.0 - settings.gain) {
             return Err(Hold::NoGain);
         }
         Ok(Flip {
-            worker,
-            from,
-            to,
+            worker: change.worker,
+            from: change.from,
+            to: change.to,
+            relieves: to,
             after,
         })
     }
@@ -271,32 +305,79 @@ impl Flipped {
     fn still_asked(&self, watched: &Watched, margin: f64) -> bool {
         let (prompts, tokens) = (watched.prompt_load(), watched.token_rate());
         let (less, more) = (1.0 - margin, 1.0 + margin);
-        match self.to {
+        match self.relieves {
             Role::Prefill => prompts >= less * self.prompt_load && tokens <= more * self.token_rate,
             _ => tokens >= less * self.token_rate && prompts <= more * self.prompt_load,
         }
     }
 }
 
-/// The worker of the other pool that has least to lose, if that pool keeps
-/// enough without it.
-fn spare(pools: &Pools, to: Role, keep: usize) -> Option<(WorkerSlot, Role)> {
-    let from = match to {
+/// A worker, and the role it would have.
+#[derive(Debug, Clone, Copy)]
+struct Change {
+    worker: WorkerSlot,
+    from: Role,
+    to: Role,
+}
+
+/// The pool that gives where this one is short.
+fn giver(to: Role) -> Role {
+    match to {
         Role::Prefill => Role::Decode,
         _ => Role::Prefill,
-    };
-    let there = || {
-        let workers = pools.workers.iter();
-        workers.filter(move |worker| worker.role == from && worker.steady)
-    };
-    if there().count() <= keep.max(1) {
-        return None;
     }
-    let least = there().min_by(|a, b| {
+}
+
+/// The worker with the least to do of some that serve.
+fn least<'a>(workers: impl Iterator<Item = &'a PoolWorker>) -> Option<&'a PoolWorker> {
+    workers.min_by(|a, b| {
         let work = a.work().total_cmp(&b.work());
         work.then_with(|| a.slot.0.cmp(&b.slot.0))
-    })?;
-    Some((least.slot, from))
+    })
+}
+
+/// A lent worker that has this role alone from now on, if enough others do what
+/// it stops doing.
+fn given_back(
+    pools: &Pools,
+    lent: &BTreeMap<WorkerSlot, Role>,
+    to: Role,
+    keep: usize,
+) -> Option<Change> {
+    let is_lent =
+        |worker: &&PoolWorker| worker.role == Role::Both && lent.contains_key(&worker.slot);
+    let worker = least(pools.steady().filter(is_lent))?;
+    let others = pools.steady().filter(|other| {
+        other.slot != worker.slot && (other.role == giver(to) || other.role == Role::Both)
+    });
+    (others.count() >= keep).then_some(Change {
+        worker: worker.slot,
+        from: Role::Both,
+        to,
+    })
+}
+
+/// A worker of the other pool, if that keeps enough without it.
+fn spare(pools: &Pools, to: Role, keep: usize) -> Option<Change> {
+    let from = giver(to);
+    let there = || pools.steady().filter(move |worker| worker.role == from);
+    let worker = least(there()).filter(|_| there().count() > keep)?;
+    Some(Change {
+        worker: worker.slot,
+        from,
+        to,
+    })
+}
+
+/// A worker of the other pool that is shared from now on.
+fn lend(pools: &Pools, to: Role) -> Option<Change> {
+    let from = giver(to);
+    let worker = least(pools.steady().filter(|worker| worker.role == from))?;
+    Some(Change {
+        worker: worker.slot,
+        from,
+        to: Role::Both,
+    })
 }
 
 #[cfg(test)]

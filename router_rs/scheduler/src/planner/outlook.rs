@@ -75,16 +75,19 @@ impl Split {
         }
     }
 
-    /// One worker given from one pool to the other.
-    pub(super) fn with_one_more(self, to: Role) -> Self {
-        let (prefill, decode) = match to {
-            Role::Prefill => (self.prefill + 1, self.decode.saturating_sub(1)),
-            _ => (self.prefill.saturating_sub(1), self.decode + 1),
-        };
-        Self {
-            prefill,
-            decode,
-            ..self
+    /// One worker of another role.
+    pub(super) fn changed(mut self, from: Role, to: Role) -> Self {
+        let gone = self.of_role(from);
+        *gone = gone.saturating_sub(1);
+        *self.of_role(to) += 1;
+        self
+    }
+
+    fn of_role(&mut self, role: Role) -> &mut usize {
+        match role {
+            Role::Prefill => &mut self.prefill,
+            Role::Decode => &mut self.decode,
+            Role::Both => &mut self.both,
         }
     }
 
@@ -94,6 +97,12 @@ impl Split {
 
     fn decoding(self) -> f64 {
         self.decode as f64 + self.both as f64 / 2.0
+    }
+
+    /// Workers whose KV pools streams can be in: all of a pool is there, also
+    /// where half of the time is.
+    fn holding(self) -> f64 {
+        (self.decode + self.both) as f64
     }
 }
 
@@ -105,8 +114,8 @@ pub(super) struct Expected<'a> {
     /// The mean of the workers' steps.
     step: StepModel,
     max_batch: f64,
-    /// As things stand.
-    decoding: f64,
+    /// Workers that hold streams, as things stand.
+    holding: f64,
 }
 
 impl<'a> Expected<'a> {
@@ -132,14 +141,14 @@ impl<'a> Expected<'a> {
                 .steady()
                 .map(|worker| worker.max_batch)
                 .fold(f64::INFINITY, f64::min),
-            decoding: Split::of(pools).decoding(),
+            holding: Split::of(pools).holding(),
         }
     }
 
     pub(super) fn outlook(&self, split: Split) -> Outlook {
         let ttft_ms = self.ttft_ms(split.computing());
         let ttft = Class::ALL.map(|class| ttft_ms[class.index()] / self.targets.of(class).ttft_ms);
-        let (itl_ms, decode_pressure) = self.decode(split.decoding());
+        let (itl_ms, decode_pressure) = self.decode(split);
         Outlook {
             prefill: split.prefill,
             decode: split.decode,
@@ -172,15 +181,15 @@ impl<'a> Expected<'a> {
         })
     }
 
-    /// Time between tokens, and the pressure of so many decoding workers.
-    fn decode(&self, workers: f64) -> (f64, f64) {
+    /// Time between tokens, and the pressure of the workers that decode.
+    fn decode(&self, split: Split) -> (f64, f64) {
         let watched = self.watched;
         let there: f64 = watched.streams.iter().sum();
         let tokens = watched.token_rate();
         if there <= 1e-9 && tokens <= 1e-12 {
             return (0.0, 0.0);
         }
-        let workers = workers.max(1e-3);
+        let workers = split.decoding().max(1e-3);
         let context = watched.context / there.max(1.0);
         let each_ms = self.step.d_ms + self.step.e_ms * context;
         let asked = tokens / workers;
@@ -202,7 +211,7 @@ impl<'a> Expected<'a> {
             Some(target) if watched.comes(class) => itl_ms / target.max(own_ms),
             _ => 0.0,
         });
-        let room = watched.room_used * self.decoding / workers / ROOM_FULL;
+        let room = watched.room_used * self.holding / split.holding().max(1e-3) / ROOM_FULL;
         let pressure = itl.into_iter().fold(room, f64::max);
         (itl_ms, pressure.max(over))
     }

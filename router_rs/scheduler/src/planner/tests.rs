@@ -50,12 +50,12 @@ impl Plant {
         self.demand.requests[0] += load * LOOK_MS / PROMPT_MS;
         self.demand.prompt_ms[0] += load * LOOK_MS;
         self.demand.output_tokens[0] += rate * LOOK_MS;
-        let (prefill, decode) = (
-            self.count(Role::Prefill) as f64,
-            self.count(Role::Decode) as f64,
-        );
-        self.waiting_ms = (self.waiting_ms + (load - prefill) * LOOK_MS).clamp(0.0, 60_000.0);
-        let each = rate / decode;
+        // A worker for both does half of either.
+        let half = self.count(Role::Both) as f64 / 2.0;
+        let computing = self.count(Role::Prefill) as f64 + half;
+        let decoding = self.count(Role::Decode) as f64 + half;
+        self.waiting_ms = (self.waiting_ms + (load - computing) * LOOK_MS).clamp(0.0, 60_000.0);
+        let each = rate / decoding;
         let rest = 1.0 - each * (self.step.d_ms + self.step.e_ms * CONTEXT);
         let batch = if rest > 0.0 {
             (each * self.step.a_ms / rest).min(256.0)
@@ -74,13 +74,14 @@ impl Plant {
                 max_batch: 256.0,
                 room_used: 0.0,
             };
-            match role {
-                Role::Prefill => worker.waiting_ms[0] = self.waiting_ms / prefill,
-                _ => {
-                    worker.streams[0] = batch;
-                    worker.context = batch * CONTEXT;
-                    worker.room_used = batch / 512.0;
-                }
+            let share = if *role == Role::Both { 0.5 } else { 1.0 };
+            if *role != Role::Decode {
+                worker.waiting_ms[0] = share * self.waiting_ms / computing;
+            }
+            if *role != Role::Prefill {
+                worker.streams[0] = share * batch;
+                worker.context = share * batch * CONTEXT;
+                worker.room_used = share * batch / 512.0;
             }
             worker
         };
@@ -89,6 +90,15 @@ impl Plant {
             workers: self.roles.iter().enumerate().map(worker).collect(),
             demand: self.demand,
         }
+    }
+
+    /// Workers that take work and do a stage.
+    fn able(&self, stage: Role) -> usize {
+        let roles = self.roles.iter().zip(&self.steady);
+        let does = |role: Role| role == stage || role == Role::Both;
+        roles
+            .filter(|(role, steady)| **steady && does(**role))
+            .count()
     }
 
     fn apply(&mut self, flip: &Flip) {
@@ -105,7 +115,7 @@ fn run(
     seconds: usize,
     load: f64,
     rate: f64,
-) -> Vec<Role> {
+) -> Vec<Flip> {
     let mut flips = Vec::new();
     for second in 0..seconds {
         // What comes swings a tenth about its mean.
@@ -114,7 +124,7 @@ fn run(
         let advice = planner.look(&[pools], plant.now_ms).pop().unwrap();
         if let Ok(flip) = advice.flip {
             plant.apply(&flip);
-            flips.push(flip.to);
+            flips.push(flip);
         }
     }
     flips
@@ -129,7 +139,7 @@ fn a_pool_that_is_short_gets_workers_until_it_is_not() {
     let (mut plant, mut planner) = (Plant::new(1, 7), planner());
     let flips = run(&mut plant, &mut planner, 1_200, 3.2, 1.0);
     // Three keep up; more may be needed for what had piled up by then.
-    assert!(flips.len() >= 3 && flips.iter().all(|to| *to == Role::Prefill));
+    assert!(flips.len() >= 3 && flips.iter().all(|flip| flip.to == Role::Prefill));
     let pools = plant.second(3.2, 1.0);
     let advice = planner.look(&[pools], plant.now_ms).pop().unwrap();
     assert_eq!(advice.flip, Err(Hold::Enough));
@@ -142,10 +152,10 @@ fn a_load_that_shifts_is_followed_there_and_back() {
     assert!(run(&mut plant, &mut planner, 300, 2.0, 1.0).is_empty());
     let to_prefill = run(&mut plant, &mut planner, 600, 5.2, 1.0);
     assert!(!to_prefill.is_empty());
-    assert!(to_prefill.iter().all(|to| *to == Role::Prefill));
+    assert!(to_prefill.iter().all(|flip| flip.to == Role::Prefill));
     let to_decode = run(&mut plant, &mut planner, 900, 0.5, 8.0);
     assert!(!to_decode.is_empty());
-    assert!(to_decode.iter().all(|to| *to == Role::Decode));
+    assert!(to_decode.iter().all(|flip| flip.to == Role::Decode));
     let pools = plant.second(0.5, 8.0);
     let advice = planner.look(&[pools], plant.now_ms).pop().unwrap();
     assert!(plant.count(Role::Decode) > 4, "{advice:?}");
@@ -184,11 +194,58 @@ fn a_worker_that_drains_neither_counts_nor_moves() {
     let (mut plant, mut planner) = (Plant::new(1, 2), planner());
     plant.steady[2] = false;
     let flips = run(&mut plant, &mut planner, 300, 3.0, 0.1);
-    assert!(flips.is_empty());
+    // The other one is the last that decodes: it is shared, and no more is to be had.
+    let changes: Vec<_> = flips.iter().map(|flip| (flip.worker, flip.to)).collect();
+    assert_eq!(changes, [(WorkerSlot(1), Role::Both)]);
     let pools = plant.second(3.0, 0.1);
     let advice = planner.look(&[pools], plant.now_ms).pop().unwrap();
     assert_eq!(advice.flip, Err(Hold::NobodyToSpare));
-    assert_eq!((advice.now.prefill, advice.now.decode), (1, 1));
+    let now = advice.now;
+    assert_eq!((now.prefill, now.decode, now.both), (1, 0, 1));
+}
+
+#[test]
+fn where_a_pool_has_one_worker_it_is_shared_and_goes_back_when_it_is_needed() {
+    let (mut plant, mut planner) = (Plant::new(1, 1), planner());
+    assert!(run(&mut plant, &mut planner, 120, 0.4, 0.3).is_empty());
+    // More prompts than one worker computes: half of the other helps.
+    let shared = run(&mut plant, &mut planner, 600, 1.3, 0.3);
+    assert_eq!(shared.len(), 1, "{shared:?}");
+    assert_eq!(
+        (shared[0].from, shared[0].to, shared[0].relieves),
+        (Role::Decode, Role::Both, Role::Prefill)
+    );
+    assert!(plant.waiting_ms < 1_000.0, "it did not help");
+    // It stays while nobody is short.
+    assert!(run(&mut plant, &mut planner, 600, 0.3, 0.3).is_empty());
+    // More tokens than half of a worker makes.
+    let back = run(&mut plant, &mut planner, 600, 0.3, 1.3);
+    assert_eq!(back.len(), 1, "{back:?}");
+    assert_eq!(
+        (back[0].worker, back[0].from, back[0].to),
+        (shared[0].worker, Role::Both, Role::Decode)
+    );
+}
+
+#[test]
+fn a_prefill_worker_alone_is_shared_where_decoding_is_short() {
+    let (mut plant, mut planner) = (Plant::new(1, 1), planner());
+    let flips = run(&mut plant, &mut planner, 600, 0.2, 2.3);
+    let changes: Vec<_> = flips.iter().map(|flip| (flip.from, flip.to)).collect();
+    assert_eq!(changes, [(Role::Prefill, Role::Both)]);
+    assert_eq!(flips[0].relieves, Role::Decode);
+}
+
+#[test]
+fn a_lent_worker_goes_on_to_the_other_pool_once_its_own_has_somebody_else() {
+    let (mut plant, mut planner) = (Plant::new(1, 1), planner());
+    assert_eq!(run(&mut plant, &mut planner, 300, 1.3, 0.1).len(), 1);
+    // A worker joins that decodes.
+    plant.roles.push(Role::Decode);
+    plant.steady.push(true);
+    let on = run(&mut plant, &mut planner, 600, 1.55, 0.1);
+    let changes: Vec<_> = on.iter().map(|flip| (flip.worker, flip.to)).collect();
+    assert_eq!(changes, [(WorkerSlot(1), Role::Prefill)]);
 }
 
 #[test]
@@ -237,13 +294,30 @@ proptest! {
     ) {
         let (mut plant, mut planner) = (Plant::new(prefill, decode), planner());
         let flips = run(&mut plant, &mut planner, 1_800, load, rate);
-        prop_assert!(flips.windows(2).all(|pair| pair[0] == pair[1]), "{:?}", flips);
+        let one_way = flips.windows(2).all(|pair| pair[0].relieves == pair[1].relieves);
+        prop_assert!(one_way, "{:?}", flips);
         prop_assert!(run(&mut plant, &mut planner, 600, load, rate).len() <= 1);
     }
 
-    /// Whatever comes, each pool keeps a worker that takes work.
+    /// The same of pools so small that workers are shared.
     #[test]
-    fn no_pool_is_ever_emptied(
+    fn a_constant_load_never_swings_where_workers_are_shared(
+        prefill in 1usize..3,
+        decode in 1usize..3,
+        load in 0.0f64..3.0,
+        rate in 0.0f64..5.0,
+    ) {
+        let (mut plant, mut planner) = (Plant::new(prefill, decode), planner());
+        let flips = run(&mut plant, &mut planner, 1_800, load, rate);
+        let one_way = flips.windows(2).all(|pair| pair[0].relieves == pair[1].relieves);
+        prop_assert!(one_way, "{:?}", flips);
+        prop_assert!(run(&mut plant, &mut planner, 600, load, rate).len() <= 1);
+    }
+
+    /// Whatever comes: who does a stage is never left without anybody that takes
+    /// work, and only a pool without anybody to spare is shared.
+    #[test]
+    fn no_role_is_ever_emptied(
         prefill in 1usize..5,
         decode in 1usize..5,
         phases in prop::collection::vec((0.0f64..10.0, 0.0f64..20.0, 0usize..10), 1..8),
@@ -255,13 +329,37 @@ proptest! {
             for _ in 0..150 {
                 let pools = plant.second(load, rate);
                 let advice = planner.look(&[pools], plant.now_ms).pop().unwrap();
-                if let Ok(flip) = advice.flip {
-                    prop_assert!(plant.steady[flip.worker.0 as usize]);
-                    plant.apply(&flip);
-                    let left = plant.roles.iter().zip(&plant.steady);
-                    let left = left.filter(|(role, steady)| **role == flip.from && **steady);
-                    prop_assert!(left.count() >= 1);
+                let Ok(flip) = advice.flip else { continue };
+                prop_assert!(plant.steady[flip.worker.0 as usize]);
+                let before = [Role::Prefill, Role::Decode].map(|stage| plant.able(stage));
+                if flip.to == Role::Both {
+                    // One that takes work is all that this pool has.
+                    let pool = plant.roles.iter().zip(&plant.steady);
+                    let pool = pool.filter(|(role, steady)| **role == flip.from && **steady);
+                    prop_assert_eq!(pool.count(), 1);
                 }
+                plant.apply(&flip);
+                for (stage, before) in [Role::Prefill, Role::Decode].into_iter().zip(before) {
+                    prop_assert!(plant.able(stage) >= before.min(1), "{:?}", flip);
+                }
+            }
+        }
+    }
+
+    /// Workers that somebody made `both` stay so, whatever comes.
+    #[test]
+    fn whom_somebody_else_made_both_never_flips(
+        prefill in 0usize..3,
+        decode in 0usize..3,
+        both in 1usize..4,
+        phases in prop::collection::vec((0.0f64..6.0, 0.0f64..10.0), 1..6),
+    ) {
+        let (mut plant, mut planner) = (Plant::new(prefill, decode), planner());
+        plant.roles.resize(prefill + decode + both, Role::Both);
+        plant.steady.resize(prefill + decode + both, true);
+        for (load, rate) in phases {
+            for flip in run(&mut plant, &mut planner, 150, load, rate) {
+                prop_assert!((flip.worker.0 as usize) < prefill + decode, "{:?}", flip);
             }
         }
     }

@@ -214,6 +214,10 @@ impl Recorder {
 
     /// A worker changes its role.
     pub(crate) fn flips(&mut self, now_ms: f64, flip: &Flip, before: &Outlook) {
+        if !self.pools.iter().any(|pool| pool.role == flip.to) {
+            // Of such workers there were none at the beginning.
+            self.pools.push(PoolSums::new(flip.to, 0));
+        }
         for (role, workers) in [(flip.from, -1.0), (flip.to, 1.0)] {
             let pool = self.pools.iter_mut().find(|pool| pool.role == role);
             if let Some(pool) = pool {
