@@ -108,7 +108,11 @@ async fn workers_come_and_go_by_their_records() {
         known(workers, &two) && !live(workers, &two)
     })
     .await;
-    for _ in 0..8 {
+    // Both are as good: a draw decides, and all may go to one of them for a while.
+    for _ in 0..100 {
+        if two.counters().placed > 0 {
+            break;
+        }
         answers(&mesh, 3).await;
     }
     assert!(two.counters().placed > 0, "it serves on");
