@@ -12,8 +12,8 @@ from schedule import can_be_together
 
 AT_ONCE = 2
 """Most faults at the same time."""
-WHOLE_S = 60.0
-"""The mesh has to be whole again so long after a fault is over."""
+WHOLE_S = 180.0
+"""A mesh that is not whole again so long after a fault never is."""
 LOOK_S = 0.2
 """Between two looks at whether it is."""
 
