@@ -97,7 +97,16 @@ async def test_prefill_and_decode_cold_and_warm(
         warm_d = await ask("warm d")
         cluster.wait_empty("p", "d")
 
+    ledger.compare("prefill + decode", reference, prompts, *cold)
+    ledger.compare("warm prefill", reference, prompts, *warm_p)
+    ledger.compare("warm decode", reference, prompts, *warm_d)
+    went_straight = 0
     for prompt, none, sender, receiver in zip(prompts, cold[0], warm_p[0], warm_d[0], strict=True):
+        # On a machine that starves a worker for seconds its streams move: what is
+        # said below of the way of their KV is not of these.
+        if any(result.usage.attempts > 1 for result in (none, sender, receiver)):
+            continue
+        went_straight += 1
         shared = len(first_half(prompt)) // 16 * 16
         whole = none.timings.transferred_bytes
         assert whole
@@ -110,9 +119,8 @@ async def test_prefill_and_decode_cold_and_warm(
         block_bytes = whole // -(-len(prompt.ids) // 16)
         spared = shared - receiver.usage.pulled_tokens
         assert receiver.timings.transferred_bytes == whole - spared // 16 * block_bytes
-    ledger.compare("prefill + decode", reference, prompts, *cold)
-    ledger.compare("warm prefill", reference, prompts, *warm_p)
-    ledger.compare("warm decode", reference, prompts, *warm_d)
+    print(f"{went_straight} of {len(prompts)} prompts went straight")
+    assert went_straight >= len(prompts) // 2
 
 
 @pytest.mark.parametrize(
