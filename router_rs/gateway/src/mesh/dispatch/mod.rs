@@ -91,6 +91,12 @@ struct Lengths {
     told: BTreeMap<String, PerClass<f64>>,
 }
 
+impl Lengths {
+    fn left(&self, model: &str) -> PerClass<f64> {
+        Class::ALL.map(|class| self.learnt.left_of_running(model, class, u32::MAX))
+    }
+}
+
 impl Dispatcher {
     /// An empty one; the router's id sets how ties are broken.
     pub(super) fn new(settings: &MeshSettings) -> Self {
@@ -138,20 +144,27 @@ impl Dispatcher {
         }
     }
 
+    /// What streams of a model have left, by class: learnt, or expected before an
+    /// output has ended.
+    fn left(&self, model: &str) -> PerClass<f64> {
+        self.lengths().left(model)
+    }
+
     /// An output is complete. Every view has what streams have left; it is told
     /// anew where that changed by a tenth.
     pub(super) fn learn_output(&self, request: &AdmittedRequest, tokens: u32) {
         let model = &request.model;
         let mut lengths = self.lengths();
-        let Lengths { learnt, told } = &mut *lengths;
-        learnt.observe(model, class_of(request.class), tokens);
-        let left = Class::ALL.map(|class| learnt.left_of_running(model, class, u32::MAX));
-        let known = told.get(model);
+        lengths
+            .learnt
+            .observe(model, class_of(request.class), tokens);
+        let left = lengths.left(model);
+        let known = lengths.told.get(model);
         let same = |at: usize, known: &PerClass<f64>| (left[at] / known[at] - 1.0).abs() < 0.1;
         if known.is_some_and(|known| (0..left.len()).all(|at| same(at, known))) {
             return;
         }
-        told.insert(model.clone(), left);
+        lengths.told.insert(model.clone(), left);
         drop(lengths);
         self.placer().left(model, left);
     }

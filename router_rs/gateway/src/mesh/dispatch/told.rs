@@ -24,9 +24,10 @@ impl Core {
             .iter()
             .any(|other| other.index != worker.index && other.live());
         let told = self.models.tell(model, capabilities, alone);
-        let mut placer = self.dispatcher.placer();
         let step_model = hello.step_model.or(record.step_model);
-        placer.greeted(worker.index, record, step_model, told.is_some());
+        let left = self.dispatcher.left(&model.name);
+        let mut placer = self.dispatcher.placer();
+        placer.greeted(worker.index, record, step_model, left, told.is_some());
         drop(placer);
         match told {
             None => worker.set_mismatch(format!(

@@ -12,9 +12,8 @@ use std::{
 
 use kvmesh_kv_index::{Knowledge, KvIndex, UNIT_TOKENS, WorkerSlot};
 use kvmesh_scheduler::{
-    Bookings, Class, ClassTargets, Cluster, FirstToken, Learner, OutputLengths, Path, PerClass,
-    Policy, Relay, Reported, Roster, StepModel, StepSample, TransferRate, TransferRates,
-    WorkerView,
+    Bookings, ClassTargets, Cluster, FirstToken, Learner, Path, PerClass, Policy, Relay, Reported,
+    Roster, StepModel, StepSample, TransferRate, TransferRates, WorkerView,
     planner::{Demand, Pools},
 };
 use kvmesh_session::{
@@ -82,9 +81,6 @@ pub(super) struct Placer {
     /// Workers that can be chosen from.
     roster: Roster,
     transfers: TransferRates,
-    /// What streams have left, by model; before outputs end, what is expected.
-    left: BTreeMap<String, PerClass<f64>>,
-    left_before: PerClass<f64>,
     approximate_ttl_ms: u64,
 }
 
@@ -99,10 +95,6 @@ impl Placer {
             by_slot: Vec::new(),
             roster: Roster::with_targets(&policy.cost.targets),
             transfers: TransferRates::new(),
-            left: BTreeMap::new(),
-            left_before: Class::ALL.map(|class| {
-                OutputLengths::new(policy.expected_output).left_of_running("", class, u32::MAX)
-            }),
             approximate_ttl_ms: u64::try_from(policy.approximate_ttl.as_millis())
                 .unwrap_or(u64::MAX),
         }
@@ -113,12 +105,14 @@ impl Placer {
         self.policy.name()
     }
 
-    /// A worker said who it is. Its index slot is kept within an incarnation.
+    /// A worker said who it is; streams of its model have so much left. Its index
+    /// slot is kept within an incarnation.
     pub(super) fn greeted(
         &mut self,
         worker: WorkerIndex,
         record: &v1::WorkerRecord,
         step_model: Option<v1::StepModel>,
+        left: PerClass<f64>,
         fits: bool,
     ) {
         let (Some(model), Some(capabilities)) = (&record.model, &record.capabilities) else {
@@ -138,12 +132,11 @@ impl Placer {
             None => (Learner::new(told), Relay::new()),
         };
         let step = *learner.model();
-        let left = self.left.get(&model.name).unwrap_or(&self.left_before);
         let known = Known {
             slot,
             standing: Standing::Absent,
             fits,
-            aside: Some(view_of(slot, record, model, capabilities, step, *left)),
+            aside: Some(view_of(slot, record, model, capabilities, step, left)),
             told,
             learner,
             relay,
@@ -327,7 +320,6 @@ impl Placer {
 
     /// What a stream of this model has left on average has changed.
     pub(super) fn left(&mut self, model: &str, left: PerClass<f64>) {
-        self.left.insert(model.to_owned(), left);
         let of_model: Vec<WorkerIndex> = self.workers.keys().copied().collect();
         for worker in of_model {
             self.change(worker, |view| {
