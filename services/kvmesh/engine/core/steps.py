@@ -138,14 +138,18 @@ class Steps:
                 "step failed prompts=%d decode=%d", len(plan.chunks), len(self._loop.streams.batch)
             )
             self._fail(plan, error)
-        self.running.since, self.running.predicted_ms = outer
+        ended = self._clock.now()
+        since, predicted_ms = outer
+        # A step that was held for this one is no older for it: routers take one
+        # that is much older than predicted for stuck.
+        self.running.since = since + (ended - begun) if since else 0.0
+        self.running.predicted_ms = predicted_ms
         self._drop_ended(plan)
         if result is None:
             self._loop.queue.in_step -= keys
             self._loop.count_shares()
             self._loop.flush(0, None)
             return
-        ended = self._clock.now()
         if plan.decode:
             self._loop.streams.decoded_at = ended
             self.log.add(begun, ended, load.prefill_tokens)

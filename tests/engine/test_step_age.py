@@ -1,0 +1,60 @@
+"""How old a step is, as routers hear it: by that they know a stuck engine."""
+
+from engine_harness import Driver, prompt, sim
+
+from kvmesh.engine.contract import EngineLoad
+
+
+class StepClock:
+    """Time that passes in steps of the engine alone."""
+
+    def __init__(self) -> None:
+        self.time = 1.0
+        self.passes = []
+
+    def now(self) -> float:
+        return self.time
+
+    def sleep_until(self, moment: float) -> None:
+        self.time = moment
+        if self.passes:
+            self.passes.pop()()
+
+
+class Listener(Driver):
+    """Keeps what each report says of the running step."""
+
+    loads: list[EngineLoad]
+
+    def step(self, output) -> None:
+        self.loads.append(output.load)
+        super().step(output)
+
+
+async def test_a_step_is_no_older_for_those_that_ran_between_its_layers() -> None:
+    clock = StepClock()
+    engine = sim(blocks=4_000, profile="cpu-135m", speed=1, clock=clock)
+    driver = Listener(engine)
+    driver.loads = []
+    urgent = []
+
+    def come() -> None:
+        urgent.extend(
+            driver.place(prompt(600, seed), deadline_ms=0, max_tokens=1) for seed in range(1, 6)
+        )
+
+    # At the end of a layer, while the engine's thread has the long prompt's step.
+    clock.passes.append(come)
+    engine.start(driver)
+    try:
+        long = driver.place(prompt(600), deadline_ms=1e9, max_tokens=1)
+        await long.ended()
+        assert len(urgent) == 5
+        assert all([await attempt.ended() == "finished" for attempt in urgent])
+    finally:
+        await engine.close()
+    held = [load for load in driver.loads if load.step_age_ms and load.kv.running > 0]
+    assert held, "nothing was said while a step was held"
+    assert clock.time > 1 + 5 * max(load.step_predicted_ms for load in held) / 1000
+    for load in held:
+        assert load.step_age_ms <= load.step_predicted_ms * 1.001
