@@ -74,6 +74,9 @@ pub enum RequestError {
         /// For people.
         message: String,
     },
+    /// The call brought no key that is known. One text for all causes.
+    #[error("a valid key is needed, as `authorization: Bearer KEY`")]
+    Unauthenticated,
     /// The caller may not ask this.
     #[error("permission denied")]
     PermissionDenied,
@@ -101,6 +104,14 @@ pub enum RequestError {
     Overloaded {
         /// In words.
         reason: &'static str,
+        /// When to try again.
+        retry_after: Duration,
+    },
+    /// The caller's tenant has as much as it may have.
+    #[error("{what}")]
+    TenantLimit {
+        /// Which limit, in words.
+        what: &'static str,
         /// When to try again.
         retry_after: Duration,
     },
@@ -202,8 +213,10 @@ impl RequestError {
             Self::UnknownWorker(_) => (Code::NotFound, "UNKNOWN_WORKER"),
             Self::Text(_) => (Code::FailedPrecondition, "TEXT_FAILED"),
             Self::Refused { reason, .. } => (Code::FailedPrecondition, reason),
+            Self::Unauthenticated => (Code::Unauthenticated, "UNAUTHENTICATED"),
             Self::PermissionDenied => (Code::PermissionDenied, "PERMISSION_DENIED"),
             Self::Overloaded { .. } => (Code::ResourceExhausted, "OVERLOADED"),
+            Self::TenantLimit { .. } => (Code::ResourceExhausted, "TENANT_LIMIT"),
             Self::SlowClient { .. } => (Code::ResourceExhausted, "SLOW_CLIENT"),
             Self::NoWorker(_) => (Code::Unavailable, "NO_WORKER"),
             Self::WorkerLost { .. } => (Code::Unavailable, "WORKER_LOST"),
@@ -276,7 +289,9 @@ impl RequestError {
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::Overloaded { retry_after, .. } => Some(*retry_after),
+            Self::Overloaded { retry_after, .. } | Self::TenantLimit { retry_after, .. } => {
+                Some(*retry_after)
+            }
             _ => None,
         }
     }

@@ -2,14 +2,16 @@
 //!
 //! ```text
 //! serve (accept, protocol, paths) ─▶ door (limits, text, values) ─▶ mesh (workers)
-//!        ▲ bodies                                                    │
-//!        └───────────────── GenerationStream ◀───────────────────────┘
+//!   │    ▲ bodies                                                    │
+//!   │    └───────────────── GenerationStream ◀───────────────────────┘
+//!   └──▶ access (whose call, how much of it)
 //! ```
 //!
 //! [`Router::start`] takes [`Settings`] to a router that serves, [`run`] to its
 //! end.
 #![forbid(unsafe_code)]
 
+mod access;
 mod door;
 pub mod error;
 pub mod mesh;
@@ -19,6 +21,7 @@ mod serve;
 pub mod settings;
 mod telemetry;
 
+pub use access::KeysError;
 pub use run::{Router, StartError, run};
 pub use settings::Settings;
 pub use telemetry::init_logging;

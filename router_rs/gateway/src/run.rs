@@ -10,9 +10,13 @@ use std::{
 
 use kvmesh_registry::{Registration, Registry, RouterRecord};
 use tokio::task::JoinHandle;
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::{
+    sync::CancellationToken,
+    task::{AbortOnDropHandle, TaskTracker},
+};
 
 use crate::{
+    access::{Access, KeysError},
     door::Door,
     mesh::Mesh,
     serve::{Acceptor, Health, Reflection, RouterFacts, Shared, TlsError, bind},
@@ -45,6 +49,9 @@ pub enum StartError {
         /// What the system says.
         error: io::Error,
     },
+    /// The file of keys cannot be used.
+    #[error("{0}")]
+    Keys(#[from] KeysError),
     /// The registry's settings are not usable.
     #[error("etcd: {0}")]
     Registry(#[from] kvmesh_registry::SettingsError),
@@ -196,10 +203,12 @@ impl Parts {
         let etcd = registry.as_ref().map(Registry::status);
         let watch = registry.as_ref().map(Registry::watch_workers);
         let reflection = Reflection::new()?;
+        let access = Arc::new(Access::new(settings)?);
         let mesh = Mesh::start(settings.mesh(router_id.clone(), incarnation), watch);
         let telemetry = Arc::new(Telemetry::default());
         let shared = Arc::new(Shared {
             door: Door::new(settings, Arc::clone(&mesh), Arc::clone(&telemetry)),
+            access,
             health: Health::default(),
             reflection,
             exposition: Exposition::new(Arc::clone(&mesh), Arc::clone(&telemetry), etcd.clone()),
@@ -230,6 +239,9 @@ impl Parts {
         let connections = TaskTracker::new();
         let goaway = CancellationToken::new();
         let accepting = tokio::spawn(acceptor.run(goaway.clone(), connections.clone()));
+        let access = Arc::clone(&self.shared.access);
+        // Ends with this future, however that ends.
+        let _keys = AbortOnDropHandle::new(tokio::spawn(access.follow()));
         stop.cancelled().await;
         tracing::info!(
             event = "stopping",

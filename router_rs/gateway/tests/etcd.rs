@@ -78,7 +78,7 @@ fn known(workers: &[v1::WorkerStatus], worker: &MockWorker) -> bool {
 }
 
 async fn answers(mesh: &Mesh, tokens: u32) {
-    mesh.wait_ready().await;
+    mesh.wait_ready("").await;
     let stream = mesh.client().await.generate(request(tokens)).await.unwrap();
     let (ids, end) = read(stream.into_inner()).await;
     end.unwrap();
@@ -175,7 +175,7 @@ async fn a_dead_worker_gets_nothing_at_once_and_is_gone_with_its_lease() {
     etcd.ctl(&["put", &format!("--lease={lease}"), &key, &record]);
     let mesh = over(&etcd).await;
     wait_workers(&mesh, |workers| live(workers, &one) && live(workers, &two)).await;
-    mesh.wait_ready().await;
+    mesh.wait_ready("").await;
     let placements = "kvmesh_placements_total ";
     let (before, here) = (mesh.figure(placements).await, one.counters().placed);
     two.kill();
@@ -206,7 +206,7 @@ async fn etcd_away_stops_nothing_and_back_without_its_data_is_filled_again() {
     let _one = register(&registry, &one).await;
     let mut mesh = over(&etcd).await;
     wait_workers(&mesh, |workers| live(workers, &one)).await;
-    mesh.wait_ready().await;
+    mesh.wait_ready("").await;
     let stream = mesh.client().await.generate(request(2_000)).await.unwrap();
     let stream = tokio::spawn(read(stream.into_inner()));
     etcd.kill();

@@ -22,6 +22,7 @@ COMMANDS = {
     "explain": "say why a request went where it went",
     "simulate": "replay a trace over the scheduler, with simulated engines",
     "models": "list models, or get one",
+    "key": "make an API key",
     "version": "print the version",
 }
 """Each is a module of this package with `add_arguments(parser)` and `run(args)`."""

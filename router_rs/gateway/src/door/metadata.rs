@@ -25,15 +25,11 @@ pub(crate) struct CallMetadata {
     pub(crate) baggage: String,
     pub(crate) arrived: Instant,
     pub(crate) deadline: Option<Instant>,
-    /// From this machine itself.
-    pub(crate) loopback: bool,
-    /// Whose call it is, as a hash; 0 until it is known.
-    pub(crate) tenant: u64,
 }
 
 impl CallMetadata {
     /// Reads it; what is absent or malformed is made anew, except a deadline.
-    pub(crate) fn read(headers: &HeaderMap, arrived: Instant, loopback: bool) -> Self {
+    pub(crate) fn read(headers: &HeaderMap, arrived: Instant) -> Self {
         let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
         let request_id = text("x-request-id")
             .filter(|id| !id.is_empty() && id.len() <= MAX_REQUEST_ID)
@@ -49,8 +45,6 @@ impl CallMetadata {
             baggage: baggage.unwrap_or_default().to_owned(),
             arrived,
             deadline: None,
-            loopback,
-            tenant: 0,
         }
     }
 

@@ -1,7 +1,7 @@
 //! From bytes to an admitted request: limits first, then text, then values.
 //!
 //! The order is that of PROTOCOLS 5: permit for bytes, body, bound on tokens,
-//! tokenise, validate, admission.
+//! tokenise, validate, admission. Whose a call is has been asked before.
 
 mod metadata;
 mod text;
@@ -23,6 +23,7 @@ use prost::Message;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{
+    access::Caller,
     error::RequestError,
     mesh::{GenerationStream, Mesh, ServedModel},
     serve::grpc,
@@ -156,6 +157,7 @@ impl Door {
         &self,
         request: Admitted<v1::GenerateRequest>,
         call: &CallMetadata,
+        caller: &Caller,
     ) -> Result<GenerationStream, Refused> {
         let mut message = request.message;
         let input = message.input.take();
@@ -168,8 +170,15 @@ impl Door {
         let began = Instant::now();
         let ids = self.prompt_ids(&model, input).await?;
         let tokenize_ms = began.elapsed().as_secs_f64() * 1e3;
-        let admitted = validate::admit(message, &model, &self.classes, call, ids, tokenize_ms)
-            .map_err(invalid)?;
+        let admitted = validate::admit(
+            message,
+            &model,
+            &self.classes,
+            (call, caller),
+            ids,
+            tokenize_ms,
+        )
+        .map_err(invalid)?;
         let class = admitted.class;
         let turned = |error| {
             self.telemetry.class_ended(class, ClassEnd::Refused);

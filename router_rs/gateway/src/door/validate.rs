@@ -8,6 +8,7 @@ use kvmesh_wire::v1::{self, RequestClass};
 
 use super::CallMetadata;
 use crate::{
+    access::Caller,
     error::{RequestError, Violation, Violations},
     mesh::{ServedModel, class_of},
     request::AdmittedRequest,
@@ -350,7 +351,7 @@ pub(super) fn admit(
     request: v1::GenerateRequest,
     model: &ServedModel,
     classes: &DefaultClass,
-    call: &CallMetadata,
+    (call, caller): (&CallMetadata, &Caller),
     ids: Vec<u32>,
     tokenize_ms: f64,
 ) -> Result<AdmittedRequest, RequestError> {
@@ -403,8 +404,8 @@ pub(super) fn admit(
         grammar: request.grammar,
         placements: output.placements,
         trace: output.trace,
-        admin: call.loopback,
-        tenant: call.tenant,
+        admin: caller.operates,
+        tenant: caller.tenant,
         resumable: hints.resumable,
         class,
         ttft_target_ms: match hints.ttft_target_ms {
@@ -415,7 +416,7 @@ pub(super) fn admit(
             0 => shipped.itl_ms.unwrap_or(0.0),
             given => f64::from(given),
         },
-        cache_salt: hints.cache_salt,
+        cache_salt: caller.salted(hints.cache_salt),
         adapter: request.adapter,
         expected_output_tokens: hints.expected_output_tokens,
         arrived: call.arrived,

@@ -1,4 +1,4 @@
-//! The Admin service: for callers on this machine only.
+//! The Admin service: for operators, on this machine only.
 
 use std::sync::Arc;
 
@@ -18,9 +18,8 @@ pub(super) async fn call(
     method: &str,
     call: Call,
 ) -> Option<Response<ResponseBody>> {
-    if !call.metadata.loopback {
-        let refused = (Step::Access, RequestError::PermissionDenied);
-        return Some(refuse(shared, "Admin", &call, &refused));
+    if let Err(error) = shared.access.operator(&call.headers, call.from) {
+        return Some(refuse(shared, "Admin", &call, &(Step::Access, error)));
     }
     let mesh = &shared.mesh;
     Some(match method {

@@ -16,6 +16,7 @@ use kvmesh_wire::v1::generate_response::Event;
 
 use super::{calls, grpc, health::Watch, tokens};
 use crate::{
+    access::Visit,
     error::RequestError,
     mesh::{GenerationStream, text_of},
     telemetry::{ClassEnd, StreamFigures, Telemetry, Took},
@@ -110,6 +111,8 @@ pub(crate) struct GenerateBody {
     arrived: Instant,
     trailers: Option<HeaderMap>,
     done: bool,
+    /// Counted as its tenant's until it is dropped.
+    _visit: Visit,
 }
 
 impl GenerateBody {
@@ -119,6 +122,7 @@ impl GenerateBody {
         metadata: HeaderMap,
         request_id: String,
         arrived: Instant,
+        visit: Visit,
     ) -> Self {
         Self {
             generation: stream.id(),
@@ -131,6 +135,7 @@ impl GenerateBody {
             arrived,
             trailers: None,
             done: false,
+            _visit: visit,
         }
     }
 

@@ -12,7 +12,12 @@ use super::{
     grpc,
     service::{Call, Shared},
 };
-use crate::{door::Refused, error::RequestError, telemetry::Step};
+use crate::{
+    access::{Caller, Visit},
+    door::Refused,
+    error::RequestError,
+    telemetry::Step,
+};
 
 /// Answers a call of `kvmesh.v1.Inference`; `None` for an unknown method.
 pub(super) async fn call(
@@ -24,13 +29,18 @@ pub(super) async fn call(
         "Generate" => generate(shared, call).await,
         "Tokenize" => {
             let back = call.metadata.headers();
+            let entered = enter(shared, &call);
             let answer = async {
+                let _entered = entered?;
                 let request = shared.door.read(&call.headers, call.body).await?;
                 shared.door.tokenize(request).await
             };
             answered(shared, "Tokenize", &back, answer.await)
         }
         "ListModels" => {
+            if let Err(refused) = caller(shared, &call) {
+                return Some(refuse(shared, "ListModels", &call, &refused));
+            }
             let models = async |_: v1::ListModelsRequest| {
                 Ok(v1::ListModelsResponse {
                     models: shared.mesh.models(),
@@ -39,30 +49,49 @@ pub(super) async fn call(
             unary(shared, "ListModels", call, models).await
         }
         "Resume" => {
-            let refused = (Step::Validate, RequestError::unsupported("Resume"));
+            let unsupported = (Step::Validate, RequestError::unsupported("Resume"));
+            let refused = caller(shared, &call).err().unwrap_or(unsupported);
             refuse(shared, "Resume", &call, &refused)
         }
         _ => return None,
     })
 }
 
+/// Whose a call is.
+fn caller(shared: &Shared, call: &Call) -> Result<Caller, Refused> {
+    let caller = shared.access.caller(&call.headers, call.from);
+    caller.map_err(|error| (Step::Access, error))
+}
+
+/// Whose a call is, and its place among that tenant's requests.
+fn enter(shared: &Shared, call: &Call) -> Result<(Caller, Visit), Refused> {
+    let caller = caller(shared, call)?;
+    let visit = shared.access.enter(&caller, call.metadata.arrived);
+    let visit = visit.map_err(|error| (Step::Tenant, error))?;
+    Ok((caller, visit))
+}
+
 async fn generate(shared: &Arc<Shared>, call: Call) -> Response<ResponseBody> {
+    let back = call.metadata.headers();
+    let entered = enter(shared, &call);
     let Call {
         headers,
         body,
         metadata,
         end,
+        ..
     } = call;
-    let back = metadata.headers();
     let opened = async {
+        let (caller, visit) = entered?;
         let request = shared
             .door
             .read::<v1::GenerateRequest>(&headers, body)
             .await?;
-        shared.door.generate(request, &metadata).await
+        let stream = shared.door.generate(request, &metadata, &caller).await?;
+        Ok((stream, visit))
     };
     match opened.await {
-        Ok(stream) => {
+        Ok((stream, visit)) => {
             end.follow(stream.given_up());
             let body = GenerateBody::new(
                 stream,
@@ -70,6 +99,7 @@ async fn generate(shared: &Arc<Shared>, call: Call) -> Response<ResponseBody> {
                 back.clone(),
                 metadata.request_id,
                 metadata.arrived,
+                visit,
             );
             grpc::response(ResponseBody::Generate(Box::new(body)), &back)
         }

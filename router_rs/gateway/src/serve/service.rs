@@ -1,6 +1,10 @@
 //! From a path to who answers it.
 
-use std::{net::SocketAddr, sync::Arc, time::Instant};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Instant,
+};
 
 use bytes::Bytes;
 use futures_util::FutureExt;
@@ -14,6 +18,7 @@ use super::{
     reflection::Reflection,
 };
 use crate::{
+    access::Access,
     door::{CallMetadata, Door},
     error::RequestError,
     mesh::{Mesh, text_of},
@@ -32,6 +37,7 @@ pub(crate) struct RouterFacts {
 /// What all connections share.
 pub(crate) struct Shared {
     pub(crate) mesh: Arc<Mesh>,
+    pub(crate) access: Arc<Access>,
     pub(crate) door: Door,
     pub(crate) health: Health,
     pub(crate) reflection: Reflection,
@@ -45,6 +51,7 @@ pub(crate) struct Call {
     pub(crate) headers: HeaderMap,
     pub(crate) body: Incoming,
     pub(crate) metadata: CallMetadata,
+    pub(crate) from: IpAddr,
     pub(crate) end: CallEnd,
 }
 
@@ -67,15 +74,13 @@ impl Shared {
         if request.uri().path().starts_with("/grpc.reflection.") {
             return self.reflection.answer(request).await;
         }
-        let loopback = peer.ip().to_canonical().is_loopback();
-        let mut metadata = CallMetadata::read(request.headers(), arrived, loopback);
-        let address = peer.ip().to_canonical().to_string();
-        metadata.tenant = xxhash_rust::xxh3::xxh3_64(address.as_bytes());
+        let metadata = CallMetadata::read(request.headers(), arrived);
         let (parts, body) = request.into_parts();
         let mut call = Call {
             headers: parts.headers,
             body,
             metadata,
+            from: peer.ip(),
             end,
         };
         if let Err(error) = call.metadata.read_deadline(&call.headers) {

@@ -87,6 +87,24 @@ pub const KEYS: &[Key] = &[
         "PEM file of the certificate's key.",
     ),
     key(
+        "api_keys",
+        Kind::Text,
+        "",
+        "TOML file of tenants and digests of their keys; read again when it changes. Given: calls for inference need a key.",
+    ),
+    key(
+        "tenant_requests_per_s",
+        Kind::Real(0.0, 1e9),
+        "0",
+        "Requests a second of one tenant, on average; those of a second may come at once. 0: any. Without api_keys a tenant is an address.",
+    ),
+    key(
+        "tenant_concurrency",
+        Kind::Number(0, 1_000_000_000),
+        "0",
+        "Requests of one tenant at the same time. 0: any number.",
+    ),
+    key(
         "etcd",
         Kind::List,
         "",

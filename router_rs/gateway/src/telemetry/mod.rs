@@ -38,6 +38,7 @@ use histogram::LocalHistogram;
 pub(crate) enum Step {
     Connection,
     Access,
+    Tenant,
     Size,
     Permit,
     Body,
@@ -52,6 +53,7 @@ impl Step {
         match self {
             Self::Connection => "connection",
             Self::Access => "access",
+            Self::Tenant => "tenant",
             Self::Size => "size",
             Self::Permit => "permit",
             Self::Body => "body",
@@ -186,6 +188,8 @@ fn reason_label(error: &RequestError) -> &'static str {
         RequestError::UnknownWorker(_) => "UNKNOWN_WORKER",
         RequestError::Refused { reason, .. } => reason,
         RequestError::PermissionDenied => "PERMISSION_DENIED",
+        RequestError::Unauthenticated => "UNAUTHENTICATED",
+        RequestError::TenantLimit { .. } => "TENANT_LIMIT",
         RequestError::UnknownModel { .. } => "UNKNOWN_MODEL",
         RequestError::PromptTooLong { .. } => "PROMPT_TOO_LONG",
         RequestError::NoWorker(_) => "NO_WORKER",

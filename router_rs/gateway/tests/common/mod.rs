@@ -26,6 +26,11 @@ pub(crate) struct Mesh {
 impl Mesh {
     /// Starts workers and a router that knows them; waits until it can serve.
     pub(crate) async fn start(workers: Vec<MockConfig>, settings: Value) -> Self {
+        Self::start_for("", workers, settings).await
+    }
+
+    /// The same where a key is needed to ask.
+    pub(crate) async fn start_for(key: &str, workers: Vec<MockConfig>, settings: Value) -> Self {
         let workers: Vec<_> = workers
             .into_iter()
             .map(|c| MockWorker::start(c).unwrap())
@@ -42,7 +47,7 @@ impl Mesh {
             workers,
         };
         if !mesh.workers.is_empty() {
-            mesh.wait_ready().await;
+            mesh.wait_ready(key).await;
         }
         mesh
     }
@@ -85,12 +90,12 @@ impl Mesh {
         InferenceClient::new(self.channel().await).max_encoding_message_size(usize::MAX)
     }
 
-    pub(crate) async fn wait_ready(&self) {
+    pub(crate) async fn wait_ready(&self, key: &str) {
         let mut client = self.client().await;
         let until = Instant::now() + Duration::from_secs(60);
         loop {
             let models = client
-                .list_models(v1::ListModelsRequest {})
+                .list_models(with_key(key, v1::ListModelsRequest {}))
                 .await
                 .unwrap()
                 .into_inner();
@@ -108,6 +113,16 @@ impl Mesh {
         router.stop_token().cancel();
         router.ended().await;
     }
+}
+
+/// A call that brings a key, or none.
+pub(crate) fn with_key<T>(key: &str, message: T) -> tonic::Request<T> {
+    let mut call = tonic::Request::new(message);
+    if !key.is_empty() {
+        let value = format!("Bearer {key}").parse().unwrap();
+        call.metadata_mut().insert("authorization", value);
+    }
+    call
 }
 
 /// Asks over HTTP/1.

@@ -76,11 +76,12 @@ impl State {
         }
     }
 
-    /// Keeps what a placement is called, whose it is, where it came from and how
-    /// urgent it is.
+    /// Keeps what a placement is called, whose it and its prefix are, where it came
+    /// from and how urgent it is.
     pub(super) fn note_place(&self, place: &Place) {
         let continuation = place.continuation.as_ref().map(|from| Continuation {
             request_class: from.request_class,
+            cache_salt: from.cache_salt.clone(),
             virtual_deadline_ms: from.virtual_deadline_ms,
             ..Continuation::default()
         });

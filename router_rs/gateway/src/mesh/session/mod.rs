@@ -317,13 +317,27 @@ impl Session {
     }
 
     fn publish(&self) {
-        self.worker.set_state(self.link.state().clone());
+        let state = self.link.state().clone();
+        log_state(&self.worker.name(), &state);
+        self.worker.set_state(state);
         let standing = match self.link.state() {
             _ if self.link.placeable() => Standing::Ready,
             State::Suspect(_) | State::Ejected | State::HalfOpen { .. } => Standing::Suspect,
             _ => Standing::Absent,
         };
         self.core.worker_state(&self.worker, standing);
+    }
+}
+
+/// A worker's changes that cost it placements or streams are for the log; ends of
+/// sessions and ejections have lines of their own.
+fn log_state(worker: &str, state: &State) {
+    match state {
+        State::Suspect(why) => tracing::warn!(event = "worker_suspect", worker, ?why),
+        State::Lost(why) => tracing::warn!(event = "worker_lost", worker, ?why),
+        State::HalfOpen { probing: false } => tracing::info!(event = "worker_half_open", worker),
+        State::Live => tracing::info!(event = "worker_live", worker),
+        _ => {}
     }
 }
 

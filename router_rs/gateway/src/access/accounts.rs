@@ -1,0 +1,188 @@
+//! What each tenant has open, and how fast it asks.
+//!
+//! The rate is held by the generic cell rate algorithm (ITU-T I.371): one instant
+//! a tenant, at which it would have used up what it asked for.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
+
+use super::TenantLimits;
+
+/// Bounds of the advice to come back.
+const WAIT: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(60));
+/// Accounts that are kept before those without use are looked for.
+const FEW: usize = 1_024;
+/// Share of a new one in the mean of times that requests were open.
+const NEWEST: f64 = 0.2;
+
+/// Why a tenant gets no more now.
+#[derive(Debug, PartialEq)]
+pub(super) struct OverLimit {
+    /// Which limit, in words.
+    pub(super) what: &'static str,
+    /// When there should be room for one.
+    pub(super) wait: Duration,
+}
+
+#[derive(Debug)]
+struct Account {
+    open: u32,
+    /// When what was asked for so far is used up at the allowed rate.
+    used_until: Instant,
+    /// Mean time that a request stays open, s; none has ended at 0.
+    open_s: f64,
+}
+
+/// All tenants that have something open, or asked a moment ago.
+#[derive(Debug, Default)]
+pub(crate) struct Accounts {
+    of: HashMap<u64, Account>,
+    sweep_at: usize,
+}
+
+impl Accounts {
+    /// A request comes. A refused one counts for nothing.
+    pub(super) fn enter(
+        &mut self,
+        tenant: u64,
+        limits: &TenantLimits,
+        now: Instant,
+    ) -> Result<(), OverLimit> {
+        self.sweep(now);
+        let account = self.of.entry(tenant).or_insert(Account {
+            open: 0,
+            used_until: now,
+            open_s: 0.0,
+        });
+        if limits.concurrency > 0 && account.open >= limits.concurrency {
+            // Those that are open end one by one, evenly as far as is known.
+            let wait = account.open_s / f64::from(account.open);
+            return Err(OverLimit {
+                what: "too many requests at the same time",
+                wait: bounded(wait),
+            });
+        }
+        if limits.requests_per_second > 0.0 {
+            let at_once = limits.requests_per_second.max(1.0) - 1.0;
+            let one = 1.0 / limits.requests_per_second;
+            let used_s = account
+                .used_until
+                .saturating_duration_since(now)
+                .as_secs_f64();
+            let over = used_s - at_once * one;
+            // Sums of such parts are not exact.
+            if over > 1e-9 {
+                return Err(OverLimit {
+                    what: "too many requests a second",
+                    wait: bounded(over),
+                });
+            }
+            account.used_until = now + Duration::from_secs_f64(used_s + one);
+        }
+        account.open += 1;
+        Ok(())
+    }
+
+    /// A request that came at `since` is over.
+    pub(super) fn leave(&mut self, tenant: u64, since: Instant, now: Instant) {
+        let Some(account) = self.of.get_mut(&tenant) else {
+            return;
+        };
+        account.open = account.open.saturating_sub(1);
+        let took = now.saturating_duration_since(since).as_secs_f64();
+        let newest = if account.open_s == 0.0 { 1.0 } else { NEWEST };
+        account.open_s += newest * (took - account.open_s);
+    }
+
+    /// Drops accounts without use, once there are twice as many as there were
+    /// after the last time.
+    fn sweep(&mut self, now: Instant) {
+        if self.of.len() < self.sweep_at.max(FEW) {
+            return;
+        }
+        self.of
+            .retain(|_, account| account.open > 0 || account.used_until > now);
+        self.sweep_at = 2 * self.of.len();
+    }
+}
+
+fn bounded(seconds: f64) -> Duration {
+    Duration::try_from_secs_f64(seconds)
+        .unwrap_or(WAIT.1)
+        .clamp(WAIT.0, WAIT.1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits(requests_per_second: f64, concurrency: u32) -> TenantLimits {
+        TenantLimits {
+            requests_per_second,
+            concurrency,
+        }
+    }
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    #[test]
+    fn a_second_of_requests_passes_at_once_and_then_one_for_each_that_is_paid_off() {
+        let mut accounts = Accounts::default();
+        let (start, limits) = (Instant::now(), limits(4.0, 0));
+        for _ in 0..4 {
+            assert_eq!(accounts.enter(1, &limits, start), Ok(()));
+        }
+        let refused = accounts.enter(1, &limits, start).map_err(|over| over.wait);
+        assert_eq!(refused, Err(ms(250)));
+        // Another tenant's account is its own.
+        assert_eq!(accounts.enter(2, &limits, start), Ok(()));
+        // What was told is the truth, and what was refused has cost nothing.
+        assert!(accounts.enter(1, &limits, start + ms(249)).is_err());
+        assert_eq!(accounts.enter(1, &limits, start + ms(250)), Ok(()));
+        assert!(accounts.enter(1, &limits, start + ms(251)).is_err());
+    }
+
+    #[test]
+    fn less_than_one_a_second_passes_one_at_a_time() {
+        let mut accounts = Accounts::default();
+        let (start, limits) = (Instant::now(), limits(0.1, 0));
+        assert_eq!(accounts.enter(1, &limits, start), Ok(()));
+        let wait = accounts.enter(1, &limits, start + ms(4_000)).err();
+        assert_eq!(wait.map(|over| over.wait), Some(ms(6_000)));
+        assert_eq!(accounts.enter(1, &limits, start + ms(10_000)), Ok(()));
+    }
+
+    #[test]
+    fn what_has_ended_makes_room_and_says_how_long_the_next_takes() {
+        let mut accounts = Accounts::default();
+        let (start, limits) = (Instant::now(), limits(0.0, 2));
+        for _ in 0..2 {
+            assert_eq!(accounts.enter(1, &limits, start), Ok(()));
+        }
+        // Nothing is known yet: soon.
+        let wait = accounts.enter(1, &limits, start).err();
+        assert_eq!(wait.map(|over| over.wait), Some(WAIT.0));
+        accounts.leave(1, start, start + ms(3_000));
+        assert_eq!(accounts.enter(1, &limits, start + ms(3_000)), Ok(()));
+        let wait = accounts.enter(1, &limits, start + ms(3_000)).err();
+        assert_eq!(wait.map(|over| over.wait), Some(ms(1_500)));
+    }
+
+    #[test]
+    fn accounts_without_use_are_dropped() {
+        let mut accounts = Accounts::default();
+        let (mut now, limits) = (Instant::now(), limits(1_000.0, 1));
+        assert_eq!(accounts.enter(0, &limits, now), Ok(()));
+        for tenant in 1..10_000 {
+            assert_eq!(accounts.enter(tenant, &limits, now), Ok(()));
+            accounts.leave(tenant, now, now + ms(1));
+            now += ms(2);
+        }
+        assert!(accounts.of.len() <= FEW, "{}", accounts.of.len());
+        assert_eq!(accounts.of[&0].open, 1);
+    }
+}

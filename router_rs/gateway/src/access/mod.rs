@@ -1,0 +1,253 @@
+//! Who calls, and how much of the mesh is theirs: what the door asks before it
+//! reads a byte (PROTOCOLS 5 and 6).
+//!
+//! A tenant is who a key belongs to. Where no keys are set it is the address that
+//! a call comes from.
+
+mod accounts;
+mod keys;
+
+pub use keys::KeysError;
+
+use std::{
+    net::IpAddr,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError, RwLock},
+    time::{Duration, Instant},
+};
+
+use http::{HeaderMap, header};
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::{error::RequestError, settings::Settings};
+use accounts::{Accounts, OverLimit};
+use keys::{Holder, Keys};
+
+/// How often the file of keys is looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// What one tenant may have at the same time.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct TenantLimits {
+    /// Requests a second on average, as many as a second's at once; 0: any.
+    pub(crate) requests_per_second: f64,
+    /// Requests at the same time; 0: any number.
+    pub(crate) concurrency: u32,
+}
+
+/// Whose a call is.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Caller {
+    /// The tenant, as a hash that is the same at every router.
+    pub(crate) tenant: u64,
+    /// What keeps the tenant's prefixes from those of others; empty without keys.
+    pub(crate) salt: Arc<str>,
+    /// Whether it could as well ask the Admin service.
+    pub(crate) operates: bool,
+    limits: TenantLimits,
+}
+
+impl Caller {
+    /// The salt of a request's prefixes: the tenant's, with what the client gave.
+    pub(crate) fn salted(&self, given: String) -> String {
+        match self.salt.is_empty() {
+            true => given,
+            // Neither a tenant's name nor its salt has such a character.
+            false => format!("{}\u{1f}{given}", self.salt),
+        }
+    }
+}
+
+/// Knows keys, and counts what tenants have.
+pub(crate) struct Access {
+    file: Option<KeyFile>,
+    limits: TenantLimits,
+    accounts: Arc<Mutex<Accounts>>,
+}
+
+struct KeyFile {
+    path: PathBuf,
+    /// What it said when it was last looked at.
+    said: Mutex<Result<Vec<u8>, String>>,
+    keys: RwLock<Arc<Keys>>,
+}
+
+impl Access {
+    /// # Errors
+    /// [`KeysError`] for a file of keys that cannot be used.
+    pub(crate) fn new(settings: &Settings) -> Result<Self, KeysError> {
+        let limits = TenantLimits {
+            requests_per_second: settings.tenant_requests_per_s,
+            concurrency: settings.tenant_concurrency,
+        };
+        let file = match &settings.api_keys {
+            None => None,
+            Some(path) => Some(KeyFile::open(path, limits)?),
+        };
+        Ok(Self {
+            file,
+            limits,
+            accounts: Arc::default(),
+        })
+    }
+
+    /// Whose a call for inference is.
+    ///
+    /// # Errors
+    /// [`RequestError::Unauthenticated`] without a key that is known, and
+    /// [`RequestError::PermissionDenied`] with one that is no tenant's.
+    pub(crate) fn caller(&self, headers: &HeaderMap, from: IpAddr) -> Result<Caller, RequestError> {
+        let Some(file) = &self.file else {
+            return Ok(Caller {
+                tenant: xxh3_64(from.to_canonical().to_string().as_bytes()),
+                salt: Arc::default(),
+                operates: from.to_canonical().is_loopback(),
+                limits: self.limits,
+            });
+        };
+        match file.keys().holder(bearer(headers)?) {
+            None => Err(RequestError::Unauthenticated),
+            Some(Holder::Operator) => Err(RequestError::PermissionDenied),
+            Some(Holder::Tenant(caller)) => Ok(Caller {
+                operates: from.to_canonical().is_loopback() && self.operators().is_none(),
+                ..caller.clone()
+            }),
+        }
+    }
+
+    /// Whether a call may operate the cluster: it comes from this machine and,
+    /// where operators have keys, with one of theirs.
+    ///
+    /// # Errors
+    /// As [`Self::caller`], with the parts of tenants and operators changed.
+    pub(crate) fn operator(&self, headers: &HeaderMap, from: IpAddr) -> Result<(), RequestError> {
+        if !from.to_canonical().is_loopback() {
+            return Err(RequestError::PermissionDenied);
+        }
+        let Some(keys) = self.operators() else {
+            return Ok(());
+        };
+        match keys.holder(bearer(headers)?) {
+            None => Err(RequestError::Unauthenticated),
+            Some(Holder::Tenant(_)) => Err(RequestError::PermissionDenied),
+            Some(Holder::Operator) => Ok(()),
+        }
+    }
+
+    /// The keys, where operators have some.
+    fn operators(&self) -> Option<Arc<Keys>> {
+        let keys = self.file.as_ref()?.keys();
+        keys.has_operators().then_some(keys)
+    }
+
+    /// Counts a request, from now until what is returned is dropped.
+    ///
+    /// # Errors
+    /// [`RequestError::TenantLimit`].
+    pub(crate) fn enter(&self, caller: &Caller, now: Instant) -> Result<Visit, RequestError> {
+        let limits = caller.limits;
+        let counted = limits.concurrency > 0 || limits.requests_per_second > 0.0;
+        let account = match counted {
+            false => None,
+            true => {
+                let entered = lock(&self.accounts).enter(caller.tenant, &limits, now);
+                entered.map_err(|OverLimit { what, wait }| RequestError::TenantLimit {
+                    what,
+                    retry_after: wait,
+                })?;
+                Some((Arc::clone(&self.accounts), caller.tenant, now))
+            }
+        };
+        Ok(Visit { account })
+    }
+
+    /// Reads the file of keys again whenever it changes. Ends only where there is
+    /// none.
+    pub(crate) async fn follow(self: Arc<Self>) {
+        if self.file.is_none() {
+            return;
+        }
+        let mut looks = tokio::time::interval(LOOK_EVERY);
+        looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            looks.tick().await;
+            let own = Arc::clone(&self);
+            let looked = tokio::task::spawn_blocking(move || {
+                if let Some(file) = &own.file {
+                    file.look_again(own.limits);
+                }
+            });
+            if let Err(error) = looked.await {
+                tracing::error!(event = "panic", task = "keys", %error);
+            }
+        }
+    }
+}
+
+impl KeyFile {
+    fn open(path: &Path, limits: TenantLimits) -> Result<Self, KeysError> {
+        let text = keys::read(path)?;
+        let keys = Keys::parse(path, &text, limits)?;
+        Ok(Self {
+            path: path.to_owned(),
+            said: Mutex::new(Ok(text)),
+            keys: RwLock::new(Arc::new(keys)),
+        })
+    }
+
+    fn keys(&self) -> Arc<Keys> {
+        let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(&keys)
+    }
+
+    /// Takes what the file says now. What cannot be used is told once, and the
+    /// keys stay as they were.
+    fn look_again(&self, limits: TenantLimits) {
+        let mut last = lock(&self.said);
+        let said = keys::read(&self.path).map_err(|error| error.to_string());
+        if said == *last {
+            return;
+        }
+        let keys = said.clone().and_then(|text| {
+            Keys::parse(&self.path, &text, limits).map_err(|error| error.to_string())
+        });
+        match keys {
+            Ok(keys) => {
+                tracing::info!(event = "keys_changed", tenants = keys.tenants());
+                let mut held = self.keys.write().unwrap_or_else(PoisonError::into_inner);
+                *held = Arc::new(keys);
+            }
+            Err(error) => tracing::error!(event = "keys_not_changed", error),
+        }
+        *last = said;
+    }
+}
+
+/// A request in its tenant's account.
+#[derive(Debug)]
+pub(crate) struct Visit {
+    account: Option<(Arc<Mutex<Accounts>>, u64, Instant)>,
+}
+
+impl Drop for Visit {
+    fn drop(&mut self) {
+        if let Some((accounts, tenant, since)) = self.account.take() {
+            lock(&accounts).leave(tenant, since, Instant::now());
+        }
+    }
+}
+
+/// The key of `authorization: Bearer KEY` (RFC 6750, 2.1).
+fn bearer(headers: &HeaderMap) -> Result<&str, RequestError> {
+    let value = headers.get(header::AUTHORIZATION);
+    let text = value.and_then(|value| value.to_str().ok());
+    text.and_then(|text| text.split_once(' '))
+        .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
+        .map(|(_, key)| key.trim())
+        .ok_or(RequestError::Unauthenticated)
+}
+
+/// A panic under such a lock leaves nothing half done.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
