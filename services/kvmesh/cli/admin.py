@@ -1,13 +1,14 @@
 """What the commands for operators share: one call to a router's Admin service.
 
-A router answers it to callers on loopback addresses only.
+A router answers it to callers on loopback addresses only, and where operators have keys
+to those only.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from kvmesh.cli.client import CONNECTION, DEFAULT_ENDPOINT, client_settings, connect, explain
@@ -18,11 +19,11 @@ _TIMEOUT_S = 10.0
 
 
 def call_admin(
-    command: str, args: argparse.Namespace, call: Callable[[Any, float], _Answer]
+    command: str, args: argparse.Namespace, call: Callable[[Any, dict[str, Any]], _Answer]
 ) -> _Answer | None:
     """Makes one call; None where it failed, which was then told.
 
-    `call` gets the stub and a timeout in seconds.
+    `call` gets the stub and the call's options.
     """
     import grpc
 
@@ -32,12 +33,22 @@ def call_admin(
     values = client_settings(args, CONNECTION)
     with connect(values) as client:
         try:
-            return call(rpc.AdminStub(client.channel), values.get("timeout_s") or _TIMEOUT_S)
+            return call(rpc.AdminStub(client.channel), call_options(values))
         except grpc.RpcError as error:
             endpoint = values.get("endpoint") or DEFAULT_ENDPOINT
             text = explain(error_from_rpc(error), endpoint)
             print(f"kvmesh {command}: {text}", file=sys.stderr)
             return None
+
+
+def call_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """How long a call may take, and whose it is."""
+    from kvmesh.client.channel import call_metadata
+
+    return {
+        "timeout": values.get("timeout_s") or _TIMEOUT_S,
+        "metadata": call_metadata(values.get("token"), None, None),
+    }
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         force=args.force,
         stop=args.stop,
     )
-    answer = call_admin("drain", args, lambda stub, t: stub.DrainWorker(request, timeout=t))
+    answer = call_admin("drain", args, lambda stub, how: stub.DrainWorker(request, **how))
     if answer is None:
         return 1
     print(f"{args.worker} is draining, {answer.running} running")

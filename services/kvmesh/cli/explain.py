@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from kvmesh.v1 import admin_pb2 as admin
 
     request = admin.ExplainRequest(generation_id=args.generation)
-    answer = call_admin("explain", args, lambda stub, t: stub.Explain(request, timeout=t))
+    answer = call_admin("explain", args, lambda stub, how: stub.Explain(request, **how))
     if answer is None:
         return 1
     for decision in answer.decisions:

@@ -7,6 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from kvmesh.cli.admin import call_options
 from kvmesh.cli.client import CONNECTION, DEFAULT_ENDPOINT, client_settings, connect, explain
 from kvmesh.cli.settings import UsageError, add_settings
 from kvmesh.roles import role_name
@@ -21,8 +22,6 @@ controller). It only recommends, unless --apply is given; no role is ever left e
 Run one for a cluster, at the router that has most of its load: each router knows what
 came to itself. A line is printed when the advice changes, and for each flip.
 """
-
-_TIMEOUT_S = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +59,7 @@ class _Planner:
         from kvmesh.v1 import admin_pb2_grpc as rpc
 
         self._stub = rpc.AdminStub(channel)
-        self._timeout_s = values.get("timeout_s") or _TIMEOUT_S
+        self._how = call_options(values)
         self._endpoint = values.get("endpoint") or DEFAULT_ENDPOINT
         self._apply = apply
         self._told: dict[str, str] = {}
@@ -72,7 +71,7 @@ class _Planner:
         from kvmesh.v1 import admin_pb2 as admin
 
         try:
-            answer = self._stub.AdvisePools(admin.AdvisePoolsRequest(), timeout=self._timeout_s)
+            answer = self._stub.AdvisePools(admin.AdvisePoolsRequest(), **self._how)
         except grpc.RpcError as error:
             self._failed("", error)
             return False
@@ -98,7 +97,7 @@ class _Planner:
             return
         request = admin.SetWorkerRoleRequest(worker_id=flip.worker_id, role=flip.to_role)
         try:
-            self._stub.SetWorkerRole(request, timeout=self._timeout_s)
+            self._stub.SetWorkerRole(request, **self._how)
         except grpc.RpcError as error:
             # The controller sees that the role did not change, and goes on.
             self._failed(advice.model, error)

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     request = admin.SetWorkerRoleRequest(
         worker_id=args.worker, role=role_number(args.role), force=args.force
     )
-    answer = call_admin("role", args, lambda stub, t: stub.SetWorkerRole(request, timeout=t))
+    answer = call_admin("role", args, lambda stub, how: stub.SetWorkerRole(request, **how))
     if answer is None:
         return 1
     print(f"{args.worker} is now {role_name(answer.role)}")

@@ -56,7 +56,7 @@ def _served(args: argparse.Namespace) -> int:
     from kvmesh.v1 import admin_pb2 as admin
 
     request = admin.ListWorkersRequest()
-    answer = call_admin("workers", args, lambda stub, t: stub.ListWorkers(request, timeout=t))
+    answer = call_admin("workers", args, lambda stub, how: stub.ListWorkers(request, **how))
     if answer is None:
         return 1
     if args.json:
