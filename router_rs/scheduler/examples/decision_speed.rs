@@ -56,6 +56,7 @@ fn view(slot: WorkerSlot, role: Role, abilities: &Arc<Abilities>) -> WorkerView 
         },
         load: load(u64::from(slot.0), role, 0.0),
         booked: Work::default(),
+        computed: Work::default(),
         prompts: Vec::new(),
         left: [200.0; 3],
         relay_ms: 0.0,

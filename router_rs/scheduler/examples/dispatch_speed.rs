@@ -104,6 +104,7 @@ fn roster(workers: u32) -> Roster {
             },
             load: load(u64::from(slot), 0.0),
             booked: Work::default(),
+            computed: Work::default(),
             prompts: Vec::new(),
             left: [200.0; 3],
             relay_ms: 0.0,

@@ -60,6 +60,20 @@ impl Work {
         }
     }
 
+    /// The prompt in it alone, as it waits.
+    fn waiting(&self) -> Self {
+        Self {
+            prefills: self.prefills,
+            prefill_tokens: self.prefill_tokens,
+            prefill_context: self.prefill_context,
+            classes: ByClass {
+                decoding: [0; 3],
+                ..self.classes
+            },
+            ..Self::default()
+        }
+    }
+
     /// The prompt in it, as others see it that wait there.
     fn prompt(&self, virtual_deadline_ms: f64) -> Option<Prompt> {
         let class = Class::ALL
@@ -81,7 +95,9 @@ impl Work {
 /// A load report echoes the number of the last command that it reflects. So
 /// booked is exactly: what was chosen and not sent, plus what was sent after
 /// that number. Nothing decays and nothing is guessed. A prompt is known one by
-/// one from the choice until its first token, whatever reports show.
+/// one from the choice until its first token, whatever reports show; from then on
+/// until a report of that step or a later one it is known as computed: reports may
+/// be late, first tokens are not.
 ///
 /// Sums are kept up to date with each booking: a choice reads what changed
 /// ([`Bookings::take_changes`]) and nothing else.
@@ -96,6 +112,15 @@ struct Ledger {
     changed: BTreeSet<WorkerSlot>,
 }
 
+/// What this router knows of its own work on a worker besides the report in force.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Booked {
+    /// The report does not show it yet.
+    pub unseen: Work,
+    /// Prompts that it shows as waiting, and that are computed.
+    pub computed: Work,
+}
+
 /// What is booked on one worker.
 #[derive(Debug, Default)]
 struct Account {
@@ -103,8 +128,21 @@ struct Account {
     entries: BTreeMap<u64, Entry>,
     /// Keys of `entries` whose prompt is not computed yet.
     prompts: BTreeMap<u64, Listed>,
+    /// Prompts whose first token came, and that reports may still show as waiting.
+    computed: Vec<Computed>,
     /// Last command echoed.
     echoed: Option<u64>,
+}
+
+/// A prompt whose first token came before a report that knows of it.
+#[derive(Debug)]
+struct Computed {
+    /// From the report on that echoes it the prompt is in the worker's own sums.
+    command: u64,
+    /// The step that ended it.
+    step: u64,
+    /// The prompt, as it waited.
+    prompt: Work,
 }
 
 #[derive(Debug)]
@@ -113,15 +151,25 @@ struct Entry {
     command: Option<u64>,
 }
 
-/// A prompt that is not computed yet.
+/// A prompt that is not computed yet, with what is booked for it.
 #[derive(Debug)]
 struct Listed {
     prompt: Prompt,
+    booked: Work,
     /// It went there; else it would go there, and waits in the router.
     went: bool,
 }
 
 impl Account {
+    /// Prompts that the report in force shows as waiting, and that are computed.
+    fn shown_too_late(&self) -> Work {
+        let echoed = self.echoed.unwrap_or_default();
+        let shown = self.computed.iter().filter(|one| one.command <= echoed);
+        let mut sum = Work::default();
+        shown.for_each(|one| sum.add(&one.prompt));
+        sum
+    }
+
     fn forget(&mut self, key: u64) {
         if let Some(entry) = self.entries.remove(&key) {
             self.booked.take(&entry.work);
@@ -158,7 +206,11 @@ impl Bookings {
     #[must_use = "a booking that is dropped is released"]
     pub fn book_prompt(&self, worker: WorkerSlot, work: Work, virtual_deadline_ms: f64) -> Booking {
         let prompt = work.prompt(virtual_deadline_ms);
-        let listed = prompt.map(|prompt| Listed { prompt, went: true });
+        let listed = prompt.map(|prompt| Listed {
+            prompt,
+            booked: work.waiting(),
+            went: true,
+        });
         self.enter(worker, work, listed)
     }
 
@@ -174,6 +226,7 @@ impl Bookings {
         let prompt = work.prompt(virtual_deadline_ms);
         let listed = prompt.map(|prompt| Listed {
             prompt,
+            booked: work.waiting(),
             went: false,
         });
         self.enter(worker, work, listed)
@@ -221,11 +274,19 @@ impl Bookings {
         });
     }
 
+    /// A load report of this worker shows what steps up to this one brought.
+    pub fn reported(&self, worker: WorkerSlot, step: u64) {
+        self.change(worker, |account| {
+            account.computed.retain(|one| one.step > step);
+        });
+    }
+
     /// A new session with this worker, or none: what was sent on the old one
     /// is no longer on its way, and commands are numbered anew.
     pub fn session_ended(&self, worker: WorkerSlot) {
         self.change(worker, |account| {
             account.forget_where(|entry| entry.command.is_some());
+            account.computed.clear();
             let kept = &account.entries;
             account.prompts.retain(|key, _| kept.contains_key(key));
             account.echoed = None;
@@ -256,11 +317,10 @@ impl Bookings {
     }
 
     /// Gives the sums of each worker for which they changed since the last
-    /// call: what is booked, and the prompts that are not computed yet. For the
-    /// one place that keeps the views.
+    /// call. For the one place that keeps the views.
     pub fn take_changes(
         &self,
-        mut each: impl FnMut(WorkerSlot, &Work, &mut dyn Iterator<Item = Prompt>),
+        mut each: impl FnMut(WorkerSlot, &Booked, &mut dyn Iterator<Item = Prompt>),
     ) {
         let mut ledger = self.lock();
         let Ledger {
@@ -268,12 +328,16 @@ impl Bookings {
         } = &mut *ledger;
         for worker in std::mem::take(changed) {
             let Some(account) = accounts.get(&worker) else {
-                each(worker, &Work::default(), &mut std::iter::empty());
+                each(worker, &Booked::default(), &mut std::iter::empty());
                 continue;
+            };
+            let booked = Booked {
+                unseen: account.booked,
+                computed: account.shown_too_late(),
             };
             each(
                 worker,
-                &account.booked,
+                &booked,
                 &mut account.prompts.values().map(|listed| listed.prompt),
             );
             if account.entries.is_empty() && account.prompts.is_empty() && account.echoed.is_none()
@@ -323,6 +387,39 @@ impl Booking {
         self.ledger.change(self.worker, |account| {
             account.prompts.remove(&key);
         });
+    }
+
+    /// As [`Booking::started`], where it is known in which step of this worker: until
+    /// a report of that step or a later one comes ([`Bookings::reported`]), what
+    /// reports say of the prompt is old. Whether there was one.
+    pub fn started_in(&self, step: u64) -> bool {
+        let key = self.key;
+        let mut was = false;
+        self.ledger.change(self.worker, |account| {
+            let Some(listed) = account.prompts.remove(&key) else {
+                return;
+            };
+            was = true;
+            let command = match account.entries.get_mut(&key) {
+                // No report has it: its prompt is in what is booked.
+                Some(entry) => {
+                    let waiting = entry.work.waiting();
+                    entry.work.take(&waiting);
+                    account.booked.take(&waiting);
+                    entry.command
+                }
+                None => Some(0),
+            };
+            if let Some(command) = command {
+                let prompt = listed.booked;
+                account.computed.push(Computed {
+                    command,
+                    step,
+                    prompt,
+                });
+            }
+        });
+        was
     }
 }
 

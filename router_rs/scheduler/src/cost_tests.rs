@@ -123,6 +123,7 @@ fn worker(slot: u32, role: Role, draw: &mut Draw) -> WorkerView {
             step_ends_ms: draw.real(25_000.0),
         },
         booked: Work::default(),
+        computed: Work::default(),
         left: [draw.real(500.0), draw.real(500.0), draw.real(500.0)],
         relay_ms: draw.real(50.0),
     }

@@ -39,7 +39,7 @@ mod transfer;
 mod worker;
 
 pub use admission::{Admission, AdmissionSettings, Estimate, Rejected, admit};
-pub use booking::{Booking, Bookings, Work};
+pub use booking::{Booked, Booking, Bookings, Work};
 pub use chunk::{ChunkBounds, OWN_STEP_SHARE, PREEMPTION_TARGET_MS, chunk_tokens, tokens_within};
 pub use cost::{CostSettings, KvCost};
 pub use deadline::{ClassTargets, Targets, virtual_deadline_ms};

@@ -106,7 +106,8 @@ impl Roster {
     pub fn refresh(&mut self, bookings: &Bookings) {
         bookings.take_changes(|slot, booked, prompts| {
             if let Some(view) = self.get_mut(slot) {
-                view.booked = *booked;
+                view.booked = booked.unseen;
+                view.computed = booked.computed;
                 view.prompts.clear();
                 view.prompts.extend(prompts);
             }

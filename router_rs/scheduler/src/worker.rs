@@ -214,6 +214,9 @@ pub struct WorkerView {
     pub load: Load,
     /// Own work that the report does not show yet ([`crate::Bookings::booked`]).
     pub booked: Work,
+    /// Own prompts that the report shows as waiting, and that are computed
+    /// ([`crate::Bookings::reported`]).
+    pub computed: Work,
     /// Own prompts there, or chosen to go there, that are not computed yet:
     /// known one by one, where the sums above count them too. May be empty.
     pub prompts: Vec<Prompt>,
@@ -229,7 +232,8 @@ impl WorkerView {
     /// Prompt tokens waiting or being computed, by everyone.
     pub fn prefill_backlog_tokens(&self) -> u64 {
         let of = |share: &Share| share.queued_prefill_tokens + share.running_prefill_tokens;
-        of(&self.load.own) + of(&self.load.others) + self.booked.prefill_tokens
+        let shown = of(&self.load.own) + of(&self.load.others);
+        shown.saturating_sub(self.computed.prefill_tokens) + self.booked.prefill_tokens
     }
 
     /// Requests that decode there or will.
@@ -260,6 +264,7 @@ impl WorkerView {
         let mut sum = own.classes;
         sum.add(&others.classes);
         sum.add(&booked.classes);
+        self.take_computed(&mut sum);
         let [first, standard, last] = &sum.waiting_tokens;
         let shown = first + standard + last;
         let standard = Class::Standard.index();
@@ -268,11 +273,33 @@ impl WorkerView {
             sum.waiting_tokens[standard] += rest;
             let shown: u32 = sum.waiting.iter().sum();
             let queued = own.queued + others.queued + booked.prefills;
+            let queued = queued.saturating_sub(self.computed.prefills);
             sum.waiting[standard] += queued.saturating_sub(shown).max(1);
         }
         let shown: u32 = sum.decoding.iter().sum();
         sum.decoding[standard] += self.decode_batch().saturating_sub(shown);
         sum
+    }
+
+    /// Takes out what is computed and shown as waiting. Of such a prompt the report
+    /// may have shown less than all; never more goes than leaves what is known to wait.
+    fn take_computed(&self, sum: &mut ByClass) {
+        if self.computed.prefills == 0 {
+            return;
+        }
+        for at in 0..3 {
+            let of_class = self.prompts.iter().filter(|one| one.class.index() == at);
+            let (mut count, mut tokens) = (0, 0);
+            for prompt in of_class {
+                (count, tokens) = (count + 1, tokens + prompt.tokens);
+            }
+            let (shown, shown_tokens) = (sum.waiting[at], sum.waiting_tokens[at]);
+            let gone = &self.computed.classes;
+            sum.waiting[at] = shown.saturating_sub(gone.waiting[at]).max(shown.min(count));
+            sum.waiting_tokens[at] = shown_tokens
+                .saturating_sub(gone.waiting_tokens[at])
+                .max(shown_tokens.min(tokens));
+        }
     }
 
     /// Blocks that a new request could get.

@@ -8,8 +8,8 @@ use kvmesh_kv_index::{Matches, WorkerSlot};
 use std::sync::Arc;
 
 use kvmesh_scheduler::{
-    AdmissionSettings, Booking, Bookings, Class, ClassTargets, Cluster, LocalPrefill, Queue,
-    Rejected, Role, Work, admit, virtual_deadline_ms,
+    AdmissionSettings, Booking, Bookings, Class, ClassTargets, Cluster, LocalPrefill, Prompt,
+    Queue, Rejected, Role, Work, admit, virtual_deadline_ms,
 };
 use proptest::prelude::*;
 
@@ -58,6 +58,84 @@ fn a_new_session_counts_its_commands_anew() {
     assert_eq!(bookings.all().get(&W), Some(&tokens(10)));
     bookings.echoed(W, 1);
     assert!(bookings.all().is_empty());
+}
+
+/// What the views are told of a worker.
+fn known(bookings: &Bookings) -> (u64, u64) {
+    let mut seen = (0, 0);
+    bookings.touch(W);
+    bookings.take_changes(|_, booked, _| {
+        seen = (booked.unseen.prefill_tokens, booked.computed.prefill_tokens);
+    });
+    seen
+}
+
+#[test]
+fn what_a_first_token_says_counts_until_a_report_knows_of_it() {
+    let prompt = |amount| Work {
+        prefills: 1,
+        decodes: 1,
+        ..tokens(amount)
+    };
+    let bookings = Bookings::new();
+    let (early, late) = (
+        bookings.book_prompt(W, prompt(1), 0.0),
+        bookings.book_prompt(W, prompt(10), 0.0),
+    );
+    early.sent(1);
+    late.sent(2);
+    bookings.echoed(W, 1);
+    assert_eq!(known(&bookings), (10, 0));
+    // The report in force counts the one, and what is booked the other.
+    assert!(early.started_in(7));
+    assert!(late.started_in(8));
+    assert_eq!(known(&bookings), (0, 1));
+    assert_eq!(bookings.booked(W).decodes, 1, "its stream is still to come");
+    assert!(!early.started_in(9), "no prompt begins twice");
+    // A report of before that counts both.
+    bookings.echoed(W, 2);
+    bookings.reported(W, 6);
+    assert_eq!(known(&bookings), (0, 11));
+    bookings.reported(W, 7);
+    assert_eq!(known(&bookings), (0, 10));
+    bookings.reported(W, 8);
+    assert_eq!(known(&bookings), (0, 0));
+    assert!(!late.started_in(9));
+    assert_eq!(bookings.booked(W), Work::default());
+    bookings.book_prompt(W, prompt(5), 0.0).sent(3);
+    bookings.session_ended(W);
+    drop((early, late));
+    assert!(bookings.all().is_empty());
+}
+
+#[test]
+fn a_late_report_is_read_with_what_is_computed_and_never_below_what_waits() {
+    let mut view = worker(0, Role::Both);
+    view.load.own.queued = 2;
+    view.load.own.queued_prefill_tokens = 300;
+    view.load.own.classes.waiting[Class::Standard.index()] = 2;
+    view.load.own.classes.waiting_tokens[Class::Standard.index()] = 300;
+    let mut computed = Work {
+        prefills: 1,
+        prefill_tokens: 200,
+        ..Work::default()
+    };
+    computed.classes.waiting[Class::Standard.index()] = 1;
+    computed.classes.waiting_tokens[Class::Standard.index()] = 200;
+    view.computed = computed;
+    assert_eq!(view.prefill_backlog_tokens(), 100);
+    let there = view.by_class();
+    assert_eq!(there.waiting[Class::Standard.index()], 1);
+    assert_eq!(there.waiting_tokens[Class::Standard.index()], 100);
+    // Half of it was computed when the report was made: the other one waits whole.
+    view.prompts.push(Prompt {
+        virtual_deadline_ms: 0.0,
+        class: Class::Standard,
+        tokens: 180,
+        context: 0,
+    });
+    let there = view.by_class();
+    assert_eq!(there.waiting_tokens[Class::Standard.index()], 180);
 }
 
 proptest! {

@@ -97,6 +97,11 @@ impl GenerationStream {
         self.open.request.class
     }
 
+    /// Attempts that it has taken so far.
+    pub(crate) fn attempts(&self) -> u32 {
+        self.open.attempts()
+    }
+
     /// What it is held to, by its class or its own hints.
     pub(crate) fn held_to(&self) -> HeldTo {
         self.open.held_to()

@@ -36,6 +36,7 @@ pub(super) fn view_of(
         step,
         load: Load::default(),
         booked: Work::default(),
+        computed: Work::default(),
         prompts: Vec::new(),
         left,
         relay_ms: 0.0,

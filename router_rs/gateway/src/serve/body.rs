@@ -236,6 +236,7 @@ impl GenerateBody {
             event = "generation_ended",
             generation = %self.generation,
             request_id = %self.request_id,
+            attempts = self.stream.attempts(),
             outcome,
             tokens = self.figures.count(),
             total_ms = self.arrived.elapsed().as_secs_f64() * 1e3,

@@ -54,6 +54,7 @@ pub(crate) fn worker(slot: u32, role: Role) -> WorkerView {
             ..Load::default()
         },
         booked: Work::default(),
+        computed: Work::default(),
         prompts: Vec::new(),
         left: [128.0; 3],
         relay_ms: 0.0,

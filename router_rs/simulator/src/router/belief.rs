@@ -79,6 +79,7 @@ pub(super) fn view(slot: usize, role: Role, settings: &Settings) -> WorkerView {
         step: settings.believed(),
         load,
         booked: Work::default(),
+        computed: Work::default(),
         prompts: Vec::new(),
         left: [f64::from(EXPECTED_OUTPUT); 3],
         relay_ms: 0.0,

@@ -43,6 +43,8 @@ pub struct FaultPlan {
     pub return_at: Option<u32>,
     /// So many more requests are given back so.
     pub return_next: u32,
+    /// Loads say again what the last one said before this was set.
+    pub old_loads: bool,
     /// No step ends any more, while load frames go on: a stuck engine thread
     /// under a beating event loop.
     pub stuck: bool,
@@ -66,6 +68,7 @@ impl Default for FaultPlan {
             fail_code: 13,
             return_at: None,
             return_next: 0,
+            old_loads: false,
             stuck: false,
         }
     }

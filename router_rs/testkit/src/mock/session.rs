@@ -5,9 +5,10 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use kvmesh_wire::v1::{
-    CacheEvents, Cancelled, EngineHandOff, Found, HandedOff, LoadShare, Opening, Place, Refused,
-    RequestClass, Reserved, RouterFrame, RouterHello, Stage, StageEnd, StepOutput, StepSample,
-    TransferFailed, WorkerFrame, WorkerHello, opening, router_frame, stage_end::End, worker_frame,
+    CacheEvents, Cancelled, EngineHandOff, Found, HandedOff, Load, LoadShare, Opening, Place,
+    Refused, RequestClass, Reserved, RouterFrame, RouterHello, Stage, StageEnd, StepOutput,
+    StepSample, TransferFailed, WorkerFrame, WorkerHello, opening, router_frame, stage_end::End,
+    worker_frame,
 };
 use tokio::{
     sync::{broadcast, mpsc},
@@ -66,6 +67,8 @@ struct Session {
     next_step: Instant,
     load_sent: Instant,
     load_changed: bool,
+    /// The last load that was true when it was sent.
+    true_load: Option<Load>,
 }
 
 /// Runs one session to its end.
@@ -105,6 +108,7 @@ pub(super) async fn run(state: Arc<State>, mut inbound: Streaming<RouterFrame>, 
         next_step: now,
         load_sent: now,
         load_changed: true,
+        true_load: None,
     };
     // Any end but the router's own is told as a status.
     if session.serve(&hello, &mut inbound).await.is_err() {
@@ -402,8 +406,7 @@ impl Session {
             load: None,
         };
         if last && Instant::now() >= self.load_due() {
-            frame.load = Some(self.state.load(self.last_command, self.own()));
-            self.load_is_sent();
+            frame.load = Some(self.next_load());
         }
         self.send(worker_frame::Frame::Step(frame)).await
     }
@@ -421,14 +424,21 @@ impl Session {
     }
 
     async fn send_load(&mut self) -> Step {
-        let load = self.state.load(self.last_command, self.own());
-        self.load_is_sent();
+        let load = self.next_load();
         self.send(worker_frame::Frame::Load(load)).await
     }
 
-    fn load_is_sent(&mut self) {
+    fn next_load(&mut self) -> Load {
         self.load_sent = Instant::now();
         self.load_changed = false;
+        if let Some(old) = &self.true_load
+            && self.state.faults.plan().old_loads
+        {
+            return *old;
+        }
+        let load = self.state.load(self.last_command, self.own());
+        self.true_load = Some(load);
+        load
     }
 
     fn own(&self) -> LoadShare {

@@ -77,11 +77,17 @@ impl Booking {
         }
     }
 
-    /// Its first token came: its prompt holds nobody up any more.
-    pub(super) fn started(&self) {
-        for (_, booked) in &self.loads {
-            booked.started();
+    /// Its first token came, in a step of this worker: its prompt holds nobody up any
+    /// more. Whether it was computed there.
+    pub(super) fn started(&self, from: WorkerIndex, step: u64) -> bool {
+        let mut computed = false;
+        for (on, booked) in &self.loads {
+            match *on == from {
+                true => computed |= booked.started_in(step),
+                false => booked.started(),
+            }
         }
+        computed
     }
 }
 

@@ -54,6 +54,20 @@ impl Core {
         }
     }
 
+    /// A worker has computed prompts of ours: who waits for it need not wait for its
+    /// next report, which may be late.
+    pub(in crate::mesh) fn prompts_computed(self: &Arc<Self>, worker: &WorkerEntry) {
+        if self.dispatcher.waits.len() == 0 {
+            return;
+        }
+        let mut placer = self.dispatcher.placer();
+        let computed = placer.computed(worker.index);
+        drop(placer);
+        if let Some(computed) = computed {
+            self.look(&computed);
+        }
+    }
+
     /// Whether a worker can be placed on has changed.
     pub(in crate::mesh) fn worker_state(&self, worker: &WorkerEntry, standing: Standing) {
         self.dispatcher.placer().stands(worker.index, standing);

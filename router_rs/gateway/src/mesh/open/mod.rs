@@ -133,6 +133,15 @@ pub(super) struct Batch {
     pub(super) outcome: Option<Outcome>,
 }
 
+/// What tokens of a frame have others do, once all of them are taken.
+#[derive(Default)]
+pub(super) struct Brought {
+    /// Those that read these streams.
+    pub(super) wake: Vec<Waker>,
+    /// Whether the worker has computed a prompt.
+    pub(super) computed: bool,
+}
+
 impl Open {
     /// Opens a generation; it asks for its first plan at once.
     pub(super) fn start(
@@ -224,14 +233,14 @@ impl Open {
         Ok(())
     }
 
-    /// Takes a row of tokens: the path of every token. Returns how many are
-    /// new, or `None` for a stale row; the waker goes to `wake`.
+    /// Takes a row of tokens that a step brought: the path of every token. Returns
+    /// how many are new, or `None` for a stale row.
     pub(super) fn tokens(
         &self,
-        from: WorkerIndex,
+        (from, step): (WorkerIndex, u64),
         row: &Row<'_>,
         now: Instant,
-        wake: &mut Vec<Waker>,
+        brought: &mut Brought,
     ) -> Result<Option<usize>, Violation> {
         let mut state = self.lock();
         let count = u32::try_from(row.ids.len()).unwrap_or(u32::MAX);
@@ -251,7 +260,7 @@ impl Open {
         if state.started != attempt {
             state.started = attempt;
             if let Some(chosen) = &mut state.chosen {
-                chosen.booking.started();
+                brought.computed |= chosen.booking.started(from, step);
                 chosen.retry = None;
             }
             if let Some(since) = state.moved.take() {
@@ -268,7 +277,7 @@ impl Open {
                 .extend(given.skip(skip).take(new.len()).cloned());
         }
         state.figures.tokens_arrived(now);
-        wake.extend(state.waker.take());
+        brought.wake.extend(state.waker.take());
         Ok(Some(new.len()))
     }
 
@@ -507,5 +516,10 @@ impl Open {
     /// Output ids so far, counted.
     pub(super) fn next_index(&self) -> u32 {
         self.lock().machine.next_index()
+    }
+
+    /// Attempts so far.
+    pub(super) fn attempts(&self) -> u32 {
+        self.lock().machine.fence().attempt
     }
 }

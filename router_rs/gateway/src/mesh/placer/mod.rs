@@ -254,6 +254,10 @@ impl Placer {
         let (slot, step_ms) = (known.slot, known.step_ms);
         let relay_ms = known.relay.ms_after_idle(ms(known.reached.elapsed()));
         self.bookings.echoed(slot, load.last_command);
+        // While a step runs, what it brings is not in the report.
+        let runs = load.step_age_ms > 0.0 || load.step_predicted_ms > 0.0;
+        let ended = load.step.saturating_sub(u64::from(runs));
+        self.bookings.reported(slot, ended);
         self.change(worker, |view| {
             view.role = role_of(report.role);
             view.draining = load.draining;
@@ -264,6 +268,16 @@ impl Placer {
         let view = self.roster.get(slot)?;
         let local = self.policy.local_prefill();
         Some(Reported::of(view, step_ms, local, &self.bookings))
+    }
+
+    /// What there is to say of a worker before its next report: a prompt of ours
+    /// there is computed.
+    pub(super) fn computed(&mut self, worker: WorkerIndex) -> Option<Reported> {
+        let known = self.workers.get(&worker)?;
+        self.roster.refresh(&self.bookings);
+        let view = self.roster.get(known.slot)?;
+        let local = self.policy.local_prefill();
+        Some(Reported::of(view, known.step_ms, local, &self.bookings))
     }
 
     /// A step's service time came.

@@ -104,7 +104,10 @@ impl Session {
                 counted.stale += 1;
                 continue;
             };
-            match held.open.tokens(index, &row, now, &mut self.wake) {
+            match held
+                .open
+                .tokens((index, step.step), &row, now, &mut self.brought)
+            {
                 Ok(Some(count)) => counted.new += count as u64,
                 Ok(None) => counted.stale += 1,
                 Err(broken) => {
@@ -115,8 +118,11 @@ impl Session {
         }
         drop(counted);
         // After the counts: a stream that is woken takes from them.
-        for waker in self.wake.drain(..) {
+        for waker in self.brought.wake.drain(..) {
             waker.wake();
+        }
+        if std::mem::take(&mut self.brought.computed) {
+            self.core.prompts_computed(&self.worker);
         }
         violation.map_or(Ok(()), Err)
     }

@@ -16,7 +16,6 @@ mod transport;
 use std::{
     collections::HashMap,
     sync::Arc,
-    task::Waker,
     time::{Duration, Instant},
 };
 
@@ -30,7 +29,13 @@ use rand::RngExt as _;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::{Core, figures::ms, open::Open, placer::Standing, table::WorkerEntry};
+use super::{
+    Core,
+    figures::ms,
+    open::{Brought, Open},
+    placer::Standing,
+    table::WorkerEntry,
+};
 use alarms::Alarms;
 pub(super) use handle::{ById, Outgoing, SessionHandle};
 use reattach::at;
@@ -77,7 +82,7 @@ pub(super) struct Session {
     /// What the worker still has of it.
     kept: Vec<(GenerationId, Fence)>,
     redial: Duration,
-    wake: Vec<Waker>,
+    brought: Brought,
     /// How often the task panicked.
     panics: u32,
 }
@@ -105,7 +110,7 @@ impl Session {
             named: Vec::new(),
             kept: Vec::new(),
             redial: REDIAL.0,
-            wake: Vec::new(),
+            brought: Brought::default(),
             panics: 0,
         }
     }
@@ -318,8 +323,9 @@ impl Session {
 
     fn publish(&self) {
         let state = self.link.state().clone();
-        log_state(&self.worker.name(), &state);
-        self.worker.set_state(state);
+        if self.worker.set_state(state.clone()) {
+            log_state(&self.worker.name(), &state);
+        }
         let standing = match self.link.state() {
             _ if self.link.placeable() => Standing::Ready,
             State::Suspect(_) | State::Ejected | State::HalfOpen { .. } => Standing::Suspect,

@@ -18,7 +18,10 @@ use kvmesh_session::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{super::open::Open, Alarms, Queue, Session, new_link, redial_after};
+use super::{
+    super::open::{Brought, Open},
+    Alarms, Queue, Session, new_link, redial_after,
+};
 
 impl Session {
     /// Keeps the session up until it is stopped, whatever happens in it.
@@ -54,7 +57,7 @@ impl Session {
         self.reattach_at = None;
         self.named.clear();
         self.kept.clear();
-        self.wake.clear();
+        self.brought = Brought::default();
         self.lose(Loss::Broken);
         self.publish();
         self.worker

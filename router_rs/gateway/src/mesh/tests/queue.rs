@@ -105,6 +105,28 @@ async fn a_request_stays_until_its_worker_would_start_it_or_it_would_preempt() {
 }
 
 #[tokio::test]
+async fn a_first_token_lets_the_next_one_go_where_reports_are_old() {
+    let both = slow_prompts();
+    let mesh = mesh_of(&[&both]).await;
+    let first = mesh.generate(long(1, 100_000)).unwrap();
+    let shown = || {
+        let loads = mesh.workers().into_iter().filter_map(|worker| worker.load);
+        loads.filter_map(|load| load.own).any(|own| own.queued == 1)
+    };
+    assert!(until(shown).await, "no report shows the first prompt");
+    let second = mesh.generate(long(2, 3)).unwrap();
+    assert_eq!(mesh.queued(), 1);
+    // From now on every report shows the first prompt as waiting.
+    both.faults().set(|plan| plan.old_loads = true);
+    let answer = collect(second).await;
+    assert_eq!((answer.error, answer.ids.len()), (None, 3));
+    assert!(shown(), "a true report came");
+    drop(first);
+    both.faults().set(|plan| plan.old_loads = false);
+    assert!(until(|| nothing_left(&mesh, &[&both])).await);
+}
+
+#[tokio::test]
 async fn who_would_wait_too_long_is_told_when_to_come_back() {
     let both = slow_prompts();
     let bound = MeshSettings {
