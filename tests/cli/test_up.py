@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from kvmesh.cli import main
 from kvmesh.cli.etcd import free_ports
 
 UP = [sys.executable, "-m", "kvmesh.cli", "up", "--engine", "sim"]
@@ -191,3 +192,16 @@ def test_no_child_outlives_it(number, status, tmp_path):
                 ended.unregister(key.fd)
                 os.close(key.fd)
                 left -= 1
+
+
+@pytest.mark.parametrize("name", ["api_keys", "tls_cert"])
+def test_what_up_could_not_ask_it_does_not_start(name, monkeypatch, tmp_path, capsys):
+    begin = ["up", "--once", "--engine", "sim", "--ask", "Anybody there?"]
+    monkeypatch.setenv(f"KVMESH_{name.upper()}", "a-file")
+    assert main(begin) == 2
+    assert f"{name} is 'a-file'" in capsys.readouterr().err
+    monkeypatch.delenv(f"KVMESH_{name.upper()}")
+    file = tmp_path / "kvmesh.toml"
+    file.write_text(f"[router]\n{name} = 'a-file'\n")
+    assert main([*begin, "--config", str(file)]) == 2
+    assert f"{name} is 'a-file'" in capsys.readouterr().err

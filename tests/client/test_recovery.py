@@ -3,7 +3,7 @@
 import grpc
 import pytest
 
-from kvmesh.client.errors import MeshError, MeshUnavailableError
+from kvmesh.client.errors import MeshError, MeshUnavailableError, OverloadedError
 from kvmesh.client.events import Accepted, Tokens
 from kvmesh.client.recovery import Recovery
 from kvmesh.client.request import build_request
@@ -37,6 +37,22 @@ def test_what_never_began_or_is_no_loss_is_the_callers() -> None:
     for code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.DEADLINE_EXCEEDED):
         with pytest.raises(MeshError):
             begun().pause(MeshError(code, "no"))
+
+
+def test_one_that_was_lost_waits_for_room_elsewhere_as_long_as_it_is_told() -> None:
+    full = OverloadedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", retry_after_s=4.0)
+    with pytest.raises(OverloadedError):
+        begun().pause(full)
+    recovery = begun()
+    recovery.pause(GONE)
+    assert 4.0 < recovery.pause(full) <= 4.0 + 0.1
+    # Nobody waits for what would come too late.
+    far = OverloadedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", retry_after_s=31.0)
+    with pytest.raises(MeshUnavailableError):
+        recovery.pause(far)
+    # Without a time there is nothing to wait for.
+    with pytest.raises(OverloadedError):
+        recovery.pause(OverloadedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "slow client"))
 
 
 def test_it_can_be_turned_off() -> None:

@@ -12,8 +12,10 @@ from kvmesh.cli import main
 def made(capsys, *arguments: str) -> tuple[str, str]:
     """A new key, and the lines for the file."""
     assert main(["key", *arguments]) == 0
-    head, _, lines = capsys.readouterr().out.partition("\n\n")
-    return head.rpartition(" ")[2], lines
+    said = capsys.readouterr()
+    key = said.err.split()[-1]
+    assert key not in said.out
+    return key, said.out
 
 
 def test_a_key_opens_what_is_its_tenants_and_nothing_else(fresh, tmp_path, capsys) -> None:

@@ -99,6 +99,7 @@ async def ask_all(
                     running -= 1
 
         results = await asyncio.gather(*map(ask, prompts))
+    assert all(len(result.token_ids) == tokens for result in results)
     assert most == min(TOGETHER, len(prompts))
     return list(results)
 

@@ -184,6 +184,8 @@ impl Parts {
             "" => format!("router-{incarnation:016x}"),
             id => id.to_owned(),
         };
+        let telemetry = Arc::new(Telemetry::default());
+        let access = Arc::new(Access::new(settings, Arc::clone(&telemetry))?);
         let registry = match settings.etcd.is_empty() {
             true => None,
             false => Some(Registry::new(etcd_of(settings)?)?),
@@ -203,9 +205,7 @@ impl Parts {
         let etcd = registry.as_ref().map(Registry::status);
         let watch = registry.as_ref().map(Registry::watch_workers);
         let reflection = Reflection::new()?;
-        let access = Arc::new(Access::new(settings)?);
         let mesh = Mesh::start(settings.mesh(router_id.clone(), incarnation), watch);
-        let telemetry = Arc::new(Telemetry::default());
         let shared = Arc::new(Shared {
             door: Door::new(settings, Arc::clone(&mesh), Arc::clone(&telemetry)),
             access,

@@ -238,10 +238,11 @@ async fn a_changed_file_is_taken_and_a_broken_one_changes_nothing() {
     let keys = KeyFile::new(&tenant("old", ""));
     let mesh = Mesh::start_for("old", vec![MockConfig::default()], keys.settings()).await;
     let mut client = mesh.client().await;
-    // Tried in turn with the next, so that the broken ones were surely looked at.
-    for broken in ["[tenants.x]\nkeys = []", "not toml"] {
+    // An empty one is what somebody who is writing leaves for a moment.
+    let refused_files = "kvmesh_api_keys_reloads_total{outcome=\"refused\"}";
+    for (n, broken) in (1..).zip(["[tenants.x]\nkeys = []", "not toml", ""]) {
         keys.write(broken);
-        tokio::time::sleep(Duration::from_millis(1_200)).await;
+        mesh.wait_figure(refused_files, n).await;
         assert_eq!(generated(&mut client, "old").await.len(), 2);
     }
     keys.write(&tenant("new", ""));
@@ -277,6 +278,12 @@ async fn operators_and_tenants_have_keys_apart() {
     admin.get_router_info(ask("root")).await.unwrap();
     let mut client = mesh.client().await;
     assert_eq!(reason(&refused(&mut client, "root").await), denied);
+    // A file that lacks their section takes no key from them.
+    keys.write(&tenant("shop", ""));
+    let refused_files = "kvmesh_api_keys_reloads_total{outcome=\"refused\"}";
+    mesh.wait_figure(refused_files, 1).await;
+    unauthenticated(&admin.get_router_info(ask("")).await.unwrap_err());
+    admin.get_router_info(ask("root")).await.unwrap();
     // Names of workers are for operators, from wherever a tenant calls.
     let mut asked = request(2);
     asked.output.get_or_insert_default().placements = true;

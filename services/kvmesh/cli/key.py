@@ -7,14 +7,19 @@ import hashlib
 import json
 import re
 import secrets
+import sys
 
 from kvmesh.cli.settings import UsageError
 
 _EPILOG = """\
-Prints a new key, and the lines for the file that routers read (setting api_keys): it
-holds digests only, so that the key itself is nowhere but with its owner. Clients send it
-with `kvmesh.Client(target, token=KEY)`, --token or KVMESH_TOKEN. Routers see a changed
-file within seconds; a tenant may have several keys, so that one can take another's place.
+Prints the lines for the file that routers read (setting api_keys), and the key to standard
+error: the file holds digests only, so that the key itself is nowhere but with its owner.
+
+  kvmesh key shop >> keys.toml
+
+Clients send it with `kvmesh.Client(target, token=KEY)`, --token or KVMESH_TOKEN. Routers see
+a changed file within seconds. A tenant may have several keys, so that one can take another's
+place: add the new digest to the list that its section has.
 """
 
 _BARE = re.compile("[A-Za-z0-9_-]+")
@@ -37,8 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """Makes a key."""
     section = "operators" if args.operator else f"tenants.{_toml_key(args.tenant)}"
     key = "kvmesh-" + secrets.token_urlsafe(32)
-    print(f"key, shown only now: {key}")
-    print()
+    print(f"key, shown only now: {key}", file=sys.stderr)
     print(f"[{section}]")
     print(f'keys_sha256 = ["{hashlib.sha256(key.encode()).hexdigest()}"]')
     return 0

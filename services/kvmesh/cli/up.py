@@ -62,6 +62,10 @@ SETTINGS = (
 )
 
 
+_NOT_WITH_UP = (Setting("api_keys", ""), Setting("tls_cert", ""))
+"""Settings of routers that others reach."""
+
+
 class _Told(BaseException):
     """A signal told us to end. No Exception, so that nothing on the way takes it."""
 
@@ -87,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("a COMMAND needs --once: the cluster ends with it")
     if args.once and not args.program and args.ask is None:
         raise UsageError("--once needs something to do: --ask TEXT or -- COMMAND ARGS…")
+    _refuse_doors(args)
     plan = _plan(merged("up", SETTINGS, args), args.once, config_file(args))
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _told)
@@ -102,6 +107,17 @@ def run(args: argparse.Namespace) -> int:
         return 0 if not args.once else 130
     except _Told as told:
         return told.status
+
+
+def _refuse_doors(args: argparse.Namespace) -> None:
+    wanted = {"KVMESH_CONFIG", *(setting.variable for setting in _NOT_WITH_UP)}
+    environment = {name: value for name, value in os.environ.items() if name in wanted}
+    for name, value in merged("router", _NOT_WITH_UP, args, environment).items():
+        if value:
+            raise UsageError(
+                f"{name} is {value!r} for routers, and what `up` starts is asked in plain text "
+                f"and without a key; use `kvmesh router` and `kvmesh worker`, or leave {name} out"
+            )
 
 
 def _told(number: int, _: FrameType | None) -> NoReturn:

@@ -74,14 +74,19 @@ class Recovery:
         since it never began or that is no loss; and what began it all, which knows
         the next index, where nothing came for too long."""
         now = time.monotonic()
-        if not self._accepted or error.code is not grpc.StatusCode.UNAVAILABLE:
+        # Where many streams of a lost router go on at once, one may have to wait for
+        # room or for its tenant's limits, as any other request.
+        told_s = error.retry_after_s if self._loss is not None else None
+        lost = error.code is grpc.StatusCode.UNAVAILABLE
+        if not self._accepted or not (lost or told_s is not None):
             raise error
         if self._loss is None:
             self._moved, self._loss = now, error
-        late = self._deadline is not None and now >= self._deadline
-        if late or now - self._moved >= self._recover_s:
+        later = now + (told_s or 0.0)
+        late = self._deadline is not None and later >= self._deadline
+        if late or later - self._moved >= self._recover_s:
             raise self._loss
         bound = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**self._failures)
         self._failures = min(self._failures + 1, 16)
         # Clients that lost the same router come back apart.
-        return random.uniform(bound / 4, bound)
+        return (told_s or 0.0) + random.uniform(bound / 4, bound)

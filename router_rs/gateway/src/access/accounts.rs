@@ -1,7 +1,8 @@
 //! What each tenant has open, and how fast it asks.
 //!
-//! The rate is held by the generic cell rate algorithm (ITU-T I.371): one instant
-//! a tenant, at which it would have used up what it asked for.
+//! The rate is held by a leaky bucket (the generic cell rate algorithm of ITU-T
+//! I.371): what was asked for runs off at the allowed rate, and a second's worth
+//! may stand in it.
 
 use std::{
     collections::HashMap,
@@ -29,10 +30,20 @@ pub(super) struct OverLimit {
 #[derive(Debug)]
 struct Account {
     open: u32,
-    /// When what was asked for so far is used up at the allowed rate.
-    used_until: Instant,
+    /// Requests that have not run off, at `at`.
+    owed: f64,
+    at: Instant,
+    /// At which they do, a second.
+    rate: f64,
     /// Mean time that a request stays open, s; none has ended at 0.
     open_s: f64,
+}
+
+impl Account {
+    fn owed_at(&self, now: Instant) -> f64 {
+        let passed = now.saturating_duration_since(self.at).as_secs_f64();
+        (self.owed - passed * self.rate).max(0.0)
+    }
 }
 
 /// All tenants that have something open, or asked a moment ago.
@@ -53,7 +64,9 @@ impl Accounts {
         self.sweep(now);
         let account = self.of.entry(tenant).or_insert(Account {
             open: 0,
-            used_until: now,
+            owed: 0.0,
+            at: now,
+            rate: 0.0,
             open_s: 0.0,
         });
         if limits.concurrency > 0 && account.open >= limits.concurrency {
@@ -64,22 +77,19 @@ impl Accounts {
                 wait: bounded(wait),
             });
         }
-        if limits.requests_per_second > 0.0 {
-            let at_once = limits.requests_per_second.max(1.0) - 1.0;
-            let one = 1.0 / limits.requests_per_second;
-            let used_s = account
-                .used_until
-                .saturating_duration_since(now)
-                .as_secs_f64();
-            let over = used_s - at_once * one;
+        // At the rate that was in force; a file of keys may have another one now.
+        account.owed = account.owed_at(now);
+        (account.at, account.rate) = (now, limits.requests_per_second);
+        if account.rate > 0.0 {
+            let over = account.owed + 1.0 - account.rate.max(1.0);
             // Sums of such parts are not exact.
             if over > 1e-9 {
                 return Err(OverLimit {
                     what: "too many requests a second",
-                    wait: bounded(over),
+                    wait: bounded(over / account.rate),
                 });
             }
-            account.used_until = now + Duration::from_secs_f64(used_s + one);
+            account.owed += 1.0;
         }
         account.open += 1;
         Ok(())
@@ -103,7 +113,7 @@ impl Accounts {
             return;
         }
         self.of
-            .retain(|_, account| account.open > 0 || account.used_until > now);
+            .retain(|_, account| account.open > 0 || account.owed_at(now) > 0.0);
         self.sweep_at = 2 * self.of.len();
     }
 }
@@ -154,6 +164,22 @@ mod tests {
         let wait = accounts.enter(1, &limits, start + ms(4_000)).err();
         assert_eq!(wait.map(|over| over.wait), Some(ms(6_000)));
         assert_eq!(accounts.enter(1, &limits, start + ms(10_000)), Ok(()));
+    }
+
+    #[test]
+    fn another_rate_holds_from_the_next_request_on() {
+        let mut accounts = Accounts::default();
+        let start = Instant::now();
+        assert_eq!(accounts.enter(1, &limits(0.01, 0), start), Ok(()));
+        assert!(accounts.enter(1, &limits(0.01, 0), start).is_err());
+        // One is owed, of the twenty that may be.
+        for _ in 0..19 {
+            assert_eq!(accounts.enter(1, &limits(20.0, 0), start), Ok(()));
+        }
+        assert!(accounts.enter(1, &limits(20.0, 0), start).is_err());
+        // The slowest rate that can be written is no more than slow.
+        let wait = accounts.enter(1, &limits(1e-300, 0), start).err();
+        assert_eq!(wait.map(|over| over.wait), Some(WAIT.1));
     }
 
     #[test]

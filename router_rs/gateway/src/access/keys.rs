@@ -146,6 +146,9 @@ impl Keys {
         if let Some(operators) = file.operators {
             keys.add("operators", &operators.keys_sha256, || Holder::Operator)?;
         }
+        if keys.by_digest.is_empty() {
+            return Err("it has no key; without api_keys none is asked for".to_owned());
+        }
         Ok(keys)
     }
 
@@ -245,8 +248,18 @@ mod tests {
 
     #[test]
     fn operators_without_a_key_are_nobody() {
-        let keys = Keys::from_text(b"[operators]\nkeys_sha256 = []", USUAL).unwrap();
-        assert!(keys.has_operators());
+        let shop = format!("[tenants.a]\nkeys_sha256 = ['{}']\n", sha256("key"));
+        let none = shop.clone() + "[operators]\nkeys_sha256 = []";
+        assert!(
+            Keys::from_text(none.as_bytes(), USUAL)
+                .unwrap()
+                .has_operators()
+        );
+        assert!(
+            !Keys::from_text(shop.as_bytes(), USUAL)
+                .unwrap()
+                .has_operators()
+        );
         let text = format!("[operators]\nkeys_sha256 = ['{}']", sha256("root"));
         let keys = Keys::from_text(text.as_bytes(), USUAL).unwrap();
         assert_eq!(keys.holder("root"), Some(&Holder::Operator));
@@ -257,6 +270,8 @@ mod tests {
         let digest = sha256("key");
         let with = |rest: &str| format!("[tenants.a]\nkeys_sha256 = ['{digest}']\n{rest}");
         for (text, said) in [
+            (String::new(), "no key"),
+            ("[operators]\nkeys_sha256 = []".to_owned(), "no key"),
             ("[tenants.a]".to_owned(), "keys_sha256"),
             (with("keys = []"), "keys"),
             (with("requests_per_second = -1"), "0 (no limit) to 1e9"),

@@ -19,7 +19,7 @@ use std::{
 use http::{HeaderMap, header};
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::{error::RequestError, settings::Settings};
+use crate::{error::RequestError, settings::Settings, telemetry::Telemetry};
 use accounts::{Accounts, OverLimit};
 use keys::{Holder, Keys};
 
@@ -63,19 +63,29 @@ pub(crate) struct Access {
     file: Option<KeyFile>,
     limits: TenantLimits,
     accounts: Arc<Mutex<Accounts>>,
+    telemetry: Arc<Telemetry>,
 }
 
 struct KeyFile {
     path: PathBuf,
-    /// What it said when it was last looked at.
-    said: Mutex<Result<Vec<u8>, String>>,
+    looks: Mutex<Looks>,
     keys: RwLock<Arc<Keys>>,
+}
+
+/// What the file said.
+type Said = Result<Vec<u8>, String>;
+
+struct Looks {
+    /// When it was last taken, or refused.
+    judged: Said,
+    /// At the last look, where that was another.
+    last: Option<Said>,
 }
 
 impl Access {
     /// # Errors
     /// [`KeysError`] for a file of keys that cannot be used.
-    pub(crate) fn new(settings: &Settings) -> Result<Self, KeysError> {
+    pub(crate) fn new(settings: &Settings, telemetry: Arc<Telemetry>) -> Result<Self, KeysError> {
         let limits = TenantLimits {
             requests_per_second: settings.tenant_requests_per_s,
             concurrency: settings.tenant_concurrency,
@@ -88,6 +98,7 @@ impl Access {
             file,
             limits,
             accounts: Arc::default(),
+            telemetry,
         })
     }
 
@@ -99,7 +110,7 @@ impl Access {
     pub(crate) fn caller(&self, headers: &HeaderMap, from: IpAddr) -> Result<Caller, RequestError> {
         let Some(file) = &self.file else {
             return Ok(Caller {
-                tenant: xxh3_64(from.to_canonical().to_string().as_bytes()),
+                tenant: xxh3_64(household(from).to_string().as_bytes()),
                 salt: Arc::default(),
                 operates: from.to_canonical().is_loopback(),
                 limits: self.limits,
@@ -174,7 +185,7 @@ impl Access {
             let own = Arc::clone(&self);
             let looked = tokio::task::spawn_blocking(move || {
                 if let Some(file) = &own.file {
-                    file.look_again(own.limits);
+                    file.look_again(own.limits, &own.telemetry);
                 }
             });
             if let Err(error) = looked.await {
@@ -190,7 +201,10 @@ impl KeyFile {
         let keys = Keys::parse(path, &text, limits)?;
         Ok(Self {
             path: path.to_owned(),
-            said: Mutex::new(Ok(text)),
+            looks: Mutex::new(Looks {
+                judged: Ok(text),
+                last: None,
+            }),
             keys: RwLock::new(Arc::new(keys)),
         })
     }
@@ -200,17 +214,22 @@ impl KeyFile {
         Arc::clone(&keys)
     }
 
-    /// Takes what the file says now. What cannot be used is told once, and the
-    /// keys stay as they were.
-    fn look_again(&self, limits: TenantLimits) {
-        let mut last = lock(&self.said);
+    /// Takes what the file says now, once it has said so twice: one that is being
+    /// written says half. What cannot be used is told once, and the keys stay as
+    /// they were.
+    fn look_again(&self, limits: TenantLimits, telemetry: &Telemetry) {
+        let mut looks = lock(&self.looks);
         let said = keys::read(&self.path).map_err(|error| error.to_string());
-        if said == *last {
+        if said == looks.judged {
+            looks.last = None;
             return;
         }
-        let keys = said.clone().and_then(|text| {
-            Keys::parse(&self.path, &text, limits).map_err(|error| error.to_string())
-        });
+        if looks.last.as_ref() != Some(&said) {
+            looks.last = Some(said);
+            return;
+        }
+        let keys = said.clone().and_then(|text| self.judge(&text, limits));
+        telemetry.keys_reloaded(keys.is_ok());
         match keys {
             Ok(keys) => {
                 tracing::info!(event = "keys_changed", tenants = keys.tenants());
@@ -219,7 +238,23 @@ impl KeyFile {
             }
             Err(error) => tracing::error!(event = "keys_not_changed", error),
         }
-        *last = said;
+        *looks = Looks {
+            judged: said,
+            last: None,
+        };
+    }
+
+    /// Keys that may take the place of those in force. That operators need no key
+    /// any more is nothing that a file says by what it lacks.
+    fn judge(&self, text: &[u8], limits: TenantLimits) -> Result<Keys, String> {
+        let keys = Keys::parse(&self.path, text, limits).map_err(|error| error.to_string())?;
+        if self.keys().has_operators() && !keys.has_operators() {
+            let file = self.path.display();
+            return Err(format!(
+                "api_keys: {file}: [operators] is gone; to let go of it start the router anew"
+            ));
+        }
+        Ok(keys)
     }
 }
 
@@ -237,6 +272,18 @@ impl Drop for Visit {
     }
 }
 
+/// Whom an address stands for: of IPv6 a host has a /64 to draw addresses from
+/// (RFC 4291, 2.5.4; RFC 8981).
+fn household(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => {
+            let network = u128::from(address) & !u128::from(u64::MAX);
+            IpAddr::V6(network.into())
+        }
+        address => address,
+    }
+}
+
 /// The key of `authorization: Bearer KEY` (RFC 6750, 2.1).
 fn bearer(headers: &HeaderMap) -> Result<&str, RequestError> {
     let value = headers.get(header::AUTHORIZATION);
@@ -250,4 +297,19 @@ fn bearer(headers: &HeaderMap) -> Result<&str, RequestError> {
 /// A panic under such a lock leaves nothing half done.
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn an_address_stands_for_all_that_its_host_may_draw() {
+        let of = |text: &str| household(text.parse().unwrap()).to_string();
+        assert_eq!(of("192.0.2.7"), "192.0.2.7");
+        assert_eq!(of("::ffff:192.0.2.7"), "192.0.2.7");
+        assert_eq!(of("2001:db8:1:2:3:4:5:6"), of("2001:db8:1:2:ffff::1"));
+        assert_ne!(of("2001:db8:1:2::1"), of("2001:db8:1:3::1"));
+    }
 }

@@ -132,7 +132,8 @@ impl WorkerEntry {
         self.view().session.clone()
     }
 
-    pub(super) fn set_state(&self, state: State) {
+    /// Whether that is another state than before.
+    pub(super) fn set_state(&self, state: State) -> bool {
         let mut view = self.view();
         match &state {
             State::Suspect(why) | State::Lost(why) => {
@@ -146,7 +147,9 @@ impl WorkerEntry {
             State::Live => view.detail.clear(),
             _ => {}
         }
+        let changed = view.state != state;
         view.state = state;
+        changed
     }
 
     pub(super) fn set_detail(&self, detail: String) {

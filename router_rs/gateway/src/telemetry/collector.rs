@@ -49,6 +49,11 @@ impl Exposition {
             "Requests that ended, by class and outcome; goodput is the share of good ones",
             telemetry.by_class.clone(),
         );
+        registry.register(
+            "api_keys_reloads",
+            "Changed files of keys, by whether they were taken",
+            telemetry.key_reloads.clone(),
+        );
         registry.register_collector(Box::new(Figures {
             mesh,
             telemetry,

@@ -86,12 +86,18 @@ struct CallEnd {
     outcome: &'static str,
 }
 
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Reload {
+    outcome: &'static str,
+}
+
 /// What the gateway counts.
 #[derive(Debug, Default)]
 pub(crate) struct Telemetry {
     rejected: Family<Rejection, Counter>,
     ended: Family<CallEnd, Counter>,
     by_class: Family<ClassLabels, Counter>,
+    key_reloads: Family<Reload, Counter>,
     connections: AtomicI64,
     permits: OnceLock<(Arc<Semaphore>, usize)>,
     first_token: Histogram,
@@ -120,6 +126,12 @@ impl Telemetry {
             reason: "LIMIT",
         };
         self.rejected.get_or_create(&label).inc();
+    }
+
+    /// A changed file of keys was taken, or was not.
+    pub(crate) fn keys_reloaded(&self, taken: bool) {
+        let outcome = if taken { "taken" } else { "refused" };
+        self.key_reloads.get_or_create(&Reload { outcome }).inc();
     }
 
     /// The end of a call.
