@@ -7,14 +7,18 @@ definitions of SCHEDULING 6:
   serves 90 % of requests within SLO (first token within 5x its unloaded time at that length, mean
   time between tokens within the class's target); found by bisection, the same for all.
 - Two tables: placement alone (every policy with our order), and whole (baselines first come first
-  served). With our order a baseline may hold requests in the router as we do, or not: the better
-  counts.
+  served). With our order each baseline, of whatever weights, may hold requests in the router as we
+  do, or not: the better counts, for 100 % load too.
 - Baselines are tuned over a grid on the first third, once for TTFT and once for end-to-end time, at
   each load; all are judged on the rest. `overlap-load` is Dynamo's formula with its one weight,
   `weighted` the same with two free weights, which no product has. In unified pools it is shown, and
   not the figure's base. In P:D pools the one weight changes nothing (a prefill worker has no
   streams, a decode worker no prompts), so that "tuned" there is the best of both formulas.
-- Ours is as shipped; a row shows SCHEDULING's own weight of streams' delay (0.1) beside it.
+- Ours is as shipped; a row shows SCHEDULING's own weight of streams' delay (0.1) beside it. In P:D
+  pools ours lets decode workers compute prompts where that costs least, which no baseline does
+  (local_prefill): the row "ours, without local prefill" is the same choice with that switched off,
+  so that what the choice brings can be told from what the switch brings. Its figures end in
+  `_apart`.
 - Clairvoyant: true lengths and coefficients, no report delay, each candidate rolled forward, least
   sum of first-token times of everyone who waits.
 
@@ -31,156 +35,37 @@ import argparse
 import itertools
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from statistics import geometric_mean, mean
+from statistics import geometric_mean
 from typing import Any
 
 from alternating import Figure, print_table, write_json
+from routing_quality_cells import (
+    FIXED,
+    OUR_ORDER,
+    PROFILE,
+    WEIGHTS,
+    Cell,
+    Figures,
+    formula,
+    formulas,
+    free_weights,
+    full_load,
+    split_cluster,
+)
 from trace_files import add_traces, need_traces
 
 from kvmesh.simulate.profiles import load_profile
-from kvmesh.simulate.replay import AT_ONCE, FIFO, PERFECT, Cluster, Policy, TraceFile, replay
+from kvmesh.simulate.replay import AT_ONCE, FIFO, PERFECT, Cluster, Policy, TraceFile
 
-PROFILE = "h100-70b-tp4"
-WEIGHTS = (0.25, 1.0, 4.0, 16.0, 64.0, 256.0)
-OVERLAPS, DECODES = (0.5, 1.0, 2.0, 4.0), (0.0, 1 / 256, 1 / 64, 1 / 16, 1 / 4)
-FIXED = (
-    "round-robin",
-    "random",
-    "least-loaded",
-    "power-of-two",
-    "consistent-hash",
-    "prefix-greedy",
-)
-SERVED, TUNED_SHARE = 0.9, 1 / 3
 TRACES = {
     "mooncake": "mooncake_conversation_part1.jsonl",
     "azure-conv": "azure_conv_2023_part1.csv",
     "azure-code": "azure_code_2023_part1.csv",
 }
-LIVE: Mapping[str, Any] = {}
-"""Our queue as shipped: order by virtual deadline, held back in the router."""
-
-
-def formula(weight: float, queue: Mapping[str, Any] = AT_ONCE) -> Policy:
-    return Policy("overlap-load", {"overlap_weight": weight}, queue)
-
-
-def weighted(overlap: float, decode: float, queue: Mapping[str, Any] = AT_ONCE) -> Policy:
-    return Policy("weighted", {"overlap": overlap, "decode": decode}, queue)
-
-
-FORMULAS = [formula(w, q) for w, q in itertools.product(WEIGHTS, (AT_ONCE, LIVE))]
-FREE = [weighted(o, d) for o, d in itertools.product(OVERLAPS, DECODES)]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A trace, a cluster and a seed count: what a table is about."""
-
-    name: str
-    trace: TraceFile
-    cluster: Cluster
-    seeds: Sequence[int]
-    most: float
-    """Highest replay speed that is looked at."""
-    share: float = 1.0
-    """Of the trace."""
-    noise: Mapping[str, Any] = field(default_factory=dict)
-    """Of the workers; empty: as in life."""
-    runs: dict[str, Any] = field(default_factory=dict, compare=False)
-
-    @property
-    def conditions(self) -> dict[str, Any]:
-        return {"noise": dict(self.noise)} if self.noise else {}
-
-    def judge(
-        self, policy: Policy, speed: float, seeds: Sequence[int] | None = None, **more: Any
-    ) -> Figures:
-        """On all but the first third."""
-        runs = [
-            replay(
-                self.trace, self.cluster, policy, speed=speed, share=self.share, seed=seed,
-                **{"warm_up": TUNED_SHARE, **self.conditions, **more},
-            )["summary"]
-            for seed in seeds or self.seeds
-        ]  # fmt: skip
-        return Figures.of(runs)
-
-    def tune(self, policies: Iterable[Policy], speed: float) -> list[tuple[Policy, Figures]]:
-        """On the first third."""
-        return [
-            (
-                policy,
-                Figures.of(
-                    [
-                        replay(
-                            self.trace, self.cluster, policy, speed=speed,
-                            share=self.share * TUNED_SHARE, seed=self.seeds[0],
-                            **self.conditions,
-                        )["summary"]
-                    ]
-                ),
-            )
-            for policy in policies
-        ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Means over seeds."""
-
-    ttft: float
-    above: float
-    e2e: float
-    slowdown: float
-    good: float
-    hits: float
-    floor: float
-    pooled: float
-
-    @classmethod
-    def of(cls, runs: Sequence[Mapping[str, Any]]) -> Figures:
-        def over(pick: Any) -> float:
-            return mean(float(pick(run)) for run in runs)
-
-        return cls(
-            over(lambda s: s["ttft_ms"]["mean"]),
-            over(lambda s: s["above_floor_ms"]),
-            over(lambda s: s["end_to_end_ms"]["mean"]),
-            over(lambda s: s["slowdown"]["p99"]),
-            over(lambda s: s["goodput_share"]),
-            over(lambda s: s["hit_rate"]),
-            over(lambda s: s["bounds"]["no_wait_ms"]),
-            over(lambda s: s["bounds"]["pooled_ms"]),
-        )
-
-
-def full_load(cell: Cell, steps: int) -> float:
-    """100 %: bisection over the best of the baselines."""
-    order = [*FORMULAS[::-1], *(Policy(name, {}, AT_ONCE) for name in FIXED)]
-
-    def served(speed: float) -> bool:
-        for at, policy in enumerate(order):
-            good = cell.judge(policy, speed, cell.seeds[:1], warm_up=0.2).good
-            if good >= SERVED:
-                # Who did best here is asked first next time.
-                order.insert(0, order.pop(at))
-                return True
-        return False
-
-    low, high = 0.0, cell.most
-    for _ in range(steps):
-        middle = (low + high) / 2 if low else high / 2
-        if served(middle):
-            low = middle
-        else:
-            high = middle
-        if low and high - low < 0.02 * low:
-            break
-    return low
+APART = "without-prefill-workers"
+"""Decode workers compute prompts only where no prefill worker takes them, as under baselines."""
 
 
 Row = tuple[str, Figures]
@@ -188,23 +73,35 @@ Row = tuple[str, Figures]
 
 def label(policy: Policy) -> str:
     numbers = ", ".join(f"{key} {value:.4g}" for key, value in policy.numbers.items())
-    held = "" if policy.queue in (AT_ONCE, FIFO) else ", held"
-    return f"{policy.name} ({numbers}{held})" if numbers or held else policy.name
+    held = "" if policy.queue in (AT_ONCE, FIFO) else "held"
+    more = ", ".join(filter(None, (numbers, held)))
+    return f"{policy.name} ({more})" if more else policy.name
+
+
+def ours(cell: Cell, speed: float) -> dict[str, Row]:
+    """As shipped, and in P:D pools with prompts kept off decode workers."""
+    rows: dict[str, Row] = {"ours": ("ours", cell.judge(Policy("cost"), speed))}
+    if cell.cluster.prefill:
+        figures = cell.judge(Policy("cost"), speed, local_prefill=APART)
+        rows["ours_apart"] = ("ours, without local prefill", figures)
+    return rows
 
 
 def placement(cell: Cell, speed: float, fixed: bool) -> dict[str, Row]:
     """Every policy with our order."""
-    rows: dict[str, Row] = {"ours": ("ours", cell.judge(Policy("cost"), speed))}
+    rows = ours(cell, speed)
     rows["ours_page"] = ("ours, weight 0.1", cell.judge(Policy("cost", {"stretch": 0.1}), speed))
-    tried = {"formula": cell.tune(FORMULAS, speed), "free": cell.tune(FREE, speed)}
+    tried = {
+        "formula": cell.tune(formulas(cell.cluster), speed),
+        "free": cell.tune(free_weights(), speed),
+    }
     if cell.cluster.prefill:
         tried["formula"] += tried["free"]
     for key, of in tried.items():
         for goal in ("ttft", "e2e"):
             best = min(of, key=lambda entry: getattr(entry[1], goal))[0]
             rows[f"{key}_{goal}"] = (f"{goal}: {label(best)}", cell.judge(best, speed))
-    shipped = cell.tune([formula(1.0, queue) for queue in (AT_ONCE, LIVE)], speed)
-    best = min(shipped, key=lambda entry: entry[1].ttft)[0]
+    best = held_or_not(cell, speed, formula(1.0))
     rows["default"] = (f"as shipped: {label(best)}", cell.judge(best, speed))
     rows["clairvoyant"] = (
         "clairvoyant",
@@ -214,9 +111,15 @@ def placement(cell: Cell, speed: float, fixed: bool) -> dict[str, Row]:
     )
     if fixed:
         for name in FIXED:
-            policy = Policy(name, {}, AT_ONCE)
-            rows[name] = (name, cell.judge(policy, speed, cell.seeds[:1]))
+            policy = held_or_not(cell, speed, Policy(name))
+            rows[name] = (label(policy), cell.judge(policy, speed, cell.seeds[:1]))
     return rows
+
+
+def held_or_not(cell: Cell, speed: float, policy: Policy) -> Policy:
+    """A policy with our order, held back in the router or not: the better one by TTFT."""
+    both = [Policy(policy.name, policy.numbers, queue) for queue in OUR_ORDER]
+    return min(cell.tune(both, speed), key=lambda entry: entry[1].ttft)[0]
 
 
 def clear_sight() -> dict[str, Any]:
@@ -227,7 +130,7 @@ def clear_sight() -> dict[str, Any]:
 
 def whole(cell: Cell, speed: float, fixed: bool) -> dict[str, Row]:
     """Baselines first come first served."""
-    rows: dict[str, Row] = {"ours": ("ours", cell.judge(Policy("cost"), speed))}
+    rows = ours(cell, speed)
     tried = cell.tune([formula(w, FIFO) for w in WEIGHTS], speed)
     for goal in ("ttft", "e2e"):
         best = min(tried, key=lambda entry: getattr(entry[1], goal))[0]
@@ -253,43 +156,22 @@ HEAD = (
 
 
 def show(title: str, rows: Mapping[str, Row]) -> None:
-    ours = rows["ours"][1]
+    base = rows["ours"][1]
     print_table(
         title,
         HEAD,
         [
             (
-                name, f.ttft, f"{f.ttft / ours.ttft:.3f}", f.above, f.e2e / 1e3,
-                f"{f.e2e / ours.e2e:.3f}", f.slowdown, f"{f.good:.1%}", f"{f.hits:.1%}",
+                name, f.ttft, f"{f.ttft / base.ttft:.3f}", f.above, f.e2e / 1e3,
+                f"{f.e2e / base.e2e:.3f}", f.slowdown, f"{f.good:.1%}", f"{f.hits:.1%}",
             )
             for name, f in rows.values()
         ],
     )  # fmt: skip
     print(
-        f"bounds of the mean TTFT: no waiting and every hit {ours.floor:,.0f} ms; "
-        f"pooled {ours.pooled:,.0f} ms"
+        f"bounds of the mean TTFT: no waiting and every hit {base.floor:,.0f} ms; "
+        f"pooled {base.pooled:,.0f} ms"
     )
-
-
-def split_cluster(trace: TraceFile, workers: int, args: argparse.Namespace, most: float) -> Cluster:
-    """The P:D ratio at which the usual formula serves most."""
-    best = (0.0, Cluster({}))
-    profile = load_profile(PROFILE)
-    shares = (0.5, 0.625, 0.6875, 0.75, 0.8125)
-    for prefill in sorted({round(workers * share) for share in shares}):
-        cluster = Cluster(profile, 0, prefill, workers - prefill)
-        cell = Cell("", trace, cluster, args.seed_list[:1], most, args.share, args.noise)
-        order = [formula(1.0)]
-
-        def served(speed: float, cell: Cell = cell, order: Sequence[Policy] = order) -> bool:
-            return cell.judge(order[0], speed, warm_up=0.2).good >= SERVED
-
-        low, high = 0.0, most
-        for _ in range(5):
-            middle = (low + high) / 2
-            low, high = (middle, high) if served(middle) else (low, middle)
-        best = max(best, (low, cluster), key=lambda entry: entry[0])
-    return best[1]
 
 
 def cells(args: argparse.Namespace) -> Iterable[tuple[str, Cell]]:
@@ -321,6 +203,7 @@ def main() -> int:
     began = time.monotonic()
     ratios: dict[str, list[float]] = {}
     tables: list[dict[str, Any]] = []
+    replays = 0
     for pool, cell in cells(args):
         speed = full_load(cell, 6 if args.quick else 9)
         print(
@@ -339,9 +222,13 @@ def main() -> int:
                 )  # fmt: skip
                 if cell.trace.source["format"] == "mooncake":
                     collect(ratios, pool, load, table, rows)
+        replays += len(cell.runs)
     figures = [Figure(name, geometric_mean(of), "ratio", "lower") for name, of in ratios.items()]
     print_table("figures", ("figure", "ratio"), [(f.name, f"{f.value:.3f}") for f in figures])
-    print(f"{time.monotonic() - began:.0f} s" + (", quick: no evidence" if args.quick else ""))
+    print(
+        f"{time.monotonic() - began:.0f} s, {replays} replays"
+        + (", quick: no evidence" if args.quick else "")
+    )
     if args.json:
         write_json(args.json, figures, tables=tables, quick=args.quick, perfect=args.perfect)
     return 0
@@ -351,11 +238,12 @@ def collect(
     ratios: dict[str, list[float]], pool: str, load: int, table: str, rows: Mapping[str, Row]
 ) -> None:
     """The figures' ratios, ours over the other."""
-    ours = rows["ours"][1]
 
     def note(name: str, key: str, what: str) -> None:
-        value = getattr(ours, what) / getattr(rows[key][1], what)
-        ratios.setdefault(f"{name}_{load}", []).append(value)
+        for row, end in (("ours", ""), ("ours_apart", "_apart")):
+            if row in rows:
+                value = getattr(rows[row][1], what) / getattr(rows[key][1], what)
+                ratios.setdefault(f"{name}_{load}{end}", []).append(value)
 
     if table == "whole":
         note(
@@ -370,11 +258,14 @@ def collect(
         note("unified_ttft_over_e2e_tuned", "formula_e2e", "ttft")
         note("unified_ttft_over_default", "default", "ttft")
         note("unified_ttft_over_free_weights", "free_ttft", "ttft")
+        note("unified_e2e_over_free_weights", "free_e2e", "e2e")
+        note("unified_ttft_over_e2e_free_weights", "free_e2e", "ttft")
         note("ttft_over_clairvoyant", "clairvoyant", "ttft")
     else:
         note("pd_ttft_over_tuned", "formula_ttft", "ttft")
         note("pd_ttft_over_default", "default", "ttft")
         note("pd_ttft_over_free_weights", "free_ttft", "ttft")
+        note("pd_e2e_over_free_weights", "free_e2e", "e2e")
         note("pd_ttft_over_clairvoyant", "clairvoyant", "ttft")
 
 

@@ -190,6 +190,27 @@ def test_a_mixed_load_has_its_rate_and_prefixes_that_repeat(root):
     assert done.stdout.splitlines() == ["600 0.0 True", "True"]
 
 
+def test_full_load_is_that_of_the_best_baseline_and_who_is_worse_is_asked_once(root):
+    code = """
+        from routing_quality_cells import highest
+        for loads in ([150, 90, 151, 149], [90, 150, 200, 3], [7, 0, 255]):
+            best, asked = 0, []
+            for load in loads:
+                asked.append(0)
+                def served(at):
+                    asked[-1] += 1
+                    return at <= load
+                best = highest(best, 256, served)
+            assert max(loads) * 0.98 < best <= max(loads), (loads, best)
+            print(best, asked[1:])
+    """
+    done = run(root, "-c", dedent(code))
+    assert done.returncode == 0, done.stderr
+    asked = [json.loads(line.split(" ", 1)[1]) for line in done.stdout.splitlines()]
+    assert [asked[0], asked[1][-1], asked[2][0]] == [[1, 1, 1], 1, 1]
+    assert min(asked[1][0], asked[2][1]) > 1
+
+
 def test_one_that_fails_or_lacks_its_input_stops_no_other(root, tmp_path):
     programs = {"breaks": "exit(3)", "lacks": "exit(77)", "works": "print('reached')"}
     for name, code in programs.items():
