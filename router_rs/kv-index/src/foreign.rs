@@ -2,11 +2,12 @@
 //!
 //! Such an engine tells the token ids with each block. From these and the
 //! parent's own value come the block's own values (its adapter and salt are in
-//! the root); a bounded map from foreign hash to own value serves parents and
-//! removals. Nothing is guessed: a block whose parent is unknown is dropped and
-//! counted.
+//! the root); a bounded map from foreign hash to own value and tiers serves
+//! parents and removals. Nothing is guessed: a block whose parent is unknown is
+//! dropped and counted.
 
 use crate::chain::{UNIT_TOKENS, chain_values_into};
+use crate::worker::Tier;
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, DefaultHasher};
 use thiserror::Error;
@@ -25,6 +26,8 @@ pub struct ForeignBlocks<'a> {
     pub block_tokens: usize,
     /// Attention group of engines that have several.
     pub group: u32,
+    /// Where they were stored.
+    pub tier: Tier,
     /// Whether the engine hashed something that is neither token id, adapter
     /// nor salt: an image, say.
     pub extra_keys: bool,
@@ -62,9 +65,10 @@ pub struct OwnBlocks {
     pub parent: u64,
     /// Values, one a block: [`crate::CacheChange::StoredAfter`].
     pub chain: Vec<u64>,
-    /// Values whose foreign names were forgotten to make room. They can no
-    /// longer be removed by name, so they are to be removed now.
-    pub forgotten: Vec<u64>,
+    /// Values whose foreign names were forgotten to make room, or given to
+    /// another block, with each tier that they were in. They can no longer be
+    /// removed by name, so they are to be removed now.
+    pub forgotten: Vec<(u64, Tier)>,
 }
 
 /// What a sequence number says of the events before it.
@@ -95,6 +99,29 @@ pub struct ForeignStats {
     pub gaps: u64,
 }
 
+/// What a foreign hash stands for.
+#[derive(Debug, Clone, Copy)]
+struct Name {
+    value: u64,
+    /// When it was last stored.
+    at: u64,
+    /// Tiers that have the block, a bit each.
+    tiers: u8,
+}
+
+impl Name {
+    /// The value with each tier that has it.
+    fn everywhere(self) -> impl Iterator<Item = (u64, Tier)> {
+        let tiers = [Tier::Device, Tier::Host, Tier::Disk].into_iter();
+        let tiers = tiers.filter(move |tier| self.tiers & bit(*tier) != 0);
+        tiers.map(move |tier| (self.value, tier))
+    }
+}
+
+fn bit(tier: Tier) -> u8 {
+    1 << tier as u8
+}
+
 /// Translator of one engine's events.
 #[derive(Debug)]
 pub struct Foreign {
@@ -102,8 +129,8 @@ pub struct Foreign {
     most: usize,
     /// Attention group that is followed.
     group: u32,
-    /// Own value, and when it was put here, by foreign hash.
-    names: HashMap<u64, (u64, u64), BuildHasherDefault<DefaultHasher>>,
+    /// By foreign hash.
+    names: HashMap<u64, Name, BuildHasherDefault<DefaultHasher>>,
     /// (foreign hash, when), oldest first; one stored again stays here until
     /// its turn.
     order: VecDeque<(u64, u64)>,
@@ -113,7 +140,7 @@ pub struct Foreign {
 }
 
 impl Foreign {
-    /// A translator that keeps at most so many names (some 50 bytes each; as
+    /// A translator that keeps at most so many names (some 60 bytes each; as
     /// many as the engine has blocks is right) and follows one attention group.
     pub fn new(most: usize, group: u32) -> Self {
         Self {
@@ -178,46 +205,73 @@ impl Foreign {
         }
         let parent = match blocks.parent {
             None => root,
-            Some(hash) => self.names.get(&hash).ok_or(Dropped::UnknownParent)?.0,
+            Some(hash) => self.names.get(&hash).ok_or(Dropped::UnknownParent)?.value,
         };
         let units = size / UNIT_TOKENS;
         let mut values = Vec::with_capacity(count * units);
         chain_values_into(parent, blocks.ids, &mut values);
         let ends = values.iter().skip(units - 1).step_by(units);
         let chain: Vec<u64> = ends.copied().collect();
+        let mut forgotten = Vec::new();
         for (hash, value) in blocks.hashes.iter().zip(&chain) {
             self.clock += 1;
-            self.names.insert(*hash, (*value, self.clock));
-            self.order.push_back((*hash, self.clock));
+            let mut tiers = bit(blocks.tier);
+            if let Some(before) = self.names.get(hash) {
+                if before.value == *value {
+                    tiers |= before.tiers;
+                } else {
+                    // Nobody could remove that one any more.
+                    forgotten.extend(before.everywhere());
+                }
+            }
+            let (value, at) = (*value, self.clock);
+            self.names.insert(*hash, Name { value, at, tiers });
+            self.order.push_back((*hash, at));
         }
+        self.forget(chain.len(), &mut forgotten);
         Ok(OwnBlocks {
             parent,
-            forgotten: self.forget(&chain),
+            forgotten,
             chain,
         })
     }
 
-    /// Forgets the oldest names above the bound, but for those just made.
-    fn forget(&mut self, fresh: &[u64]) -> Vec<u64> {
-        let mut forgotten = Vec::new();
-        while self.names.len() > self.most || self.order.len() > 2 * self.most.max(fresh.len()) {
+    /// Forgets the oldest names above the bound, of which `fresh` were just made.
+    fn forget(&mut self, fresh: usize, forgotten: &mut Vec<(u64, Tier)>) {
+        while self.names.len() > self.most || self.order.len() > 2 * self.most.max(fresh) {
             let Some((hash, when)) = self.order.pop_front() else {
                 break;
             };
-            if self.names.get(&hash).is_some_and(|(_, at)| *at == when)
-                && let Some((value, _)) = self.names.remove(&hash)
+            if self.names.get(&hash).is_some_and(|name| name.at == when)
+                && let Some(name) = self.names.remove(&hash)
             {
-                forgotten.push(value);
+                forgotten.extend(name.everywhere());
             }
         }
-        forgotten
     }
 
-    /// Own names of blocks that are gone; unknown ones have none.
-    pub fn removed(&mut self, hashes: &[u64]) -> Vec<u64> {
-        let names = &mut self.names;
-        let gone = hashes.iter().filter_map(|hash| names.remove(hash));
-        gone.map(|(value, _)| value).collect()
+    /// Own names of blocks that are gone from a tier; those have none that were
+    /// not known to be there, and all of a group that is not followed: the
+    /// followed one may still have the block, under the same hash. A name goes
+    /// with the last tier that has its block.
+    pub fn removed(&mut self, group: u32, tier: Tier, hashes: &[u64]) -> Vec<u64> {
+        if group != self.group {
+            return Vec::new();
+        }
+        let mut gone = Vec::new();
+        for hash in hashes {
+            let Some(name) = self.names.get_mut(hash) else {
+                continue;
+            };
+            if name.tiers & bit(tier) != 0 {
+                gone.push(name.value);
+                name.tiers &= !bit(tier);
+            }
+            if name.tiers == 0 {
+                self.names.remove(hash);
+            }
+        }
+        gone
     }
 
     /// All blocks are gone, or a snapshot begins after a gap: `next` is the
@@ -232,7 +286,7 @@ impl Foreign {
     pub fn stats(&self) -> ForeignStats {
         ForeignStats {
             names: self.names.len(),
-            bytes: self.names.capacity() * (size_of::<(u64, (u64, u64))>() + 1)
+            bytes: self.names.capacity() * (size_of::<(u64, Name)>() + 1)
                 + self.order.capacity() * size_of::<(u64, u64)>(),
             ..self.stats
         }
