@@ -156,6 +156,36 @@ async fn metrics_stay_within_their_bound_at_64_workers() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_first_token_says_how_far_its_prediction_was_off() {
+    // Of these 300 ms the worker's step model knows nothing: a few are predicted.
+    let late = MockConfig {
+        prefill: Duration::from_millis(300),
+        ..MockConfig::default()
+    };
+    let mesh = Mesh::start(vec![late], json!({})).await;
+    let (name, asked) = ("kvmesh_ttft_prediction_error_ratio", 3);
+    let count = format!("{name}_count");
+    assert_eq!(mesh.figure(&count).await, 0);
+    let mut client = mesh.client().await;
+    for _ in 0..asked {
+        let stream = client.generate(request(4)).await.unwrap().into_inner();
+        read(stream).await.1.unwrap();
+    }
+    // One that never got a place predicted nothing.
+    let mut wrong = request(1);
+    wrong.model = "unknown".to_owned();
+    client.generate(wrong).await.map(|_| ()).unwrap_err();
+    mesh.wait_figure(&count, asked).await;
+    let text = get(&mesh, "/metrics").await;
+    let sum = format!("\n{name}_sum ");
+    let (_, rest) = text.split_once(&sum).expect(&sum);
+    let sum: f64 = rest.lines().next().unwrap().parse().unwrap();
+    // |predicted / measured - 1|, and nothing takes less than it is made to.
+    let mean = sum / asked as f64;
+    assert!(mean > 0.8 && mean <= 1.0, "{mean}\n{text}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_last_worker_of_a_role_is_drained_only_by_force() {
     let mesh = Mesh::start(vec![MockConfig::default()], json!({"router_id": "r1"})).await;
     let mut admin = AdminClient::new(mesh.channel().await);
