@@ -344,6 +344,17 @@ impl Placer {
         }
     }
 
+    /// What a stream of each class has left, as the views of all workers have it.
+    #[cfg(test)]
+    pub(super) fn left_by_views(&self) -> Vec<PerClass<f64>> {
+        let known = self.workers.values();
+        let view = |one: &Known| match &one.aside {
+            Some(view) => Some(view.left),
+            None => Some(self.roster.get(one.slot)?.left),
+        };
+        known.filter_map(view).collect()
+    }
+
     /// The step model in force of a worker: its error bar widens while it is idle.
     pub(super) fn step_model(&self, worker: WorkerIndex) -> Option<v1::StepModel> {
         let known = self.workers.get(&worker)?;

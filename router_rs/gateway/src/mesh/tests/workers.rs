@@ -34,6 +34,40 @@ async fn a_draining_worker_gets_no_new_work() {
 }
 
 #[tokio::test]
+async fn what_outputs_taught_outlives_a_session_that_breaks_and_comes_back() {
+    let both = worker(Role::Both);
+    let mesh = mesh_of(&[&both]).await;
+    let dispatcher = &mesh.core.dispatcher;
+    let class = kvmesh_scheduler::Class::Standard.index();
+    let left = || {
+        let views = dispatcher.placer().left_by_views();
+        assert_eq!(views.len(), 1);
+        views[0][class]
+    };
+    let asked = request(&[1], 4_000);
+    let expected = || dispatcher.expected_output(&asked, 0);
+    let (left_before, expected_before) = (left(), expected());
+    for n in 0..8 {
+        let answer = collect(mesh.generate(request(&[n], 4_000)).unwrap()).await;
+        assert_eq!(answer.ids.len(), 4_000);
+    }
+    // Outputs are much longer than what is expected of a new cluster.
+    let learnt = || left() > 2.0 * left_before && expected() > 2 * expected_before;
+    assert!(until(learnt).await, "{left_before} {}", left());
+    assert!(until(|| nothing_left(&mesh, &[&both])).await);
+    let (left_learnt, expected_learnt) = (left(), expected());
+    let opened = both.counters().sessions_opened;
+    both.break_sessions();
+    // Live again is only what said hello once more.
+    let back = || both.counters().sessions_opened > opened && mesh.sessions().live == 1;
+    assert!(until(back).await, "{:?}", mesh.workers());
+    assert_eq!(expected(), expected_learnt);
+    // Views are told anew where it changed by a tenth.
+    let drift = (left() / left_learnt - 1.0).abs();
+    assert!(drift < 0.1, "{left_learnt} {}", left());
+}
+
+#[tokio::test]
 async fn another_protocol_major_is_refused_by_name() {
     let config = MockConfig {
         version: (2, 0),
