@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from kvmesh.v1 import admin_pb2, inference_pb2
 
 _EPILOG = """\
-Shows each decision of a router about a request: the plans that it considered, best
-first, and what each would have added, in milliseconds, by term (docs/scheduling.md);
-then what was predicted of the first token and what came of it, and, once it has ended,
-where its time went and what its longest gap was. The id is in `accepted`. A request that
+Shows each decision of a router about a request: how long it waited in the router for it
+and why, the plans that it considered, best first, and what each would have added, in
+milliseconds, by term (docs/scheduling.md); then what was predicted of the first token and
+what came of it, and, once it has ended, where its time went and what its longest gap was.
+One that still waits is told as such. The id is in `accepted`. A request that
 asked for a trace (`kvmesh generate --trace`) is told span by span.
 """
 
@@ -37,15 +38,30 @@ def run(args: argparse.Namespace) -> int:
     if answer is None:
         return 1
     for decision in answer.decisions:
+        _print_wait("waited", decision.waited, answer.predicted_wait_ms)
         print(
             f"attempt {decision.attempt}, after {decision.at_ms:.1f} ms, by {decision.policy}: "
             f"{decision.weighed} plans weighed, {decision.tied} within reach of the best"
         )
         _print_plans(decision)
         _print_phases(decision)
+    if answer.HasField("waiting"):
+        _print_wait("waits", answer.waiting, answer.predicted_wait_ms)
     if answer.HasField("finished"):
         _print_end(answer.finished)
     return 0
+
+
+def _print_wait(word: str, wait: admin_pb2.RouterWait, predicted_ms: float) -> None:
+    """How long the router kept it, where it did, and what admission predicted."""
+    if word == "waited" and not wait.tries and wait.ms < 1:
+        return
+    times = "once" if wait.tries == 1 else f"{wait.tries} times"
+    why = f", put off {times}, the last time since {wait.reason}" if wait.tries else ""
+    print(
+        f"{word} {wait.ms:.1f} ms in the router{why}; "
+        f"admission predicted {predicted_ms:.1f} ms until its prompt starts"
+    )
 
 
 def _print_end(finished: inference_pb2.Finished) -> None:

@@ -115,15 +115,29 @@ class ExplainRequest(_message.Message):
     def __init__(self, generation_id: _Optional[str] = ...) -> None: ...
 
 class ExplainResponse(_message.Message):
-    __slots__ = ("decisions", "finished")
+    __slots__ = ("decisions", "finished", "predicted_wait_ms", "waiting")
     DECISIONS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
     decisions: _containers.RepeatedCompositeFieldContainer[Decision]
     finished: _inference_pb2.Finished
-    def __init__(self, decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., finished: _Optional[_Union[_inference_pb2.Finished, _Mapping]] = ...) -> None: ...
+    predicted_wait_ms: float
+    waiting: RouterWait
+    def __init__(self, decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., finished: _Optional[_Union[_inference_pb2.Finished, _Mapping]] = ..., predicted_wait_ms: _Optional[float] = ..., waiting: _Optional[_Union[RouterWait, _Mapping]] = ...) -> None: ...
+
+class RouterWait(_message.Message):
+    __slots__ = ("ms", "tries", "reason")
+    MS_FIELD_NUMBER: _ClassVar[int]
+    TRIES_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    ms: float
+    tries: int
+    reason: str
+    def __init__(self, ms: _Optional[float] = ..., tries: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Decision(_message.Message):
-    __slots__ = ("attempt", "at_ms", "policy", "plans", "chosen", "predicted_ttft_ms", "actual_ttft_ms", "predicted", "actual", "weighed", "tied")
+    __slots__ = ("attempt", "at_ms", "policy", "plans", "chosen", "predicted_ttft_ms", "actual_ttft_ms", "predicted", "actual", "weighed", "tied", "waited")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     AT_MS_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
@@ -135,6 +149,7 @@ class Decision(_message.Message):
     ACTUAL_FIELD_NUMBER: _ClassVar[int]
     WEIGHED_FIELD_NUMBER: _ClassVar[int]
     TIED_FIELD_NUMBER: _ClassVar[int]
+    WAITED_FIELD_NUMBER: _ClassVar[int]
     attempt: int
     at_ms: float
     policy: str
@@ -146,7 +161,8 @@ class Decision(_message.Message):
     actual: PhaseTimes
     weighed: int
     tied: int
-    def __init__(self, attempt: _Optional[int] = ..., at_ms: _Optional[float] = ..., policy: _Optional[str] = ..., plans: _Optional[_Iterable[_Union[PlanCost, _Mapping]]] = ..., chosen: _Optional[int] = ..., predicted_ttft_ms: _Optional[float] = ..., actual_ttft_ms: _Optional[float] = ..., predicted: _Optional[_Union[PhaseTimes, _Mapping]] = ..., actual: _Optional[_Union[PhaseTimes, _Mapping]] = ..., weighed: _Optional[int] = ..., tied: _Optional[int] = ...) -> None: ...
+    waited: RouterWait
+    def __init__(self, attempt: _Optional[int] = ..., at_ms: _Optional[float] = ..., policy: _Optional[str] = ..., plans: _Optional[_Iterable[_Union[PlanCost, _Mapping]]] = ..., chosen: _Optional[int] = ..., predicted_ttft_ms: _Optional[float] = ..., actual_ttft_ms: _Optional[float] = ..., predicted: _Optional[_Union[PhaseTimes, _Mapping]] = ..., actual: _Optional[_Union[PhaseTimes, _Mapping]] = ..., weighed: _Optional[int] = ..., tied: _Optional[int] = ..., waited: _Optional[_Union[RouterWait, _Mapping]] = ...) -> None: ...
 
 class PhaseTimes(_message.Message):
     __slots__ = ("wait_ms", "prefill_ms", "transfer_ms", "ttft_ms")

@@ -26,6 +26,10 @@ pub(super) struct Decided {
     pub(super) weighed: u32,
     /// Plans that tied.
     pub(super) tied: u32,
+    /// What admission predicted of the time until its prompt starts, ms.
+    pub(super) predicted_wait_ms: f64,
+    /// The wait in the router before it.
+    pub(super) waited: v1::RouterWait,
     /// What was predicted ...
     pub(super) predicted: v1::PhaseTimes,
     /// ... and what came of it.
@@ -125,9 +129,12 @@ impl Decisions {
     ) -> Option<v1::ExplainResponse> {
         let known = self.lock().by_id.get(&id).cloned()?;
         let decisions = known.decisions.iter();
+        let first = known.decisions.first();
         Some(v1::ExplainResponse {
+            predicted_wait_ms: first.map_or(0.0, |one| one.predicted_wait_ms),
             decisions: decisions.map(|one| told(one, &name)).collect(),
             finished: known.finished,
+            waiting: None,
         })
     }
 }
@@ -168,6 +175,7 @@ fn told(decision: &Decided, name: &impl Fn(WorkerIndex) -> String) -> v1::Decisi
         actual: decision.actual,
         weighed: decision.weighed,
         tied: decision.tied,
+        waited: Some(decision.waited.clone()),
     }
 }
 
@@ -190,6 +198,8 @@ mod tests {
             plans: Vec::new(),
             weighed: 1,
             tied: 1,
+            predicted_wait_ms: 0.0,
+            waited: v1::RouterWait::default(),
             predicted: v1::PhaseTimes::default(),
             actual: None,
         }

@@ -414,13 +414,21 @@ impl Mesh {
         Ok(WorkerClient::new(channel))
     }
 
-    /// Why a generation went where it went; `None` for one that is not kept.
+    /// Why a generation went where it went, and how it waits where it waits;
+    /// `None` for one that is not kept.
     #[must_use]
     pub fn explain(&self, id: &str) -> Option<v1::ExplainResponse> {
-        let name = |worker| self.core.table.name(worker);
-        self.core
-            .decisions
-            .explain(GenerationId::from_hex(id)?, name)
+        let (core, id) = (&self.core, GenerationId::from_hex(id)?);
+        let waits = core.dispatcher.waits.explain(id);
+        let known = core.decisions.explain(id, |worker| core.table.name(worker));
+        let Some((waiting, predicted_wait_ms)) = waits else {
+            return known;
+        };
+        Some(v1::ExplainResponse {
+            predicted_wait_ms,
+            waiting: Some(waiting),
+            ..known.unwrap_or_default()
+        })
     }
 
     /// What a pool controller makes of the workers now; sorted by model.

@@ -20,9 +20,11 @@ use kvmesh_scheduler::{
     Place, Rejected, Reported,
 };
 use kvmesh_session::{
+    GenerationId,
     generation::{Cause, Event, PlanRequest, Stop},
     parse::Refusal,
 };
+use kvmesh_wire::v1;
 
 use super::{
     Core,
@@ -36,13 +38,20 @@ use crate::{error::RequestError, request::AdmittedRequest};
 /// Shortest and longest time after which a client is told to try again.
 const RETRY_AFTER: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(60));
 
+/// Why a request stays that is listed at a worker.
+const NOT_SOON: &str = "its worker would not start it soon";
+
 /// Requests that a task tries before it goes back to what it is there for.
 const TRIED_IN_A_ROW: usize = 128;
 
 /// A request that waits.
 pub(super) struct Waiting {
-    open: Arc<Open>,
-    request: PlanRequest,
+    pub(super) open: Arc<Open>,
+    pub(super) request: PlanRequest,
+    /// When it asked for a worker.
+    since: Instant,
+    /// How often it was tried and stayed, and why the last time.
+    stayed: (u32, &'static str),
 }
 
 impl Waiting {
@@ -52,7 +61,25 @@ impl Waiting {
         Self {
             open: Arc::clone(open),
             request,
+            since: Instant::now(),
+            stayed: (0, ""),
         }
+    }
+
+    /// Its wait until then, for people.
+    pub(super) fn told(&self, now: Instant) -> v1::RouterWait {
+        let (tries, reason) = self.stayed;
+        v1::RouterWait {
+            ms: ms(now.saturating_duration_since(self.since)),
+            tries,
+            reason: reason.to_owned(),
+        }
+    }
+
+    /// It was tried and stays.
+    fn stays(mut self, why: &'static str) -> Self {
+        self.stayed = (self.stayed.0.saturating_add(1), why);
+        self.later()
     }
 
     /// It is tried again later. Whoever refused may have room when the next
@@ -115,6 +142,14 @@ impl Waits {
     /// Requests that wait.
     pub(super) fn len(&self) -> usize {
         self.length.load(Ordering::Relaxed)
+    }
+
+    /// How a generation waits here now, and what admission predicted of that, ms.
+    pub(super) fn explain(&self, id: GenerationId) -> Option<(v1::RouterWait, f64)> {
+        let state = self.lock();
+        let mut waiting = state.dispatch.waiting();
+        let (_, _, one) = waiting.find(|(_, _, one)| one.open.id == id)?;
+        Some((one.told(Instant::now()), one.open.wait_ms))
     }
 
     /// A request's virtual deadline on the queue's clock, ms.
@@ -197,6 +232,8 @@ pub(super) struct Urgency {
     pub(super) urgency_ms: f64,
     /// Predicted work of its prompt, ms.
     pub(super) work_ms: f64,
+    /// Predicted wait until its prompt starts, ms.
+    pub(super) wait_ms: f64,
 }
 
 impl Core {
@@ -235,6 +272,7 @@ impl Core {
         let urgency = Urgency {
             urgency_ms: key_ms - arrival_ms,
             work_ms,
+            wait_ms,
         };
         self.pools.admitted(request, &urgency, expected);
         Ok(urgency)
@@ -368,13 +406,14 @@ impl Core {
             driven.tried = Some(place.clone());
             let tried = match waiting.open.ended() {
                 true => Tried::Ended,
-                false => self.try_plan(&waiting.open, &waiting.request, key_ms),
+                false => self.try_plan(&waiting, key_ms),
             };
             let outcome = match tried {
                 Tried::Done => Outcome::Went,
                 Tried::Ended => Outcome::Ended,
-                Tried::NoRoom => Outcome::NoRoom(waiting.later()),
-                Tried::NotYet(hold) => Outcome::Waits(waiting.later(), hold),
+                Tried::NoRoom => Outcome::NoRoom(waiting.stays("no worker has room")),
+                Tried::NotYet(None) => Outcome::Waits(waiting.stays("nobody is ready"), None),
+                Tried::NotYet(hold) => Outcome::Waits(waiting.stays(NOT_SOON), hold),
             };
             driven.tried = None;
             waits.came_of(&mut driven.pass, &place, outcome);

@@ -22,7 +22,7 @@ use super::{
     figures::ms,
     open::{Chosen, Open, Party},
     placer::{Lacks, Placed, Placer},
-    queue::Waits,
+    queue::{Waiting, Waits},
     recover::Retry,
     settings::MeshSettings,
 };
@@ -189,12 +189,8 @@ impl Dispatcher {
 impl Core {
     /// Chooses and books, as one with this virtual deadline; places if a worker
     /// would start the request soon.
-    pub(super) fn try_plan(
-        self: &Arc<Self>,
-        open: &Arc<Open>,
-        request: &PlanRequest,
-        key_ms: f64,
-    ) -> Tried {
+    pub(super) fn try_plan(self: &Arc<Self>, waiting: &Waiting, key_ms: f64) -> Tried {
+        let (open, request) = (&waiting.open, &waiting.request);
         let began = Instant::now();
         let border = open.next_index();
         // The first new attempt is always allowed.
@@ -230,7 +226,8 @@ impl Core {
         let Some(parties) = self.parties(&placed) else {
             return Tried::NotYet(None);
         };
-        self.go(open, placed, parties, (border, retry), began);
+        let waited = waiting.told(began);
+        self.go(open, placed, parties, (border, retry), (began, waited));
         Tried::Done
     }
 
@@ -286,7 +283,7 @@ impl Core {
         placed: Placed,
         parties: SmallVec<[Party; 2]>,
         (border, retry): (u32, Option<Retry>),
-        began: Instant,
+        (began, waited): (Instant, v1::RouterWait),
     ) {
         self.note_sent(open, &placed);
         let terms = placed.chosen.terms;
@@ -306,6 +303,8 @@ impl Core {
                 plans: placed.considered,
                 weighed: placed.weighed,
                 tied: placed.tied,
+                predicted_wait_ms: open.wait_ms,
+                waited,
                 predicted,
                 actual: None,
             },

@@ -89,6 +89,8 @@ pub(super) struct Open {
     pub(super) urgency_ms: f64,
     /// Predicted work of the prompt at arrival, ms.
     pub(super) work_ms: f64,
+    /// What admission predicted of the time until its prompt starts, ms.
+    pub(super) wait_ms: f64,
     /// Said when the client is given up.
     pub(super) given_up: GivenUp,
     /// Chain values of the prompt.
@@ -185,6 +187,7 @@ impl Open {
             core,
             urgency_ms: admitted.urgency_ms,
             work_ms: admitted.work_ms,
+            wait_ms: admitted.wait_ms,
             given_up: GivenUp::default(),
             chain,
             state: Mutex::new(state),

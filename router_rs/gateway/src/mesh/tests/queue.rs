@@ -126,6 +126,81 @@ async fn a_first_token_lets_the_next_one_go_where_reports_are_old() {
     assert!(until(|| nothing_left(&mesh, &[&both])).await);
 }
 
+/// The first message of a stream, and the id in it.
+async fn accepted(stream: &mut GenerationStream) -> (Answer, String) {
+    let mut answer = Answer::default();
+    answer.take(stream.next().await.unwrap());
+    let id = answer.accepted.as_ref().unwrap().generation_id.clone();
+    (answer, id)
+}
+
+/// What is known of a generation that was tried and waits; while it is being
+/// tried once more it does not.
+async fn explained_wait(mesh: &Mesh, id: &str) -> v1::ExplainResponse {
+    let end = Instant::now() + LIMIT;
+    loop {
+        match mesh.explain(id) {
+            Some(known) if known.waiting.as_ref().is_some_and(|wait| wait.tries > 0) => {
+                return known;
+            }
+            known => assert!(Instant::now() < end, "it does not wait: {known:?}"),
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn a_wait_in_the_router_is_explained_while_it_lasts_and_afterwards() {
+    let both = slow_prompts();
+    let mesh = mesh_of(&[&both]).await;
+    let first = mesh.generate(long(1, 3)).unwrap();
+    let mut second = mesh.generate(long(2, 3)).unwrap();
+    assert_eq!(mesh.queued(), 1);
+    let (mut answer, id) = accepted(&mut second).await;
+    let now = explained_wait(&mesh, &id).await;
+    let waiting = now.waiting.unwrap();
+    assert!(now.decisions.is_empty() && now.predicted_wait_ms > 0.0);
+    assert!(waiting.ms > 0.0, "{waiting:?}");
+    assert_eq!(waiting.reason, "its worker would not start it soon");
+    answer.rest(second).await;
+    assert_eq!(answer.error, None);
+    let then = mesh.explain(&id).unwrap();
+    let waited = then.decisions[0].waited.clone().unwrap();
+    assert_eq!(then.waiting, None);
+    assert_eq!(then.predicted_wait_ms, now.predicted_wait_ms);
+    assert!(
+        waited.ms > waiting.ms && waited.tries >= waiting.tries,
+        "{waited:?}"
+    );
+    assert_eq!(waited.reason, waiting.reason);
+    // The first one found the worker idle.
+    let first = collect(first).await.accepted.unwrap().generation_id;
+    let went = mesh.explain(&first).unwrap().decisions.remove(0);
+    let at_once = went.waited.unwrap();
+    assert_eq!((at_once.tries, at_once.reason.as_str()), (0, ""));
+    assert!(at_once.ms <= went.at_ms, "{at_once:?}");
+}
+
+#[tokio::test]
+async fn what_waits_for_room_says_so() {
+    let both = MockWorker::start(MockConfig {
+        pool_blocks: 8,
+        step: Duration::from_millis(1),
+        ..MockConfig::default()
+    })
+    .unwrap();
+    let mesh = mesh_of(&[&both]).await;
+    let mut first = mesh.generate(request(&[1; 32], 100_000)).unwrap();
+    first_tokens(&mut first).await;
+    let mut second = mesh.generate(request(&[2; 32], 5)).unwrap();
+    let (mut answer, id) = accepted(&mut second).await;
+    let waiting = explained_wait(&mesh, &id).await.waiting.unwrap();
+    assert_eq!(waiting.reason, "no worker has room");
+    drop(first);
+    answer.rest(second).await;
+    assert_eq!((answer.error, answer.ids.len()), (None, 5));
+}
+
 #[tokio::test]
 async fn who_would_wait_too_long_is_told_when_to_come_back() {
     let both = slow_prompts();
