@@ -19,6 +19,7 @@ definitions of SCHEDULING 6:
   (local_prefill): the row "ours, without local prefill" is the same choice with that switched off,
   so that what the choice brings can be told from what the switch brings. Its figures end in
   `_apart`.
+- A quick run has coarse grids and one P:D ratio.
 - Clairvoyant: true lengths and coefficients, no report delay, each candidate rolled forward, least
   sum of first-token times of everyone who waits.
 
@@ -45,7 +46,6 @@ from routing_quality_cells import (
     FIXED,
     OUR_ORDER,
     PROFILE,
-    WEIGHTS,
     Cell,
     Figures,
     formula,
@@ -53,6 +53,7 @@ from routing_quality_cells import (
     free_weights,
     full_load,
     split_cluster,
+    weights,
 )
 from trace_files import add_traces, need_traces
 
@@ -92,8 +93,8 @@ def placement(cell: Cell, speed: float, fixed: bool) -> dict[str, Row]:
     rows = ours(cell, speed)
     rows["ours_page"] = ("ours, weight 0.1", cell.judge(Policy("cost", {"stretch": 0.1}), speed))
     tried = {
-        "formula": cell.tune(formulas(cell.cluster), speed),
-        "free": cell.tune(free_weights(), speed),
+        "formula": cell.tune(formulas(cell), speed),
+        "free": cell.tune(free_weights(cell), speed),
     }
     if cell.cluster.prefill:
         tried["formula"] += tried["free"]
@@ -131,7 +132,7 @@ def clear_sight() -> dict[str, Any]:
 def whole(cell: Cell, speed: float, fixed: bool) -> dict[str, Row]:
     """Baselines first come first served."""
     rows = ours(cell, speed)
-    tried = cell.tune([formula(w, FIFO) for w in WEIGHTS], speed)
+    tried = cell.tune([formula(w, FIFO) for w in weights(cell)], speed)
     for goal in ("ttft", "e2e"):
         best = min(tried, key=lambda entry: getattr(entry[1], goal))[0]
         rows[f"formula_{goal}"] = (f"{goal}: {label(best)}", cell.judge(best, speed))
@@ -192,10 +193,10 @@ def cells(args: argparse.Namespace) -> Iterable[tuple[str, Cell]]:
                 else:
                     cluster = Cluster(profile, workers)
                 title = f"{kind}, {cluster.name} workers"
-                yield (
-                    pool,
-                    Cell(title, trace, cluster, args.seed_list, most, args.share, args.noise),
+                cell = Cell(
+                    title, trace, cluster, args.seed_list, most, args.share, args.noise, args.quick
                 )
+                yield pool, cell
 
 
 def main() -> int:

@@ -34,27 +34,6 @@ def formula(weight: float, queue: Mapping[str, Any] = AT_ONCE) -> Policy:
     return Policy("overlap-load", {"overlap_weight": weight}, queue)
 
 
-def formulas(cluster: Cluster) -> list[Policy]:
-    """The usual formula with our order; in P:D pools its weight changes nothing."""
-    weights = (1.0,) if cluster.prefill else WEIGHTS
-    return [formula(weight, queue) for weight, queue in itertools.product(weights, OUR_ORDER)]
-
-
-def free_weights() -> list[Policy]:
-    """The formula with both weights free, with our order."""
-    return [
-        Policy("weighted", {"overlap": overlap, "decode": decode}, queue)
-        for overlap, decode, queue in itertools.product(OVERLAPS, DECODES, OUR_ORDER)
-    ]
-
-
-def baselines(cluster: Cluster) -> list[Policy]:
-    """All of which the best says what 100 % load is: with our order, held or not."""
-    fixed = [Policy(name, {}, queue) for name, queue in itertools.product(FIXED, OUR_ORDER)]
-    free = free_weights() if cluster.prefill else []
-    return [*formulas(cluster)[::-1], *free[::-1], *fixed]
-
-
 @dataclass(frozen=True)
 class Figures:
     """Means over seeds."""
@@ -99,6 +78,8 @@ class Cell:
     """Of the trace."""
     noise: Mapping[str, Any] = field(default_factory=dict)
     """Of the workers; empty: as in life."""
+    coarse: bool = False
+    """Grids of few weights, for a quick run."""
     runs: dict[str, Figures] = field(default_factory=dict, compare=False)
     """What was replayed before: the same again has the same figures."""
 
@@ -140,12 +121,42 @@ class Cell:
         return self.runs[key]
 
 
+def weights(cell: Cell) -> Sequence[float]:
+    """What the usual formula's weight is tuned over."""
+    return WEIGHTS[1:4:2] if cell.coarse else WEIGHTS
+
+
+def formulas(cell: Cell) -> list[Policy]:
+    """The usual formula with our order; in P:D pools its weight changes nothing."""
+    tuned = (1.0,) if cell.cluster.prefill else weights(cell)
+    return [formula(weight, queue) for weight, queue in itertools.product(tuned, OUR_ORDER)]
+
+
+def free_weights(cell: Cell) -> list[Policy]:
+    """The formula with both weights free, with our order."""
+    step = 3 if cell.coarse else 1
+    return [
+        Policy("weighted", {"overlap": overlap, "decode": decode}, queue)
+        for overlap, decode, queue in itertools.product(
+            OVERLAPS[::step], DECODES[::step], OUR_ORDER
+        )
+    ]
+
+
+def baselines(cell: Cell) -> list[Policy]:
+    """All of which the best says what 100 % load is: with our order, held or not."""
+    names = FIXED[2:3] if cell.coarse else FIXED
+    fixed = [Policy(name, {}, queue) for name, queue in itertools.product(names, OUR_ORDER)]
+    free = free_weights(cell) if cell.cluster.prefill else []
+    return [*formulas(cell)[::-1], *free[::-1], *fixed]
+
+
 def full_load(cell: Cell, steps: int) -> float:
     """100 %: the highest speed at which the best of the baselines serves, within 2 % of itself or
     the `steps`-th halving of all speeds."""
     unit = cell.most / 2**steps
     best = 0
-    for policy in baselines(cell.cluster):
+    for policy in baselines(cell):
 
         def served(at: int, policy: Policy = policy) -> bool:
             run = cell.judge(policy, at * unit, cell.seeds[:1], warm_up=0.2)
@@ -185,7 +196,7 @@ def split_cluster(trace: TraceFile, workers: int, args: argparse.Namespace, most
     """The P:D ratio at which the usual formula serves most."""
     best = (0.0, Cluster({}))
     profile = load_profile(PROFILE)
-    shares = (0.5, 0.625, 0.6875, 0.75, 0.8125)
+    shares = (0.75,) if args.quick else (0.5, 0.625, 0.6875, 0.75, 0.8125)
     for prefill in sorted({round(workers * share) for share in shares}):
         cluster = Cluster(profile, 0, prefill, workers - prefill)
         cell = Cell("", trace, cluster, args.seed_list[:1], most, args.share, args.noise)
