@@ -408,7 +408,7 @@ pub const KEYS: &[Key] = &[
         "index_bytes",
         Kind::Bytes(1 << 20, 1 << 40),
         "1GiB",
-        "Memory of the prefix index. Above it the blocks longest not asked for go.",
+        "Memory of what the prefix index holds; above it the blocks longest not asked for go. The process may take more (docs/kv-index.md, Bounds).",
     ),
     key(
         "index_workers",
