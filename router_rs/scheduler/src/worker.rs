@@ -231,9 +231,22 @@ pub struct WorkerView {
 impl WorkerView {
     /// Prompt tokens waiting or being computed, by everyone.
     pub fn prefill_backlog_tokens(&self) -> u64 {
+        self.reported_backlog_tokens() + self.booked.prefill_tokens
+    }
+
+    /// The same of what the report shows, without what is computed meanwhile.
+    pub(crate) fn reported_backlog_tokens(&self) -> u64 {
         let of = |share: &Share| share.queued_prefill_tokens + share.running_prefill_tokens;
-        let shown = of(&self.load.own) + of(&self.load.others);
-        shown.saturating_sub(self.computed.prefill_tokens) + self.booked.prefill_tokens
+        let (own, computed) = (of(&self.load.own), &self.computed);
+        let own = match computed.prefills {
+            0 => own,
+            _ => {
+                let listed: u64 = self.prompts.iter().map(|prompt| prompt.tokens).sum();
+                let waits = listed.saturating_sub(self.booked.prefill_tokens);
+                less(own, computed.prefill_tokens, waits)
+            }
+        };
+        own + of(&self.load.others)
     }
 
     /// Requests that decode there or will.
@@ -261,10 +274,9 @@ impl WorkerView {
     /// Everyone's prompts and streams by class.
     pub fn by_class(&self) -> ByClass {
         let (own, others, booked) = (&self.load.own, &self.load.others, &self.booked);
-        let mut sum = own.classes;
+        let mut sum = self.own_classes();
         sum.add(&others.classes);
         sum.add(&booked.classes);
-        self.take_computed(&mut sum);
         let [first, standard, last] = &sum.waiting_tokens;
         let shown = first + standard + last;
         let standard = Class::Standard.index();
@@ -272,8 +284,8 @@ impl WorkerView {
         if rest > 0 {
             sum.waiting_tokens[standard] += rest;
             let shown: u32 = sum.waiting.iter().sum();
-            let queued = own.queued + others.queued + booked.prefills;
-            let queued = queued.saturating_sub(self.computed.prefills);
+            let own = own.queued.saturating_sub(self.computed.prefills);
+            let queued = own + others.queued + booked.prefills;
             sum.waiting[standard] += queued.saturating_sub(shown).max(1);
         }
         let shown: u32 = sum.decoding.iter().sum();
@@ -281,25 +293,27 @@ impl WorkerView {
         sum
     }
 
-    /// Takes out what is computed and shown as waiting. Of such a prompt the report
-    /// may have shown less than all; never more goes than leaves what is known to wait.
-    fn take_computed(&self, sum: &mut ByClass) {
+    /// Own prompts and streams as the report shows them, without prompts that are
+    /// computed meanwhile.
+    fn own_classes(&self) -> ByClass {
+        let mut own = self.load.own.classes;
         if self.computed.prefills == 0 {
-            return;
+            return own;
         }
+        let (gone, unseen) = (&self.computed.classes, &self.booked.classes);
         for at in 0..3 {
             let of_class = self.prompts.iter().filter(|one| one.class.index() == at);
-            let (mut count, mut tokens) = (0, 0);
+            let (mut count, mut tokens) = (0_u32, 0_u64);
             for prompt in of_class {
                 (count, tokens) = (count + 1, tokens + prompt.tokens);
             }
-            let (shown, shown_tokens) = (sum.waiting[at], sum.waiting_tokens[at]);
-            let gone = &self.computed.classes;
-            sum.waiting[at] = shown.saturating_sub(gone.waiting[at]).max(shown.min(count));
-            sum.waiting_tokens[at] = shown_tokens
-                .saturating_sub(gone.waiting_tokens[at])
-                .max(shown_tokens.min(tokens));
+            let waits = count.saturating_sub(unseen.waiting[at]);
+            let left = own.waiting[at].saturating_sub(gone.waiting[at]);
+            own.waiting[at] = left.max(waits.min(own.waiting[at]));
+            let waits = tokens.saturating_sub(unseen.waiting_tokens[at]);
+            own.waiting_tokens[at] = less(own.waiting_tokens[at], gone.waiting_tokens[at], waits);
         }
+        own
     }
 
     /// Blocks that a new request could get.
@@ -311,6 +325,12 @@ impl WorkerView {
     pub fn blocks(&self, tokens: u64) -> u64 {
         tokens.div_ceil(u64::from(self.abilities.block_tokens.max(1)))
     }
+}
+
+/// What a report shows without what is gone since. Of what is gone it may have shown
+/// a part only; what is known to wait there stays.
+fn less(shown: u64, gone: u64, waits: u64) -> u64 {
+    shown.saturating_sub(gone).max(waits.min(shown))
 }
 
 /// All workers, and who asks.

@@ -124,6 +124,17 @@ fn a_late_report_is_read_with_what_is_computed_and_never_below_what_waits() {
     computed.classes.waiting_tokens[Class::Standard.index()] = 200;
     view.computed = computed;
     assert_eq!(view.prefill_backlog_tokens(), 100);
+    // What others have there is theirs, however much of ours is gone.
+    let alone = view.load;
+    view.load.own.queued_prefill_tokens = 50;
+    view.load.own.classes.waiting_tokens[Class::Standard.index()] = 50;
+    view.load.others.queued = 1;
+    view.load.others.queued_prefill_tokens = 600;
+    view.load.others.classes.waiting[Class::Standard.index()] = 1;
+    view.load.others.classes.waiting_tokens[Class::Standard.index()] = 600;
+    assert_eq!(view.prefill_backlog_tokens(), 600);
+    assert_eq!(view.by_class().waiting_tokens[Class::Standard.index()], 600);
+    view.load = alone;
     let there = view.by_class();
     assert_eq!(there.waiting[Class::Standard.index()], 1);
     assert_eq!(there.waiting_tokens[Class::Standard.index()], 100);
@@ -136,6 +147,7 @@ fn a_late_report_is_read_with_what_is_computed_and_never_below_what_waits() {
     });
     let there = view.by_class();
     assert_eq!(there.waiting_tokens[Class::Standard.index()], 180);
+    assert_eq!(view.prefill_backlog_tokens(), 180);
 }
 
 proptest! {

@@ -80,6 +80,11 @@ impl Accounts {
         // At the rate that was in force; a file of keys may have another one now.
         account.owed = account.owed_at(now);
         (account.at, account.rate) = (now, limits.requests_per_second);
+        // No more than may ever be owed at the new one.
+        account.owed = match account.rate > 0.0 {
+            true => account.owed.min(account.rate.max(1.0)),
+            false => 0.0,
+        };
         if account.rate > 0.0 {
             let over = account.owed + 1.0 - account.rate.max(1.0);
             // Sums of such parts are not exact.
@@ -177,6 +182,9 @@ mod tests {
             assert_eq!(accounts.enter(1, &limits(20.0, 0), start), Ok(()));
         }
         assert!(accounts.enter(1, &limits(20.0, 0), start).is_err());
+        // A slower one forgives what is above its own bound.
+        let wait = accounts.enter(1, &limits(0.5, 0), start).err();
+        assert_eq!(wait.map(|over| over.wait), Some(ms(2_000)));
         // The slowest rate that can be written is no more than slow.
         let wait = accounts.enter(1, &limits(1e-300, 0), start).err();
         assert_eq!(wait.map(|over| over.wait), Some(WAIT.1));

@@ -58,16 +58,12 @@ impl Reported {
     /// Reads it off a worker's view, once its report or what a first token says of
     /// it is in there. `local` says whether decode workers compute prompts, too.
     pub fn of(view: &WorkerView, step_ms: f64, local: LocalPrefill, bookings: &Bookings) -> Self {
-        let (own, others) = (&view.load.own, &view.load.others);
-        let queued = own.queued_prefill_tokens + others.queued_prefill_tokens;
-        let running = own.running_prefill_tokens + others.running_prefill_tokens;
-        let waiting = (queued + running).saturating_sub(view.computed.prefill_tokens);
         Self {
             worker: view.slot,
             model: Arc::clone(&view.model),
             computes: view.role != Role::Decode || local == LocalPrefill::ByCost,
             first_sent_ms: bookings.first_sent_ms(view.slot),
-            least_ms: waiting as f64 * view.step.b_ms,
+            least_ms: view.reported_backlog_tokens() as f64 * view.step.b_ms,
             step_ms,
         }
     }

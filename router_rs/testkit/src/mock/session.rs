@@ -150,7 +150,12 @@ impl Session {
                 () = sleep_until(due), if !steps_now => {}
             }
             self.start_ready();
-            self.flush(0, true, None).await?;
+            // First tokens are of a step, too.
+            let number = match self.rows.is_empty() {
+                true => 0,
+                false => self.state.begin_step(),
+            };
+            self.flush(number, true, None).await?;
             if self.decoding() > 0 && !self.stuck() && Instant::now() >= self.next_step {
                 self.step().await?;
             }

@@ -265,6 +265,7 @@ impl Placer {
             view.load = load_of(load, now_ms);
             view.relay_ms = relay_ms;
         });
+        self.roster.refresh(&self.bookings);
         let view = self.roster.get(slot)?;
         let local = self.policy.local_prefill();
         Some(Reported::of(view, step_ms, local, &self.bookings))

@@ -121,9 +121,6 @@ impl Session {
         for waker in self.brought.wake.drain(..) {
             waker.wake();
         }
-        if std::mem::take(&mut self.brought.computed) {
-            self.core.prompts_computed(&self.worker);
-        }
         violation.map_or(Ok(()), Err)
     }
 
@@ -173,8 +170,11 @@ impl Session {
         {
             self.core.step_sample(&self.worker, sample);
         }
-        if let Some(load) = &step.load {
-            self.load(load);
+        let computed = std::mem::take(&mut self.brought.computed);
+        match &step.load {
+            Some(load) => self.load(load),
+            None if computed => self.core.prompts_computed(&self.worker),
+            None => {}
         }
         Ok(())
     }
