@@ -37,6 +37,7 @@ from typing import Any
 
 from alternating import Figure, machine_busy_seconds, print_figures, print_table, write_json
 from mixed_simulated import simulate, workers_of
+from routing_quality_cells import FIXED
 from stream_overhead import build
 from trace_files import add_traces, need_traces
 from trace_rows import Arrival, at_rate, azure, json_lines, with_prefixes
@@ -46,15 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "e2e")
 from cluster import Cluster
 
 OURS = "cost"
-BASELINES = (
-    "round-robin",
-    "random",
-    "least-loaded",
-    "power-of-two",
-    "consistent-hash",
-    "prefix-greedy",
-    "overlap-load",
-)
+BASELINES = (*FIXED, "overlap-load")
 TRACES = {"interactive": "azure_conv_2023_part1.csv", "standard": "azure_code_2023_part1.csv"}
 """Files by the class that their requests get."""
 BLOCK_TOKENS = 64

@@ -12,6 +12,10 @@ const MAX_MESSAGE: usize = 1024;
 /// Most violations that one status names.
 const MAX_VIOLATIONS: usize = 16;
 
+/// Shortest and longest time after which a client is told to try again.
+pub(crate) const RETRY_AFTER: (Duration, Duration) =
+    (Duration::from_millis(100), Duration::from_secs(60));
+
 /// One field that is not as it must be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
@@ -318,6 +322,13 @@ impl RequestError {
         }
         metadata
     }
+}
+
+/// A predicted wait as what a client is told.
+pub(crate) fn retry_after(wait_ms: f64) -> Duration {
+    Duration::try_from_secs_f64(wait_ms / 1e3)
+        .unwrap_or(RETRY_AFTER.1)
+        .clamp(RETRY_AFTER.0, RETRY_AFTER.1)
 }
 
 /// A worker says whether the request, its state or the worker is at fault. All

@@ -160,6 +160,17 @@ struct Listed {
     went: bool,
 }
 
+impl Listed {
+    /// The prompt in some work, if there is one.
+    fn of(work: &Work, virtual_deadline_ms: f64, went: bool) -> Option<Self> {
+        Some(Self {
+            prompt: work.prompt(virtual_deadline_ms)?,
+            booked: work.waiting(),
+            went,
+        })
+    }
+}
+
 impl Account {
     /// Prompts that the report in force shows as waiting, and that are computed.
     fn shown_too_late(&self) -> Work {
@@ -205,12 +216,7 @@ impl Bookings {
     /// its virtual deadline until [`Booking::started`] or the guard goes.
     #[must_use = "a booking that is dropped is released"]
     pub fn book_prompt(&self, worker: WorkerSlot, work: Work, virtual_deadline_ms: f64) -> Booking {
-        let prompt = work.prompt(virtual_deadline_ms);
-        let listed = prompt.map(|prompt| Listed {
-            prompt,
-            booked: work.waiting(),
-            went: true,
-        });
+        let listed = Listed::of(&work, virtual_deadline_ms, true);
         self.enter(worker, work, listed)
     }
 
@@ -223,12 +229,7 @@ impl Bookings {
         work: Work,
         virtual_deadline_ms: f64,
     ) -> Booking {
-        let prompt = work.prompt(virtual_deadline_ms);
-        let listed = prompt.map(|prompt| Listed {
-            prompt,
-            booked: work.waiting(),
-            went: false,
-        });
+        let listed = Listed::of(&work, virtual_deadline_ms, false);
         self.enter(worker, work, listed)
     }
 
@@ -403,9 +404,8 @@ impl Booking {
             let command = match account.entries.get_mut(&key) {
                 // No report has it: its prompt is in what is booked.
                 Some(entry) => {
-                    let waiting = entry.work.waiting();
-                    entry.work.take(&waiting);
-                    account.booked.take(&waiting);
+                    entry.work.take(&listed.booked);
+                    account.booked.take(&listed.booked);
                     entry.command
                 }
                 None => Some(0),

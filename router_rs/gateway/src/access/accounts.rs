@@ -10,9 +10,8 @@ use std::{
 };
 
 use super::TenantLimits;
+use crate::error::retry_after;
 
-/// Bounds of the advice to come back.
-const WAIT: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(60));
 /// Accounts that are kept before those without use are looked for.
 const FEW: usize = 1_024;
 /// Share of a new one in the mean of times that requests were open.
@@ -74,24 +73,22 @@ impl Accounts {
             let wait = account.open_s / f64::from(account.open);
             return Err(OverLimit {
                 what: "too many requests at the same time",
-                wait: bounded(wait),
+                wait: retry_after(wait * 1e3),
             });
         }
         // At the rate that was in force; a file of keys may have another one now.
-        account.owed = account.owed_at(now);
-        (account.at, account.rate) = (now, limits.requests_per_second);
+        let owed = account.owed_at(now);
+        let rate = limits.requests_per_second;
+        let most = if rate > 0.0 { rate.max(1.0) } else { 0.0 };
         // No more than may ever be owed at the new one.
-        account.owed = match account.rate > 0.0 {
-            true => account.owed.min(account.rate.max(1.0)),
-            false => 0.0,
-        };
-        if account.rate > 0.0 {
-            let over = account.owed + 1.0 - account.rate.max(1.0);
+        (account.owed, account.at, account.rate) = (owed.min(most), now, rate);
+        if rate > 0.0 {
+            let over = account.owed + 1.0 - most;
             // Sums of such parts are not exact.
             if over > 1e-9 {
                 return Err(OverLimit {
                     what: "too many requests a second",
-                    wait: bounded(over / account.rate),
+                    wait: retry_after(over / rate * 1e3),
                 });
             }
             account.owed += 1.0;
@@ -123,15 +120,10 @@ impl Accounts {
     }
 }
 
-fn bounded(seconds: f64) -> Duration {
-    Duration::try_from_secs_f64(seconds)
-        .unwrap_or(WAIT.1)
-        .clamp(WAIT.0, WAIT.1)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::RETRY_AFTER;
 
     fn limits(requests_per_second: f64, concurrency: u32) -> TenantLimits {
         TenantLimits {
@@ -187,7 +179,7 @@ mod tests {
         assert_eq!(wait.map(|over| over.wait), Some(ms(2_000)));
         // The slowest rate that can be written is no more than slow.
         let wait = accounts.enter(1, &limits(1e-300, 0), start).err();
-        assert_eq!(wait.map(|over| over.wait), Some(WAIT.1));
+        assert_eq!(wait.map(|over| over.wait), Some(RETRY_AFTER.1));
     }
 
     #[test]
@@ -199,7 +191,7 @@ mod tests {
         }
         // Nothing is known yet: soon.
         let wait = accounts.enter(1, &limits, start).err();
-        assert_eq!(wait.map(|over| over.wait), Some(WAIT.0));
+        assert_eq!(wait.map(|over| over.wait), Some(RETRY_AFTER.0));
         accounts.leave(1, start, start + ms(3_000));
         assert_eq!(accounts.enter(1, &limits, start + ms(3_000)), Ok(()));
         let wait = accounts.enter(1, &limits, start + ms(3_000)).err();

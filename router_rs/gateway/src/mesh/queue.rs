@@ -33,10 +33,10 @@ use super::{
     open::Open,
     placer::Turned,
 };
-use crate::{error::RequestError, request::AdmittedRequest};
-
-/// Shortest and longest time after which a client is told to try again.
-const RETRY_AFTER: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(60));
+use crate::{
+    error::{RequestError, retry_after},
+    request::AdmittedRequest,
+};
 
 /// Why a request stays that is listed at a worker.
 const NOT_SOON: &str = "its worker would not start it soon";
@@ -480,12 +480,6 @@ impl Core {
         let view = request_view(request, 0, 0, request.max_tokens, &found, &[]);
         placer.may_run(&view, &lasting, self.dispatcher.waits.now_ms())
     }
-}
-
-pub(super) fn retry_after(wait_ms: f64) -> Duration {
-    Duration::try_from_secs_f64(wait_ms / 1e3)
-        .unwrap_or(RETRY_AFTER.1)
-        .clamp(RETRY_AFTER.0, RETRY_AFTER.1)
 }
 
 fn turned(request: &AdmittedRequest, why: Turned) -> RequestError {

@@ -61,7 +61,7 @@ impl Core {
             return;
         }
         let mut placer = self.dispatcher.placer();
-        let computed = placer.computed(worker.index);
+        let computed = placer.reported(worker.index);
         drop(placer);
         if let Some(computed) = computed {
             self.look(&computed);

@@ -5,7 +5,10 @@ use std::time::{Duration, Instant};
 use kvmesh_scheduler::Rejected;
 
 use super::Open;
-use crate::mesh::{figures::ms, placer::Turned, queue::retry_after};
+use crate::{
+    error::retry_after,
+    mesh::{figures::ms, placer::Turned},
+};
 
 /// Where there is no estimate, and the least for those that waited for as long
 /// as they may: whatever was predicted for them did not come true.

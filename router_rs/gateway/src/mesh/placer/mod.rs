@@ -251,7 +251,7 @@ impl Placer {
         let known = self.workers.get_mut(&worker)?;
         let load = &report.load;
         known.step_ms = load.step_predicted_ms;
-        let (slot, step_ms) = (known.slot, known.step_ms);
+        let slot = known.slot;
         let relay_ms = known.relay.ms_after_idle(ms(known.reached.elapsed()));
         self.bookings.echoed(slot, load.last_command);
         // While a step runs, what it brings is not in the report.
@@ -265,15 +265,11 @@ impl Placer {
             view.load = load_of(load, now_ms);
             view.relay_ms = relay_ms;
         });
-        self.roster.refresh(&self.bookings);
-        let view = self.roster.get(slot)?;
-        let local = self.policy.local_prefill();
-        Some(Reported::of(view, step_ms, local, &self.bookings))
+        self.reported(worker)
     }
 
-    /// What there is to say of a worker before its next report: a prompt of ours
-    /// there is computed.
-    pub(super) fn computed(&mut self, worker: WorkerIndex) -> Option<Reported> {
+    /// What its last report and first tokens since then say of a worker.
+    pub(super) fn reported(&mut self, worker: WorkerIndex) -> Option<Reported> {
         let known = self.workers.get(&worker)?;
         self.roster.refresh(&self.bookings);
         let view = self.roster.get(known.slot)?;

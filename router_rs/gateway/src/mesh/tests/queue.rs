@@ -22,15 +22,19 @@ fn slow_prompts() -> MockWorker {
     .unwrap()
 }
 
-#[tokio::test]
-async fn urgent_requests_leave_the_queue_first() {
-    // Room for one request of 32 tokens at a time.
-    let both = MockWorker::start(MockConfig {
+/// Room for one request of 32 tokens at a time.
+fn room_for_one() -> MockWorker {
+    MockWorker::start(MockConfig {
         pool_blocks: 8,
         step: Duration::from_millis(1),
         ..MockConfig::default()
     })
-    .unwrap();
+    .unwrap()
+}
+
+#[tokio::test]
+async fn urgent_requests_leave_the_queue_first() {
+    let both = room_for_one();
     let mesh = mesh_of(&[&both]).await;
     let mut first = mesh.generate(request(&[1; 32], 100_000)).unwrap();
     first_tokens(&mut first).await;
@@ -183,12 +187,7 @@ async fn a_wait_in_the_router_is_explained_while_it_lasts_and_afterwards() {
 
 #[tokio::test]
 async fn what_waits_for_room_says_so() {
-    let both = MockWorker::start(MockConfig {
-        pool_blocks: 8,
-        step: Duration::from_millis(1),
-        ..MockConfig::default()
-    })
-    .unwrap();
+    let both = room_for_one();
     let mesh = mesh_of(&[&both]).await;
     let mut first = mesh.generate(request(&[1; 32], 100_000)).unwrap();
     first_tokens(&mut first).await;
