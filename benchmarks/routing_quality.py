@@ -21,7 +21,8 @@ definitions of SCHEDULING 6:
   `_apart`.
 - A quick run has coarse grids and one P:D ratio.
 - Clairvoyant: true lengths and coefficients, no report delay, each candidate rolled forward, least
-  sum of first-token times of everyone who waits.
+  sum of first-token times of everyone who waits. In P:D pools prompts stay off decode workers: what
+  their streams suffer is no part of its sum, and it would drown them.
 
     python benchmarks/routing_quality.py [--quick] [--json FILE] [--traces DIR] [--workers 8,16]
         [--only mooncake,azure-conv,azure-code] [--pools unified,pd] [--loads 50,80,95] [--seeds N]
@@ -104,11 +105,12 @@ def placement(cell: Cell, speed: float, fixed: bool) -> dict[str, Row]:
             rows[f"{key}_{goal}"] = (f"{goal}: {label(best)}", cell.judge(best, speed))
     best = held_or_not(cell, speed, formula(1.0))
     rows["default"] = (f"as shipped: {label(best)}", cell.judge(best, speed))
+    sight = {"noise": {**cell.noise, **clear_sight()}}
+    if cell.cluster.prefill:
+        sight["local_prefill"] = APART
     rows["clairvoyant"] = (
         "clairvoyant",
-        cell.judge(
-            Policy("clairvoyant", {}, AT_ONCE), speed, noise={**cell.noise, **clear_sight()}
-        ),
+        cell.judge(Policy("clairvoyant", {}, AT_ONCE), speed, **sight),
     )
     if fixed:
         for name in FIXED:

@@ -43,10 +43,10 @@ pub(crate) struct Floor {
     /// Steps by the token, and by the ms of prompt.
     per_chunk: f64,
     per_budget: f64,
-    /// Streams by the weight of a stretched step, and those times what each
-    /// has left.
+    /// Streams by the weight of a stretched step, and those times the steps for
+    /// which another stream slows each.
     streams: f64,
-    streams_left: f64,
+    streams_level: f64,
     /// One over the least that any has left, and over a step of theirs.
     per_left: f64,
     per_step: f64,
@@ -96,7 +96,8 @@ impl Floor {
             per_chunk: facts.per_chunk,
             per_budget: facts.per_budget,
             streams: streams().map(|one| one.weight).sum(),
-            streams_left: streams().map(|one| one.weight * one.left).sum(),
+            streams_level: streams().map(|one| one.weight * one.left).sum::<f64>()
+                / (1.0 + facts.batch),
             per_left: least_left.recip(),
             per_step: facts.step_ms.max(1e-6).recip(),
             joins_ms: step.d_ms,
@@ -167,7 +168,7 @@ impl Floor {
             0.0
         };
         let own_ms = asked.left * self.company_ms + beside_ms;
-        people.stretch * (people.weights.itl[asked.class] * own_ms + self.streams_left * longer_ms)
+        people.stretch * (people.weights.itl[asked.class] * own_ms + self.streams_level * longer_ms)
     }
 
     /// The gap that a transfer leaves, by the quickest path.

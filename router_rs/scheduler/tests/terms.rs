@@ -156,6 +156,25 @@ fn a_stream_counts_by_its_class() {
 }
 
 #[test]
+fn streams_are_slowed_by_another_until_the_pool_is_level() {
+    let none = Matches::default();
+    let joined = |streams| {
+        let mut decode = with_streams(Class::Batch, streams);
+        (decode.slot, decode.role) = (WorkerSlot(1), Role::Decode);
+        let workers = [worker(0, Role::Prefill), decode];
+        let plans = explain(&workers, &request(&none, 1));
+        let split = plans
+            .iter()
+            .find(|one| matches!(one.plan, Plan::Split { .. }));
+        split.unwrap().terms.others_stretch_ms
+    };
+    // Of B streams one ends, and another comes, B times as often as of one: each
+    // is slowed for an (1 + B)th of what it has left.
+    let (one, nine) = (joined(1), joined(9));
+    assert!(one > 0.0 && (nine / one - (9.0 / 10.0) / (1.0 / 2.0)).abs() < 1e-9);
+}
+
+#[test]
 fn beyond_the_target_a_millisecond_counts_four_times() {
     let none = Matches::default();
     // Alone a step takes 7 ms, the gap to the second token is what the

@@ -40,13 +40,17 @@ pub(crate) fn own_stretch_ms(facts: &Facts, asked: &Asked, people: &People, chun
     (asked.left - slowed) * each + slowed * with_chunk
 }
 
-/// The streams that are there, each slowed by this one from now on.
+/// The streams that are there, each slowed by this one until the pool is level
+/// again. Of B streams that each have L steps left one ends every L / B steps,
+/// and one comes: the next that would have come here goes elsewhere, since this
+/// one did. So a stream is slowed by it for 1 / (1 / L + B / L) steps, and not
+/// for all that it has left.
 pub(crate) fn joining_stretch_ms(facts: &Facts, asked: &Asked, people: &People) -> f64 {
     if facts.batch == 0.0 {
         return 0.0;
     }
     let joined = facts.joined_ms(asked.sequence);
-    of_all(facts, people, joined, 0.0, f64::INFINITY)
+    of_all(facts, people, joined, 0.0, f64::INFINITY) / (1.0 + facts.batch)
 }
 
 /// The streams that decode where a prompt is computed, held up by its chunks.
