@@ -27,30 +27,24 @@ impl Best {
         &mut self,
         of: &[u32],
         floor: impl Fn(u32) -> f64,
-        cost: impl Fn(u32) -> f64,
+        mut cost: impl FnMut(u32) -> f64,
     ) {
         if of.len() <= self.keep {
             of.iter().for_each(|at| self.offer(cost(*at), *at));
             return;
         }
         // Those with the lowest floors set the bar for all others.
-        let floors: Vec<f64> = of.iter().map(|at| floor(*at)).collect();
         let mut lowest = Self::new(self.keep, self.mix, of.len());
-        for (number, floor) in floors.iter().enumerate() {
-            lowest.offer(*floor, number as u32);
-        }
+        of.iter().for_each(|at| lowest.offer(floor(*at), *at));
         let first = lowest.kept;
-        for (_, number) in &first {
-            let at = of[*number as usize];
-            self.offer(cost(at), at);
-        }
-        for (number, floor) in floors.iter().enumerate() {
+        first.iter().for_each(|(_, at)| self.offer(cost(*at), *at));
+        for at in of {
             // One that was counted twice would be kept twice.
-            let seen = || first.iter().any(|(_, other)| *other == number as u32);
-            if *floor > self.worst || seen() {
+            let seen = || first.iter().any(|(_, other)| other == at);
+            if floor(*at) > self.worst || seen() {
                 continue;
             }
-            self.offer(cost(of[number]), of[number]);
+            self.offer(cost(*at), *at);
         }
     }
 

@@ -3,6 +3,7 @@
 use crate::best::Best;
 use crate::deadline::{ClassTargets, Weights};
 use crate::facts::Table;
+use crate::floor::Lows;
 use crate::plan::{Considered, Decision, NoPlan, Plan, Policy};
 use crate::request::RequestView;
 use crate::sides::{Candidate, Question, Side};
@@ -74,6 +75,7 @@ pub struct KvCost {
     settings: CostSettings,
     people: People,
     survey: Survey,
+    lows: Lows,
     order: Vec<Weighed>,
     /// Whether those are ruled out that cost too much in any case. The choice
     /// is the same; only a test goes without.
@@ -91,9 +93,9 @@ struct Weighed {
 
 #[derive(Debug, Clone, Copy)]
 enum Sides {
-    /// Place in the cluster.
+    /// Place among those that were counted.
     Whole(u32),
-    /// Places in the lists of the best.
+    /// The same of both sides.
     Split(u32, u32),
 }
 
@@ -110,6 +112,7 @@ impl KvCost {
             people: settings.people(),
             settings,
             survey: Survey::default(),
+            lows: Lows::default(),
             order: Vec::new(),
             prune: true,
         }
@@ -132,6 +135,7 @@ impl KvCost {
     ) -> Result<T, NoPlan> {
         self.survey
             .look(cluster, table, request, self.settings.local_prefill)?;
+        let keep = self.settings.best_of_side.max(1);
         let question = Question {
             cluster,
             table,
@@ -143,14 +147,19 @@ impl KvCost {
             tiered: request.is_tiered(),
             pull_from_tokens: self.settings.pull_from_tokens,
         };
+        if self.prune && self.survey.longest() > keep {
+            question.floors(&mut self.lows);
+        }
         let mut plans = Plans {
             question,
-            keep: self.settings.best_of_side.max(1),
+            lows: &self.lows,
+            keep,
             settings: &self.settings,
             mix: tie_break(cluster.router, request.id) as u32,
             prune: self.prune,
             all: all || !self.prune,
             ruled_out: 0,
+            wholes: Vec::new(),
             prefills: Vec::new(),
             decodes: Vec::new(),
             order: std::mem::take(&mut self.order),
@@ -238,6 +247,7 @@ impl Policy for KvCost {
 /// The plans of one request.
 pub(crate) struct Plans<'a, 'r> {
     question: Question<'a, 'r>,
+    lows: &'a Lows,
     settings: &'a CostSettings,
     keep: usize,
     mix: u32,
@@ -245,6 +255,8 @@ pub(crate) struct Plans<'a, 'r> {
     all: bool,
     /// Pairs that neither tie with the best nor are kept.
     ruled_out: usize,
+    /// Those that were counted in full.
+    wholes: Vec<Candidate>,
     prefills: Vec<Side<'a>>,
     decodes: Vec<Side<'a>>,
     order: Vec<Weighed>,
@@ -253,16 +265,26 @@ pub(crate) struct Plans<'a, 'r> {
 impl Plans<'_, '_> {
     /// Adds the best of those that do all of it.
     fn whole(&mut self, of: &[u32]) {
+        let mut weighed = std::mem::take(&mut self.wholes);
         let question = &self.question;
-        let cost = |at| question.whole(at).considered.terms.total_ms();
-        for (total_ms, at) in self.best(of, self.keep, |at| question.whole_floor(at), cost) {
-            let slot = self.question.table.rows[at as usize].slot;
-            self.order.push(Weighed {
-                total_ms,
-                slots: (slot, slot),
-                sides: Sides::Whole(at),
-            });
+        let cost = |at| {
+            let candidate = question.whole(at);
+            let total_ms = candidate.considered.terms.total_ms();
+            weighed.push(candidate);
+            total_ms
+        };
+        let best = self.best(of, self.keep, &self.lows.whole, cost);
+        for (total_ms, at) in best {
+            let slot = question.table.rows[at as usize].slot;
+            if let Some(place) = weighed.iter().position(|one| one.decode == at) {
+                self.order.push(Weighed {
+                    total_ms,
+                    slots: (slot, slot),
+                    sides: Sides::Whole(place as u32),
+                });
+            }
         }
+        self.wholes = weighed;
     }
 
     /// Adds the pairs of the best of each side that can exchange KV: of each kind
@@ -293,20 +315,31 @@ impl Plans<'_, '_> {
     /// The same of workers of one kind.
     fn pair_kind(&mut self, prefill: &[u32], decode: &[u32], keep: usize) {
         let question = &self.question;
-        let floor = |at| question.prefill_floor(at);
-        let cost = |at| question.prefill_side(at).total_ms;
-        let prefills = self.best(prefill, keep, floor, cost);
-        let floor = |at| question.decode_floor(at);
-        let cost = |at| question.decode_cost(&question.decode_side(at));
-        let decodes = self.best(decode, keep, floor, cost);
-        let (before, d_before) = (self.prefills.len(), self.decodes.len());
-        let prefills = prefills.iter().map(|(_, at)| question.prefill_side(*at));
-        let decodes = decodes.iter().map(|(_, at)| question.decode_side(*at));
-        self.prefills.extend(prefills);
-        self.decodes.extend(decodes);
+        let (mut prefills, mut decodes) = (
+            std::mem::take(&mut self.prefills),
+            std::mem::take(&mut self.decodes),
+        );
+        let cost = |at| {
+            let side = question.prefill_side(at);
+            prefills.push(side);
+            side.total_ms
+        };
+        let best_prefills = self.best(prefill, keep, &self.lows.prefill, cost);
+        let cost = |at| {
+            let side = question.decode_side(at);
+            decodes.push(side);
+            question.decode_cost(&side)
+        };
+        let best_decodes = self.best(decode, keep, &self.lows.decode, cost);
+        let (best_prefills, best_decodes) = (
+            places(&prefills, &best_prefills),
+            places(&decodes, &best_decodes),
+        );
         let mut bar = Bar::new(self.settings, &self.order);
-        for (i, p) in self.prefills.iter().enumerate().skip(before) {
-            for (j, d) in self.decodes.iter().enumerate().skip(d_before) {
+        for i in &best_prefills {
+            let p = &prefills[*i as usize];
+            for j in &best_decodes {
+                let d = &decodes[*j as usize];
                 if !self.all && p.total_ms + d.total_ms > bar.height_ms {
                     self.ruled_out += usize::from(question.pairs(p, d));
                     continue;
@@ -316,23 +349,25 @@ impl Plans<'_, '_> {
                     self.order.push(Weighed {
                         total_ms,
                         slots: (p.facts.slot, d.facts.slot),
-                        sides: Sides::Split(i as u32, j as u32),
+                        sides: Sides::Split(*i, *j),
                     });
                 }
             }
         }
+        (self.prefills, self.decodes) = (prefills, decodes);
     }
 
+    /// The best of these by their place in the cluster, cheapest first.
     fn best(
         &self,
         of: &[u32],
         keep: usize,
-        floor: impl Fn(u32) -> f64,
-        cost: impl Fn(u32) -> f64,
+        floors: &[f64],
+        mut cost: impl FnMut(u32) -> f64,
     ) -> Vec<(f64, u32)> {
         let mut best = Best::new(keep, self.mix, of.len());
         if self.prune {
-            best.choose(of, floor, cost);
+            best.choose(of, |at| floors[at as usize], cost);
         } else {
             of.iter().for_each(|at| best.offer(cost(*at), *at));
         }
@@ -367,13 +402,22 @@ impl Plans<'_, '_> {
     /// A plan in full, by its place in the order.
     pub(crate) fn candidate(&self, at: usize) -> Option<Candidate> {
         match self.order.get(at)?.sides {
-            Sides::Whole(at) => Some(self.question.whole(at)),
+            Sides::Whole(at) => Some(self.wholes[at as usize]),
             Sides::Split(p, d) => {
                 let (p, d) = (&self.prefills[p as usize], &self.decodes[d as usize]);
                 self.question.split(p, d)
             }
         }
     }
+}
+
+/// Where these workers are among the sides that were counted.
+fn places(sides: &[Side<'_>], of: &[(f64, u32)]) -> Vec<u32> {
+    let place = |(_, at): &(f64, u32)| sides.iter().position(|side| side.at == *at);
+    of.iter()
+        .filter_map(place)
+        .map(|place| place as u32)
+        .collect()
 }
 
 /// What a plan may cost at most to tie with the best or to be kept.

@@ -147,15 +147,18 @@ fn cluster(draw: &mut Draw, kinds: u64) -> (Vec<WorkerView>, TransferRates, Matc
             }];
             index.apply(slot, &held).unwrap();
         }
-        if learns {
-            let other = WorkerSlot(draw.below(count) as u32);
-            let (bytes, ms) = (1 + draw.below(1 << 28), 0.1 + draw.real(500.0));
-            rates.observe(other, slot, Path::Network, bytes, ms);
-        }
         let role = roles[(draw.below(kinds) % 3) as usize];
         worker(slot.0, role, draw)
     });
-    let workers = workers.collect();
+    let workers: Vec<WorkerView> = workers.collect();
+    for target in workers.iter().filter(|_| learns) {
+        let source = &workers[draw.below(count) as usize];
+        let path = Path::between(&source.abilities, &target.abilities);
+        for _ in 0..1 + draw.below(3) {
+            let (bytes, ms) = (1 + draw.below(1 << 28), 0.1 + draw.real(500.0));
+            rates.observe(source.slot, target.slot, path, bytes, ms);
+        }
+    }
     (workers, rates, index.lookup(&chain))
 }
 
@@ -208,6 +211,57 @@ proptest! {
         prop_assert_eq!(pruned.choose(&cluster, &request), unpruned.choose(&cluster, &request));
     }
 
+    /// Floors stay those of their workers while some leave and others come.
+    #[test]
+    fn floors_follow_who_leaves_and_who_comes(seed in any::<u64>(), changes in 0usize..60) {
+        let mut draw = Draw(seed);
+        let (mut workers, rates, cached) = cluster(&mut draw, 3);
+        let request = request(&mut draw, &cached);
+        let mut kept = Table::new(&ClassTargets::default());
+        kept.count_all(&workers);
+        for _ in 0..changes {
+            let place = draw.below(workers.len() as u64) as usize;
+            if draw.yes(2) && workers.len() > 1 {
+                workers.swap_remove(place);
+                kept.swap_remove(place);
+                continue;
+            }
+            let place = if draw.yes(3) { workers.len() } else { place };
+            let slot = workers.get(place).map_or(1_000 + draw.below(1_000) as u32, |one| one.slot.0);
+            let view = worker(slot, Role::Both, &mut draw);
+            kept.count(place, &view);
+            match workers.get_mut(place) {
+                Some(there) => *there = view,
+                None => workers.push(view),
+            }
+        }
+        let mut fresh = Table::new(&ClassTargets::default());
+        fresh.count_all(&workers);
+        let people = CostSettings::default().people();
+        let cluster = Cluster::new(seed, &workers).at(draw.real(20_000.0)).with_transfers(&rates);
+        let lows = |table: &Table| {
+            let mut lows = Lows::default();
+            let question = Question {
+                cluster: &cluster,
+                table,
+                request: &request,
+                asked: Asked::of(&request, cluster.now_ms),
+                people: &people,
+                holders: &[],
+                tiered: request.is_tiered(),
+                pull_from_tokens: 128,
+                relay_least_ms: 0.0,
+            };
+            question.floors(&mut lows);
+            let mut all = Vec::new();
+            for list in [&lows.prefill, &lows.decode, &lows.whole] {
+                all.extend_from_slice(&list[..workers.len()]);
+            }
+            all
+        };
+        prop_assert_eq!(lows(&kept), lows(&fresh));
+    }
+
     /// No floor is over the cost, for whichever side.
     #[test]
     fn no_floor_is_over_the_cost(seed in any::<u64>(), kinds in 1u64..4) {
@@ -222,6 +276,7 @@ proptest! {
                 .step_by(5)
                 .map(|at| Holder {
                     at: at as u32,
+                    slot: workers[at].slot,
                     kind: table.gates[at].kind,
                     tokens: request.cached_on(workers[at].slot),
                 })
@@ -237,14 +292,17 @@ proptest! {
                 pull_from_tokens: 128,
                 relay_least_ms: workers.iter().map(|one| one.relay_ms).fold(f64::INFINITY, f64::min),
             };
+            let mut lows = Lows::default();
+            question.floors(&mut lows);
             for at in 0..workers.len() as u32 {
+                let place = at as usize;
                 let prefill = question.prefill_side(at).total_ms;
-                let floor = question.prefill_floor(at);
+                let floor = lows.prefill[place];
                 prop_assert!(floor <= prefill, "{} for {:?}", floor, question.prefill_side(at).terms);
                 let decode = question.decode_cost(&question.decode_side(at));
-                prop_assert!(question.decode_floor(at) <= decode);
+                prop_assert!(lows.decode[place] <= decode);
                 let whole = question.whole(at).considered.terms.total_ms();
-                prop_assert!(question.whole_floor(at) <= whole);
+                prop_assert!(lows.whole[place] <= whole);
             }
             Ok(())
         })?;

@@ -5,7 +5,7 @@
 
 use crate::chunk::{ChunkBounds, OWN_STEP_SHARE, PREEMPTION_TARGET_MS, tokens_within};
 use crate::deadline::{ClassTargets, Weights};
-use crate::floor::Floor;
+use crate::floor::Floors;
 use crate::request::{Class, PerClass};
 use crate::step_model::StepModel;
 use crate::terms::queued::Waiting;
@@ -321,7 +321,7 @@ pub(crate) struct Table {
     weights: Weights,
     pub(crate) names: Names,
     pub(crate) gates: Vec<Gate>,
-    pub(crate) floors: Vec<Floor>,
+    pub(crate) floors: Floors,
     pub(crate) rows: Vec<Facts>,
 }
 
@@ -332,7 +332,7 @@ impl Table {
             weights: Weights::of(targets),
             names: Names::default(),
             gates: Vec::new(),
-            floors: Vec::new(),
+            floors: Floors::default(),
             rows: Vec::new(),
         }
     }
@@ -341,14 +341,12 @@ impl Table {
     pub(crate) fn count(&mut self, place: usize, worker: &WorkerView) {
         let row = Facts::of(worker, &self.targets, &self.weights, &mut self.names);
         let gate = Gate::of(worker, &mut self.names, row.kind);
-        let floor = Floor::of(&row);
+        self.floors.count(place, &row);
         if place < self.rows.len() {
             self.gates[place] = gate;
-            self.floors[place] = floor;
             self.rows[place] = row;
         } else {
             self.gates.push(gate);
-            self.floors.push(floor);
             self.rows.push(row);
         }
     }

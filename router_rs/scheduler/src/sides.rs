@@ -2,7 +2,7 @@
 
 use crate::facts::{Facts, Table};
 use crate::fit::pairs;
-use crate::floor::{Floor, below};
+use crate::floor::{Asking, Lows};
 use crate::plan::{Considered, Plan, Terms};
 use crate::request::RequestView;
 use crate::survey::Holder;
@@ -30,6 +30,7 @@ pub(crate) struct Question<'a, 'r> {
 }
 
 /// One side of a plan: a worker and its terms.
+#[derive(Clone, Copy)]
 pub(crate) struct Side<'a> {
     pub(crate) at: u32,
     pub(crate) facts: &'a Facts,
@@ -166,8 +167,7 @@ impl<'a> Question<'a, '_> {
     }
 
     fn rate(&self, source: u32, target: u32) -> TransferRate {
-        let floors = &self.table.floors;
-        let (from, to) = (&floors[source as usize], &floors[target as usize]);
+        let (from, to) = (self.facts(source), self.facts(target));
         let path = Path::between_hosts(from.host, to.host);
         let (from, to) = (WorkerSlot(from.slot), WorkerSlot(to.slot));
         self.cluster.transfers.rate(from, to, path)
@@ -222,51 +222,20 @@ impl<'a> Question<'a, '_> {
         side.total_ms + stretch::gap_ms(facts, &self.asked, self.people, gap)
     }
 
-    /// The least that a prefill side costs, and those that wait there.
-    fn prompt_floor(&self, at: u32) -> (&'a Floor, Line, f64) {
-        let floor = &self.table.floors[at as usize];
-        let line = floor.line(&self.asked);
-        let cached = self.request.cached_on(WorkerSlot(floor.slot));
-        let of = |there: u64, pull_ms| {
-            floor.prompt(&self.asked, self.people, &line, there as f64, pull_ms)
+    /// What each worker costs at least.
+    pub(crate) fn floors(&self, lows: &mut Lows) {
+        let host = |holder: &Holder| self.facts(holder.at).host;
+        let holders: Vec<(Holder, u32)> = self.holders.iter().map(|at| (*at, host(at))).collect();
+        let slots = self.table.gates.iter().map(|gate| WorkerSlot(gate.slot));
+        let asking = Asking {
+            request: self.request,
+            asked: &self.asked,
+            people: self.people,
+            transfers: self.cluster.transfers,
+            holders: &holders,
+            pull_from_tokens: self.pull_from_tokens,
         };
-        let mut least = of(cached, 0.0);
-        let weight = self.people.weights.ttft[self.asked.class];
-        let from = cached + u64::from(self.pull_from_tokens);
-        for holder in self.holders {
-            let may = floor.prefix_pull && holder.kind == floor.kind && holder.tokens >= from;
-            if !may || holder.at == at {
-                continue;
-            }
-            let bytes = (holder.tokens - cached) as f64 * floor.token_bytes;
-            let pull_ms = self.rate(holder.at, at).ms(bytes);
-            if weight * pull_ms < least {
-                least = least.min(of(holder.tokens, pull_ms));
-            }
-        }
-        (floor, line.0, least)
-    }
-
-    /// Never over what [`Question::prefill_side`] costs.
-    pub(crate) fn prefill_floor(&self, at: u32) -> f64 {
-        below(self.prompt_floor(at).2)
-    }
-
-    /// Never over [`Question::decode_cost`].
-    pub(crate) fn decode_floor(&self, at: u32) -> f64 {
-        let floor = &self.table.floors[at as usize];
-        let (line, _) = floor.line(&self.asked);
-        let chunks_ms = line.ahead_ms + line.behind_ms;
-        let output = floor.output(&self.asked, self.people, chunks_ms);
-        let cached = self.request.cached_on(WorkerSlot(floor.slot));
-        let missing = self.asked.sequence - cached as f64;
-        below(output + floor.gap(&self.asked, self.people, missing))
-    }
-
-    /// Never over what [`Question::whole`] costs.
-    pub(crate) fn whole_floor(&self, at: u32) -> f64 {
-        let (floor, line, prompt) = self.prompt_floor(at);
-        below(prompt + floor.output(&self.asked, self.people, line.behind_ms))
+        lows.count(&self.table.floors, slots, &asking);
     }
 
     /// All of it on one worker.

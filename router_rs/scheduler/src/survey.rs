@@ -47,6 +47,7 @@ const HOLDERS: usize = 3;
 pub(crate) struct Holder {
     /// Its place in [`Cluster::workers`].
     pub(crate) at: u32,
+    pub(crate) slot: WorkerSlot,
     /// Number of its kind of KV ([`crate::facts::Facts::kind`]).
     pub(crate) kind: u32,
     /// Tokens of the sequence that it holds.
@@ -131,6 +132,12 @@ impl Survey {
         Ok(())
     }
 
+    /// Length of its longest list.
+    pub(crate) fn longest(&self) -> usize {
+        let lists = [&self.prefill, &self.decode, &self.whole];
+        lists.into_iter().map(Vec::len).max().unwrap_or(0)
+    }
+
     /// Puts each worker into its lists; whether workers are there that only
     /// compute prompts, and whether some can take this one over that only
     /// decode.
@@ -157,7 +164,16 @@ impl Survey {
             if held > 0 && row.gives {
                 let tokens = u64::from(held).min(longest);
                 let kind = row.kind;
-                self.offer(Holder { at, kind, tokens }, mix);
+                let slot = WorkerSlot(row.slot);
+                self.offer(
+                    Holder {
+                        at,
+                        slot,
+                        kind,
+                        tokens,
+                    },
+                    mix,
+                );
             }
             if !row.ready || asked.held > row.limit {
                 continue;

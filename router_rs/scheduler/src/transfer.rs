@@ -66,6 +66,14 @@ pub struct TransferRate {
 }
 
 impl TransferRate {
+    /// The better part of both.
+    fn quicker(self, other: Self) -> Self {
+        Self {
+            fixed_ms: self.fixed_ms.min(other.fixed_ms),
+            bytes_per_ms: self.bytes_per_ms.max(other.bytes_per_ms),
+        }
+    }
+
     /// Time of a transfer of so many bytes, ms.
     pub fn ms(&self, bytes: f64) -> f64 {
         self.fixed_ms + bytes / self.bytes_per_ms
@@ -77,11 +85,15 @@ impl TransferRate {
 pub struct TransferRates {
     /// By source, then target: looked up for every pair of a choice.
     rows: Vec<Vec<Option<Learnt>>>,
+    /// By source: the least fixed part and the highest rate that is believed of a
+    /// path of each kind.
+    quickest: Vec<[TransferRate; 2]>,
 }
 
 /// Weighted least squares of t = fixed + bytes / rate, by sums that forget.
 #[derive(Debug, Clone, Copy)]
 struct Learnt {
+    path: Path,
     rate: TransferRate,
     prior: TransferRate,
     /// Sums of weight, bytes, bytes squared, ms, and bytes times ms.
@@ -91,7 +103,10 @@ struct Learnt {
 impl TransferRates {
     /// Nothing is learnt.
     pub const fn new() -> Self {
-        Self { rows: Vec::new() }
+        Self {
+            rows: Vec::new(),
+            quickest: Vec::new(),
+        }
     }
 
     /// What a transfer takes: learnt, or the path's prior.
@@ -132,8 +147,33 @@ impl TransferRates {
         if self.rows[row].len() <= column {
             self.rows[row].resize(column + 1, None);
         }
-        let learnt = self.rows[row][column].get_or_insert_with(|| Learnt::new(path.prior()));
+        let learnt = self.rows[row][column].get_or_insert_with(|| Learnt::new(path));
+        let before = learnt.rate;
         learnt.observe(bytes as f64, ms);
+        let (path, rate) = (learnt.path, learnt.rate);
+        if self.quickest.len() <= row {
+            let none_seen = [Path::SharedMemory.prior(), Path::Network.prior()];
+            self.quickest.resize(row + 1, none_seen);
+        }
+        let quickest = &mut self.quickest[row][path as usize];
+        let may_rise = quickest.fixed_ms < rate.fixed_ms && quickest.fixed_ms >= before.fixed_ms;
+        let may_fall = quickest.bytes_per_ms > rate.bytes_per_ms
+            && quickest.bytes_per_ms <= before.bytes_per_ms;
+        *quickest = if may_rise || may_fall {
+            let of_kind = self.rows[row].iter().flatten();
+            of_kind
+                .filter(|other| other.path == path)
+                .fold(path.prior(), |best, other| best.quicker(other.rate))
+        } else {
+            quickest.quicker(rate)
+        };
+    }
+
+    /// What a transfer from a worker takes at least, to whomever by such a path:
+    /// the least fixed part and the highest rate that are believed of any.
+    pub(crate) fn quickest(&self, source: WorkerSlot, path: Path) -> TransferRate {
+        let of_source = self.quickest.get(source.0 as usize);
+        of_source.map_or_else(|| path.prior(), |rates| rates[path as usize])
     }
 
     /// A worker left: its slot may go to another.
@@ -141,6 +181,9 @@ impl TransferRates {
         let at = worker.0 as usize;
         if let Some(row) = self.rows.get_mut(at) {
             row.clear();
+        }
+        if let Some(quickest) = self.quickest.get_mut(at) {
+            *quickest = [Path::SharedMemory.prior(), Path::Network.prior()];
         }
         for row in &mut self.rows {
             if let Some(cell) = row.get_mut(at) {
@@ -152,7 +195,8 @@ impl TransferRates {
 
 impl Learnt {
     /// The prior counts as two transfers: a small one and one of 64 MiB.
-    fn new(prior: TransferRate) -> Self {
+    fn new(path: Path) -> Self {
+        let prior = path.prior();
         let mut sums = [0.0; 5];
         for bytes in [0.0, f64::from(1 << 26)] {
             add(
@@ -164,6 +208,7 @@ impl Learnt {
             );
         }
         Self {
+            path,
             rate: prior,
             prior,
             sums,
@@ -256,6 +301,33 @@ mod tests {
         assert_eq!(rates.rate(B, A, Path::Network), Path::Network.prior());
         rates.forget(A);
         assert_eq!(rates.rate(A, B, Path::Network), Path::Network.prior());
+    }
+
+    #[test]
+    fn the_quickest_is_as_quick_as_any_of_its_kind_and_follows_when_they_slow_down() {
+        let mut rates = TransferRates::new();
+        let targets = [WorkerSlot(2), WorkerSlot(3), B];
+        let path = Path::Network;
+        assert_eq!(rates.quickest(A, path), path.prior());
+        for n in 0..400u64 {
+            let target = targets[n as usize % targets.len()];
+            // Quick ones at first, then all of them slow.
+            let ms = if n < 200 { 0.1 } else { 900.0 } * (1 + n % 5) as f64;
+            rates.observe(A, target, path, 1 << (16 + n % 10), ms);
+            let quickest = rates.quickest(A, path);
+            let known = targets.iter().filter_map(|target| rates.known(A, *target));
+            let known: Vec<_> = known.chain([path.prior()]).collect();
+            let fixed = known.iter().map(|rate| rate.fixed_ms);
+            let speed = known.iter().map(|rate| rate.bytes_per_ms);
+            assert_eq!(quickest.fixed_ms, fixed.fold(f64::INFINITY, f64::min));
+            assert_eq!(quickest.bytes_per_ms, speed.fold(0.0, f64::max));
+        }
+        assert_eq!(
+            rates.quickest(A, Path::SharedMemory),
+            Path::SharedMemory.prior()
+        );
+        rates.forget(A);
+        assert_eq!(rates.quickest(A, path), path.prior());
     }
 
     #[test]

@@ -58,16 +58,6 @@ impl Line {
     }
 }
 
-impl Line {
-    /// Adds some, without a branch.
-    pub(crate) fn add_or(&mut self, first: bool, group: &Group) {
-        let (ahead, behind) = (f64::from(u8::from(first)), f64::from(u8::from(!first)));
-        self.ahead_ms += ahead * group.work_ms;
-        self.behind_ms += behind * group.work_ms;
-        self.behind += behind * group.weight;
-    }
-}
-
 impl Waiting {
     pub(crate) fn of(
         facts: &Facts,
