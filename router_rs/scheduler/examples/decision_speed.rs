@@ -4,7 +4,8 @@
 //!
 //! A decision is all that a router does between a request's chain values and a
 //! booked plan: look-up in the index, what changed since the last decision
-//! brought into the views, choice, bookings. Between two of them, not timed, a
+//! brought into the views, choice, bookings. What a choice takes whose plans a function scores, without
+//! the function, is timed apart. Between two of them, not timed, a
 //! worker reports, and bookings made a while ago are released. Hashing of the
 //! prompt is timed apart.
 #![allow(clippy::unwrap_used)]
@@ -13,9 +14,10 @@ use kvmesh_kv_index::{
     CacheChange, IndexSettings, Knowledge, KvIndex, Matches, Tier, WorkerSlot, chain_values,
 };
 use kvmesh_scheduler::{
-    Abilities, AdmissionSettings, Booking, Bookings, ByClass, Class, CostSettings, Estimate,
-    KvCost, KvRoom, Load, Needs, Phase, Policy, Reload, RequestView, Role, Roster, Share,
-    StepModel, TransferRates, Work, WorkerView, placeable, virtual_deadline_ms,
+    Abilities, AdmissionSettings, Booking, Bookings, ByClass, Class, Columns, CostSettings,
+    Estimate, KvCost, KvRoom, Load, Needs, Phase, Policy, Reload, RequestView, Role, Roster,
+    ScoreError, ScoredPolicy, Scorer, Share, StepModel, TransferRates, Work, WorkerView, placeable,
+    virtual_deadline_ms,
 };
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -102,6 +104,31 @@ fn load(seed: u64, role: Role, now_ms: f64) -> Load {
     }
 }
 
+/// The cost itself, as somebody else's function would give it back.
+struct Totals;
+
+impl Scorer for Totals {
+    fn score(&self, plans: &Columns) -> Result<Vec<f64>, ScoreError> {
+        Ok(plans.column("total").unwrap().to_vec())
+    }
+
+    fn failed(&self, error: &ScoreError) {
+        panic!("{error}");
+    }
+}
+
+/// Times of a run, in ns.
+#[derive(Default)]
+struct Times {
+    decisions: Vec<u64>,
+    /// Of the choice in each.
+    choices: Vec<u64>,
+    /// Of each request's admission before it.
+    admissions: Vec<u64>,
+    /// Of the same choice where a function scores.
+    scored: Vec<u64>,
+}
+
 struct Case {
     name: &'static str,
     workers: usize,
@@ -176,16 +203,16 @@ impl Bench {
         }
     }
 
-    /// Times of each decision, of each choice in it, and of each request's
-    /// admission before it, in ns.
-    fn run(&mut self, decisions: usize) -> [Vec<u64>; 3] {
+    /// `scored`: with the choice where a function scores.
+    fn run(&mut self, decisions: usize, scores: bool) -> Times {
         let bookings = Bookings::new();
         let rates = TransferRates::new();
         let targets = CostSettings::default().targets;
         let mut policy = KvCost::default();
+        let mut scored = ScoredPolicy::new(CostSettings::default(), Arc::new(Totals));
         let (mut at_entry, mut cached) = (Matches::default(), Matches::default());
         let mut guards: VecDeque<Vec<Booking>> = VecDeque::new();
-        let (mut all, mut choices, mut admissions) = (Vec::new(), Vec::new(), Vec::new());
+        let mut times = Times::default();
         for n in 0..decisions + WARM_UP {
             let slot = self.slots[mix(n as u64) as usize % self.slots.len()];
             let reporting = self.roster.get_mut(slot).unwrap();
@@ -256,13 +283,20 @@ impl Bench {
             });
             guards.push_back(booked.collect());
             let took = began.elapsed();
+            let cluster = self.roster.cluster(1).at(now_ms).with_transfers(&rates);
+            let scoring = Instant::now();
+            if scores {
+                std::hint::black_box(scored.choose(&cluster, &request).unwrap());
+            }
+            let scoring = scoring.elapsed();
             if n >= WARM_UP {
-                all.push(took.as_nanos() as u64);
-                choices.push(chose.as_nanos() as u64);
-                admissions.push(admitted.as_nanos() as u64);
+                times.decisions.push(took.as_nanos() as u64);
+                times.choices.push(chose.as_nanos() as u64);
+                times.admissions.push(admitted.as_nanos() as u64);
+                times.scored.push(scoring.as_nanos() as u64);
             }
         }
-        [all, choices, admissions]
+        times
     }
 
     /// Median time of hashing one prompt, ns.
@@ -302,21 +336,26 @@ fn main() {
             };
             let mut bench = Bench::new(&case);
             let hash = bench.hashing();
-            let [mut all, mut choices, mut admissions] = bench.run(decisions);
-            println!(
-                "{{\"workers\": {}, \"roles\": \"{}\", \"decisions\": {decisions}, \"hash_us\": {:.2}, \
-                 \"p50_us\": {:.2}, \"p99_us\": {:.2}, \"choice_p50_us\": {:.2}, \"choice_p99_us\": {:.2}, \
-                 \"admission_p50_us\": {:.2}, \"admission_p99_us\": {:.2}}}",
+            let mut times = bench.run(decisions, false);
+            times.scored = bench.run(decisions / 8, true).scored;
+            let mut row = format!(
+                "\"workers\": {}, \"roles\": \"{}\", \"decisions\": {decisions}, \"hash_us\": {:.2}",
                 case.workers,
                 case.name,
                 hash as f64 / 1e3,
-                quantile(&mut all, 0.5) as f64 / 1e3,
-                quantile(&mut all, 0.99) as f64 / 1e3,
-                quantile(&mut choices, 0.5) as f64 / 1e3,
-                quantile(&mut choices, 0.99) as f64 / 1e3,
-                quantile(&mut admissions, 0.5) as f64 / 1e3,
-                quantile(&mut admissions, 0.99) as f64 / 1e3,
             );
+            for (name, times) in [
+                ("", &mut times.decisions),
+                ("choice_", &mut times.choices),
+                ("admission_", &mut times.admissions),
+                ("scored_", &mut times.scored),
+            ] {
+                for (share, at) in [("p50", 0.5), ("p99", 0.99)] {
+                    let us = quantile(times, at) as f64 / 1e3;
+                    row += &format!(", \"{name}{share}_us\": {us:.2}");
+                }
+            }
+            println!("{{{row}}}");
         }
     }
 }

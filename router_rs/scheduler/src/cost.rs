@@ -159,9 +159,9 @@ impl KvCost {
             prune: self.prune,
             all: all || !self.prune,
             ruled_out: 0,
-            wholes: Vec::new(),
-            prefills: Vec::new(),
-            decodes: Vec::new(),
+            wholes: Vec::with_capacity(2 * keep),
+            prefills: Vec::with_capacity(2 * keep),
+            decodes: Vec::with_capacity(2 * keep),
             order: std::mem::take(&mut self.order),
         };
         plans.order.clear();
