@@ -100,6 +100,7 @@ impl Estimate {
         let people = CostSettings::default().people();
         let asked = Asked::of(request, cluster.now_ms);
         let model = table.names.find_model(request.model);
+        let plain = request.is_plain();
         let sum = |role: fn(Role) -> bool| {
             let mut all = Self {
                 least_ms: f64::INFINITY,
@@ -115,7 +116,12 @@ impl Estimate {
                     continue;
                 }
                 // Idle workers that cannot run it make nobody's wait shorter.
-                if !could_compute(worker, request) {
+                let able = if plain {
+                    asked.held <= gate.limit
+                } else {
+                    could_compute(worker, request)
+                };
+                if !able {
                     continue;
                 }
                 let line = line(facts, &worker.prompts, &asked, &people.weights.ttft);

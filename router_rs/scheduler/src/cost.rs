@@ -82,6 +82,9 @@ pub struct KvCost {
     prune: bool,
 }
 
+/// Workers of a side that are seldom more than are counted in full.
+const COUNTED: usize = 16;
+
 /// A plan that was weighed: what it costs, and its workers among those kept.
 #[derive(Debug, Clone, Copy)]
 struct Weighed {
@@ -159,9 +162,9 @@ impl KvCost {
             prune: self.prune,
             all: all || !self.prune,
             ruled_out: 0,
-            wholes: Vec::with_capacity(2 * keep),
-            prefills: Vec::with_capacity(2 * keep),
-            decodes: Vec::with_capacity(2 * keep),
+            wholes: Vec::with_capacity(COUNTED),
+            prefills: Vec::with_capacity(COUNTED),
+            decodes: Vec::with_capacity(COUNTED),
             order: std::mem::take(&mut self.order),
         };
         plans.order.clear();

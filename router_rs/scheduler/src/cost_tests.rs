@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::booking::Work;
+use crate::fit::could_compute;
 use crate::request::{Class, Needs};
 use crate::step_model::{StepModel, prefill_context};
 use crate::survey::Holder;
@@ -209,6 +210,24 @@ proptest! {
         let mut unpruned = pruned.clone();
         unpruned.prune = false;
         prop_assert_eq!(pruned.choose(&cluster, &request), unpruned.choose(&cluster, &request));
+    }
+
+    /// Of a plain request a worker's gate says at once what its view says at length.
+    #[test]
+    fn gates_know_who_could_compute_a_plain_prompt(seed in any::<u64>(), long in 1u32..70_000) {
+        let mut draw = Draw(seed);
+        let (workers, _, cached) = cluster(&mut draw, 3);
+        let request = RequestView { prompt_tokens: long, ..request(&mut draw, &cached) };
+        prop_assert!(request.is_plain());
+        let held = Asked::of(&request, 0.0).held;
+        Cluster::new(seed, &workers).with_table(|table| {
+            for (worker, gate) in workers.iter().zip(&table.gates) {
+                if gate.ready || worker.suspect && worker.takes_work() {
+                    prop_assert_eq!(held <= gate.limit, could_compute(worker, &request));
+                }
+            }
+            Ok(())
+        })?;
     }
 
     /// Floors stay those of their workers while some leave and others come.
