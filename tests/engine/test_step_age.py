@@ -21,6 +21,13 @@ class StepClock:
             self.passes.pop()()
 
 
+class SlowClock(StepClock):
+    """A machine whose cores are shared: what should take a while takes three."""
+
+    def sleep_until(self, moment: float) -> None:
+        super().sleep_until(self.time + 3 * max(0.0, moment - self.time))
+
+
 class Listener(Driver):
     """Keeps what each report says of the running step."""
 
@@ -58,3 +65,36 @@ async def test_a_step_is_no_older_for_those_that_ran_between_its_layers() -> Non
     assert clock.time > 1 + 5 * max(load.step_predicted_ms for load in held) / 1000
     for load in held:
         assert load.step_age_ms <= load.step_predicted_ms * 1.001
+
+
+class Stopwatch(Driver):
+    """Keeps what is told of each step before it, and what it took: milliseconds."""
+
+    told: list[float]
+    took: list[float]
+
+    def begin_step(self, predicted_ms: float) -> None:
+        self.told.append(predicted_ms)
+
+    def step(self, output) -> None:
+        if output.sample is not None:
+            self.took.append(output.sample.duration_us / 1e3)
+        super().step(output)
+
+
+async def test_a_machine_that_has_become_slower_tells_how_long_steps_take_now() -> None:
+    engine = sim(blocks=4_000, profile="cpu-135m", speed=1, clock=SlowClock())
+    driver = Stopwatch(engine)
+    driver.told, driver.took = [], []
+    engine.start(driver)
+    try:
+        prompts = [driver.place(prompt(600, seed), max_tokens=1) for seed in range(1, 8)]
+        assert all([await attempt.ended() == "finished" for attempt in prompts])
+    finally:
+        await engine.close()
+    late = [took / told for told, took in zip(driver.told, driver.took, strict=True)]
+    # By the fit of the warm-up the first takes three times as long as was told; by
+    # what the last ones took the others do not.
+    assert len(late) > 12
+    assert late[0] > 2.5
+    assert max(late[10:]) < 1.3

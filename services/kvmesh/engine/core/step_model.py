@@ -66,6 +66,34 @@ def predict_ms(model: wire.StepModel, load: StepLoad) -> float:
     )
 
 
+class Pace:
+    """By how much steps take longer now than the model, fitted at warm-up, says.
+
+    Other work on the machine's cores makes every step longer; a step that is much
+    older than was told looks stuck to routers.
+    """
+
+    __slots__ = ("_ratio",)
+
+    WEIGHT = 0.25
+    """Of the last step."""
+    MOST = 8.0
+    """One step counts at most as so many times longer."""
+
+    def __init__(self) -> None:
+        self._ratio = 1.0
+
+    def told_ms(self, predicted_ms: float) -> float:
+        """What to tell of a step that the model predicts so; never less."""
+        return predicted_ms * max(1.0, self._ratio)
+
+    def took(self, predicted_ms: float, took_ms: float) -> None:
+        """A step that the model predicted so took so long, milliseconds."""
+        if predicted_ms > 0.0:
+            ratio = min(took_ms / predicted_ms, self.MOST)
+            self._ratio += self.WEIGHT * (ratio - self._ratio)
+
+
 def tokens_within(model: wire.StepModel, budget_ms: float, start: int, most: int) -> int:
     """Most prefill tokens from `start` on whose marginal time fits a budget.
 

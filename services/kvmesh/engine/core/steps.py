@@ -22,7 +22,7 @@ from kvmesh.engine.core.queue import Plan, Priority
 from kvmesh.engine.core.runner import ColumnRunner, Runner, Sampled, Slice
 from kvmesh.engine.core.sequence import Sequence, State
 from kvmesh.engine.core.settings import CoreSettings
-from kvmesh.engine.core.step_model import StepLoad, predict_ms
+from kvmesh.engine.core.step_model import Pace, StepLoad, predict_ms
 from kvmesh.engine.core.trace import StepLog
 from kvmesh.v1 import worker_pb2 as wire
 
@@ -87,6 +87,7 @@ class Steps:
         self._columns = cast(ColumnRunner, runner) if hasattr(runner, "forward_columns") else None
         self._settings = settings
         self._model = model
+        self._pace = Pace()
         self._clock = clock
         self.log = StepLog()
         self._suspect_turn = False
@@ -118,7 +119,8 @@ class Steps:
         load = self._load_of(plan)
         begun = self._clock.now()
         outer = (self.running.since, self.running.predicted_ms)
-        self.running.predicted_ms = predict_ms(self._model, load)
+        modelled_ms = predict_ms(self._model, load)
+        self.running.predicted_ms = self._pace.told_ms(modelled_ms)
         self.running.since = begun
         self._loop.sink.begin_step(self.running.predicted_ms)
         keys = {chunk.sequence.key for chunk in plan.chunks}
@@ -159,6 +161,7 @@ class Steps:
         self._take_result(plan, *result, ended)
         self.running.number += 1
         duration = max(0.0, ended - begun - nested[0])
+        self._pace.took(modelled_ms, duration * 1e3)
         sample = StepSample(
             load.prefill_tokens,
             load.prefill_context,
@@ -185,8 +188,8 @@ class Steps:
             return True
         said, running, now = self._said, self.running, self._clock.now
         context = batch.rows.context
-        predicted_ms = said.base_ms + said.context_ms * context
-        running.predicted_ms = predicted_ms
+        modelled_ms = said.base_ms + said.context_ms * context
+        running.predicted_ms = predicted_ms = self._pace.told_ms(modelled_ms)
         running.since = begun = now()
         loop.sink.begin_step(predicted_ms)
         try:
@@ -199,6 +202,7 @@ class Steps:
             loop.flush(0, None)
             return True
         loop.streams.decoded_at = ended = now()
+        self._pace.took(modelled_ms, (ended - begun) * 1e3)
         self.log.add(begun, ended)
         running.since = running.predicted_ms = 0.0
         running.number += 1
