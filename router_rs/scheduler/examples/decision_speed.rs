@@ -4,8 +4,8 @@
 //!
 //! A decision is all that a router does between a request's chain values and a
 //! booked plan: look-up in the index, what changed since the last decision
-//! brought into the views, choice, bookings. What a choice takes whose plans a function scores, without
-//! the function, is timed apart. Between two of them, not timed, a
+//! brought into the views, choice, bookings. A choice whose plans a function
+//! scores is timed apart, without the function. Between two of them, not timed, a
 //! worker reports, and bookings made a while ago are released. Hashing of the
 //! prompt is timed apart.
 #![allow(clippy::unwrap_used)]
@@ -203,7 +203,7 @@ impl Bench {
         }
     }
 
-    /// `scored`: with the choice where a function scores.
+    /// `scores`: with the choice where a function scores.
     fn run(&mut self, decisions: usize, scores: bool) -> Times {
         let bookings = Bookings::new();
         let rates = TransferRates::new();
@@ -293,7 +293,9 @@ impl Bench {
                 times.decisions.push(took.as_nanos() as u64);
                 times.choices.push(chose.as_nanos() as u64);
                 times.admissions.push(admitted.as_nanos() as u64);
-                times.scored.push(scoring.as_nanos() as u64);
+                if scores {
+                    times.scored.push(scoring.as_nanos() as u64);
+                }
             }
         }
         times
@@ -337,7 +339,7 @@ fn main() {
             let mut bench = Bench::new(&case);
             let hash = bench.hashing();
             let mut times = bench.run(decisions, false);
-            times.scored = bench.run(decisions / 8, true).scored;
+            times.scored = Bench::new(&case).run((decisions / 8).max(100), true).scored;
             let mut row = format!(
                 "\"workers\": {}, \"roles\": \"{}\", \"decisions\": {decisions}, \"hash_us\": {:.2}",
                 case.workers,

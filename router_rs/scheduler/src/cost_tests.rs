@@ -160,6 +160,15 @@ fn cluster(draw: &mut Draw, kinds: u64) -> (Vec<WorkerView>, TransferRates, Matc
             rates.observe(source.slot, target.slot, path, bytes, ms);
         }
     }
+    // Some move to another host, or leave and come again.
+    let mut workers = workers;
+    for at in 0..workers.len() {
+        if draw.yes(8) {
+            Arc::make_mut(&mut workers[at].abilities).host = ["", "a", "b"][at % 3].into();
+        } else if draw.yes(8) {
+            rates.forget(workers[at].slot);
+        }
+    }
     (workers, rates, index.lookup(&chain))
 }
 
@@ -203,13 +212,17 @@ proptest! {
         let settings = CostSettings {
             best_of_side: keep,
             local_prefill: if by_cost { LocalPrefill::ByCost } else { LocalPrefill::default() },
-            plans_kept: 100,
+            plans_kept: [1, 8, 100][draw.below(3) as usize],
             ..CostSettings::default()
         };
         let mut pruned = KvCost::new(settings);
         let mut unpruned = pruned.clone();
         unpruned.prune = false;
-        prop_assert_eq!(pruned.choose(&cluster, &request), unpruned.choose(&cluster, &request));
+        // One policy for all: nothing of a choice is left for the next one.
+        for count in [workers.len(), draw.below(workers.len() as u64) as usize, workers.len()] {
+            let cluster = Cluster { workers: &workers[..count], ..cluster };
+            prop_assert_eq!(pruned.choose(&cluster, &request), unpruned.choose(&cluster, &request));
+        }
     }
 
     /// Of a plain request a worker's gate says at once what its view says at length.
@@ -271,7 +284,7 @@ proptest! {
                 pull_from_tokens: 128,
                 relay_least_ms: 0.0,
             };
-            question.floors(&mut lows);
+            lows.count(&question, &vec![true; workers.len()]);
             let mut all = Vec::new();
             for list in [&lows.prefill, &lows.decode, &lows.whole] {
                 all.extend_from_slice(&list[..workers.len()]);
@@ -295,7 +308,6 @@ proptest! {
                 .step_by(5)
                 .map(|at| Holder {
                     at: at as u32,
-                    slot: workers[at].slot,
                     kind: table.gates[at].kind,
                     tokens: request.cached_on(workers[at].slot),
                 })
@@ -312,7 +324,7 @@ proptest! {
                 relay_least_ms: workers.iter().map(|one| one.relay_ms).fold(f64::INFINITY, f64::min),
             };
             let mut lows = Lows::default();
-            question.floors(&mut lows);
+            lows.count(&question, &vec![true; workers.len()]);
             for at in 0..workers.len() as u32 {
                 let place = at as usize;
                 let prefill = question.prefill_side(at).total_ms;

@@ -104,6 +104,8 @@ pub(crate) struct Facts {
     /// One over what a chunk there may take, ms; 0 where nothing bounds it.
     pub(crate) per_budget: f64,
     pub(crate) streams: PerClass<Streams>,
+    /// Streams that end, and others that come in their place, a step.
+    pub(crate) ending: f64,
     pub(crate) line: Waiting,
     /// Tokens that a new request could get, and those of one block.
     pub(crate) room: f64,
@@ -158,6 +160,12 @@ impl Facts {
                 left: worker.left[class.index()],
                 target_ms: weights.itl_target_ms[class.index()].max(OWN_STEP_SHARE * step_ms),
             }),
+            ending: Class::ALL
+                .into_iter()
+                .map(|class| (streams(class), worker.left[class.index()]))
+                .filter(|(count, left)| *count > 0.0 && *left > 0.0)
+                .map(|(count, left)| count / left)
+                .sum(),
             line: Waiting::default(),
             room: worker.available_blocks() as f64 * block,
             block,

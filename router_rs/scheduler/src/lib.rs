@@ -36,6 +36,7 @@ mod step_model;
 mod survey;
 mod terms;
 mod transfer;
+mod weigh;
 mod worker;
 
 pub use admission::{Admission, AdmissionSettings, Estimate, Rejected, admit};

@@ -170,9 +170,11 @@ pub struct Decision {
     /// The best of them, cheapest first, and the chosen one
     /// ([`crate::CostSettings::plans_kept`]). Empty: they were not asked for.
     pub considered: Vec<Considered>,
-    /// Predicted start of the prompt, in ms from now: what
-    /// `--dispatch-ahead` is held against.
+    /// Predicted start of the prompt, in ms from now.
     pub start_ms: f64,
+    /// The same from the end of the worker's running step, which nothing that is
+    /// sent now can join: what `--dispatch-ahead` is held against.
+    pub queued_ms: f64,
     /// What to book, by worker: one entry for a whole, two for a split
     /// (prefill, decode).
     pub work: Vec<(WorkerSlot, Work)>,

@@ -1,10 +1,11 @@
 //! Plans that somebody else's function scores.
 
-use crate::cost::{CostSettings, KvCost, Plans, decision};
+use crate::cost::{CostSettings, KvCost, decision};
 use crate::plan::{Considered, Decision, NoPlan, Policy};
 use crate::request::RequestView;
 use crate::sides::Candidate;
 use crate::survey::LocalPrefill;
+use crate::weigh::Plans;
 use crate::worker::Cluster;
 use std::sync::Arc;
 use thiserror::Error;

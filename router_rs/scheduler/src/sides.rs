@@ -2,7 +2,6 @@
 
 use crate::facts::{Facts, Table};
 use crate::fit::pairs;
-use crate::floor::{Asking, Lows};
 use crate::plan::{Considered, Plan, Terms};
 use crate::request::RequestView;
 use crate::survey::Holder;
@@ -30,7 +29,6 @@ pub(crate) struct Question<'a, 'r> {
 }
 
 /// One side of a plan: a worker and its terms.
-#[derive(Clone, Copy)]
 pub(crate) struct Side<'a> {
     pub(crate) at: u32,
     pub(crate) facts: &'a Facts,
@@ -57,7 +55,7 @@ impl<'a> Question<'a, '_> {
         &self.cluster.workers[at as usize]
     }
 
-    fn facts(&self, at: u32) -> &'a Facts {
+    pub(crate) fn facts(&self, at: u32) -> &'a Facts {
         &self.table.rows[at as usize]
     }
 
@@ -220,22 +218,6 @@ impl<'a> Question<'a, '_> {
         let rate = const { Path::SharedMemory.prior() };
         let gap = side.terms.decode_wait_ms + first::pull_ms(facts, rate, late);
         side.total_ms + stretch::gap_ms(facts, &self.asked, self.people, gap)
-    }
-
-    /// What each worker costs at least.
-    pub(crate) fn floors(&self, lows: &mut Lows) {
-        let host = |holder: &Holder| self.facts(holder.at).host;
-        let holders: Vec<(Holder, u32)> = self.holders.iter().map(|at| (*at, host(at))).collect();
-        let slots = self.table.gates.iter().map(|gate| WorkerSlot(gate.slot));
-        let asking = Asking {
-            request: self.request,
-            asked: &self.asked,
-            people: self.people,
-            transfers: self.cluster.transfers,
-            holders: &holders,
-            pull_from_tokens: self.pull_from_tokens,
-        };
-        lows.count(&self.table.floors, slots, &asking);
     }
 
     /// All of it on one worker.

@@ -3,6 +3,7 @@
 use crate::cost::tie_break;
 use crate::facts::Table;
 use crate::fit::{Duty, Miss, able, fits_else, reason};
+use crate::floor::LANES;
 use crate::plan::NoPlan;
 use crate::request::RequestView;
 use crate::terms::Asked;
@@ -47,7 +48,6 @@ const HOLDERS: usize = 3;
 pub(crate) struct Holder {
     /// Its place in [`Cluster::workers`].
     pub(crate) at: u32,
-    pub(crate) slot: WorkerSlot,
     /// Number of its kind of KV ([`crate::facts::Facts::kind`]).
     pub(crate) kind: u32,
     /// Tokens of the sequence that it holds.
@@ -132,6 +132,17 @@ impl Survey {
         Ok(())
     }
 
+    /// Which blocks of eight workers have one in a list.
+    pub(crate) fn blocks(&self, workers: usize) -> Vec<bool> {
+        let mut blocks = vec![false; workers.div_ceil(LANES)];
+        for list in [&self.prefill, &self.decode, &self.whole] {
+            for at in list {
+                blocks[*at as usize / LANES] = true;
+            }
+        }
+        blocks
+    }
+
     /// Length of its longest list.
     pub(crate) fn longest(&self) -> usize {
         let lists = [&self.prefill, &self.decode, &self.whole];
@@ -164,16 +175,7 @@ impl Survey {
             if held > 0 && row.gives {
                 let tokens = u64::from(held).min(longest);
                 let kind = row.kind;
-                let slot = WorkerSlot(row.slot);
-                self.offer(
-                    Holder {
-                        at,
-                        slot,
-                        kind,
-                        tokens,
-                    },
-                    mix,
-                );
+                self.offer(Holder { at, kind, tokens }, mix);
             }
             if !row.ready || asked.held > row.limit {
                 continue;

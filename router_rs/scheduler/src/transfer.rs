@@ -66,6 +66,11 @@ pub struct TransferRate {
 }
 
 impl TransferRate {
+    /// Whether both of its parts are worse.
+    fn is_under(self, other: Self) -> bool {
+        self.fixed_ms > other.fixed_ms && self.bytes_per_ms < other.bytes_per_ms
+    }
+
     /// The better part of both.
     fn quicker(self, other: Self) -> Self {
         Self {
@@ -79,6 +84,9 @@ impl TransferRate {
         self.fixed_ms + bytes / self.bytes_per_ms
     }
 }
+
+/// The quickest of a source of which nothing is learnt, by path.
+const QUICKEST: [TransferRate; 2] = [Path::SharedMemory.prior(), Path::Network.prior()];
 
 /// What is learnt of transfers, by (source, target).
 #[derive(Debug, Clone, Default)]
@@ -111,7 +119,10 @@ impl TransferRates {
 
     /// What a transfer takes: learnt, or the path's prior.
     pub fn rate(&self, source: WorkerSlot, target: WorkerSlot, path: Path) -> TransferRate {
-        self.learnt(source, target)
+        let learnt = self.learnt(source, target);
+        // One that moved to another host has another path.
+        learnt
+            .filter(|learnt| learnt.path == path)
             .map_or_else(|| path.prior(), |learnt| learnt.rate)
     }
 
@@ -143,30 +154,24 @@ impl TransferRates {
         let (row, column) = (source.0 as usize, target.0 as usize);
         if self.rows.len() <= row {
             self.rows.resize_with(row + 1, Vec::new);
+            self.quickest.resize(row + 1, QUICKEST);
         }
         if self.rows[row].len() <= column {
             self.rows[row].resize(column + 1, None);
         }
-        let learnt = self.rows[row][column].get_or_insert_with(|| Learnt::new(path));
-        let before = learnt.rate;
+        let before = self.rows[row][column];
+        let mut learnt = before
+            .filter(|learnt| learnt.path == path)
+            .unwrap_or_else(|| Learnt::new(path));
         learnt.observe(bytes as f64, ms);
-        let (path, rate) = (learnt.path, learnt.rate);
-        if self.quickest.len() <= row {
-            let none_seen = [Path::SharedMemory.prior(), Path::Network.prior()];
-            self.quickest.resize(row + 1, none_seen);
+        self.rows[row][column] = Some(learnt);
+        let quickest = self.quickest[row][path as usize].quicker(learnt.rate);
+        self.quickest[row][path as usize] = quickest;
+        // Was it the quickest itself, others may be so now.
+        let may_fall = |before: Learnt| before.path != path || !before.rate.is_under(quickest);
+        if before.is_some_and(may_fall) {
+            self.look_for_quickest(row);
         }
-        let quickest = &mut self.quickest[row][path as usize];
-        let may_rise = quickest.fixed_ms < rate.fixed_ms && quickest.fixed_ms >= before.fixed_ms;
-        let may_fall = quickest.bytes_per_ms > rate.bytes_per_ms
-            && quickest.bytes_per_ms <= before.bytes_per_ms;
-        *quickest = if may_rise || may_fall {
-            let of_kind = self.rows[row].iter().flatten();
-            of_kind
-                .filter(|other| other.path == path)
-                .fold(path.prior(), |best, other| best.quicker(other.rate))
-        } else {
-            quickest.quicker(rate)
-        };
     }
 
     /// What a transfer from a worker takes at least, to whomever by such a path:
@@ -176,18 +181,25 @@ impl TransferRates {
         of_source.map_or_else(|| path.prior(), |rates| rates[path as usize])
     }
 
+    fn look_for_quickest(&mut self, row: usize) {
+        let mut quickest = QUICKEST;
+        for learnt in self.rows[row].iter().flatten() {
+            let of_path = &mut quickest[learnt.path as usize];
+            *of_path = of_path.quicker(learnt.rate);
+        }
+        self.quickest[row] = quickest;
+    }
+
     /// A worker left: its slot may go to another.
     pub fn forget(&mut self, worker: WorkerSlot) {
         let at = worker.0 as usize;
         if let Some(row) = self.rows.get_mut(at) {
             row.clear();
+            self.look_for_quickest(at);
         }
-        if let Some(quickest) = self.quickest.get_mut(at) {
-            *quickest = [Path::SharedMemory.prior(), Path::Network.prior()];
-        }
-        for row in &mut self.rows {
-            if let Some(cell) = row.get_mut(at) {
-                *cell = None;
+        for row in 0..self.rows.len() {
+            if self.rows[row].get_mut(at).and_then(Option::take).is_some() {
+                self.look_for_quickest(row);
             }
         }
     }
@@ -328,6 +340,34 @@ mod tests {
         );
         rates.forget(A);
         assert_eq!(rates.quickest(A, path), path.prior());
+    }
+
+    #[test]
+    fn the_quickest_that_left_is_not_counted_any_more() {
+        let mut rates = TransferRates::new();
+        let path = Path::Network;
+        for n in 0..50 {
+            rates.observe(A, B, path, 1 << (16 + n % 10), 0.01);
+        }
+        assert!(rates.quickest(A, path).bytes_per_ms > path.prior().bytes_per_ms);
+        rates.forget(B);
+        assert_eq!(rates.quickest(A, path), path.prior());
+    }
+
+    #[test]
+    fn what_was_learnt_of_one_path_says_nothing_of_another() {
+        let mut rates = TransferRates::new();
+        let (near, far) = (Path::SharedMemory, Path::Network);
+        for n in 0..50 {
+            rates.observe(A, B, near, 1 << (16 + n % 10), 0.01);
+        }
+        assert!(rates.rate(A, B, near).bytes_per_ms > near.prior().bytes_per_ms);
+        // It moved to another host.
+        assert_eq!(rates.rate(A, B, far), far.prior());
+        rates.observe(A, B, far, 1 << 20, 40.0);
+        assert_ne!(rates.rate(A, B, far), far.prior());
+        assert_eq!(rates.rate(A, B, near), near.prior());
+        assert_eq!(rates.quickest(A, near), near.prior());
     }
 
     #[test]

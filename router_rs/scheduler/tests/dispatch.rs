@@ -7,7 +7,7 @@ use common::{request, worker};
 use kvmesh_kv_index::{Matches, WorkerSlot};
 use kvmesh_scheduler::{
     Bookings, Class, Cluster, Dispatch, DispatchSettings, Entry, KvCost, Lane, Look, NoPlan,
-    Outcome, Pass, Policy, QueueSettings, Reported, RequestView, Role, Verdict,
+    Outcome, Pass, Policy, QueueSettings, Reported, RequestView, Role, Verdict, WorkerView,
 };
 use std::sync::Arc;
 
@@ -46,6 +46,15 @@ fn tries(dispatch: &mut Dispatch<u32>, mut pass: Pass, now_ms: f64) -> Vec<u32> 
     tried
 }
 
+/// So many tokens of another router's interactive prompts wait there: half a
+/// millisecond each, and the steps.
+fn queue_there(view: &mut WorkerView, tokens: u64) {
+    let others = &mut view.load.others;
+    (others.queued, others.queued_prefill_tokens) = (1, tokens);
+    others.classes.waiting[Class::Interactive.index()] = 1;
+    others.classes.waiting_tokens[Class::Interactive.index()] = tokens;
+}
+
 #[test]
 fn models_do_not_wait_for_each_other() {
     let mut dispatch = Dispatch::new(DispatchSettings::default());
@@ -79,7 +88,7 @@ fn reports_of_workers_that_nobody_means_to_go_to_lead_to_a_pass_now_and_then() {
     // It means to go to worker 1.
     let none = Matches::default();
     let mut view = worker(1, Role::Both);
-    view.load.step_ends_ms = 400.0;
+    queue_there(&mut view, 800);
     let cluster = [view];
     let decision = KvCost::default()
         .choose(&Cluster::new(1, &cluster), &request(&none, 1))
@@ -136,8 +145,16 @@ fn who_would_start_soon_or_before_all_that_were_sent_goes() {
     let Verdict::Goes(sent) = rules.judge(&choose(&view), 20.0, 0.0, &bookings) else {
         panic!("an idle worker starts it")
     };
-    view.load.step_ends_ms = 60.0;
+    view.load.step_ends_ms = 400.0;
+    let running = choose(&view);
+    let verdict = rules.judge(&running, 30.0, 10.0, &Bookings::new());
+    assert!(
+        matches!(verdict, Verdict::Goes(_)),
+        "nothing waits before it for the end of that step"
+    );
+    queue_there(&mut view, 110);
     let busy = choose(&view);
+    assert!(busy.queued_ms > 50.0 && busy.queued_ms < 70.0);
     let goes = |key_ms, step_ms| {
         matches!(
             rules.judge(&busy, key_ms, step_ms, &bookings),
@@ -146,7 +163,7 @@ fn who_would_start_soon_or_before_all_that_were_sent_goes() {
     };
     assert!(
         !goes(30.0, 10.0),
-        "60 ms are longer than 50 and than a step"
+        "that is longer than 50 ms and than a step"
     );
     assert!(goes(30.0, 70.0), "within a step");
     assert!(goes(10.0, 10.0), "before all that were sent there");
@@ -320,7 +337,7 @@ fn a_class_is_admitted_by_what_is_as_urgent_waiting_or_sent() {
 fn held(dispatch: &mut Dispatch<u32>, bookings: &Bookings, at: u32, key_ms: f64, item: u32) {
     let none = Matches::default();
     let mut view = worker(at, Role::Both);
-    view.load.step_ends_ms = 400.0;
+    queue_there(&mut view, 800);
     let cluster = [view];
     let decision = KvCost::default()
         .choose(&Cluster::new(1, &cluster), &request(&none, 1))

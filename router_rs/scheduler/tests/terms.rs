@@ -175,6 +175,30 @@ fn streams_are_slowed_by_another_until_the_pool_is_level() {
 }
 
 #[test]
+fn those_that_end_soon_make_the_pool_level_for_those_that_stay() {
+    let none = Matches::default();
+    // Ten streams of a class with little left, or with much, beside ten long ones
+    // that alone weigh anything here: batch counts next to nothing.
+    let slowed = |left| {
+        let mut decode = with_streams(Class::Interactive, 10);
+        (decode.slot, decode.role) = (WorkerSlot(1), Role::Decode);
+        decode.load.own.decoding += 10;
+        decode.load.own.classes.decoding[Class::Batch.index()] = 10;
+        decode.left = [500.0, 0.0, left];
+        let workers = [worker(0, Role::Prefill), decode];
+        let plans = explain(&workers, &request(&none, 1));
+        let split = plans
+            .iter()
+            .find(|one| matches!(one.plan, Plan::Split { .. }));
+        split.unwrap().terms.others_stretch_ms
+    };
+    // Ending: 10 / 500 + 10 / 500 a step, and 10 / 500 + 10 / 20.
+    let ratio = slowed(20.0) / slowed(500.0);
+    let expected = (1.0 / 500.0 + 20.0 / 500.0) / (1.0 / 500.0 + 10.0 / 500.0 + 10.0 / 20.0);
+    assert!((ratio / expected - 1.0).abs() < 0.05, "{ratio} {expected}");
+}
+
+#[test]
 fn beyond_the_target_a_millisecond_counts_four_times() {
     let none = Matches::default();
     // Alone a step takes 7 ms, the gap to the second token is what the

@@ -294,7 +294,7 @@ pub const KEYS: &[Key] = &[
         "dispatch_ahead",
         Kind::Time(0, HOUR),
         "50ms",
-        "A request leaves for a worker that is predicted to start it within this, or within one step if that is longer.",
+        "A request leaves for a worker that is predicted to start it within this after the step that runs, or within one more step if that is longer.",
     ),
     key(
         "dispatch_tries",

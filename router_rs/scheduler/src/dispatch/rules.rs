@@ -70,15 +70,16 @@ impl Reported {
 }
 
 impl DispatchSettings {
-    /// Whether a worker would start a prompt soon.
-    pub(super) fn soon(&self, start_ms: f64, step_ms: f64) -> bool {
-        start_ms <= self.dispatch_ahead_ms.max(step_ms)
+    /// Whether a worker would start a prompt soon after the step that runs.
+    pub(super) fn soon(&self, queued_ms: f64, step_ms: f64) -> bool {
+        queued_ms <= self.dispatch_ahead_ms.max(step_ms)
     }
 
     /// Books a plan, or lists its prompt where it would go: a request goes when
     /// its worker is predicted to start it within
-    /// [`DispatchSettings::dispatch_ahead_ms`] or one step of `step_ms`, or
-    /// when its key is before those of all prompts that were sent there and
+    /// [`DispatchSettings::dispatch_ahead_ms`] or one step of `step_ms` after
+    /// the step that runs: sent at the end of that one, it would come when the next
+    /// has begun. It goes too when its key is before those of all prompts that were sent there and
     /// have not begun, so that it would be taken first.
     pub fn judge(
         &self,
@@ -88,7 +89,7 @@ impl DispatchSettings {
         bookings: &Bookings,
     ) -> Verdict {
         let plan = decision.plan();
-        let soon = self.soon(decision.start_ms, step_ms);
+        let soon = self.soon(decision.queued_ms, step_ms);
         let first = || bookings.first_sent_ms(plan.prefill());
         if soon || first().is_some_and(|first_ms| key_ms < first_ms) {
             let book = |(slot, work): &(WorkerSlot, Work)| {

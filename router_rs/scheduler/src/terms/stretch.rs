@@ -41,16 +41,21 @@ pub(crate) fn own_stretch_ms(facts: &Facts, asked: &Asked, people: &People, chun
 }
 
 /// The streams that are there, each slowed by this one until the pool is level
-/// again. Of B streams that each have L steps left one ends every L / B steps,
-/// and one comes: the next that would have come here goes elsewhere, since this
-/// one did. So a stream is slowed by it for 1 / (1 / L + B / L) steps, and not
-/// for all that it has left.
+/// again.
 pub(crate) fn joining_stretch_ms(facts: &Facts, asked: &Asked, people: &People) -> f64 {
     if facts.batch == 0.0 {
         return 0.0;
     }
     let joined = facts.joined_ms(asked.sequence);
-    of_all(facts, people, joined, 0.0, f64::INFINITY) / (1.0 + facts.batch)
+    of_all(facts, people, joined, |left| steps_until_level(facts, left))
+}
+
+/// Steps for which one that joins slows a stream with so many left. As many
+/// streams come as end: the next that would have come here goes elsewhere, since
+/// this one did, and from then on the pool is as it would be without. So it is
+/// the first of both, this stream's end and another's arrival.
+pub(crate) fn steps_until_level(facts: &Facts, left: f64) -> f64 {
+    left / (1.0 + left * facts.ending)
 }
 
 /// The streams that decode where a prompt is computed, held up by its chunks.
@@ -66,13 +71,14 @@ pub(crate) fn chunks_stretch_ms(
     }
     let to_ms = facts.step_ms + chunks.tokens_ms / chunks.steps;
     let before = ahead_ms / to_ms.max(1e-6);
-    of_all(facts, people, to_ms, before, chunks.steps)
+    of_all(facts, people, to_ms, |left| {
+        steps_there(left, before, chunks.steps)
+    })
 }
 
-/// Steps of all streams that take `to_ms` now, which is no less than before:
-/// the `most` steps after `before` others, as far as each is there for them. As
-/// [`stretch`] would say of each.
-fn of_all(facts: &Facts, people: &People, to_ms: f64, before: f64, most: f64) -> f64 {
+/// Steps of all streams that take `to_ms`, which is no less than before: so many
+/// steps of a stream that has `left` tokens left. As [`stretch`] would say of each.
+fn of_all(facts: &Facts, people: &People, to_ms: f64, steps: impl Fn(f64) -> f64) -> f64 {
     let longer = to_ms - facts.step_ms;
     let mut sum = 0.0;
     for streams in &facts.streams {
@@ -81,7 +87,7 @@ fn of_all(facts: &Facts, people: &People, to_ms: f64, before: f64, most: f64) ->
         }
         let beyond = (to_ms - streams.target_ms).max(0.0);
         let each = longer + (people.beyond_target - 1.0) * beyond;
-        sum += streams.weight * steps_there(streams.left, before, most) * each;
+        sum += streams.weight * steps(streams.left) * each;
     }
     people.stretch * sum
 }

@@ -293,6 +293,7 @@ impl Router {
                     tied: 1,
                     weighed: 0,
                     start_ms: 0.0,
+                    queued_ms: 0.0,
                     considered: Vec::new(),
                     work: Vec::new(),
                 }
