@@ -41,6 +41,11 @@ pub struct AdmittedRequest {
     pub placements: bool,
     /// Whether `Finished.trace` is wanted.
     pub trace: bool,
+    /// Whether its spans are exported: workers are asked for theirs, whether or not
+    /// the client wants them.
+    pub traced: bool,
+    /// Whether it was asked for as a chat.
+    pub chat: bool,
     /// Whether worker names may be told.
     pub admin: bool,
     /// Whose it is, as a hash: tenants of a class take turns. Without keys the

@@ -21,7 +21,7 @@ use crate::{
     mesh::Mesh,
     serve::{Acceptor, Health, Reflection, RouterFacts, Shared, TlsError, bind},
     settings::Settings,
-    telemetry::{Exposition, Telemetry},
+    telemetry::{Exporter, Exposition, Spans, Telemetry},
 };
 
 /// Time that connections have to carry out what their calls ended with.
@@ -174,6 +174,7 @@ fn etcd_of(settings: &Settings) -> Result<kvmesh_registry::Settings, StartError>
 /// What a router is made of, before it accepts connections.
 pub(crate) struct Parts {
     pub(crate) shared: Arc<Shared>,
+    exporter: Option<Exporter>,
     registration: Option<Registration>,
 }
 
@@ -206,6 +207,7 @@ impl Parts {
         let watch = registry.as_ref().map(Registry::watch_workers);
         let reflection = Reflection::new()?;
         let mesh = Mesh::start(settings.mesh(router_id.clone(), incarnation), watch);
+        let (spans, exporter) = Spans::start(settings, &router_id, &telemetry).unzip();
         let shared = Arc::new(Shared {
             door: Door::new(settings, Arc::clone(&mesh), Arc::clone(&telemetry)),
             access,
@@ -213,6 +215,7 @@ impl Parts {
             reflection,
             exposition: Exposition::new(Arc::clone(&mesh), Arc::clone(&telemetry), etcd.clone()),
             telemetry,
+            spans,
             facts: RouterFacts {
                 router_id,
                 incarnation,
@@ -224,6 +227,7 @@ impl Parts {
         });
         Ok(Self {
             shared,
+            exporter,
             registration,
         })
     }
@@ -262,6 +266,9 @@ impl Parts {
         }
         self.shared.mesh.shutdown(grace).await;
         let flushed = tokio::time::timeout(FLUSH, connections.wait()).await;
+        if let Some(exporter) = self.exporter {
+            exporter.close().await;
+        }
         tracing::info!(event = "stopped", clean = flushed.is_ok());
     }
 }

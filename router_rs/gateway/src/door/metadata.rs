@@ -21,6 +21,10 @@ const MAX_TRACESTATE: usize = 512;
 pub(crate) struct CallMetadata {
     pub(crate) request_id: String,
     pub(crate) traceparent: String,
+    /// Whether the client brought it.
+    pub(crate) has_parent: bool,
+    /// Whether spans of the call are exported.
+    pub(crate) traced: bool,
     pub(crate) tracestate: String,
     pub(crate) baggage: String,
     pub(crate) arrived: Instant,
@@ -39,6 +43,8 @@ impl CallMetadata {
         let baggage = text("baggage").filter(|baggage| baggage.len() <= MAX_BAGGAGE);
         Self {
             request_id,
+            has_parent: given.is_some(),
+            traced: false,
             traceparent: given.map_or_else(new_traceparent, str::to_owned),
             // State belongs to the parent that it came with.
             tracestate: given.and(tracestate).unwrap_or_default().to_owned(),

@@ -26,6 +26,7 @@ use crate::{
     access::Caller,
     error::RequestError,
     mesh::{GenerationStream, Mesh, ServedModel},
+    request::AdmittedRequest,
     serve::grpc,
     settings::Settings,
     telemetry::{ClassEnd, Step, Telemetry},
@@ -161,6 +162,7 @@ impl Door {
     ) -> Result<GenerationStream, Refused> {
         let mut message = request.message;
         let input = message.input.take();
+        let chat = matches!(input, Some(Input::Chat(_)));
         let invalid = |error| (Step::Validate, error);
         if message.n > 1 {
             return Err(invalid(RequestError::unsupported("n")));
@@ -179,6 +181,7 @@ impl Door {
             tokenize_ms,
         )
         .map_err(invalid)?;
+        let admitted = AdmittedRequest { chat, ..admitted };
         let class = admitted.class;
         let turned = |error| {
             self.telemetry.class_ended(class, ClassEnd::Refused);

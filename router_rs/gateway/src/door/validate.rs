@@ -404,6 +404,8 @@ pub(super) fn admit(
         grammar: request.grammar,
         placements: output.placements,
         trace: output.trace,
+        traced: call.traced,
+        chat: false,
         admin: caller.operates,
         tenant: caller.tenant,
         resumable: hints.resumable,

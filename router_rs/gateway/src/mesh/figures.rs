@@ -247,7 +247,8 @@ impl Figures {
             (Some(from), to) => since(to, from).min(self.sums.transfer_ms),
             _ => 0.0,
         };
-        let waited = since(self.dispatched, request.arrived);
+        // One that no worker took up waited until its end.
+        let waited = since(self.dispatched.or(self.ended), request.arrived);
         let gap = &self.longest_gap;
         v1::Timings {
             queue_ms: (waited - request.tokenize_ms - decide_ms).max(0.0),

@@ -59,6 +59,7 @@ pub use counters::{AttemptCounts, Count, Counters, Gauge, Ratios, Seconds, Sessi
 pub(crate) use dispatch::class_of;
 pub use given_up::GivenUp;
 pub use models::ServedModel;
+pub(crate) use open::Traced;
 pub use policy::{COST, POLICIES, PolicySettings, SCORED};
 pub(crate) use session::text_of;
 pub use settings::MeshSettings;

@@ -17,7 +17,7 @@ use kvmesh_wire::v1::{self, generate_response::Event as Message};
 
 use super::{
     GivenUp,
-    open::{Batch, Open},
+    open::{Batch, Open, Traced},
 };
 use crate::{error::RequestError, telemetry::HeldTo};
 
@@ -100,6 +100,11 @@ impl GenerationStream {
     /// Attempts that it has taken so far.
     pub(crate) fn attempts(&self) -> u32 {
         self.open.attempts()
+    }
+
+    /// What it was until now, for its spans.
+    pub(crate) fn traced(&self) -> Traced {
+        self.open.traced(self.delivered)
     }
 
     /// What it is held to, by its class or its own hints.

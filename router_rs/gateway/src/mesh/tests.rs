@@ -103,6 +103,8 @@ pub(super) fn request(prompt: &[u32], max_tokens: u32) -> AdmittedRequest {
         grammar: None,
         placements: true,
         trace: false,
+        traced: false,
+        chat: false,
         admin: true,
         tenant: 0,
         resumable: false,

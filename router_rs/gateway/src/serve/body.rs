@@ -19,7 +19,7 @@ use crate::{
     access::Visit,
     error::RequestError,
     mesh::{GenerationStream, text_of},
-    telemetry::{ClassEnd, StreamFigures, Telemetry, Took},
+    telemetry::{ClassEnd, RequestSpan, StreamFigures, Telemetry, Took},
 };
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -111,6 +111,8 @@ pub(crate) struct GenerateBody {
     arrived: Instant,
     trailers: Option<HeaderMap>,
     done: bool,
+    /// Where its spans are exported.
+    span: Option<RequestSpan>,
     /// Counted as its tenant's until it is dropped.
     _visit: Visit,
 }
@@ -122,7 +124,7 @@ impl GenerateBody {
         metadata: HeaderMap,
         request_id: String,
         arrived: Instant,
-        visit: Visit,
+        (visit, span): (Visit, Option<RequestSpan>),
     ) -> Self {
         Self {
             generation: stream.id(),
@@ -135,6 +137,7 @@ impl GenerateBody {
             arrived,
             trailers: None,
             done: false,
+            span,
             _visit: visit,
         }
     }
@@ -176,6 +179,9 @@ impl GenerateBody {
                     }
                     if let Some(Event::Finished(finished)) = &message.event {
                         self.telemetry.finished(finished);
+                        if let Some(span) = &mut self.span {
+                            span.finishes(finished.reason());
+                        }
                         let took = Took::of(finished);
                         grpc::encode_into(message, &mut self.buffer);
                         self.telemetry.judged(&took, &self.stream.held_to());
@@ -231,6 +237,9 @@ impl GenerateBody {
                 _ => ClassEnd::Failed,
             };
             self.telemetry.class_ended(self.stream.class(), end);
+        }
+        if let Some(span) = self.span.take() {
+            span.ended(error, self.stream.traced());
         }
         tracing::info!(
             event = "generation_ended",

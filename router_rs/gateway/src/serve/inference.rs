@@ -77,10 +77,12 @@ async fn generate(shared: &Arc<Shared>, call: Call) -> Response<ResponseBody> {
     let Call {
         headers,
         body,
-        metadata,
+        mut metadata,
         end,
         ..
     } = call;
+    let spans = shared.spans.as_ref();
+    let span = spans.and_then(|spans| spans.begin(&mut metadata));
     let opened = async {
         let (caller, visit) = entered?;
         let request = shared
@@ -99,13 +101,16 @@ async fn generate(shared: &Arc<Shared>, call: Call) -> Response<ResponseBody> {
                 back.clone(),
                 metadata.request_id,
                 metadata.arrived,
-                visit,
+                (visit, span),
             );
             grpc::response(ResponseBody::Generate(Box::new(body)), &back)
         }
         Err((step, error)) => {
             shared.telemetry.rejected(step, &error);
             shared.telemetry.ended("Generate", Some(&error));
+            if let Some(span) = span {
+                span.refused(step, &error);
+            }
             tracing::debug!(event = "refused", request_id = %metadata.request_id, %error);
             grpc::refusal(&error.to_status(), &back)
         }

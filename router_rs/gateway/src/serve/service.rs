@@ -22,7 +22,7 @@ use crate::{
     door::{CallMetadata, Door},
     error::RequestError,
     mesh::{Mesh, text_of},
-    telemetry::{Exposition, Step, Telemetry},
+    telemetry::{Exposition, Spans, Step, Telemetry},
 };
 
 /// What is told of this router.
@@ -42,6 +42,8 @@ pub(crate) struct Shared {
     pub(crate) health: Health,
     pub(crate) reflection: Reflection,
     pub(crate) telemetry: Arc<Telemetry>,
+    /// `None`: no collector is told.
+    pub(crate) spans: Option<Spans>,
     pub(crate) exposition: Exposition,
     pub(crate) facts: RouterFacts,
 }

@@ -458,6 +458,18 @@ pub const KEYS: &[Key] = &[
         "info",
         "Level of log lines: error, warn, info, debug, or directives such as kvmesh=debug.",
     ),
+    key(
+        "otlp_endpoint",
+        Kind::Text,
+        "",
+        "Collector that takes OTLP over gRPC, host:port, without TLS: requests are told to it as spans of OpenTelemetry. Empty: to nobody.",
+    ),
+    key(
+        "otlp_share",
+        Kind::Real(0.0, 1.0),
+        "1",
+        "Share of requests whose spans are exported, by their trace id. Those whose traceparent says sampled always are.",
+    ),
 ];
 
 /// A key by name; `-` and `_` are the same.

@@ -15,7 +15,10 @@ use serde_json::Value;
 
 pub use keys::{KEYS, Key, Kind};
 
-use crate::mesh::{MeshSettings, PolicySettings};
+use crate::{
+    mesh::{MeshSettings, PolicySettings},
+    telemetry::endpoint,
+};
 
 /// A setting that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -263,6 +266,8 @@ pub struct Settings {
     pub grace: Duration,
     pub log_format: String,
     pub log_level: String,
+    pub otlp_endpoint: String,
+    pub otlp_share: f64,
 }
 
 impl Settings {
@@ -336,6 +341,8 @@ impl Settings {
             grace: layers.duration("grace"),
             log_format: layers.text("log_format"),
             log_level: layers.text("log_level"),
+            otlp_endpoint: layers.text("otlp_endpoint"),
+            otlp_share: layers.real("otlp_share"),
         };
         settings.together()?;
         Ok(settings)
@@ -357,6 +364,14 @@ impl Settings {
         }
         if self.etcd_user.is_empty() != self.etcd_password.0.is_empty() {
             return wrong("etcd_user and etcd_password go together; one of them is not set");
+        }
+        if !self.otlp_endpoint.is_empty() && endpoint(&self.otlp_endpoint).is_none() {
+            return Err(SettingsError::Value {
+                from: "otlp_endpoint".to_owned(),
+                key: "otlp_endpoint",
+                value: self.otlp_endpoint.clone(),
+                allowed: "host:port or http://host:port, or nothing".to_owned(),
+            });
         }
         if !self.listen.ip().is_loopback() && self.tls_cert.is_none() && !self.insecure {
             return Err(SettingsError::Together(format!(
@@ -474,6 +489,14 @@ mod tests {
                 .to_string()
                 .contains("not a section")
         );
+    }
+
+    #[test]
+    fn a_collector_is_asked_for_in_a_form_that_can_be_used() {
+        assert!(listen("otlp_endpoint = 'collector:4317'").is_ok());
+        let refused = listen("otlp_endpoint = 'https://collector:4317'").unwrap_err();
+        let refused = refused.to_string();
+        assert!(refused.contains("otlp_endpoint") && refused.contains("host:port"));
     }
 
     #[test]

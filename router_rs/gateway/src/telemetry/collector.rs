@@ -54,6 +54,16 @@ impl Exposition {
             "Changed files of keys, by whether they were taken",
             telemetry.key_reloads.clone(),
         );
+        registry.register(
+            "otlp_spans_exported",
+            "Spans that the collector took",
+            telemetry.spans_exported.clone(),
+        );
+        registry.register(
+            "otlp_spans_dropped",
+            "Spans that were not told: the collector was away, slow, or refused them",
+            telemetry.spans_dropped.clone(),
+        );
         registry.register_collector(Box::new(Figures {
             mesh,
             telemetry,

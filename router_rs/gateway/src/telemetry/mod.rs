@@ -8,11 +8,13 @@ mod histogram;
 mod log;
 #[cfg(test)]
 pub(crate) mod log_lines;
+mod spans;
 
 pub(crate) use collector::Exposition;
 pub(crate) use goodput::{ClassEnd, HeldTo, Took};
 pub(crate) use histogram::Histogram;
 pub use log::init_logging;
+pub(crate) use spans::{Exporter, RequestSpan, Spans, endpoint};
 
 use std::{
     sync::{
@@ -98,6 +100,8 @@ pub(crate) struct Telemetry {
     ended: Family<CallEnd, Counter>,
     by_class: Family<ClassLabels, Counter>,
     key_reloads: Family<Reload, Counter>,
+    spans_exported: Counter,
+    spans_dropped: Counter,
     connections: AtomicI64,
     permits: OnceLock<(Arc<Semaphore>, usize)>,
     first_token: Histogram,

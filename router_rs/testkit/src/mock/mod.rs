@@ -118,8 +118,8 @@ impl MockWorker {
     }
 
     /// The last placement that it was asked for: its stage, its names, its
-    /// tenant, the context that came with it, what another router needs of it and
-    /// how urgent it is, nothing else.
+    /// tenant, the context that came with it, whether spans are wanted, what another
+    /// router needs of it and how urgent it is, nothing else.
     #[must_use]
     pub fn last_place(&self) -> Option<Place> {
         self.state.last_place()

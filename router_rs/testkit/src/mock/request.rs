@@ -11,7 +11,7 @@ use std::{sync::Arc, time::Duration};
 use bytes::{BufMut, Bytes, BytesMut};
 use kvmesh_wire::v1::{
     FinishReason, MeshHandOff, Place, RefusalReason, RequestClass, Stage, StageEnd, StageFailed,
-    StageFinished, StageTimings, TokenLogprobs, TokenRows, hand_off, stage_end::End,
+    StageFinished, StageTimings, TokenLogprobs, TokenRows, TraceSpan, hand_off, stage_end::End,
 };
 use tokio::time::Instant;
 
@@ -55,6 +55,10 @@ pub(super) struct Running {
     pub(super) class: RequestClass,
     pub(super) blocks: u64,
     placed: Instant,
+    /// Whether spans are wanted.
+    trace: bool,
+    /// From the request's arrival to the placement, ms.
+    waited_ms: f64,
     started: Option<Instant>,
     state: Arc<State>,
 }
@@ -120,6 +124,8 @@ impl Running {
             logprobs: continuation.logprobs,
             blocks,
             placed: now,
+            trace: place.trace,
+            waited_ms: continuation.waited_ms,
             started: None,
             state: Arc::clone(state),
         };
@@ -223,10 +229,33 @@ impl Running {
                 prefill_ms: if receives { 0.0 } else { ms(prefilled) },
                 transfer_ms: if receives { ms(prefilled) } else { 0.0 },
                 computed_tokens: computed,
+                trace: if self.trace { self.spans() } else { Vec::new() },
                 ..Default::default()
             }),
             end: Some(end),
         }
+    }
+
+    /// What it did, as an engine would tell it.
+    fn spans(&self) -> Vec<TraceSpan> {
+        let ms = |time: Duration| time.as_secs_f64() * 1e3;
+        let now = Instant::now();
+        let span = |name: &str, from: Instant, to: Instant, tokens| TraceSpan {
+            name: name.to_owned(),
+            start_ms: self.waited_ms + ms(from - self.placed),
+            duration_ms: ms(to - from),
+            tokens,
+            ..TraceSpan::default()
+        };
+        let first = match self.stage {
+            Stage::Decode => "transfer",
+            Stage::Unspecified | Stage::Whole | Stage::Prefill => "prefill_chunk",
+        };
+        let started = self.started.unwrap_or(now);
+        let first = span(first, self.placed, started, self.prompt_tokens);
+        let decodes = self.started.filter(|_| self.stage != Stage::Prefill);
+        let decode = decodes.map(|from| span("decode", from, now, self.next));
+        [first].into_iter().chain(decode).collect()
     }
 
     fn enter(&self, context: u64) {

@@ -94,6 +94,7 @@ impl State {
             baggage: place.baggage.clone(),
             tenant: place.tenant.clone(),
             resume_state: place.resume_state.clone(),
+            trace: place.trace,
             ..Place::default()
         };
         *self.placed.lock().unwrap_or_else(PoisonError::into_inner) = Some(named);

@@ -152,7 +152,7 @@ impl Open {
             baggage: request.baggage.clone(),
             request_id: request.request_id.clone(),
             predicted_start_ms: chosen.map_or(0.0, |chosen| chosen.predicted_start_ms),
-            trace: request.trace,
+            trace: request.trace || request.traced,
             alone: state.machine.alone(),
         })
     }

@@ -13,6 +13,9 @@ mod client;
 mod log;
 mod overload;
 mod reattach;
+mod traced;
+
+pub(crate) use traced::Traced;
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},

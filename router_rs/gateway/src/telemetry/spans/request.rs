@@ -1,0 +1,120 @@
+//! The span of one request, from its arrival to its end.
+
+use std::{
+    sync::Arc,
+    time::{Instant, SystemTime},
+};
+
+use kvmesh_wire::v1;
+use tonic::Code;
+
+use super::{context::Context, queue::Queue};
+use crate::{
+    door::CallMetadata,
+    error::RequestError,
+    mesh::Traced,
+    telemetry::{Step, reason_label},
+};
+
+/// A request whose spans are exported once it has ended, however it ends.
+pub(crate) struct RequestSpan {
+    queue: Arc<Queue>,
+    arrived: Instant,
+    deadline: Option<Instant>,
+    ended: Option<Ended>,
+}
+
+/// What is told of a request that ended.
+#[derive(Debug, Default)]
+pub(super) struct Ended {
+    pub(super) context: Context,
+    /// The client's, of the trace.
+    pub(super) tracestate: String,
+    pub(super) request_id: String,
+    /// When it arrived.
+    pub(super) began: Option<SystemTime>,
+    /// From there to its end.
+    pub(super) took_ms: f64,
+    /// How it ended; 0 is well.
+    pub(super) code: i32,
+    /// The reason where it did not end well: one of docs/protocols.md.
+    pub(super) reason: Option<&'static str>,
+    /// The step at the door that refused it.
+    pub(super) refused_at: Option<&'static str>,
+    pub(super) finish: v1::FinishReason,
+    /// Its generation, where it got as far.
+    pub(super) traced: Option<Traced>,
+}
+
+impl Ended {
+    /// Spans that it makes.
+    pub(super) fn spans(&self) -> usize {
+        let below = |traced: &Traced| traced.rows.len() + usize::from(traced.has_gap());
+        1 + self.traced.as_ref().map_or(0, below)
+    }
+}
+
+impl RequestSpan {
+    pub(super) fn new(queue: Arc<Queue>, context: Context, call: &CallMetadata) -> Self {
+        let began = SystemTime::now().checked_sub(call.arrived.elapsed());
+        Self {
+            queue,
+            arrived: call.arrived,
+            deadline: call.deadline,
+            ended: Some(Ended {
+                context,
+                tracestate: call.tracestate.clone(),
+                request_id: call.request_id.clone(),
+                began,
+                ..Ended::default()
+            }),
+        }
+    }
+
+    /// Its stream says that it ended well.
+    pub(crate) fn finishes(&mut self, reason: v1::FinishReason) {
+        if let Some(ended) = &mut self.ended {
+            ended.finish = reason;
+        }
+    }
+
+    /// It was refused at the door.
+    pub(crate) fn refused(mut self, step: Step, error: &RequestError) {
+        if let Some(ended) = &mut self.ended {
+            ended.refused_at = Some(step.name());
+        }
+        self.end(error.code_and_reason().0, Some(reason_label(error)), None);
+    }
+
+    /// Its stream is over.
+    pub(crate) fn ended(mut self, error: Option<&RequestError>, traced: Traced) {
+        let code = error.map_or(Code::Ok, |error| error.code_and_reason().0);
+        self.end(code, error.map(reason_label), Some(traced));
+    }
+
+    fn end(&mut self, code: Code, reason: Option<&'static str>, traced: Option<Traced>) {
+        let Some(ended) = self.ended.take() else {
+            return;
+        };
+        self.queue.offer(Ended {
+            took_ms: self.arrived.elapsed().as_secs_f64() * 1e3,
+            code: code.into(),
+            reason,
+            traced,
+            ..ended
+        });
+    }
+}
+
+/// Nobody said how it ended: its call was dropped before its stream began.
+impl Drop for RequestSpan {
+    fn drop(&mut self) {
+        let late = self.deadline.is_some_and(|at| at <= Instant::now());
+        let (code, reason) = match (std::thread::panicking(), late) {
+            (true, _) => (Code::Internal, "INTERNAL"),
+            (false, true) => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
+            (false, false) => (Code::Cancelled, "CANCELLED"),
+        };
+        self.end(code, Some(reason), None);
+    }
+}
