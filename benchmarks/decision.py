@@ -7,8 +7,9 @@ wait for, without its key and with it; that is a column, and not part of the dec
 has 5,000 tokens, an eighth of the workers hold prefixes of it, every worker has load, and between
 two decisions one of them reports. Hashing of the prompt is shown apart, and so are what a Python
 function that scores the plans adds, and decisions a second where 64 requests wait and are tried
-anew as workers report (router_rs/scheduler/examples/dispatch_speed.rs). Where a function scores the
-plans, every pair of the best of each side is counted: "scored" is that choice, without the function.
+anew as workers report (router_rs/scheduler/examples/dispatch_speed.rs). Where a function scores
+the plans, every pair of the best of each side is counted: "scored" is that choice, without the
+function.
 
     python benchmarks/decision.py [--quick] [--json FILE]
 
