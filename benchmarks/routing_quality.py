@@ -126,8 +126,7 @@ def fixed_rows(cell: Cell, speed: float, queues: Sequence[Mapping[str, Any]]) ->
     half of the first third outside its SLO is named and not judged: its queue only grows."""
     rows: dict[str, Row] = {}
     for name in FIXED:
-        tried = cell.tune([Policy(name, {}, queue) for queue in queues], speed)
-        policy, figures = min(tried, key=lambda entry: entry[1].ttft)
+        policy, figures = better_queue(cell, speed, Policy(name), queues)
         if figures.good < COLLAPSES:
             print(f"{name}: not judged, serves {figures.good:.0%} of the first third within SLO")
             continue
@@ -137,8 +136,15 @@ def fixed_rows(cell: Cell, speed: float, queues: Sequence[Mapping[str, Any]]) ->
 
 def held_or_not(cell: Cell, speed: float, policy: Policy) -> Policy:
     """A policy with our order, held back in the router or not: the better one by TTFT."""
-    both = [Policy(policy.name, policy.numbers, queue) for queue in OUR_ORDER]
-    return min(cell.tune(both, speed), key=lambda entry: entry[1].ttft)[0]
+    return better_queue(cell, speed, policy, OUR_ORDER)[0]
+
+
+def better_queue(
+    cell: Cell, speed: float, policy: Policy, queues: Sequence[Mapping[str, Any]]
+) -> tuple[Policy, Figures]:
+    """A policy with that of these queues which serves the first third better by TTFT."""
+    tried = [Policy(policy.name, policy.numbers, queue) for queue in queues]
+    return min(cell.tune(tried, speed), key=lambda entry: entry[1].ttft)
 
 
 def clear_sight() -> dict[str, Any]:

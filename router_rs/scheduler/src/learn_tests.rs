@@ -92,7 +92,7 @@ fn predictions_come_within_five_percent_of_noisy_steps() {
             learner.observe(&sample);
         }
         let errors = errors(learner.model(), &TRUTH, 1.0);
-        // 95 of 100: some ten steps of the range are seldom among 2,000 others.
+        // Of 95 in 100; the corners of the range are hardly among 2,000 noisy steps.
         let error = errors[errors.len() * 95 / 100];
         assert!(error < 0.05, "seed {seed}: {error}");
     }

@@ -178,7 +178,7 @@ impl TransferRates {
     /// the least fixed part and the highest rate that are believed of any.
     pub(crate) fn quickest(&self, source: WorkerSlot, path: Path) -> TransferRate {
         let of_source = self.quickest.get(source.0 as usize);
-        of_source.map_or_else(|| path.prior(), |rates| rates[path as usize])
+        of_source.unwrap_or(&QUICKEST)[path as usize]
     }
 
     fn look_for_quickest(&mut self, row: usize) {

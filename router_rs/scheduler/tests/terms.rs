@@ -25,6 +25,15 @@ fn whole(worker: &WorkerView, request: &RequestView<'_>) -> Terms {
     explain(std::slice::from_ref(worker), request)[0].terms
 }
 
+/// The terms of the cheapest pair.
+fn split(workers: &[WorkerView], request: &RequestView<'_>) -> Terms {
+    let plans = explain(workers, request);
+    let split = plans
+        .iter()
+        .find(|one| matches!(one.plan, Plan::Split { .. }));
+    split.unwrap().terms
+}
+
 fn of_class(class: Class, request: RequestView<'_>) -> RequestView<'_> {
     RequestView { class, ..request }
 }
@@ -161,12 +170,7 @@ fn streams_are_slowed_by_another_until_the_pool_is_level() {
     let joined = |streams| {
         let mut decode = with_streams(Class::Batch, streams);
         (decode.slot, decode.role) = (WorkerSlot(1), Role::Decode);
-        let workers = [worker(0, Role::Prefill), decode];
-        let plans = explain(&workers, &request(&none, 1));
-        let split = plans
-            .iter()
-            .find(|one| matches!(one.plan, Plan::Split { .. }));
-        split.unwrap().terms.others_stretch_ms
+        split(&[worker(0, Role::Prefill), decode], &request(&none, 1)).others_stretch_ms
     };
     // Of B streams one ends, and another comes, B times as often as of one: each
     // is slowed for an (1 + B)th of what it has left.
@@ -185,12 +189,7 @@ fn those_that_end_soon_make_the_pool_level_for_those_that_stay() {
         decode.load.own.decoding += 10;
         decode.load.own.classes.decoding[Class::Batch.index()] = 10;
         decode.left = [500.0, 0.0, left];
-        let workers = [worker(0, Role::Prefill), decode];
-        let plans = explain(&workers, &request(&none, 1));
-        let split = plans
-            .iter()
-            .find(|one| matches!(one.plan, Plan::Split { .. }));
-        split.unwrap().terms.others_stretch_ms
+        split(&[worker(0, Role::Prefill), decode], &request(&none, 1)).others_stretch_ms
     };
     // Ending: 10 / 500 + 10 / 500 a step, and 10 / 500 + 10 / 20.
     let ratio = slowed(20.0) / slowed(500.0);
@@ -231,11 +230,7 @@ fn beyond_the_target_a_millisecond_counts_four_times() {
     // Prefill emits the first token: the gap is not part of it.
     assert_eq!(steep.ttft_ms(), steep.wait_ms + steep.prefill_ms);
     Arc::make_mut(&mut workers[0].abilities).prefill_emits_first_token = false;
-    let plans = explain(&workers, &request(&none, 1));
-    let split = plans
-        .iter()
-        .find(|one| matches!(one.plan, Plan::Split { .. }));
-    let late = split.unwrap().terms;
+    let late = split(&workers, &request(&none, 1));
     assert!(late.first_from_decode && late.ttft_ms() > late.prefill_ms + late.transfer_ms);
     assert_eq!(late.gap_ms, 0.0);
 }
