@@ -72,3 +72,12 @@ pub struct AdmittedRequest {
     /// Time that template and tokeniser took, milliseconds.
     pub tokenize_ms: f64,
 }
+
+/// A class as settings write it.
+pub(crate) fn class_name(class: v1::RequestClass) -> &'static str {
+    match class {
+        v1::RequestClass::Interactive => "interactive",
+        v1::RequestClass::Batch => "batch",
+        v1::RequestClass::Standard | v1::RequestClass::Unspecified => "standard",
+    }
+}

@@ -3,6 +3,8 @@
 use kvmesh_wire::v1;
 use prometheus_client::encoding::EncodeLabelSet;
 
+use crate::request::class_name;
+
 /// What one request is held to.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct HeldTo {
@@ -53,13 +55,8 @@ pub(super) struct ClassLabels {
 
 impl ClassLabels {
     pub(super) fn new(class: v1::RequestClass, end: ClassEnd) -> Self {
-        let class = match class {
-            v1::RequestClass::Interactive => "interactive",
-            v1::RequestClass::Batch => "batch",
-            v1::RequestClass::Standard | v1::RequestClass::Unspecified => "standard",
-        };
         Self {
-            class,
+            class: class_name(class),
             outcome: end.name(),
         }
     }

@@ -3,6 +3,7 @@
 use kvmesh_wire::v1;
 
 use super::Open;
+use crate::request::class_name;
 
 /// A generation as it is told to a collector of spans: counts, times and names, no
 /// text and no token.
@@ -50,11 +51,7 @@ impl Open {
         Traced {
             generation: self.id.to_string(),
             model: request.model.clone(),
-            class: match request.class {
-                v1::RequestClass::Interactive => "interactive",
-                v1::RequestClass::Batch => "batch",
-                v1::RequestClass::Standard | v1::RequestClass::Unspecified => "standard",
-            },
+            class: class_name(request.class),
             chat: request.chat,
             max_tokens: request.max_tokens,
             decode_worker: decode.map_or_else(String::new, |worker| self.core.table.name(worker)),
