@@ -151,6 +151,14 @@ network-tools:
 interop: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) ## Run the clients in other languages against a cluster
 	@if [ -d tests/interop ]; then $(BIN)/python -m pytest -m "not slow" tests/interop; fi
 
+# The torch engine where there is a GPU: CI has none. What a test skips says why.
+TEST_DEVICE ?= cuda
+
+.PHONY: test-cuda
+test-cuda: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) ## Run the torch engine's tests on a GPU (TEST_DEVICE=cuda)
+	KVMESH_TEST_DEVICE=$(TEST_DEVICE) $(BIN)/python -m pytest tests/model tests/equality \
+		tests/engine/test_torch_engine.py
+
 .PHONY: test-long
 test-long: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) network-tools ## Run everything, also what takes long
 	$(CARGO_TEST) -- --include-ignored

@@ -3,6 +3,7 @@
 The same weights, the same threads, float32, greedy, in one process, blocks in turn.
 
     python benchmarks/engine.py [--quick] [--json FILE] [--threads N] [--model NAME]
+        [--device DEVICE]
 
 Prefill: one prompt, tokens/s to its first token; ours in chunks of 512 over paged KV, transformers'
 forward as its `generate` calls it (SDPA attention, logits of the last position only). Decode: eight
@@ -86,8 +87,8 @@ def prompts(vocabulary: int, lengths: Sequence[int]) -> list[np.ndarray]:
 
 
 class Ours:
-    def __init__(self, model: str, threads: int) -> None:
-        built = build(TorchSettings(model, threads=threads))
+    def __init__(self, model: str, threads: int, device: str) -> None:
+        built = build(TorchSettings(model, threads=threads, device=device, dtype="float32"))
         self.runner = built.runner
         self.folder = built.folder
         self.vocabulary = built.record.vocabulary_size
@@ -123,18 +124,20 @@ class Ours:
 
 
 class Transformers:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str) -> None:
         import transformers
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         logging.getLogger("transformers").setLevel(logging.ERROR)
-        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa"
-        ).eval()
+        )
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval()
 
     def prefill(self, prompt: np.ndarray) -> float:
-        ids = torch.from_numpy(prompt.astype(np.int64))[None]
+        ids = torch.from_numpy(prompt.astype(np.int64))[None].to(self.device)
         begin = time.perf_counter()
         with torch.inference_mode():
             self.model(ids, use_cache=True, logits_to_keep=1).logits[0, -1].argmax().item()
@@ -151,13 +154,15 @@ class Transformers:
 
         def note(_ids: torch.Tensor, _scores: Any) -> torch.Tensor:
             """Called after each token of the batch; stops nothing."""
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
             moments.append(time.perf_counter())
-            return torch.zeros(len(given), dtype=torch.bool)
+            return torch.zeros(len(given), dtype=torch.bool, device=self.device)
 
         with torch.inference_mode():
             self.model.generate(
-                ids,
-                attention_mask=mask,
+                ids.to(self.device),
+                attention_mask=mask.to(self.device),
                 do_sample=False,
                 min_new_tokens=tokens + 1,
                 max_new_tokens=tokens + 1,
@@ -182,6 +187,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="under a minute; not evidence")
     parser.add_argument("--threads", type=int, default=1, help="threads of both (default 1)")
     parser.add_argument("--model", default="smollm2-135m", help="model name or folder")
+    parser.add_argument("--device", default="cpu", help="of both, as torch names it (default cpu)")
     parser.add_argument("--rounds", type=int, help="rounds of blocks (default 7; quick 2)")
     arguments = parser.parse_args()
     quick = arguments.quick
@@ -193,8 +199,8 @@ def main() -> None:
         # Under a minute whatever others do; then it is no evidence.
         alternating.MAX_REPEATS = 0
     models.pull(arguments.model)
-    ours = Ours(arguments.model, arguments.threads)
-    theirs = Transformers(ours.folder)
+    ours = Ours(arguments.model, arguments.threads, arguments.device)
+    theirs = Transformers(ours.folder, arguments.device)
     figures: list[Figure] = []
     rows: list[list[object]] = []
     busy = 0
@@ -234,7 +240,8 @@ def main() -> None:
 
     huge, _, _ = ours.pool.huge_use()
     print(f"KV pool: {huge >> 20} of {ours.pool.nbytes >> 20} MiB in huge pages")
-    title = f"{arguments.model}, float32, {arguments.threads} thread(s), {rounds} rounds"
+    where = arguments.device if arguments.device != "cpu" else f"{arguments.threads} thread(s)"
+    title = f"{arguments.model}, float32, {where}, {rounds} rounds"
     head = ["", "kvmesh tok/s", "transformers tok/s", "ratio", "repeated", "kept busy"]
     print_table(title + (" (quick: not evidence)" if quick else ""), head, rows)
     print_figures(figures)

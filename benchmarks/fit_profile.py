@@ -4,7 +4,7 @@ Times steps of many sizes (chunks at several contexts, batches of streams, both 
 the step model on every other one, and prints its error on those that it has not seen.
 
     python benchmarks/fit_profile.py [--quick] [--json FILE] [--out PROFILE.toml] [--threads N]
-        [--model NAME]
+        [--model NAME] [--device DEVICE] [--dtype DTYPE]
 
 The figures are the median and the 95th percentile of the relative error on unseen steps.
 """
@@ -17,14 +17,17 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
+import torch
 from alternating import Figure, print_table, write_json
 
 from kvmesh._router import KvPool
 from kvmesh.engine.core.runner import Runner, SampleSpec, Slice
 from kvmesh.engine.core.step_model import StepLoad, fit, predict_ms
 from kvmesh.engine.torch import TorchSettings, build
+from kvmesh.engine.torch.build import DType
 from kvmesh.simulate.profiles import load_profile
 from kvmesh.v1 import worker_pb2 as wire
 
@@ -71,10 +74,16 @@ def timed_ms(runner: Runner, batch: list[Slice]) -> float:
     return (time.perf_counter() - began) * 1e3
 
 
+def hardware(args: argparse.Namespace) -> str:
+    if args.device.startswith("cuda"):
+        return torch.cuda.get_device_name(args.device)
+    return "one x86 core" if args.threads == 1 else f"{args.threads} x86 cores"
+
+
 def profile_text(model: wire.StepModel, args: argparse.Namespace, error: str) -> str:
     """The shipped profile with the fitted steps."""
     base = load_profile("cpu-smollm2")
-    lines = [f'name = "{args.out.stem}"', f'hardware = "{args.threads} threads of this machine"']
+    lines = [f'name = "{args.out.stem}"', f'hardware = "{hardware(args)}"']
     lines.append(f'model = "{base["model"]}"')
     for key in ("gpus", "kv_bytes_per_token", "pool_tokens", "max_batch", "context_length"):
         lines.append(f"{key} = {base[key]}")
@@ -102,8 +111,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write a profile")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--device", default="cpu", help="as torch names it (default cpu)")
+    parser.add_argument("--dtype", choices=get_args(DType), default="float32")
     args = parser.parse_args()
-    runner = build(TorchSettings(model=args.model, threads=args.threads)).runner
+    settings = TorchSettings(args.model, "", args.device, args.dtype, threads=args.threads)
+    runner = build(settings).runner
     pool = KvPool(POOL_BLOCKS, runner.block_bytes)
     runner.bind(pool)
     all_steps = steps(runner.block_tokens, 16 if args.quick else 120, 1)

@@ -1,5 +1,6 @@
 """The torch engine with a tiny random model."""
 
+import os
 from pathlib import Path
 
 from engine_harness import running
@@ -8,6 +9,9 @@ from kvmesh.engine.core.engine import CoreEngine, TransferSettings
 from kvmesh.engine.core.settings import CoreSettings
 from kvmesh.engine.sim.vocabulary import tokenizer_files
 from kvmesh.v1 import worker_pb2 as wire
+
+DEVICE = os.environ.get("KVMESH_TEST_DEVICE", "cpu")
+"""Where it computes, as torch names it (`make test-cuda`)."""
 
 MODEL = wire.StepModel(a_ms=1, b_ms=0.01, saturating_chunk=64)
 SAMPLING = {"sampling": wire.ResolvedSampling(repetition_penalty=1, top_p=1)}
@@ -42,7 +46,7 @@ def engine_of(
 ):
     from kvmesh.engine.torch import TorchSettings, build
 
-    runner = build(TorchSettings(folder, dtype="float32", threads=1)).runner
+    runner = build(TorchSettings(folder, device=DEVICE, dtype="float32", threads=1)).runner
     settings.setdefault("step_model", MODEL)
     return CoreEngine(
         runner,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -24,6 +25,9 @@ from kvmesh import models  # noqa: E402
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+
+DEVICE = os.environ.get("KVMESH_TEST_DEVICE", "cpu")
+"""Where the workers compute, as torch names it (`make test-cuda`)."""
 
 Start = Callable[..., AbstractContextManager[Cluster]]
 
@@ -51,7 +55,8 @@ def start(tmp_path) -> Start:
             # All prompts are asked at once: that they wait is not too much here.
             endpoint = cluster.start_router("--queue-timeout", "30m")
             for name, role in roles.items():
-                cluster.begin_worker(name, role, "--model", MODEL, *arguments, engine="torch")
+                chosen = ("--model", MODEL, "--device", DEVICE, *arguments)
+                cluster.begin_worker(name, role, *chosen, engine="torch")
             cluster.wait_live(endpoint, *roles)
             with kvmesh.Client(endpoint) as client:
                 # The model is there once the router has its tokeniser.

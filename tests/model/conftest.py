@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from driver import Driver
+from driver import DEVICE, Driver
 
 from kvmesh import models
 from kvmesh.engine.torch import TorchSettings, build
@@ -28,7 +28,8 @@ def smollm2_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2(smollm2_folder) -> Driver:
-    return Driver(build(TorchSettings("smollm2-135m", threads=1)).runner, blocks=700)
+    settings = TorchSettings("smollm2-135m", device=DEVICE, dtype="float32", threads=1)
+    return Driver(build(settings).runner, blocks=700)
 
 
 @pytest.fixture(scope="session")

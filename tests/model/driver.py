@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,6 +13,9 @@ import kvmesh.engine.torch.runner as torch_runner
 from kvmesh._router import KvPool
 from kvmesh.engine.core.runner import Sampled, SampleSpec, Slice
 from kvmesh.v1 import worker_pb2 as wire
+
+DEVICE = os.environ.get("KVMESH_TEST_DEVICE", "cpu")
+"""Where these models compute, as torch names it (`make test-cuda`)."""
 
 GREEDY = wire.ResolvedSampling(repetition_penalty=1, top_p=1)
 
@@ -62,6 +66,7 @@ class Driver:
         """A stream with room for `tokens` more; blocks scattered over the pool, used anew."""
         count = -(-(len(prompt) + tokens) // self.runner.block_tokens)
         blocks, self.free = self.free[:count].copy(), np.roll(self.free, -count)
+        self.pool.raise_versions(blocks.tolist())
         return Stream(prompt, blocks, **more)
 
     def step(self, streams: Sequence[Stream], chunk: int) -> None:
@@ -83,7 +88,7 @@ def logits_of(runner_module=torch_runner) -> Iterator[list[torch.Tensor]]:
     draw = runner_module.draw
 
     def note(logits, specs):
-        seen.append(logits.clone())
+        seen.append(logits.to("cpu", copy=True))
         return draw(logits, specs)
 
     runner_module.draw = note

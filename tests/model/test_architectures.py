@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from driver import Driver, logits_of
+from driver import DEVICE, Driver, logits_of
 
 from kvmesh import models
 from kvmesh.engine.torch import TorchSettings, build
@@ -93,6 +94,14 @@ def compare(model, driver, length=300):
     assert (torch.cat(seen) - wanted).abs().max() < 2e-4 * wanted.abs().max()
 
 
+def driven(folder: Path, device: str = DEVICE, block_tokens: int = 16) -> Driver:
+    """The model in a folder, with a small pool."""
+    settings = TorchSettings(
+        str(folder), device=device, dtype="float32", threads=1, block_tokens=block_tokens
+    )
+    return Driver(build(settings).runner, 64)
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("KVMESH_CACHE", str(tmp_path / "cache"))
@@ -101,23 +110,22 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_llama_variant(variant, tmp_path):
     model = make("llama", tmp_path, **VARIANTS[variant])
-    compare(model, Driver(build(TorchSettings(str(tmp_path), threads=1)).runner, 64))
+    compare(model, driven(tmp_path))
 
 
 def test_mistral(tmp_path):
     model = make("mistral", tmp_path, sliding_window=None)
-    compare(model, Driver(build(TorchSettings(str(tmp_path), threads=1)).runner, 64))
+    compare(model, driven(tmp_path))
 
 
 def test_qwen2(tmp_path):
     model = make("qwen2", tmp_path, use_sliding_window=False)
-    compare(model, Driver(build(TorchSettings(str(tmp_path), threads=1)).runner, 64))
+    compare(model, driven(tmp_path))
 
 
 def test_larger_blocks(tmp_path):
     model = make("llama", tmp_path)
-    built = build(TorchSettings(str(tmp_path), threads=1, block_tokens=32))
-    compare(model, Driver(built.runner, 64))
+    compare(model, driven(tmp_path, block_tokens=32))
 
 
 def test_several_shards_are_the_same_model(tmp_path):
@@ -125,7 +133,7 @@ def test_several_shards_are_the_same_model(tmp_path):
     model = make("llama", one)
     make("llama", many, shard_size="50KB")
     assert len(list(many.glob("*.safetensors"))) > 2
-    compare(model, Driver(build(TorchSettings(str(many), threads=1)).runner, 64))
+    compare(model, driven(many))
     cache = models.cache_folder()
     assert models.model_digest(one, cache) == models.model_digest(many, cache)
 
@@ -134,8 +142,8 @@ def test_several_shards_are_the_same_model(tmp_path):
 def test_torch_attention_equals_the_kernels(tmp_path, mirror):
     """The path of other devices and dtypes, run on the CPU in float32."""
     model = make("llama", tmp_path)
-    runner = build(TorchSettings(str(tmp_path), threads=1)).runner
-    driver = Driver(runner, 64)
+    driver = driven(tmp_path, "cpu")
+    runner = driver.runner
     config = models.load_config(tmp_path)
     device = torch.device("cpu")
     shape = KvShape.of(config, 16)
@@ -145,8 +153,8 @@ def test_torch_attention_equals_the_kernels(tmp_path, mirror):
 
 def test_a_mirror_sees_blocks_that_came_from_elsewhere(tmp_path):
     make("llama", tmp_path)
-    runner = build(TorchSettings(str(tmp_path), threads=1)).runner
-    driver = Driver(runner, 64)
+    driver = driven(tmp_path, "cpu")
+    runner = driver.runner
     shape = KvShape.of(models.load_config(tmp_path), 16)
     kv = TorchKv(shape, driver.pool, torch.float32, torch.device("cpu"), mirror=True)
     prompt = list(range(50))
@@ -171,7 +179,7 @@ def driver_stream_at(stream, prompt):
 
 def test_half_precision_runs(tmp_path):
     make("llama", tmp_path)
-    built = build(TorchSettings(str(tmp_path), threads=1, dtype="bfloat16"))
+    built = build(TorchSettings(str(tmp_path), device=DEVICE, threads=1, dtype="bfloat16"))
     assert built.runner.compatibility().dtype == "bfloat16"
     driver = Driver(built.runner, 64)
     (output,) = driver.generate([driver.stream(list(range(40)), 5)], 5, 16)
@@ -187,7 +195,7 @@ def test_what_runs_between_two_layers_changes_no_bit(tmp_path, layers):
     ids, others = rng.integers(0, 320, 192).tolist(), rng.integers(0, 320, 150).tolist()
     outcomes = []
     for paused in (set(), layers):
-        driver = Driver(build(TorchSettings(str(tmp_path), threads=1)).runner, 64)
+        driver = driven(tmp_path)
         stream, other = driver.stream(ids, 2), driver.stream(others, 30)
         with logits_of() as seen:
             for _ in range(2):
@@ -231,4 +239,4 @@ def test_weights_of_unknown_use_are_refused(tmp_path):
     config["architectures"] = ["LlamaForCausalLM"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModelError, match="bias"):
-        build(TorchSettings(str(tmp_path), threads=1))
+        build(TorchSettings(str(tmp_path), device=DEVICE, dtype="float32", threads=1))
