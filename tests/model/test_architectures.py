@@ -13,7 +13,8 @@ from driver import DEVICE, Driver, logits_of
 
 from kvmesh import models
 from kvmesh.engine.torch import TorchSettings, build
-from kvmesh.engine.torch.paged_kv import KvShape, TorchKv
+from kvmesh.engine.torch.paged_kv import KvShape
+from kvmesh.engine.torch.torch_kv import TorchKv
 from kvmesh.models import UnsupportedModelError
 
 BASE = {

@@ -15,8 +15,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kvmesh.engine.torch.paged_kv import PagedKv
-from kvmesh.engine.torch.plan import Plan
+from kvmesh.engine.torch.paged_kv import BatchKv
 from kvmesh.engine.torch.weights import LayerWeights, ModelWeights
 
 
@@ -36,10 +35,10 @@ class LlamaModel:
         """[n] ids to [n, hidden]."""
         return F.embedding(ids, self._weights.embedding)
 
-    def layer(self, index: int, hidden: torch.Tensor, kv: PagedKv, plan: Plan) -> None:
+    def layer(self, index: int, hidden: torch.Tensor, kv: BatchKv) -> None:
         """Runs layer `index` on `hidden` [n, hidden], in place."""
         weights = self._weights.layers[index]
-        hidden += self._attention(weights, index, hidden, kv, plan)
+        hidden += self._attention(weights, index, hidden, kv)
         hidden += self._mlp(weights, hidden)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -47,11 +46,11 @@ class LlamaModel:
         return self._weights.head(self._norm(hidden, self._weights.final_norm)).float()
 
     def _attention(
-        self, weights: LayerWeights, index: int, hidden: torch.Tensor, kv: PagedKv, plan: Plan
+        self, weights: LayerWeights, index: int, hidden: torch.Tensor, kv: BatchKv
     ) -> torch.Tensor:
         qkv = weights.qkv(self._norm(hidden, weights.input_norm))
-        q = kv.write(index, qkv, plan)
-        return weights.output(kv.attend(index, q, plan))
+        q = kv.write(index, qkv)
+        return weights.output(kv.attend(index, q))
 
     def _mlp(self, weights: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
         gate, up = weights.gate_up(self._norm(hidden, weights.mlp_norm)).chunk(2, dim=-1)
@@ -59,6 +58,4 @@ class LlamaModel:
 
     def _norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMSNorm (arXiv:1910.07467), in float32 whatever the weights are in."""
-        values = hidden.float()
-        scale = torch.rsqrt(values.square().mean(-1, keepdim=True) + self._epsilon)
-        return (values * scale).to(hidden.dtype) * weight
+        return F.rms_norm(hidden, weight.shape, weight, self._epsilon)

@@ -22,11 +22,10 @@ class PrefillSlice:
     end: int
     length: int
     """Tokens of the sequence up to the last row."""
+    slots: npt.NDArray[np.uint32]
+    """[n] slots of the pool."""
     blocks: torch.Tensor
-    """[n] int64 slots of the pool."""
-    mask: torch.Tensor | None
-    """[rows, length] bool, where context precedes the slice; None: plain causal, or
-    on a CPU, where no kernel needs it."""
+    """The same where the model computes, int64."""
 
     @property
     def start(self) -> int:
@@ -99,11 +98,9 @@ def _prefill(piece: Slice, begin: int, block_tokens: int, device: torch.device) 
     rows = len(piece.ids)
     length = piece.start + rows
     used = -(-length // block_tokens)
-    mask = None
-    if piece.start > 0 and device.type != "cpu":
-        mask = torch.ones(rows, length, dtype=torch.bool, device=device).tril_(piece.start)
-    blocks = torch.from_numpy(piece.blocks[:used].astype(np.int64)).to(device)
-    return PrefillSlice(begin, begin + rows, length, blocks, mask)
+    slots = piece.blocks[:used]
+    blocks = torch.from_numpy(slots.astype(np.int64)).to(device)
+    return PrefillSlice(begin, begin + rows, length, slots, blocks)
 
 
 def _decode(

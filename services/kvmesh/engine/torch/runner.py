@@ -9,10 +9,12 @@ import torch
 
 from kvmesh.engine.core.runner import Sampled, SampleSpec, Slice
 from kvmesh.engine.torch.model import LlamaModel
-from kvmesh.engine.torch.paged_kv import KvShape, NativeKv, PagedKv, TorchKv
+from kvmesh.engine.torch.native_kv import NativeKv
+from kvmesh.engine.torch.paged_kv import BatchKv, KvShape, PagedKv
 from kvmesh.engine.torch.plan import Plan, make_plan
 from kvmesh.engine.torch.rope import Rope
 from kvmesh.engine.torch.sampling import draw
+from kvmesh.engine.torch.torch_kv import TorchKv
 from kvmesh.engine.torch.weights import ModelWeights
 from kvmesh.models import ModelConfig
 from kvmesh.v1 import worker_pb2 as wire
@@ -91,10 +93,9 @@ class TorchRunner:
             raise RuntimeError("bind a pool first")
         if not batch:
             return []
-        kv = self._kv
-        plan, hidden = self._begin(batch, kv)
+        plan, kv, hidden = self._begin(batch, self._kv)
         for index in range(self.layers):
-            self._layer(index, hidden, kv, plan)
+            self._layer(index, hidden, kv)
             yield
         return self._finish(batch, hidden, kv, plan)
 
@@ -106,20 +107,19 @@ class TorchRunner:
     # pause it would hold for whatever else runs there. So each part enters it.
 
     @torch.inference_mode()
-    def _begin(self, batch: Sequence[Slice], kv: PagedKv) -> tuple[Plan, torch.Tensor]:
+    def _begin(self, batch: Sequence[Slice], pool: PagedKv) -> tuple[Plan, BatchKv, torch.Tensor]:
         plan = make_plan(batch, self.block_tokens, self._rope, self._device)
-        kv.begin(plan)
-        return plan, self._model.embed(plan.ids)
+        return plan, pool.begin(plan), self._model.embed(plan.ids)
 
     @torch.inference_mode()
-    def _layer(self, index: int, hidden: torch.Tensor, kv: PagedKv, plan: Plan) -> None:
-        self._model.layer(index, hidden, kv, plan)
+    def _layer(self, index: int, hidden: torch.Tensor, kv: BatchKv) -> None:
+        self._model.layer(index, hidden, kv)
 
     @torch.inference_mode()
     def _finish(
-        self, batch: Sequence[Slice], hidden: torch.Tensor, kv: PagedKv, plan: Plan
+        self, batch: Sequence[Slice], hidden: torch.Tensor, kv: BatchKv, plan: Plan
     ) -> list[Sampled | None]:
-        kv.finish(plan)
+        kv.finish()
         specs: list[SampleSpec] = [piece.sample for piece in batch if piece.sample is not None]
         if not specs:
             return [None] * len(batch)
