@@ -4,6 +4,7 @@
 //! `kvmesh-scheduler`; what is here is what the gateway has around them.
 
 mod belief;
+mod refusals;
 
 use crate::policies::policy;
 use crate::seed::mix;
@@ -19,6 +20,7 @@ use kvmesh_scheduler::{
     Phase, Place, Policy, Rejected, Reported, RequestView, Role, Roster, ScoreError, StepModel,
     StepSample, Targets, TransferRates, Verdict,
 };
+use refusals::Refusals;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -98,7 +100,7 @@ pub(crate) struct Router {
     booked: BTreeMap<u32, Vec<(usize, Booking)>>,
     /// Of requests that have not ended.
     keys: BTreeMap<u32, Keys>,
-    excluded: BTreeMap<u32, Vec<WorkerSlot>>,
+    refusals: Refusals,
     chain: Vec<u64>,
     cached: Matches,
     /// Outputs that have ended.
@@ -140,7 +142,7 @@ impl Router {
             look_at_ms: f64::NEG_INFINITY,
             booked: BTreeMap::new(),
             keys: BTreeMap::new(),
-            excluded: BTreeMap::new(),
+            refusals: Refusals::default(),
             chain: Vec::new(),
             cached: Matches::default(),
             ended: 0,
@@ -269,10 +271,9 @@ impl Router {
         choose: Option<Choice<'_>>,
     ) -> Tried {
         self.look_up(trace, index, asked.request);
-        let excluded = self.excluded.get(&asked.request).cloned();
-        let unwanted = excluded.as_deref().unwrap_or(&[]);
+        let unwanted = self.refusals.workers(asked.request);
         let at = (asked, key_ms);
-        let view = request_view(&self.lengths, &self.cached, trace, at, unwanted);
+        let view = request_view(&self.lengths, &self.cached, trace, at, &unwanted);
         let request = match choose {
             // Who picks another plan knows how long the output is.
             Some(_) => RequestView {
@@ -312,7 +313,7 @@ impl Router {
             Verdict::Goes(booked) => {
                 let booked = booked.into_iter().map(|(slot, of)| (slot.0 as usize, of));
                 self.booked.insert(asked.request, booked.collect());
-                self.excluded.remove(&asked.request);
+                self.refusals.placed(asked.request);
                 if let Some(keys) = self.keys.get_mut(&asked.request) {
                     keys.sent_ms = key_ms;
                 }
@@ -369,19 +370,24 @@ impl Router {
         self.rates.observe(from, to, Path::Network, bytes, ms);
     }
 
-    /// A worker has no room for a request: not again before its next report.
+    /// A worker has no room for a request.
     pub(crate) fn refused(&mut self, request: u32, worker: usize) {
-        let slot = WorkerSlot(worker as u32);
-        self.excluded.entry(request).or_default().push(slot);
+        let worker = WorkerSlot(worker as u32);
+        if let Some(view) = self.roster.get(worker) {
+            self.refusals.add(request, worker, &view.load);
+        }
+    }
+
+    /// A worker has taken a request.
+    pub(crate) fn reserved(&mut self, request: u32) {
+        self.refusals.taken(request);
     }
 
     /// A report came.
     pub(crate) fn reported(&mut self, report: &Report) {
         let slot = WorkerSlot(report.worker as u32);
         self.bookings.echoed(slot, report.last_command);
-        for excluded in self.excluded.values_mut() {
-            excluded.retain(|other| *other != slot);
-        }
+        self.refusals.reported(slot, &report.load);
         let learner = &mut self.learners[report.worker];
         if let Some(sample) = &report.sample {
             learner.observe(sample);

@@ -208,6 +208,7 @@ impl Simulation<'_> {
         match reserved {
             Some(there) => {
                 self.flights[request as usize].there = there;
+                self.routers[router as usize].reserved(request);
                 self.routers[router as usize].send(prefill as usize, request);
                 self.later(2.0 * network_ms, Event::Submit { request, attempt });
             }
