@@ -331,6 +331,8 @@ def run(blocks: int, rounds: int, window: float, log: Path) -> tuple[Blocks[Read
     pipe, theirs = context.Pipe()
     process = context.Process(target=beside_process, args=(theirs, address, cores[-1]), daemon=True)
     process.start()
+    # It holds its end alone: should it die, waiting for it ends.
+    theirs.close()
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import grpc
 from etcd import start_etcd
+from etcd_nodes import EtcdNodes
 
 from kvmesh.cli.children import Child, Children
 from kvmesh.cli.etcd import free_ports
@@ -31,14 +32,19 @@ START_S = 120.0
 
 
 class Cluster:
-    def __init__(self, folder: Path, *, ttl_s: int = 10) -> None:
+    def __init__(self, folder: Path, *, ttl_s: int = 10, etcd_nodes: bool = False) -> None:
+        """Over one etcd, or over three nodes of one."""
         logs = folder / "logs"
         logs.mkdir(parents=True)
         self.folder = folder
         self.ttl_s = ttl_s
         self.children = Children(logs, lambda *_: None)
-        self._etcd_ports = free_ports([0, 0])
-        self._etcd, self.etcd = start_etcd(self.children, folder / "etcd", self._etcd_ports)
+        if etcd_nodes:
+            self.nodes = EtcdNodes(self.children, folder)
+            self.etcd = self.nodes.endpoints
+        else:
+            self._etcd_ports = free_ports([0, 0])
+            self._etcd, self.etcd = start_etcd(self.children, folder / "etcd", self._etcd_ports)
         self.endpoints: list[str] = []
         self.routers: dict[str, Child] = {}
         self.workers: dict[str, Child] = {}
