@@ -5,7 +5,8 @@ definitions of SCHEDULING 6:
 
 - 100 % load is the highest replay speed at which the best baseline, with our queue order, still
   serves 90 % of requests within SLO (first token within 5x its unloaded time at that length, mean
-  time between tokens within the class's target); found by bisection, the same for all.
+  time between tokens within the class's target); found by bisection, the same for all. A seed's
+  workers differ from another's by up to 20 % each, so that each seed has its own 100 %.
 - Two tables: placement alone (every policy with our order), and whole (baselines first come first
   served). With our order each baseline, of whatever weights, may hold requests in the router as we
   do, or not: the better counts, for 100 % load too.
@@ -53,7 +54,7 @@ from routing_quality_cells import (
     formula,
     formulas,
     free_weights,
-    full_load,
+    full_loads,
     split_cluster,
     weights,
 )
@@ -84,67 +85,69 @@ def label(policy: Policy) -> str:
     return f"{policy.name} ({more})" if more else policy.name
 
 
-def ours(cell: Cell, speed: float) -> dict[str, Row]:
+def ours(cell: Cell, speeds: Sequence[float]) -> dict[str, Row]:
     """As shipped, and in P:D pools with prompts kept off decode workers."""
-    rows: dict[str, Row] = {"ours": ("ours", cell.judge(Policy("cost"), speed))}
+    rows: dict[str, Row] = {"ours": ("ours", cell.judge(Policy("cost"), speeds))}
     if cell.cluster.prefill:
-        figures = cell.judge(Policy("cost"), speed, local_prefill=APART)
+        figures = cell.judge(Policy("cost"), speeds, local_prefill=APART)
         rows["ours_apart"] = ("ours, without local prefill", figures)
     return rows
 
 
-def placement(cell: Cell, speed: float, fixed: bool) -> dict[str, Row]:
+def placement(cell: Cell, speeds: Sequence[float], fixed: bool) -> dict[str, Row]:
     """Every policy with our order."""
-    rows = ours(cell, speed)
-    rows["ours_page"] = ("ours, weight 0.1", cell.judge(Policy("cost", {"stretch": 0.1}), speed))
+    rows = ours(cell, speeds)
+    rows["ours_page"] = ("ours, weight 0.1", cell.judge(Policy("cost", {"stretch": 0.1}), speeds))
     tried = {
-        "formula": cell.tune(formulas(cell), speed),
-        "free": cell.tune(free_weights(cell), speed),
+        "formula": cell.tune(formulas(cell), speeds),
+        "free": cell.tune(free_weights(cell), speeds),
     }
     if cell.cluster.prefill:
         tried["formula"] += tried["free"]
     for key, of in tried.items():
         for goal in ("ttft", "e2e"):
             best = min(of, key=lambda entry: getattr(entry[1], goal))[0]
-            rows[f"{key}_{goal}"] = (f"{goal}: {label(best)}", cell.judge(best, speed))
-    best = held_or_not(cell, speed, formula(1.0))
-    rows["default"] = (f"as shipped: {label(best)}", cell.judge(best, speed))
+            rows[f"{key}_{goal}"] = (f"{goal}: {label(best)}", cell.judge(best, speeds))
+    best = held_or_not(cell, speeds, formula(1.0))
+    rows["default"] = (f"as shipped: {label(best)}", cell.judge(best, speeds))
     sight: dict[str, Any] = {"noise": {**cell.noise, **clear_sight()}}
     if cell.cluster.prefill:
         sight["local_prefill"] = APART
     rows["clairvoyant"] = (
         "clairvoyant, without local prefill" if cell.cluster.prefill else "clairvoyant",
-        cell.judge(Policy("clairvoyant", {}, AT_ONCE), speed, **sight),
+        cell.judge(Policy("clairvoyant", {}, AT_ONCE), speeds, **sight),
     )
     if fixed:
-        rows |= fixed_rows(cell, speed, OUR_ORDER)
+        rows |= fixed_rows(cell, speeds, OUR_ORDER)
     return rows
 
 
-def fixed_rows(cell: Cell, speed: float, queues: Sequence[Mapping[str, Any]]) -> dict[str, Row]:
+def fixed_rows(
+    cell: Cell, speeds: Sequence[float], queues: Sequence[Mapping[str, Any]]
+) -> dict[str, Row]:
     """The fixed policies, each with the better queue of these by TTFT. One that leaves more than
     half of the first third outside its SLO is named and not judged: its queue only grows."""
     rows: dict[str, Row] = {}
     for name in FIXED:
-        policy, figures = better_queue(cell, speed, Policy(name), queues)
+        policy, figures = better_queue(cell, speeds, Policy(name), queues)
         if figures.good < COLLAPSES:
             print(f"{name}: not judged, serves {figures.good:.0%} of the first third within SLO")
             continue
-        rows[name] = (label(policy), cell.judge(policy, speed))
+        rows[name] = (label(policy), cell.judge(policy, speeds))
     return rows
 
 
-def held_or_not(cell: Cell, speed: float, policy: Policy) -> Policy:
+def held_or_not(cell: Cell, speeds: Sequence[float], policy: Policy) -> Policy:
     """A policy with our order, held back in the router or not: the better one by TTFT."""
-    return better_queue(cell, speed, policy, OUR_ORDER)[0]
+    return better_queue(cell, speeds, policy, OUR_ORDER)[0]
 
 
 def better_queue(
-    cell: Cell, speed: float, policy: Policy, queues: Sequence[Mapping[str, Any]]
+    cell: Cell, speeds: Sequence[float], policy: Policy, queues: Sequence[Mapping[str, Any]]
 ) -> tuple[Policy, Figures]:
     """A policy with that of these queues which serves the first third better by TTFT."""
     tried = [Policy(policy.name, policy.numbers, queue) for queue in queues]
-    return min(cell.tune(tried, speed), key=lambda entry: entry[1].ttft)
+    return min(cell.tune(tried, speeds), key=lambda entry: entry[1].ttft)
 
 
 def clear_sight() -> dict[str, Any]:
@@ -153,16 +156,16 @@ def clear_sight() -> dict[str, Any]:
     return {key: PERFECT[key] for key in late}
 
 
-def whole(cell: Cell, speed: float, fixed: bool) -> dict[str, Row]:
+def whole(cell: Cell, speeds: Sequence[float], fixed: bool) -> dict[str, Row]:
     """Baselines first come first served."""
-    rows = ours(cell, speed)
-    tried = cell.tune([formula(w, FIFO) for w in weights(cell)], speed)
+    rows = ours(cell, speeds)
+    tried = cell.tune([formula(w, FIFO) for w in weights(cell)], speeds)
     for goal in ("ttft", "e2e"):
         best = min(tried, key=lambda entry: getattr(entry[1], goal))[0]
-        rows[f"formula_{goal}"] = (f"{goal}: {label(best)}", cell.judge(best, speed))
-    rows["default"] = ("as shipped: overlap-load", cell.judge(formula(1.0, FIFO), speed))
+        rows[f"formula_{goal}"] = (f"{goal}: {label(best)}", cell.judge(best, speeds))
+    rows["default"] = ("as shipped: overlap-load", cell.judge(formula(1.0, FIFO), speeds))
     if fixed:
-        rows |= fixed_rows(cell, speed, (FIFO,))
+        rows |= fixed_rows(cell, speeds, (FIFO,))
     return rows
 
 
@@ -229,19 +232,20 @@ def main() -> int:
     tables: list[dict[str, Any]] = []
     replays = 0
     for pool, cell in cells(args):
-        speed = full_load(cell, 6 if args.quick else 9)
+        full = full_loads(cell, 6 if args.quick else 9)
         print(
-            f"\n== {cell.name}: 100 % load is replay speed {speed:.3f} (best baseline, our order)"
+            f"\n== {cell.name}: 100 % load is replay speed "
+            f"{', '.join(f'{speed:.3f}' for speed in full)} by seed (best baseline, our order)"
         )
         for load in args.loads:
-            at = speed * load / 100
+            at = [speed * load / 100 for speed in full]
             for table, rows in (
                 ("placement alone", placement(cell, at, args.fixed)),
                 ("whole", whole(cell, at, args.fixed)),
             ):
                 show(f"{cell.name}, {load} % load, {table}", rows)
                 tables.append(
-                    {"cell": cell.name, "load": load, "table": table, "speed": at,
+                    {"cell": cell.name, "load": load, "table": table, "speeds": at,
                      "rows": {key: {"name": n, **vars(f)} for key, (n, f) in rows.items()}}
                 )  # fmt: skip
                 if cell.trace.source["format"] == "mooncake":
