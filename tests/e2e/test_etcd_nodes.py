@@ -74,6 +74,7 @@ def test_a_leader_that_is_killed_is_missed_by_nobody(three) -> None:
     three.wait_empty("p", "d", "x")
 
 
+@pytest.mark.slow
 def test_a_leader_that_is_frozen_is_left_for_another(three) -> None:
     endpoint = three.endpoints[0]
     with kvmesh.Client(endpoint) as client:
