@@ -246,6 +246,18 @@ class Pulled:
     def request_id(self) -> str: ...
 
 @final
+class Reached:
+    """Sender: the receiver has the blocks before `upto_block`, which is all it was told of.
+
+    Only for transfers that were offered with `grows`.
+    """
+
+    @property
+    def transfer_id(self) -> bytes: ...
+    @property
+    def upto_block(self) -> int: ...
+
+@final
 class PrefixWanted:
     """Sender: a peer asks for a prefix. Answer with `offer_prefix`."""
 
@@ -385,6 +397,7 @@ class ReceiveFailed:
 
 TransferEvent = (
     Pulled
+    | Reached
     | PrefixWanted
     | SenderReleased
     | SenderAborted
@@ -436,11 +449,12 @@ class TransferNode:
         """ "host:port" for MeshHandOff.sender_address."""
 
     # Sender.
-    def offer(self, transfer_id: bytes, pins: int = 0) -> None:
+    def offer(self, transfer_id: bytes, pins: int = 0, *, grows: bool = False) -> None:
         """Opens a transfer; a pull that waits for it goes on at once.
 
-        `pins` counts in `residue`. Raises TransferError: the id is known, or
-        was aborted in the last `aborted_memory_s`, or there are too many.
+        `grows`: more is announced while it goes, so `Reached` is told. `pins`
+        counts in `residue`. Raises TransferError: the id is known, or was aborted
+        in the last `aborted_memory_s`, or there are too many.
         """
 
     def ready(self, transfer_id: bytes, first_block: int, slots: Sequence[int]) -> None:

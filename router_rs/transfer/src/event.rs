@@ -20,6 +20,14 @@ pub enum Event {
         /// The request's x-request-id.
         request_id: String,
     },
+    /// Sender: blocks before this one are at the receiver, which is all that it
+    /// was told of. Only where the offer asked for it.
+    Reached {
+        /// The transfer.
+        id: TransferId,
+        /// Index in the sequence.
+        upto_block: u32,
+    },
     /// Sender: a peer asks for a prefix.
     PrefixWanted {
         /// The transfer.

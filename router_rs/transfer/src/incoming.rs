@@ -30,6 +30,10 @@ impl Shared {
             Frame::Released(released) => {
                 self.on_sender(&released.transfer_id, sender::Event::Released(peer))
             }
+            Frame::Progress(progress) => {
+                let event = sender::Event::Progress(peer, progress.upto_block);
+                self.on_sender(&progress.transfer_id, event)
+            }
             Frame::Abort(abort) => {
                 let id = transfer(&abort.transfer_id)?;
                 let mut core = self.lock();

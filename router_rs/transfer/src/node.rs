@@ -203,6 +203,21 @@ impl TransferNode {
         Ok(())
     }
 
+    /// As [`TransferNode::offer`], for a sequence that grows while it goes: each time
+    /// that the receiver has all it was told of, [`Event::Reached`] says so.
+    ///
+    /// # Errors
+    ///
+    /// As [`TransferNode::offer`].
+    pub fn offer_growing(&self, id: TransferId, pins: u64) -> Result<(), Refused> {
+        let mut core = self.shared.lock();
+        self.shared
+            .sender_event(&mut core, id, sender::Event::Offer)?;
+        core.set_pins(id, pins);
+        core.follow(id);
+        Ok(())
+    }
+
     /// Announces full blocks, in order and without holes.
     ///
     /// # Errors

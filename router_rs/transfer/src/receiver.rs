@@ -80,6 +80,9 @@ pub enum Action {
     SendPull,
     /// Renew the lease.
     SendHeartbeat,
+    /// Tell the sender that all before this block is here, which is all that was
+    /// announced.
+    SendProgress(u32),
     /// Tell the sender that all is here.
     SendReleased,
     /// Tell the sender that it is over.
@@ -277,6 +280,10 @@ impl Receiver {
         }
         if self.verified > before {
             actions.push(Action::Verified(self.verified));
+            let told_of = self.from + self.announced.len() as u32;
+            if right && self.verified == told_of && self.state == State::Flowing {
+                actions.push(Action::SendProgress(self.verified));
+            }
         }
         if right {
             self.settle(actions);

@@ -66,6 +66,8 @@ pub struct Figures {
 /// A transfer that this node sends.
 pub(crate) struct Sending {
     pub(crate) machine: Sender,
+    /// Whether the engine is told how far the receiver is.
+    pub(crate) followed: bool,
     pub(crate) pins: u64,
     pub(crate) pull: Option<Pull>,
     pub(crate) since: Instant,
@@ -200,6 +202,12 @@ impl Core {
     pub(crate) fn set_pins(&mut self, id: TransferId, pins: u64) {
         if let Some(sending) = self.sending.get_mut(&id) {
             sending.pins = pins;
+        }
+    }
+
+    pub(crate) fn follow(&mut self, id: TransferId) {
+        if let Some(sending) = self.sending.get_mut(&id) {
+            sending.followed = true;
         }
     }
 

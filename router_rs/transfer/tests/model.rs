@@ -28,6 +28,7 @@ enum ToReceiver {
 enum ToSender {
     Pull,
     Alive,
+    Progress(u32),
     Released,
     Abort(Reason),
 }
@@ -67,6 +68,7 @@ struct World {
     done: bool,
     freed: bool,
     commit_sent: bool,
+    reached: bool,
     wrong: Option<&'static str>,
 }
 
@@ -111,6 +113,13 @@ impl World {
                     self.to_receiver.push_back(ToReceiver::Abort(reason))
                 }
                 Action::Pulled => {}
+                Action::Reached(upto) => {
+                    // What is told of is there still, whatever happens to the slots.
+                    if upto > self.verified || self.commit_sent {
+                        self.wrong = Some("the engine was told of blocks that are not there");
+                    }
+                    self.reached = true;
+                }
                 Action::Released => {
                     if !self.done {
                         self.wrong = Some("released before the receiver was done");
@@ -157,6 +166,9 @@ impl World {
                 Action::Disarm(timer) => drop(self.timers.remove(&timer)),
                 Action::SendPull => self.to_sender.push_back(ToSender::Pull),
                 Action::SendHeartbeat => self.to_sender.push_back(ToSender::Alive),
+                Action::SendProgress(upto) => {
+                    self.to_sender.push_back(ToSender::Progress(upto));
+                }
                 Action::SendReleased => self.to_sender.push_back(ToSender::Released),
                 Action::SendAbort(reason) => self.to_sender.push_back(ToSender::Abort(reason)),
                 Action::Take { first, blocks } => {
@@ -330,6 +342,7 @@ impl Model for Transfer {
                         from_block: 0,
                     },
                     ToSender::Alive => sender::Event::Alive(PEER),
+                    ToSender::Progress(upto) => sender::Event::Progress(PEER, upto),
                     ToSender::Released => sender::Event::Released(PEER),
                     ToSender::Abort(reason) => sender::Event::PeerAbort(PEER, reason),
                 };
@@ -398,6 +411,9 @@ impl Model for Transfer {
             }),
             Property::sometimes("a transfer is done", |_, world: &World| {
                 world.done && world.pin == Pin::Gone && !world.lost
+            }),
+            Property::sometimes("the sender hears how far it is", |_, world: &World| {
+                world.reached && world.done
             }),
             Property::sometimes("a prefix is kept", |_, world: &World| {
                 world.freed && world.verified == 1

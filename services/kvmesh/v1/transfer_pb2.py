@@ -26,39 +26,41 @@ from kvmesh.v1 import inference_pb2 as kvmesh_dot_v1_dot_inference__pb2
 from kvmesh.v1 import worker_pb2 as kvmesh_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvmesh/v1/transfer.proto\x12\tkvmesh.v1\x1a\x19kvmesh/v1/inference.proto\x1a\x16kvmesh/v1/worker.proto\"\xa8\x03\n\rTransferFrame\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.kvmesh.v1.TransferHelloH\x00\x12\x1f\n\x04pull\x18\x02 \x01(\x0b\x32\x0f.kvmesh.v1.PullH\x00\x12.\n\x0cprefix_found\x18\x03 \x01(\x0b\x32\x16.kvmesh.v1.PrefixFoundH\x00\x12\'\n\x05ready\x18\x04 \x01(\x0b\x32\x16.kvmesh.v1.BlocksReadyH\x00\x12\'\n\x05\x66\x65tch\x18\x05 \x01(\x0b\x32\x16.kvmesh.v1.FetchBlocksH\x00\x12$\n\x04\x64\x61ta\x18\x06 \x01(\x0b\x32\x14.kvmesh.v1.BlockDataH\x00\x12#\n\x06\x63ommit\x18\x07 \x01(\x0b\x32\x11.kvmesh.v1.CommitH\x00\x12\'\n\x08released\x18\x08 \x01(\x0b\x32\x13.kvmesh.v1.ReleasedH\x00\x12!\n\x05\x61\x62ort\x18\t \x01(\x0b\x32\x10.kvmesh.v1.AbortH\x00\x12)\n\theartbeat\x18\n \x01(\x0b\x32\x14.kvmesh.v1.HeartbeatH\x00\x42\x07\n\x05\x66rame\"\xf7\x01\n\rTransferHello\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.kvmesh.v1.ProtocolVersion\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x06\x12&\n\x02kv\x18\x04 \x01(\x0b\x32\x1a.kvmesh.v1.KvCompatibility\x12\x14\n\x0c\x62lock_tokens\x18\x05 \x01(\r\x12\x13\n\x0b\x62lock_bytes\x18\x06 \x01(\x04\x12\x1a\n\x12shared_memory_name\x18\x07 \x01(\t\x12\x13\n\x0bpool_blocks\x18\x08 \x01(\x04\x12\r\n\x05token\x18\t \x01(\x0c\"\xd6\x01\n\x04Pull\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x12\n\nfrom_token\x18\x02 \x01(\r\x12$\n\x06prefix\x18\x03 \x01(\x0b\x32\x14.kvmesh.v1.PrefixKey\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x13\n\x0blayer_count\x18\x05 \x01(\r\x12\x15\n\rfirst_kv_head\x18\x06 \x01(\r\x12\x15\n\rkv_head_count\x18\x07 \x01(\r\x12\x13\n\x0btraceparent\x18\x08 \x01(\t\x12\x12\n\nrequest_id\x18\t \x01(\t\"[\n\tPrefixKey\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x12\n\ncache_salt\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x04 \x01(\t\"2\n\x0bPrefixFound\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"p\n\x0b\x42locksReady\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\r\n\x05slots\x18\x03 \x03(\r\x12\x15\n\rslot_versions\x18\x04 \x03(\x06\x12\x11\n\tchecksums\x18\x05 \x03(\x06\"F\n\x0b\x46\x65tchBlocks\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"D\n\tBlockData\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"\x9a\x01\n\x06\x43ommit\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x11\n\tkv_tokens\x18\x02 \x01(\r\x12(\n\x07partial\x18\x03 \x01(\x0b\x32\x17.kvmesh.v1.PartialBlock\x12\x12\n\noutput_ids\x18\x04 \x03(\r\x12*\n\x08logprobs\x18\x05 \x03(\x0b\x32\x18.kvmesh.v1.TokenLogprobs\"S\n\x0cPartialBlock\x12\r\n\x05\x62lock\x18\x01 \x01(\r\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x14\n\x0cslot_version\x18\x03 \x01(\x06\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x06\"\x1f\n\x08Released\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\"U\n\x05\x41\x62ort\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12&\n\x06reason\x18\x02 \x01(\x0e\x32\x16.kvmesh.v1.AbortReason\x12\x0f\n\x07message\x18\x03 \x01(\t\"!\n\tHeartbeat\x12\x14\n\x0ctransfer_ids\x18\x01 \x03(\x0c*\xef\x01\n\x0b\x41\x62ortReason\x12\x1c\n\x18\x41\x42ORT_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41\x42ORT_REASON_UNKNOWN\x10\x01\x12\x1a\n\x16\x41\x42ORT_REASON_CANCELLED\x10\x02\x12\x1e\n\x1a\x41\x42ORT_REASON_LEASE_EXPIRED\x10\x03\x12\x1d\n\x19\x41\x42ORT_REASON_INCOMPATIBLE\x10\x04\x12\x19\n\x15\x41\x42ORT_REASON_MISMATCH\x10\x05\x12\x19\n\x15\x41\x42ORT_REASON_FINISHED\x10\x06\x12\x17\n\x13\x41\x42ORT_REASON_FAILED\x10\x07\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvmesh/v1/transfer.proto\x12\tkvmesh.v1\x1a\x19kvmesh/v1/inference.proto\x1a\x16kvmesh/v1/worker.proto\"\xd1\x03\n\rTransferFrame\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.kvmesh.v1.TransferHelloH\x00\x12\x1f\n\x04pull\x18\x02 \x01(\x0b\x32\x0f.kvmesh.v1.PullH\x00\x12.\n\x0cprefix_found\x18\x03 \x01(\x0b\x32\x16.kvmesh.v1.PrefixFoundH\x00\x12\'\n\x05ready\x18\x04 \x01(\x0b\x32\x16.kvmesh.v1.BlocksReadyH\x00\x12\'\n\x05\x66\x65tch\x18\x05 \x01(\x0b\x32\x16.kvmesh.v1.FetchBlocksH\x00\x12$\n\x04\x64\x61ta\x18\x06 \x01(\x0b\x32\x14.kvmesh.v1.BlockDataH\x00\x12#\n\x06\x63ommit\x18\x07 \x01(\x0b\x32\x11.kvmesh.v1.CommitH\x00\x12\'\n\x08released\x18\x08 \x01(\x0b\x32\x13.kvmesh.v1.ReleasedH\x00\x12!\n\x05\x61\x62ort\x18\t \x01(\x0b\x32\x10.kvmesh.v1.AbortH\x00\x12)\n\theartbeat\x18\n \x01(\x0b\x32\x14.kvmesh.v1.HeartbeatH\x00\x12\'\n\x08progress\x18\x0b \x01(\x0b\x32\x13.kvmesh.v1.ProgressH\x00\x42\x07\n\x05\x66rame\"\xf7\x01\n\rTransferHello\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.kvmesh.v1.ProtocolVersion\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x06\x12&\n\x02kv\x18\x04 \x01(\x0b\x32\x1a.kvmesh.v1.KvCompatibility\x12\x14\n\x0c\x62lock_tokens\x18\x05 \x01(\r\x12\x13\n\x0b\x62lock_bytes\x18\x06 \x01(\x04\x12\x1a\n\x12shared_memory_name\x18\x07 \x01(\t\x12\x13\n\x0bpool_blocks\x18\x08 \x01(\x04\x12\r\n\x05token\x18\t \x01(\x0c\"\xd6\x01\n\x04Pull\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x12\n\nfrom_token\x18\x02 \x01(\r\x12$\n\x06prefix\x18\x03 \x01(\x0b\x32\x14.kvmesh.v1.PrefixKey\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x13\n\x0blayer_count\x18\x05 \x01(\r\x12\x15\n\rfirst_kv_head\x18\x06 \x01(\r\x12\x15\n\rkv_head_count\x18\x07 \x01(\r\x12\x13\n\x0btraceparent\x18\x08 \x01(\t\x12\x12\n\nrequest_id\x18\t \x01(\t\"[\n\tPrefixKey\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x12\n\ncache_salt\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x04 \x01(\t\"2\n\x0bPrefixFound\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"p\n\x0b\x42locksReady\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\r\n\x05slots\x18\x03 \x03(\r\x12\x15\n\rslot_versions\x18\x04 \x03(\x06\x12\x11\n\tchecksums\x18\x05 \x03(\x06\"F\n\x0b\x46\x65tchBlocks\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"D\n\tBlockData\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"\x9a\x01\n\x06\x43ommit\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x11\n\tkv_tokens\x18\x02 \x01(\r\x12(\n\x07partial\x18\x03 \x01(\x0b\x32\x17.kvmesh.v1.PartialBlock\x12\x12\n\noutput_ids\x18\x04 \x03(\r\x12*\n\x08logprobs\x18\x05 \x03(\x0b\x32\x18.kvmesh.v1.TokenLogprobs\"S\n\x0cPartialBlock\x12\r\n\x05\x62lock\x18\x01 \x01(\r\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x14\n\x0cslot_version\x18\x03 \x01(\x06\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x06\"\x1f\n\x08Released\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\"U\n\x05\x41\x62ort\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12&\n\x06reason\x18\x02 \x01(\x0e\x32\x16.kvmesh.v1.AbortReason\x12\x0f\n\x07message\x18\x03 \x01(\t\"3\n\x08Progress\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x12\n\nupto_block\x18\x02 \x01(\r\"!\n\tHeartbeat\x12\x14\n\x0ctransfer_ids\x18\x01 \x03(\x0c*\xef\x01\n\x0b\x41\x62ortReason\x12\x1c\n\x18\x41\x42ORT_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41\x42ORT_REASON_UNKNOWN\x10\x01\x12\x1a\n\x16\x41\x42ORT_REASON_CANCELLED\x10\x02\x12\x1e\n\x1a\x41\x42ORT_REASON_LEASE_EXPIRED\x10\x03\x12\x1d\n\x19\x41\x42ORT_REASON_INCOMPATIBLE\x10\x04\x12\x19\n\x15\x41\x42ORT_REASON_MISMATCH\x10\x05\x12\x19\n\x15\x41\x42ORT_REASON_FINISHED\x10\x06\x12\x17\n\x13\x41\x42ORT_REASON_FAILED\x10\x07\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvmesh.v1.transfer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ABORTREASON']._serialized_start=1783
-  _globals['_ABORTREASON']._serialized_end=2022
+  _globals['_ABORTREASON']._serialized_start=1877
+  _globals['_ABORTREASON']._serialized_end=2116
   _globals['_TRANSFERFRAME']._serialized_start=91
-  _globals['_TRANSFERFRAME']._serialized_end=515
-  _globals['_TRANSFERHELLO']._serialized_start=518
-  _globals['_TRANSFERHELLO']._serialized_end=765
-  _globals['_PULL']._serialized_start=768
-  _globals['_PULL']._serialized_end=982
-  _globals['_PREFIXKEY']._serialized_start=984
-  _globals['_PREFIXKEY']._serialized_end=1075
-  _globals['_PREFIXFOUND']._serialized_start=1077
-  _globals['_PREFIXFOUND']._serialized_end=1127
-  _globals['_BLOCKSREADY']._serialized_start=1129
-  _globals['_BLOCKSREADY']._serialized_end=1241
-  _globals['_FETCHBLOCKS']._serialized_start=1243
-  _globals['_FETCHBLOCKS']._serialized_end=1313
-  _globals['_BLOCKDATA']._serialized_start=1315
-  _globals['_BLOCKDATA']._serialized_end=1383
-  _globals['_COMMIT']._serialized_start=1386
-  _globals['_COMMIT']._serialized_end=1540
-  _globals['_PARTIALBLOCK']._serialized_start=1542
-  _globals['_PARTIALBLOCK']._serialized_end=1625
-  _globals['_RELEASED']._serialized_start=1627
-  _globals['_RELEASED']._serialized_end=1658
-  _globals['_ABORT']._serialized_start=1660
-  _globals['_ABORT']._serialized_end=1745
-  _globals['_HEARTBEAT']._serialized_start=1747
-  _globals['_HEARTBEAT']._serialized_end=1780
+  _globals['_TRANSFERFRAME']._serialized_end=556
+  _globals['_TRANSFERHELLO']._serialized_start=559
+  _globals['_TRANSFERHELLO']._serialized_end=806
+  _globals['_PULL']._serialized_start=809
+  _globals['_PULL']._serialized_end=1023
+  _globals['_PREFIXKEY']._serialized_start=1025
+  _globals['_PREFIXKEY']._serialized_end=1116
+  _globals['_PREFIXFOUND']._serialized_start=1118
+  _globals['_PREFIXFOUND']._serialized_end=1168
+  _globals['_BLOCKSREADY']._serialized_start=1170
+  _globals['_BLOCKSREADY']._serialized_end=1282
+  _globals['_FETCHBLOCKS']._serialized_start=1284
+  _globals['_FETCHBLOCKS']._serialized_end=1354
+  _globals['_BLOCKDATA']._serialized_start=1356
+  _globals['_BLOCKDATA']._serialized_end=1424
+  _globals['_COMMIT']._serialized_start=1427
+  _globals['_COMMIT']._serialized_end=1581
+  _globals['_PARTIALBLOCK']._serialized_start=1583
+  _globals['_PARTIALBLOCK']._serialized_end=1666
+  _globals['_RELEASED']._serialized_start=1668
+  _globals['_RELEASED']._serialized_end=1699
+  _globals['_ABORT']._serialized_start=1701
+  _globals['_ABORT']._serialized_end=1786
+  _globals['_PROGRESS']._serialized_start=1788
+  _globals['_PROGRESS']._serialized_end=1839
+  _globals['_HEARTBEAT']._serialized_start=1841
+  _globals['_HEARTBEAT']._serialized_end=1874
 # @@protoc_insertion_point(module_scope)

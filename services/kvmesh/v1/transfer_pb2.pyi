@@ -29,7 +29,7 @@ ABORT_REASON_FINISHED: AbortReason
 ABORT_REASON_FAILED: AbortReason
 
 class TransferFrame(_message.Message):
-    __slots__ = ("hello", "pull", "prefix_found", "ready", "fetch", "data", "commit", "released", "abort", "heartbeat")
+    __slots__ = ("hello", "pull", "prefix_found", "ready", "fetch", "data", "commit", "released", "abort", "heartbeat", "progress")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     PULL_FIELD_NUMBER: _ClassVar[int]
     PREFIX_FOUND_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,7 @@ class TransferFrame(_message.Message):
     RELEASED_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     hello: TransferHello
     pull: Pull
     prefix_found: PrefixFound
@@ -50,7 +51,8 @@ class TransferFrame(_message.Message):
     released: Released
     abort: Abort
     heartbeat: Heartbeat
-    def __init__(self, hello: _Optional[_Union[TransferHello, _Mapping]] = ..., pull: _Optional[_Union[Pull, _Mapping]] = ..., prefix_found: _Optional[_Union[PrefixFound, _Mapping]] = ..., ready: _Optional[_Union[BlocksReady, _Mapping]] = ..., fetch: _Optional[_Union[FetchBlocks, _Mapping]] = ..., data: _Optional[_Union[BlockData, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., released: _Optional[_Union[Released, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
+    progress: Progress
+    def __init__(self, hello: _Optional[_Union[TransferHello, _Mapping]] = ..., pull: _Optional[_Union[Pull, _Mapping]] = ..., prefix_found: _Optional[_Union[PrefixFound, _Mapping]] = ..., ready: _Optional[_Union[BlocksReady, _Mapping]] = ..., fetch: _Optional[_Union[FetchBlocks, _Mapping]] = ..., data: _Optional[_Union[BlockData, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., released: _Optional[_Union[Released, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ...) -> None: ...
 
 class TransferHello(_message.Message):
     __slots__ = ("version", "worker_id", "incarnation", "kv", "block_tokens", "block_bytes", "shared_memory_name", "pool_blocks", "token")
@@ -191,6 +193,14 @@ class Abort(_message.Message):
     reason: AbortReason
     message: str
     def __init__(self, transfer_id: _Optional[bytes] = ..., reason: _Optional[_Union[AbortReason, str]] = ..., message: _Optional[str] = ...) -> None: ...
+
+class Progress(_message.Message):
+    __slots__ = ("transfer_id", "upto_block")
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    UPTO_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: bytes
+    upto_block: int
+    def __init__(self, transfer_id: _Optional[bytes] = ..., upto_block: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("transfer_ids",)

@@ -7,6 +7,7 @@ use pyo3::{prelude::*, types::PyBytes};
 pub(super) fn add(module: &Bound<'_, PyModule>) -> PyResult<()> {
     let py = module.py();
     module.add_class::<Pulled>()?;
+    module.add_class::<Reached>()?;
     module.add_class::<PrefixWanted>()?;
     module.add_class::<SenderReleased>()?;
     module.add_class::<SenderAborted>()?;
@@ -16,6 +17,7 @@ pub(super) fn add(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<ReceiveFailed>()?;
     let mut union = py.get_type::<Pulled>().into_any();
     for other in [
+        py.get_type::<Reached>(),
         py.get_type::<PrefixWanted>(),
         py.get_type::<SenderReleased>(),
         py.get_type::<SenderAborted>(),
@@ -44,6 +46,10 @@ macro_rules! event_class {
 event_class!(
     /// Sender: the receiver has come.
     Pulled { worker_id: String, from_token: u32, traceparent: String, request_id: String }
+);
+event_class!(
+    /// Sender: blocks before `upto_block` are at the receiver: all it was told of.
+    Reached { upto_block: u32 }
 );
 event_class!(
     /// Sender: a peer asks for a prefix.
@@ -116,6 +122,14 @@ pub(super) fn to_python(py: Python<'_>, event: Event) -> PyResult<Py<PyAny>> {
             )?
             .into_any()
         }
+        Event::Reached { id, upto_block } => Py::new(
+            py,
+            Reached {
+                transfer_id: name(id),
+                upto_block,
+            },
+        )?
+        .into_any(),
         Event::PrefixWanted {
             id,
             worker_id,

@@ -115,10 +115,14 @@ impl PyTransferNode {
         self.node.address()
     }
 
-    #[pyo3(signature = (transfer_id, pins=0))]
-    fn offer(&self, py: Python<'_>, transfer_id: Id, pins: u64) -> PyResult<()> {
+    #[pyo3(signature = (transfer_id, pins=0, *, grows=false))]
+    fn offer(&self, py: Python<'_>, transfer_id: Id, pins: u64, grows: bool) -> PyResult<()> {
         let Id(id) = transfer_id;
-        py.detach(|| self.node.offer(id, pins)).map_err(refused)
+        py.detach(|| match grows {
+            true => self.node.offer_growing(id, pins),
+            false => self.node.offer(id, pins),
+        })
+        .map_err(refused)
     }
 
     fn ready(

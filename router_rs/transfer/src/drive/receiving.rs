@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Instant};
 
-use kvmesh_wire::v1::{FetchBlocks, Heartbeat, Pull, Released, transfer_frame::Frame};
+use kvmesh_wire::v1::{FetchBlocks, Heartbeat, Progress, Pull, Released, transfer_frame::Frame};
 use prost::Message;
 
 use super::abort_frame;
@@ -186,6 +186,10 @@ impl Shared {
             Action::SendPull => connection.send(Frame::Pull(receiving.pull.clone())),
             Action::SendHeartbeat => connection.send(Frame::Heartbeat(Heartbeat {
                 transfer_ids: vec![id.0.to_vec().into()],
+            })),
+            Action::SendProgress(upto_block) => connection.send(Frame::Progress(Progress {
+                transfer_id: id.0.to_vec().into(),
+                upto_block,
             })),
             Action::SendReleased => {
                 connection.send(Frame::Released(Released {

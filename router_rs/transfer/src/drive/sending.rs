@@ -43,6 +43,7 @@ impl Shared {
                     id,
                     Sending {
                         machine,
+                        followed: false,
                         pins: 0,
                         pull: None,
                         since: Instant::now(),
@@ -87,6 +88,15 @@ impl Shared {
                 }
             }
             Action::Pulled => self.pulled(core, id),
+            Action::Reached(upto_block) => {
+                if core
+                    .sending
+                    .get(&id)
+                    .is_some_and(|sending| sending.followed)
+                {
+                    self.tell(core, Event::Reached { id, upto_block });
+                }
+            }
             Action::Released => {
                 core.figures.sends_released += 1;
                 if let Some(sending) = core.sending.get(&id) {

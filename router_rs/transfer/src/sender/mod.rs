@@ -78,6 +78,8 @@ pub enum Event {
     Released(Peer),
     /// The receiver is still there.
     Alive(Peer),
+    /// The receiver has all blocks before this one.
+    Progress(Peer, u32),
     /// The receiver gave up.
     PeerAbort(Peer, Reason),
     /// The connection broke.
@@ -120,6 +122,8 @@ pub enum Action {
     SendAbort(Peer, Reason),
     /// Tell the engine: the receiver has come.
     Pulled,
+    /// Tell the engine: the receiver has all blocks before this one.
+    Reached(u32),
     /// Tell the engine: done, unpin.
     Released,
     /// Tell the engine: failed, unpin.
@@ -276,6 +280,13 @@ impl Sender {
                     actions.push(Action::Arm(Timer::Lease));
                 }
             }
+            Event::Progress(peer, upto) if self.peer() == Some(peer) => {
+                if let State::Flowing(_, offered) = &self.state {
+                    // It cannot have what it was not told of.
+                    let upto = upto.min(offered.announce_next);
+                    actions.extend([Action::Arm(Timer::Lease), Action::Reached(upto)]);
+                }
+            }
             Event::PeerAbort(peer, reason) => {
                 // From a connection that never pulled it too: the id is known
                 // to the pair alone, and the abort may overtake the pull.
@@ -291,7 +302,7 @@ impl Sender {
                     self.end(Reason::Lost, None, true, &mut actions);
                 }
             }
-            Event::Released(_) | Event::Alive(_) | Event::PeerLost(_) => {}
+            Event::Released(_) | Event::Alive(_) | Event::Progress(..) | Event::PeerLost(_) => {}
             Event::Cancel(reason) => self.end(reason, self.peer(), false, &mut actions),
             Event::Fired(timer) => self.fired(timer, &mut actions),
         }
