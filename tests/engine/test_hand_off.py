@@ -314,27 +314,6 @@ async def test_a_dead_sender_fails_the_transfer() -> None:
         await d.idle()
 
 
-async def test_a_running_stream_is_not_handed_over_and_its_receiver_is_told_at_once() -> None:
-    # An offer that never came would be waited for much longer than this test.
-    node = {"offer_timeout_s": 600.0}
-    async with pair(profile="step-10ms", speed=5, node=node) as (p, d):
-        stream = p.place(prompt(50), max_tokens=200)
-        await stream.until(lambda a: len(a.tokens) >= 3)
-        hand_off = hand_off_from(p)
-        id = AttemptId(stream.id.generation, 1, 2)
-        receiver = d.place(
-            prompt(50), Stage.DECODE, id=id, output=stream.tokens[:3], hand_off=hand_off
-        )
-        assert not (await receiver.opened()).HasField("refused")
-        p.engine.hand_over(stream.id, 2, hand_off)
-        assert await receiver.ended() == "transfer_failed"
-        assert "not handed over" in receiver.end.transfer_failed.message
-        assert await stream.ended() == "finished"
-        assert stream.tokens == reference_tokens(prompt(50), 200, VOCABULARY)
-        await p.idle()
-        await d.idle()
-
-
 async def test_an_offer_that_nobody_pulls_is_held_no_longer_than_its_lease() -> None:
     async with pair(node={"lease_s": 0.5}) as (p, d):
         prefill = p.place(prompt(300), Stage.PREFILL, hand_off=hand_off_from(p))

@@ -34,7 +34,7 @@ class FakeEngine:
     def submit(self, placement) -> None:
         self._loop.call_soon_threadsafe(self.placed.put_nowait, placement)
 
-    def hand_over(self, attempt, next_attempt, hand_off) -> None: ...
+    def hand_over(self, attempt, next_attempt, hand_off, border) -> None: ...
 
     def cancel(self, attempts) -> None:
         for attempt in attempts:

@@ -103,6 +103,8 @@ pub enum Command {
         next_attempt: u32,
         /// The transfer by which it goes.
         hand_off: HandOff,
+        /// Border of the receiver's continuation.
+        next_index: u32,
     },
     /// Asks whether a generation is known.
     Find {
@@ -144,12 +146,14 @@ impl Command {
                 fence,
                 next_attempt,
                 hand_off,
+                next_index,
             } => Frame::HandOver(v1::HandOver {
                 generation: wire_id(generation),
                 owner: fence.owner,
                 attempt: fence.attempt,
                 next_attempt,
                 hand_off: Some(hand_off.into()),
+                next_index,
             }),
             Self::Find { generation, tenant } => Frame::Find(v1::Find {
                 generation: wire_id(generation),

@@ -228,8 +228,12 @@ class Engine(Protocol):
     def submit(self, placement: Placement) -> None:
         """Takes a placement; its `Opening` goes to the sink."""
 
-    def hand_over(self, attempt: AttemptId, next_attempt: int, hand_off: wire.HandOff) -> None:
+    def hand_over(
+        self, attempt: AttemptId, next_attempt: int, hand_off: wire.HandOff, border: int
+    ) -> None:
         """Passes a running attempt on, as HandOver in worker.proto.
+
+        `border` is the first output index that the receiver was not given.
 
         An engine that cannot goes on with it, and fails the transfer, so that
         the receiver does not wait.

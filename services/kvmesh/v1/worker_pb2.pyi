@@ -294,18 +294,20 @@ class Cancel(_message.Message):
     def __init__(self, generation: _Optional[bytes] = ..., owner: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class HandOver(_message.Message):
-    __slots__ = ("generation", "owner", "attempt", "next_attempt", "hand_off")
+    __slots__ = ("generation", "owner", "attempt", "next_attempt", "hand_off", "next_index")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     NEXT_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     HAND_OFF_FIELD_NUMBER: _ClassVar[int]
+    NEXT_INDEX_FIELD_NUMBER: _ClassVar[int]
     generation: bytes
     owner: int
     attempt: int
     next_attempt: int
     hand_off: HandOff
-    def __init__(self, generation: _Optional[bytes] = ..., owner: _Optional[int] = ..., attempt: _Optional[int] = ..., next_attempt: _Optional[int] = ..., hand_off: _Optional[_Union[HandOff, _Mapping]] = ...) -> None: ...
+    next_index: int
+    def __init__(self, generation: _Optional[bytes] = ..., owner: _Optional[int] = ..., attempt: _Optional[int] = ..., next_attempt: _Optional[int] = ..., hand_off: _Optional[_Union[HandOff, _Mapping]] = ..., next_index: _Optional[int] = ...) -> None: ...
 
 class Find(_message.Message):
     __slots__ = ("generation", "tenant")

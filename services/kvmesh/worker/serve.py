@@ -23,6 +23,9 @@ from kvmesh.worker.settings import WorkerSettings, split_address
 
 _log = logging.getLogger(__name__)
 
+_LOOK_S = 0.005
+"""Between two looks at transfers that are about to end."""
+
 _LINGER_S = 1.0
 """Time that routers have, at the end, to take what was said last."""
 
@@ -89,6 +92,7 @@ async def serve(settings: WorkerSettings, announce: Callable[[str], None]) -> in
                 # A line each follows: which, and why.
                 _log.warning("grace ended grace_s=%g running=%d", told.grace_s, port.running())
                 port.give_back(told.grace_s)
+            await asyncio.to_thread(_wait_moved, engine, settings.transfer_lease)
         await telling
     finally:
         await asyncio.to_thread(port.close, _LINGER_S)
@@ -98,6 +102,13 @@ async def serve(settings: WorkerSettings, announce: Callable[[str], None]) -> in
             await asyncio.to_thread(service.join)
         announce(f"worker {worker_id}: stopped")
     return 0
+
+
+def _wait_moved(engine: Engine, lease_s: float) -> None:
+    """Waits for peers to have the KV that was handed to them: with this process it is gone."""
+    ends = time.monotonic() + lease_s
+    while engine.residue().transfers and time.monotonic() < ends:
+        time.sleep(_LOOK_S)
 
 
 class _Told:

@@ -105,7 +105,9 @@ class WorkerService:
             case HandOverAsked():
                 command = wire.HandOver.FromString(event.command)
                 attempt = AttemptId(command.generation, command.owner, command.attempt)
-                self._engine.hand_over(attempt, command.next_attempt, command.hand_off)
+                self._engine.hand_over(
+                    attempt, command.next_attempt, command.hand_off, command.next_index
+                )
             case SnapshotWanted():
                 self._begin_snapshot(event.session)
             case InfoWanted():

@@ -19,12 +19,14 @@ from google.protobuf.message import DecodeError
 from kvmesh._router import (
     Committed,
     PrefixWanted,
+    Pulled,
+    Reached,
     ReceiveFailed,
     SenderAborted,
     SenderReleased,
     TransferError,
 )
-from kvmesh.engine.contract import AttemptId, Placement, Stage
+from kvmesh.engine.contract import Placement, Stage
 from kvmesh.engine.core.blocks import Hold
 from kvmesh.engine.core.hand_off import Receiving
 from kvmesh.engine.core.runner import Sampled
@@ -69,14 +71,6 @@ class Admission:
             self._receive(sequence)
         else:
             self._enqueue(sequence)
-
-    def refuse_hand_over(self, attempt: AttemptId, hand_off: wire.HandOff) -> None:
-        """Tells whoever pulls a running stream that it stays here."""
-        hand_offs = self._loop.hand_offs
-        if hand_offs is None or not hand_off.HasField("mesh"):
-            return
-        _log.info("hand-over refused generation=%s", attempt.generation.hex())
-        hand_offs.refuse(hand_off.mesh.transfer_id, "a running stream is not handed over here")
 
     def refuse_unread(self, placement: Placement) -> None:
         """Answers a placement that could not be taken in."""
@@ -267,12 +261,16 @@ class Admission:
         match event:
             case PrefixWanted():
                 self._answer_prefix(event)
+            case Pulled() | Reached():
+                self._loop.hand_overs.told(event)
             case SenderReleased():
                 hand_offs.sent(event.transfer_id)
             case SenderAborted():
-                waiting = hand_offs.sent(event.transfer_id)
-                if waiting is not None:
-                    self._transfer_failed(waiting, f"{event.reason}: {event.message}")
+                waiting, why = hand_offs.sent(event.transfer_id), f"{event.reason}: {event.message}"
+                if waiting is not None and waiting.state is State.DECODING:
+                    self._loop.hand_overs.failed(waiting, why)
+                elif waiting is not None:
+                    self._transfer_failed(waiting, why)
             case Committed() | ReceiveFailed():
                 receiving = hand_offs.received(event)
                 if receiving is None:
@@ -356,6 +354,10 @@ class Admission:
         loop = self._loop
         came = list(event.output_ids)
         expected = sequence.length + max(0, len(came) - 1)
+        if not came and event.kv_tokens == sequence.length - 1:
+            # A stream that has made nothing since this continuation was written.
+            loop.streams.decode(sequence)
+            return
         if event.kv_tokens != expected:
             failed = wire.StageFailed(
                 code=_INTERNAL,
@@ -375,6 +377,7 @@ class Admission:
         first = len(sequence.output_ids)
         sequence.output_ids.extend(came)
         logprobs = [inference.TokenLogprobs.FromString(entry) for entry in event.logprobs]
+        sequence.logprobs.extend(logprobs)
         loop.answers.tokens(sequence, first, came, logprobs)
         reason = sequence.finish_reason(came[-1])
         if reason is not None:

@@ -76,6 +76,8 @@ class DecodeBatch:
         """By step: rows whose blocks are full after it."""
         self._limits: dict[int, list[int]] = {}
         """By step: rows that end with it."""
+        self._watched: dict[int, list[int]] = {}
+        """By step: rows that somebody else wants to look at after it."""
         self._made: list[bytes] = []
         """Tokens of the last steps, packed."""
         self._synced: list[int] = []
@@ -123,7 +125,7 @@ class DecodeBatch:
         self._synced = [0] * len(sequences)
         self._members = list(sequences)
         self._dirty = False
-        self._full, self._limits = {}, {}
+        self._full, self._limits, self._watched = {}, {}, {}
         positions = [s.length - 1 for s in sequences]
         width = max((len(s.blocks) for s in sequences), default=0) + _SPARE_BLOCKS
         tables = np.zeros((len(sequences), width), np.uint32)
@@ -141,6 +143,8 @@ class DecodeBatch:
         for row, sequence in enumerate(sequences):
             self._note(self._full, row, len(sequence.blocks) * size - positions[row])
             self._note(self._limits, row, sequence.limit - sequence.length)
+            if sequence.look_at:
+                self._note(self._watched, row, max(1, sequence.look_at - sequence.length))
         self.stop_ids = frozenset().union(*(s.stop_ids for s in sequences))
         self._stop_ids = [_packed([stop_id]) for stop_id in sorted(self.stop_ids)]
         self.plain = all(s.plain for s in sequences)
@@ -182,7 +186,8 @@ class DecodeBatch:
         if len(self._made) == _KEPT_STEPS:
             self.sync()
         now, most = self.rows.steps, _KEPT_STEPS - len(self._made)
-        noted = (step for by_step in (self._full, self._limits) for step in by_step if step > now)
+        calendars = (self._full, self._limits, self._watched)
+        noted = (step for by_step in calendars for step in by_step if step > now)
         ahead = min(noted, default=now + most + 1) - now
         return min(ahead, most), ahead <= most
 
@@ -202,6 +207,18 @@ class DecodeBatch:
 
     def _note(self, by_step: dict[int, list[int]], row: int, steps: int) -> None:
         by_step.setdefault(self.rows.steps + steps, []).append(row)
+
+    def watch(self, sequence: Sequence, steps: int) -> None:
+        """Has a stream looked at after so many more steps. It has all its tokens."""
+        sequence.look_at = sequence.length + steps
+        if not self._dirty and sequence in self._members:
+            self._note(self._watched, self._members.index(sequence), steps)
+
+    def stored(self, sequence: Sequence, first: int) -> None:
+        """Takes over a stream's blocks from `first` on: cached ones may stand for them."""
+        if not self._dirty and sequence in self._members and sequence.stored > first:
+            row = self._members.index(sequence)
+            self.rows.tables[row, first : len(sequence.blocks)] = sequence.blocks[first:]
 
     # -- tokens of a stream ------------------------------------------------
 
@@ -240,7 +257,7 @@ class DecodeBatch:
     def advance(self, tokens: bytes) -> list[int]:
         """Takes the new token of each row, packed. Returns rows that need a look.
 
-        Those filled their blocks, reached their limit or may have drawn a stop id;
+        Those filled their blocks, are watched, reached their limit or may have drawn a stop id;
         the answer may name a row twice. Their streams have all their tokens.
         """
         made, rows = self._made, self.rows
@@ -253,6 +270,8 @@ class DecodeBatch:
         due = self._limits.pop(step, _NONE)
         if step in self._full:
             due = due + self._full.pop(step)
+        if step in self._watched:
+            due = due + self._watched.pop(step)
         if not self.plain:
             self.sync()
             self.plain = self.steady = all(s.plain for s in self.sequences)

@@ -158,13 +158,15 @@ class CoreEngine:
         """Takes a placement; its `Opening` goes to the sink."""
         self._loop.post(lambda loop: loop.submit(placement))
 
-    def hand_over(self, attempt: AttemptId, next_attempt: int, hand_off: wire.HandOff) -> None:
-        """Refused: a running stream finishes where it is.
+    def hand_over(
+        self, attempt: AttemptId, next_attempt: int, hand_off: wire.HandOff, border: int
+    ) -> None:
+        """Passes a running stream on while it decodes (hand_over.py).
 
-        The receiver, which reserved and pulls already, is told at once, and its
-        attempt ends as `transfer_failed`; no token changes.
+        Where it cannot pass, the receiver, which reserved and pulls already, is told
+        at once, and its attempt ends as `transfer_failed`; no token changes.
         """
-        self._loop.post(lambda loop: loop.admission.refuse_hand_over(attempt, hand_off))
+        self._loop.post(lambda loop: loop.hand_overs.begin(attempt, border, hand_off))
 
     def cancel(self, attempts: Iterable[AttemptId]) -> None:
         """Ends attempts at the next layer or step border."""

@@ -4,6 +4,8 @@ Sending: what becomes full is pinned and announced while later chunks are
 computed; the commit carries the last partial block and the first token. The
 pins go when the receiver released, or either side aborted.
 
+A running stream that passes to another worker (hand_over.py) is sent in the same way.
+
 Receiving: what is cached here is pinned, room for the rest is reserved, all
 or nothing; the pull begins at once and waits for the sender's offer. The
 destination is freed only after the node says that no write can come.
@@ -73,9 +75,12 @@ class HandOffs:
 
     # -- sending -----------------------------------------------------------
 
-    def offer(self, sequence: Sequence, transfer_id: bytes) -> None:
-        """Opens a transfer for a prompt. Raises TransferError: it was aborted."""
-        self._node.offer(transfer_id)
+    def offer(self, sequence: Sequence, transfer_id: bytes, *, grows: bool = False) -> None:
+        """Opens a transfer for a prompt; `grows`: for a stream that decodes on.
+
+        Raises TransferError: it was aborted.
+        """
+        self._node.offer(transfer_id, grows=grows)
         self._sending[transfer_id] = Sending(transfer_id, sequence)
         self._of_sequence[sequence.key] = transfer_id
 
@@ -87,6 +92,18 @@ class HandOffs:
             # It was aborted before, or runs: then it is not this command's.
             return
         self._node.abort(transfer_id, "failed", message)
+
+    def give_up(self, sequence: Sequence, message: str) -> None:
+        """Ends the transfer of a stream from here, if there is one; the stream goes on."""
+        transfer_id = self._of_sequence.get(sequence.key, b"")
+        if transfer_id in self._sending:
+            self._node.abort(transfer_id, "failed", message)
+            self.sent(transfer_id)
+
+    def sends(self, transfer_id: bytes) -> Sequence | None:
+        """What a transfer from here is for, while that runs."""
+        sending = self._sending.get(transfer_id)
+        return None if sending is None else sending.sequence
 
     def has_announced(self, sequence: Sequence) -> bool:
         """Whether a peer may be copying blocks of this prompt."""

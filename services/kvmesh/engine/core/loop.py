@@ -25,6 +25,7 @@ from kvmesh.engine.core.admission import Admission
 from kvmesh.engine.core.answers import Answers
 from kvmesh.engine.core.blocks import BlockPool, Hold
 from kvmesh.engine.core.hand_off import HandOffs
+from kvmesh.engine.core.hand_over import HandOvers
 from kvmesh.engine.core.queue import PromptQueue
 from kvmesh.engine.core.runner import Runner, Sampled
 from kvmesh.engine.core.sequence import Sequence, State
@@ -84,6 +85,7 @@ class EngineLoop:
         self.queue = PromptQueue(pool, settings, self._begin, self._may_lose_room)
         self.admission = Admission(self, settings, max_logprobs)
         self.streams = Streams(self, pool, settings)
+        self.hand_overs = HandOvers(self, settings)
         self.steps = Steps(self, runner, settings, model, clock)
 
     @property
@@ -191,6 +193,7 @@ class EngineLoop:
         index = len(sequence.output_ids)
         sequence.output_ids.append(draw.token_id)
         logprobs = [] if draw.logprobs is None else [draw.logprobs]
+        sequence.logprobs.extend(logprobs)
         self._answers.tokens(sequence, index, [draw.token_id], logprobs)
         return sequence.finish_reason(draw.token_id)
 
@@ -237,6 +240,7 @@ class EngineLoop:
         if was is State.DECODING:
             if sequence in self.streams.batch.sequences:
                 self.streams.batch.leave((sequence,))
+            self.hand_overs.ended(sequence)
             for group in (self.streams.suspects, self.streams.stalled):
                 if sequence in group:
                     group.remove(sequence)

@@ -8,6 +8,7 @@
                  └──room, prefix_from─▶ FETCHING
     submit ─▶ RECEIVING (stage decode) ──commit──▶ DECODING (or PREFILLING the
                                                    last token: on_finish)
+    DECODING ──handed over with its KV (hand_over.py)──▶ ENDED
 
 Every state may go to ENDED. A prefill whose room is taken by a more urgent
 one keeps what it computed as cached prefix and waits again.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import enum
 from array import array
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +30,9 @@ from kvmesh.engine.core.runner import SampleSpec
 from kvmesh.engine.core.trace import Trace
 from kvmesh.v1 import inference_pb2 as inference
 from kvmesh.v1 import worker_pb2 as wire
+
+_KEPT_LOGPROBS = 128
+"""Entries kept for whoever takes a stream over: more than a hand-over lets it make."""
 
 
 class State(enum.Enum):
@@ -63,7 +68,7 @@ class Sequence:
 
     __slots__ = (
         "alone", "base", "blocks", "border", "computed", "continuation", "deadline",
-        "id", "itl_target_ms", "key", "limit", "output_ids", "placement",
+        "id", "itl_target_ms", "key", "limit", "logprobs", "look_at", "output_ids", "placement",
         "priority", "prompt_ids", "root", "router", "sample", "stage", "state",
         "stop_ids", "stored", "tag", "times", "trace",
     )  # fmt: skip
@@ -101,6 +106,10 @@ class Sequence:
         self.priority = (self.deadline, key)
         self.itl_target_ms = continuation.itl_target_ms
         self.blocks: list[int] = []
+        self.look_at = 0
+        """Length at which a decoding stream is looked at, whatever it needs; 0: none."""
+        self.logprobs: deque[inference.TokenLogprobs] = deque(maxlen=_KEPT_LOGPROBS)
+        """Of the last output tokens, where they were asked for."""
         self.stored = 0
         """Leading blocks that are cached and shareable."""
         self.computed = 0

@@ -77,6 +77,7 @@ class Streams:
         for sequence, draw in zip(sequences, draws, strict=True):
             place = places[sequence.router] = places.get(sequence.router, -1) + 1
             if draw is not None and draw.logprobs is not None:
+                sequence.logprobs.append(draw.logprobs)
                 self._loop.answers.logprobs(sequence, place, draw.logprobs)
 
     def _look(self, row: int, sequence: Sequence) -> bool:
@@ -89,6 +90,8 @@ class Streams:
             loop.finish(sequence, reason)
             return False
         sequence.computed = sequence.length - 1
+        if 0 < sequence.look_at <= sequence.length and not loop.hand_overs.look(sequence):
+            return False
         if sequence.computed < len(sequence.blocks) * loop.pool.block_tokens:
             return True
         changed = sequence.stored
