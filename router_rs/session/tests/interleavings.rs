@@ -2,14 +2,14 @@
 //! for a small world by Stateright, at random for larger ones by proptest.
 //!
 //! Sessions are ordered queues; between the two anything may overtake
-//! anything. The world refuses, fails transfers, gives back, loses a session,
-//! breaks one that comes back, and stops the client, each within a budget.
+//! anything. The world refuses, fails transfers, gives back, hands streams over, loses a
+//! session, breaks one that comes back, and stops the client, each within a budget.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeSet;
 
 use kvmesh_session::{
-    Fence, Generation, Stage, Taken, TransferId, WorkerIndex,
+    Fence, Generation, Stage, Taken, TransferId, Violation, WorkerIndex,
     generation::{Action, Actions, Event, Loss, Plan, PlannedHandOff, Policy, Stop, Timer},
     parse::{Answer, End, FinishReason, Refusal},
 };
@@ -31,6 +31,7 @@ struct World {
     blips: u8,
     stops: u8,
     timeouts: u8,
+    hand_overs: u8,
     survive_loss: bool,
 }
 
@@ -44,6 +45,10 @@ enum Command {
     },
     Cancel {
         fence: Fence,
+    },
+    HandOver {
+        fence: Fence,
+        next_attempt: u32,
     },
 }
 
@@ -74,6 +79,8 @@ struct Job {
     mesh: bool,
     border: u32,
     next: u32,
+    /// The attempt to which the stream is being handed over.
+    passes_to: Option<u32>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -115,6 +122,10 @@ struct Sim {
     delivered: u32,
     ends: u8,
     booked: bool,
+    /// The target of a hand-over is booked.
+    target: bool,
+    /// A stream went on at the worker that it was handed to.
+    moved: bool,
     wrong: Option<&'static str>,
     plans: u8,
     refusals: u8,
@@ -125,6 +136,7 @@ struct Sim {
     replays: bool,
     stops: u8,
     timeouts: u8,
+    hand_overs: u8,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -137,6 +149,12 @@ enum Move {
     ToRouter(usize),
     Step(usize),
     FailTransfer(usize),
+    /// The stream of a worker is to go to the other one.
+    HandOver(usize),
+    /// The worker that hands over says its last word.
+    Commit(usize),
+    /// It goes on after all.
+    Keep(usize),
     GiveBack(usize),
     Lose(usize, Loss),
     /// The session breaks with all that is on its way.
@@ -172,6 +190,8 @@ impl Sim {
             delivered: 0,
             ends: 0,
             booked: false,
+            target: false,
+            moved: false,
             wrong: None,
             plans: world.plans,
             refusals: world.refusals,
@@ -182,6 +202,7 @@ impl Sim {
             replays: world.blips > 0,
             stops: world.stops,
             timeouts: world.timeouts,
+            hand_overs: world.hand_overs,
         };
         sim.perform(actions);
         sim
@@ -215,8 +236,19 @@ impl Sim {
                         .committed
                         .iter()
                         .any(|(attempt, _)| *attempt == job.fence.attempt);
+                if let Some(to) = job.passes_to {
+                    moves.push(Move::Commit(w));
+                    if self.failures > 0 || self.aborted.contains(&to) {
+                        moves.push(Move::Keep(w));
+                    }
+                }
                 if !waits {
                     moves.push(Move::Step(w));
+                    // What came may be wrong.
+                    let whole = job.stage == Stage::Decode && job.mesh && job.next == job.border;
+                    if whole && self.failures > 0 {
+                        moves.push(Move::FailTransfer(w));
+                    }
                     if self.returns > 0 && job.stage != Stage::Prefill {
                         moves.push(Move::GiveBack(w));
                     }
@@ -242,6 +274,16 @@ impl Sim {
         if self.stops > 0 {
             moves.push(Move::Stop);
         }
+        if self.hand_overs > 0 {
+            let movable = |w: &usize| self.generation.can_move(WORKERS[*w]);
+            moves.extend((0..2).filter(movable).map(Move::HandOver));
+        }
+        if moves.is_empty() {
+            // An offer that does not come is not waited for for ever.
+            let waiting = self.workers.iter().enumerate();
+            let waiting = waiting.filter(|(_, worker)| worker.job.is_some());
+            moves.extend(waiting.map(|(w, _)| Move::FailTransfer(w)));
+        }
         for timer in &self.timers {
             // Time passes only where someone has a reason to wait: a bound
             // that fires is a fault of its own, except where all else is still.
@@ -265,9 +307,36 @@ impl Sim {
                     self.say_end(worker, &job, End::TransferFailed);
                 }
             }
+            Move::HandOver(from) => {
+                self.hand_overs -= 1;
+                self.target = true;
+                self.apply(Event::HandOver {
+                    to: WORKERS[1 - from],
+                    transfer: TransferId([9; 16]),
+                });
+            }
+            Move::Commit(worker) => {
+                if let Some(job) = self.workers[worker].job.take()
+                    && let Some(to) = job.passes_to
+                {
+                    self.committed.insert((to, job.next));
+                    self.say_end(worker, &job, End::HandedOff { engine: None });
+                }
+            }
+            Move::Keep(worker) => {
+                if let Some(job) = &mut self.workers[worker].job
+                    && let Some(to) = job.passes_to.take()
+                {
+                    if !self.aborted.insert(to) {
+                        return;
+                    }
+                    self.failures -= 1;
+                }
+            }
             Move::GiveBack(worker) => {
                 self.returns -= 1;
                 if let Some(job) = self.workers[worker].job.take() {
+                    self.aborts(&job);
                     self.say_end(worker, &job, End::Returned(Refusal::NoRoom));
                 }
             }
@@ -276,8 +345,8 @@ impl Sim {
                 let index = WORKERS[worker];
                 if loss != Loss::Silent {
                     // The worker ends what a broken session left.
-                    if let Some(job) = &self.workers[worker].job {
-                        self.aborted.insert(job.fence.attempt);
+                    if let Some(job) = self.workers[worker].job.take() {
+                        self.aborts(&job);
                     }
                     self.workers[worker] = Worker {
                         broken: true,
@@ -356,8 +425,14 @@ impl Sim {
         }
         worker.session = Session::Greeting(named.map(|(fence, _)| (fence, known)));
         if let Some(job) = dropped {
-            self.aborted.insert(job.fence.attempt);
+            self.aborts(&job);
         }
+    }
+
+    /// A worker lets go of a job: whoever gets or sends its KV hears of it.
+    fn aborts(&mut self, job: &Job) {
+        self.aborted.insert(job.fence.attempt);
+        self.aborted.extend(job.passes_to);
     }
 
     fn greeted(&mut self, w: usize) {
@@ -406,7 +481,7 @@ impl Sim {
             },
         };
         if n / 2 == 1 || prefill_emits {
-            self.emits.insert(self.generation.fence().attempt + 1);
+            self.emits.insert(self.generation.next_attempt());
         }
         self.apply(Event::Planned(plan));
     }
@@ -430,6 +505,7 @@ impl Sim {
                         mesh,
                         border,
                         next: border,
+                        passes_to: None,
                     });
                     Answer::Reserved {
                         held: 0,
@@ -447,9 +523,24 @@ impl Sim {
             }
             Command::Cancel { fence } => {
                 if let Some(job) = worker.job.take_if(|job| job.fence <= fence) {
-                    self.aborted.insert(job.fence.attempt);
+                    self.aborts(&job);
                     self.say_end(w, &job, End::Cancelled);
                 }
+            }
+            Command::HandOver {
+                fence,
+                next_attempt,
+            } => {
+                let stream = worker.job.as_mut().filter(|job| job.fence == fence);
+                let before = match stream {
+                    Some(job) if job.passes_to == Some(next_attempt) => None,
+                    Some(job) => job.passes_to.replace(next_attempt),
+                    // It has committed, or ended. In the first case nothing is to abort.
+                    None => Some(next_attempt),
+                };
+                let committed = |attempt: &u32| self.committed.iter().any(|(of, _)| of == attempt);
+                let before = before.filter(|attempt| !committed(attempt));
+                self.aborted.extend(before);
             }
         }
     }
@@ -506,6 +597,7 @@ impl Sim {
                 self.say_end(w, &job, End::HandedOff { engine });
             }
         } else if job.next >= max {
+            self.aborts(&job);
             self.say_end(w, &job, finished());
         } else {
             self.workers[w].job = Some(job);
@@ -547,19 +639,38 @@ impl Sim {
                 fence,
                 first,
                 count,
-            } => match self.generation.tokens(from, fence, first, count) {
-                Ok(Taken::New { skip }) => {
-                    if self.ends > 0 {
-                        self.wrong = Some("a token after the end");
-                    }
-                    if first + skip != self.delivered || skip >= count {
-                        self.wrong = Some("a hole or a repetition");
-                    }
-                    self.delivered = first + count;
+            } => {
+                let before = self.generation.fence();
+                let taken = self.generation.tokens(from, fence, first, count);
+                if self.generation.fence() != before {
+                    self.moves_on();
                 }
-                Ok(Taken::Nothing | Taken::Stale) => {}
-                Err(_) => self.wrong = Some("a violation that is none"),
-            },
+                self.took(taken, first, count);
+            }
+        }
+    }
+
+    /// The target's booking is the attempt's.
+    fn moves_on(&mut self) {
+        if !std::mem::take(&mut self.target) || !self.booked {
+            self.wrong = Some("a stream that moved to where nothing is booked");
+        }
+        self.moved = true;
+    }
+
+    fn took(&mut self, taken: Result<Taken, Violation>, first: u32, count: u32) {
+        match taken {
+            Ok(Taken::New { skip }) => {
+                if self.ends > 0 {
+                    self.wrong = Some("a token after the end");
+                }
+                if first + skip != self.delivered || skip >= count {
+                    self.wrong = Some("a hole or a repetition");
+                }
+                self.delivered = first + count;
+            }
+            Ok(Taken::Nothing | Taken::Stale) => {}
+            Err(_) => self.wrong = Some("a violation that is none"),
         }
     }
 
@@ -600,6 +711,22 @@ impl Sim {
                     );
                 }
                 Action::Cancel { to, fence } => self.send(to, fence, Command::Cancel { fence }),
+                Action::HandOver {
+                    to,
+                    fence,
+                    next_attempt,
+                    ..
+                } => self.send(
+                    to,
+                    fence,
+                    Command::HandOver {
+                        fence,
+                        next_attempt,
+                    },
+                ),
+                Action::Moved { .. } => self.moves_on(),
+                Action::ReleaseTarget if self.target => self.target = false,
+                Action::ReleaseTarget => self.wrong = Some("a second release of a target"),
                 Action::Plan(_) => self.planning = true,
                 Action::Release if self.booked => self.booked = false,
                 Action::Release => self.wrong = Some("a second release"),
@@ -640,7 +767,7 @@ impl Sim {
         if self.ends != 1 {
             return Err("not exactly one end");
         }
-        if self.booked {
+        if self.booked || self.target {
             return Err("a booking is left");
         }
         if !self.timers.is_empty() {
@@ -689,6 +816,13 @@ impl Model for World {
                 sim.ends == 1 && sim.delivered == world.max_tokens
             }),
             Property::sometimes(
+                "a stream moves and is complete",
+                |world: &World, sim: &Sim| {
+                    world.hand_overs == 0
+                        || (sim.moved && sim.ends == 1 && sim.delivered == world.max_tokens)
+                },
+            ),
+            Property::sometimes(
                 "a second attempt goes on inside the output",
                 |_, sim: &Sim| sim.generation.fence().attempt > 1 && sim.delivered > 1,
             ),
@@ -713,8 +847,89 @@ const QUIET: World = World {
     blips: 0,
     stops: 0,
     timeouts: 0,
+    hand_overs: 0,
     survive_loss: true,
 };
+
+/// One stream on one or two workers that is handed over once.
+const HANDED_OVER: World = World {
+    max_tokens: 3,
+    plans: 1,
+    hand_overs: 1,
+    ..QUIET
+};
+
+fn check_hand_over(world: World) {
+    let checker = world.checker().threads(2).spawn_bfs().join();
+    let (states, depth) = (checker.unique_state_count(), checker.max_depth());
+    println!("{states} states, depth {depth}: {world:?}");
+    checker.assert_no_discovery("nothing goes wrong");
+    checker.assert_no_discovery("one end at most");
+    checker.assert_no_discovery("what rests is settled");
+    checker.assert_any_discovery("a stream moves and is complete");
+}
+
+#[test]
+fn every_order_of_a_hand_over() {
+    check_hand_over(HANDED_OVER);
+}
+
+#[test]
+fn every_order_of_two_hand_overs_one_of_which_fails() {
+    check_hand_over(World {
+        hand_overs: 2,
+        failures: 1,
+        ..HANDED_OVER
+    });
+}
+
+#[test]
+fn every_order_of_a_hand_over_that_is_refused_or_given_back() {
+    check_hand_over(World {
+        plans: 2,
+        refusals: 1,
+        returns: 1,
+        max_tokens: 2,
+        ..HANDED_OVER
+    });
+}
+
+#[test]
+fn every_order_of_a_hand_over_with_a_client_that_leaves() {
+    check_hand_over(World {
+        stops: 1,
+        failures: 1,
+        ..HANDED_OVER
+    });
+}
+
+#[test]
+fn every_order_of_a_hand_over_whose_source_or_receiver_is_lost() {
+    check_hand_over(World {
+        plans: 2,
+        losses: 1,
+        max_tokens: 2,
+        ..HANDED_OVER
+    });
+}
+
+#[test]
+fn every_order_of_a_hand_over_with_a_session_that_breaks_and_comes_back() {
+    check_hand_over(World {
+        blips: 1,
+        max_tokens: 2,
+        ..HANDED_OVER
+    });
+}
+
+#[test]
+fn every_order_of_a_hand_over_with_timers_that_fire() {
+    check_hand_over(World {
+        timeouts: 1,
+        max_tokens: 2,
+        ..HANDED_OVER
+    });
+}
 
 #[test]
 fn every_order_with_refusals_returns_and_failed_transfers() {
@@ -796,6 +1011,7 @@ proptest! {
             blips: 2,
             stops: 1,
             timeouts: 1,
+            hand_overs: 3,
             survive_loss,
         };
         let mut sim = Sim::new(&world);
@@ -814,6 +1030,7 @@ proptest! {
         sim.blips = 0;
         sim.stops = 0;
         sim.timeouts = 0;
+        sim.hand_overs = 0;
         for _ in 0..1_000 {
             let Some(next) = sim.moves().into_iter().next() else { break };
             sim.make(next);

@@ -49,4 +49,6 @@ def run(args: argparse.Namespace) -> int:
     if answer is None:
         return 1
     print(f"{args.worker} is draining, {answer.running} running")
+    for stream in answer.staying:
+        print(f"{stream.generation_id} stays: {stream.reason}")
     return 0

@@ -26,15 +26,15 @@ from kvmesh.v1 import inference_pb2 as kvmesh_dot_v1_dot_inference__pb2
 from kvmesh.v1 import worker_pb2 as kvmesh_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15kvmesh/v1/admin.proto\x12\tkvmesh.v1\x1a\x19kvmesh/v1/inference.proto\x1a\x16kvmesh/v1/worker.proto\"#\n\x12ListWorkersRequest\x12\r\n\x05model\x18\x01 \x01(\t\"?\n\x13ListWorkersResponse\x12(\n\x07workers\x18\x01 \x03(\x0b\x32\x17.kvmesh.v1.WorkerStatus\"\xcb\x02\n\x0cWorkerStatus\x12\'\n\x06record\x18\x01 \x01(\x0b\x32\x17.kvmesh.v1.WorkerRecord\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.kvmesh.v1.SessionState\x12\x14\n\x0cstate_detail\x18\x03 \x01(\t\x12\x12\n\nregistered\x18\x04 \x01(\x08\x12\x1d\n\x04load\x18\x05 \x01(\x0b\x32\x0f.kvmesh.v1.Load\x12\x11\n\tsilent_ms\x18\x06 \x01(\x01\x12\x16\n\x0eindexed_blocks\x18\x07 \x01(\x04\x12\x14\n\x0cindex_detail\x18\x08 \x01(\t\x12\x0f\n\x07running\x18\t \x01(\r\x12(\n\nstep_model\x18\n \x01(\x0b\x32\x14.kvmesh.v1.StepModel\x12%\n\x08paths_to\x18\x0b \x03(\x0b\x32\x13.kvmesh.v1.PathRate\"B\n\x08PathRate\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x10\n\x08\x66ixed_ms\x18\x02 \x01(\x01\x12\x14\n\x0c\x62ytes_per_ms\x18\x03 \x01(\x01\"V\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x10\n\x08grace_ms\x18\x02 \x01(\r\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\x12\x0c\n\x04stop\x18\x04 \x01(\x08\"&\n\x13\x44rainWorkerResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\"W\n\x14SetWorkerRoleRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1d\n\x04role\x18\x02 \x01(\x0e\x32\x0f.kvmesh.v1.Role\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\"6\n\x15SetWorkerRoleResponse\x12\x1d\n\x04role\x18\x01 \x01(\x0e\x32\x0f.kvmesh.v1.Role\"\'\n\x0e\x45xplainRequest\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\"\xa3\x01\n\x0f\x45xplainResponse\x12&\n\tdecisions\x18\x01 \x03(\x0b\x32\x13.kvmesh.v1.Decision\x12%\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x13.kvmesh.v1.Finished\x12\x19\n\x11predicted_wait_ms\x18\x03 \x01(\x01\x12&\n\x07waiting\x18\x04 \x01(\x0b\x32\x15.kvmesh.v1.RouterWait\"7\n\nRouterWait\x12\n\n\x02ms\x18\x01 \x01(\x01\x12\r\n\x05tries\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xb8\x02\n\x08\x44\x65\x63ision\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\r\x12\r\n\x05\x61t_ms\x18\x02 \x01(\x01\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12\"\n\x05plans\x18\x04 \x03(\x0b\x32\x13.kvmesh.v1.PlanCost\x12\x0e\n\x06\x63hosen\x18\x05 \x01(\r\x12\x19\n\x11predicted_ttft_ms\x18\x06 \x01(\x01\x12\x16\n\x0e\x61\x63tual_ttft_ms\x18\x07 \x01(\x01\x12(\n\tpredicted\x18\x08 \x01(\x0b\x32\x15.kvmesh.v1.PhaseTimes\x12%\n\x06\x61\x63tual\x18\t \x01(\x0b\x32\x15.kvmesh.v1.PhaseTimes\x12\x0f\n\x07weighed\x18\n \x01(\r\x12\x0c\n\x04tied\x18\x0b \x01(\r\x12%\n\x06waited\x18\x0c \x01(\x0b\x32\x15.kvmesh.v1.RouterWait\"W\n\nPhaseTimes\x12\x0f\n\x07wait_ms\x18\x01 \x01(\x01\x12\x12\n\nprefill_ms\x18\x02 \x01(\x01\x12\x13\n\x0btransfer_ms\x18\x03 \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x04 \x01(\x01\"\xc5\x01\n\x08PlanCost\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x15\n\rprefix_worker\x18\x03 \x01(\t\x12\x10\n\x08total_ms\x18\x04 \x01(\x01\x12\"\n\x05terms\x18\x05 \x03(\x0b\x32\x13.kvmesh.v1.CostTerm\x12\x0f\n\x07ttft_ms\x18\x06 \x01(\x01\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\x12\x15\n\rpulled_tokens\x18\x08 \x01(\r\"$\n\x08\x43ostTerm\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\n\n\x02ms\x18\x02 \x01(\x01\"\x14\n\x12\x41\x64visePoolsRequest\"<\n\x13\x41\x64visePoolsResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.kvmesh.v1.PoolAdvice\"q\n\nPoolAdvice\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x03now\x18\x02 \x01(\x0b\x32\x16.kvmesh.v1.PoolOutlook\x12!\n\x04\x66lip\x18\x03 \x01(\x0b\x32\x13.kvmesh.v1.RoleFlip\x12\x0c\n\x04hold\x18\x04 \x01(\t\"\x8a\x01\n\x08RoleFlip\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\"\n\tfrom_role\x18\x02 \x01(\x0e\x32\x0f.kvmesh.v1.Role\x12 \n\x07to_role\x18\x03 \x01(\x0e\x32\x0f.kvmesh.v1.Role\x12%\n\x05\x61\x66ter\x18\x04 \x01(\x0b\x32\x16.kvmesh.v1.PoolOutlook\"\xcd\x01\n\x0bPoolOutlook\x12\x0f\n\x07prefill\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65\x63ode\x18\x02 \x01(\r\x12\x0c\n\x04\x62oth\x18\x03 \x01(\r\x12\x1b\n\x13interactive_ttft_ms\x18\x04 \x01(\x01\x12\x18\n\x10standard_ttft_ms\x18\x05 \x01(\x01\x12\x15\n\rbatch_ttft_ms\x18\x06 \x01(\x01\x12\x0e\n\x06itl_ms\x18\x07 \x01(\x01\x12\x18\n\x10prefill_pressure\x18\x08 \x01(\x01\x12\x17\n\x0f\x64\x65\x63ode_pressure\x18\t \x01(\x01\"\x16\n\x14GetRouterInfoRequest\"\xcc\x01\n\x15GetRouterInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x11\n\trouter_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x06\x12\x0f\n\x07\x63luster\x18\x04 \x01(\t\x12\x10\n\x08uptime_s\x18\x05 \x01(\x01\x12\x16\n\x0e\x65tcd_connected\x18\x06 \x01(\x08\x12\x13\n\x0bgenerations\x18\x07 \x01(\r\x12\x0e\n\x06queued\x18\x08 \x01(\r\x12\x1a\n\x12undelivered_tokens\x18\t \x01(\x04*\xce\x01\n\x0cSessionState\x12\x1d\n\x19SESSION_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18SESSION_STATE_CONNECTING\x10\x01\x12\x16\n\x12SESSION_STATE_LIVE\x10\x02\x12\x19\n\x15SESSION_STATE_SUSPECT\x10\x03\x12\x16\n\x12SESSION_STATE_LOST\x10\x04\x12\x1b\n\x17SESSION_STATE_HALF_OPEN\x10\x05\x12\x19\n\x15SESSION_STATE_REFUSED\x10\x06\x32\xdb\x03\n\x05\x41\x64min\x12L\n\x0bListWorkers\x12\x1d.kvmesh.v1.ListWorkersRequest\x1a\x1e.kvmesh.v1.ListWorkersResponse\x12L\n\x0b\x44rainWorker\x12\x1d.kvmesh.v1.DrainWorkerRequest\x1a\x1e.kvmesh.v1.DrainWorkerResponse\x12R\n\rSetWorkerRole\x12\x1f.kvmesh.v1.SetWorkerRoleRequest\x1a .kvmesh.v1.SetWorkerRoleResponse\x12@\n\x07\x45xplain\x12\x19.kvmesh.v1.ExplainRequest\x1a\x1a.kvmesh.v1.ExplainResponse\x12L\n\x0b\x41\x64visePools\x12\x1d.kvmesh.v1.AdvisePoolsRequest\x1a\x1e.kvmesh.v1.AdvisePoolsResponse\x12R\n\rGetRouterInfo\x12\x1f.kvmesh.v1.GetRouterInfoRequest\x1a .kvmesh.v1.GetRouterInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15kvmesh/v1/admin.proto\x12\tkvmesh.v1\x1a\x19kvmesh/v1/inference.proto\x1a\x16kvmesh/v1/worker.proto\"#\n\x12ListWorkersRequest\x12\r\n\x05model\x18\x01 \x01(\t\"?\n\x13ListWorkersResponse\x12(\n\x07workers\x18\x01 \x03(\x0b\x32\x17.kvmesh.v1.WorkerStatus\"\xcb\x02\n\x0cWorkerStatus\x12\'\n\x06record\x18\x01 \x01(\x0b\x32\x17.kvmesh.v1.WorkerRecord\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.kvmesh.v1.SessionState\x12\x14\n\x0cstate_detail\x18\x03 \x01(\t\x12\x12\n\nregistered\x18\x04 \x01(\x08\x12\x1d\n\x04load\x18\x05 \x01(\x0b\x32\x0f.kvmesh.v1.Load\x12\x11\n\tsilent_ms\x18\x06 \x01(\x01\x12\x16\n\x0eindexed_blocks\x18\x07 \x01(\x04\x12\x14\n\x0cindex_detail\x18\x08 \x01(\t\x12\x0f\n\x07running\x18\t \x01(\r\x12(\n\nstep_model\x18\n \x01(\x0b\x32\x14.kvmesh.v1.StepModel\x12%\n\x08paths_to\x18\x0b \x03(\x0b\x32\x13.kvmesh.v1.PathRate\"B\n\x08PathRate\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x10\n\x08\x66ixed_ms\x18\x02 \x01(\x01\x12\x14\n\x0c\x62ytes_per_ms\x18\x03 \x01(\x01\"V\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x10\n\x08grace_ms\x18\x02 \x01(\r\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\x12\x0c\n\x04stop\x18\x04 \x01(\x08\"Q\n\x13\x44rainWorkerResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\x12)\n\x07staying\x18\x02 \x03(\x0b\x32\x18.kvmesh.v1.StayingStream\"6\n\rStayingStream\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"W\n\x14SetWorkerRoleRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1d\n\x04role\x18\x02 \x01(\x0e\x32\x0f.kvmesh.v1.Role\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\"6\n\x15SetWorkerRoleResponse\x12\x1d\n\x04role\x18\x01 \x01(\x0e\x32\x0f.kvmesh.v1.Role\"\'\n\x0e\x45xplainRequest\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\"\xa3\x01\n\x0f\x45xplainResponse\x12&\n\tdecisions\x18\x01 \x03(\x0b\x32\x13.kvmesh.v1.Decision\x12%\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x13.kvmesh.v1.Finished\x12\x19\n\x11predicted_wait_ms\x18\x03 \x01(\x01\x12&\n\x07waiting\x18\x04 \x01(\x0b\x32\x15.kvmesh.v1.RouterWait\"7\n\nRouterWait\x12\n\n\x02ms\x18\x01 \x01(\x01\x12\r\n\x05tries\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xb8\x02\n\x08\x44\x65\x63ision\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\r\x12\r\n\x05\x61t_ms\x18\x02 \x01(\x01\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12\"\n\x05plans\x18\x04 \x03(\x0b\x32\x13.kvmesh.v1.PlanCost\x12\x0e\n\x06\x63hosen\x18\x05 \x01(\r\x12\x19\n\x11predicted_ttft_ms\x18\x06 \x01(\x01\x12\x16\n\x0e\x61\x63tual_ttft_ms\x18\x07 \x01(\x01\x12(\n\tpredicted\x18\x08 \x01(\x0b\x32\x15.kvmesh.v1.PhaseTimes\x12%\n\x06\x61\x63tual\x18\t \x01(\x0b\x32\x15.kvmesh.v1.PhaseTimes\x12\x0f\n\x07weighed\x18\n \x01(\r\x12\x0c\n\x04tied\x18\x0b \x01(\r\x12%\n\x06waited\x18\x0c \x01(\x0b\x32\x15.kvmesh.v1.RouterWait\"W\n\nPhaseTimes\x12\x0f\n\x07wait_ms\x18\x01 \x01(\x01\x12\x12\n\nprefill_ms\x18\x02 \x01(\x01\x12\x13\n\x0btransfer_ms\x18\x03 \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x04 \x01(\x01\"\xc5\x01\n\x08PlanCost\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x15\n\rprefix_worker\x18\x03 \x01(\t\x12\x10\n\x08total_ms\x18\x04 \x01(\x01\x12\"\n\x05terms\x18\x05 \x03(\x0b\x32\x13.kvmesh.v1.CostTerm\x12\x0f\n\x07ttft_ms\x18\x06 \x01(\x01\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\x12\x15\n\rpulled_tokens\x18\x08 \x01(\r\"$\n\x08\x43ostTerm\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\n\n\x02ms\x18\x02 \x01(\x01\"\x14\n\x12\x41\x64visePoolsRequest\"<\n\x13\x41\x64visePoolsResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.kvmesh.v1.PoolAdvice\"q\n\nPoolAdvice\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x03now\x18\x02 \x01(\x0b\x32\x16.kvmesh.v1.PoolOutlook\x12!\n\x04\x66lip\x18\x03 \x01(\x0b\x32\x13.kvmesh.v1.RoleFlip\x12\x0c\n\x04hold\x18\x04 \x01(\t\"\x8a\x01\n\x08RoleFlip\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\"\n\tfrom_role\x18\x02 \x01(\x0e\x32\x0f.kvmesh.v1.Role\x12 \n\x07to_role\x18\x03 \x01(\x0e\x32\x0f.kvmesh.v1.Role\x12%\n\x05\x61\x66ter\x18\x04 \x01(\x0b\x32\x16.kvmesh.v1.PoolOutlook\"\xcd\x01\n\x0bPoolOutlook\x12\x0f\n\x07prefill\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65\x63ode\x18\x02 \x01(\r\x12\x0c\n\x04\x62oth\x18\x03 \x01(\r\x12\x1b\n\x13interactive_ttft_ms\x18\x04 \x01(\x01\x12\x18\n\x10standard_ttft_ms\x18\x05 \x01(\x01\x12\x15\n\rbatch_ttft_ms\x18\x06 \x01(\x01\x12\x0e\n\x06itl_ms\x18\x07 \x01(\x01\x12\x18\n\x10prefill_pressure\x18\x08 \x01(\x01\x12\x17\n\x0f\x64\x65\x63ode_pressure\x18\t \x01(\x01\"\x16\n\x14GetRouterInfoRequest\"\xcc\x01\n\x15GetRouterInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x11\n\trouter_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x06\x12\x0f\n\x07\x63luster\x18\x04 \x01(\t\x12\x10\n\x08uptime_s\x18\x05 \x01(\x01\x12\x16\n\x0e\x65tcd_connected\x18\x06 \x01(\x08\x12\x13\n\x0bgenerations\x18\x07 \x01(\r\x12\x0e\n\x06queued\x18\x08 \x01(\r\x12\x1a\n\x12undelivered_tokens\x18\t \x01(\x04*\xce\x01\n\x0cSessionState\x12\x1d\n\x19SESSION_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18SESSION_STATE_CONNECTING\x10\x01\x12\x16\n\x12SESSION_STATE_LIVE\x10\x02\x12\x19\n\x15SESSION_STATE_SUSPECT\x10\x03\x12\x16\n\x12SESSION_STATE_LOST\x10\x04\x12\x1b\n\x17SESSION_STATE_HALF_OPEN\x10\x05\x12\x19\n\x15SESSION_STATE_REFUSED\x10\x06\x32\xdb\x03\n\x05\x41\x64min\x12L\n\x0bListWorkers\x12\x1d.kvmesh.v1.ListWorkersRequest\x1a\x1e.kvmesh.v1.ListWorkersResponse\x12L\n\x0b\x44rainWorker\x12\x1d.kvmesh.v1.DrainWorkerRequest\x1a\x1e.kvmesh.v1.DrainWorkerResponse\x12R\n\rSetWorkerRole\x12\x1f.kvmesh.v1.SetWorkerRoleRequest\x1a .kvmesh.v1.SetWorkerRoleResponse\x12@\n\x07\x45xplain\x12\x19.kvmesh.v1.ExplainRequest\x1a\x1a.kvmesh.v1.ExplainResponse\x12L\n\x0b\x41\x64visePools\x12\x1d.kvmesh.v1.AdvisePoolsRequest\x1a\x1e.kvmesh.v1.AdvisePoolsResponse\x12R\n\rGetRouterInfo\x12\x1f.kvmesh.v1.GetRouterInfoRequest\x1a .kvmesh.v1.GetRouterInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvmesh.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SESSIONSTATE']._serialized_start=2550
-  _globals['_SESSIONSTATE']._serialized_end=2756
+  _globals['_SESSIONSTATE']._serialized_start=2649
+  _globals['_SESSIONSTATE']._serialized_end=2855
   _globals['_LISTWORKERSREQUEST']._serialized_start=87
   _globals['_LISTWORKERSREQUEST']._serialized_end=122
   _globals['_LISTWORKERSRESPONSE']._serialized_start=124
@@ -46,39 +46,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DRAINWORKERREQUEST']._serialized_start=591
   _globals['_DRAINWORKERREQUEST']._serialized_end=677
   _globals['_DRAINWORKERRESPONSE']._serialized_start=679
-  _globals['_DRAINWORKERRESPONSE']._serialized_end=717
-  _globals['_SETWORKERROLEREQUEST']._serialized_start=719
-  _globals['_SETWORKERROLEREQUEST']._serialized_end=806
-  _globals['_SETWORKERROLERESPONSE']._serialized_start=808
-  _globals['_SETWORKERROLERESPONSE']._serialized_end=862
-  _globals['_EXPLAINREQUEST']._serialized_start=864
-  _globals['_EXPLAINREQUEST']._serialized_end=903
-  _globals['_EXPLAINRESPONSE']._serialized_start=906
-  _globals['_EXPLAINRESPONSE']._serialized_end=1069
-  _globals['_ROUTERWAIT']._serialized_start=1071
-  _globals['_ROUTERWAIT']._serialized_end=1126
-  _globals['_DECISION']._serialized_start=1129
-  _globals['_DECISION']._serialized_end=1441
-  _globals['_PHASETIMES']._serialized_start=1443
-  _globals['_PHASETIMES']._serialized_end=1530
-  _globals['_PLANCOST']._serialized_start=1533
-  _globals['_PLANCOST']._serialized_end=1730
-  _globals['_COSTTERM']._serialized_start=1732
-  _globals['_COSTTERM']._serialized_end=1768
-  _globals['_ADVISEPOOLSREQUEST']._serialized_start=1770
-  _globals['_ADVISEPOOLSREQUEST']._serialized_end=1790
-  _globals['_ADVISEPOOLSRESPONSE']._serialized_start=1792
-  _globals['_ADVISEPOOLSRESPONSE']._serialized_end=1852
-  _globals['_POOLADVICE']._serialized_start=1854
-  _globals['_POOLADVICE']._serialized_end=1967
-  _globals['_ROLEFLIP']._serialized_start=1970
-  _globals['_ROLEFLIP']._serialized_end=2108
-  _globals['_POOLOUTLOOK']._serialized_start=2111
-  _globals['_POOLOUTLOOK']._serialized_end=2316
-  _globals['_GETROUTERINFOREQUEST']._serialized_start=2318
-  _globals['_GETROUTERINFOREQUEST']._serialized_end=2340
-  _globals['_GETROUTERINFORESPONSE']._serialized_start=2343
-  _globals['_GETROUTERINFORESPONSE']._serialized_end=2547
-  _globals['_ADMIN']._serialized_start=2759
-  _globals['_ADMIN']._serialized_end=3234
+  _globals['_DRAINWORKERRESPONSE']._serialized_end=760
+  _globals['_STAYINGSTREAM']._serialized_start=762
+  _globals['_STAYINGSTREAM']._serialized_end=816
+  _globals['_SETWORKERROLEREQUEST']._serialized_start=818
+  _globals['_SETWORKERROLEREQUEST']._serialized_end=905
+  _globals['_SETWORKERROLERESPONSE']._serialized_start=907
+  _globals['_SETWORKERROLERESPONSE']._serialized_end=961
+  _globals['_EXPLAINREQUEST']._serialized_start=963
+  _globals['_EXPLAINREQUEST']._serialized_end=1002
+  _globals['_EXPLAINRESPONSE']._serialized_start=1005
+  _globals['_EXPLAINRESPONSE']._serialized_end=1168
+  _globals['_ROUTERWAIT']._serialized_start=1170
+  _globals['_ROUTERWAIT']._serialized_end=1225
+  _globals['_DECISION']._serialized_start=1228
+  _globals['_DECISION']._serialized_end=1540
+  _globals['_PHASETIMES']._serialized_start=1542
+  _globals['_PHASETIMES']._serialized_end=1629
+  _globals['_PLANCOST']._serialized_start=1632
+  _globals['_PLANCOST']._serialized_end=1829
+  _globals['_COSTTERM']._serialized_start=1831
+  _globals['_COSTTERM']._serialized_end=1867
+  _globals['_ADVISEPOOLSREQUEST']._serialized_start=1869
+  _globals['_ADVISEPOOLSREQUEST']._serialized_end=1889
+  _globals['_ADVISEPOOLSRESPONSE']._serialized_start=1891
+  _globals['_ADVISEPOOLSRESPONSE']._serialized_end=1951
+  _globals['_POOLADVICE']._serialized_start=1953
+  _globals['_POOLADVICE']._serialized_end=2066
+  _globals['_ROLEFLIP']._serialized_start=2069
+  _globals['_ROLEFLIP']._serialized_end=2207
+  _globals['_POOLOUTLOOK']._serialized_start=2210
+  _globals['_POOLOUTLOOK']._serialized_end=2415
+  _globals['_GETROUTERINFOREQUEST']._serialized_start=2417
+  _globals['_GETROUTERINFOREQUEST']._serialized_end=2439
+  _globals['_GETROUTERINFORESPONSE']._serialized_start=2442
+  _globals['_GETROUTERINFORESPONSE']._serialized_end=2646
+  _globals['_ADMIN']._serialized_start=2858
+  _globals['_ADMIN']._serialized_end=3333
 # @@protoc_insertion_point(module_scope)

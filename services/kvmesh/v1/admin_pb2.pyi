@@ -87,10 +87,20 @@ class DrainWorkerRequest(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., grace_ms: _Optional[int] = ..., force: bool = ..., stop: bool = ...) -> None: ...
 
 class DrainWorkerResponse(_message.Message):
-    __slots__ = ("running",)
+    __slots__ = ("running", "staying")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
+    STAYING_FIELD_NUMBER: _ClassVar[int]
     running: int
-    def __init__(self, running: _Optional[int] = ...) -> None: ...
+    staying: _containers.RepeatedCompositeFieldContainer[StayingStream]
+    def __init__(self, running: _Optional[int] = ..., staying: _Optional[_Iterable[_Union[StayingStream, _Mapping]]] = ...) -> None: ...
+
+class StayingStream(_message.Message):
+    __slots__ = ("generation_id", "reason")
+    GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    generation_id: str
+    reason: str
+    def __init__(self, generation_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class SetWorkerRoleRequest(_message.Message):
     __slots__ = ("worker_id", "role", "force")

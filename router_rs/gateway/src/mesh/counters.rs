@@ -150,6 +150,8 @@ pub struct Counters {
     pub token_messages: Count,
     /// New attempts after a failure, by cause.
     pub migrations: Migrations,
+    /// Streams handed over, with their KV, by workers that are left.
+    pub hand_overs: HandOvers,
     /// Prompt and output tokens that later attempts computed.
     pub recomputed_tokens: Count,
     /// Generations that went on within their attempt after a broken session.
@@ -214,6 +216,17 @@ pub struct Migrations {
     pub failed: Count,
     /// It gave the stream back.
     pub returned: Count,
+}
+
+/// Hand-overs of running streams.
+#[derive(Debug, Default)]
+pub struct HandOvers {
+    /// A target was asked for room.
+    pub begun: Count,
+    /// The stream went on there.
+    pub done: Count,
+    /// It went on where it was.
+    pub failed: Count,
 }
 
 impl Migrations {

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use kvmesh_session::{Stage, WorkerIndex};
 use kvmesh_wire::v1;
+use smallvec::SmallVec;
 
 use crate::request::AdmittedRequest;
 
@@ -32,6 +33,8 @@ pub(super) struct Figures {
     sums: Sums,
     recomputed: u32,
     attempt: u32,
+    /// Attempts that went on with the KV of another, and that one's number.
+    carried: SmallVec<[(u32, u32); 2]>,
     /// Prompt tokens that the first attempt had to compute, by the estimate.
     expected: u32,
     spans: Vec<v1::TraceSpan>,
@@ -57,6 +60,8 @@ enum Cause {
     HandOff,
     /// The attempt before had failed.
     NewAttempt,
+    /// The stream went to another worker with its KV.
+    HandOver,
     /// Tokens were there; the client took none.
     Client,
 }
@@ -67,6 +72,7 @@ impl Cause {
             Self::Step => "a step of the worker",
             Self::HandOff => "the hand-off to the decode worker",
             Self::NewAttempt => "a new attempt",
+            Self::HandOver => "the hand-over to another worker",
             Self::Client => "the client took nothing",
         }
     }
@@ -115,6 +121,20 @@ impl Figures {
     /// The attempt in force decodes there.
     pub(super) fn decodes_on(&mut self, worker: WorkerIndex) {
         self.decode = Some(worker);
+    }
+
+    /// The stream went on under another attempt with all that it had: nothing of it is
+    /// computed again.
+    pub(super) fn handed_over(&mut self, from: u32, to: u32) {
+        let first = self.counted_as(from);
+        self.carried.push((to, first));
+        self.placed_attempt = to;
+    }
+
+    /// The attempt that computed what this one went on with.
+    fn counted_as(&self, attempt: u32) -> u32 {
+        let carried = self.carried.iter().find(|(to, _)| *to == attempt);
+        carried.map_or(attempt, |(_, first)| *first)
     }
 
     /// Worker that the attempt in force decodes on.
@@ -177,7 +197,10 @@ impl Figures {
         if self.waited_for * 2 < length {
             Cause::Client
         } else if self.taken_attempt != self.placed_attempt {
-            Cause::NewAttempt
+            match self.counted_as(self.placed_attempt) == self.placed_attempt {
+                true => Cause::NewAttempt,
+                false => Cause::HandOver,
+            }
         } else if self.first_taken == Some(last) && self.handed_off.is_some() {
             Cause::HandOff
         } else {
@@ -193,10 +216,11 @@ impl Figures {
     /// A worker told what a stage took. What an earlier attempt computed and a
     /// later one computes again is counted apart.
     pub(super) fn stage_ended(&mut self, stage: Stage, attempt: u32, told: &v1::StageTimings) {
-        if attempt != self.attempt {
+        let counted = self.counted_as(attempt);
+        if counted != self.attempt {
             self.recomputed = self.recomputed.saturating_add(self.sums.computed);
             self.sums = Sums::default();
-            self.attempt = attempt;
+            self.attempt = counted;
         }
         let sums = &mut self.sums;
         sums.transfer_ms += told.transfer_ms;

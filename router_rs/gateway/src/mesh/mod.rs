@@ -362,12 +362,15 @@ impl Mesh {
         &self.core.urgent_start
     }
 
-    /// Drains a worker.
+    /// Drains a worker; its streams of this router go on elsewhere, where they can.
     ///
     /// # Errors
     /// [`MeshError`] for an unknown worker, for a drain that would empty a role
     /// and is not forced, and for what the worker answers.
-    pub async fn drain(&self, ask: &v1::DrainWorkerRequest) -> Result<u32, MeshError> {
+    pub async fn drain(
+        &self,
+        ask: &v1::DrainWorkerRequest,
+    ) -> Result<v1::DrainWorkerResponse, MeshError> {
         let worker = self.worker(&ask.worker_id)?;
         if !ask.force && self.core.would_empty(&worker, None) {
             return Err(MeshError::EmptiesRole);
@@ -377,7 +380,10 @@ impl Mesh {
             stop: ask.stop,
         };
         let answer = self.client(&worker).await?.drain(drain).await?;
-        Ok(answer.into_inner().running)
+        Ok(v1::DrainWorkerResponse {
+            running: answer.into_inner().running,
+            staying: self.core.staying(&worker),
+        })
     }
 
     /// Changes a worker's role.

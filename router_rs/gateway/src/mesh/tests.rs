@@ -181,6 +181,7 @@ fn nothing_left(mesh: &Mesh, workers: &[&MockWorker]) -> bool {
 mod choice;
 mod failures;
 mod index;
+mod leaving;
 mod log;
 mod overload;
 mod queue;

@@ -30,10 +30,7 @@ pub(super) async fn call(
             .await
         }
         "DrainWorker" => {
-            let drain = async |ask: v1::DrainWorkerRequest| {
-                let running = mesh.drain(&ask).await.map_err(refused)?;
-                Ok(v1::DrainWorkerResponse { running })
-            };
+            let drain = async |ask: v1::DrainWorkerRequest| mesh.drain(&ask).await.map_err(refused);
             unary(shared, "DrainWorker", call, drain).await
         }
         "SetWorkerRole" => {

@@ -155,6 +155,22 @@ impl Figures {
             let labels = [("cause", cause)];
             ConstCounter::new(value).encode(migrations.encode_family(&Labels(&labels))?)?;
         }
+        let mut hand_overs = encoder.encode_descriptor(
+            "hand_overs",
+            "Running streams handed over with their KV by workers that are left: begun, done, \
+             and failed, where the stream went on at its worker",
+            None,
+            MetricType::Counter,
+        )?;
+        let of = &counts.hand_overs;
+        for (outcome, count) in [
+            ("begun", &of.begun),
+            ("done", &of.done),
+            ("failed", &of.failed),
+        ] {
+            let labels = [("outcome", outcome)];
+            ConstCounter::new(count.get()).encode(hand_overs.encode_family(&Labels(&labels))?)?;
+        }
         seconds(encoder, counts)?;
         let attempts = self.mesh.attempts();
         gauge(encoder, "open_attempts", "Attempts that run", attempts.open)?;

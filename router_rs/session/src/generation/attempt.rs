@@ -48,6 +48,8 @@ pub(super) struct Attempt {
     route: Route,
     prefill: Option<Part>,
     decode: Part,
+    /// Its worker was asked to hand the stream over, so that it may end so.
+    may_hand_off: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -65,7 +67,7 @@ pub(super) struct Part {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum At {
+pub(super) enum At {
     Unsent,
     Placed,
     Reserved,
@@ -83,14 +85,7 @@ pub(super) enum Was {
 
 impl Attempt {
     pub(super) fn new(plan: Plan, border: u32) -> Self {
-        let part = |worker, stage| Part {
-            worker,
-            stage,
-            at: At::Unsent,
-            border,
-            seen: border,
-            again: false,
-        };
+        let part = |worker, stage| Part::new(worker, stage, border);
         // One worker has nothing to hand to itself.
         let plan = match plan {
             Plan::Mesh {
@@ -136,7 +131,47 @@ impl Attempt {
             route,
             prefill,
             decode,
+            may_hand_off: false,
         }
+    }
+
+    /// One whose stream came from another worker, which stands here as the sender.
+    pub(super) fn moved(
+        border: u32,
+        transfer: TransferId,
+        (from, at): (WorkerIndex, At),
+        receiver: Part,
+    ) -> Self {
+        let source = Part {
+            at,
+            ..Part::new(from, Stage::Prefill, border)
+        };
+        Self {
+            border,
+            route: Route::Mesh(transfer),
+            prefill: Some(source),
+            decode: receiver,
+            may_hand_off: false,
+        }
+    }
+
+    /// The worker that decodes, or will.
+    pub(super) fn decodes_on(&self) -> WorkerIndex {
+        self.decode.worker
+    }
+
+    /// Whether the stream runs on this worker, and nothing of prefill is to come.
+    pub(super) fn streams_on(&self, worker: WorkerIndex) -> bool {
+        let over = |prefill: &Part| matches!(prefill.at, At::Ended | At::Gone);
+        self.decode.worker == worker
+            && self.decode.at == At::Reserved
+            && self.decodes()
+            && self.prefill.as_ref().is_none_or(over)
+    }
+
+    /// The stream's worker may end with a hand-off from now on.
+    pub(super) fn may_hand_off(&mut self) {
+        self.may_hand_off = true;
     }
 
     /// The part that is placed first.
@@ -226,6 +261,7 @@ impl Attempt {
             })
         };
         match (end, side, &self.route) {
+            (End::HandedOff { .. }, Side::Decode, _) if self.may_hand_off => Ok(()),
             (End::HandedOff { .. }, Side::Decode, _) => wrong("a hand-off"),
             (End::HandedOff { engine: None }, _, Route::Engine { .. }) => {
                 wrong("a hand-off without its payload")
@@ -360,6 +396,45 @@ impl Attempt {
 }
 
 impl Part {
+    fn new(worker: WorkerIndex, stage: Stage, border: u32) -> Self {
+        Self {
+            worker,
+            stage,
+            at: At::Unsent,
+            border,
+            seen: border,
+            again: false,
+        }
+    }
+
+    /// One that is being placed.
+    pub(super) fn placed(worker: WorkerIndex, stage: Stage, border: u32) -> Self {
+        Self {
+            at: At::Placed,
+            ..Self::new(worker, stage, border)
+        }
+    }
+
+    /// Its worker.
+    pub(super) fn worker(&self) -> WorkerIndex {
+        self.worker
+    }
+
+    /// Next index that it will bring.
+    pub(super) fn next(&self) -> u32 {
+        self.seen
+    }
+
+    /// Whether its worker still has it.
+    pub(super) fn is_open(&self) -> bool {
+        matches!(self.at, At::Placed | At::Reserved)
+    }
+
+    /// Whether it owes the answer to its Place.
+    pub(super) fn is_unanswered(&self) -> bool {
+        self.at == At::Placed
+    }
+
     /// New tokens that it brought.
     pub(super) fn made(&self) -> u32 {
         self.seen - self.border

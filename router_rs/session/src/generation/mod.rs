@@ -16,11 +16,15 @@
 //! then starts anew is the continuation: the prompt and the output up to
 //! [`Generation::next_index`]. Nothing else moves.
 //!
+//! A stream that runs can pass to another worker with its KV (see the module `moving`);
+//! the attempt in force is then the one that it passed to.
+//!
 //! Promise: indices contiguous, each once; exactly one [`Action::End`]; every
 //! Place answered, or cancelled, or its session lost; no command to a worker
 //! whose part has ended.
 
 mod attempt;
+mod moving;
 mod terms;
 
 use smallvec::SmallVec;
@@ -31,6 +35,7 @@ use crate::{
 };
 
 use attempt::Attempt;
+use moving::Move;
 pub use terms::{
     Action, Actions, Cause, Event, Loss, Outcome, Plan, PlanRequest, PlannedHandOff, Policy, Stop,
     Taken, Timer, TransferState,
@@ -49,7 +54,10 @@ const LENGTH: Outcome = Outcome::Finished {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Generation {
     policy: Policy,
+    /// Of the attempt in force.
     fence: Fence,
+    /// Highest number that an attempt was given.
+    last_attempt: u32,
     next_index: u32,
     max_tokens: u32,
     refusals: u8,
@@ -62,6 +70,8 @@ pub struct Generation {
     deadline: bool,
     excluded: SmallVec<[(WorkerIndex, Refusal); 2]>,
     state: State,
+    /// The hand-over that is under way. Only while it runs.
+    moving: Option<Move>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -92,6 +102,7 @@ impl Generation {
         let mut generation = Self {
             policy,
             fence: Fence { owner, attempt: 0 },
+            last_attempt: 0,
             next_index,
             max_tokens,
             refusals: 0,
@@ -102,6 +113,7 @@ impl Generation {
             deadline,
             excluded: SmallVec::new(),
             state: State::Planning,
+            moving: None,
         };
         let mut actions = Actions::new();
         if deadline {
@@ -130,6 +142,12 @@ impl Generation {
         self.fence
     }
 
+    /// Number that the next attempt gets.
+    #[must_use]
+    pub fn next_attempt(&self) -> u32 {
+        self.last_attempt + 1
+    }
+
     /// Whether its attempt is to share its steps with nobody: workers died
     /// that ran it (DESIGN 5).
     #[must_use]
@@ -144,8 +162,13 @@ impl Generation {
         let State::Running(attempt) = &self.state else {
             return None;
         };
-        let next = attempt.open_from(worker)?;
-        Some((self.fence, next))
+        if let Some(next) = attempt.open_from(worker) {
+            return Some((self.fence, next));
+        }
+        let moving = self.moving.as_ref()?;
+        let receiver = &moving.receiver;
+        let wanted = receiver.worker() == worker && receiver.is_open();
+        wanted.then(|| (moving.fence, receiver.next()))
     }
 
     /// Whether it has ended.
@@ -164,7 +187,7 @@ impl Generation {
     #[must_use]
     pub fn transfer(&self) -> Option<TransferState> {
         match &self.state {
-            State::Running(attempt) => attempt.transfer(),
+            State::Running(attempt) => attempt.transfer().or_else(|| self.transfer_of_move()),
             State::Planning | State::Ended => None,
         }
     }
@@ -172,7 +195,9 @@ impl Generation {
     /// Whether a worker takes part in the attempt that runs.
     #[must_use]
     pub fn involves(&self, worker: WorkerIndex) -> bool {
+        let receiver = self.moving.as_ref().map(|moving| moving.receiver.worker());
         matches!(&self.state, State::Running(attempt) if attempt.side_of(worker).is_some())
+            || receiver == Some(worker)
     }
 
     /// Takes a row of `count` tokens from `first_index` on. This is the path of
@@ -191,7 +216,10 @@ impl Generation {
             return self.stale(fence);
         };
         if fence != self.fence {
-            return self.stale(fence);
+            return match self.is_move(fence) {
+                true => self.move_tokens(from, first_index, count),
+                false => self.stale(fence),
+            };
         }
         let emits = attempt.emits(from);
         let (_, part) = attempt
@@ -204,6 +232,11 @@ impl Generation {
         if !emits {
             return Ok(Taken::Nothing);
         }
+        self.taken(before, seen)
+    }
+
+    /// What is new of tokens from index `before` up to `seen`.
+    fn taken(&mut self, before: u32, seen: u32) -> Result<Taken, Violation> {
         if seen > self.max_tokens {
             return Err(Violation::TooManyTokens(self.max_tokens));
         }
@@ -231,6 +264,10 @@ impl Generation {
                 stage,
                 answer,
             } => {
+                if self.is_move(fence) {
+                    self.move_opened(from, stage, &answer, &mut actions)?;
+                    return Ok(actions);
+                }
                 if !self.is_current(fence)? {
                     return Ok(actions);
                 }
@@ -242,11 +279,16 @@ impl Generation {
                 stage,
                 end,
             } => {
+                if self.is_move(fence) {
+                    self.move_ended(from, stage, &mut actions)?;
+                    return Ok(actions);
+                }
                 if !self.is_current(fence)? {
                     return Ok(actions);
                 }
                 self.stage_end(from, fence, stage, end, &mut actions)?;
             }
+            Event::HandOver { to, transfer } => self.hand_over(to, transfer, &mut actions),
             Event::SessionLost { worker, loss } => self.session_lost(worker, loss, &mut actions),
             Event::Reattached { worker, fence } => self.reattached(worker, fence, &mut actions),
             Event::Stop(stop) => {
@@ -269,8 +311,16 @@ impl Generation {
         Ok(actions)
     }
 
+    /// The highest fence that was given.
+    fn highest(&self) -> Fence {
+        Fence {
+            attempt: self.last_attempt,
+            ..self.fence
+        }
+    }
+
     fn stale(&self, fence: Fence) -> Result<Taken, Violation> {
-        if fence > self.fence {
+        if fence > self.highest() {
             Err(Violation::UnknownAttempt(fence))
         } else {
             Ok(Taken::Stale)
@@ -278,7 +328,7 @@ impl Generation {
     }
 
     fn is_current(&self, fence: Fence) -> Result<bool, Violation> {
-        if fence > self.fence {
+        if fence > self.highest() {
             return Err(Violation::UnknownAttempt(fence));
         }
         Ok(fence == self.fence && matches!(self.state, State::Running(_)))
@@ -290,7 +340,8 @@ impl Generation {
         if !matches!(self.state, State::Planning) {
             return;
         }
-        self.fence.attempt += 1;
+        self.last_attempt += 1;
+        self.fence.attempt = self.last_attempt;
         self.alone = self.deaths >= self.policy.deaths;
         let mut attempt = Attempt::new(plan, self.next_index);
         let first = attempt.first_side();
@@ -373,6 +424,7 @@ impl Generation {
             End::Finished { reason, stop_token } => {
                 self.end(Outcome::Finished { reason, stop_token }, actions);
             }
+            End::HandedOff { .. } if side == attempt::Side::Decode => self.committed(actions),
             End::HandedOff { engine } => {
                 if let Some(next) = attempt.after_handed_off(engine) {
                     attempt.place(next, fence, self.next_index, actions);
@@ -390,6 +442,9 @@ impl Generation {
     }
 
     fn session_lost(&mut self, worker: WorkerIndex, loss: Loss, actions: &mut Actions) {
+        if self.receiver_lost(worker, loss, actions) {
+            return;
+        }
         let State::Running(attempt) = &mut self.state else {
             return;
         };
@@ -424,6 +479,12 @@ impl Generation {
                     };
                     *deaths = deaths.saturating_add(1);
                 }
+                if side == attempt::Side::Decode && self.source_lost(loss, actions) {
+                    return;
+                }
+                let State::Running(attempt) = &self.state else {
+                    return;
+                };
                 if !attempt.goes_on_without(side, loss) {
                     self.lost(worker, loss, actions);
                 } else if !attempt.decodes() {
@@ -442,6 +503,13 @@ impl Generation {
             && let Some((_, part)) = attempt.side_mut(worker)
         {
             part.says_again();
+            self.tell_again(worker, actions);
+        } else if let Some(moving) = &mut self.moving
+            && moving.fence == fence
+            && moving.receiver.worker() == worker
+            && moving.receiver.is_open()
+        {
+            moving.receiver.says_again();
         } else {
             // It was left while its worker was away.
             actions.push(Action::Cancel { to: worker, fence });
@@ -455,6 +523,9 @@ impl Generation {
                 attempt: number,
                 stage,
             } => {
+                if self.move_unanswered(number, actions) {
+                    return;
+                }
                 let fence = self.fence;
                 let State::Running(attempt) = &mut self.state else {
                     return;
@@ -563,6 +634,9 @@ impl Generation {
 
     /// Leaves the attempt: every part that is still open is cancelled.
     fn abandon(&mut self, actions: &mut Actions) {
+        if let Some(moving) = self.moving.take() {
+            moving.close(actions);
+        }
         if let State::Running(attempt) = std::mem::replace(&mut self.state, State::Planning) {
             attempt.close(self.fence, actions);
             actions.push(Action::Release);

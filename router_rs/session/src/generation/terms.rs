@@ -93,6 +93,13 @@ pub enum Event {
         /// How.
         end: End,
     },
+    /// The stream is to go on at another worker, with its KV.
+    HandOver {
+        /// That worker.
+        to: WorkerIndex,
+        /// Name of the transfer.
+        transfer: TransferId,
+    },
     /// The session with a worker ended.
     SessionLost {
         /// Which.
@@ -187,6 +194,28 @@ pub enum Action {
         /// Which attempt.
         fence: Fence,
     },
+    /// Have a worker pass its stream to one that has reserved for it.
+    HandOver {
+        /// The worker that has the stream.
+        to: WorkerIndex,
+        /// Its attempt.
+        fence: Fence,
+        /// The attempt under which the other goes on.
+        next_attempt: u32,
+        /// Name of the transfer.
+        transfer: TransferId,
+        /// Border of the other's continuation.
+        next_index: u32,
+    },
+    /// The stream is at the other worker, and no longer under this attempt: the target's
+    /// booking is the attempt's. Where the receiver's tokens say so first,
+    /// [`Generation::fence`](super::Generation::fence) does.
+    Moved {
+        /// The attempt before.
+        from: Fence,
+    },
+    /// Release the booking of a hand-over's target, which is over.
+    ReleaseTarget,
     /// Ask the scheduler for a plan; answered by `Planned`, `NoPlan` or `Stop`.
     Plan(PlanRequest),
     /// Release the booking of the attempt that is over.

@@ -43,6 +43,8 @@ pub struct FaultPlan {
     pub return_at: Option<u32>,
     /// So many more requests are given back so.
     pub return_next: u32,
+    /// Streams are not handed over: the receiver's transfer fails.
+    pub keep_streams: bool,
     /// Loads say again what the last one said before this was set.
     pub old_loads: bool,
     /// No step ends any more, while load frames go on: a stuck engine thread
@@ -68,6 +70,7 @@ impl Default for FaultPlan {
             fail_code: 13,
             return_at: None,
             return_next: 0,
+            keep_streams: false,
             old_loads: false,
             stuck: false,
         }

@@ -5,10 +5,10 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use kvmesh_wire::v1::{
-    CacheEvents, Cancelled, EngineHandOff, Found, HandedOff, Load, LoadShare, Opening, Place,
-    Refused, RequestClass, Reserved, RouterFrame, RouterHello, Stage, StageEnd, StepOutput,
-    StepSample, TransferFailed, WorkerFrame, WorkerHello, opening, router_frame, stage_end::End,
-    worker_frame,
+    CacheEvents, Cancelled, EngineHandOff, Found, HandOver, HandedOff, Load, LoadShare, Opening,
+    Place, Refused, RequestClass, Reserved, RouterFrame, RouterHello, Stage, StageEnd, StepOutput,
+    StepSample, TransferFailed, WorkerFrame, WorkerHello, hand_off::Kind, opening, router_frame,
+    stage_end::End, worker_frame,
 };
 use tokio::{
     sync::{broadcast, mpsc},
@@ -222,11 +222,35 @@ impl Session {
                 generation: find.generation,
                 ..Default::default()
             }),
-            // A mock holds no generations for other routers and hands none
-            // over; frames of a newer minor version are ignored.
+            Some(router_frame::Frame::HandOver(hand_over)) => self.hand_over(&hand_over),
+            // A mock holds no generations for other routers; frames of a newer
+            // minor version are ignored.
             _ => {}
         }
         true
+    }
+
+    /// Hands a stream over at once: there is no KV to move. The receiver, which knows
+    /// each token, says again what this worker has said from its border on.
+    fn hand_over(&mut self, asked: &HandOver) {
+        let Some(Kind::Mesh(mesh)) = asked.hand_off.clone().and_then(|h| h.kind) else {
+            return;
+        };
+        let stream = self.running.iter().position(|request| {
+            request.generation == asked.generation
+                && (request.owner, request.attempt) == (asked.owner, asked.attempt)
+                && request.phase() == Phase::Decoding
+        });
+        match stream {
+            Some(at) if !self.state.faults.plan().keep_streams => {
+                self.load_changed = true;
+                let mut request = self.running.swap_remove(at);
+                request.mesh = Some(mesh);
+                let end = hand_off_end(&self.state, &request, 0);
+                self.ends.push(request.end(end));
+            }
+            _ => self.state.offers.abort_if_open(&mesh.transfer_id),
+        }
     }
 
     fn place(&mut self, place: Place) {

@@ -28,6 +28,7 @@ use super::{
 };
 use crate::request::AdmittedRequest;
 
+mod away;
 mod request;
 mod rows;
 mod spare;
@@ -296,7 +297,7 @@ impl Core {
         self.decisions.decided(
             open.id,
             Decided {
-                attempt: open.attempt() + 1,
+                attempt: open.next_attempt(),
                 at_ms: ms(open.request.arrived.elapsed()),
                 policy: self.dispatcher.policy,
                 chosen: placed.plan,

@@ -9,7 +9,7 @@ impl Open {
     /// workers hear of it, and what was booked for it is released.
     /// `worker` is the one at which it happened, if it was one.
     pub(in crate::mesh) fn abandon(&self, worker: Option<WorkerIndex>) {
-        let (chosen, fence, waker) = {
+        let (chosen, moving, fence, waker) = {
             let mut state = self.lock();
             if state.outcome.is_none() {
                 let placed = state
@@ -21,8 +21,12 @@ impl Open {
                 self.end(&mut state, outcome);
             }
             let fence = state.machine.fence();
-            (state.chosen.take(), fence, state.waker.take())
+            let moving = state.machine.moving().zip(state.moving.take());
+            (state.chosen.take(), moving, fence, state.waker.take())
         };
+        if let Some((fence, moving)) = moving {
+            moving.party.session.cancel(self.id, fence);
+        }
         for party in chosen.iter().flat_map(|chosen| &chosen.parties) {
             party.session.cancel(self.id, fence);
         }

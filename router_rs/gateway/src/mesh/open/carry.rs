@@ -6,7 +6,7 @@ use std::{
 };
 
 use kvmesh_session::{
-    Command, HandOff, Placement, WorkerIndex,
+    Command, Fence, HandOff, Placement, TransferId, WorkerIndex,
     generation::{Action, Actions, Event, Loss, PlanRequest, PlannedHandOff, Timer},
 };
 use smallvec::SmallVec;
@@ -56,6 +56,8 @@ impl Open {
                         plan = Some(request);
                     }
                     Action::Release => state.chosen = None,
+                    Action::ReleaseTarget => self.target_released(state),
+                    Action::Moved { from } => self.moved(state, from),
                     Action::Arm(timer) => self.arm(state, timer),
                     Action::Disarm(timer) => self.disarm(state, timer),
                     Action::End(outcome) => self.end(state, outcome),
@@ -65,13 +67,14 @@ impl Open {
                         stage,
                         hand_off,
                     } => {
-                        let placement = self.placement(state, stage, hand_off);
+                        let moves = state.moving_as(fence).is_some();
+                        let placement = self.placement(state, stage, hand_off, moves);
                         let command = Command::Place {
                             generation: self.id,
                             fence,
                             placement,
                         };
-                        if !self.send(state, to, command) {
+                        if !self.send(state, (to, fence), command) {
                             let event = Event::SessionLost {
                                 worker: to,
                                 loss: Loss::Broken,
@@ -84,7 +87,24 @@ impl Open {
                             generation: self.id,
                             fence,
                         };
-                        self.send(state, to, command);
+                        self.send(state, (to, fence), command);
+                    }
+                    Action::HandOver {
+                        to,
+                        fence,
+                        next_attempt,
+                        transfer,
+                        next_index,
+                    } => {
+                        let command = Command::HandOver {
+                            generation: self.id,
+                            fence,
+                            next_attempt,
+                            hand_off: self.mesh(transfer, to),
+                            next_index,
+                        };
+                        // Where it cannot be sent the session is lost, and says so.
+                        self.send(state, (to, fence), command);
                     }
                 }
             }
@@ -92,11 +112,21 @@ impl Open {
         plan
     }
 
-    fn send(self: &Arc<Self>, state: &State, to: WorkerIndex, command: Command) -> bool {
-        let Some(chosen) = &state.chosen else {
+    /// Sends a command to the part of an attempt on a worker.
+    fn send(
+        self: &Arc<Self>,
+        state: &State,
+        (to, fence): (WorkerIndex, Fence),
+        command: Command,
+    ) -> bool {
+        let (parties, booking) = if let Some(moving) = state.moving_as(fence) {
+            (std::slice::from_ref(&moving.party), &moving.booking)
+        } else if let Some(chosen) = &state.chosen {
+            (chosen.parties.as_slice(), &chosen.booking)
+        } else {
             return false;
         };
-        let Some(party) = chosen.parties.iter().find(|party| party.worker == to) else {
+        let Some(party) = parties.iter().find(|party| party.worker == to) else {
             return false;
         };
         let place = matches!(command, Command::Place { .. });
@@ -106,7 +136,7 @@ impl Open {
         };
         if place {
             self.core.counters.placements.add(1);
-            chosen.booking.placed(to, number);
+            booking.placed(to, number);
         }
         true
     }
@@ -116,19 +146,12 @@ impl Open {
         state: &State,
         stage: kvmesh_session::Stage,
         hand_off: PlannedHandOff,
+        moves: bool,
     ) -> Box<Placement> {
         let hand_off = match hand_off {
             PlannedHandOff::None => None,
             PlannedHandOff::Engine(payload) => Some(HandOff::Engine(payload)),
-            PlannedHandOff::Mesh { transfer, sender } => {
-                let (sender, incarnation, address) = self.core.table.sender(sender);
-                Some(HandOff::Mesh {
-                    transfer,
-                    sender,
-                    incarnation,
-                    address,
-                })
-            }
+            PlannedHandOff::Mesh { transfer, sender } => Some(self.mesh(transfer, sender)),
         };
         let chosen = state.chosen.as_ref();
         // What goes on is as urgent as what should have begun when it arrived.
@@ -146,7 +169,10 @@ impl Open {
             continuation,
             stage,
             hand_off,
-            prefix_from: chosen.and_then(|chosen| chosen.prefix_from.clone()),
+            // All of it comes from the worker that has it.
+            prefix_from: chosen
+                .filter(|_| !moves)
+                .and_then(|chosen| chosen.prefix_from.clone()),
             traceparent: request.traceparent.clone(),
             tracestate: request.tracestate.clone(),
             baggage: request.baggage.clone(),
@@ -155,6 +181,16 @@ impl Open {
             trace: request.trace || request.traced,
             alone: state.machine.alone(),
         })
+    }
+
+    fn mesh(&self, transfer: TransferId, sender: WorkerIndex) -> HandOff {
+        let (sender, incarnation, address) = self.core.table.sender(sender);
+        HandOff::Mesh {
+            transfer,
+            sender,
+            incarnation,
+            address,
+        }
     }
 
     fn arm(self: &Arc<Self>, state: &mut State, timer: Timer) {

@@ -21,12 +21,30 @@ impl Open {
         tracing::debug!(
             generation = %self.id,
             owner = fence.owner,
-            attempt = fence.attempt + 1,
+            attempt = state.machine.next_attempt(),
             prefill = %name(prefill_of(&chosen.plan)),
             decode = %name(decode_of(&chosen.plan)),
             cached_tokens = chosen.cached_tokens,
             pulled_tokens = chosen.pulled_tokens,
             "placed"
+        );
+    }
+
+    /// The stream is to go on at another worker.
+    pub(super) fn log_hand_over(
+        &self,
+        state: &State,
+        from: WorkerIndex,
+        to: WorkerIndex,
+        attempt: u32,
+    ) {
+        tracing::debug!(
+            generation = %self.id,
+            owner = state.machine.fence().owner,
+            attempt,
+            from = %self.core.table.name(from),
+            to = %self.core.table.name(to),
+            "handed over"
         );
     }
 

@@ -11,10 +11,12 @@ mod abandon;
 mod carry;
 mod client;
 mod log;
+mod moving;
 mod overload;
 mod reattach;
 mod traced;
 
+pub(super) use moving::Leaves;
 pub(crate) use traced::Traced;
 
 use std::{
@@ -44,6 +46,7 @@ use super::{
     timers::TimerKey,
 };
 use crate::request::AdmittedRequest;
+use moving::{Moving, Tried};
 
 /// Owner number of a generation that began at this router. Another router that
 /// takes it over raises it.
@@ -116,6 +119,9 @@ struct State {
     outcome: Option<Outcome>,
     // Boxed: a token's way touches this struct, but not these.
     chosen: Option<Box<Chosen>>,
+    /// The hand-over that is under way.
+    moving: Option<Box<Moving>>,
+    tried: Tried,
     placed: Option<Box<v1::Placed>>,
     armed: SmallVec<[(Timer, TimerKey); 3]>,
     /// When the client last took something, or had nothing to take.
@@ -176,6 +182,8 @@ impl Open {
             waker: None,
             outcome: None,
             chosen: None,
+            moving: None,
+            tried: Tried::default(),
             placed: None,
             armed: SmallVec::new(),
             progress: now,
@@ -250,10 +258,14 @@ impl Open {
     ) -> Result<Option<usize>, Violation> {
         let mut state = self.lock();
         let count = u32::try_from(row.ids.len()).unwrap_or(u32::MAX);
-        let skip = match state
+        let before = state.machine.fence();
+        let taken = state
             .machine
-            .tokens(from, row.fence, row.first_index, count)?
-        {
+            .tokens(from, row.fence, row.first_index, count)?;
+        if state.machine.fence() != before {
+            self.moved(&mut state, before);
+        }
+        let skip = match taken {
             Taken::New { skip } => skip as usize,
             Taken::Nothing => return Ok(Some(0)),
             Taken::Stale => return Ok(None),
@@ -313,7 +325,8 @@ impl Open {
                     .figures
                     .stage_ended(end.stage, end.fence.attempt, &end.timings);
             }
-            if matches!(end.end, End::HandedOff { .. }) {
+            let prefilled = end.stage == kvmesh_session::Stage::Prefill;
+            if prefilled && matches!(end.end, End::HandedOff { .. }) {
                 state.figures.handed_off(Instant::now());
             }
             if end.fence == state.machine.fence() {
@@ -373,7 +386,7 @@ impl Open {
                 .request
                 .placements
                 .then(|| Box::new(self.placed_message(&state, &chosen)));
-            let attempt = state.machine.fence().attempt + 1;
+            let attempt = state.machine.next_attempt();
             let prompt = u32::try_from(self.request.prompt_ids.len()).unwrap_or(u32::MAX);
             let had = chosen.cached_tokens + chosen.pulled_tokens;
             state.figures.expects(prompt.saturating_sub(had));
@@ -419,7 +432,7 @@ impl Open {
             } => (name(prefill), name(decode)),
         };
         v1::Placed {
-            attempt: state.machine.fence().attempt + 1,
+            attempt: state.machine.next_attempt(),
             cached_tokens: chosen.cached_tokens,
             pulled_tokens: chosen.pulled_tokens,
             prefill_worker: prefill,
@@ -498,9 +511,9 @@ impl Open {
         &self.chain
     }
 
-    /// Number of the attempt in force; 0 before the first.
-    pub(super) fn attempt(&self) -> u32 {
-        self.lock().machine.fence().attempt
+    /// Number that the next attempt gets.
+    pub(super) fn next_attempt(&self) -> u32 {
+        self.lock().machine.next_attempt()
     }
 
     /// Whether it was begun before: it goes before new work of its class, and

@@ -25,17 +25,21 @@ impl Open {
     ) {
         {
             let mut state = self.lock();
+            let state = &mut *state;
             let wanted = state.machine.reattach(worker);
-            if wanted.is_some_and(|(of, _)| of == fence)
-                && let Some(chosen) = &mut state.chosen
-            {
-                for party in &mut chosen.parties {
+            if wanted.is_some_and(|(of, _)| of == fence) {
+                let chosen = state.chosen.iter_mut();
+                let parties = chosen.flat_map(|chosen| chosen.parties.iter_mut());
+                let target = state.moving.iter_mut().map(|moving| &mut moving.party);
+                for party in parties.chain(target) {
                     if party.worker == worker {
                         party.session = Arc::clone(session);
                     }
                 }
-                // Of an attempt that is wanted nothing comes back.
-                let _ = state.machine.apply(Event::Reattached { worker, fence });
+                // Of an attempt that is wanted no plan is asked for.
+                if let Ok(actions) = state.machine.apply(Event::Reattached { worker, fence }) {
+                    self.perform(state, actions);
+                }
                 self.core.counters.reattached.add(1);
                 return;
             }

@@ -29,8 +29,10 @@ use super::{
 };
 
 mod choose;
+mod target;
 
 pub(super) use choose::{Lacks, Placed, Tail, Turned};
+pub(super) use target::Target;
 
 /// Whether a worker can be placed on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

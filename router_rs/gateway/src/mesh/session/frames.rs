@@ -182,6 +182,7 @@ impl Session {
     fn load(&mut self, report: &LoadReport) {
         self.worker.loaded(report);
         self.core.worker_loaded(&self.worker, report);
+        self.leave(report);
     }
 }
 

@@ -9,6 +9,7 @@
 mod alarms;
 mod frames;
 mod handle;
+mod leaving;
 mod reattach;
 mod supervise;
 mod transport;
@@ -38,6 +39,7 @@ use super::{
 };
 use alarms::Alarms;
 pub(super) use handle::{ById, Outgoing, SessionHandle};
+use leaving::Leaving;
 use reattach::at;
 use supervise::lost;
 pub(crate) use supervise::text_of;
@@ -82,6 +84,8 @@ pub(super) struct Session {
     /// What the worker still has of it.
     kept: Vec<(GenerationId, Fence)>,
     redial: Duration,
+    /// Set while the worker is left by its streams.
+    leaving: Option<Leaving>,
     brought: Brought,
     /// How often the task panicked.
     panics: u32,
@@ -110,6 +114,7 @@ impl Session {
             named: Vec::new(),
             kept: Vec::new(),
             redial: REDIAL.0,
+            leaving: None,
             brought: Brought::default(),
             panics: 0,
         }

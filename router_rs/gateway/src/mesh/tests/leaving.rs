@@ -1,0 +1,221 @@
+//! Streams of workers that are left: they go on elsewhere with their KV.
+
+use super::*;
+
+fn stepping(role: Role, step_ms: u64) -> MockWorker {
+    MockWorker::start(MockConfig {
+        role,
+        step: Duration::from_millis(step_ms),
+        ..MockConfig::default()
+    })
+    .unwrap()
+}
+
+/// A stream of which the worker that decodes has made some tokens.
+async fn begun(mesh: &Mesh, prompt: &[u32]) -> (GenerationStream, Answer) {
+    let mut stream = mesh.generate(request(prompt, 400)).unwrap();
+    let mut answer = first_tokens(&mut stream).await;
+    while answer.ids.len() < 3 {
+        let item = tokio::time::timeout(LIMIT, stream.next()).await.unwrap();
+        answer.take(item.expect("tokens come"));
+    }
+    (stream, answer)
+}
+
+fn outcomes(mesh: &Mesh) -> (u64, u64, u64) {
+    let of = &mesh.counters().hand_overs;
+    (of.begun.get(), of.done.get(), of.failed.get())
+}
+
+#[tokio::test]
+async fn a_drained_workers_streams_go_on_elsewhere_and_nothing_is_computed_again() {
+    for role in [Role::Decode, Role::Both] {
+        let prefill = stepping(Role::Prefill, 2);
+        let (a, b) = (stepping(role, 2), stepping(role, 2));
+        let mesh = mesh_of(&[&prefill, &a, &b]).await;
+        let mut streams = Vec::new();
+        for n in 0..8 {
+            streams.push((n, begun(&mesh, &[n, 7]).await));
+        }
+        a.set_draining(true);
+        assert!(until(|| a.counters().running == 0).await);
+        for (n, (stream, mut answer)) in streams {
+            answer.rest(stream).await;
+            assert_eq!(answer.error, None);
+            assert_eq!(answer.ids, b.tokens().expected(&[n, 7], 400));
+            let usage = answer.finished.unwrap().usage.unwrap();
+            assert_eq!(usage.recomputed_tokens, 0, "{usage:?}");
+        }
+        let (begun, done, failed) = outcomes(&mesh);
+        assert!(
+            begun > 0 && begun == done && failed == 0,
+            "{begun} {done} {failed}"
+        );
+        assert_eq!(a.counters().returned, 0);
+        assert_eq!(mesh.counters().recomputed_tokens.get(), 0);
+        assert_eq!(mesh.counters().violations.get(), 0);
+        assert!(until(|| nothing_left(&mesh, &[&prefill, &a, &b])).await);
+    }
+}
+
+#[tokio::test]
+async fn a_role_that_flips_away_from_decode_is_left_too() {
+    let prefill = stepping(Role::Prefill, 2);
+    let (a, b) = (stepping(Role::Decode, 2), stepping(Role::Decode, 2));
+    let mesh = mesh_of(&[&prefill, &a, &b]).await;
+    let mut streams = Vec::new();
+    for n in 0..4 {
+        streams.push((n, begun(&mesh, &[n, 1]).await));
+    }
+    a.set_role(Role::Prefill);
+    assert!(until(|| a.counters().running == 0).await);
+    for (n, (stream, mut answer)) in streams {
+        answer.rest(stream).await;
+        assert_eq!(answer.ids, b.tokens().expected(&[n, 1], 400));
+    }
+    assert_eq!(outcomes(&mesh).2, 0);
+    assert!(until(|| nothing_left(&mesh, &[&prefill, &a, &b])).await);
+}
+
+#[tokio::test]
+async fn without_a_target_a_stream_finishes_where_it_is() {
+    let (prefill, decode) = (stepping(Role::Prefill, 1), stepping(Role::Decode, 1));
+    let mesh = mesh_of(&[&prefill, &decode]).await;
+    let (stream, mut answer) = begun(&mesh, &[3, 3]).await;
+    decode.set_draining(true);
+    answer.rest(stream).await;
+    assert_eq!(answer.error, None);
+    assert_eq!(answer.ids, decode.tokens().expected(&[3, 3], 400));
+    assert_eq!(outcomes(&mesh), (0, 0, 0));
+    assert!(until(|| nothing_left(&mesh, &[&prefill, &decode])).await);
+}
+
+#[tokio::test]
+async fn a_drain_says_which_streams_stay_and_why() {
+    let prefill = stepping(Role::Prefill, 1);
+    let (a, b) = (stepping(Role::Decode, 3), stepping(Role::Decode, 3));
+    let mesh = mesh_of(&[&prefill, &a]).await;
+    let (stream, mut answer) = begun(&mesh, &[8, 3]).await;
+    let drain = |worker: &MockWorker| v1::DrainWorkerRequest {
+        worker_id: worker.worker_id().to_owned(),
+        force: true,
+        ..v1::DrainWorkerRequest::default()
+    };
+    let told = mesh.drain(&drain(&a)).await.unwrap();
+    assert_eq!((told.running, told.staying.len()), (1, 1));
+    let id = &answer.accepted.as_ref().unwrap().generation_id;
+    assert_eq!(told.staying[0].generation_id, *id);
+    assert!(!told.staying[0].reason.is_empty());
+    // Somebody comes: it goes there after all, and from there nobody has to stay.
+    mesh.core
+        .spawn_session(mesh.core.table.add_static(&b.addr().to_string()));
+    assert!(until(|| a.counters().running == 0).await);
+    let c = stepping(Role::Decode, 3);
+    mesh.core
+        .spawn_session(mesh.core.table.add_static(&c.addr().to_string()));
+    assert!(until(|| mesh.sessions().live == 4).await);
+    let told = mesh.drain(&drain(&b)).await.unwrap();
+    assert_eq!(told.staying, []);
+    answer.rest(stream).await;
+    assert_eq!(answer.ids, c.tokens().expected(&[8, 3], 400));
+    assert!(until(|| nothing_left(&mesh, &[&prefill, &a, &b, &c])).await);
+}
+
+#[tokio::test]
+async fn a_target_that_refuses_and_a_transfer_that_fails_leave_the_stream_where_it_is() {
+    for fails in [true, false] {
+        let prefill = stepping(Role::Prefill, 1);
+        let a = stepping(Role::Decode, 5);
+        let b = stepping(Role::Decode, 5);
+        let mesh = mesh_of(&[&prefill, &a]).await;
+        let (stream, mut answer) = begun(&mesh, &[5, 3]).await;
+        // Now somebody is there who takes nothing, or gets nothing.
+        a.faults().set(|plan| plan.keep_streams = fails);
+        b.faults()
+            .set(|plan| plan.refuse_next = if fails { 0 } else { 1_000 });
+        let mesh_of_both = mesh;
+        mesh_of_both
+            .core
+            .spawn_session(mesh_of_both.core.table.add_static(&b.addr().to_string()));
+        assert!(until(|| mesh_of_both.sessions().live == 3).await);
+        a.set_draining(true);
+        answer.rest(stream).await;
+        assert_eq!(answer.error, None);
+        assert_eq!(answer.ids, a.tokens().expected(&[5, 3], 400));
+        let (begun, done, failed) = outcomes(&mesh_of_both);
+        assert!(
+            begun > 1 && begun <= 6,
+            "tried more than once, and not for ever: {begun}"
+        );
+        assert_eq!((done, failed), (0, begun));
+        assert_eq!(a.counters().finished, 1);
+        assert!(until(|| nothing_left(&mesh_of_both, &[&prefill, &a, &b])).await);
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_in_the_middle_leaves_nothing_on_either_side() {
+    let prefill = stepping(Role::Prefill, 1);
+    let (a, b) = (stepping(Role::Decode, 3), stepping(Role::Decode, 3));
+    let mesh = mesh_of(&[&prefill, &a, &b]).await;
+    let mut streams = Vec::new();
+    for n in 0..12 {
+        streams.push(begun(&mesh, &[n, 9]).await);
+    }
+    a.set_draining(true);
+    for (stream, _) in streams {
+        drop(stream);
+        tokio::task::yield_now().await;
+    }
+    assert!(until(|| nothing_left(&mesh, &[&prefill, &a, &b])).await);
+    assert_eq!(mesh.counters().violations.get(), 0);
+}
+
+#[tokio::test]
+async fn a_worker_that_is_left_and_dies_costs_a_pause() {
+    for dies in ["source", "target"] {
+        let prefill = stepping(Role::Prefill, 1);
+        let (mut a, mut b) = (stepping(Role::Decode, 3), stepping(Role::Decode, 3));
+        let c = stepping(Role::Decode, 3);
+        let mesh = mesh_of(&[&prefill, &a, &b, &c]).await;
+        let mut streams = Vec::new();
+        for n in 0..12 {
+            streams.push((n, begun(&mesh, &[n, 4]).await));
+        }
+        a.set_draining(true);
+        let moved = || mesh.counters().hand_overs.begun.get() > 0;
+        assert!(until(moved).await);
+        match dies {
+            "source" => a.kill(),
+            _ => b.kill(),
+        }
+        for (n, (stream, mut answer)) in streams {
+            answer.rest(stream).await;
+            assert_eq!(answer.error, None, "{dies}");
+            assert_eq!(answer.ids, c.tokens().expected(&[n, 4], 400));
+        }
+        assert_eq!(mesh.counters().violations.get(), 0);
+        assert!(until(|| nothing_left(&mesh, &[&prefill, &c])).await);
+    }
+}
+
+#[tokio::test]
+async fn a_session_that_breaks_in_the_middle_loses_nothing() {
+    let prefill = stepping(Role::Prefill, 1);
+    let (a, b) = (stepping(Role::Decode, 3), stepping(Role::Decode, 3));
+    let mesh = mesh_of(&[&prefill, &a, &b]).await;
+    let mut streams = Vec::new();
+    for n in 0..8 {
+        streams.push((n, begun(&mesh, &[n, 6]).await));
+    }
+    a.set_draining(true);
+    assert!(until(|| mesh.counters().hand_overs.begun.get() > 0).await);
+    a.break_sessions();
+    b.break_sessions();
+    for (n, (stream, mut answer)) in streams {
+        answer.rest(stream).await;
+        assert_eq!(answer.error, None);
+        assert_eq!(answer.ids, b.tokens().expected(&[n, 6], 400));
+    }
+    assert!(until(|| nothing_left(&mesh, &[&prefill, &a, &b])).await);
+}
