@@ -115,7 +115,7 @@ class Stuck(Fault):
 
 
 class Drained(Fault):
-    """SIGTERM: a worker gives back what it cannot finish, and a new process comes."""
+    """SIGTERM: a worker hands its streams over, or gives them back, and a new process comes."""
 
     silent = False
     hold = (0.0, 1.0)

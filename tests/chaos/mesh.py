@@ -242,7 +242,7 @@ class Mesh:
         self.children.stop(child, START_S)
 
     def drain(self, name: str) -> None:
-        """SIGTERM to a worker, and its end is seen: it has given back what still ran."""
+        """SIGTERM to a worker, and its end is seen: nothing runs there any more."""
         self.children.stop(self.running.pop(name), START_S)
 
     def signal(self, name: str, number: signal.Signals) -> None:
