@@ -355,7 +355,7 @@ fn in_words(words: &str) -> String {
 
 /// Cuts at a character border: headers are small, and messages may hold what
 /// a client or a template sent.
-fn cut(mut message: String) -> String {
+pub(crate) fn cut(mut message: String) -> String {
     if message.len() > MAX_MESSAGE {
         let mut end = MAX_MESSAGE;
         while !message.is_char_boundary(end) {

@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! serve (accept, protocol, paths) ─▶ door (limits, text, values) ─▶ mesh (workers)
-//!   │    ▲ bodies                                                    │
-//!   │    └───────────────── GenerationStream ◀───────────────────────┘
+//!   │  │ ▲ bodies                                                    │
+//!   │  │ └──────────────── GenerationStream ◀───────────────────────┘
+//!   │  └─▶ openai (HTTP and JSON: the same requests, the same streams)
 //!   └──▶ access (whose call, how much of it)
 //! ```
 //!
@@ -15,6 +16,7 @@ mod access;
 mod door;
 pub mod error;
 pub mod mesh;
+mod openai;
 pub mod request;
 mod run;
 mod serve;

@@ -223,6 +223,7 @@ impl Parts {
                 started: Instant::now(),
                 etcd,
             },
+            sse_keep_alive: settings.sse_keep_alive,
             mesh,
         });
         Ok(Self {

@@ -188,6 +188,12 @@ impl ModelText {
             .render(chat, now)
     }
 
+    /// What a token is in bytes in the middle of a text, special ones included;
+    /// `None` for ids outside the vocabulary. Not always whole characters.
+    pub fn token_bytes(&self, id: u32) -> Option<&[u8]> {
+        self.pieces.get(id).map(|piece| piece.bytes)
+    }
+
     /// A detokeniser at the beginning of an output.
     pub fn detokenizer(&self, special_tokens: bool) -> Detokenizer {
         Detokenizer::new(Arc::clone(&self.pieces), special_tokens)

@@ -3,6 +3,7 @@
 //! The order is that of PROTOCOLS 5: permit for bytes, body, bound on tokens,
 //! tokenise, validate, admission. Whose a call is has been asked before.
 
+mod json;
 mod metadata;
 mod text;
 mod validate;
@@ -59,7 +60,27 @@ pub(crate) struct Door {
 /// A message with the permit for its bytes.
 pub(crate) struct Admitted<M> {
     pub(crate) message: M,
-    _permit: OwnedSemaphorePermit,
+    permit: Permit,
+}
+
+/// Gives the bytes of a message back to the budget when it is dropped.
+pub(crate) struct Permit(#[expect(dead_code, reason = "held")] OwnedSemaphorePermit);
+
+impl<M> Admitted<M> {
+    /// The message, and the permit, which has to be kept as long as it is.
+    pub(crate) fn split(self) -> (M, Permit) {
+        (self.message, self.permit)
+    }
+}
+
+impl Permit {
+    /// The permit of what a message became.
+    pub(crate) fn around<M>(self, message: M) -> Admitted<M> {
+        Admitted {
+            message,
+            permit: self,
+        }
+    }
 }
 
 /// A refusal, with the step that it came from.
@@ -107,7 +128,7 @@ impl Door {
         let message = grpc::decode(bytes).map_err(|error| (Step::Body, error))?;
         Ok(Admitted {
             message,
-            _permit: permit,
+            permit: Permit(permit),
         })
     }
 
@@ -160,13 +181,50 @@ impl Door {
         call: &CallMetadata,
         caller: &Caller,
     ) -> Result<GenerationStream, Refused> {
-        let mut message = request.message;
+        let (message, _permit) = request.split();
+        if message.n > 1 {
+            return Err((Step::Validate, RequestError::unsupported("n")));
+        }
+        let (admitted, chain) = self.prepare(message, call, caller).await?;
+        self.open(admitted, chain)
+    }
+
+    /// As [`Door::generate`], for `n` answers to one prompt, which becomes tokens
+    /// once. From a seed that the client gave each next answer draws with the
+    /// next number.
+    pub(crate) async fn generate_several(
+        &self,
+        message: v1::GenerateRequest,
+        n: u32,
+        call: &CallMetadata,
+        caller: &Caller,
+    ) -> Result<Vec<GenerationStream>, Refused> {
+        let seed = message.sampling.as_ref().and_then(|given| given.seed);
+        let (first, chain) = self.prepare(message, call, caller).await?;
+        let other = |number: u32| {
+            let mut next = first.clone();
+            next.sampling.seed = match seed {
+                Some(seed) => seed.wrapping_add(number.into()),
+                None => rand::random(),
+            };
+            next
+        };
+        let others: Vec<AdmittedRequest> = (1..n).map(other).collect();
+        let all = std::iter::once(first).chain(others);
+        all.map(|request| self.open(request, chain.clone()))
+            .collect()
+    }
+
+    /// A request that passed every check, with the names of its blocks.
+    async fn prepare(
+        &self,
+        mut message: v1::GenerateRequest,
+        call: &CallMetadata,
+        caller: &Caller,
+    ) -> Result<(AdmittedRequest, Vec<u64>), Refused> {
         let input = message.input.take();
         let chat = matches!(input, Some(Input::Chat(_)));
         let invalid = |error| (Step::Validate, error);
-        if message.n > 1 {
-            return Err(invalid(RequestError::unsupported("n")));
-        }
         let model = self.model(&message.model)?;
         validate::values(&message, &model).map_err(invalid)?;
         let began = Instant::now();
@@ -183,18 +241,29 @@ impl Door {
         .map_err(invalid)?;
         let admitted = AdmittedRequest { chat, ..admitted };
         let class = admitted.class;
-        let turned = |error| {
-            self.telemetry.class_ended(class, ClassEnd::Refused);
-            (Step::Admission, error)
-        };
         let mesh = Arc::clone(&self.mesh);
         let like_text = admitted.prompt_ids.len() / HASHED_PER_TEXT_BYTE;
         let hashed = self.text.run(like_text, move |_| {
             let chain = mesh.chain(&admitted)?;
             Ok((admitted, chain))
         });
-        let (admitted, chain) = hashed.await.map_err(turned)?;
-        self.mesh.generate_named(admitted, chain).map_err(turned)
+        hashed.await.map_err(|error| self.turned(class, error))
+    }
+
+    fn open(
+        &self,
+        admitted: AdmittedRequest,
+        chain: Vec<u64>,
+    ) -> Result<GenerationStream, Refused> {
+        let class = admitted.class;
+        let opened = self.mesh.generate_named(admitted, chain);
+        opened.map_err(|error| self.turned(class, error))
+    }
+
+    /// A request that was turned away by the mesh.
+    fn turned(&self, class: v1::RequestClass, error: RequestError) -> Refused {
+        self.telemetry.class_ended(class, ClassEnd::Refused);
+        (Step::Admission, error)
     }
 
     /// Token ids of a text or chat, as [`Door::generate`] would use them.
@@ -203,8 +272,9 @@ impl Door {
         request: Admitted<v1::TokenizeRequest>,
     ) -> Result<v1::TokenizeResponse, Refused> {
         use v1::tokenize_request::Input as Text;
-        let model = self.model(&request.message.model)?;
-        let input = request.message.input.map(|input| match input {
+        let (message, _permit) = request.split();
+        let model = self.model(&message.model)?;
+        let input = message.input.map(|input| match input {
             Text::Prompt(prompt) => Input::Prompt(prompt),
             Text::Chat(chat) => Input::Chat(chat),
         });
@@ -213,6 +283,27 @@ impl Door {
             ids,
             context_length: model.record.context_length,
         })
+    }
+
+    /// Text of token ids, special ones included. Ids that are none have none.
+    pub(crate) async fn detokenize(
+        &self,
+        model: &str,
+        ids: Admitted<Vec<u32>>,
+    ) -> Result<String, Refused> {
+        let (ids, _permit) = ids.split();
+        let count = ids.len();
+        let mut detokenizer = self.model(model)?.text.detokenizer(true);
+        let work = move |_: &_| {
+            let mut text = String::new();
+            for id in ids.iter().copied() {
+                detokenizer.push(id, &mut text);
+            }
+            detokenizer.finish(&mut text);
+            Ok(text)
+        };
+        let text = self.text.run(count, work).await;
+        text.map_err(|error| (Step::Tokenize, error))
     }
 
     fn model(&self, name: &str) -> Result<Arc<ServedModel>, Refused> {

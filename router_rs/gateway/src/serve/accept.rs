@@ -1,6 +1,6 @@
 //! The accept loop: connections, their protocol, their age, their end.
 
-use std::{io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use http::{Request, Response};
@@ -24,6 +24,7 @@ use super::{
     calls::{CallEnd, Carrier},
     io::Prefixed,
     lazily::Lazily,
+    one_call::OneCall,
     service::Shared,
     tls::{self, TlsError},
 };
@@ -138,7 +139,7 @@ impl Acceptor {
     }
 }
 
-type BoxError = Box<dyn std::error::Error + Send + Sync>;
+pub(super) type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 struct Connection {
     peer: SocketAddr,
@@ -246,13 +247,14 @@ impl Connection {
         builder
             .timer(TokioTimer::new())
             .header_read_timeout(self.limits.handshake);
-        // One call at a time; the connection's task runs it.
-        let service = service_fn(self.service(CallEnd::default));
-        let connection = builder.serve_connection(socket, service);
-        let mut connection = pin!(connection);
+        let mut connection = OneCall::new(|call| {
+            let service = service_fn(self.service(move || call.begin()));
+            builder.serve_connection(socket, service)
+        });
         tokio::select! {
-            ended = connection.as_mut() => return Ok(ended?),
-            () = self.time_to_go() => connection.as_mut().graceful_shutdown(),
+            biased;
+            ended = &mut connection => return ended,
+            () = Lazily::new(self.time_to_go()) => connection.connection().graceful_shutdown(),
         }
         self.last_calls(connection).await
     }

@@ -22,6 +22,8 @@ use std::{
     task::{Context, Poll, Wake, Waker},
 };
 
+use smallvec::SmallVec;
+
 use crate::mesh::GivenUp;
 
 /// Streams polled before others of the thread have their turn: half a
@@ -64,14 +66,28 @@ type Running = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// Known once a call streams, with what can end it from outside.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct CallEnd(Arc<OnceLock<GivenUp>>);
+pub(crate) struct CallEnd(Arc<OnceLock<Words>>);
+
+/// Said when the client of a call reads nothing for too long, by one of its
+/// generations.
+type Words = SmallVec<[GivenUp; 1]>;
 
 impl CallEnd {
-    /// The call streams a generation that may be given up.
-    pub(crate) fn follow(&self, given_up: GivenUp) {
+    /// The call streams generations, each of which may be given up.
+    pub(crate) fn follow(&self, given_up: impl IntoIterator<Item = GivenUp>) {
         // A call answers once.
-        let _ = self.0.set(given_up);
+        let _ = self.0.set(given_up.into_iter().collect());
     }
+
+    /// Whether the call streams and was given up. `waker` is told when it is.
+    pub(crate) fn given_up(&self, waker: &Waker) -> bool {
+        self.0.get().is_some_and(|words| said(words, waker))
+    }
+}
+
+/// Whether one was said. Until then each knows whom to tell.
+fn said(words: &Words, waker: &Waker) -> bool {
+    words.iter().any(|word| word.said(waker))
 }
 
 /// Starts a connection's calls: hyper's executor.
@@ -137,7 +153,7 @@ impl Future for Starting {
 /// A call that streams.
 struct Stream {
     call: Running,
-    given_up: GivenUp,
+    given_up: Words,
 }
 
 impl Stream {
@@ -149,7 +165,7 @@ impl Stream {
     /// instead; h2 then resets the stream.
     fn poll(&mut self, cx: &mut Context<'_>) -> bool {
         // First the call itself: where the client has room it gets a status.
-        self.call.as_mut().poll(cx).is_ready() || self.given_up.said(cx.waker())
+        self.call.as_mut().poll(cx).is_ready() || said(&self.given_up, cx.waker())
     }
 }
 

@@ -9,15 +9,11 @@ use tonic_health::pb::HealthCheckRequest;
 
 use super::{
     body::{GenerateBody, ResponseBody},
+    generation::{Asked, Generation},
     grpc,
     service::{Call, Shared},
 };
-use crate::{
-    access::{Caller, Visit},
-    door::Refused,
-    error::RequestError,
-    telemetry::Step,
-};
+use crate::{door::Refused, error::RequestError, telemetry::Step};
 
 /// Answers a call of `kvmesh.v1.Inference`; `None` for an unknown method.
 pub(super) async fn call(
@@ -29,7 +25,7 @@ pub(super) async fn call(
         "Generate" => generate(shared, call).await,
         "Tokenize" => {
             let back = call.metadata.headers();
-            let entered = enter(shared, &call);
+            let entered = shared.enter(&call);
             let answer = async {
                 let _entered = entered?;
                 let request = shared.door.read(&call.headers, call.body).await?;
@@ -38,7 +34,7 @@ pub(super) async fn call(
             answered(shared, "Tokenize", &back, answer.await)
         }
         "ListModels" => {
-            if let Err(refused) = caller(shared, &call) {
+            if let Err(refused) = shared.caller(&call) {
                 return Some(refuse(shared, "ListModels", &call, &refused));
             }
             let models = async |_: v1::ListModelsRequest| {
@@ -50,30 +46,16 @@ pub(super) async fn call(
         }
         "Resume" => {
             let unsupported = (Step::Validate, RequestError::unsupported("Resume"));
-            let refused = caller(shared, &call).err().unwrap_or(unsupported);
+            let refused = shared.caller(&call).err().unwrap_or(unsupported);
             refuse(shared, "Resume", &call, &refused)
         }
         _ => return None,
     })
 }
 
-/// Whose a call is.
-fn caller(shared: &Shared, call: &Call) -> Result<Caller, Refused> {
-    let caller = shared.access.caller(&call.headers, call.from);
-    caller.map_err(|error| (Step::Access, error))
-}
-
-/// Whose a call is, and its place among that tenant's requests.
-fn enter(shared: &Shared, call: &Call) -> Result<(Caller, Visit), Refused> {
-    let caller = caller(shared, call)?;
-    let visit = shared.access.enter(&caller, call.metadata.arrived);
-    let visit = visit.map_err(|error| (Step::Tenant, error))?;
-    Ok((caller, visit))
-}
-
 async fn generate(shared: &Arc<Shared>, call: Call) -> Response<ResponseBody> {
     let back = call.metadata.headers();
-    let entered = enter(shared, &call);
+    let entered = shared.enter(&call);
     let Call {
         headers,
         body,
@@ -94,15 +76,15 @@ async fn generate(shared: &Arc<Shared>, call: Call) -> Response<ResponseBody> {
     };
     match opened.await {
         Ok((stream, visit)) => {
-            end.follow(stream.given_up());
-            let body = GenerateBody::new(
-                stream,
-                Arc::clone(&shared.telemetry),
-                back.clone(),
-                metadata.request_id,
-                metadata.arrived,
-                (visit, span),
-            );
+            let telemetry = Arc::clone(&shared.telemetry);
+            let asked = Asked {
+                method: "Generate",
+                request_id: metadata.request_id,
+                arrived: metadata.arrived,
+            };
+            let generation = Generation::new(stream, telemetry, asked, (visit, span));
+            end.follow([generation.given_up()]);
+            let body = GenerateBody::new(generation, back.clone());
             grpc::response(ResponseBody::Generate(Box::new(body)), &back)
         }
         Err((step, error)) => {

@@ -6,18 +6,22 @@ pub(crate) mod body;
 #[cfg(test)]
 mod border_tests;
 mod calls;
+pub(crate) mod generation;
 pub(crate) mod grpc;
 mod health;
 mod inference;
 mod io;
 mod lazily;
+mod one_call;
+mod plain;
 mod reflection;
 mod service;
 mod tls;
 mod tokens;
 
 pub(crate) use accept::{Acceptor, bind};
+pub(crate) use calls::CallEnd;
 pub(crate) use health::Health;
 pub(crate) use reflection::Reflection;
-pub(crate) use service::{RouterFacts, Shared};
+pub(crate) use service::{Call, RouterFacts, Shared};
 pub(crate) use tls::TlsError;

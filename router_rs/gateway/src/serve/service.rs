@@ -3,23 +3,22 @@
 use std::{
     net::{IpAddr, SocketAddr},
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
-use bytes::Bytes;
 use futures_util::FutureExt;
-use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
+use http::{HeaderMap, Request, Response, header};
 use hyper::body::Incoming;
 use kvmesh_registry::Status as EtcdStatus;
 use tokio::sync::watch;
 
 use super::{
-    admin, body::ResponseBody, calls::CallEnd, grpc, health::Health, inference,
+    admin, body::ResponseBody, calls::CallEnd, grpc, health::Health, inference, plain,
     reflection::Reflection,
 };
 use crate::{
-    access::Access,
-    door::{CallMetadata, Door},
+    access::{Access, Caller, Visit},
+    door::{CallMetadata, Door, Refused},
     error::RequestError,
     mesh::{Mesh, text_of},
     telemetry::{Exposition, Spans, Step, Telemetry},
@@ -46,6 +45,8 @@ pub(crate) struct Shared {
     pub(crate) spans: Option<Spans>,
     pub(crate) exposition: Exposition,
     pub(crate) facts: RouterFacts,
+    /// A stream of events says that it lives after so long without one.
+    pub(crate) sse_keep_alive: Duration,
 }
 
 /// One call and what it came over.
@@ -71,7 +72,7 @@ impl Shared {
             .get(header::CONTENT_TYPE)
             .is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
         if !is_grpc {
-            return self.plain(request.method(), request.uri().path());
+            return plain::answer(&self, request, peer, end).await;
         }
         if request.uri().path().starts_with("/grpc.reflection.") {
             return self.reflection.answer(request).await;
@@ -92,11 +93,53 @@ impl Shared {
         self.grpc(parts.uri.path(), call).await
     }
 
+    /// Whose a call is.
+    pub(crate) fn caller(&self, call: &Call) -> Result<Caller, Refused> {
+        let caller = self.access.caller(&call.headers, call.from);
+        caller.map_err(|error| (Step::Access, error))
+    }
+
+    /// Whose a call is, and its place among that tenant's requests.
+    pub(crate) fn enter(&self, call: &Call) -> Result<(Caller, Visit), Refused> {
+        let caller = self.caller(call)?;
+        let visit = self.access.enter(&caller, call.metadata.arrived);
+        let visit = visit.map_err(|error| (Step::Tenant, error))?;
+        Ok((caller, visit))
+    }
+
+    /// Runs a call to its answer. The request's border: a bug of ours ends one
+    /// call, with an id.
+    pub(super) async fn bordered<R>(
+        &self,
+        request_id: &str,
+        deadline: Option<Instant>,
+        answer: impl Future<Output = R>,
+    ) -> Result<R, RequestError> {
+        let answer = std::panic::AssertUnwindSafe(answer).catch_unwind();
+        let answer = match deadline {
+            None => Ok(answer.await),
+            Some(deadline) => tokio::time::timeout_at(deadline.into(), answer).await,
+        };
+        let error = match answer {
+            Ok(Ok(answer)) => return Ok(answer),
+            Ok(Err(panic)) => {
+                let what = text_of(&*panic);
+                tracing::error!(event = "panic", request_id, what, "a call panicked");
+                RequestError::Internal {
+                    id: request_id.to_owned(),
+                    next_index: 0,
+                }
+            }
+            Err(_) => RequestError::DeadlineExceeded { next_index: 0 },
+        };
+        self.telemetry.rejected(Step::Admission, &error);
+        Err(error)
+    }
+
     async fn grpc(self: Arc<Self>, path: &str, call: Call) -> Response<ResponseBody> {
         let metadata = call.metadata.headers();
         let request_id = call.metadata.request_id.clone();
         let deadline = call.metadata.deadline;
-        let telemetry = Arc::clone(&self.telemetry);
         let Some((service, method)) = path.trim_start_matches('/').split_once('/') else {
             return unknown(path, &metadata);
         };
@@ -110,85 +153,14 @@ impl Shared {
                 _ => None,
             }
         };
-        // The request's border: a bug of ours ends one call, with an id.
-        let answer = std::panic::AssertUnwindSafe(answer).catch_unwind();
-        let answer = match deadline {
-            None => Ok(answer.await),
-            Some(deadline) => tokio::time::timeout_at(deadline.into(), answer).await,
-        };
-        match answer {
-            Ok(Ok(Some(response))) => response,
-            Ok(Ok(None)) => unknown(path, &metadata),
-            Ok(Err(panic)) => {
-                let what = text_of(&*panic);
-                tracing::error!(event = "panic", request_id, what, "a call panicked");
-                let error = RequestError::Internal {
-                    id: request_id,
-                    next_index: 0,
-                };
-                telemetry.rejected(Step::Admission, &error);
-                grpc::refusal(&error.to_status(), &metadata)
-            }
-            Err(_) => {
-                let error = RequestError::DeadlineExceeded { next_index: 0 };
-                telemetry.rejected(Step::Admission, &error);
-                grpc::refusal(&error.to_status(), &metadata)
-            }
-        }
-    }
-
-    fn plain(&self, method: &Method, path: &str) -> Response<ResponseBody> {
-        if method != Method::GET {
-            return text(
-                StatusCode::NOT_FOUND,
-                "text/plain",
-                "not found\n".to_owned(),
-            );
-        }
-        let ok = |kind, body| text(StatusCode::OK, kind, body);
-        match path {
-            "/metrics" => ok(
-                "application/openmetrics-text; version=1.0.0; charset=utf-8",
-                self.exposition.text(),
-            ),
-            "/health" => ok("text/plain", "ok\n".to_owned()),
-            "/version" => {
-                let version = env!("CARGO_PKG_VERSION");
-                ok(
-                    "application/json",
-                    format!("{{\"version\":\"{version}\"}}\n"),
-                )
-            }
-            "/ready" if !self.health.serves() => text(
-                StatusCode::SERVICE_UNAVAILABLE,
-                "text/plain",
-                "draining\n".to_owned(),
-            ),
-            "/ready" => match self.mesh.models().iter().any(|model| model.ready) {
-                true => ok("text/plain", "ready\n".to_owned()),
-                false => {
-                    let why = "no model can be asked for now\n".to_owned();
-                    text(StatusCode::SERVICE_UNAVAILABLE, "text/plain", why)
-                }
-            },
-            _ => text(
-                StatusCode::NOT_FOUND,
-                "text/plain",
-                "not found\n".to_owned(),
-            ),
+        match self.bordered(&request_id, deadline, answer).await {
+            Ok(Some(response)) => response,
+            Ok(None) => unknown(path, &metadata),
+            Err(error) => grpc::refusal(&error.to_status(), &metadata),
         }
     }
 }
 
 fn unknown(path: &str, metadata: &HeaderMap) -> Response<ResponseBody> {
     grpc::refusal(&RequestError::unsupported(path).to_status(), metadata)
-}
-
-fn text(status: StatusCode, kind: &'static str, body: String) -> Response<ResponseBody> {
-    let mut response = Response::new(ResponseBody::bytes(Bytes::from(body), None));
-    *response.status_mut() = status;
-    response
-        .headers_mut()
-        .insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
-    response
 }

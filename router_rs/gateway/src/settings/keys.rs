@@ -273,6 +273,12 @@ pub const KEYS: &[Key] = &[
         "A client that takes nothing for so long is given up.",
     ),
     key(
+        "sse_keep_alive",
+        Kind::Time(0, HOUR),
+        "10s",
+        "A stream of the OpenAI face that has nothing to say for so long sends a comment, which keeps proxies from closing it. 0: never.",
+    ),
+    key(
         "undelivered_ids",
         Kind::Number(1_024, 1 << 32),
         "16777216",

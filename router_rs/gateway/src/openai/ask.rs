@@ -1,0 +1,519 @@
+//! From what a body says to the requests that gRPC would send.
+
+use std::collections::BTreeMap;
+
+use kvmesh_wire::v1::{self, RequestClass, generate_request::Input, grammar::Kind};
+use serde_json::{Map, Value};
+
+use super::{
+    Face,
+    fields::{CONSTRAIN, Fields, Logprobs, Prompt, ResponseFormat, Stop},
+    message,
+};
+use crate::error::RequestError;
+
+/// Most answers that one call may ask for, over all its prompts.
+const MAX_CHOICES: usize = 128;
+/// Output length of a completion that gives none: what OpenAI's legacy API and
+/// vLLM take. A chat without one may use what the context leaves.
+const COMPLETION_TOKENS: u32 = 16;
+
+/// What a call asks for.
+#[derive(Debug)]
+pub(super) struct Asked {
+    /// One a prompt.
+    pub(super) requests: Vec<v1::GenerateRequest>,
+    /// Answers to each.
+    pub(super) n: u32,
+    pub(super) shape: Shape,
+}
+
+/// What the answer looks like.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shape {
+    pub(super) face: Face,
+    pub(super) stream: bool,
+    /// A last chunk of a stream has the usage.
+    pub(super) usage: bool,
+    pub(super) logprobs: bool,
+}
+
+/// Refuses what no router of ours does.
+fn unsupported<T>(field: &str, words: &str) -> Result<T, RequestError> {
+    Err(RequestError::Unsupported {
+        field: field.to_owned(),
+        words: words.to_owned(),
+    })
+}
+
+/// What a call asks for.
+///
+/// # Errors
+/// For fields that are out of their range, and for those that cannot be done.
+pub(super) fn ask(face: Face, mut fields: Fields) -> Result<Asked, RequestError> {
+    possible(&fields)?;
+    let inputs = inputs(face, &mut fields)?;
+    let n = fields.n.unwrap_or(1);
+    let choices = inputs.len().saturating_mul(n as usize);
+    if !(1..=MAX_CHOICES).contains(&choices) {
+        let allowed = format!("1 to {MAX_CHOICES} answers to all prompts, not {choices}");
+        return Err(RequestError::invalid("n", allowed));
+    }
+    if fields.best_of.is_some_and(|best| best != n) {
+        return unsupported("best_of", "all answers are given: ask for them with n");
+    }
+    let logprobs = logprobs(face, &fields)?;
+    let stream = fields.stream.unwrap_or(false);
+    let shape = Shape {
+        face,
+        stream,
+        usage: stream && usage(&fields)?,
+        logprobs: logprobs.is_some(),
+    };
+    let request = v1::GenerateRequest {
+        model: fields.model.take().unwrap_or_default(),
+        sampling: Some(sampling(&mut fields)?),
+        stopping: Some(stopping(face, &mut fields)?),
+        output: Some(v1::Output {
+            logprobs,
+            special_tokens: !fields.skip_special_tokens.unwrap_or(true),
+            ..v1::Output::default()
+        }),
+        hints: Some(v1::Hints {
+            request_class: class(&fields)?.into(),
+            cache_salt: fields.cache_salt.take().unwrap_or_default(),
+            ..v1::Hints::default()
+        }),
+        grammar: grammar(fields.response_format.take())?,
+        ..v1::GenerateRequest::default()
+    };
+    let with = |input| v1::GenerateRequest {
+        input: Some(input),
+        ..request.clone()
+    };
+    Ok(Asked {
+        requests: inputs.into_iter().map(with).collect(),
+        n,
+        shape,
+    })
+}
+
+/// Refuses what would be another answer than the one that was asked for.
+fn possible(fields: &Fields) -> Result<(), RequestError> {
+    if let Some((field, words)) = fields.refused {
+        return unsupported(field, words);
+    }
+    let choice = fields.tool_choice.as_ref().and_then(Value::as_str);
+    let tools = fields.tools.as_ref().is_some_and(|tools| !tools.is_empty());
+    if tools && choice != Some("none") {
+        return unsupported("tools", CONSTRAIN);
+    }
+    if !tools && fields.tool_choice.is_some() && !matches!(choice, Some("none" | "auto")) {
+        return unsupported("tool_choice", CONSTRAIN);
+    }
+    let modalities = fields.modalities.as_deref().unwrap_or_default();
+    if modalities.iter().any(|kind| kind != "text") {
+        return unsupported("modalities", "answers are text");
+    }
+    Ok(())
+}
+
+fn inputs(face: Face, fields: &mut Fields) -> Result<Vec<Input>, RequestError> {
+    match face {
+        Face::Chat => Ok(vec![Input::Chat(chat(fields)?)]),
+        Face::Completion => {
+            added_tokens(fields, true)?;
+            let prompt = fields.prompt.take();
+            let prompt = prompt.ok_or_else(|| RequestError::invalid("prompt", "required"))?;
+            Ok(prompts(prompt))
+        }
+    }
+}
+
+fn prompts(prompt: Prompt) -> Vec<Input> {
+    let ids = |ids| Input::TokenIds(v1::TokenIds { ids });
+    match prompt {
+        Prompt::Text(text) => vec![Input::Prompt(text)],
+        Prompt::Ids(list) => vec![ids(list)],
+        Prompt::Texts(texts) => texts.into_iter().map(Input::Prompt).collect(),
+        Prompt::IdLists(lists) => lists.into_iter().map(ids).collect(),
+    }
+}
+
+/// The conversation, and what its template is told besides.
+pub(super) fn chat(fields: &mut Fields) -> Result<v1::Chat, RequestError> {
+    added_tokens(fields, false)?;
+    let messages = fields.messages.take();
+    let messages = messages.ok_or_else(|| RequestError::invalid("messages", "required"))?;
+    let mut arguments = fields.chat_template_kwargs.take().unwrap_or_default();
+    if let Some(effort) = fields.reasoning_effort.take() {
+        arguments
+            .entry("reasoning_effort")
+            .or_insert(Value::String(effort));
+    }
+    Ok(v1::Chat {
+        add_generation_prompt: fields.add_generation_prompt,
+        template_arguments_json: text_of(arguments),
+        ..message::chat(messages)?
+    })
+}
+
+fn text_of(arguments: Map<String, Value>) -> String {
+    match arguments.is_empty() {
+        true => String::new(),
+        false => Value::Object(arguments).to_string(),
+    }
+}
+
+/// Special tokens around a prompt are the tokeniser's to add, around a chat its
+/// template's.
+pub(super) fn added_tokens(fields: &Fields, added: bool) -> Result<(), RequestError> {
+    match fields
+        .add_special_tokens
+        .is_some_and(|asked| asked != added)
+    {
+        true => unsupported(
+            "add_special_tokens",
+            "it is true for a prompt, false for a chat",
+        ),
+        false => Ok(()),
+    }
+}
+
+fn usage(fields: &Fields) -> Result<bool, RequestError> {
+    let Some(options) = &fields.stream_options else {
+        return Ok(false);
+    };
+    if options.continuous_usage_stats == Some(true) {
+        let words = "the last chunk has the usage, with include_usage";
+        return unsupported("stream_options.continuous_usage_stats", words);
+    }
+    Ok(options.include_usage.unwrap_or(false))
+}
+
+/// Alternatives to report.
+fn logprobs(face: Face, fields: &Fields) -> Result<Option<u32>, RequestError> {
+    match (face, fields.logprobs) {
+        (Face::Chat, Some(Logprobs::Flag(true))) => Ok(Some(fields.top_logprobs.unwrap_or(0))),
+        (Face::Chat, None | Some(Logprobs::Flag(false))) => match fields.top_logprobs {
+            None | Some(0) => Ok(None),
+            Some(_) => Err(RequestError::invalid(
+                "top_logprobs",
+                "needs logprobs: true",
+            )),
+        },
+        (Face::Completion, None | Some(Logprobs::Flag(false))) => Ok(None),
+        (Face::Completion, Some(Logprobs::Count(count))) => Ok(Some(count)),
+        (Face::Chat, Some(Logprobs::Count(_))) => {
+            Err(RequestError::invalid("logprobs", "true or false in a chat"))
+        }
+        (Face::Completion, Some(Logprobs::Flag(true))) => Err(RequestError::invalid(
+            "logprobs",
+            "a number in a completion",
+        )),
+    }
+}
+
+fn sampling(fields: &mut Fields) -> Result<v1::Sampling, RequestError> {
+    let top_k = match fields.top_k {
+        // vLLM's word for "all".
+        None | Some(-1) => 0,
+        Some(k) => u32::try_from(k)
+            .map_err(|_| RequestError::invalid("top_k", format!("-1, 0 or above, not {k}")))?,
+    };
+    Ok(v1::Sampling {
+        temperature: fields.temperature,
+        top_k,
+        top_p: fields.top_p,
+        min_p: fields.min_p.unwrap_or(0.0),
+        repetition_penalty: fields.repetition_penalty,
+        frequency_penalty: fields.frequency_penalty.unwrap_or(0.0),
+        presence_penalty: fields.presence_penalty.unwrap_or(0.0),
+        logit_bias: biases(fields.logit_bias.take().unwrap_or_default())?,
+        seed: fields.seed.map(i64::cast_unsigned),
+    })
+}
+
+fn biases(given: BTreeMap<String, f32>) -> Result<Vec<v1::LogitBias>, RequestError> {
+    let bias = |(id, bias): (String, f32)| match id.parse() {
+        Ok(token_id) => Ok(v1::LogitBias { token_id, bias }),
+        Err(_) => {
+            let allowed = "keys are token ids, as text";
+            Err(RequestError::invalid(format!("logit_bias[{id}]"), allowed))
+        }
+    };
+    given.into_iter().map(bias).collect()
+}
+
+fn stopping(face: Face, fields: &mut Fields) -> Result<v1::Stopping, RequestError> {
+    let (name, asked) = match (fields.max_completion_tokens, face) {
+        (Some(most), Face::Chat) => ("max_completion_tokens", Some(most)),
+        _ => ("max_tokens", fields.max_tokens),
+    };
+    if asked == Some(0) {
+        return Err(RequestError::invalid(name, "at least 1"));
+    }
+    let max_tokens = match face {
+        Face::Chat => asked.unwrap_or(0),
+        Face::Completion => asked.unwrap_or(COMPLETION_TOKENS),
+    };
+    let stop = match fields.stop.take() {
+        None => Vec::new(),
+        Some(Stop::One(text)) => vec![text],
+        Some(Stop::Several(texts)) => texts,
+    };
+    Ok(v1::Stopping {
+        max_tokens,
+        min_tokens: fields.min_tokens.unwrap_or(0),
+        stop,
+        stop_token_ids: fields.stop_token_ids.take().unwrap_or_default(),
+        ignore_end_of_text: fields.ignore_eos.unwrap_or(false),
+        include_stop: fields.include_stop_str_in_output.unwrap_or(false),
+    })
+}
+
+/// `priority` as vLLM has it (less is sooner, 0 is usual), else OpenAI's tier.
+fn class(fields: &Fields) -> Result<RequestClass, RequestError> {
+    if let Some(priority) = fields.priority {
+        return Ok(match priority.signum() {
+            -1 => RequestClass::Interactive,
+            0 => RequestClass::Unspecified,
+            _ => RequestClass::Batch,
+        });
+    }
+    match fields.service_tier.as_deref() {
+        None | Some("auto" | "default") => Ok(RequestClass::Unspecified),
+        Some("priority") => Ok(RequestClass::Interactive),
+        Some("flex") => Ok(RequestClass::Batch),
+        Some(_) => {
+            let allowed = "auto, default, priority or flex";
+            Err(RequestError::invalid("service_tier", allowed))
+        }
+    }
+}
+
+fn grammar(format: Option<ResponseFormat>) -> Result<Option<v1::Grammar>, RequestError> {
+    let Some(format) = format else {
+        return Ok(None);
+    };
+    let kind = match format.r#type.as_str() {
+        "text" => return Ok(None),
+        "json_object" => Kind::JsonObject(true),
+        "json_schema" => {
+            let schema = format.json_schema.and_then(|given| given.schema);
+            let field = "response_format.json_schema.schema";
+            let schema = schema.ok_or_else(|| RequestError::invalid(field, "required"))?;
+            Kind::JsonSchema(schema.to_string())
+        }
+        _ => {
+            let allowed = "text, json_object or json_schema";
+            return Err(RequestError::invalid("response_format.type", allowed));
+        }
+    };
+    Ok(Some(v1::Grammar {
+        kind: Some(kind),
+        ..v1::Grammar::default()
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use serde_json::json;
+
+    use super::*;
+
+    fn asked(face: Face, body: &Value) -> Result<Asked, RequestError> {
+        ask(face, Fields::read(body.to_string().as_bytes()).unwrap())
+    }
+
+    fn one(face: Face, body: &Value) -> v1::GenerateRequest {
+        asked(face, body).unwrap().requests.pop().unwrap()
+    }
+
+    #[test]
+    fn each_field_has_its_place_in_the_request() {
+        let body = json!({"model": "m", "prompt": "p", "max_tokens": 9, "min_tokens": 2,
+            "temperature": 0.5, "top_p": 0.25, "top_k": 7, "min_p": 0.125, "seed": -1,
+            "repetition_penalty": 1.5, "frequency_penalty": 0.75, "presence_penalty": -0.5,
+            "logit_bias": {"5": -100, "6": 2.5}, "stop": ["a", "b"], "stop_token_ids": [3],
+            "ignore_eos": true, "include_stop_str_in_output": true, "skip_special_tokens": false,
+            "logprobs": 4, "priority": 3, "cache_salt": "s"});
+        let request = one(Face::Completion, &body);
+        let bias = |token_id, bias| v1::LogitBias { token_id, bias };
+        let expected = v1::GenerateRequest {
+            model: "m".to_owned(),
+            input: Some(Input::Prompt("p".to_owned())),
+            sampling: Some(v1::Sampling {
+                temperature: Some(0.5),
+                top_k: 7,
+                top_p: Some(0.25),
+                min_p: 0.125,
+                repetition_penalty: Some(1.5),
+                frequency_penalty: 0.75,
+                presence_penalty: -0.5,
+                logit_bias: vec![bias(5, -100.0), bias(6, 2.5)],
+                seed: Some(u64::MAX),
+            }),
+            stopping: Some(v1::Stopping {
+                max_tokens: 9,
+                min_tokens: 2,
+                stop: vec!["a".to_owned(), "b".to_owned()],
+                stop_token_ids: vec![3],
+                ignore_end_of_text: true,
+                include_stop: true,
+            }),
+            output: Some(v1::Output {
+                logprobs: Some(4),
+                special_tokens: true,
+                ..Default::default()
+            }),
+            hints: Some(v1::Hints {
+                request_class: RequestClass::Batch.into(),
+                cache_salt: "s".to_owned(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        assert_eq!(request, expected);
+    }
+
+    #[test]
+    fn an_absent_length_is_16_in_a_completion_and_the_rest_of_the_context_in_a_chat() {
+        let most = |face, body: Value| one(face, &body).stopping.unwrap().max_tokens;
+        assert_eq!(most(Face::Completion, json!({"prompt": "p"})), 16);
+        let messages = json!([{"role": "user", "content": "hi"}]);
+        assert_eq!(most(Face::Chat, json!({"messages": messages})), 0);
+        let both = json!({"messages": messages, "max_tokens": 5, "max_completion_tokens": 7});
+        assert_eq!(most(Face::Chat, both), 7);
+    }
+
+    #[test]
+    fn several_prompts_are_several_requests_with_n_answers_each() {
+        let body = json!({"prompt": [[1, 2], [3]], "n": 3});
+        let asked = asked(Face::Completion, &body).unwrap();
+        let ids = |request: &v1::GenerateRequest| match request.input.clone().unwrap() {
+            Input::TokenIds(ids) => ids.ids,
+            other => panic!("{other:?}"),
+        };
+        let all: Vec<_> = asked.requests.iter().map(ids).collect();
+        assert_eq!((all, asked.n), (vec![vec![1, 2], vec![3]], 3));
+    }
+
+    #[test]
+    fn parts_of_text_are_joined_and_a_template_is_told_of_the_effort() {
+        let parts = json!([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]);
+        let body = json!({"messages": [{"role": "user", "content": parts}],
+            "reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": false}});
+        let Some(Input::Chat(chat)) = one(Face::Chat, &body).input else {
+            panic!("a chat");
+        };
+        assert_eq!(chat.messages[0].content, "a\nb");
+        let arguments: Value = serde_json::from_str(&chat.template_arguments_json).unwrap();
+        assert_eq!(
+            arguments,
+            json!({"enable_thinking": false, "reasoning_effort": "low"})
+        );
+    }
+
+    #[test]
+    fn a_language_is_asked_for_as_over_grpc() {
+        let schema = json!({"type": "object"});
+        let format = |format: Value| {
+            let body = json!({"prompt": "p", "response_format": format});
+            one(Face::Completion, &body)
+                .grammar
+                .map(|g| g.kind.unwrap())
+        };
+        assert_eq!(format(json!({"type": "text"})), None);
+        let any = format(json!({"type": "json_object"}));
+        assert_eq!(any, Some(Kind::JsonObject(true)));
+        let one = format(json!({"type": "json_schema", "json_schema": {"schema": schema}}));
+        assert_eq!(one, Some(Kind::JsonSchema(schema.to_string())));
+    }
+
+    #[test]
+    fn what_is_refused_names_its_field() {
+        let message = json!([{"role": "user", "content": "hi"}]);
+        let image = json!([{"role": "user", "content": [{"type": "image_url"}]}]);
+        let tool = json!([{"type": "function", "function": {"name": "f"}}]);
+        for (face, body, field) in [
+            (Face::Completion, json!({}), "prompt"),
+            (Face::Chat, json!({"prompt": "p"}), "messages"),
+            (Face::Completion, json!({"prompt": "p", "n": 0}), "n"),
+            (Face::Completion, json!({"prompt": "p", "n": 129}), "n"),
+            (Face::Completion, json!({"prompt": []}), "n"),
+            (
+                Face::Completion,
+                json!({"prompt": "p", "best_of": 2}),
+                "best_of",
+            ),
+            (
+                Face::Completion,
+                json!({"prompt": "p", "max_tokens": 0}),
+                "max_tokens",
+            ),
+            (
+                Face::Completion,
+                json!({"prompt": "p", "echo": true}),
+                "echo",
+            ),
+            (
+                Face::Completion,
+                json!({"prompt": "p", "top_k": -2}),
+                "top_k",
+            ),
+            (
+                Face::Completion,
+                json!({"prompt": "p", "logprobs": true}),
+                "logprobs",
+            ),
+            (
+                Face::Completion,
+                json!({"prompt": "p", "logit_bias": {"x": 1}}),
+                "logit_bias[x]",
+            ),
+            (
+                Face::Completion,
+                json!({"prompt": "p", "service_tier": "gold"}),
+                "service_tier",
+            ),
+            (
+                Face::Chat,
+                json!({"messages": message, "top_logprobs": 3}),
+                "top_logprobs",
+            ),
+            (
+                Face::Chat,
+                json!({"messages": message, "tools": tool}),
+                "tools",
+            ),
+            (
+                Face::Chat,
+                json!({"messages": message, "tool_choice": "required"}),
+                "tool_choice",
+            ),
+            (
+                Face::Chat,
+                json!({"messages": message, "modalities": ["audio"]}),
+                "modalities",
+            ),
+            (
+                Face::Chat,
+                json!({"messages": image}),
+                "messages[0].content[0].type",
+            ),
+        ] {
+            let error = asked(face, &body).unwrap_err();
+            let named = match &error {
+                RequestError::Invalid(all) => &all.0[0].field,
+                RequestError::Unsupported { field, .. } => field,
+                other => panic!("{body}: {other}"),
+            };
+            assert_eq!(named, field, "{body}");
+        }
+        // Tools that are offered and not to be used change nothing.
+        let none = json!({"messages": message, "tools": tool, "tool_choice": "none"});
+        assert!(asked(Face::Chat, &none).is_ok());
+    }
+}

@@ -1,0 +1,229 @@
+//! Chunks of a stream, as bytes: what is the same in each of a choice is made
+//! once, and a token adds its escaped text. Objects are built only where there
+//! are log-probabilities.
+
+use bytes::{BufMut, BytesMut};
+use serde::Serialize;
+
+use super::{
+    Face,
+    answer::{End, Head, Usage},
+    logprobs::Logprobs,
+};
+
+/// What each event begins with (WHATWG HTML, "Server-sent events").
+const DATA: &[u8] = b"data: ";
+const DONE: &[u8] = b"data: [DONE]\n\n";
+/// A comment: no event, and a sign of life for whoever is in between.
+const COMMENT: &[u8] = b": keep-alive\n\n";
+
+/// Writes the chunks of one choice.
+pub(super) struct ChoiceChunks {
+    face: Face,
+    /// From `data:` to the text.
+    begin: Vec<u8>,
+    /// Behind the last choice.
+    close: &'static [u8],
+    /// Behind the text, where there are no log-probabilities: to the end.
+    tail: Vec<u8>,
+}
+
+/// Writes what belongs to no choice.
+pub(super) struct StreamChunks {
+    /// From `data:` to the choices.
+    head: Vec<u8>,
+    usage: bool,
+}
+
+impl StreamChunks {
+    /// `usage`: each chunk says that it has none, and a last one has it.
+    pub(super) fn new(head: &Head, usage: bool) -> Self {
+        let mut bytes = DATA.to_vec();
+        append(&head, &mut bytes);
+        // The object goes on.
+        bytes.pop();
+        bytes.extend_from_slice(b",\"choices\":[");
+        Self { head: bytes, usage }
+    }
+
+    /// Those of a choice.
+    pub(super) fn choice(&self, face: Face, index: usize) -> ChoiceChunks {
+        let mut begin = self.head.clone();
+        let key = match face {
+            Face::Chat => "\"delta\":{\"content\":",
+            Face::Completion => "\"text\":",
+        };
+        begin.extend_from_slice(format!("{{\"index\":{index},{key}").as_bytes());
+        let close: &[u8] = match self.usage {
+            true => b"}],\"usage\":null}\n\n",
+            false => b"}]}\n\n",
+        };
+        let mut tail = closed(face).to_vec();
+        tail.extend_from_slice(b",\"logprobs\":null,\"finish_reason\":null");
+        tail.extend_from_slice(close);
+        ChoiceChunks {
+            face,
+            begin,
+            close,
+            tail,
+        }
+    }
+
+    /// The last words of a stream that ended well.
+    pub(super) fn end(&self, usage: &Usage, out: &mut BytesMut) {
+        if self.usage {
+            out.extend_from_slice(&self.head);
+            out.extend_from_slice(b"],\"usage\":");
+            append(usage, out.writer());
+            out.extend_from_slice(b"}\n\n");
+        }
+        out.extend_from_slice(DONE);
+    }
+}
+
+/// Ends the part of a chunk that has the text.
+fn closed(face: Face) -> &'static [u8] {
+    match face {
+        Face::Chat => b"}",
+        Face::Completion => b"",
+    }
+}
+
+impl ChoiceChunks {
+    /// Says who speaks: the first chunk of a chat's choice.
+    pub(super) fn role(&self, out: &mut BytesMut) {
+        if self.face == Face::Chat {
+            out.extend_from_slice(&self.begin);
+            out.extend_from_slice(b"\"\",\"role\":\"assistant\"");
+            out.extend_from_slice(&self.tail);
+        }
+    }
+
+    /// Text as it comes.
+    pub(super) fn text(&self, text: &str, logprobs: Option<&Logprobs>, out: &mut BytesMut) {
+        out.reserve(self.begin.len() + text.len() + 2 + self.tail.len());
+        out.extend_from_slice(&self.begin);
+        append(text, out.writer());
+        let Some(logprobs) = logprobs else {
+            out.extend_from_slice(&self.tail);
+            return;
+        };
+        out.extend_from_slice(closed(self.face));
+        out.extend_from_slice(b",\"logprobs\":");
+        append(logprobs, out.writer());
+        out.extend_from_slice(b",\"finish_reason\":null");
+        out.extend_from_slice(self.close);
+    }
+
+    /// Its end, with the text that was held back until then.
+    pub(super) fn end(&self, text: &str, end: &End, out: &mut BytesMut) {
+        out.extend_from_slice(&self.begin);
+        append(text, out.writer());
+        out.extend_from_slice(closed(self.face));
+        out.extend_from_slice(b",\"logprobs\":null,\"finish_reason\":");
+        append(end.finish_reason, out.writer());
+        out.extend_from_slice(b",\"stop_reason\":");
+        append(&end.stop_reason, out.writer());
+        out.extend_from_slice(self.close);
+    }
+}
+
+/// An error: the last event of a stream.
+pub(super) fn error(json: &[u8], out: &mut BytesMut) {
+    out.extend_from_slice(DATA);
+    out.extend_from_slice(json);
+    out.extend_from_slice(b"\n\n");
+}
+
+/// A sign of life.
+pub(super) fn comment(out: &mut BytesMut) {
+    out.extend_from_slice(COMMENT);
+}
+
+/// Appends JSON.
+fn append(value: &(impl Serialize + ?Sized), to: impl std::io::Write) {
+    if let Err(error) = serde_json::to_writer(to, value) {
+        // Memory takes all that is written, and none of our types fails.
+        tracing::error!(event = "bug", %error, "a chunk is no JSON");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::openai::answer::StopReason;
+
+    #[derive(Serialize)]
+    struct Sent {
+        id: &'static str,
+    }
+
+    fn chunks(usage: bool) -> StreamChunks {
+        let mut head = DATA.to_vec();
+        append(&Sent { id: "x" }, &mut head);
+        head.pop();
+        head.extend_from_slice(b",\"choices\":[");
+        StreamChunks { head, usage }
+    }
+
+    /// The objects of all events.
+    fn events(bytes: &BytesMut) -> Vec<Value> {
+        let text = std::str::from_utf8(bytes).unwrap();
+        let events = text.strip_suffix("\n\n").unwrap().split("\n\n");
+        events
+            .map(|event| serde_json::from_str(event.strip_prefix("data: ").unwrap()).unwrap())
+            .collect()
+    }
+
+    proptest! {
+        #[test]
+        fn each_chunk_is_one_line_of_json_with_the_text_as_it_was(
+            text in any::<String>(), index in 0_usize..200, usage: bool, chat: bool,
+        ) {
+            let face = if chat { Face::Chat } else { Face::Completion };
+            let all = chunks(usage);
+            let choice = all.choice(face, index);
+            let mut out = BytesMut::new();
+            choice.role(&mut out);
+            choice.text(&text, None, &mut out);
+            let end = End { finish_reason: "stop", stop_reason: Some(StopReason::Token(7)) };
+            choice.end("", &end, &mut out);
+            let told = events(&out);
+            let place = if chat { "/choices/0/delta/content" } else { "/choices/0/text" };
+            let content = |chunk: &Value| chunk.pointer(place).unwrap().as_str().unwrap().to_owned();
+            let texts: Vec<String> = told.iter().map(content).collect();
+            prop_assert_eq!(texts.concat(), text);
+            prop_assert_eq!(told.len(), if chat { 3 } else { 2 });
+            let last = told.last().unwrap();
+            for chunk in &told {
+                prop_assert_eq!(&chunk["id"], "x");
+                prop_assert_eq!(&chunk["choices"][0]["index"], &json!(index));
+                prop_assert_eq!(chunk.get("usage"), usage.then_some(&Value::Null));
+                let reason = if chunk == last { json!("stop") } else { Value::Null };
+                prop_assert_eq!(&chunk["choices"][0]["finish_reason"], &reason);
+            }
+            prop_assert_eq!(&last["choices"][0]["stop_reason"], &json!(7));
+            if chat {
+                prop_assert_eq!(&told[0]["choices"][0]["delta"]["role"], "assistant");
+            }
+        }
+    }
+
+    #[test]
+    fn a_stream_ends_with_its_usage_and_the_word() {
+        let mut out = BytesMut::new();
+        chunks(true).end(&Usage::default(), &mut out);
+        let text = std::str::from_utf8(&out).unwrap();
+        let text = text.strip_suffix("data: [DONE]\n\n").unwrap();
+        let told = events(&BytesMut::from(text.as_bytes()));
+        assert_eq!(told[0]["choices"], json!([]));
+        assert_eq!(told[0]["usage"]["total_tokens"], 0);
+        out.clear();
+        chunks(false).end(&Usage::default(), &mut out);
+        assert_eq!(&out[..], DONE);
+    }
+}

@@ -1,0 +1,274 @@
+//! Generations as one stream of server-sent events: what is pending when the
+//! transport has room becomes one frame.
+
+use std::{
+    future::poll_fn,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::{Duration, Instant},
+};
+
+use bytes::{Bytes, BytesMut};
+use http_body::Frame;
+use kvmesh_wire::v1::{self, generate_response::Event};
+use tokio::time::Sleep;
+
+use super::{
+    Face, Failure,
+    answer::{End, Usage},
+    chunk::{self, ChoiceChunks, StreamChunks},
+    logprobs::Scribe,
+};
+use crate::{error::RequestError, mesh::GivenUp, serve::generation::Generation};
+
+/// Bytes gathered before a frame is handed on.
+const FRAME_BYTES: usize = 16 << 10;
+/// Bytes that a stream keeps for its frames; a chunk of one token has some 250.
+const BUFFER_BYTES: usize = 2 << 10;
+
+/// A choice of a stream.
+struct Choice {
+    generation: Generation,
+    chunks: ChoiceChunks,
+    /// Where log-probabilities are wanted.
+    scribe: Option<Scribe>,
+    begun: bool,
+    ended: bool,
+    first_of_prompt: bool,
+}
+
+/// What a message of a choice was.
+enum Wrote {
+    Tokens,
+    End(v1::Usage),
+    Nothing,
+}
+
+/// What a stream has said.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Said {
+    /// Choices run.
+    Some,
+    /// The last words are written.
+    All,
+    /// And handed on.
+    Done,
+}
+
+/// The body of a streaming answer.
+pub(crate) struct Events {
+    choices: Vec<Choice>,
+    chunks: StreamChunks,
+    usage: Usage,
+    /// Choices that have not ended.
+    open: usize,
+    /// Frames are cut from its front, as in `GenerateBody`.
+    buffer: BytesMut,
+    silence: Option<Silence>,
+    said: Said,
+}
+
+impl Events {
+    /// A stream whose choices answer `n` to a prompt. After `keep_alive` without
+    /// an event it says that it lives; zero: never.
+    pub(super) fn new(
+        face: Face,
+        generations: Vec<(Generation, Option<Scribe>)>,
+        n: usize,
+        chunks: StreamChunks,
+        keep_alive: Duration,
+    ) -> Self {
+        let choice = |(index, (generation, scribe))| Choice {
+            generation,
+            chunks: chunks.choice(face, index),
+            scribe,
+            begun: false,
+            ended: false,
+            first_of_prompt: index % n == 0,
+        };
+        let choices: Vec<Choice> = generations.into_iter().enumerate().map(choice).collect();
+        Self {
+            open: choices.len(),
+            choices,
+            chunks,
+            usage: Usage::default(),
+            buffer: BytesMut::with_capacity(BUFFER_BYTES),
+            silence: Silence::after(keep_alive),
+            said: Said::Some,
+        }
+    }
+
+    /// Said when the client reads nothing for too long.
+    pub(super) fn given_up(&self) -> impl Iterator<Item = GivenUp> {
+        self.choices.iter().map(|one| one.generation.given_up())
+    }
+
+    /// Waits for the first event, or for the first sign of life in its place.
+    ///
+    /// # Errors
+    /// What ended it before: nothing has been sent, so that it can be the status
+    /// of the whole call.
+    pub(super) async fn opened(&mut self) -> Result<(), RequestError> {
+        poll_fn(|cx| match self.fill(cx) {
+            Poll::Pending => self.poll_silence(cx).map(Ok),
+            filled => filled,
+        })
+        .await
+    }
+
+    /// Nothing comes any more.
+    pub(crate) fn is_done(&self) -> bool {
+        self.said == Said::Done
+    }
+
+    /// The next frame.
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Frame<Bytes>>> {
+        if self.said == Said::Done {
+            return Poll::Ready(None);
+        }
+        match self.fill(cx) {
+            Poll::Ready(Ok(())) => {}
+            Poll::Ready(Err(error)) => {
+                // The others are of no use to a client whose call failed.
+                self.choices.clear();
+                chunk::error(&Failure::Request(error).json(), &mut self.buffer);
+                self.said = Said::All;
+            }
+            Poll::Pending => ready!(self.poll_silence(cx)),
+        }
+        if self.said == Said::All {
+            self.said = Said::Done;
+        }
+        Poll::Ready(Some(Frame::data(self.buffer.split().freeze())))
+    }
+
+    /// Writes what is at hand. Ready: there is something to be sent.
+    fn fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), RequestError>> {
+        loop {
+            let mut more = false;
+            for choice in &mut self.choices {
+                while !choice.ended && self.buffer.len() < FRAME_BYTES {
+                    match choice.poll(cx, &mut self.buffer) {
+                        // Its message held all that was pending: nothing is to be
+                        // waited for behind it.
+                        Poll::Ready(Some(Ok(Wrote::Tokens))) => {
+                            more = true;
+                            if let Some(silence) = &mut self.silence {
+                                silence.since = choice.generation.taken();
+                            }
+                            break;
+                        }
+                        Poll::Ready(Some(Ok(Wrote::End(usage)))) => {
+                            self.usage.add(&usage, choice.first_of_prompt);
+                        }
+                        Poll::Ready(Some(Ok(Wrote::Nothing))) => {}
+                        Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(error)),
+                        Poll::Ready(None) => {
+                            choice.ended = true;
+                            self.open -= 1;
+                        }
+                        Poll::Pending => break,
+                    }
+                }
+            }
+            if self.open == 0 && self.said == Said::Some {
+                self.chunks.end(&self.usage, &mut self.buffer);
+                self.said = Said::All;
+            }
+            if !self.buffer.is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+            // Tokens without text of their own: who has no more wakes us.
+            if !more {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    /// Ready: it was silent for too long, and says so.
+    fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(silence) = &mut self.silence else {
+            return Poll::Pending;
+        };
+        ready!(silence.poll(cx));
+        chunk::comment(&mut self.buffer);
+        Poll::Ready(())
+    }
+}
+
+impl Choice {
+    /// Writes its next message.
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        out: &mut BytesMut,
+    ) -> Poll<Option<Result<Wrote, RequestError>>> {
+        let Self {
+            generation,
+            chunks,
+            scribe,
+            begun,
+            ..
+        } = self;
+        generation.poll(cx, |message| {
+            let begin = |begun: &mut bool, out: &mut BytesMut| {
+                if !std::mem::replace(begun, true) {
+                    chunks.role(out);
+                }
+            };
+            match &message.event {
+                Some(Event::Tokens(tokens)) => {
+                    begin(begun, out);
+                    if let Some(scribe) = scribe {
+                        let mut told = scribe.empty();
+                        scribe.add(tokens, &mut told);
+                        chunks.text(&tokens.text, Some(&told), out);
+                    } else if !tokens.text.is_empty() {
+                        chunks.text(&tokens.text, None, out);
+                    }
+                    Wrote::Tokens
+                }
+                Some(Event::Finished(finished)) => {
+                    begin(begun, out);
+                    chunks.end(&finished.text, &End::of(finished), out);
+                    Wrote::End(finished.usage.unwrap_or_default())
+                }
+                _ => Wrote::Nothing,
+            }
+        })
+    }
+}
+
+/// How long nothing was said.
+struct Silence {
+    most: Duration,
+    /// The last event, or the last sign of life.
+    since: Instant,
+    /// Looks now and then, and not anew for each event.
+    timer: Pin<Box<Sleep>>,
+}
+
+impl Silence {
+    fn after(most: Duration) -> Option<Self> {
+        (!most.is_zero()).then(|| Self {
+            most,
+            since: Instant::now(),
+            timer: Box::pin(tokio::time::sleep(most)),
+        })
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            ready!(self.timer.as_mut().poll(cx));
+            let now = Instant::now();
+            let told = now.saturating_duration_since(self.since) >= self.most;
+            if told {
+                self.since = now;
+            }
+            self.timer.as_mut().reset((self.since + self.most).into());
+            if told {
+                return Poll::Ready(());
+            }
+        }
+    }
+}

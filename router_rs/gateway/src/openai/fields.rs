@@ -1,0 +1,307 @@
+//! What the body of a request says, field by field.
+//!
+//! Read by hand, so that an error names its field, a long prompt is copied
+//! once, and what is not known costs nothing.
+
+use std::collections::BTreeMap;
+
+use serde::{
+    Deserialize,
+    de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor},
+};
+use serde_json::{Map, Value};
+
+use super::message::Message;
+use crate::error::RequestError;
+
+/// Fields that would change the answer and that nothing here can do, with why.
+/// A request that asks for one of them is refused.
+const REFUSED: &[(&str, &str)] = &[
+    ("audio", "answers are text"),
+    ("allowed_token_ids", ""),
+    ("bad_words", ""),
+    ("chat_template", "templates come with the model"),
+    ("continue_final_message", ""),
+    ("documents", ""),
+    ("echo", "the prompt is not part of the answer"),
+    ("function_call", CONSTRAIN),
+    ("functions", CONSTRAIN),
+    ("guided_choice", CONSTRAIN),
+    ("guided_grammar", CONSTRAIN),
+    ("guided_json", CONSTRAIN),
+    ("guided_regex", CONSTRAIN),
+    ("logits_processors", ""),
+    ("prompt_embeds", ""),
+    ("prompt_logprobs", ""),
+    ("structured_outputs", CONSTRAIN),
+    ("suffix", ""),
+    ("truncate_prompt_tokens", ""),
+    ("use_beam_search", ""),
+    ("web_search_options", ""),
+];
+pub(super) const CONSTRAIN: &str =
+    "the engine cannot constrain its output to it; response_format is asked for where one can";
+
+/// A body. What is absent and what is `null` are the same.
+#[derive(Debug, Default)]
+pub(super) struct Fields {
+    pub(super) model: Option<String>,
+    pub(super) messages: Option<Vec<Message>>,
+    pub(super) prompt: Option<Prompt>,
+    pub(super) stream: Option<bool>,
+    pub(super) stream_options: Option<StreamOptions>,
+    pub(super) n: Option<u32>,
+    pub(super) best_of: Option<u32>,
+    pub(super) max_tokens: Option<u32>,
+    pub(super) max_completion_tokens: Option<u32>,
+    pub(super) min_tokens: Option<u32>,
+    pub(super) stop: Option<Stop>,
+    pub(super) stop_token_ids: Option<Vec<u32>>,
+    pub(super) ignore_eos: Option<bool>,
+    pub(super) include_stop_str_in_output: Option<bool>,
+    pub(super) skip_special_tokens: Option<bool>,
+    pub(super) temperature: Option<f32>,
+    pub(super) top_p: Option<f32>,
+    pub(super) top_k: Option<i64>,
+    pub(super) min_p: Option<f32>,
+    pub(super) repetition_penalty: Option<f32>,
+    pub(super) frequency_penalty: Option<f32>,
+    pub(super) presence_penalty: Option<f32>,
+    pub(super) logit_bias: Option<BTreeMap<String, f32>>,
+    pub(super) seed: Option<i64>,
+    pub(super) logprobs: Option<Logprobs>,
+    pub(super) top_logprobs: Option<u32>,
+    pub(super) priority: Option<i64>,
+    pub(super) service_tier: Option<String>,
+    pub(super) cache_salt: Option<String>,
+    pub(super) response_format: Option<ResponseFormat>,
+    pub(super) tools: Option<Vec<Value>>,
+    pub(super) tool_choice: Option<Value>,
+    pub(super) modalities: Option<Vec<String>>,
+    pub(super) reasoning_effort: Option<String>,
+    pub(super) add_generation_prompt: Option<bool>,
+    pub(super) add_special_tokens: Option<bool>,
+    pub(super) chat_template_kwargs: Option<Map<String, Value>>,
+    pub(super) return_token_strs: Option<bool>,
+    pub(super) tokens: Option<Vec<u32>>,
+    /// Of [`REFUSED`], the first that was asked for.
+    pub(super) refused: Option<&'static (&'static str, &'static str)>,
+}
+
+/// What to continue.
+#[derive(Debug, Deserialize)]
+#[serde(
+    untagged,
+    expecting = "text, token ids, or a list of either; ids are whole numbers from 0"
+)]
+pub(super) enum Prompt {
+    Text(String),
+    Ids(Vec<u32>),
+    Texts(Vec<String>),
+    IdLists(Vec<Vec<u32>>),
+}
+
+/// Where to stop.
+#[derive(Debug, Deserialize)]
+#[serde(untagged, expecting = "text, or a list of texts")]
+pub(super) enum Stop {
+    One(String),
+    Several(Vec<String>),
+}
+
+/// A flag for chats, a number for completions.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(untagged, expecting = "true or false in a chat, else a whole number")]
+pub(super) enum Logprobs {
+    Flag(bool),
+    Count(u32),
+}
+
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct StreamOptions {
+    pub(super) include_usage: Option<bool>,
+    pub(super) continuous_usage_stats: Option<bool>,
+}
+
+/// The language of the answer.
+#[derive(Debug, Deserialize)]
+pub(super) struct ResponseFormat {
+    pub(super) r#type: String,
+    pub(super) json_schema: Option<JsonSchema>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct JsonSchema {
+    pub(super) schema: Option<Value>,
+}
+
+impl Fields {
+    /// Reads a body.
+    ///
+    /// # Errors
+    /// [`RequestError::Malformed`] for what is no JSON object, and
+    /// [`RequestError::Invalid`] for a field of another type.
+    pub(super) fn read(bytes: &[u8]) -> Result<Self, RequestError> {
+        let mut reading = Reading::default();
+        let mut json = serde_json::Deserializer::from_slice(bytes);
+        let read = reading
+            .deserialize(&mut json)
+            .and_then(|fields| json.end().map(|()| fields));
+        read.map_err(|error| match reading.field.take() {
+            Some(field) if error.is_data() => RequestError::invalid(field, error.to_string()),
+            _ => RequestError::Malformed(error.to_string()),
+        })
+    }
+
+    /// Takes the value of one field.
+    fn take<'de, A: MapAccess<'de>>(&mut self, field: &str, map: &mut A) -> Result<(), A::Error> {
+        match field {
+            "model" => self.model = map.next_value()?,
+            "messages" => self.messages = map.next_value()?,
+            "prompt" => self.prompt = map.next_value()?,
+            "stream" => self.stream = map.next_value()?,
+            "stream_options" => self.stream_options = map.next_value()?,
+            "n" => self.n = map.next_value()?,
+            "best_of" => self.best_of = map.next_value()?,
+            "max_tokens" => self.max_tokens = map.next_value()?,
+            "max_completion_tokens" => self.max_completion_tokens = map.next_value()?,
+            "min_tokens" => self.min_tokens = map.next_value()?,
+            "stop" => self.stop = map.next_value()?,
+            "stop_token_ids" => self.stop_token_ids = map.next_value()?,
+            "ignore_eos" => self.ignore_eos = map.next_value()?,
+            "include_stop_str_in_output" => self.include_stop_str_in_output = map.next_value()?,
+            "skip_special_tokens" => self.skip_special_tokens = map.next_value()?,
+            "temperature" => self.temperature = map.next_value()?,
+            "top_p" => self.top_p = map.next_value()?,
+            "top_k" => self.top_k = map.next_value()?,
+            "min_p" => self.min_p = map.next_value()?,
+            "repetition_penalty" => self.repetition_penalty = map.next_value()?,
+            "frequency_penalty" => self.frequency_penalty = map.next_value()?,
+            "presence_penalty" => self.presence_penalty = map.next_value()?,
+            "logit_bias" => self.logit_bias = map.next_value()?,
+            "seed" => self.seed = map.next_value()?,
+            "logprobs" => self.logprobs = map.next_value()?,
+            "top_logprobs" => self.top_logprobs = map.next_value()?,
+            "priority" => self.priority = map.next_value()?,
+            "service_tier" => self.service_tier = map.next_value()?,
+            "cache_salt" => self.cache_salt = map.next_value()?,
+            "response_format" => self.response_format = map.next_value()?,
+            "tools" => self.tools = map.next_value()?,
+            "tool_choice" => self.tool_choice = map.next_value()?,
+            "modalities" => self.modalities = map.next_value()?,
+            "reasoning_effort" => self.reasoning_effort = map.next_value()?,
+            "add_generation_prompt" => self.add_generation_prompt = map.next_value()?,
+            "add_special_tokens" => self.add_special_tokens = map.next_value()?,
+            "chat_template_kwargs" => self.chat_template_kwargs = map.next_value()?,
+            "return_token_strs" => self.return_token_strs = map.next_value()?,
+            "tokens" => self.tokens = map.next_value()?,
+            field => {
+                let Some(refused) = REFUSED.iter().find(|(name, _)| *name == field) else {
+                    map.next_value::<IgnoredAny>()?;
+                    return Ok(());
+                };
+                if asks(&map.next_value()?) && self.refused.is_none() {
+                    self.refused = Some(refused);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a value asks for something; clients send defaults, too.
+fn asks(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => false,
+        Value::Bool(true) => true,
+        Value::Number(number) => number.as_f64() != Some(0.0),
+        Value::String(text) => !text.is_empty() && text != "none",
+        Value::Array(list) => !list.is_empty(),
+        Value::Object(object) => !object.is_empty(),
+    }
+}
+
+/// Knows which field is being read.
+#[derive(Default)]
+struct Reading {
+    field: Option<String>,
+}
+
+impl<'de> DeserializeSeed<'de> for &mut Reading {
+    type Value = Fields;
+
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<Fields, D::Error> {
+        from.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for &mut Reading {
+    type Value = Fields;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a JSON object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields, A::Error> {
+        let mut fields = Fields::default();
+        while let Some(field) = map.next_key::<String>()? {
+            let taken = fields.take(&field, &mut map);
+            self.field = Some(field);
+            taken?;
+            self.field = None;
+        }
+        Ok(fields)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn an_error_names_the_field_that_has_it() {
+        for (body, field) in [
+            (r#"{"temperature": "hot"}"#, "temperature"),
+            (r#"{"model": "m", "max_tokens": -1}"#, "max_tokens"),
+            (r#"{"prompt": [1, -2]}"#, "prompt"),
+            (r#"{"prompt": {"text": 1}, "n": 1}"#, "prompt"),
+            (r#"{"messages": [{"content": "no role"}]}"#, "messages"),
+            (r#"{"stop": 7}"#, "stop"),
+        ] {
+            let error = Fields::read(body.as_bytes()).unwrap_err();
+            let RequestError::Invalid(all) = &error else {
+                panic!("{body}: {error}");
+            };
+            assert_eq!(all.0[0].field, field, "{error}");
+        }
+        for body in ["", "[]", "{", "{\"n\": 1} x", "\u{0}", "null", "{\"n\": }"] {
+            let error = Fields::read(body.as_bytes()).unwrap_err();
+            assert!(
+                matches!(error, RequestError::Malformed(_)),
+                "{body}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn null_is_absent_and_what_is_not_known_is_not_looked_at() {
+        let body = r#"{"n": null, "stop": null, "made_up": {"deep": [1, {"x": null}]}, "user": 7,
+            "echo": false, "suffix": null, "function_call": "none", "bad_words": []}"#;
+        let fields = Fields::read(body.as_bytes()).unwrap();
+        assert!(fields.n.is_none() && fields.stop.is_none() && fields.refused.is_none());
+    }
+
+    #[test]
+    fn what_cannot_be_done_is_seen_where_it_is_asked_for() {
+        for body in [
+            r#"{"echo": true}"#,
+            r#"{"suffix": "x"}"#,
+            r#"{"prompt_logprobs": 3}"#,
+            r#"{"guided_json": {"type": "object"}}"#,
+        ] {
+            let fields = Fields::read(body.as_bytes()).unwrap();
+            assert!(body.contains(fields.refused.unwrap().0), "{body}");
+        }
+    }
+}

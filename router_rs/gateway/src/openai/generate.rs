@@ -1,0 +1,228 @@
+//! `/v1/chat/completions` and `/v1/completions`.
+
+use std::sync::Arc;
+
+use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+
+use super::{
+    Face,
+    answer::Head,
+    ask::{self, Shape},
+    chunk::StreamChunks,
+    events::Events,
+    fields::Fields,
+    json,
+    logprobs::Scribe,
+    models, refuse, whole, with_headers,
+};
+use crate::{
+    access::{Caller, Visit},
+    door::{CallMetadata, Refused},
+    error::RequestError,
+    mesh::{GenerationStream, ServedModel},
+    serve::{
+        Call, CallEnd, Shared,
+        body::ResponseBody,
+        generation::{Asked, Generation},
+    },
+    telemetry::{RequestSpan, Step},
+};
+
+const EVENTS: HeaderValue = HeaderValue::from_static("text/event-stream; charset=utf-8");
+
+/// Generations that were admitted.
+struct Opened {
+    streams: Vec<(GenerationStream, Visit)>,
+    /// Answers to each prompt.
+    n: usize,
+    shape: Shape,
+    /// The name that was asked for.
+    asked_for: String,
+    model: Arc<ServedModel>,
+}
+
+/// Answers a call.
+pub(super) async fn answer(
+    shared: &Arc<Shared>,
+    call: Call,
+    (face, name): (Face, &'static str),
+) -> Response<ResponseBody> {
+    let back = call.metadata.headers();
+    let entered = shared.enter(&call);
+    let Call {
+        headers,
+        body,
+        mut metadata,
+        end,
+        ..
+    } = call;
+    let spans = shared.spans.as_ref();
+    let span = spans.and_then(|spans| spans.begin(&mut metadata));
+    let opened = async {
+        let read = shared.door.read_json(&headers, body, Fields::read);
+        let entered = entered?;
+        let (fields, permit) = read.await?.split();
+        let opened = open(shared, face, fields, &metadata, entered).await;
+        drop(permit);
+        opened
+    };
+    match opened.await {
+        Ok(opened) => {
+            let answering = Answering {
+                shared,
+                name,
+                metadata: &metadata,
+            };
+            let (generations, head, shape, n) = answering.begin(opened, span);
+            match shape.stream {
+                true => {
+                    answering
+                        .stream(generations, &head, shape, n, &end, &back)
+                        .await
+                }
+                false => answering.whole(generations, head, shape, n, &back).await,
+            }
+        }
+        Err((step, error)) => {
+            if let Some(span) = span {
+                span.refused(step, &error);
+            }
+            tracing::debug!(event = "refused", request_id = %metadata.request_id, %error);
+            refuse(shared, name, &back, (step, error))
+        }
+    }
+}
+
+/// All that follows the body, up to open generations.
+async fn open(
+    shared: &Arc<Shared>,
+    face: Face,
+    fields: Fields,
+    metadata: &CallMetadata,
+    (caller, visit): (Caller, Visit),
+) -> Result<Opened, Refused> {
+    let invalid = |error| (Step::Validate, error);
+    let mut asked = ask::ask(face, fields).map_err(invalid)?;
+    let asked_for = asked.requests[0].model.clone();
+    let named = models::named(&shared.mesh, &asked_for).map_err(invalid)?;
+    let model = shared.mesh.model(&named.model).map_err(invalid)?;
+    let mut visit = Some(visit);
+    let mut streams = Vec::new();
+    for mut request in asked.requests.drain(..) {
+        request.model.clone_from(&named.model);
+        request.adapter.clone_from(&named.adapter);
+        // Each answer is one of its tenant's; the call's own is the first.
+        let mut visits = Vec::with_capacity(asked.n as usize);
+        for _ in 0..asked.n {
+            visits.push(match visit.take() {
+                Some(visit) => visit,
+                None => shared
+                    .access
+                    .enter(&caller, metadata.arrived)
+                    .map_err(|error| (Step::Tenant, error))?,
+            });
+        }
+        let opened = shared
+            .door
+            .generate_several(request, asked.n, metadata, &caller)
+            .await?;
+        streams.extend(opened.into_iter().zip(visits));
+    }
+    Ok(Opened {
+        streams,
+        n: asked.n as usize,
+        shape: asked.shape,
+        asked_for: match asked_for.is_empty() {
+            true => model.record.name.clone(),
+            false => asked_for,
+        },
+        model,
+    })
+}
+
+/// A call whose generations run.
+struct Answering<'a> {
+    shared: &'a Arc<Shared>,
+    name: &'static str,
+    metadata: &'a CallMetadata,
+}
+
+type Generations = Vec<(Generation, Option<Scribe>)>;
+
+impl Answering<'_> {
+    /// The first generation carries the span of the call.
+    fn begin(
+        &self,
+        opened: Opened,
+        mut span: Option<RequestSpan>,
+    ) -> (Generations, Head, Shape, usize) {
+        let Opened {
+            streams,
+            n,
+            shape,
+            asked_for,
+            model,
+        } = opened;
+        let generation = |(stream, visit)| {
+            let asked = Asked {
+                method: self.name,
+                request_id: self.metadata.request_id.clone(),
+                arrived: self.metadata.arrived,
+            };
+            let telemetry = Arc::clone(&self.shared.telemetry);
+            let generation = Generation::new(stream, telemetry, asked, (visit, span.take()));
+            let scribe = || Scribe::new(shape.face, Arc::clone(&model.text));
+            (generation, shape.logprobs.then(scribe))
+        };
+        let generations: Generations = streams.into_iter().map(generation).collect();
+        let first = generations.first().map_or("", |(first, _)| first.id());
+        let head = Head::new(shape.face, shape.stream, first, asked_for, &model);
+        (generations, head, shape, n)
+    }
+
+    /// An error that came before the first event is the status of the call.
+    async fn stream(
+        &self,
+        generations: Generations,
+        head: &Head,
+        shape: Shape,
+        n: usize,
+        end: &CallEnd,
+        back: &HeaderMap,
+    ) -> Response<ResponseBody> {
+        let chunks = StreamChunks::new(head, shape.usage);
+        let keep_alive = self.shared.sse_keep_alive;
+        let mut events = Events::new(shape.face, generations, n, chunks, keep_alive);
+        if let Err(error) = events.opened().await {
+            return self.failed(error, back);
+        }
+        end.follow(events.given_up());
+        let body = ResponseBody::Events(Box::new(events));
+        let mut response = with_headers(StatusCode::OK, EVENTS, body, back);
+        let headers = response.headers_mut();
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+        // nginx would gather events before it passes them on.
+        headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+        response
+    }
+
+    async fn whole(
+        &self,
+        generations: Generations,
+        head: Head,
+        shape: Shape,
+        n: usize,
+        back: &HeaderMap,
+    ) -> Response<ResponseBody> {
+        match whole::gather(shape.face, generations, n, head).await {
+            Ok(whole) => json(&whole, back),
+            Err(error) => self.failed(error, back),
+        }
+    }
+
+    /// Its generations have told of their ends.
+    fn failed(&self, error: RequestError, back: &HeaderMap) -> Response<ResponseBody> {
+        tracing::debug!(event = "failed", request_id = %self.metadata.request_id, %error);
+        super::Failure::Request(error).response(back)
+    }
+}

@@ -1,0 +1,86 @@
+//! Messages of a conversation, as clients send them.
+
+use kvmesh_wire::v1;
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::error::RequestError;
+
+/// One message.
+#[derive(Debug, Deserialize)]
+pub(super) struct Message {
+    role: String,
+    content: Option<Content>,
+    name: Option<String>,
+    tool_calls: Option<Vec<Map<String, Value>>>,
+    tool_call_id: Option<String>,
+}
+
+/// What was said: text, or parts of which each is one.
+#[derive(Debug, Deserialize)]
+#[serde(untagged, expecting = "text, or a list of parts with a type each")]
+enum Content {
+    Text(String),
+    Parts(Vec<Part>),
+}
+
+#[derive(Debug, Deserialize)]
+struct Part {
+    r#type: String,
+    text: Option<String>,
+}
+
+impl Message {
+    /// The message as gRPC has it; `at` is its place in the conversation.
+    fn into_wire(self, at: usize) -> Result<v1::ChatMessage, RequestError> {
+        let calls = self.tool_calls.unwrap_or_default();
+        Ok(v1::ChatMessage {
+            role: self.role,
+            content: match self.content {
+                None => String::new(),
+                Some(Content::Text(text)) => text,
+                Some(Content::Parts(parts)) => joined(parts, at)?,
+            },
+            name: self.name.unwrap_or_default(),
+            tool_calls_json: calls
+                .into_iter()
+                .map(|call| Value::Object(call).to_string())
+                .collect(),
+            tool_call_id: self.tool_call_id.unwrap_or_default(),
+        })
+    }
+}
+
+/// Parts as one text, a line break between two: templates take text.
+fn joined(parts: Vec<Part>, at: usize) -> Result<String, RequestError> {
+    let mut whole = String::new();
+    for (number, part) in parts.into_iter().enumerate() {
+        let field = |name| format!("messages[{at}].content[{number}].{name}");
+        if part.r#type != "text" {
+            return Err(RequestError::Unsupported {
+                field: field("type"),
+                words: "only parts of type \"text\"".to_owned(),
+            });
+        }
+        let Some(text) = part.text else {
+            return Err(RequestError::invalid(field("text"), "required"));
+        };
+        if number > 0 {
+            whole.push('\n');
+        }
+        whole.push_str(&text);
+    }
+    Ok(whole)
+}
+
+/// A conversation as gRPC has it, without what its template is told besides.
+pub(super) fn chat(messages: Vec<Message>) -> Result<v1::Chat, RequestError> {
+    let messages = messages.into_iter().enumerate();
+    let messages: Result<_, _> = messages
+        .map(|(at, message)| message.into_wire(at))
+        .collect();
+    Ok(v1::Chat {
+        messages: messages?,
+        ..v1::Chat::default()
+    })
+}
