@@ -1,6 +1,6 @@
 //! Errors in OpenAI's shape: the only place where one becomes an HTTP status.
 
-use std::time::Duration;
+use std::{borrow::Cow, time::Duration};
 
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
 use serde::Serialize;
@@ -29,16 +29,16 @@ pub(crate) enum Failure {
 }
 
 #[derive(Serialize)]
-struct Body<'a> {
-    error: Told<'a>,
+struct Body {
+    error: Told,
 }
 
 #[derive(Serialize)]
-struct Told<'a> {
+struct Told {
     message: String,
     r#type: &'static str,
     param: Option<String>,
-    code: &'a str,
+    code: Cow<'static, str>,
 }
 
 impl Failure {
@@ -51,27 +51,28 @@ impl Failure {
         }
     }
 
-    fn told(&self) -> Told<'_> {
+    fn told(&self) -> Told {
         let (message, param, code) = match self {
             Self::Request(error) => {
                 let (message, param) = words(error);
                 (message, param, code_of(error))
             }
-            Self::NoSuchPath(path) => (format!("nothing is at {path}"), None, "not_found"),
+            Self::NoSuchPath(path) => (format!("nothing is at {path}"), None, "not_found".into()),
             Self::Method(allowed) => (
                 format!("only {allowed} is allowed here"),
                 None,
-                "method_not_allowed",
+                "method_not_allowed".into(),
             ),
             Self::NoEmbeddings => {
                 let message = "no engine of this mesh makes embeddings".to_owned();
-                (message, None, "embeddings_not_supported")
+                (message, None, "embeddings_not_supported".into())
             }
         };
         let r#type = match self.status() {
             StatusCode::UNAUTHORIZED => "authentication_error",
             StatusCode::FORBIDDEN => "permission_error",
             StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+            StatusCode::NOT_IMPLEMENTED => "invalid_request_error",
             status if status.is_server_error() => "server_error",
             _ => "invalid_request_error",
         };
@@ -94,6 +95,10 @@ impl Failure {
     pub(crate) fn response(&self, back: &HeaderMap) -> Response<ResponseBody> {
         let mut response = super::response(self.status(), JSON, self.json().into(), back);
         let headers = response.headers_mut();
+        if self.status() == StatusCode::NOT_IMPLEMENTED {
+            // OpenAI's clients try again after any 5xx, unless this says no.
+            headers.insert("x-should-retry", HeaderValue::from_static("false"));
+        }
         match self {
             Self::Method(allowed) => {
                 if let Ok(allowed) = HeaderValue::from_str(allowed.as_str()) {
@@ -159,15 +164,15 @@ fn status_of(error: &RequestError) -> StatusCode {
 }
 
 /// OpenAI's own code where it has one that clients look for, else our reason.
-fn code_of(error: &RequestError) -> &str {
-    match error {
+fn code_of(error: &RequestError) -> Cow<'static, str> {
+    Cow::Borrowed(match error {
         RequestError::Unauthenticated => "invalid_api_key",
         RequestError::UnknownModel { .. } => "model_not_found",
         RequestError::PromptTooLong { .. } => "context_length_exceeded",
         RequestError::TenantLimit { .. } => "rate_limit_exceeded",
         RequestError::Unsupported { .. } => "unsupported_parameter",
-        error => error.code_and_reason().1,
-    }
+        error => return error.code_and_reason().1.to_ascii_lowercase().into(),
+    })
 }
 
 /// The message, and the field that it is about, by the names of this face.

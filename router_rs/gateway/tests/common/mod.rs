@@ -1,6 +1,8 @@
 //! A router over mock workers, in this process, on real sockets.
 #![allow(dead_code, clippy::unwrap_used)]
 
+pub(crate) mod keys;
+
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;

@@ -41,6 +41,10 @@ pub(crate) struct LoadArguments {
     /// One connection for each stream instead of one for all.
     #[arg(long)]
     connection_each: bool,
+    /// Ask for completions of the mock worker over OpenAI's HTTP/1.1, with a
+    /// connection for each stream.
+    #[arg(long)]
+    http: bool,
     /// Model to ask for. Empty: the only one.
     #[arg(long, default_value = "")]
     model: String,
@@ -89,6 +93,7 @@ pub(crate) async fn load(arguments: LoadArguments) -> Outcome {
         target: shape.target,
         streams: shape.streams,
         connection_each: arguments.connection_each,
+        http: arguments.http,
         model: arguments.model,
         prompt_tokens: shape.prompt_tokens,
         max_tokens: shape.max_tokens,

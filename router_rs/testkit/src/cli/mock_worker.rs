@@ -48,6 +48,12 @@ pub(crate) struct Arguments {
     /// Blocks of 16 tokens in the pretended pool.
     #[arg(long, default_value_t = 1 << 20)]
     pool_blocks: u64,
+    /// Most alternatives with log-probability. 0: none at all.
+    #[arg(long, default_value_t = 0)]
+    max_logprobs: u32,
+    /// Answer completions over HTTP/1.1 as well, without a router.
+    #[arg(long)]
+    http: bool,
     /// Hand off by this engine connector instead of the mesh.
     #[arg(long, default_value = "")]
     engine_connector: String,
@@ -109,6 +115,8 @@ pub(crate) async fn run(arguments: Arguments) -> Outcome {
         step: ms(arguments.step_ms)?,
         prefill: ms(arguments.prefill_ms)?,
         pool_blocks: arguments.pool_blocks,
+        max_logprobs: arguments.max_logprobs,
+        http: arguments.http,
         prefill_emits_first_token: !arguments.first_token_from_decode,
         engine_connector: arguments.engine_connector,
         ..MockConfig::default()
@@ -123,6 +131,7 @@ pub(crate) async fn run(arguments: Arguments) -> Outcome {
         plan.hole_at = arguments.hole_at;
     });
     let ready = json!({"address": worker.addr().to_string(), "pid": std::process::id(),
+        "http_address": worker.http_addr().map(|addr| addr.to_string()),
         "worker_id": worker.worker_id(), "transfer_address": worker.record().transfer_address});
     println!("{ready}");
     let mut lines = input::lines()?;

@@ -1,11 +1,12 @@
-//! A load client that costs little itself: HTTP/2 without a gRPC library, one
-//! thread, messages counted and not built.
+//! A load client that costs little itself: HTTP/2 without a gRPC library, or
+//! HTTP/1.1 without an HTTP library, one thread, messages counted and not built.
 
 mod arrivals;
 mod attach;
 mod histogram;
 mod replay;
 mod reply;
+mod sse;
 
 use std::{
     cell::RefCell,
@@ -27,7 +28,10 @@ use reply::{Replies, Reply};
 use serde::Serialize;
 use tokio::{net::TcpStream, task::LocalSet, time::sleep};
 
-use crate::process::{Usage, Watched};
+use crate::{
+    process::{Usage, Watched},
+    tokens::TokenFunction,
+};
 
 /// Receive windows, so that the client is never what holds a stream up.
 const STREAM_WINDOW: u32 = 4 << 20;
@@ -42,6 +46,9 @@ pub struct LoadConfig {
     pub streams: usize,
     /// One connection for all, or one each.
     pub connection_each: bool,
+    /// OpenAI's HTTP/1.1 instead of gRPC: completions of the mock worker, with a
+    /// connection for each stream.
+    pub http: bool,
     /// Model to ask for.
     pub model: String,
     /// Prompt length, tokens. Prompts differ in their first ids.
@@ -128,7 +135,12 @@ async fn bring(config: LoadConfig) -> Result<LoadFigures, LoadError> {
     let tally = Shared::default();
     let mut tasks = Vec::new();
     let mut shared = None;
-    for number in 0..config.streams {
+    let over_http = if config.http { config.streams } else { 0 };
+    for number in 0..over_http {
+        let stream = repeat_http(config.clone(), number as u32, Rc::clone(&tally));
+        tasks.push(tokio::task::spawn_local(stream));
+    }
+    for number in over_http..config.streams {
         let sender = match &shared {
             Some(sender) if !config.connection_each => SendRequest::clone(sender),
             _ => {
@@ -209,6 +221,36 @@ async fn repeat(sender: SendRequest<Bytes>, config: LoadConfig, number: u32, tal
     }
 }
 
+/// The same over HTTP/1.1.
+async fn repeat_http(config: LoadConfig, number: u32, tally: Shared) {
+    let tokens = TokenFunction::built_in();
+    let (mut kept, mut round) = (None, 0);
+    loop {
+        let asked = (number, round);
+        round += 1;
+        let mut counted = Counted::new(&tally);
+        let asking = async {
+            let mut connection = match kept.take() {
+                Some(connection) => connection,
+                None => sse::Connection::open(config.target)
+                    .await
+                    .map_err(|error| error.to_string())?,
+            };
+            connection
+                .exchange(&config, &tokens, asked, &mut counted)
+                .await?;
+            Ok(connection)
+        };
+        match asking.await {
+            Ok(connection) => kept = Some(connection),
+            Err(error) => {
+                tally.borrow_mut().failed(error);
+                sleep(Duration::from_millis(10)).await;
+            }
+        }
+    }
+}
+
 impl Tally {
     fn failed(&mut self, error: String) {
         self.errors += u64::from(self.counts);
@@ -218,11 +260,16 @@ impl Tally {
     }
 }
 
-fn request(config: &LoadConfig, number: u32, round: u32) -> Bytes {
-    // Ids that any vocabulary has; the first two make prompts differ.
+/// Ids that any vocabulary has; the first two make prompts differ.
+fn prompt(config: &LoadConfig, number: u32, round: u32) -> Vec<u32> {
     let mut ids = vec![16 + number % 200, 16 + round % 200];
     ids.extend((2..config.prompt_tokens).map(|n| 16 + (n * 7 + number) % 200));
     ids.truncate(config.prompt_tokens.max(1) as usize);
+    ids
+}
+
+fn request(config: &LoadConfig, number: u32, round: u32) -> Bytes {
+    let ids = prompt(config, number, round);
     let message = GenerateRequest {
         model: config.model.clone(),
         input: Some(Input::TokenIds(TokenIds { ids })),
@@ -251,11 +298,7 @@ async fn one(
     config: &LoadConfig,
     tally: &Shared,
 ) -> Result<(), String> {
-    let mut counted = Counted {
-        tally,
-        began: None,
-        last: None,
-    };
+    let mut counted = Counted::new(tally);
     exchange(sender, config.target, body, &mut counted).await
 }
 
@@ -265,6 +308,16 @@ struct Counted<'a> {
     /// When it was sent, where it counts.
     began: Option<Instant>,
     last: Option<Instant>,
+}
+
+impl<'a> Counted<'a> {
+    fn new(tally: &'a Shared) -> Self {
+        Self {
+            tally,
+            began: None,
+            last: None,
+        }
+    }
 }
 
 impl Witness for Counted<'_> {

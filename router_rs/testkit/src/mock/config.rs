@@ -41,6 +41,10 @@ pub struct MockConfig {
     pub engine_connector: String,
     /// Whether it tells that penalties are right over a continuation.
     pub penalties_over_continuation: bool,
+    /// Most alternatives with log-probability; 0: none, not even the token's.
+    pub max_logprobs: u32,
+    /// Whether the direct case is served over HTTP/1.1, too, at a port of its own.
+    pub http: bool,
     /// Output index at which an end-of-text token comes. `None`: never.
     pub end_of_text_at: Option<u32>,
     /// Whether it tells of its cache: what [`super::MockWorker::send_cache`] is
@@ -72,6 +76,8 @@ impl Default for MockConfig {
             prefill_emits_first_token: true,
             engine_connector: String::new(),
             penalties_over_continuation: true,
+            max_logprobs: 0,
+            http: false,
             end_of_text_at: None,
             cache_events: false,
             hash_scheme: 1,

@@ -115,7 +115,12 @@ pub(super) struct DirectStream {
 }
 
 impl DirectStream {
-    fn new(state: Arc<State>, prompt: &[u32], max_tokens: u32, first_due: Instant) -> Self {
+    pub(super) fn new(
+        state: Arc<State>,
+        prompt: &[u32],
+        max_tokens: u32,
+        first_due: Instant,
+    ) -> Self {
         state.counters.direct_streams.add(1);
         state.counters.direct_requests.add(1);
         Self {

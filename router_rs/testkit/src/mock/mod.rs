@@ -9,6 +9,7 @@ mod config;
 mod direct;
 mod faults;
 mod hand_off;
+mod http;
 mod request;
 mod service;
 mod session;
@@ -41,6 +42,7 @@ const MAX_MESSAGE_BYTES: usize = 64 << 20;
 #[derive(Debug)]
 pub struct MockWorker {
     addr: SocketAddr,
+    http_addr: Option<SocketAddr>,
     state: Arc<State>,
     freeze: mpsc::Sender<()>,
     thread: Option<JoinHandle<()>>,
@@ -58,12 +60,17 @@ impl MockWorker {
         let transfers = StdListener::bind(SocketAddr::new(addr.ip(), 0))?;
         transfers.set_nonblocking(true)?;
         let transfer_addr = transfers.local_addr()?.to_string();
+        let http = match config.http {
+            false => None,
+            true => Some(StdListener::bind(SocketAddr::new(addr.ip(), 0))?),
+        };
+        let http_addr = http.as_ref().map(StdListener::local_addr).transpose()?;
         let state = Arc::new(State::new(config, addr.to_string(), transfer_addr));
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
         let (freeze, freezes) = mpsc::channel(1);
-        let serving = serve(Arc::clone(&state), listener, transfers, freezes);
+        let serving = serve(Arc::clone(&state), (listener, transfers, http), freezes);
         let thread = std::thread::Builder::new()
             .name("mock-worker".to_owned())
             .spawn(move || {
@@ -75,6 +82,7 @@ impl MockWorker {
             })?;
         Ok(Self {
             addr,
+            http_addr,
             state,
             freeze,
             thread: Some(thread),
@@ -85,6 +93,12 @@ impl MockWorker {
     #[must_use]
     pub fn addr(&self) -> SocketAddr {
         self.addr
+    }
+
+    /// Where the direct case is served over HTTP/1.1, if it is.
+    #[must_use]
+    pub fn http_addr(&self) -> Option<SocketAddr> {
+        self.http_addr
     }
 
     /// What the worker says of itself in hello and etcd.
@@ -218,14 +232,20 @@ impl Drop for MockWorker {
 
 async fn serve(
     state: Arc<State>,
-    listener: StdListener,
-    transfers: StdListener,
+    (listener, transfers, http): (StdListener, StdListener, Option<StdListener>),
     mut freezes: mpsc::Receiver<()>,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let listener = TcpListener::from_std(listener)?;
     let transfers = TcpListener::from_std(transfers)?;
     let mut tasks = JoinSet::new();
     tasks.spawn(hand_off::serve(transfers, Arc::clone(&state)));
+    if let Some(http) = http {
+        http.set_nonblocking(true)?;
+        tasks.spawn(http::serve(
+            TcpListener::from_std(http)?,
+            Arc::clone(&state),
+        ));
+    }
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     let worker = WorkerServer::new(service::WorkerService(Arc::clone(&state)))
         .max_decoding_message_size(MAX_MESSAGE_BYTES);

@@ -371,6 +371,7 @@ fn record(config: &MockConfig, address: String, transfer_address: String) -> Wor
             prefill_emits_first_token: config.prefill_emits_first_token,
             reproducible: true,
             penalties_over_continuation: config.penalties_over_continuation,
+            max_logprobs: config.max_logprobs,
             block_tokens: config.block_tokens,
             pool_blocks: config.pool_blocks,
             block_bytes: 1024,

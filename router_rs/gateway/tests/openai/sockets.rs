@@ -1,0 +1,134 @@
+//! Clients that go, that do not read, and that wait in silence.
+
+use std::time::Duration;
+
+use kvmesh_testkit::mock::MockConfig;
+use serde_json::{Value, json};
+
+use crate::{
+    common::Mesh,
+    http1::{CHAT, COMPLETIONS, Http1, post},
+};
+
+const HOUR: Duration = Duration::from_secs(3_600);
+
+fn chat(stream: bool) -> Value {
+    json!({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 100_000, "stream": stream})
+}
+
+/// Nothing of any request is left.
+async fn all_gone(mesh: &Mesh) {
+    for series in [
+        "kvmesh_open_streams",
+        "kvmesh_open_attempts",
+        "kvmesh_undelivered_ids",
+        "kvmesh_bookings",
+    ] {
+        mesh.wait_figure(series, 0).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_goes_before_the_first_token_is_cancelled_at_once() {
+    let mesh = Mesh::start(vec![MockConfig::default()], json!({})).await;
+    mesh.workers[0]
+        .faults()
+        .set(|plan| plan.delay_first_token = HOUR);
+    for (number, stream) in [false, true].into_iter().enumerate() {
+        let mut connection = Http1::connect(&mesh).await;
+        connection.post(CHAT, &[], &chat(stream)).await;
+        mesh.wait_figure("kvmesh_open_attempts", 1).await;
+        drop(connection);
+        all_gone(&mesh).await;
+        let cancelled = "kvmesh_calls_total{method=\"chat.completions\",outcome=\"CANCELLED\"}";
+        mesh.wait_figure(cancelled, number as u64 + 1).await;
+    }
+    let counters = mesh.workers[0]
+        .wait_for(Duration::from_secs(60), |counters| counters.cancelled == 2)
+        .await;
+    assert_eq!(counters.cancelled, 2, "{counters:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_goes_in_the_middle_of_an_answer_is_cancelled_at_once() {
+    let paced = MockConfig {
+        step: Duration::from_millis(1),
+        ..MockConfig::default()
+    };
+    let mesh = Mesh::start(vec![paced], json!({})).await;
+    for body in [chat(true), {
+        let mut several = chat(true);
+        several["n"] = json!(3);
+        several
+    }] {
+        let mut connection = Http1::connect(&mesh).await;
+        connection.post(CHAT, &[], &body).await;
+        assert_eq!(connection.head().await.status, 200);
+        assert!(connection.chunk().await.unwrap().starts_with("data: "));
+        drop(connection);
+        all_gone(&mesh).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_never_reads_loses_the_connection_and_holds_nothing() {
+    let slow = json!({"slow_client_timeout": "300ms"});
+    let mesh = Mesh::start(vec![MockConfig::default()], slow).await;
+    let mut connection = Http1::connect(&mesh).await;
+    connection.post(CHAT, &[], &chat(true)).await;
+    mesh.wait_figure("kvmesh_slow_clients_total", 1).await;
+    all_gone(&mesh).await;
+    // This one looks at the figures.
+    mesh.wait_figure("kvmesh_connections", 1).await;
+    // What was on its way is there to be read; it is cut off, and not ended.
+    assert_eq!(connection.head().await.status, 200);
+    let mut read = String::new();
+    while let Some(chunk) = connection.chunk().await {
+        assert!(!chunk.is_empty(), "the body is not ended");
+        read.push_str(&chunk);
+    }
+    assert!(!read.contains("[DONE]"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_silent_prefill_gives_signs_of_life() {
+    let mesh = Mesh::start(
+        vec![MockConfig::default()],
+        json!({"sse_keep_alive": "20ms"}),
+    )
+    .await;
+    mesh.workers[0]
+        .faults()
+        .set(|plan| plan.delay_first_token = HOUR);
+    let mut connection = Http1::connect(&mesh).await;
+    connection.post(CHAT, &[], &chat(true)).await;
+    assert_eq!(connection.head().await.status, 200);
+    for _ in 0..3 {
+        assert_eq!(connection.chunk().await.unwrap(), ": keep-alive\n\n");
+    }
+    drop(connection);
+    // Signs of life are no events, and what is whole has none.
+    let delay = Duration::from_millis(100);
+    mesh.workers[0]
+        .faults()
+        .set(|plan| plan.delay_first_token = delay);
+    for stream in [false, true] {
+        let body = json!({"prompt": [5], "max_tokens": 1, "stream": stream});
+        let answer = post(&mesh, COMPLETIONS, &body).await;
+        match stream {
+            false => assert_eq!(answer.json()["usage"]["completion_tokens"], 1),
+            true => assert_eq!(answer.events().len(), 2),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_is_kept_for_the_next_call() {
+    let mesh = Mesh::start(vec![MockConfig::default()], json!({})).await;
+    let mut connection = Http1::connect(&mesh).await;
+    for stream in [true, false, true] {
+        let body = json!({"prompt": [5, 6], "max_tokens": 3, "stream": stream});
+        connection.post(COMPLETIONS, &[], &body).await;
+        assert_eq!(connection.answer().await.head.status, 200);
+    }
+}
