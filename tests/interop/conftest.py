@@ -57,6 +57,8 @@ def endpoint(request, tmp_path_factory) -> Iterator[Endpoint]:
 @contextmanager
 def mock_worker() -> Iterator[str]:
     """A mock worker; it ends with its standard input."""
+    from built import testkit
+
     command = [testkit(), "mock-worker", "--until-stdin-closes"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -77,15 +79,6 @@ def register(etcd: str, target: str) -> None:
     )
 
 
-def testkit() -> str:
-    """The testkit's binary, built here."""
-    # Chosen from the workspace, as the tests are: then nothing is built anew for it.
-    chosen = ["--workspace", "--exclude", "kvmesh-python", "--bin", "kvmesh-testkit"]
-    subprocess.run(["cargo", "build", "--release", *chosen], cwd=ROOT, check=True)
-    target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
-    return str(target / "release" / "kvmesh-testkit")
-
-
 def run(*command: str | Path) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -103,12 +96,27 @@ def go_client() -> Run:
 
 
 @pytest.fixture(scope="session")
-def node_client() -> Run:
-    """The Node client, its packages installed."""
+def node_folder() -> Path:
+    """The Node clients, their packages installed."""
     need("Node", "node", "npm")
     folder = HERE / "node"
     subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=folder, check=True)
-    main = folder / "main.js"
+    return folder
+
+
+def node(file: Path) -> Run:
     return lambda **options: run(
-        "node", main, *(f"--{name}={value}" for name, value in options.items())
+        "node", file, *(f"--{name}={value}" for name, value in options.items())
     )
+
+
+@pytest.fixture(scope="session")
+def node_client(node_folder) -> Run:
+    """The client with a stub made from proto/."""
+    return node(node_folder / "main.js")
+
+
+@pytest.fixture(scope="session")
+def node_openai(node_folder) -> Run:
+    """The client that speaks OpenAI's HTTP."""
+    return node(node_folder / "openai.js")

@@ -63,3 +63,15 @@ def test_node_keeps_the_tokens_that_came_before_its_deadline(endpoint, node_clie
     answer = node_client(target=endpoint.target, max=2000, timeout=1)
     assert answer["code"] == "DEADLINE_EXCEEDED"
     assert answer["accepted"]
+
+
+@pytest.mark.parametrize("endpoint", ["mesh"], indirect=True)
+def test_node_speaks_openais_http_to_a_router(endpoint, node_openai):
+    answer = node_openai(target=endpoint.target, model=endpoint.model, max=24)
+    assert answer["content"]
+    assert answer["streamed"] == answer["content"]
+    assert answer["reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 24
+    assert endpoint.model in answer["models"]
+    refused = {"status": 400, "param": "tools", "kind": "BadRequestError"}
+    assert refused.items() <= answer["refused"].items()

@@ -4,6 +4,7 @@
 
 use std::{convert::Infallible, net::SocketAddr, sync::Arc};
 
+use http_body_util::{BodyExt, Full};
 use hyper::{server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use kvmesh_rpc::v1::{admin_client::AdminClient, inference_client::InferenceClient};
@@ -13,6 +14,7 @@ use serde_json::json;
 use tokio::net::TcpListener;
 use tonic::{Code, Request, Status, transport::Channel};
 use tonic_types::StatusExt;
+use tower::ServiceExt;
 use tracing::Level;
 
 use super::{Shared, calls::CallEnd};
@@ -148,6 +150,42 @@ async fn a_panic_ends_one_call_with_an_id_that_the_log_has() {
             assert_eq!(finished.usage.unwrap().output_tokens, 1_000);
         }
     }
+}
+
+/// Asks for a completion over plain HTTP; its status and its body.
+async fn complete(served: &Served, request_id: &str, stream: bool) -> (u16, String) {
+    let body = json!({"prompt": [5, 6, 7], "max_tokens": 1_000, "stream": stream}).to_string();
+    let asked = http::Request::post("http://router/v1/completions")
+        .header("content-type", "application/json")
+        .header("x-request-id", request_id)
+        .body(tonic::body::Body::new(Full::from(body)))
+        .unwrap();
+    let answer = served.channel.clone().oneshot(asked).await.unwrap();
+    let status = answer.status().as_u16();
+    let body = answer.into_body().collect().await.unwrap().to_bytes();
+    (status, String::from_utf8(body.to_vec()).unwrap())
+}
+
+#[tokio::test]
+async fn a_panic_behind_plain_http_ends_one_call_with_an_id_that_the_log_has() {
+    let (lines, _guard) = LogLines::at(Level::INFO);
+    let served = Served::for_peer(SocketAddr::from(([127, 0, 0, 1], 1))).await;
+    for (id, stream, status) in [
+        (IN_ITS_CALL, false, 500),
+        (IN_ITS_STREAM, false, 500),
+        (IN_ITS_STREAM, true, 200),
+    ] {
+        let (told, body) = complete(&served, id, stream).await;
+        assert_eq!(told, status, "{body}");
+        let last = body.trim_end().lines().last().unwrap();
+        let last: serde_json::Value =
+            serde_json::from_str(last.strip_prefix("data: ").unwrap_or(last)).unwrap();
+        assert_eq!(last["error"]["code"], "internal");
+        let message = last["error"]["message"].as_str().unwrap();
+        assert!(message.contains(id) && !message.contains("planted"));
+        assert_eq!(panic_of(&lines, id).as_deref(), Some("planted"));
+    }
+    assert_eq!(complete(&served, "other", false).await.0, 200);
 }
 
 #[tokio::test]

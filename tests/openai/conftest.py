@@ -1,0 +1,81 @@
+"""A router that real clients of the OpenAI API ask, and what is behind it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "e2e"))
+
+from cluster import Cluster
+
+
+@dataclass(frozen=True)
+class Served:
+    """A router in front of both."""
+
+    cluster: Cluster
+    target: str
+    tell: Callable[[str], None]
+    """Says a line of control to the mock worker."""
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.target}/v1"
+
+    def wait_figures(self, **wanted: float) -> None:
+        """Looks until the router's figures have these values."""
+        from figures import wait_figures
+
+        wait_figures(self.cluster, self.target, wanted)
+
+
+@contextmanager
+def mock_worker() -> Iterator[tuple[dict[str, Any], Callable[[str], None]]]:
+    """What it says of itself, and how it is told something."""
+    from built import testkit
+
+    command = [testkit(), "mock-worker", "--until-stdin-closes", "--max-logprobs", "20"]
+    command += ["--step-ms", "2"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        ready = json.loads(process.stdout.readline())
+
+        def tell(line: str) -> None:
+            process.stdin.write(f"{line}\n")
+            # Its answer to a question says that it has read what came before.
+            process.stdin.write("counters\n")
+            process.stdin.flush()
+            process.stdout.readline()
+
+        yield ready, tell
+
+
+@pytest.fixture(scope="session")
+def cluster_and_mock(tmp_path_factory) -> Iterator[Served]:
+    cluster = Cluster(tmp_path_factory.mktemp("openai"))
+    try:
+        with mock_worker() as (ready, tell):
+            options = ["--workers", ready["address"], "--sse-keep-alive", "50ms"]
+            target = cluster.start_router(*options)
+            cluster.start_worker("w", "both")
+            cluster.wait_live(target, "w", ready["worker_id"])
+            yield Served(cluster, target, tell)
+    finally:
+        cluster.close()
+
+
+@pytest.fixture
+def served(cluster_and_mock) -> Iterator[Served]:
+    """The same for all, without faults, and empty at the end of each test."""
+    yield cluster_and_mock
+    cluster_and_mock.tell("heal")
+    cluster_and_mock.wait_figures(open_streams=0, bookings=0, undelivered_ids=0)
