@@ -38,7 +38,7 @@ from typing import Any
 from alternating import Figure, machine_busy_seconds, print_figures, print_table, write_json
 from mixed_simulated import simulate, workers_of
 from routing_quality_cells import FIXED
-from stream_overhead import build
+from streams import build
 from trace_files import add_traces, need_traces
 from trace_rows import Arrival, at_rate, azure, json_lines, with_prefixes
 

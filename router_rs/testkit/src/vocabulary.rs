@@ -110,6 +110,14 @@ impl Vocabulary {
         Self::from_files(files, vec![END_OF_TURN, END_OF_TEXT], &tokenizer)
     }
 
+    /// What the vocabulary that this crate makes has for a text without spaces:
+    /// an id a byte, since all its merges begin with a space.
+    #[must_use]
+    pub fn byte_ids(text: &str) -> Vec<u32> {
+        let first = SPECIAL.len() as u32;
+        text.bytes().map(|byte| first + u32::from(byte)).collect()
+    }
+
     /// The tokeniser in a model's folder: `tokenizer.json` and, where they are
     /// there, `tokenizer_config.json` and `chat_template.jinja`.
     ///

@@ -260,16 +260,11 @@ impl Tally {
     }
 }
 
-/// Ids that any vocabulary has; the first two make prompts differ.
-fn prompt(config: &LoadConfig, number: u32, round: u32) -> Vec<u32> {
+fn request(config: &LoadConfig, number: u32, round: u32) -> Bytes {
+    // Ids that any vocabulary has; the first two make prompts differ.
     let mut ids = vec![16 + number % 200, 16 + round % 200];
     ids.extend((2..config.prompt_tokens).map(|n| 16 + (n * 7 + number) % 200));
     ids.truncate(config.prompt_tokens.max(1) as usize);
-    ids
-}
-
-fn request(config: &LoadConfig, number: u32, round: u32) -> Bytes {
-    let ids = prompt(config, number, round);
     let message = GenerateRequest {
         model: config.model.clone(),
         input: Some(Input::TokenIds(TokenIds { ids })),

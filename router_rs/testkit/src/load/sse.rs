@@ -13,8 +13,11 @@ use tokio::{
     net::TcpStream,
 };
 
-use super::{LoadConfig, Witness, prompt, reply::Reply};
-use crate::tokens::{PromptSeed, TokenFunction};
+use super::{LoadConfig, Witness, reply::Reply};
+use crate::{
+    tokens::{PromptSeed, TokenFunction},
+    vocabulary::Vocabulary,
+};
 
 /// One connection, kept from request to request.
 pub(super) struct Connection {
@@ -41,8 +44,9 @@ impl Connection {
         witness: &mut impl Witness,
     ) -> Result<(), String> {
         let text = |error: std::io::Error| error.to_string();
-        let ids = prompt(config, number, round);
-        let body = serde_json::json!({"model": config.model, "prompt": ids, "stream": true,
+        let prompt = prompt(config, number, round);
+        let ids = Vocabulary::byte_ids(&prompt);
+        let body = serde_json::json!({"model": config.model, "prompt": prompt, "stream": true,
             "max_tokens": config.max_tokens, "ignore_eos": true})
         .to_string();
         let request = format!(
@@ -101,6 +105,17 @@ impl Connection {
     }
 }
 
+/// A text of as many letters and digits as tokens are asked for: whoever
+/// tokenises it finds these. The first ones make prompts differ.
+fn prompt(config: &LoadConfig, number: u32, round: u32) -> String {
+    const LETTERS: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+    let letter = |value: u32| char::from(LETTERS[value as usize % LETTERS.len()]);
+    let names = [number, number / 62, round, round / 62];
+    let rest = (4..config.prompt_tokens).map(|n| n * 7 + number);
+    let all = names.into_iter().chain(rest).map(letter);
+    all.take(config.prompt_tokens.max(1) as usize).collect()
+}
+
 fn find(bytes: &[u8], part: &[u8]) -> Option<usize> {
     bytes.windows(part.len()).position(|window| window == part)
 }
@@ -110,6 +125,8 @@ fn find(bytes: &[u8], part: &[u8]) -> Option<usize> {
 struct Chunks {
     /// What is left of the chunk, its line break included.
     left: usize,
+    /// The chunk is the empty one that ends a body; trailers are none.
+    last: bool,
 }
 
 impl Chunks {
@@ -126,6 +143,9 @@ impl Chunks {
                 }
                 read.advance(self.left);
                 self.left = 0;
+                if self.last {
+                    return Ok(true);
+                }
             }
             let Some(at) = find(read, b"\r\n") else {
                 return Ok(false);
@@ -134,12 +154,7 @@ impl Chunks {
             let size = std::str::from_utf8(&line[..at]).unwrap_or_default();
             let size = usize::from_str_radix(size, 16);
             self.left = size.map_err(|error| format!("a chunk's size: {error}"))? + 2;
-            if self.left == 2 {
-                // The line break behind the last chunk; trailers are none.
-                read.advance(2.min(read.len()));
-                self.left = 0;
-                return Ok(true);
-            }
+            self.last = self.left == 2;
         }
     }
 }

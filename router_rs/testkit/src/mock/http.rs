@@ -21,6 +21,7 @@ use tokio_stream::Stream;
 use tonic::Status;
 
 use super::{direct::DirectStream, state::State};
+use crate::vocabulary::Vocabulary;
 
 /// Longest head of a request.
 const MAX_HEAD: usize = 16 << 10;
@@ -37,7 +38,7 @@ struct Request {
 #[derive(Deserialize)]
 struct Completion {
     #[serde(default)]
-    prompt: Value,
+    prompt: String,
     max_tokens: Option<u32>,
     #[serde(default)]
     stream: bool,
@@ -123,13 +124,7 @@ async fn next(socket: &mut TcpStream, read: &mut BytesMut) -> io::Result<Option<
 
 async fn complete(socket: &mut TcpStream, state: &Arc<State>, body: &[u8]) -> io::Result<()> {
     let asked: Completion = serde_json::from_slice(body)?;
-    let prompt: Vec<u32> = match &asked.prompt {
-        Value::Array(ids) => ids
-            .iter()
-            .filter_map(|id| u32::try_from(id.as_u64()?).ok())
-            .collect(),
-        other => other.to_string().bytes().map(u32::from).collect(),
-    };
+    let prompt = Vocabulary::byte_ids(&asked.prompt);
     let delay = state.config.prefill + state.faults.plan().delay_first_token;
     let most = asked.max_tokens.unwrap_or(16);
     let mut stream = DirectStream::new(Arc::clone(state), &prompt, most, Instant::now() + delay);
