@@ -73,15 +73,11 @@ impl Endpoint {
             "/v1/models" => Self::Models,
             "/tokenize" => Self::Tokenize,
             "/detokenize" => Self::Detokenize,
-            path => {
-                let name = path.strip_prefix("/v1/models/")?;
-                Self::Model(name.to_owned()).named()?
-            }
+            path => match path.strip_prefix("/v1/models/")? {
+                "" => return None,
+                name => Self::Model(name.to_owned()),
+            },
         })
-    }
-
-    fn named(self) -> Option<Self> {
-        (self != Self::Model(String::new())).then_some(self)
     }
 
     /// How it is asked.
