@@ -442,7 +442,6 @@ mod tests {
             (Face::Chat, json!({"prompt": "p"}), "messages"),
             (Face::Completion, json!({"prompt": "p", "n": 0}), "n"),
             (Face::Completion, json!({"prompt": "p", "n": 129}), "n"),
-            (Face::Completion, json!({"prompt": []}), "n"),
             (
                 Face::Completion,
                 json!({"prompt": "p", "best_of": 2}),
