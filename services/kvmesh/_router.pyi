@@ -26,6 +26,47 @@ def chain_values(parent: int, ids: bytes) -> list[int]:
 def chain_values_to(parent: int, ids: npt.NDArray[np.uint32], out: npt.NDArray[np.uint64]) -> None:
     """As `chain_values`, array to array, without the GIL. `out`: a value for each unit."""
 
+@final
+class ForeignNames:
+    """Own names of the blocks of an engine that names them by hashes of its own.
+
+    Such an engine tells the token ids with each block. Blocks whose parent is not known
+    are dropped and counted, never guessed. Tiers as in `KvIndex`.
+    """
+
+    def __new__(cls, most: int, group: int = 0) -> ForeignNames:
+        """Keeps at most `most` names, and follows one attention group."""
+
+    def hear(self, sequence: int) -> tuple[Literal["next", "again", "missed"], int]:
+        """What an event's sequence number says: "next", apply it; "again", ignore it;
+        "missed", events from the number that is returned on are missing."""
+
+    def stored(
+        self,
+        root: int,
+        parent: int | None,
+        hashes: Sequence[int],
+        ids: Sequence[int],
+        block_tokens: int,
+        *,
+        group: int = 0,
+        tier: int = 0,
+        extra_keys: bool = False,
+    ) -> tuple[int, list[int], list[tuple[int, int]]] | None:
+        """Parent value, a value each block, and (value, tier) of blocks that can no longer
+        be removed by name. None: dropped and counted. `parent` None: a prompt's first
+        block, whose parent value is `root` (`chain_root`). ValueError for another tier."""
+
+    def removed(self, hashes: Sequence[int], *, group: int = 0, tier: int = 0) -> list[int]:
+        """Values of blocks that are gone from a tier. ValueError for another tier."""
+
+    def cleared(self, next: int | None = None) -> None:
+        """Everything is gone. `next`: number of the next event, where that is known."""
+
+    def stats(self) -> tuple[int, int, int, int, int]:
+        """Names, their bytes, blocks dropped for an unknown parent, for another reason,
+        and gaps."""
+
 # --- Index --------------------------------------------------------------------
 
 @disjoint_base

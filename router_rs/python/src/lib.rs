@@ -3,6 +3,7 @@
 mod attention;
 mod chain;
 mod decode_loop;
+mod foreign;
 mod kv_index;
 mod pool;
 mod registry;
@@ -22,6 +23,7 @@ fn _router(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<pool::PyKvPool>()?;
     transfer::add(module)?;
     chain::add(module)?;
+    module.add_class::<foreign::PyForeignNames>()?;
     kv_index::register(module)?;
     registry::register(module)?;
     router::register(module)?;

@@ -43,6 +43,8 @@ class Setting:
     flag_only: bool = False
     """Neither in the file nor in the environment."""
     is_switch: bool = False
+    repeated: bool = False
+    """The flag may be given again and again."""
     default: str = ""
     """For `--help`; empty: nothing is said."""
 
@@ -62,11 +64,14 @@ class Setting:
         if self.default:
             text += f" (default {self.default})".replace("%", "%%")
         if self.is_switch:
-            action = argparse.BooleanOptionalAction
-            parser.add_argument(self.flag, dest=self.name, action=action, default=None, help=text)
+            switch = argparse.BooleanOptionalAction
+            parser.add_argument(self.flag, dest=self.name, action=switch, default=None, help=text)
         else:
             metavar = self.metavar or self.name.rpartition("_")[2].upper()
-            parser.add_argument(self.flag, dest=self.name, metavar=metavar, help=text)
+            action = "append" if self.repeated else "store"
+            parser.add_argument(
+                self.flag, dest=self.name, metavar=metavar, help=text, action=action
+            )
 
 
 def add_settings(parser: argparse.ArgumentParser, settings: Iterable[Setting]) -> None:

@@ -76,6 +76,7 @@ def settings() -> tuple[Setting, ...]:
                 field.name,
                 docs.get(field.name, "") + (_TIME if is_time else ""),
                 is_switch=isinstance(default, bool),
+                repeated=bool(field.metadata.get("repeated")),
                 default=_default(default, is_time),
             )
         )

@@ -30,6 +30,8 @@ def build_engine(
     try:
         if settings.engine == "sim":
             from kvmesh.engine.sim.build import build
+        elif settings.engine == "vllm":
+            from kvmesh.engine.vllm.served import build
         else:
             from kvmesh.engine.torch.served import build
     except ModuleNotFoundError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import json
 import re
 import secrets
 import socket
@@ -15,7 +16,7 @@ from kvmesh.etcd_access import ETCD_ACCESS, EtcdAccess
 from kvmesh.roles import ROLES
 from kvmesh.setting_values import Seconds, ValueNotAllowedError, boolean, duration_s, written
 
-ENGINES = ("torch", "sim")
+ENGINES = ("torch", "sim", "vllm")
 LIKE = ("kvmesh", "vllm")
 LOG_LEVELS = ("error", "warn", "info", "debug")
 DType = Literal["float32", "float16", "bfloat16"]
@@ -34,7 +35,7 @@ class WorkerSettings:
     role: str = "both"
     """What it takes: prefill, decode or both. Can be changed at run time."""
     engine: str = "torch"
-    """What computes: torch or sim."""
+    """What computes: torch, sim or vllm."""
     model: str = "smollm2-135m"
     """Name of a known model, or a folder in Hugging Face's form."""
     served_name: str = ""
@@ -125,6 +126,10 @@ class WorkerSettings:
     """Whose behaviour the engine sim has: kvmesh or vllm. Empty: kvmesh."""
     engine_arguments: Mapping[str, str] = field(default_factory=dict)
     """Further settings of the engine, by name."""
+    vllm_arg: Mapping[str, str] = field(default_factory=dict, metadata={"repeated": True})
+    """An argument of vLLM's engine (its EngineArgs) as KEY=VALUE, may be given again and
+    again; values as JSON where they are no plain text. In the file a table, in the
+    environment a JSON object."""
 
     def __post_init__(self) -> None:
         self._one_of("role", self.role, ROLES)
@@ -136,6 +141,8 @@ class WorkerSettings:
             self._one_of("like", self.like, LIKE)
             if self.engine != "sim":
                 raise SettingError(f"like is {self.like!r}; allowed is none but with engine sim")
+        if self.vllm_arg and self.engine != "vllm":
+            raise SettingError("vllm_arg is given; allowed is none but with engine vllm")
         for name in ("worker_id", "cluster"):
             value = getattr(self, name)
             if value and not _ID.fullmatch(value):
@@ -192,7 +199,8 @@ class WorkerSettings:
                 raise SettingError(
                     f"{key} is no setting of a worker; allowed are {', '.join(sorted(known))}"
                 )
-            converted[key] = _convert(key, value, hints[key])
+            read = _named_values if key == "vllm_arg" else _convert
+            converted[key] = read(key, value, hints[key])
         return cls(**converted)
 
     def resolved_worker_id(self) -> str:
@@ -217,6 +225,22 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _named_values(key: str, value: Any, hint: Any) -> dict[str, str]:
+    """Values by name, of which a text may hold commas: KEY=VALUE each, or a mapping."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.lstrip().startswith("{") else [value]
+        except ValueError as error:
+            raise SettingError(f"{key} is {value!r}, which is no JSON object: {error}") from error
+    if isinstance(value, Mapping):
+        return {str(k): v if isinstance(v, str) else json.dumps(v) for k, v in value.items()}
+    pairs = [str(part).partition("=") for part in value]
+    for name, equals, _ in pairs:
+        if not name or not equals:
+            raise SettingError(f"{key} is {name!r}; allowed is KEY=VALUE")
+    return {name: text for name, _, text in pairs}
 
 
 def _convert(key: str, value: Any, hint: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kvmesh.engine.contract import REMOVED, STORED, CacheBatch, CacheChange
+from kvmesh.engine.contract import CLEARED, REMOVED, STORED, CacheBatch, CacheChange
 
 RUN_BLOCKS = 4096
 """Most blocks of one event (contract.CacheChange)."""
@@ -43,6 +43,11 @@ class CacheJournal:
         if self._stored or len(self._removed) >= RUN_BLOCKS:
             self._close_run()
         self._removed.append(chain)
+
+    def cleared(self) -> None:
+        """All blocks are gone."""
+        self._close_run()
+        self._changes.append(CacheChange(CLEARED, 0, ()))
 
     def drain(self) -> CacheBatch | None:
         """Everything since the last call; None: nothing."""

@@ -1,0 +1,455 @@
+"""The thread between a worker and its vLLM engine core, which is another process.
+
+An event loop of its own: commands of the worker go to the core in the order in
+which they came, what a step of the core brought goes to the sink in one call,
+and cache events come beside. Nothing here is done a token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from kvmesh.engine.contract import AttemptId, OutputSink, Placement, Stage, StepOutput, StepSample
+from kvmesh.engine.vllm import border, hand_off
+from kvmesh.engine.vllm.answers import Answers
+from kvmesh.engine.vllm.attempts import Attempt, Phase
+from kvmesh.engine.vllm.border import CoreClient, CoreConfig, CoreOutput, CoreOutputs, CoreRequest
+from kvmesh.engine.vllm.cache import VllmCache
+from kvmesh.engine.vllm.feed import EventFeed
+from kvmesh.engine.vllm.gate import Gate
+from kvmesh.engine.vllm.placements import Placements, Prepared
+from kvmesh.engine.vllm.state import State
+from kvmesh.v1 import inference_pb2 as inference
+from kvmesh.v1 import worker_pb2 as wire
+
+_log = logging.getLogger(__name__)
+
+_INTERNAL, _UNAVAILABLE = 13, 14  # google.rpc.Code
+
+_SHUTDOWN_S = 5.0
+"""Time that the core has to end."""
+
+_TURN_S = 0.1
+"""Turns of the core without a step are looked at this often."""
+
+
+class Nobody:
+    """Hears what an engine says that was not started."""
+
+    def begin_step(self, predicted_ms: float) -> None:
+        """Nothing."""
+
+    def step(self, output: StepOutput) -> None:
+        """Nothing."""
+
+    def ended(self) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """Where the core publishes its cache events."""
+
+    events: str
+    replay: str
+
+
+class Starter(Protocol):
+    """Starts a core: `border.Vllm`."""
+
+    def start_core(self, config: CoreConfig) -> CoreClient:
+        """In the running event loop. Raises VllmError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A core that has its model."""
+
+    config: CoreConfig
+    tasks: tuple[str, ...]
+
+
+Command = Callable[["CoreLoop"], None]
+
+
+class CoreLoop:
+    """Owns the core's client; everything but `post` and `closed` is of its thread."""
+
+    def __init__(self, vllm: Starter, config: CoreConfig, endpoints: Endpoints | None) -> None:
+        """`endpoints` None: the core has no cache events."""
+        self._vllm = vllm
+        self._config = config
+        self._endpoints = endpoints
+        self.sink: OutputSink = Nobody()
+        """Set by a command."""
+        self._answers = Answers()
+        self._client: CoreClient
+        self._state: State
+        self._cache: VllmCache
+        self._placements: Placements
+        self._gate = Gate(lambda: len(self._state.by_request) + len(self._state.aborting))
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._requests: deque[CoreRequest | list[str]] = deque()
+        """For the core, in order; a list: to be aborted."""
+        self._to_send: asyncio.Event
+        self._closing: asyncio.Event
+        self._turned_at = 0.0
+        self._confirms: set[asyncio.Task[None]] = set()
+        self.on_sample: Callable[[StepSample], object] = lambda sample: None
+        """Hears of each step; for the warm-up."""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._up = threading.Event()
+        self._outcome: Started | border.VllmError | None = None
+        self.ended_by_itself = False
+
+    # -- from any thread ---------------------------------------------------
+
+    def start_core(self) -> Started:
+        """Starts the core and waits until it has its model. Raises VllmError."""
+        self._thread.start()
+        self._up.wait()
+        if isinstance(self._outcome, Started):
+            return self._outcome
+        self._thread.join()
+        raise self._outcome or border.VllmError("vLLM's engine core did not start")
+
+    def attach(self, state: State, cache: VllmCache, placements: Placements) -> None:
+        """What it works on; once, before the first command."""
+        self._state, self._cache, self._placements = state, cache, placements
+        self.post(CoreLoop._follow)
+
+    def post(self, command: Command) -> None:
+        """Has something done by the thread. Ignored once it has ended."""
+        loop = self._loop
+        if loop is None:
+            return
+        try:
+            loop.call_soon_threadsafe(command, self)
+        except RuntimeError:
+            # The loop is closed: nothing runs any more.
+            _log.debug("command after the end")
+
+    def stop(self) -> None:
+        """Ends everything. Returns when the thread has ended."""
+        self.post(lambda loop: loop._closing.set())
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    # -- life --------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._main())
+        except border.VllmError as error:
+            self._outcome = error
+        except Exception:
+            _log.exception("the engine has failed")
+        finally:
+            self._up.set()
+            self.sink.ended()
+
+    async def _main(self) -> None:
+        self._to_send, self._closing = asyncio.Event(), asyncio.Event()
+        # An interrupt from the terminal is the worker's to answer: the core
+        # would end at once, and with it every stream.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        self._client = self._vllm.start_core(self._config)
+        try:
+            tasks = tuple(await self._client.get_supported_tasks_async())
+            self._loop = asyncio.get_running_loop()
+            self._outcome = Started(self._config, tasks)
+            self._up.set()
+            await self._serve()
+        finally:
+            self._loop = None
+            # Waits for the process: no other thread needs this one meanwhile.
+            self._client.shutdown(timeout=_SHUTDOWN_S)
+
+    async def _serve(self) -> None:
+        """Until it is closed, or the core has ended."""
+        closing = asyncio.create_task(self._closing.wait(), name="closing")
+        tasks: set[asyncio.Task[Any]] = {
+            closing,
+            asyncio.create_task(self._read(), name="outputs"),
+            asyncio.create_task(self._send(), name="requests"),
+        }
+        self._tasks = tasks
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if closing not in done:
+                self.ended_by_itself = True
+            for task in done:
+                task.result()
+        except Exception as error:
+            if not self._closing.is_set():
+                _log.error("vLLM's engine core has ended: %s", error or type(error).__name__)
+        finally:
+            for task in (*tasks, *self._confirms):
+                task.cancel()
+            await asyncio.gather(*tasks, *self._confirms, return_exceptions=True)
+
+    def _follow(self) -> None:
+        """Begins to read cache events."""
+        if self._endpoints is None:
+            return
+        feed = EventFeed(
+            self._endpoints.events, self._endpoints.replay, self._cache, self._tell_changes
+        )
+        task = asyncio.create_task(feed.run(), name="cache events")
+        task.add_done_callback(self._events_ended)
+        self._tasks.add(task)
+
+    def _events_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            _log.error("cache events cannot be read any more", exc_info=task.exception())
+            self._cache.clear()
+            self._tell_changes()
+
+    # -- the core's outputs ------------------------------------------------
+
+    async def _read(self) -> None:
+        while True:
+            self._take(await self._client.get_output_async())
+
+    def _take(self, outputs: CoreOutputs) -> None:
+        """One step of the core: one call to the sink."""
+        state, stats = self._state, outputs.scheduler_stats
+        now = time.monotonic()
+        known = [
+            (attempt, output)
+            for output in outputs.outputs
+            if (attempt := state.by_request.get(output.request_id)) is not None
+        ]
+        # What the step held is told of the attempts as they were.
+        decoded = [a.length for a, _ in known if a.phase is Phase.DECODING]
+        sample = state.end_step(outputs, decoded)
+        for attempt, output in known:
+            self._advance(attempt, output, now)
+        if sample is None and not outputs.outputs:
+            self._turned(stats, now)
+            return
+        if sample is None and stats is not None:
+            state.saw(stats)
+        self._admit()
+        state.count(len(self._cache))
+        if sample is not None:
+            self.on_sample(sample)
+        load, cache = state.load(), self._cache.drain()
+        self.sink.step(StepOutput(state.step, self._answers.take(), sample, load, cache))
+        self._begin()
+
+    def _turned(self, stats: border.CoreStats | None, now: float) -> None:
+        """While blocks come or go the core turns a thousand times a second, computing nothing."""
+        if stats is not None and self._state.saw(stats):
+            self._tell_changes()
+        if now - self._turned_at >= _TURN_S:
+            self._turned_at = now
+            # It is alive: what it waits for is no step that grows old.
+            self._state.stand()
+            self._begin()
+
+    def _begin(self) -> None:
+        """A step begins, if there is work and none is known to run."""
+        predicted_ms = self._state.begin_step(time.monotonic())
+        if predicted_ms is not None:
+            self.sink.begin_step(predicted_ms)
+
+    def _advance(self, attempt: Attempt, output: CoreOutput, now: float) -> None:
+        for event in output.events or ():
+            if event.type == border.SCHEDULED and not attempt.scheduled_at:
+                attempt.scheduled_at = event.timestamp
+        if output.prefill_stats is not None and not attempt.prompt_done_at:
+            self._prompt_done(attempt, output.prefill_stats, now)
+        ids = [*output.new_token_ids]
+        if ids:
+            attempt.phase, attempt.computed = Phase.DECODING, attempt.length
+            if attempt.stage is not Stage.PREFILL:
+                self._answers.tokens(attempt, ids, output.new_logprobs)
+                attempt.next_index += len(ids)
+                attempt.made += len(ids)
+                attempt.length += len(ids)
+        if output.finish_reason is not None:
+            self._finish(attempt, output, now)
+
+    def _prompt_done(self, attempt: Attempt, stats: border.PrefillStats, now: float) -> None:
+        attempt.prompt_done_at = now
+        attempt.cached_tokens = stats.num_local_cached_tokens
+        attempt.computed_tokens = stats.num_computed_tokens
+        if attempt.trace is not None and attempt.scheduled_at:
+            attempt.trace.chunk_begins(attempt.scheduled_at)
+            if stats.num_external_cached_tokens:
+                tokens = stats.num_external_cached_tokens
+                attempt.trace.add("transfer", attempt.scheduled_at, now, tokens, "hand-off")
+            else:
+                tokens = stats.num_computed_tokens
+                attempt.trace.add("prefill_chunk", attempt.scheduled_at, now, tokens)
+
+    def _finish(self, attempt: Attempt, output: CoreOutput, now: float) -> None:
+        if attempt.trace is not None and attempt.prompt_done_at:
+            attempt.trace.add("decode", attempt.prompt_done_at, now, attempt.made)
+        self._leave(attempt)
+        reason = output.finish_reason
+        if reason not in (border.STOP, border.LENGTH):
+            code = _UNAVAILABLE if reason == border.ABORT else _INTERNAL
+            failed = wire.StageFailed(
+                code=code,
+                reason="ENGINE",
+                message=f"vLLM ended the request: {'abort' if code == _UNAVAILABLE else 'error'}",
+                retryable=True,
+            )
+            self._answers.end(attempt, failed=failed)
+        elif attempt.stage is Stage.PREFILL:
+            self._hand_off(attempt, output)
+        else:
+            stop = output.stop_reason
+            finished = wire.StageFinished(
+                reason=inference.FINISH_REASON_STOP
+                if reason == border.STOP
+                else inference.FINISH_REASON_LENGTH,
+                stop_token_id=stop if isinstance(stop, int) else None,
+            )
+            self._answers.end(attempt, finished=finished)
+
+    def _hand_off(self, attempt: Attempt, output: CoreOutput) -> None:
+        try:
+            payload = hand_off.pack(output.kv_transfer_params)
+        except hand_off.HandOffError as error:
+            self._answers.end(attempt, transfer_failed=wire.TransferFailed(message=str(error)))
+            return
+        engine = wire.EngineHandOff(connector=self._placements.connector, payload=payload)
+        self._answers.end(attempt, handed_off=wire.HandedOff(engine=engine))
+
+    def _leave(self, attempt: Attempt) -> None:
+        state = self._state
+        state.attempts.pop(attempt.id, None)
+        state.by_request.pop(attempt.request_id, None)
+        self._gate.remove(attempt)
+
+    # -- the worker's commands ---------------------------------------------
+
+    def serve(self, sink: OutputSink) -> None:
+        """From now on the worker hears what the engine says."""
+        self._cache.restart()
+        self.sink = sink
+        self._state.count(0)
+        sink.step(StepOutput(0, {}, None, self._state.load()))
+
+    def submit(self, placement: Placement) -> None:
+        """Answers a placement; where it is reserved, its stage will end once."""
+        prepared = self._placements.prepare(placement, self._state.attempts)
+        attempt = prepared.attempt
+        if attempt is None:
+            self._answers.refused(
+                placement.router, prepared.opening, prepared.problem, prepared.path
+            )
+            if prepared.release is not None:
+                # Whoever computed the prompt holds its blocks until they are taken.
+                self._tell_core(prepared.release)
+        else:
+            self._state.attempts[attempt.id] = attempt
+            self._answers.reserved(attempt, prepared.reserved_tokens)
+            self._waiting[attempt.id] = prepared
+            self._gate.add(attempt)
+            self._admit()
+        self._tell_changes()
+        self._begin()
+
+    def _admit(self) -> None:
+        """Gives vLLM what may go to it now."""
+        state = self._state
+        while (attempt := self._gate.next()) is not None:
+            prepared = self._waiting.pop(attempt.id)
+            if prepared.request is None:
+                raise AssertionError("an attempt was let in without its request")
+            attempt.phase = Phase.RECEIVING if prepared.receives else Phase.WAITING
+            state.by_request[attempt.request_id] = attempt
+            self._tell_core(prepared.request)
+
+    @property
+    def _waiting(self) -> dict[AttemptId, Prepared]:
+        return self._placements.waiting
+
+    def cancel(self, attempts: Iterable[AttemptId]) -> None:
+        """Ends attempts. vLLM is told at once, and says when they are gone."""
+        aborted: list[str] = []
+        for id in attempts:
+            attempt = self._state.attempts.get(id)
+            if attempt is None:
+                continue
+            prepared = self._waiting.pop(id, None)
+            if prepared is not None and prepared.request is not None and prepared.receives:
+                # Accepted, then aborted: so its connector lets the blocks go elsewhere.
+                prepared.request.abort_immediately = True
+                self._tell_core(prepared.request)
+            elif prepared is None:
+                aborted.append(attempt.request_id)
+            self._leave(attempt)
+            self._answers.end(attempt, cancelled=wire.Cancelled())
+        if aborted:
+            self._state.aborting.update(aborted)
+            self._tell_core(aborted)
+        self._admit()
+        if not self._state.busy:
+            self._state.stand()
+        self._tell_changes()
+        self._begin()
+
+    def _tell_core(self, request: CoreRequest | list[str]) -> None:
+        self._requests.append(request)
+        self._to_send.set()
+
+    async def _send(self) -> None:
+        """Requests and aborts, in order."""
+        while True:
+            await self._to_send.wait()
+            self._to_send.clear()
+            while self._requests:
+                request = self._requests.popleft()
+                if isinstance(request, list):
+                    await self._client.abort_requests_async(request)
+                    task = asyncio.create_task(self._confirm(request), name="abort")
+                    self._confirms.add(task)
+                    task.add_done_callback(self._confirms.discard)
+                else:
+                    await self._client.add_request_async(request)
+
+    async def _confirm(self, aborted: list[str]) -> None:
+        """The core answers in order: by this answer it has done the abort."""
+        try:
+            await self._client.get_supported_tasks_async()
+        except Exception as error:
+            # The core has gone, which is said where its outputs are read.
+            _log.debug("abort not confirmed: %s", error)
+            return
+        self._state.aborting.difference_update(aborted)
+        self._admit()
+        self._tell_changes()
+        self._begin()
+
+    # -- between steps -----------------------------------------------------
+
+    def _tell_changes(self) -> None:
+        """What came between steps, if anything did."""
+        routers = self._answers.take()
+        cache = self._cache.drain()
+        if self._state.count(len(self._cache)) or routers or cache is not None:
+            self.sink.step(StepOutput(0, routers, None, self._state.load(), cache))
+
+    async def _reset_cache(self) -> None:
+        await self._client.reset_prefix_cache_async()
+
+    def reset_cache(self, done: Callable[[], object]) -> None:
+        """Forgets all cached prefixes; `done` is called then."""
+        task = asyncio.create_task(self._reset_cache(), name="reset")
+        self._confirms.add(task)
+        task.add_done_callback(self._confirms.discard)
+        task.add_done_callback(lambda _: done())

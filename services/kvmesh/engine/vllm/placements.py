@@ -1,0 +1,237 @@
+"""Placements checked and made what vLLM takes; every one is answered."""
+
+from __future__ import annotations
+
+import logging
+import time
+from array import array
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvmesh._router import chain_values
+from kvmesh.engine.contract import AttemptId, Placement, Stage
+from kvmesh.engine.vllm import border, hand_off
+from kvmesh.engine.vllm.attempts import Attempt
+from kvmesh.engine.vllm.border import CoreRequest, RequestMaker
+from kvmesh.engine.vllm.cache import VllmCache
+from kvmesh.engine.vllm.sampling import FIELDS, UnsupportedError, sampling_arguments
+from kvmesh.engine.vllm.state import Geometry
+from kvmesh.v1 import worker_pb2 as wire
+
+_log = logging.getLogger(__name__)
+
+_UNIT_TOKENS = 16
+"""Tokens of one chain value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """LoRA adapters that the worker serves."""
+
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """By name, as in ModelRecord.adapters."""
+    requests: Mapping[str, object] = field(default_factory=dict)
+    """vLLM's own, by name."""
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A placement, ready to go to vLLM or refused."""
+
+    opening: wire.Opening
+    attempt: Attempt | None = None
+    """None: refused."""
+    request: CoreRequest | None = None
+    receives: bool = False
+    """KV comes from another worker."""
+    reserved_tokens: int = 0
+    problem: str = ""
+    path: str = ""
+    """Of the field in GenerateRequest that is lacking; empty: none is."""
+    release: CoreRequest | None = None
+    """Of a refused one: what makes the other worker's blocks go."""
+
+
+class Placements:
+    """Makes requests of placements. Used by the engine's thread alone."""
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        make: RequestMaker,
+        cache: VllmCache,
+        roots: Any,
+        *,
+        connector: str,
+        adapters: Adapters,
+        max_logprobs: int,
+    ) -> None:
+        """`roots`: kvmesh.engine.core.chain.Chain of the model. `connector`: its name; empty:
+        there is none."""
+        self._geometry = geometry
+        self._make = make
+        self._cache = cache
+        self._roots = roots
+        self.connector = connector
+        self._adapters = adapters
+        self._max_logprobs = max_logprobs
+        self.waiting: dict[AttemptId, Prepared] = {}
+        """Those that vLLM does not have yet."""
+
+    def prepare(self, placement: Placement, running: Container[AttemptId]) -> Prepared:
+        """Checks a placement against the engine, and makes its request."""
+        prompt = _prompt(placement)
+        generation, owner, number = placement.id
+        opening = wire.Opening(
+            generation=generation, owner=owner, attempt=number, stage=placement.stage.value
+        )
+        params: dict[str, Any] | None = None
+        try:
+            self._check(placement, prompt, running)
+            params = self._transfer_params(placement)
+            request, attempt = self._request(placement, prompt, params)
+        except UnsupportedError as error:
+            refused = Prepared(opening, problem=str(error), path=error.field)
+            if placement.stage is Stage.DECODE and placement.id not in running:
+                refused.release = self._release(placement, prompt)
+            return refused
+        room = attempt.length + min(64, placement.continuation.max_tokens)
+        return Prepared(
+            opening,
+            attempt,
+            request,
+            receives=placement.stage is Stage.DECODE,
+            reserved_tokens=min(room, self._geometry.context_length),
+        )
+
+    def _check(
+        self, placement: Placement, prompt: list[int], running: Container[AttemptId]
+    ) -> None:
+        geometry = self._geometry
+        limit = min(geometry.context_length, geometry.pool_blocks * geometry.block_tokens)
+        if placement.id in running:
+            raise UnsupportedError("", "the attempt is here already")
+        if not prompt:
+            raise UnsupportedError("", "the prompt is empty")
+        if len(prompt) >= limit:
+            raise UnsupportedError(
+                "", f"{len(prompt)} tokens leave no room to go on: the limit is {limit}"
+            )
+        if max(prompt) >= geometry.vocabulary_size:
+            raise UnsupportedError("", f"a token id is not under {geometry.vocabulary_size}")
+        adapter = placement.continuation.adapter
+        if adapter and adapter not in self._adapters.requests:
+            raise UnsupportedError("model", f"this worker has no adapter {adapter!r}")
+
+    def _transfer_params(self, placement: Placement) -> dict[str, Any] | None:
+        """What the connector is told with a request; None: nothing."""
+        if placement.stage is Stage.WHOLE:
+            return None
+        kind = placement.hand_off.WhichOneof("kind") if placement.hand_off else None
+        if not self.connector:
+            raise UnsupportedError("", "this worker has no KV connector (kv_transfer_config)")
+        if kind == "mesh":
+            raise UnsupportedError("", "hand-offs here are known on finish only")
+        if placement.stage is Stage.PREFILL:
+            return dict(hand_off.PREFILL)
+        if placement.hand_off is None or kind is None:
+            raise UnsupportedError("", "the hand-off is not set")
+        engine = placement.hand_off.engine
+        if engine.connector != self.connector:
+            raise UnsupportedError(
+                "", f"the hand-off is of {engine.connector!r}; here is {self.connector!r}"
+            )
+        try:
+            return hand_off.unpack(engine.payload)
+        except hand_off.HandOffError as error:
+            raise UnsupportedError("", str(error)) from error
+
+    def _request(
+        self, placement: Placement, prompt: list[int], params: dict[str, Any] | None
+    ) -> tuple[CoreRequest, Attempt]:
+        continuation, geometry = placement.continuation, self._geometry
+        sampling = sampling_arguments(
+            continuation,
+            room=geometry.context_length - len(prompt),
+            max_logprobs=self._max_logprobs,
+        )
+        if params is not None:
+            sampling["extra_args"] = {"kv_transfer_params": params}
+        attempt = Attempt.of(placement, len(prompt), self._held(placement, prompt))
+        try:
+            request = self._make(
+                attempt.request_id,
+                prompt,
+                sampling,
+                arrival_time=time.time() - (time.monotonic() - placement.received_at),
+                priority=attempt.priority,
+                cache_salt=continuation.cache_salt,
+                adapter=self._adapters.requests.get(continuation.adapter),
+            )
+        except ValueError as error:
+            name = border.refused_parameter(error)
+            path = FIELDS.get(name, "grammar" if "grammar" in sampling else "")
+            raise UnsupportedError(path, f"vLLM refuses the request: {error}") from error
+        if placement.stage is Stage.PREFILL:
+            _prefill_only(request)
+        return request, attempt
+
+    def _held(self, placement: Placement, prompt: list[int]) -> int:
+        """Tokens of the prompt that are cached here: a multiple of the block size."""
+        size = self._geometry.block_tokens
+        # The last token is always computed.
+        blocks = (len(prompt) - 1) // size
+        if not blocks or not len(self._cache):
+            return 0
+        continuation = placement.continuation
+        root = self._roots.root(continuation.adapter, continuation.cache_salt)
+        ids = array("I", prompt[: blocks * size]).tobytes()
+        units = size // _UNIT_TOKENS
+        values = chain_values(root, ids)[units - 1 :: units]
+        return self._cache.holds(values) * size
+
+    def _release(self, placement: Placement, prompt: list[int]) -> CoreRequest | None:
+        """A request that is aborted once it is accepted: so the connector tells the sender
+        that nobody takes its blocks."""
+        try:
+            params = self._transfer_params(placement)
+            if params is None:
+                return None
+            request = self._make(
+                "refused-" + placement.id.generation.hex() + f"-{placement.id.attempt}",
+                prompt[: self._geometry.context_length - 1],
+                {"max_tokens": 1, "extra_args": {"kv_transfer_params": params}},
+                arrival_time=time.time(),
+                priority=0,
+                cache_salt="",
+                adapter=None,
+            )
+        except ValueError as error:
+            _log.info("blocks of a refused hand-off stay until their lease ends: %s", error)
+            return None
+        request.abort_immediately = True
+        return request
+
+
+def _prompt(placement: Placement) -> list[int]:
+    """Prompt and output so far: to vLLM all of it is prompt."""
+    if placement.prompt_ids is None:
+        ids = [*placement.continuation.prompt_ids]
+    else:
+        ids = [*memoryview(placement.prompt_ids).cast("I")]
+    return [*ids, *placement.continuation.output_ids]
+
+
+def _prefill_only(request: CoreRequest) -> None:
+    """The request was checked as it is; of it only the prompt is computed here.
+
+    vLLM draws a token at the end, of which nobody is told: decode draws it.
+    """
+    sampling = request.sampling_params
+    sampling.max_tokens = 1
+    sampling.min_tokens = 0
+    sampling.logprobs = None
+    sampling.structured_outputs = None
+    sampling.stop_token_ids = []
+    sampling._all_stop_token_ids = set()

@@ -1,0 +1,296 @@
+"""From a worker's settings to a vLLM engine, ready to start."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import socket
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvmesh.engine.core.chain import Chain
+from kvmesh.engine.vllm import border
+from kvmesh.engine.vllm.arguments import ArgumentError, kv_transfer, parse
+from kvmesh.engine.vllm.cache import VllmCache
+from kvmesh.engine.vllm.engine import Guard, VllmEngine
+from kvmesh.engine.vllm.loop import CoreLoop, Endpoints
+from kvmesh.engine.vllm.model import ServedModel, find
+from kvmesh.engine.vllm.placements import Adapters, Placements
+from kvmesh.engine.vllm.state import Geometry, State
+from kvmesh.models import ModelError
+from kvmesh.setting_values import ValueNotAllowedError, boolean
+from kvmesh.v1 import worker_pb2 as wire
+from kvmesh.worker.engines import BuiltEngine
+from kvmesh.worker.settings import SettingError, WorkerSettings, split_address
+from kvmesh.worker.tokenizer_files import TokenizerFiles
+
+MAX_LOGPROBS = 20
+"""Most alternatives with log-probability, as inference.proto allows."""
+
+_CPU_BLOCK_TOKENS = 32
+"""What vLLM's CPU attention wants a multiple of; its own default of 128 caches coarsely."""
+
+_MEMORY = ("kv_cache_memory_bytes", "num_gpu_blocks_override", "gpu_memory_utilization")
+_LORA = "lora."
+
+
+@dataclass(frozen=True, slots=True)
+class OwnArguments:
+    """What engine_arguments says to kvmesh's side of vLLM."""
+
+    allow_untested: bool
+    adapters: Mapping[str, Path]
+    """Folders of LoRA adapters by name."""
+
+    @classmethod
+    def of(cls, given: Mapping[str, str]) -> OwnArguments:
+        """From text. Raises SettingError."""
+        allow, adapters = False, {}
+        for key, text in given.items():
+            if key == "allow_untested":
+                try:
+                    allow = boolean(key, text)
+                except ValueNotAllowedError as error:
+                    raise SettingError(f"engine_arguments: {error}") from error
+            elif key.startswith(_LORA) and len(key) > len(_LORA):
+                folder = Path(text).expanduser()
+                if not (folder / "adapter_config.json").is_file():
+                    raise SettingError(
+                        f"engine_arguments: {key} is {text!r}; allowed is the folder of a LoRA "
+                        "adapter, with adapter_config.json"
+                    )
+                adapters[key.removeprefix(_LORA)] = folder.resolve()
+            else:
+                raise SettingError(
+                    f"engine_arguments: {key} is no argument of kvmesh's vllm engine; allowed are "
+                    "allow_untested, lora.NAME. vLLM's own go by vllm_arg"
+                )
+        return cls(allow, adapters)
+
+
+def build(
+    settings: WorkerSettings, worker_id: str, incarnation: int, progress: Callable[[str], None]
+) -> BuiltEngine:
+    """Starts vLLM's engine core, which loads the model. Raises SettingError."""
+    own = OwnArguments.of(settings.engine_arguments)
+    try:
+        version = border.installed_version()
+        border.check_version(version, own.allow_untested)
+        served = find(settings.model, progress)
+        progress(f"vllm: {version}, importing")
+        border.set_environment(_environment(settings))
+        vllm = border.load()
+        # A folder that only this user can enter.
+        folder = Path(tempfile.mkdtemp(prefix="kvmesh-vllm-"))
+        guard = Guard(folder)
+        endpoints = _endpoints(folder)
+        arguments = _arguments(settings, vllm, own, served, endpoints)
+        config = vllm.configure(arguments)
+        if vllm.on_cpu and not set(_MEMORY) & set(arguments):
+            _size_pool(config, settings.kv_pool_tokens)
+        progress(f"vllm: {_described(arguments)}")
+        loop = CoreLoop(
+            vllm, config, endpoints if config.cache_config.enable_prefix_caching else None
+        )
+        started = loop.start_core()
+        return _built(settings, vllm, served, own, loop, started.tasks, config, guard, progress)
+    except (border.VllmError, ArgumentError, ModelError) as error:
+        raise SettingError(str(error)) from error
+
+
+def _environment(settings: WorkerSettings) -> dict[str, str]:
+    """What vLLM and its connectors read from the environment."""
+    host, _ = split_address("listen", settings.listen)
+    host = settings.advertise_host or host
+    return {
+        # Threads run here: a forked child could lock up.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_NO_USAGE_STATS": "1",
+        # Standard output is the worker's.
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+        "VLLM_LOGGING_LEVEL": {"warn": "WARNING"}.get(
+            settings.log_level, settings.log_level.upper()
+        ),
+        "OMP_NUM_THREADS": str(settings.threads),
+        # Else it binds to all cores it sees, whoever else is on them.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # NIXL's first contact, and the host that it tells peers. Ports are told with each hand-off.
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": host,
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(_free_port(host)),
+    }
+
+
+def _free_port(host: str) -> int:
+    try:
+        version = ipaddress.ip_address(host).version
+    except ValueError:
+        version = 4
+    family = socket.AF_INET6 if version == 6 else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def _endpoints(folder: Path) -> Endpoints:
+    return Endpoints(f"ipc://{folder}/events", f"ipc://{folder}/replay")
+
+
+def _arguments(
+    settings: WorkerSettings,
+    vllm: border.Vllm,
+    own: OwnArguments,
+    served: ServedModel,
+    endpoints: Endpoints,
+) -> dict[str, Any]:
+    given = parse(settings.vllm_arg, vllm.argument_names)
+    arguments: dict[str, Any] = {
+        "model": str(served.folder),
+        # The virtual deadline orders the engine's queue as it does the router's.
+        "scheduling_policy": "priority",
+        "enable_prefix_caching": True,
+        "max_logprobs": MAX_LOGPROBS,
+        # Draws go by what the request says, not by the model's own defaults.
+        "generation_config": "vllm",
+    }
+    if vllm.on_cpu:
+        arguments |= {"dtype": settings.dtype, "block_size": _CPU_BLOCK_TOKENS}
+    elif settings.dtype != "float32":
+        # The setting's default is right for CPUs only; here the model's own type is.
+        arguments["dtype"] = settings.dtype
+    if own.adapters:
+        arguments |= {"enable_lora": True, "max_loras": len(own.adapters)}
+    arguments |= given
+    transfer = kv_transfer(
+        arguments.get("kv_transfer_config"),
+        on_cpu=vllm.on_cpu,
+        hands_off=settings.role != "both",
+    )
+    if transfer is not None:
+        arguments["kv_transfer_config"] = transfer
+        if vllm.on_cpu:
+            border.set_environment({"UCX_TLS": "tcp,sm,self"})
+    return arguments | {
+        "enable_logging_iteration_details": True,
+        "disable_log_stats": False,
+        "kv_events_config": {
+            "enable_kv_cache_events": True,
+            "publisher": "zmq",
+            "endpoint": endpoints.events,
+            "replay_endpoint": endpoints.replay,
+        },
+    }
+
+
+def _described(arguments: Mapping[str, Any]) -> str:
+    left_out = ("kv_events_config", "enable_logging_iteration_details", "disable_log_stats")
+    return " ".join(f"{k}={v}" for k, v in sorted(arguments.items()) if k not in left_out)
+
+
+def _size_pool(config: border.CoreConfig, tokens: int) -> None:
+    """Memory of the KV pool by the worker's setting; vLLM would take most of the machine's."""
+    model, cache = config.model_config, config.cache_config
+    parallel = config.parallel_config
+    heads = model.get_num_kv_heads(parallel)
+    layers = model.get_num_layers(parallel)
+    size = 2 * heads * model.get_head_size() * layers * model.dtype.itemsize
+    # One block is vLLM's own.
+    blocks = -(-tokens // cache.block_size) + 1
+    cache.kv_cache_memory_bytes = blocks * cache.block_size * size
+
+
+def _built(
+    settings: WorkerSettings,
+    vllm: border.Vllm,
+    served: ServedModel,
+    own: OwnArguments,
+    loop: CoreLoop,
+    tasks: tuple[str, ...],
+    config: border.CoreConfig,
+    guard: Guard,
+    progress: Callable[[str], None],
+) -> BuiltEngine:
+    model, cache_config = config.model_config, config.cache_config
+    geometry = Geometry(
+        pool_blocks=max(1, int(cache_config.num_gpu_blocks) - 1),
+        block_tokens=int(cache_config.block_size),
+        step_tokens=int(config.scheduler_config.max_num_batched_tokens),
+        context_length=int(model.max_model_len),
+        vocabulary_size=int(model.get_vocab_size()),
+    )
+    if geometry.block_tokens % 16:
+        raise SettingError(
+            f"vllm_arg block_size is {geometry.block_tokens}; allowed are multiples of 16"
+        )
+    adapters = Adapters(
+        {name: _folder_digest(folder) for name, folder in own.adapters.items()},
+        {
+            name: vllm.adapter(name, number, str(folder))
+            for number, (name, folder) in enumerate(sorted(own.adapters.items()), start=1)
+        },
+    )
+    chain = Chain(served.digest, adapters.digests)
+    cache = VllmCache(chain.root, geometry.pool_blocks)
+    step_model = wire.StepModel()
+    state = State(geometry, step_model)
+    connector = str(getattr(config.kv_transfer_config, "kv_connector", None) or "")
+    placements = Placements(
+        geometry,
+        vllm.request_maker(config, tasks),
+        cache,
+        chain,
+        connector=connector,
+        adapters=adapters,
+        max_logprobs=MAX_LOGPROBS,
+    )
+    loop.attach(state, cache, placements)
+    capabilities = _capabilities(config, geometry, served.digest, connector)
+    progress(
+        f"KV pool: {geometry.pool_blocks} blocks of {geometry.block_tokens} tokens"
+        + (f", connector {connector}" if connector else ", no connector")
+    )
+    record = wire.ModelRecord(
+        name=settings.served_name or served.name,
+        digest=served.digest,
+        context_length=geometry.context_length,
+        vocabulary_size=geometry.vocabulary_size,
+        end_of_text_ids=served.end_of_text_ids,
+        adapters=adapters.digests,
+    )
+    engine = VllmEngine(loop, state, cache, capabilities, step_model, guard)
+    return BuiltEngine(engine, record, TokenizerFiles.read(served.folder))
+
+
+def _capabilities(
+    config: border.CoreConfig, geometry: Geometry, digest: str, connector: str
+) -> wire.Capabilities:
+    cache = config.cache_config
+    named = str(cache.cache_dtype)
+    dtype = str(config.model_config.dtype).removeprefix("torch.") if named == "auto" else named
+    return wire.Capabilities(
+        engine="vllm",
+        engine_connector=connector,
+        grammars=True,
+        max_logprobs=MAX_LOGPROBS,
+        cache_events=bool(cache.enable_prefix_caching),
+        block_tokens=geometry.block_tokens,
+        pool_blocks=geometry.pool_blocks,
+        hash_scheme=Chain.SCHEME,
+        # Its blocks are its connector's: no layout of ours.
+        kv=wire.KvCompatibility(model_digest=digest, dtype=dtype),
+        max_batch=int(config.scheduler_config.max_num_seqs),
+    )
+
+
+def _folder_digest(folder: Path) -> str:
+    """SHA-256 over an adapter's files."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".safetensors", ".bin") and file.is_file():
+            digest.update(file.name.encode() + b"\0" + file.stat().st_size.to_bytes(8, "little"))
+            with file.open("rb") as content:
+                while chunk := content.read(8 << 20):
+                    digest.update(chunk)
+    return digest.hexdigest()

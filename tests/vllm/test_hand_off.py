@@ -1,0 +1,62 @@
+"""The bytes that a router carries from prefill to decode."""
+
+import json
+import zlib
+
+import pytest
+
+from kvmesh.engine.vllm.hand_off import MOST_BYTES, HandOffError, pack, unpack
+
+PARAMS = {
+    "do_remote_prefill": True,
+    "do_remote_decode": False,
+    "remote_block_ids": [[3, 4, 5]],
+    "remote_engine_id": "e",
+    "remote_request_id": "r",
+    "remote_host": "127.0.0.1",
+    "remote_port": 5600,
+    "tp_size": 1,
+    "remote_blocks_expiry_time": None,
+}
+
+
+def test_what_was_packed_is_unpacked() -> None:
+    assert unpack(pack(PARAMS)) == PARAMS
+    assert json.loads(pack(PARAMS)) == PARAMS, "short ones are plain JSON"
+
+
+def test_a_connector_that_needs_nothing_told_gets_nothing() -> None:
+    assert unpack(pack(None)) is None
+    assert unpack(pack({})) is None
+    assert unpack(b"") is None
+
+
+def test_the_blocks_of_a_very_long_prompt_fit() -> None:
+    """Half a million tokens in blocks of 32, wherever they lie."""
+    blocks = [(at * 7919) % 40_000 for at in range(500_000 // 32)]
+    long = {**PARAMS, "remote_block_ids": [blocks]}
+    assert len(json.dumps(long)) > MOST_BYTES
+    assert unpack(pack(long)) == long
+
+
+def test_what_does_not_fit_is_no_hand_off() -> None:
+    import random
+
+    noise = random.Random(1).randbytes(200_000).hex()
+    with pytest.raises(HandOffError, match=f"allowed are {MOST_BYTES}"):
+        pack({"noise": noise})
+    with pytest.raises(HandOffError, match="no JSON"):
+        pack({"blocks": b"bytes"})
+
+
+@pytest.mark.parametrize(
+    "payload", [b"{", b"[1]", b"\xff\xfe", b"x", zlib.compress(b"[1]"), zlib.compress(b"{}")[:-3]]
+)
+def test_bytes_that_are_none_are_refused(payload) -> None:
+    with pytest.raises(HandOffError):
+        unpack(payload)
+
+
+def test_a_bomb_is_not_unpacked() -> None:
+    with pytest.raises(HandOffError, match="too long"):
+        unpack(zlib.compress(b'{"a":"' + b"x" * 50_000_000 + b'"}'))
