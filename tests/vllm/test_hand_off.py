@@ -5,7 +5,7 @@ import zlib
 
 import pytest
 
-from kvmesh.engine.vllm.hand_off import MOST_BYTES, HandOffError, pack, unpack
+from kvmesh.engine.vllm.hand_off import MOST_BYTES, HandOff, HandOffError, pack, unpack
 
 PARAMS = {
     "do_remote_prefill": True,
@@ -21,22 +21,30 @@ PARAMS = {
 
 
 def test_what_was_packed_is_unpacked() -> None:
-    assert unpack(pack(PARAMS)) == PARAMS
-    assert json.loads(pack(PARAMS)) == PARAMS, "short ones are plain JSON"
+    said = HandOff(PARAMS, 1234.5, 30_000.0)
+    assert unpack(pack(said)) == said
+    assert json.loads(pack(said))["params"] == PARAMS, "short ones are plain JSON"
 
 
 def test_a_connector_that_needs_nothing_told_gets_nothing() -> None:
-    assert unpack(pack(None)) is None
-    assert unpack(pack({})) is None
-    assert unpack(b"") is None
+    assert unpack(pack(HandOff(None))).params is None
+    assert unpack(pack(HandOff({}))).params is None
 
 
 def test_the_blocks_of_a_very_long_prompt_fit() -> None:
     """Half a million tokens in blocks of 32, wherever they lie."""
     blocks = [(at * 7919) % 40_000 for at in range(500_000 // 32)]
-    long = {**PARAMS, "remote_block_ids": [blocks]}
-    assert len(json.dumps(long)) > MOST_BYTES
+    long = HandOff({**PARAMS, "remote_block_ids": [blocks]})
+    assert len(json.dumps(long.params)) > MOST_BYTES
     assert unpack(pack(long)) == long
+
+
+def test_blocks_are_taken_within_half_of_their_lease() -> None:
+    said = unpack(pack(HandOff(PARAMS, age_ms=5_000.0, lease_ms=30_000.0)))
+    assert not said.expired(5_010.0)
+    assert not said.expired(20_000.0)
+    assert said.expired(20_001.0)
+    assert not unpack(pack(HandOff(PARAMS, age_ms=5_000.0))).expired(1e9), "no lease is known"
 
 
 def test_what_does_not_fit_is_no_hand_off() -> None:
@@ -44,13 +52,25 @@ def test_what_does_not_fit_is_no_hand_off() -> None:
 
     noise = random.Random(1).randbytes(200_000).hex()
     with pytest.raises(HandOffError, match=f"allowed are {MOST_BYTES}"):
-        pack({"noise": noise})
+        pack(HandOff({"noise": noise}))
     with pytest.raises(HandOffError, match="no JSON"):
-        pack({"blocks": b"bytes"})
+        pack(HandOff({"blocks": b"bytes"}))
 
 
 @pytest.mark.parametrize(
-    "payload", [b"{", b"[1]", b"\xff\xfe", b"x", zlib.compress(b"[1]"), zlib.compress(b"{}")[:-3]]
+    "payload",
+    [
+        b"",
+        b"{",
+        b"{}",
+        b"[1]",
+        b"\xff\xfe",
+        b"x",
+        zlib.compress(b"[1]"),
+        zlib.compress(b"{}")[:-3],
+        b'{"params":[1],"age_ms":0,"lease_ms":0}',
+        b'{"params":null,"age_ms":"x","lease_ms":0}',
+    ],
 )
 def test_bytes_that_are_none_are_refused(payload) -> None:
     with pytest.raises(HandOffError):

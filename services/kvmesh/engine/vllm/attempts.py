@@ -55,6 +55,8 @@ class Attempt:
     next_index: int
     """Output index of its next token."""
     alone: bool
+    waited_ms: float = 0.0
+    """Age of the request when it came."""
     held_tokens: int = 0
     """Of these, cached here when it came."""
     wants_logprobs: int | None = None
@@ -86,6 +88,7 @@ class Attempt:
             length=length,
             next_index=len(continuation.output_ids),
             alone=placement.alone,
+            waited_ms=continuation.waited_ms,
             held_tokens=held_tokens,
             wants_logprobs=continuation.logprobs if continuation.HasField("logprobs") else None,
             computed=held_tokens,

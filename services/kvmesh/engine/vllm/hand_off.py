@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from dataclasses import asdict, dataclass
 from typing import Any
 
 MOST_BYTES = 64 * 1024
@@ -32,10 +33,30 @@ class HandOffError(ValueError):
     """A hand-off cannot be written or read. The text is for people."""
 
 
-def pack(params: dict[str, Any] | None) -> bytes:
-    """Bytes for the router. None: the connector needs nothing told. Raises HandOffError."""
+@dataclass(frozen=True, slots=True)
+class HandOff:
+    """What decode is told."""
+
+    params: dict[str, Any] | None
+    """The connector's; None: it needs nothing told."""
+    age_ms: float = 0.0
+    """Age of the request when its prompt was computed, since its first router had it."""
+    lease_ms: float = 0.0
+    """How long the sender keeps the blocks for a receiver that it does not hear. 0: unknown."""
+
+    def expired(self, age_ms: float) -> bool:
+        """Whether the blocks may be gone, or somebody else's, when decode takes them at this
+        age of the request. Ages are by the router's clock: no two machines' are compared.
+
+        Half of the lease is left to vLLM, which renews it once it has the request.
+        """
+        return bool(self.lease_ms) and age_ms - self.age_ms > self.lease_ms / 2
+
+
+def pack(hand_off: HandOff) -> bytes:
+    """Bytes for the router. Raises HandOffError."""
     try:
-        payload = json.dumps(params or {}, separators=(",", ":")).encode()
+        payload = json.dumps(asdict(hand_off), separators=(",", ":")).encode()
     except (TypeError, ValueError) as error:
         raise HandOffError(f"the connector's parameters are no JSON: {error}") from error
     if len(payload) > _PLAIN_BYTES:
@@ -45,19 +66,18 @@ def pack(params: dict[str, Any] | None) -> bytes:
     return payload
 
 
-def unpack(payload: bytes) -> dict[str, Any] | None:
-    """The connector's parameters; None: it needs none. Raises HandOffError."""
-    if not payload:
-        return None
+def unpack(payload: bytes) -> HandOff:
+    """What prefill said. Raises HandOffError."""
     try:
         if payload[:1] != b"{":
             unpacker = zlib.decompressobj()
             payload = unpacker.decompress(payload, _MOST_JSON_BYTES)
             if not unpacker.eof:
                 raise HandOffError("the hand-off is too long or cut off")
-        params = json.loads(payload)
-    except (ValueError, zlib.error) as error:
+        found = json.loads(payload)
+        params = found["params"]
+        if params is not None and not isinstance(params, dict):
+            raise HandOffError("the hand-off's parameters are no JSON object")
+        return HandOff(params or None, float(found["age_ms"]), float(found["lease_ms"]))
+    except (ValueError, TypeError, KeyError, zlib.error) as error:
         raise HandOffError(f"the hand-off cannot be read: {error}") from error
-    if not isinstance(params, dict):
-        raise HandOffError("the hand-off is no JSON object")
-    return params or None

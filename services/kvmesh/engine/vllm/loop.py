@@ -25,6 +25,7 @@ from kvmesh.engine.vllm.border import CoreClient, CoreConfig, CoreOutput, CoreOu
 from kvmesh.engine.vllm.cache import VllmCache
 from kvmesh.engine.vllm.feed import EventFeed
 from kvmesh.engine.vllm.gate import Gate
+from kvmesh.engine.vllm.hand_off import HandOff
 from kvmesh.engine.vllm.placements import Placements, Prepared
 from kvmesh.engine.vllm.state import State
 from kvmesh.v1 import inference_pb2 as inference
@@ -308,7 +309,7 @@ class CoreLoop:
             )
             self._answers.end(attempt, failed=failed)
         elif attempt.stage is Stage.PREFILL:
-            self._hand_off(attempt, output)
+            self._hand_off(attempt, output, now)
         else:
             stop = output.stop_reason
             finished = wire.StageFinished(
@@ -319,9 +320,11 @@ class CoreLoop:
             )
             self._answers.end(attempt, finished=finished)
 
-    def _hand_off(self, attempt: Attempt, output: CoreOutput) -> None:
+    def _hand_off(self, attempt: Attempt, output: CoreOutput, now: float) -> None:
+        age_ms = attempt.waited_ms + (now - attempt.received_at) * 1000
+        said = HandOff(output.kv_transfer_params, age_ms, self._placements.lease_ms)
         try:
-            payload = hand_off.pack(output.kv_transfer_params)
+            payload = hand_off.pack(said)
         except hand_off.HandOffError as error:
             self._answers.end(attempt, transfer_failed=wire.TransferFailed(message=str(error)))
             return

@@ -66,14 +66,16 @@ class Placements:
         connector: str,
         adapters: Adapters,
         max_logprobs: int,
+        lease_ms: float = 0.0,
     ) -> None:
         """`roots`: kvmesh.engine.core.chain.Chain of the model. `connector`: its name; empty:
-        there is none."""
+        there is none. `lease_ms`: how long it keeps a prompt's blocks; 0: not known."""
         self._geometry = geometry
         self._make = make
         self._cache = cache
         self._roots = roots
         self.connector = connector
+        self.lease_ms = lease_ms
         self._adapters = adapters
         self._max_logprobs = max_logprobs
         self.waiting: dict[AttemptId, Prepared] = {}
@@ -86,10 +88,13 @@ class Placements:
         opening = wire.Opening(
             generation=generation, owner=owner, attempt=number, stage=placement.stage.value
         )
-        params: dict[str, Any] | None = None
         try:
             self._check(placement, prompt, running)
-            params = self._transfer_params(placement)
+            params, expired = self._transfer_params(placement)
+            if expired:
+                # Nobody keeps the blocks for us any more: the prompt is computed here.
+                _log.info("hand-off expired generation=%s", generation.hex())
+                params = None
             request, attempt = self._request(placement, prompt, params)
         except UnsupportedError as error:
             refused = Prepared(opening, problem=str(error), path=error.field)
@@ -101,7 +106,7 @@ class Placements:
             opening,
             attempt,
             request,
-            receives=placement.stage is Stage.DECODE,
+            receives=placement.stage is Stage.DECODE and params is not None,
             reserved_tokens=min(room, self._geometry.context_length),
         )
 
@@ -124,17 +129,17 @@ class Placements:
         if adapter and adapter not in self._adapters.requests:
             raise UnsupportedError("model", f"this worker has no adapter {adapter!r}")
 
-    def _transfer_params(self, placement: Placement) -> dict[str, Any] | None:
-        """What the connector is told with a request; None: nothing."""
+    def _transfer_params(self, placement: Placement) -> tuple[dict[str, Any] | None, bool]:
+        """What the connector is told with a request, if anything, and whether it is too late."""
         if placement.stage is Stage.WHOLE:
-            return None
+            return None, False
         kind = placement.hand_off.WhichOneof("kind") if placement.hand_off else None
         if not self.connector:
             raise UnsupportedError("", "this worker has no KV connector (kv_transfer_config)")
         if kind == "mesh":
             raise UnsupportedError("", "hand-offs here are known on finish only")
         if placement.stage is Stage.PREFILL:
-            return dict(hand_off.PREFILL)
+            return dict(hand_off.PREFILL), False
         if placement.hand_off is None or kind is None:
             raise UnsupportedError("", "the hand-off is not set")
         engine = placement.hand_off.engine
@@ -143,9 +148,11 @@ class Placements:
                 "", f"the hand-off is of {engine.connector!r}; here is {self.connector!r}"
             )
         try:
-            return hand_off.unpack(engine.payload)
+            found = hand_off.unpack(engine.payload)
         except hand_off.HandOffError as error:
             raise UnsupportedError("", str(error)) from error
+        age_ms = placement.continuation.waited_ms
+        return found.params, found.expired(age_ms)
 
     def _request(
         self, placement: Placement, prompt: list[int], params: dict[str, Any] | None
@@ -195,8 +202,8 @@ class Placements:
         """A request that is aborted once it is accepted: so the connector tells the sender
         that nobody takes its blocks."""
         try:
-            params = self._transfer_params(placement)
-            if params is None:
+            params, expired = self._transfer_params(placement)
+            if params is None or expired:
                 return None
             request = self._make(
                 "refused-" + placement.id.generation.hex() + f"-{placement.id.attempt}",

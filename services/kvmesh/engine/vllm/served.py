@@ -33,6 +33,9 @@ MAX_LOGPROBS = 20
 _CPU_BLOCK_TOKENS = 32
 """What vLLM's CPU attention wants a multiple of; its own default of 128 caches coarsely."""
 
+_NIXL_LEASE_S = 30.0
+"""NixlConnector's own default of kv_lease_duration."""
+
 _MEMORY = ("kv_cache_memory_bytes", "num_gpu_blocks_override", "gpu_memory_utilization")
 _LORA = "lora."
 
@@ -244,6 +247,7 @@ def _built(
         connector=connector,
         adapters=adapters,
         max_logprobs=MAX_LOGPROBS,
+        lease_ms=_lease_ms(config.kv_transfer_config, connector),
     )
     loop.attach(state, cache, placements)
     capabilities = _capabilities(config, geometry, served.digest, connector)
@@ -261,6 +265,14 @@ def _built(
     )
     engine = VllmEngine(loop, state, cache, capabilities, step_model, guard)
     return BuiltEngine(engine, record, TokenizerFiles.read(served.folder))
+
+
+def _lease_ms(config: Any, connector: str) -> float:
+    """How long a connector keeps a prompt's blocks for decode. 0: not known."""
+    if not connector.startswith("Nixl"):
+        return 0.0
+    extra = config.kv_connector_extra_config or {}
+    return float(extra.get("kv_lease_duration", _NIXL_LEASE_S)) * 1000
 
 
 def _capabilities(
