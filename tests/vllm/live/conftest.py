@@ -117,6 +117,9 @@ def pair(tmp_path_factory):
         endpoint = cluster.start_router("--queue-timeout", "10m")
         for name, role in (("p", "prefill"), ("d", "decode")):
             cluster.begin_worker(name, role, *flags(), engine="vllm")
+        for name in ("p", "d"):
+            # Until it says that it serves: minutes, on a busy machine.
+            cluster.worker_address(name)
         cluster.wait_live(endpoint, "p", "d")
         yield cluster
     finally:
