@@ -5,6 +5,7 @@ import pytest
 from kvmesh._router import chain_root, chain_values
 from kvmesh.engine.contract import CLEARED, REMOVED, STORED
 from kvmesh.engine.vllm.cache import VllmCache
+from kvmesh.engine.vllm.feed import EventOrder
 
 DIGEST = "ab" * 32
 SIZE = 32
@@ -174,3 +175,57 @@ def test_what_is_stored_twice_is_told_once(cache) -> None:
     cache.apply([0.0, [stored([11, 12], IDS[: 2 * SIZE])], 0])
     told_chain = [value for _, _, chain in told(cache) for value in chain]
     assert told_chain == values(IDS[: 2 * SIZE])
+
+
+class Publisher:
+    """What it has sent, and still has for who asks."""
+
+    def __init__(self, cache) -> None:
+        self.sent = {}
+        self.kept = {}
+        self.asked = []
+        self.order = EventOrder(cache, lambda payload: self.sent[payload], self.ask)
+
+    def add(self, number, *events, kept=True):
+        payload = b"%d" % number
+        self.sent[payload] = [0.0, list(events), 0]
+        if kept:
+            self.kept[number] = payload
+        return number, payload
+
+    async def ask(self, first):
+        self.asked.append(first)
+        return [(number, payload) for number, payload in self.kept.items() if number >= first]
+
+
+def block(at, parent=None):
+    return stored([50 + at], IDS[at * SIZE : (at + 1) * SIZE], parent=parent)
+
+
+async def test_batches_that_were_lost_are_asked_for_and_taken_in_order(cache) -> None:
+    publisher = Publisher(cache)
+    first = publisher.add(7, block(0))
+    publisher.add(8, block(1, parent=50))
+    third = publisher.add(9, block(2, parent=51))
+    await publisher.order.take(*first)
+    await publisher.order.take(*third)
+    assert publisher.asked == [8]
+    assert cache.holds(values(IDS)) == 3
+    # The late one comes after all.
+    await publisher.order.take(8, b"8")
+    assert cache.dropped() == (0, 0, 1)
+    assert len(cache) == 3
+
+
+async def test_without_a_replay_all_is_forgotten_and_built_up_anew(cache, caplog) -> None:
+    publisher = Publisher(cache)
+    first = publisher.add(7, block(0))
+    publisher.add(8, removed(50), kept=False)
+    third = publisher.add(9, block(2, parent=51), kept=False)
+    await publisher.order.take(*first)
+    await publisher.order.take(*third)
+    assert "lost first=8 before=9" in caplog.text
+    assert [kind for kind, *_ in told(cache)] == [STORED, CLEARED]
+    await publisher.order.take(*publisher.add(10, block(0)))
+    assert publisher.asked == [8]
+    assert cache.holds(values(IDS)) == 1

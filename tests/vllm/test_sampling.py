@@ -7,14 +7,14 @@ from kvmesh.v1 import inference_pb2 as inference
 from kvmesh.v1 import worker_pb2 as wire
 
 
-def asked(output=(), room=1000, **fields):
+def asked(output=(), room=1000, seeded=True, **fields):
     sampling = fields.pop("sampling", {})
     sampling = wire.ResolvedSampling(**{"top_p": 1.0, "repetition_penalty": 1.0, **sampling})
     fields.setdefault("max_tokens", 100)
     continuation = wire.Continuation(
         prompt_ids=[1, 2, 3], output_ids=output, sampling=sampling, **fields
     )
-    return sampling_arguments(continuation, room=room, max_logprobs=20)
+    return sampling_arguments(continuation, room=room, max_logprobs=20, seeded=seeded)
 
 
 def refused(**fields):
@@ -82,6 +82,7 @@ def test_greedy_has_no_seed_and_a_continuation_has_another() -> None:
     assert len(seeds) == 50
     assert all(0 <= seed < 1 << 63 for seed in seeds)
     assert asked(sampling={"seed": (1 << 64) - 1, "temperature": 1.0})["seed"] < 1 << 63
+    assert "seed" not in asked(sampling=warm, seeded=False)
 
 
 def test_what_vllm_cannot_do_is_refused_by_its_name() -> None:

@@ -132,6 +132,8 @@ class CoreClient(Protocol):
 class CoreSampling(Protocol):
     """vllm.SamplingParams."""
 
+    temperature: float
+    seed: int | None
     max_tokens: int | None
     min_tokens: int
     logprobs: int | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from kvmesh.engine.vllm import border
@@ -16,6 +16,42 @@ _END = (-1).to_bytes(8, "big", signed=True)
 _REPLAY_TIMEOUT_MS = 2_000
 
 
+class EventOrder:
+    """Batches in the order of their numbers; what is missing is asked for."""
+
+    def __init__(
+        self,
+        cache: VllmCache,
+        decode: Callable[[bytes], Any],
+        ask: Callable[[int], Awaitable[Sequence[tuple[int, bytes]]]],
+    ) -> None:
+        """`ask`: for the batches from a number on, as far as the publisher has them."""
+        self._cache = cache
+        self._decode = decode
+        self._ask = ask
+
+    async def take(self, number: int, payload: bytes) -> None:
+        """A batch that came."""
+        missing = self._cache.hear(number)
+        if missing is None:
+            self._cache.apply(self._decode(payload))
+        elif missing < number:
+            await self._mend(missing, number, payload)
+
+    async def _mend(self, first: int, number: int, payload: bytes) -> None:
+        for at, batch in await self._ask(first):
+            if at < number and self._cache.hear(at) is None:
+                self._cache.apply(self._decode(batch))
+        if self._cache.hear(number) is None:
+            _log.info("cache events replayed first=%d before=%d", first, number)
+        else:
+            # The publisher has them no more: what is known is wrong from here on.
+            _log.warning("cache events lost first=%d before=%d", first, number)
+            self._cache.clear(number)
+            self._cache.hear(number)
+        self._cache.apply(self._decode(payload))
+
+
 class EventFeed:
     """Subscribed to one engine's events. To be used in one event loop."""
 
@@ -24,13 +60,12 @@ class EventFeed:
     ) -> None:
         """Endpoints of the publisher; `told` is called when the cache has changed."""
         self._replay = replay
-        self._cache = cache
         self._told = told
+        self._order = EventOrder(cache, border.event_decoder(), self._ask)
         self._zmq = border.zmq_names()
         self._context = border.zmq_asyncio().Context()
         self._socket = self._open(self._zmq.SUB, events)
         self._socket.subscribe(b"")
-        self._decode = border.event_decoder()
 
     def _open(self, kind: int, endpoint: str) -> Any:
         socket = self._context.socket(kind)
@@ -44,33 +79,11 @@ class EventFeed:
         try:
             while True:
                 _, number, payload = await self._socket.recv_multipart()
-                await self.take(int.from_bytes(number, "big"), payload)
+                await self._order.take(int.from_bytes(number, "big"), payload)
                 self._told()
         finally:
             self._socket.close()
             self._context.term()
-
-    async def take(self, number: int, payload: bytes) -> None:
-        """A numbered batch. What is missing before it is asked for."""
-        missing = self._cache.hear(number)
-        if missing is None:
-            self._cache.apply(self._decode(payload))
-        elif missing < number:
-            await self._mend(missing, number, payload)
-
-    async def _mend(self, first: int, number: int, payload: bytes) -> None:
-        replayed = await self._ask(first)
-        for at, batch in replayed:
-            if at < number and self._cache.hear(at) is None:
-                self._cache.apply(self._decode(batch))
-        if self._cache.hear(number) is None:
-            _log.info("cache events replayed first=%d before=%d", first, number)
-        else:
-            # The publisher has them no more: what is known is wrong from here on.
-            _log.warning("cache events lost first=%d before=%d", first, number)
-            self._cache.clear(number)
-            self._cache.hear(number)
-        self._cache.apply(self._decode(payload))
 
     async def _ask(self, first: int) -> list[tuple[int, bytes]]:
         """Batches from a number on, as far as the publisher has them."""

@@ -17,23 +17,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from kvmesh.engine.contract import AttemptId, OutputSink, Placement, Stage, StepOutput, StepSample
-from kvmesh.engine.vllm import border, hand_off
+from kvmesh.engine.contract import AttemptId, OutputSink, Placement, StepOutput, StepSample
+from kvmesh.engine.vllm import border
 from kvmesh.engine.vllm.answers import Answers
-from kvmesh.engine.vllm.attempts import Attempt, Phase
-from kvmesh.engine.vllm.border import CoreClient, CoreConfig, CoreOutput, CoreOutputs, CoreRequest
+from kvmesh.engine.vllm.attempts import Phase
+from kvmesh.engine.vllm.border import CoreClient, CoreConfig, CoreOutputs, CoreRequest
 from kvmesh.engine.vllm.cache import VllmCache
 from kvmesh.engine.vllm.feed import EventFeed
 from kvmesh.engine.vllm.gate import Gate
-from kvmesh.engine.vllm.hand_off import HandOff
-from kvmesh.engine.vllm.placements import Placements, Prepared
+from kvmesh.engine.vllm.outputs import Outputs
+from kvmesh.engine.vllm.placements import Placements, Prepared, opening_of
 from kvmesh.engine.vllm.state import State
-from kvmesh.v1 import inference_pb2 as inference
 from kvmesh.v1 import worker_pb2 as wire
 
 _log = logging.getLogger(__name__)
-
-_INTERNAL, _UNAVAILABLE = 13, 14  # google.rpc.Code
 
 _SHUTDOWN_S = 5.0
 """Time that the core has to end."""
@@ -96,6 +93,7 @@ class CoreLoop:
         self._state: State
         self._cache: VllmCache
         self._placements: Placements
+        self._outputs: Outputs
         self._gate = Gate(lambda: len(self._state.by_request) + len(self._state.aborting))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._requests: deque[CoreRequest | list[str]] = deque()
@@ -126,6 +124,7 @@ class CoreLoop:
     def attach(self, state: State, cache: VllmCache, placements: Placements) -> None:
         """What it works on; once, before the first command."""
         self._state, self._cache, self._placements = state, cache, placements
+        self._outputs = Outputs(state, self._answers, self._gate, placements)
         self.post(CoreLoop._follow)
 
     def post(self, command: Command) -> None:
@@ -192,7 +191,10 @@ class CoreLoop:
                 task.result()
         except Exception as error:
             if not self._closing.is_set():
-                _log.error("vLLM's engine core has ended: %s", error or type(error).__name__)
+                kind = type(error).__name__
+                # The core has said why; anything else is a fault of ours.
+                ours = None if kind == "EngineDeadError" else error
+                _log.error("vLLM's engine core has ended: %s: %s", kind, error, exc_info=ours)
         finally:
             for task in (*tasks, *self._confirms):
                 task.cancel()
@@ -234,7 +236,7 @@ class CoreLoop:
         decoded = [a.length for a, _ in known if a.phase is Phase.DECODING]
         sample = state.end_step(outputs, decoded)
         for attempt, output in known:
-            self._advance(attempt, output, now)
+            self._outputs.advance(attempt, output, now)
         if sample is None and not outputs.outputs:
             self._turned(stats, now)
             return
@@ -264,79 +266,6 @@ class CoreLoop:
         if predicted_ms is not None:
             self.sink.begin_step(predicted_ms)
 
-    def _advance(self, attempt: Attempt, output: CoreOutput, now: float) -> None:
-        for event in output.events or ():
-            if event.type == border.SCHEDULED and not attempt.scheduled_at:
-                attempt.scheduled_at = event.timestamp
-        if output.prefill_stats is not None and not attempt.prompt_done_at:
-            self._prompt_done(attempt, output.prefill_stats, now)
-        ids = [*output.new_token_ids]
-        if ids:
-            attempt.phase, attempt.computed = Phase.DECODING, attempt.length
-            if attempt.stage is not Stage.PREFILL:
-                self._answers.tokens(attempt, ids, output.new_logprobs)
-                attempt.next_index += len(ids)
-                attempt.made += len(ids)
-                attempt.length += len(ids)
-        if output.finish_reason is not None:
-            self._finish(attempt, output, now)
-
-    def _prompt_done(self, attempt: Attempt, stats: border.PrefillStats, now: float) -> None:
-        attempt.prompt_done_at = now
-        attempt.cached_tokens = stats.num_local_cached_tokens
-        attempt.computed_tokens = stats.num_computed_tokens
-        if attempt.trace is not None and attempt.scheduled_at:
-            attempt.trace.chunk_begins(attempt.scheduled_at)
-            if stats.num_external_cached_tokens:
-                tokens = stats.num_external_cached_tokens
-                attempt.trace.add("transfer", attempt.scheduled_at, now, tokens, "hand-off")
-            else:
-                tokens = stats.num_computed_tokens
-                attempt.trace.add("prefill_chunk", attempt.scheduled_at, now, tokens)
-
-    def _finish(self, attempt: Attempt, output: CoreOutput, now: float) -> None:
-        if attempt.trace is not None and attempt.prompt_done_at:
-            attempt.trace.add("decode", attempt.prompt_done_at, now, attempt.made)
-        self._leave(attempt)
-        reason = output.finish_reason
-        if reason not in (border.STOP, border.LENGTH):
-            code = _UNAVAILABLE if reason == border.ABORT else _INTERNAL
-            failed = wire.StageFailed(
-                code=code,
-                reason="ENGINE",
-                message=f"vLLM ended the request: {'abort' if code == _UNAVAILABLE else 'error'}",
-                retryable=True,
-            )
-            self._answers.end(attempt, failed=failed)
-        elif attempt.stage is Stage.PREFILL:
-            self._hand_off(attempt, output, now)
-        else:
-            stop = output.stop_reason
-            finished = wire.StageFinished(
-                reason=inference.FINISH_REASON_STOP
-                if reason == border.STOP
-                else inference.FINISH_REASON_LENGTH,
-                stop_token_id=stop if isinstance(stop, int) else None,
-            )
-            self._answers.end(attempt, finished=finished)
-
-    def _hand_off(self, attempt: Attempt, output: CoreOutput, now: float) -> None:
-        age_ms = attempt.waited_ms + (now - attempt.received_at) * 1000
-        said = HandOff(output.kv_transfer_params, age_ms, self._placements.lease_ms)
-        try:
-            payload = hand_off.pack(said)
-        except hand_off.HandOffError as error:
-            self._answers.end(attempt, transfer_failed=wire.TransferFailed(message=str(error)))
-            return
-        engine = wire.EngineHandOff(connector=self._placements.connector, payload=payload)
-        self._answers.end(attempt, handed_off=wire.HandedOff(engine=engine))
-
-    def _leave(self, attempt: Attempt) -> None:
-        state = self._state
-        state.attempts.pop(attempt.id, None)
-        state.by_request.pop(attempt.request_id, None)
-        self._gate.remove(attempt)
-
     # -- the worker's commands ---------------------------------------------
 
     def serve(self, sink: OutputSink) -> None:
@@ -348,7 +277,12 @@ class CoreLoop:
 
     def submit(self, placement: Placement) -> None:
         """Answers a placement; where it is reserved, its stage will end once."""
-        prepared = self._placements.prepare(placement, self._state.attempts)
+        try:
+            prepared = self._placements.prepare(placement, self._state.attempts)
+        except Exception:
+            # Every placement is answered, also one that nobody thought of.
+            _log.exception("placement not taken generation=%s", placement.id.generation.hex())
+            prepared = Prepared(opening_of(placement), problem="the placement cannot be taken")
         attempt = prepared.attempt
         if attempt is None:
             self._answers.refused(
@@ -395,7 +329,7 @@ class CoreLoop:
                 self._tell_core(prepared.request)
             elif prepared is None:
                 aborted.append(attempt.request_id)
-            self._leave(attempt)
+            self._outputs.leave(attempt)
             self._answers.end(attempt, cancelled=wire.Cancelled())
         if aborted:
             self._state.aborting.update(aborted)

@@ -67,15 +67,18 @@ class Placements:
         adapters: Adapters,
         max_logprobs: int,
         lease_ms: float = 0.0,
+        seeded: bool = True,
     ) -> None:
         """`roots`: kvmesh.engine.core.chain.Chain of the model. `connector`: its name; empty:
-        there is none. `lease_ms`: how long it keeps a prompt's blocks; 0: not known."""
+        there is none. `lease_ms`: how long it keeps a prompt's blocks; 0: not known.
+        `seeded`: whether requests can have seeds."""
         self._geometry = geometry
         self._make = make
         self._cache = cache
         self._roots = roots
         self.connector = connector
         self.lease_ms = lease_ms
+        self._seeded = seeded
         self._adapters = adapters
         self._max_logprobs = max_logprobs
         self.waiting: dict[AttemptId, Prepared] = {}
@@ -84,16 +87,13 @@ class Placements:
     def prepare(self, placement: Placement, running: Container[AttemptId]) -> Prepared:
         """Checks a placement against the engine, and makes its request."""
         prompt = _prompt(placement)
-        generation, owner, number = placement.id
-        opening = wire.Opening(
-            generation=generation, owner=owner, attempt=number, stage=placement.stage.value
-        )
+        opening = opening_of(placement)
         try:
             self._check(placement, prompt, running)
             params, expired = self._transfer_params(placement)
             if expired:
                 # Nobody keeps the blocks for us any more: the prompt is computed here.
-                _log.info("hand-off expired generation=%s", generation.hex())
+                _log.info("hand-off expired generation=%s", placement.id.generation.hex())
                 params = None
             request, attempt = self._request(placement, prompt, params)
         except UnsupportedError as error:
@@ -162,6 +162,7 @@ class Placements:
             continuation,
             room=geometry.context_length - len(prompt),
             max_logprobs=self._max_logprobs,
+            seeded=self._seeded,
         )
         if params is not None:
             sampling["extra_args"] = {"kv_transfer_params": params}
@@ -221,6 +222,14 @@ class Placements:
         return request
 
 
+def opening_of(placement: Placement) -> wire.Opening:
+    """An answer to a placement, without the answer."""
+    generation, owner, number = placement.id
+    return wire.Opening(
+        generation=generation, owner=owner, attempt=number, stage=placement.stage.value
+    )
+
+
 def _prompt(placement: Placement) -> list[int]:
     """Prompt and output so far: to vLLM all of it is prompt."""
     if placement.prompt_ids is None:
@@ -236,6 +245,8 @@ def _prefill_only(request: CoreRequest) -> None:
     vLLM draws a token at the end, of which nobody is told: decode draws it.
     """
     sampling = request.sampling_params
+    sampling.temperature = 0.0
+    sampling.seed = None
     sampling.max_tokens = 1
     sampling.min_tokens = 0
     sampling.logprobs = None

@@ -46,12 +46,13 @@ class UnsupportedError(ValueError):
 
 
 def sampling_arguments(
-    continuation: wire.Continuation, *, room: int, max_logprobs: int
+    continuation: wire.Continuation, *, room: int, max_logprobs: int, seeded: bool = True
 ) -> dict[str, Any]:
     """Arguments of SamplingParams; "grammar" holds those of StructuredOutputsParams.
 
     `room`: tokens that the context leaves. Output so far is prompt to vLLM, so what
-    counts from the border on is reduced by it. Raises UnsupportedError.
+    counts from the border on is reduced by it. `seeded`: whether vLLM can draw by a seed of the
+    request's own. Raises UnsupportedError.
     """
     border = len(continuation.output_ids)
     given = continuation.sampling
@@ -75,7 +76,7 @@ def sampling_arguments(
         "detokenize": False,
         "skip_clone": True,
     }
-    if given.temperature > 0:
+    if given.temperature > 0 and seeded:
         # vLLM's draws go by their number in its request: after the border they
         # would be those of the first tokens again.
         arguments["seed"] = (given.seed + border * _SEED_STEP) & _SEED_MASK

@@ -248,6 +248,9 @@ def _built(
         adapters=adapters,
         max_logprobs=MAX_LOGPROBS,
         lease_ms=_lease_ms(config.kv_transfer_config, connector),
+        # vLLM's CPU build dies of a seeded prompt that it computes in more than one chunk
+        # (0.32: a generator of the CPU cannot be set back).
+        seeded=not vllm.on_cpu,
     )
     loop.attach(state, cache, placements)
     capabilities = _capabilities(config, geometry, served.digest, connector)
