@@ -53,9 +53,7 @@ class Request:
 def make_request(request_id, prompt, sampling, *, arrival_time, priority, cache_salt, adapter):
     """As the InputProcessor."""
     if sampling.get("top_k", 0) > 1000:
-        error = ValueError("top_k is too large")
-        error.parameter = "top_k"
-        raise error
+        raise border.RefusedError("top_k is too large", "top_k")
     params = SimpleNamespace(logprobs=None, structured_outputs=None, extra_args=None)
     params.__dict__.update(sampling)
     return Request(request_id, list(prompt), params, priority)

@@ -13,27 +13,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # Modules of the other tests: clusters, the harness of engines, and the reference.
-sys.path[:0] = [str(ROOT / name) for name in ("e2e", "engine", "equality")]
+sys.path[:0] = [str(ROOT / name) for name in ("vllm/live", "e2e", "engine", "equality")]
 
-from cluster import Cluster  # noqa: E402
 from engine_harness import Driver  # noqa: E402
+from workers import ARGUMENTS, MODEL, POOL_TOKENS, two_workers  # noqa: E402
 
 from kvmesh import models  # noqa: E402
-
-MODEL = "smollm2-135m"
-ARGUMENTS = {
-    "max_model_len": "512",
-    "enforce_eager": "true",
-    "max_num_seqs": "8",
-    "max_num_batched_tokens": "256",
-}
-POOL_TOKENS = 4096
-
-
-def flags(**more):
-    given = {**ARGUMENTS, **more}
-    arguments = [part for key, text in given.items() for part in ("--vllm-arg", f"{key}={text}")]
-    return ("--kv-pool-tokens", str(POOL_TOKENS), "--log-level", "warn", *arguments)
 
 
 @pytest.fixture(scope="session")
@@ -111,19 +96,8 @@ async def driver(one):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """A router, a prefill and a decode worker, KV by NIXL."""
-    cluster = Cluster(tmp_path_factory.mktemp("pair"))
-    try:
-        endpoint = cluster.start_router("--queue-timeout", "10m")
-        for name, role in (("p", "prefill"), ("d", "decode")):
-            cluster.begin_worker(name, role, *flags(), engine="vllm")
-        for name in ("p", "d"):
-            # Until it says that it serves: minutes, on a busy machine.
-            cluster.worker_address(name)
-        cluster.wait_live(endpoint, "p", "d")
+    with two_workers(tmp_path_factory.mktemp("pair")) as cluster:
         yield cluster
-    finally:
-        cluster.close()
 
 
 @pytest.fixture(scope="session", autouse=True)

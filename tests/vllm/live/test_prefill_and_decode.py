@@ -133,7 +133,7 @@ async def test_kv_that_does_not_come_is_computed_by_decode(pair, how) -> None:
 async def test_a_killed_worker_s_stream_is_finished_elsewhere(pair, endpoint) -> None:
     """Decode dies; prefill, which may do both now, goes on from the last token."""
     _set_role(pair, "p", wire.ROLE_BOTH)
-    pair.wait_table(endpoint, lambda table: table["p"].record.role == wire.ROLE_BOTH)
+    pair.wait_table(endpoint, lambda table: table["p"].load.role == wire.ROLE_BOTH)
     ids, tokens = list(range(5_000, 5_100)), 40
     async with kvmesh.AsyncClient(endpoint) as client:
         got: list[int] = []

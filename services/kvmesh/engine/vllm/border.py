@@ -32,6 +32,15 @@ class VllmError(Exception):
     """vLLM is not there, is another version, or did not start. The text is for people."""
 
 
+class RefusedError(ValueError):
+    """vLLM's own checks refuse a request."""
+
+    def __init__(self, message: str, parameter: str = "") -> None:
+        super().__init__(message)
+        self.parameter = parameter
+        """vLLM's name of what it refuses; empty: it does not say."""
+
+
 # -- what the engine core says -----------------------------------------------
 
 
@@ -189,7 +198,7 @@ class RequestMaker(Protocol):
         cache_salt: str,
         adapter: object | None,
     ) -> CoreRequest:
-        """Raises ValueError (`refused_parameter` says of what)."""
+        """Raises RefusedError."""
 
 
 # -- the package --------------------------------------------------------------
@@ -228,7 +237,7 @@ class Vllm:
         try:
             made = _module("vllm.engine.arg_utils").AsyncEngineArgs(**arguments)
             return cast("CoreConfig", made.create_engine_config())
-        except (TypeError, ValueError, OSError, RuntimeError, NotImplementedError) as error:
+        except (_own_error(), TypeError, ValueError, OSError, RuntimeError) as error:
             raise VllmError(f"vLLM refuses its arguments: {_short(error)}") from error
 
     def start_core(self, config: CoreConfig) -> CoreClient:
@@ -252,6 +261,7 @@ class Vllm:
         processor = _module("vllm.v1.engine.input_processor").InputProcessor(config, renderer)
         sampling_params = _module("vllm.sampling_params").SamplingParams
         structured = _module("vllm.sampling_params").StructuredOutputsParams
+        own_error = _own_error()
 
         def make(
             request_id: str,
@@ -264,20 +274,24 @@ class Vllm:
             adapter: object | None,
         ) -> CoreRequest:
             values = dict(sampling)
-            if grammar := values.pop("grammar", None):
-                values["structured_outputs"] = structured(**grammar)
             given: dict[str, Any] = {"type": "token", "prompt_token_ids": prompt}
             if cache_salt:
                 given["cache_salt"] = cache_salt
-            request = processor.process_inputs(
-                request_id,
-                given,
-                sampling_params(**values),
-                tuple(tasks),
-                arrival_time=arrival_time,
-                lora_request=adapter,
-                priority=priority,
-            )
+            try:
+                if grammar := values.pop("grammar", None):
+                    values["structured_outputs"] = structured(**grammar)
+                request = processor.process_inputs(
+                    request_id,
+                    given,
+                    sampling_params(**values),
+                    tuple(tasks),
+                    arrival_time=arrival_time,
+                    lora_request=adapter,
+                    priority=priority,
+                )
+            except (own_error, ValueError) as error:
+                parameter = str(getattr(error, "parameter", None) or "")
+                raise RefusedError(_short(error), parameter) from error
             return cast("CoreRequest", request)
 
         return make
@@ -305,11 +319,6 @@ def set_environment(values: Mapping[str, str]) -> None:
         os.environ.setdefault(name, value)
 
 
-def refused_parameter(error: Exception) -> str:
-    """vLLM's name of what it refused in a request; empty: it does not say."""
-    return str(getattr(error, "parameter", None) or "")
-
-
 def event_decoder() -> Callable[[bytes], Any]:
     """Of the payload of a KV cache event."""
     decode: Callable[[bytes], Any] = _module("msgspec.msgpack").decode
@@ -328,6 +337,11 @@ def zmq_names() -> Any:
 
 def _module(name: str) -> Any:
     return importlib.import_module(name)
+
+
+def _own_error() -> type[Exception]:
+    """What vLLM's own errors are kinds of."""
+    return cast("type[Exception]", _module("vllm.exceptions").VLLMError)
 
 
 def _short(error: Exception) -> str:

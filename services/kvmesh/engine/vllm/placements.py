@@ -11,6 +11,7 @@ from typing import Any
 
 from kvmesh._router import chain_values
 from kvmesh.engine.contract import AttemptId, Placement, Stage
+from kvmesh.engine.core.chain import Chain
 from kvmesh.engine.vllm import border, hand_off
 from kvmesh.engine.vllm.attempts import Attempt
 from kvmesh.engine.vllm.border import CoreRequest, RequestMaker
@@ -61,7 +62,7 @@ class Placements:
         geometry: Geometry,
         make: RequestMaker,
         cache: VllmCache,
-        roots: Any,
+        roots: Chain,
         *,
         connector: str,
         adapters: Adapters,
@@ -69,7 +70,7 @@ class Placements:
         lease_ms: float = 0.0,
         seeded: bool = True,
     ) -> None:
-        """`roots`: kvmesh.engine.core.chain.Chain of the model. `connector`: its name; empty:
+        """`roots`: of the model and its adapters. `connector`: its name; empty:
         there is none. `lease_ms`: how long it keeps a prompt's blocks; 0: not known.
         `seeded`: whether requests can have seeds."""
         self._geometry = geometry
@@ -177,9 +178,8 @@ class Placements:
                 cache_salt=continuation.cache_salt,
                 adapter=self._adapters.requests.get(continuation.adapter),
             )
-        except ValueError as error:
-            name = border.refused_parameter(error)
-            path = FIELDS.get(name, "grammar" if "grammar" in sampling else "")
+        except border.RefusedError as error:
+            path = FIELDS.get(error.parameter, "grammar" if "grammar" in sampling else "")
             raise UnsupportedError(path, f"vLLM refuses the request: {error}") from error
         if placement.stage is Stage.PREFILL:
             _prefill_only(request)

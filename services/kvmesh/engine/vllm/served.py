@@ -7,6 +7,7 @@ import ipaddress
 import socket
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,18 +89,24 @@ def build(
         vllm = border.load()
         # A folder that only this user can enter.
         folder = Path(tempfile.mkdtemp(prefix="kvmesh-vllm-"))
-        guard = Guard(folder)
-        endpoints = _endpoints(folder)
-        arguments = _arguments(settings, vllm, own, served, endpoints)
-        config = vllm.configure(arguments)
-        if vllm.on_cpu and not set(_MEMORY) & set(arguments):
-            _size_pool(config, settings.kv_pool_tokens)
-        progress(f"vllm: {_described(arguments)}")
-        loop = CoreLoop(
-            vllm, config, endpoints if config.cache_config.enable_prefix_caching else None
-        )
-        started = loop.start_core()
-        return _built(settings, vllm, served, own, loop, started.tasks, config, guard, progress)
+        with ExitStack() as stack:
+            guard = Guard(folder)
+            stack.callback(guard.close)
+            endpoints = _endpoints(folder)
+            arguments = _arguments(settings, vllm, own, served, endpoints)
+            config = vllm.configure(arguments)
+            if vllm.on_cpu and not set(_MEMORY) & set(arguments):
+                _size_pool(config, settings.kv_pool_tokens)
+            progress(f"vllm: {_described(arguments)}")
+            caches = bool(config.cache_config.enable_prefix_caching)
+            loop = CoreLoop(vllm, config, endpoints if caches else None)
+            stack.callback(loop.stop)
+            tasks = loop.start_core().tasks
+            parts = _Parts(vllm, config, served, _adapters(vllm, own), tasks)
+            built = _built(parts, settings.served_name, loop, guard, progress)
+            # It is the engine's to close them from here on.
+            stack.pop_all()
+            return built
     except (border.VllmError, ArgumentError, ModelError) as error:
         raise SettingError(str(error)) from error
 
@@ -204,70 +211,91 @@ def _size_pool(config: border.CoreConfig, tokens: int) -> None:
     cache.kv_cache_memory_bytes = blocks * cache.block_size * size
 
 
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What an engine is made of, once its core has started."""
+
+    vllm: border.Vllm
+    config: border.CoreConfig
+    served: ServedModel
+    adapters: Adapters
+    tasks: tuple[str, ...]
+
+    @property
+    def connector(self) -> str:
+        """Name of the KV connector; empty: there is none."""
+        return str(getattr(self.config.kv_transfer_config, "kv_connector", None) or "")
+
+
 def _built(
-    settings: WorkerSettings,
-    vllm: border.Vllm,
-    served: ServedModel,
-    own: OwnArguments,
+    parts: _Parts,
+    served_name: str,
     loop: CoreLoop,
-    tasks: tuple[str, ...],
-    config: border.CoreConfig,
     guard: Guard,
     progress: Callable[[str], None],
 ) -> BuiltEngine:
-    model, cache_config = config.model_config, config.cache_config
+    geometry, served = _geometry(parts.config), parts.served
+    chain = Chain(served.digest, parts.adapters.digests)
+    cache = VllmCache(chain.root, geometry.pool_blocks)
+    step_model = wire.StepModel()
+    state = State(geometry, step_model)
+    loop.attach(state, cache, _placements(parts, geometry, cache, chain))
+    progress(
+        f"KV pool: {geometry.pool_blocks} blocks of {geometry.block_tokens} tokens, "
+        + (f"connector {parts.connector}" if parts.connector else "no connector")
+    )
+    record = wire.ModelRecord(
+        name=served_name or served.name,
+        digest=served.digest,
+        context_length=geometry.context_length,
+        vocabulary_size=geometry.vocabulary_size,
+        end_of_text_ids=served.end_of_text_ids,
+        adapters=parts.adapters.digests,
+    )
+    capabilities = _capabilities(parts.config, geometry, served.digest, parts.connector)
+    engine = VllmEngine(loop, state, cache, capabilities, step_model, guard)
+    return BuiltEngine(engine, record, TokenizerFiles.read(served.folder))
+
+
+def _geometry(config: border.CoreConfig) -> Geometry:
+    model, cache = config.model_config, config.cache_config
     geometry = Geometry(
-        pool_blocks=max(1, int(cache_config.num_gpu_blocks) - 1),
-        block_tokens=int(cache_config.block_size),
+        # One block is vLLM's own.
+        pool_blocks=max(1, int(cache.num_gpu_blocks) - 1),
+        block_tokens=int(cache.block_size),
         step_tokens=int(config.scheduler_config.max_num_batched_tokens),
         context_length=int(model.max_model_len),
         vocabulary_size=int(model.get_vocab_size()),
     )
     if geometry.block_tokens % 16:
-        raise SettingError(
+        raise ArgumentError(
             f"vllm_arg block_size is {geometry.block_tokens}; allowed are multiples of 16"
         )
-    adapters = Adapters(
+    return geometry
+
+
+def _adapters(vllm: border.Vllm, own: OwnArguments) -> Adapters:
+    numbered = enumerate(sorted(own.adapters.items()), start=1)
+    return Adapters(
         {name: _folder_digest(folder) for name, folder in own.adapters.items()},
-        {
-            name: vllm.adapter(name, number, str(folder))
-            for number, (name, folder) in enumerate(sorted(own.adapters.items()), start=1)
-        },
+        {name: vllm.adapter(name, number, str(folder)) for number, (name, folder) in numbered},
     )
-    chain = Chain(served.digest, adapters.digests)
-    cache = VllmCache(chain.root, geometry.pool_blocks)
-    step_model = wire.StepModel()
-    state = State(geometry, step_model)
-    connector = str(getattr(config.kv_transfer_config, "kv_connector", None) or "")
-    placements = Placements(
+
+
+def _placements(parts: _Parts, geometry: Geometry, cache: VllmCache, chain: Chain) -> Placements:
+    return Placements(
         geometry,
-        vllm.request_maker(config, tasks),
+        parts.vllm.request_maker(parts.config, parts.tasks),
         cache,
         chain,
-        connector=connector,
-        adapters=adapters,
+        connector=parts.connector,
+        adapters=parts.adapters,
         max_logprobs=MAX_LOGPROBS,
-        lease_ms=_lease_ms(config.kv_transfer_config, connector),
+        lease_ms=_lease_ms(parts.config.kv_transfer_config, parts.connector),
         # vLLM's CPU build dies of a seeded prompt that it computes in more than one chunk
         # (0.32: a generator of the CPU cannot be set back).
-        seeded=not vllm.on_cpu,
+        seeded=not parts.vllm.on_cpu,
     )
-    loop.attach(state, cache, placements)
-    capabilities = _capabilities(config, geometry, served.digest, connector)
-    progress(
-        f"KV pool: {geometry.pool_blocks} blocks of {geometry.block_tokens} tokens"
-        + (f", connector {connector}" if connector else ", no connector")
-    )
-    record = wire.ModelRecord(
-        name=settings.served_name or served.name,
-        digest=served.digest,
-        context_length=geometry.context_length,
-        vocabulary_size=geometry.vocabulary_size,
-        end_of_text_ids=served.end_of_text_ids,
-        adapters=adapters.digests,
-    )
-    engine = VllmEngine(loop, state, cache, capabilities, step_model, guard)
-    return BuiltEngine(engine, record, TokenizerFiles.read(served.folder))
 
 
 def _lease_ms(config: Any, connector: str) -> float:
