@@ -1,10 +1,10 @@
 """The engine contract (engine/contract.py), kept by vLLM."""
 
-import asyncio
 import json
 
 import pytest
 from engine_harness import apply, chains_of, until
+from in_process import ended, place
 from seeded_prompts import seeded_prompts
 from streams import MARGIN, first_difference
 from tokenizers import Tokenizer
@@ -12,12 +12,6 @@ from tokenizers import Tokenizer
 from kvmesh.engine.contract import CLEARED, STORED
 from kvmesh.v1 import inference_pb2 as inference
 from kvmesh.v1 import worker_pb2 as wire
-
-GREEDY = {"sampling": wire.ResolvedSampling(top_p=1.0, repetition_penalty=1.0)}
-
-
-def place(driver, ids, **more):
-    return driver.place(list(ids), **{**GREEDY, **more})
 
 
 @pytest.fixture
@@ -28,16 +22,6 @@ def prompts(folder):
 @pytest.fixture
 def text(folder):
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-
-async def ended(attempt, name="finished"):
-    async with asyncio.timeout(120):
-        while attempt.end is None and not attempt.refused:
-            attempt.changed.clear()
-            await attempt.changed.wait()
-    assert not attempt.refused, attempt.opening
-    assert attempt.end.WhichOneof("end") == name, attempt.end
-    return attempt
 
 
 async def test_batched_prompts_give_the_tokens_of_transformers(driver, prompts, reference) -> None:
