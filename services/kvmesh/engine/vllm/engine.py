@@ -46,6 +46,7 @@ class Guard:
 
     def close(self) -> None:
         """Ends what is left, and the guard."""
+        os.environ.pop(_MARK, None)
         if self._process.stdin is not None:
             self._process.stdin.close()
         self._process.wait(_GUARD_S)

@@ -19,7 +19,7 @@ from pathlib import Path
 def marked(mark: bytes) -> list[int]:
     """Processes that have this in their environment."""
     found = []
-    for folder in Path("/proc").iterdir():
+    for folder in Path("/proc").glob("[0-9]*"):
         if not folder.name.isdigit() or int(folder.name) == os.getpid():
             continue
         try:
