@@ -17,7 +17,11 @@ async def test_prompts_are_handed_over_by_files(tmp_path, folder, reference) -> 
         "kv_connector_extra_config": {"shared_storage_path": str(shared)},
     }
     prompts = seeded_prompts(folder, 4, 40, 120)
-    with two_workers(tmp_path / "cluster", kv_transfer_config=json.dumps(config)) as cluster:
+    # It writes what one step computed of a prompt, and dies of less than all of it.
+    whole = {"max_num_batched_tokens": "512", "max_num_seqs": "1"}
+    with two_workers(
+        tmp_path / "cluster", kv_transfer_config=json.dumps(config), **whole
+    ) as cluster:
         # The files' names go by tokens alone, not by salts.
         results = await ask_all(cluster.endpoints[0], prompts, TOKENS, "files", sampled=False)
         cluster.wait_empty("p", "d")

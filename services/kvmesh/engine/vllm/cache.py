@@ -19,7 +19,7 @@ from kvmesh.engine.core.cache_events import CacheJournal
 
 _log = logging.getLogger(__name__)
 
-_DEVICE = (None, "GPU", "CPU_DEVICE")
+_DEVICE = (None, "GPU")
 """Media that are the device's own memory; vLLM's CPU build says GPU, too."""
 
 _PART_BLOCKS = 1024
