@@ -113,7 +113,8 @@ def measure(setting: Setting, plan: Plan) -> Measured:
         warm_up(cluster)
         for number in range(plan.rounds):
             say(f"({setting.key}) round {number + 1} of {plan.rounds}")
-            seed = f"vllm/{number}"
+            # Those of isolation.py: its figures are of the same turns.
+            seed = f"isolation/{number}"
             measured.alone.append(run_phase(cluster, plan, plan.alone_s, seed, 0))
             measured.storm.append(run_phase(cluster, plan, plan.storm_s, seed, 1))
     return measured
@@ -151,7 +152,7 @@ def main() -> int:
     plan = Plan(3, 60.0, 120.0, args.document, 0, 0.0)
     keys = ["own", "chunks", "pd"]
     if args.quick:
-        plan, keys = Plan(1, 10.0, 15.0, min(args.document, 500), 0, 0.0), keys[1:]
+        plan, keys = Plan(1, 12.0, 18.0, min(args.document, 500), 0, 0.0), keys[1:]
     chosen = settings(args.chunk)
     measured = {key: measure(chosen[key], plan) for key in keys}
     rows = [row for one in measured.values() for row in chat_rows(one)]
