@@ -100,7 +100,9 @@ class VllmEngine:
         """Takes a placement; its `Opening` goes to the sink."""
         self._loop.post(lambda core: core.submit(placement))
 
-    def hand_over(self, attempt: AttemptId, next_attempt: int, hand_off: wire.HandOff) -> None:
+    def hand_over(
+        self, attempt: AttemptId, next_attempt: int, hand_off: wire.HandOff, border: int
+    ) -> None:
         """Nothing: a running stream finishes where it is, and there is no mesh transfer."""
 
     def cancel(self, attempts: Iterable[AttemptId]) -> None:
