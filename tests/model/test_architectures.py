@@ -173,6 +173,30 @@ def test_a_mirror_sees_blocks_that_came_from_elsewhere(tmp_path):
     assert there.output == here.output
 
 
+def test_blocks_whose_copy_failed_are_copied_again(tmp_path, monkeypatch):
+    make("llama", tmp_path)
+    driver = driven(tmp_path, "cpu")
+    runner = driver.runner
+    shape = KvShape.of(models.load_config(tmp_path), 16)
+    kv = TorchKv(shape, driver.pool, torch.float32, torch.device("cpu"), mirror=True)
+    stream = driver.stream(list(range(50)), 9)
+    driver.generate([stream], 4, 64)
+    done, output = stream.done, list(stream.output)
+    (expected,) = driver.generate([stream], 9, 64)
+    stream.done, stream.output = done, output
+    runner._kv = kv
+
+    def fails(*_):
+        raise torch.cuda.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kv._mirror, "_parts", fails)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            driver.step([stream], 64)
+    stream.done = done
+    assert driver.generate([stream], 9, 64) == [expected]
+
+
 def driver_stream_at(stream, prompt):
     """Another sequence in the same blocks."""
     return type(stream)(prompt, stream.blocks)

@@ -10,7 +10,7 @@ pub const DOMAIN: &str = "kvmesh";
 /// Longest message that a status carries, in bytes.
 const MAX_MESSAGE: usize = 1024;
 /// Most violations that one status names.
-const MAX_VIOLATIONS: usize = 16;
+pub(crate) const MAX_VIOLATIONS: usize = 16;
 
 /// Shortest and longest time after which a client is told to try again.
 pub(crate) const RETRY_AFTER: (Duration, Duration) =

@@ -7,7 +7,7 @@ use http_body_util::BodyExt;
 use hyper::body::{Body as _, Incoming};
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::{Admitted, Door, Permit, Refused};
+use super::{Admitted, Door, PERMIT_BYTES, Permit, Refused};
 use crate::{error::RequestError, serve::grpc, telemetry::Step};
 
 /// JSON is read in the time that a byte of text takes to be tokenised: some 1 ns
@@ -61,14 +61,18 @@ impl Door {
         let mut permit = self.permit(told.unwrap_or(0))?;
         let first = usize::try_from(told.unwrap_or(0).min(AT_ONCE)).unwrap_or(0);
         let mut bytes = BytesMut::with_capacity(first);
+        // Of an untold length: what the permit is for by now.
+        let mut charged = 0;
         while let Some(frame) = body.frame().await {
             let frame = frame.map_err(|error| RequestError::Malformed(error.to_string()))?;
             let data = frame.into_data().unwrap_or_default();
             if (bytes.len() + data.len()) as u64 > limit {
                 return Err(RequestError::MessageTooLarge { limit });
             }
-            if told.is_none() {
-                permit.merge(self.permit(data.len() as u64)?);
+            let total = (bytes.len() + data.len()) as u64;
+            if told.is_none() && total - charged >= PERMIT_BYTES {
+                permit.merge(self.permit(total - charged)?);
+                charged = total;
             }
             bytes.extend_from_slice(&data);
         }

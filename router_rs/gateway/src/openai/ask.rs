@@ -21,8 +21,11 @@ const COMPLETION_TOKENS: u32 = 16;
 /// What a call asks for.
 #[derive(Debug)]
 pub(super) struct Asked {
-    /// One a prompt.
-    pub(super) requests: Vec<v1::GenerateRequest>,
+    /// Without its input.
+    pub(super) request: v1::GenerateRequest,
+    /// One a prompt. They meet the rest one by one: what the first is refused for is not
+    /// copied for the others.
+    pub(super) inputs: Vec<Input>,
     /// Answers to each.
     pub(super) n: u32,
     pub(super) shape: Shape,
@@ -87,12 +90,9 @@ pub(super) fn ask(face: Face, mut fields: Fields) -> Result<Asked, RequestError>
         grammar: grammar(fields.response_format.take())?,
         ..v1::GenerateRequest::default()
     };
-    let with = |input| v1::GenerateRequest {
-        input: Some(input),
-        ..request.clone()
-    };
     Ok(Asked {
-        requests: inputs.into_iter().map(with).collect(),
+        request,
+        inputs,
         n,
         shape,
     })
@@ -328,7 +328,11 @@ mod tests {
     }
 
     fn one(face: Face, body: &Value) -> v1::GenerateRequest {
-        asked(face, body).unwrap().requests.pop().unwrap()
+        let mut asked = asked(face, body).unwrap();
+        v1::GenerateRequest {
+            input: asked.inputs.pop(),
+            ..asked.request
+        }
     }
 
     #[test]
@@ -392,11 +396,11 @@ mod tests {
     fn several_prompts_are_several_requests_with_n_answers_each() {
         let body = json!({"prompt": [[1, 2], [3]], "n": 3});
         let asked = asked(Face::Completion, &body).unwrap();
-        let ids = |request: &v1::GenerateRequest| match request.input.clone().unwrap() {
+        let ids = |input| match input {
             Input::TokenIds(ids) => ids.ids,
             other => panic!("{other:?}"),
         };
-        let all: Vec<_> = asked.requests.iter().map(ids).collect();
+        let all: Vec<_> = asked.inputs.into_iter().map(ids).collect();
         assert_eq!((all, asked.n), (vec![vec![1, 2], vec![3]], 3));
     }
 

@@ -8,7 +8,7 @@ use tonic::Code;
 
 use super::JSON;
 use crate::{
-    error::{RequestError, Violations, cut},
+    error::{MAX_VIOLATIONS, RequestError, Violations, cut},
     serve::body::ResponseBody,
 };
 
@@ -181,6 +181,7 @@ fn words(error: &RequestError) -> (String, Option<String>) {
         RequestError::Invalid(Violations(all)) => {
             let said: Vec<String> = all
                 .iter()
+                .take(MAX_VIOLATIONS)
                 .map(|one| format!("{}: {}", param(&one.field), one.description))
                 .collect();
             let first = all.first().map(|one| param(&one.field));

@@ -28,12 +28,12 @@ const BUFFER_BYTES: usize = 2 << 10;
 
 /// A choice of a stream.
 struct Choice {
-    generation: Generation,
+    /// Until it has ended: what ended waits for no client, and is no longer its tenant's.
+    generation: Option<Generation>,
     chunks: ChoiceChunks,
     /// Where log-probabilities are wanted.
     scribe: Option<Scribe>,
     begun: bool,
-    ended: bool,
     first_of_prompt: bool,
 }
 
@@ -62,6 +62,8 @@ pub(crate) struct Events {
     usage: Usage,
     /// Choices that have not ended.
     open: usize,
+    /// The choice that a frame begins with.
+    next: usize,
     /// Frames are cut from its front, as in `GenerateBody`.
     buffer: BytesMut,
     silence: Option<Silence>,
@@ -79,16 +81,16 @@ impl Events {
         keep_alive: Duration,
     ) -> Self {
         let choice = |(index, (generation, scribe))| Choice {
-            generation,
+            generation: Some(generation),
             chunks: chunks.choice(face, index),
             scribe,
             begun: false,
-            ended: false,
             first_of_prompt: index % n == 0,
         };
         let choices: Vec<Choice> = generations.into_iter().enumerate().map(choice).collect();
         Self {
             open: choices.len(),
+            next: 0,
             choices,
             chunks,
             usage: Usage::default(),
@@ -100,7 +102,11 @@ impl Events {
 
     /// Said when the client reads nothing for too long.
     pub(super) fn given_up(&self) -> impl Iterator<Item = GivenUp> {
-        self.choices.iter().map(|one| one.generation.given_up())
+        let running = self
+            .choices
+            .iter()
+            .filter_map(|one| one.generation.as_ref());
+        running.map(Generation::given_up)
     }
 
     /// Waits for the first event, or for the first sign of life in its place.
@@ -146,15 +152,22 @@ impl Events {
     fn fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), RequestError>> {
         loop {
             let mut more = false;
-            for choice in &mut self.choices {
-                while !choice.ended && self.buffer.len() < FRAME_BYTES {
+            let count = self.choices.len();
+            let first = self.next;
+            for at in (first..first + count).map(|at| at % count) {
+                let choice = &mut self.choices[at];
+                while choice.generation.is_some() && self.buffer.len() < FRAME_BYTES {
                     match choice.poll(cx, &mut self.buffer) {
                         // Its message held all that was pending: nothing is to be
                         // waited for behind it.
                         Poll::Ready(Some(Ok(Wrote::Tokens))) => {
                             more = true;
-                            if let Some(silence) = &mut self.silence {
-                                silence.since = choice.generation.taken();
+                            // Where a frame holds not all of them, the others are in the next.
+                            self.next = (at + 1) % count;
+                            if let (Some(silence), Some(taken)) =
+                                (&mut self.silence, choice.taken())
+                            {
+                                silence.since = taken;
                             }
                             break;
                         }
@@ -164,7 +177,7 @@ impl Events {
                         Poll::Ready(Some(Ok(Wrote::Nothing))) => {}
                         Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(error)),
                         Poll::Ready(None) => {
-                            choice.ended = true;
+                            choice.generation = None;
                             self.open -= 1;
                         }
                         Poll::Pending => break,
@@ -197,6 +210,11 @@ impl Events {
 }
 
 impl Choice {
+    /// When its last tokens were taken.
+    fn taken(&self) -> Option<Instant> {
+        self.generation.as_ref().map(Generation::taken)
+    }
+
     /// Writes its next message.
     fn poll(
         &mut self,
@@ -210,6 +228,9 @@ impl Choice {
             begun,
             ..
         } = self;
+        let Some(generation) = generation else {
+            return Poll::Ready(None);
+        };
         generation.poll(cx, |message| {
             let begin = |begun: &mut bool, out: &mut BytesMut| {
                 if !std::mem::replace(begun, true) {

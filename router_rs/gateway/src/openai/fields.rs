@@ -135,6 +135,16 @@ pub(super) struct JsonSchema {
     pub(super) schema: Option<Value>,
 }
 
+/// What is wrong with a body, without what it says: that may be a prompt, and errors are
+/// logged.
+fn needed(error: &serde_json::Error) -> String {
+    let said = error.to_string();
+    match said.rsplit_once(", expected ") {
+        Some((_, needed)) => format!("needed is {needed}"),
+        None => said,
+    }
+}
+
 impl Fields {
     /// Reads a body.
     ///
@@ -148,8 +158,8 @@ impl Fields {
             .deserialize(&mut json)
             .and_then(|fields| json.end().map(|()| fields));
         read.map_err(|error| match reading.field.take() {
-            Some(field) if error.is_data() => RequestError::invalid(field, error.to_string()),
-            _ => RequestError::Malformed(error.to_string()),
+            Some(field) if error.is_data() => RequestError::invalid(field, needed(&error)),
+            _ => RequestError::Malformed(needed(&error)),
         })
     }
 
@@ -281,6 +291,22 @@ mod tests {
                 matches!(error, RequestError::Malformed(_)),
                 "{body}: {error}"
             );
+        }
+    }
+
+    /// Errors are logged, and a prompt is not.
+    #[test]
+    fn an_error_says_nothing_of_what_a_field_held() {
+        for body in [
+            r#"{"messages": "a secret, expected by nobody"}"#,
+            r#"{"messages": [{"role": "user", "content": {"a secret": 1}}]}"#,
+            r#"{"temperature": "a secret"}"#,
+            r#"{"prompt": {"a secret": 1}}"#,
+            r#"{"stream_options": "a secret"}"#,
+            r#""a secret""#,
+        ] {
+            let error = Fields::read(body.as_bytes()).unwrap_err().to_string();
+            assert!(!error.contains("secret"), "{error}");
         }
     }
 

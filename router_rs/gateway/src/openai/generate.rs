@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+use kvmesh_wire::v1;
 
 use super::{
     Face,
@@ -102,15 +103,19 @@ async fn open(
     (caller, visit): (Caller, Visit),
 ) -> Result<Opened, Refused> {
     let invalid = |error| (Step::Validate, error);
-    let mut asked = ask::ask(face, fields).map_err(invalid)?;
-    let asked_for = asked.requests[0].model.clone();
+    let asked = ask::ask(face, fields).map_err(invalid)?;
+    let asked_for = asked.request.model.clone();
     let named = models::named(&shared.mesh, &asked_for).map_err(invalid)?;
     let model = shared.mesh.model(&named.model).map_err(invalid)?;
     let mut visit = Some(visit);
     let mut streams = Vec::new();
-    for mut request in asked.requests.drain(..) {
-        request.model.clone_from(&named.model);
-        request.adapter.clone_from(&named.adapter);
+    for input in asked.inputs {
+        let request = v1::GenerateRequest {
+            model: named.model.clone(),
+            adapter: named.adapter.clone(),
+            input: Some(input),
+            ..asked.request.clone()
+        };
         // Each answer is one of its tenant's; the call's own is the first.
         let mut visits = Vec::with_capacity(asked.n as usize);
         for _ in 0..asked.n {

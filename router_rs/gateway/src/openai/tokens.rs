@@ -95,6 +95,16 @@ pub(super) async fn detokenize(shared: &Arc<Shared>, call: Call) -> Result<Detok
     let ids = fields
         .tokens
         .ok_or_else(|| invalid(RequestError::invalid("tokens", "required")))?;
+    let context = shared
+        .mesh
+        .model(&model)
+        .map_err(invalid)?
+        .record
+        .context_length;
+    if ids.len() > context as usize {
+        let allowed = format!("{} ids; the context has {context}", ids.len());
+        return Err(invalid(RequestError::invalid("tokens", allowed)));
+    }
     let prompt = shared.door.detokenize(&model, permit.around(ids)).await?;
     Ok(Detokenized { prompt })
 }

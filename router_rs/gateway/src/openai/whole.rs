@@ -47,12 +47,12 @@ struct Message {
 
 /// A choice as it comes.
 struct Coming {
-    generation: Generation,
+    /// Until it has ended: what ended is not waited for, and is no longer its tenant's.
+    generation: Option<Generation>,
     scribe: Option<Scribe>,
     logprobs: Option<Logprobs>,
     text: String,
     end: Option<End>,
-    ended: bool,
 }
 
 /// Waits for the end of all; `n` of them answer a prompt each.
@@ -66,12 +66,11 @@ pub(super) async fn gather(
     head: Head,
 ) -> Result<Whole, RequestError> {
     let coming = |(generation, scribe): (Generation, Option<Scribe>)| Coming {
-        generation,
+        generation: Some(generation),
         logprobs: scribe.as_ref().map(Scribe::empty),
         scribe,
         text: String::new(),
         end: None,
-        ended: false,
     };
     let mut all: Vec<Coming> = generations.into_iter().map(coming).collect();
     let mut usage = Usage::default();
@@ -108,19 +107,18 @@ impl Coming {
         usage: &mut Usage,
         first_of_prompt: bool,
     ) -> Poll<Result<(), RequestError>> {
-        while !self.ended {
-            let Self {
-                generation,
-                scribe,
-                logprobs,
-                text,
-                end,
-                ..
-            } = self;
+        let Self {
+            generation: coming,
+            scribe,
+            logprobs,
+            text,
+            end,
+        } = self;
+        while let Some(generation) = coming {
             let polled = generation.poll(cx, |message| match &message.event {
                 Some(Event::Tokens(tokens)) => {
                     text.push_str(&tokens.text);
-                    if let (Some(scribe), Some(logprobs)) = (scribe, logprobs) {
+                    if let (Some(scribe), Some(logprobs)) = (scribe.as_mut(), logprobs.as_mut()) {
                         scribe.add(tokens, logprobs);
                     }
                 }
@@ -135,7 +133,7 @@ impl Coming {
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(error)),
                 Poll::Ready(Some(Ok(()))) => {}
-                Poll::Ready(None) => self.ended = true,
+                Poll::Ready(None) => *coming = None,
             }
         }
         Poll::Ready(Ok(()))

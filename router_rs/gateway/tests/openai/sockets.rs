@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::{
     common::Mesh,
-    http1::{CHAT, COMPLETIONS, Http1, post},
+    http1::{CHAT, COMPLETIONS, Http1, post, said},
 };
 
 const HOUR: Duration = Duration::from_secs(3_600);
@@ -92,6 +92,30 @@ async fn who_never_reads_loses_the_connection_and_holds_nothing() {
         read.push_str(&chunk);
     }
     assert!(!read.contains("[DONE]"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_that_has_ended_waits_for_no_client_while_others_run() {
+    let paced = MockConfig {
+        step: Duration::from_millis(1),
+        ..MockConfig::default()
+    };
+    // Clients are looked at once a second: the second answer takes some of those.
+    let mesh = Mesh::start(vec![paced], json!({"slow_client_timeout": "300ms"})).await;
+    let (short, long, tokens) = ([5, 6, 7], [9, 8], 3_000);
+    let made = mesh.workers[0].tokens();
+    let (stop, answer) = (
+        made.expected_text(&short, 3),
+        made.expected_text(&long, tokens),
+    );
+    assert!(!answer.contains(&stop));
+    let body = json!({"prompt": [short, long], "max_tokens": tokens, "stream": true,
+        "stop": stop});
+    let events = post(&mesh, COMPLETIONS, &body).await.events();
+    assert_eq!(said(&events, 0), "");
+    assert_eq!(said(&events, 1), answer);
+    all_gone(&mesh).await;
+    mesh.wait_figure("kvmesh_slow_clients_total", 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

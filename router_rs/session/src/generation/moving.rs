@@ -180,10 +180,15 @@ impl Generation {
         first_index: u32,
         count: u32,
     ) -> Result<Taken, Violation> {
+        let most = self.max_tokens;
         let Some(moving) = &mut self.moving else {
             return Ok(Taken::Stale);
         };
         moving.expect(from, Stage::Decode)?;
+        // Before the stream counts as moved: a violation leaves all as it was.
+        if first_index.saturating_add(count) > most {
+            return Err(Violation::TooManyTokens(most));
+        }
         let (before, seen) = moving.receiver.tokens(first_index, count)?;
         self.take_over(At::Ended);
         self.taken(before, seen)

@@ -77,11 +77,12 @@ class Mirror:
         slots = np.unique(np.concatenate((read, written)))
         versions = np.array([self._pool.slot_version(int(slot)) for slot in slots], dtype=np.int64)
         stale = versions != self._versions[slots]
-        self._versions[slots] = versions
         for part in self._parts(np.intersect1d(slots[stale], read)):
             staged = self._staging[: len(part)]
             torch.index_select(self._host, 0, part, out=staged)
             self.blocks[part.to(self.blocks.device)] = staged.to(self.blocks.device)
+        # Not before all are here: a batch whose copy failed is tried again.
+        self._versions[slots] = versions
 
     def take_blocks(self, slots: Slots) -> None:
         """Copies whole blocks out to the pool."""

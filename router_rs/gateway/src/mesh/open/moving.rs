@@ -107,6 +107,11 @@ impl Open {
         true
     }
 
+    /// Nobody could take the stream over: it is not tried again for a moment.
+    pub(in crate::mesh) fn looks_again(&self, now: Instant) {
+        self.lock().tried.again = Some(now + PAUSE);
+    }
+
     /// The stream is at its target: that is where its attempt runs, no longer `before`.
     pub(super) fn moved(&self, state: &mut State, before: Fence) {
         let Some(moving) = state.moving.take() else {

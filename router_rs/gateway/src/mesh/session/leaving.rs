@@ -68,6 +68,8 @@ impl Session {
                 Ok(()) => room -= 1,
                 Err(why) => {
                     without += 1;
+                    // The next looks try others: room for those may be there.
+                    open.looks_again(now);
                     if leaving.stay.insert(open.id) {
                         let worker = self.worker.name();
                         tracing::info!(
