@@ -176,7 +176,7 @@ async fn a_body_is_refused_by_its_length_before_it_is_sent_and_while_it_grows() 
         .send(&head("transfer-encoding: chunked"), chunk.as_bytes())
         .await;
     for _ in 0..2 {
-        connection.send("", chunk.as_bytes()).await;
+        connection.offer(chunk.as_bytes()).await;
     }
     let (status, code, _) = connection.answer().await.error();
     // The budget of these settings is as large as one message.

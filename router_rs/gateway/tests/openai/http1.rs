@@ -1,6 +1,6 @@
 //! HTTP/1.1 by hand: a test decides what is sent, what is read, and when it goes.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, io::ErrorKind};
 
 use serde_json::Value;
 use tokio::{
@@ -94,6 +94,14 @@ impl Http1 {
     pub(crate) async fn send(&mut self, head: &str, body: &[u8]) {
         self.socket.write_all(head.as_bytes()).await.unwrap();
         self.socket.write_all(body).await.unwrap();
+    }
+
+    /// Sends more of a body, which may have been refused, and its connection closed, by then.
+    pub(crate) async fn offer(&mut self, body: &[u8]) {
+        if let Err(error) = self.socket.write_all(body).await {
+            let closed = [ErrorKind::BrokenPipe, ErrorKind::ConnectionReset];
+            assert!(closed.contains(&error.kind()), "{error}");
+        }
     }
 
     /// Posts an object, with more headers.
