@@ -62,6 +62,9 @@ SETTINGS = (
 )
 
 
+_SIGNAL_S = 0.5
+"""Longest that Ctrl-C is not seen."""
+
 _NOT_WITH_UP = (Setting("api_keys", ""), Setting("tls_cert", ""))
 """Settings of routers that others reach."""
 
@@ -205,7 +208,8 @@ def _serve(cluster: Cluster, args: argparse.Namespace) -> int:
     )
     while True:
         try:
-            cluster.children.wait()
+            # Not for ever: a signal that comes just before the wait is seen only after it.
+            cluster.children.wait(_SIGNAL_S)
         except ChildDiedError as error:
             # The mesh lives on without a worker; not without its router.
             print(f"kvmesh up: {error}", file=sys.stderr, flush=True)
@@ -264,7 +268,7 @@ def _wait_out(process: subprocess.Popen[bytes], cluster: Cluster) -> int:
     with cluster.children.watching(process) as ended:
         while not ended():
             try:
-                cluster.children.wait()
+                cluster.children.wait(_SIGNAL_S)
             except ChildDiedError as error:
                 if cluster.router.process.poll() is not None:
                     raise
