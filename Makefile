@@ -166,14 +166,14 @@ network-tools:
 		echo "ip, tc or nft is missing: install iproute2 and nftables" >&2; exit 1; }; }
 
 # Three nodes of etcd for tests/e2e/test_etcd_nodes.py: Debian's 3.4.23, unpacked and not installed
-# (the 3.5.1 of PyPI may lose consistency when nodes crash). Elsewhere KVMESH_ETCD_NODES_BIN may
+# (the 3.5.1 of PyPI may lose consistency when nodes crash). Elsewhere TEST_ETCD_NODES_BIN may
 # name another; without one those tests are skipped, in CI they fail.
 ETCD_NODES := $(STAMPS)/etcd-nodes
-export KVMESH_ETCD_NODES_BIN ?= $(ETCD_NODES)/usr/bin/etcd
+export TEST_ETCD_NODES_BIN ?= $(ETCD_NODES)/usr/bin/etcd
 
 .PHONY: etcd-nodes
 etcd-nodes:
-	@[ -x $(KVMESH_ETCD_NODES_BIN) ] || ! command -v apt-get > /dev/null || { \
+	@[ -x $(TEST_ETCD_NODES_BIN) ] || ! command -v apt-get > /dev/null || { \
 		echo "== unpack etcd-server"; mkdir -p $(ETCD_NODES); cd $(ETCD_NODES); \
 		apt-get download -qq etcd-server || { apt-get update -qq && apt-get download -qq etcd-server; }; \
 		dpkg -x etcd-server_*.deb .; rm etcd-server_*.deb; }
@@ -187,7 +187,7 @@ TEST_DEVICE ?= cuda
 
 .PHONY: test-cuda
 test-cuda: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) ## Run the torch engine's tests on a GPU (TEST_DEVICE=cuda)
-	KVMESH_TEST_DEVICE=$(TEST_DEVICE) $(BIN)/python -m pytest tests/model tests/equality \
+	TEST_DEVICE=$(TEST_DEVICE) $(BIN)/python -m pytest tests/model tests/equality \
 		tests/engine/test_torch_engine.py
 
 .PHONY: test-long

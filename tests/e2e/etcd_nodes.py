@@ -24,10 +24,10 @@ START_S = 60.0
 
 def nodes_binary() -> str:
     """Of the etcd that nodes run. Without it the test is skipped; in CI it fails."""
-    binary = os.environ.get("KVMESH_ETCD_NODES_BIN", "")
+    binary = os.environ.get("TEST_ETCD_NODES_BIN", "")
     if binary and Path(binary).is_file():
         return binary
-    text = "KVMESH_ETCD_NODES_BIN names no etcd for three nodes: run this by make, on Debian"
+    text = "TEST_ETCD_NODES_BIN names no etcd for three nodes: run this by make, on Debian"
     if os.environ.get("CI") == "true":
         pytest.fail(f"{text}; with CI=true this may not be skipped", pytrace=False)
     pytest.skip(text)

@@ -10,7 +10,7 @@ from kvmesh.engine.core.settings import CoreSettings
 from kvmesh.engine.sim.vocabulary import tokenizer_files
 from kvmesh.v1 import worker_pb2 as wire
 
-DEVICE = os.environ.get("KVMESH_TEST_DEVICE", "cpu")
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
 """Where it computes, as torch names it (`make test-cuda`)."""
 
 MODEL = wire.StepModel(a_ms=1, b_ms=0.01, saturating_chunk=64)

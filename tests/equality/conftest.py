@@ -26,7 +26,7 @@ from kvmesh import models  # noqa: E402
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-DEVICE = os.environ.get("KVMESH_TEST_DEVICE", "cpu")
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
 """Where the workers compute, as torch names it (`make test-cuda`)."""
 
 Start = Callable[..., AbstractContextManager[Cluster]]

@@ -14,7 +14,7 @@ from kvmesh._router import KvPool
 from kvmesh.engine.core.runner import Sampled, SampleSpec, Slice
 from kvmesh.v1 import worker_pb2 as wire
 
-DEVICE = os.environ.get("KVMESH_TEST_DEVICE", "cpu")
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
 """Where these models compute, as torch names it (`make test-cuda`)."""
 
 GREEDY = wire.ResolvedSampling(repetition_penalty=1, top_p=1)
