@@ -73,9 +73,11 @@ def test_a_drain_gives_back_what_outlives_its_grace_and_says_which(fresh) -> Non
         stream = client.generate(prompt="A long one", max_tokens=1_000, ignore_end_of_text=True)
         accepted = next(stream)
         assert isinstance(next(stream), kvmesh.Tokens)
+        # Nobody is there to take it over.
+        assert main(["drain", "a", "--grace", "50ms", "--force", "--endpoint", endpoint]) == 0
+        fresh.wait_empty("a")
         fresh.start_worker("b", "both")
-        fresh.wait_live(endpoint, "a", "b")
-        assert main(["drain", "a", "--grace", "50ms", "--endpoint", endpoint]) == 0
+        fresh.wait_live(endpoint, "b")
         # Its client sees nothing of it: another worker goes on.
         *_, last = stream
         assert last.usage.output_tokens == 1_000
