@@ -22,7 +22,13 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy.typing as npt
 
+from kvmesh.v1 import inference_pb2 as inference
 from kvmesh.v1 import worker_pb2 as wire
+
+ROOM_TOKENS = 64
+"""Tokens of output that room is reserved for besides the prompt (DESIGN 4)."""
+ALONE_TOKENS = 32
+"""New tokens after which a suspect shares its steps again (DESIGN 5)."""
 
 
 class AttemptId(NamedTuple):
@@ -32,6 +38,30 @@ class AttemptId(NamedTuple):
     """16 bytes."""
     owner: int
     attempt: int
+
+    def opening(self, stage: Stage) -> wire.Opening:
+        """An answer to its Place, without the answer."""
+        return wire.Opening(
+            generation=self.generation,
+            owner=self.owner,
+            attempt=self.attempt,
+            stage=stage.value,
+        )
+
+    def stage_end(self, stage: Stage, timings: wire.StageTimings, **end: Any) -> wire.StageEnd:
+        """The one end of a stage; `end` is one field of StageEnd's `end`."""
+        message = wire.StageEnd(
+            generation=self.generation,
+            owner=self.owner,
+            attempt=self.attempt,
+            stage=stage.value,
+            timings=timings,
+        )
+        for name, value in end.items():
+            getattr(message, name).CopyFrom(value)
+            # An end without fields is there all the same.
+            getattr(message, name).SetInParent()
+        return message
 
 
 class Stage(enum.IntEnum):
@@ -173,6 +203,16 @@ class LoadShare:
     interactive: ClassShare = field(default_factory=ClassShare)
     standard: ClassShare = field(default_factory=ClassShare)
     batch: ClassShare = field(default_factory=ClassShare)
+
+    def of_class(self, request_class: inference.RequestClass) -> ClassShare:
+        """The part that a request of this class counts in; a router may weigh it by class."""
+        match request_class:
+            case inference.REQUEST_CLASS_INTERACTIVE:
+                return self.interactive
+            case inference.REQUEST_CLASS_BATCH:
+                return self.batch
+            case _:
+                return self.standard
 
 
 @dataclass(slots=True)

@@ -74,15 +74,9 @@ class Admission:
 
     def refuse_unread(self, placement: Placement) -> None:
         """Answers a placement that could not be taken in."""
-        opening = wire.Opening(
-            generation=placement.id.generation,
-            owner=placement.id.owner,
-            attempt=placement.id.attempt,
-            stage=placement.stage.value,
-            refused=wire.Refused(
-                reason=wire.REFUSAL_REASON_UNSUPPORTED, message="the placement cannot be read"
-            ),
-        )
+        opening = placement.id.opening(placement.stage)
+        opening.refused.reason = wire.REFUSAL_REASON_UNSUPPORTED
+        opening.refused.message = "the placement cannot be read"
         self._loop.answers.opening(placement.router, opening)
 
     def _problem(self, sequence: Sequence) -> str:

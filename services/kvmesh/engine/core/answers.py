@@ -25,7 +25,7 @@ class Answers:
 
     def reserved(self, sequence: Sequence, held: int, reserved: int) -> None:
         """The placement will run. Tokens held here, and tokens that room is held for."""
-        opening = sequence.opening()
+        opening = sequence.id.opening(sequence.stage)
         opening.reserved.tokens_held = held
         opening.reserved.tokens_reserved = reserved
         self._router(sequence.router).openings.append(opening)
@@ -34,7 +34,7 @@ class Answers:
         self, sequence: Sequence, reason: wire.RefusalReason, message: str, field: str = ""
     ) -> None:
         """The placement will not run here; `field` of the request is what is lacking."""
-        opening = sequence.opening()
+        opening = sequence.id.opening(sequence.stage)
         opening.refused.reason = reason
         opening.refused.message = message
         opening.refused.field = field
@@ -78,11 +78,7 @@ class Answers:
 
     def end(self, sequence: Sequence, **end: Any) -> None:
         """The one end of a stage; `end` is one field of StageEnd's `end`."""
-        message = sequence.end()
-        for field, value in end.items():
-            getattr(message, field).CopyFrom(value)
-            # An end without fields is there all the same.
-            getattr(message, field).SetInParent()
+        message = sequence.id.stage_end(sequence.stage, sequence.timings(), **end)
         self._router(sequence.router).ends.append(message)
 
     def take(self) -> dict[str, RouterStep]:

@@ -170,39 +170,24 @@ class Sequence:
             return inference.FINISH_REASON_LENGTH
         return None
 
-    def opening(self) -> wire.Opening:
-        """An answer to the Place, without the answer."""
-        return wire.Opening(
-            generation=self.id.generation,
-            owner=self.id.owner,
-            attempt=self.id.attempt,
-            stage=self.stage.value,
-        )
-
-    def end(self) -> wire.StageEnd:
-        """The end of the stage, without the end, with its timings."""
+    def timings(self) -> wire.StageTimings:
+        """What its stage took."""
         times = self.times
         received = self.placement.received_at
         queued = times.first_step - received if times.first_step else 0.0
         prefill = times.prefill_end - times.first_step if times.prefill_end else 0.0
-        return wire.StageEnd(
-            generation=self.id.generation,
-            owner=self.id.owner,
-            attempt=self.id.attempt,
-            stage=self.stage.value,
-            timings=wire.StageTimings(
-                queue_ms=max(0.0, queued * 1000),
-                prefill_ms=max(0.0, prefill * 1000),
-                transfer_ms=times.transfer_ms,
-                transferred_bytes=times.transferred_bytes,
-                cached_tokens=times.cached_tokens,
-                pulled_tokens=times.pulled_tokens,
-                computed_tokens=times.computed_tokens,
-                trace=self.trace.spans() if self.trace is not None else (),
-                urgent_start_ms=max(0.0, queued * 1000)
-                if times.urgent and times.first_step and not times.pulled_tokens
-                else None,
-            ),
+        return wire.StageTimings(
+            queue_ms=max(0.0, queued * 1000),
+            prefill_ms=max(0.0, prefill * 1000),
+            transfer_ms=times.transfer_ms,
+            transferred_bytes=times.transferred_bytes,
+            cached_tokens=times.cached_tokens,
+            pulled_tokens=times.pulled_tokens,
+            computed_tokens=times.computed_tokens,
+            trace=self.trace.spans() if self.trace is not None else (),
+            urgent_start_ms=max(0.0, queued * 1000)
+            if times.urgent and times.first_step and not times.pulled_tokens
+            else None,
         )
 
     @property

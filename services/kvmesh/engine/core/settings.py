@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kvmesh.engine.contract import ALONE_TOKENS, ROOM_TOKENS
 from kvmesh.v1 import worker_pb2 as wire
 
 
@@ -26,7 +27,7 @@ class CoreSettings:
     """Random number of this process start."""
     max_batch: int = 256
     """Most requests in a step."""
-    decode_margin_tokens: int = 64
+    decode_margin_tokens: int = ROOM_TOKENS
     """Tokens of output that room is reserved for besides the prompt (DESIGN 4)."""
     chunk_tokens: int = 0
     """Tokens of prompts in a step, whatever they take. 0: as many as fit the
@@ -35,7 +36,7 @@ class CoreSettings:
     """Longest chunk of an engine that stops only between chunks, milliseconds."""
     default_itl_target_ms: float = 100.0
     """Target between tokens of streams that name none, milliseconds."""
-    alone_tokens: int = 32
+    alone_tokens: int = ALONE_TOKENS
     """New tokens after which a suspect shares its steps again (DESIGN 5)."""
     huge_pages: bool = True
     """Ask the kernel for huge pages for the pool."""

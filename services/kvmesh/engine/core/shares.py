@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kvmesh.engine.contract import ClassShare, LoadShare
+from kvmesh.engine.contract import LoadShare
 from kvmesh.engine.core.sequence import Sequence, State
-from kvmesh.v1 import inference_pb2 as inference
 
 
 class Shares:
@@ -25,7 +24,7 @@ class Shares:
             share = shares.get(sequence.router)
             if share is None:
                 share = shares[sequence.router] = LoadShare()
-            of_class = _of_class(share, sequence)
+            of_class = share.of_class(sequence.continuation.request_class)
             left = sequence.length - sequence.computed
             match sequence.state:
                 case State.QUEUED | State.FETCHING:
@@ -54,14 +53,3 @@ class Shares:
     def read(self) -> dict[str, LoadShare]:
         """The newest counts. Not to be changed by the reader."""
         return self._shares
-
-
-def _of_class(share: LoadShare, sequence: Sequence) -> ClassShare:
-    """The part of a share that a sequence counts in; a router may weigh it by class."""
-    match sequence.continuation.request_class:
-        case inference.REQUEST_CLASS_INTERACTIVE:
-            return share.interactive
-        case inference.REQUEST_CLASS_BATCH:
-            return share.batch
-        case _:
-            return share.standard

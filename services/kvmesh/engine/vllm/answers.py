@@ -38,7 +38,7 @@ class Answers:
 
     def reserved(self, attempt: Attempt, reserved: int) -> None:
         """The placement will run; room is held for so many tokens."""
-        opening = attempt.opening()
+        opening = attempt.id.opening(attempt.stage)
         opening.reserved.tokens_held = attempt.held_tokens
         opening.reserved.tokens_reserved = reserved
         self._step(attempt.router).openings.append(opening)
@@ -69,11 +69,7 @@ class Answers:
 
     def end(self, attempt: Attempt, **end: Any) -> None:
         """The one end of a stage; `end` is one field of StageEnd's `end`."""
-        message = attempt.end()
-        for name, value in end.items():
-            getattr(message, name).CopyFrom(value)
-            # An end without fields is there all the same.
-            getattr(message, name).SetInParent()
+        message = attempt.id.stage_end(attempt.stage, attempt.timings(), **end)
         self._step(attempt.router).ends.append(message)
 
     def take(self) -> dict[str, RouterStep]:

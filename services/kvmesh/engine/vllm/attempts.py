@@ -15,13 +15,10 @@ import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kvmesh.engine.contract import AttemptId, ClassShare, LoadShare, Placement, Stage
+from kvmesh.engine.contract import ALONE_TOKENS, AttemptId, LoadShare, Placement, Stage
 from kvmesh.engine.core.trace import Trace
 from kvmesh.v1 import inference_pb2 as inference
 from kvmesh.v1 import worker_pb2 as wire
-
-ALONE_TOKENS = 32
-"""New tokens after which a suspect shares its steps again (DESIGN 5)."""
 
 
 class Phase(enum.Enum):
@@ -107,30 +104,16 @@ class Attempt:
         """Whether nobody may share its steps."""
         return self.alone and self.made < ALONE_TOKENS
 
-    def opening(self) -> wire.Opening:
-        """An answer to its Place, without the answer."""
-        generation, owner, number = self.id
-        return wire.Opening(
-            generation=generation, owner=owner, attempt=number, stage=self.stage.value
-        )
-
-    def end(self) -> wire.StageEnd:
-        """The end of its stage, without the end, with its timings."""
-        generation, owner, number = self.id
+    def timings(self) -> wire.StageTimings:
+        """What its stage took."""
         queued = self.scheduled_at - self.received_at if self.scheduled_at else 0.0
         prefill = self.prompt_done_at - self.scheduled_at if self.prompt_done_at else 0.0
-        return wire.StageEnd(
-            generation=generation,
-            owner=owner,
-            attempt=number,
-            stage=self.stage.value,
-            timings=wire.StageTimings(
-                queue_ms=max(0.0, queued * 1000),
-                prefill_ms=max(0.0, prefill * 1000),
-                cached_tokens=self.cached_tokens,
-                computed_tokens=self.computed_tokens,
-                trace=self.trace.spans() if self.trace is not None else (),
-            ),
+        return wire.StageTimings(
+            queue_ms=max(0.0, queued * 1000),
+            prefill_ms=max(0.0, prefill * 1000),
+            cached_tokens=self.cached_tokens,
+            computed_tokens=self.computed_tokens,
+            trace=self.trace.spans() if self.trace is not None else (),
         )
 
 
@@ -141,7 +124,7 @@ def shares(attempts: Iterable[Attempt]) -> dict[str, LoadShare]:
         share = found.get(attempt.router)
         if share is None:
             share = found[attempt.router] = LoadShare()
-        of_class = _of_class(share, attempt.request_class)
+        of_class = share.of_class(attempt.request_class)
         match attempt.phase:
             case Phase.DECODING:
                 share.decoding += 1
@@ -159,13 +142,3 @@ def shares(attempts: Iterable[Attempt]) -> dict[str, LoadShare]:
                     share.queued += 1
                     share.queued_prefill_tokens += attempt.left
     return found
-
-
-def _of_class(share: LoadShare, request_class: inference.RequestClass) -> ClassShare:
-    match request_class:
-        case inference.REQUEST_CLASS_INTERACTIVE:
-            return share.interactive
-        case inference.REQUEST_CLASS_BATCH:
-            return share.batch
-        case _:
-            return share.standard

@@ -26,7 +26,7 @@ from kvmesh.engine.vllm.cache import VllmCache
 from kvmesh.engine.vllm.feed import EventFeed
 from kvmesh.engine.vllm.gate import Gate
 from kvmesh.engine.vllm.outputs import Outputs
-from kvmesh.engine.vllm.placements import Placements, Prepared, opening_of
+from kvmesh.engine.vllm.placements import Placements, Prepared
 from kvmesh.engine.vllm.state import State
 from kvmesh.v1 import worker_pb2 as wire
 
@@ -282,7 +282,8 @@ class CoreLoop:
         except Exception:
             # Every placement is answered, also one that nobody thought of.
             _log.exception("placement not taken generation=%s", placement.id.generation.hex())
-            prepared = Prepared(opening_of(placement), problem="the placement cannot be taken")
+            opening = placement.id.opening(placement.stage)
+            prepared = Prepared(opening, problem="the placement cannot be taken")
         attempt = prepared.attempt
         if attempt is None:
             self._answers.refused(

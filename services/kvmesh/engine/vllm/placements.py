@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvmesh._router import chain_values
-from kvmesh.engine.contract import AttemptId, Placement, Stage
+from kvmesh.engine.contract import ROOM_TOKENS, AttemptId, Placement, Stage
+from kvmesh.engine.core.blocks import UNIT_TOKENS
 from kvmesh.engine.core.chain import Chain
 from kvmesh.engine.vllm import border, hand_off
 from kvmesh.engine.vllm.attempts import Attempt
@@ -21,9 +22,6 @@ from kvmesh.engine.vllm.state import Geometry
 from kvmesh.v1 import worker_pb2 as wire
 
 _log = logging.getLogger(__name__)
-
-_UNIT_TOKENS = 16
-"""Tokens of one chain value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +86,7 @@ class Placements:
     def prepare(self, placement: Placement, running: Container[AttemptId]) -> Prepared:
         """Checks a placement against the engine, and makes its request."""
         prompt = _prompt(placement)
-        opening = opening_of(placement)
+        opening = placement.id.opening(placement.stage)
         try:
             self._check(placement, prompt, running)
             params, expired = self._transfer_params(placement)
@@ -102,7 +100,7 @@ class Placements:
             if placement.stage is Stage.DECODE and placement.id not in running:
                 refused.release = self._release(placement, prompt)
             return refused
-        room = attempt.length + min(64, placement.continuation.max_tokens)
+        room = attempt.length + min(ROOM_TOKENS, placement.continuation.max_tokens)
         return Prepared(
             opening,
             attempt,
@@ -195,7 +193,7 @@ class Placements:
         continuation = placement.continuation
         root = self._roots.root(continuation.adapter, continuation.cache_salt)
         ids = array("I", prompt[: blocks * size]).tobytes()
-        units = size // _UNIT_TOKENS
+        units = size // UNIT_TOKENS
         values = chain_values(root, ids)[units - 1 :: units]
         return self._cache.holds(values) * size
 
@@ -220,14 +218,6 @@ class Placements:
             return None
         request.abort_immediately = True
         return request
-
-
-def opening_of(placement: Placement) -> wire.Opening:
-    """An answer to a placement, without the answer."""
-    generation, owner, number = placement.id
-    return wire.Opening(
-        generation=generation, owner=owner, attempt=number, stage=placement.stage.value
-    )
 
 
 def _prompt(placement: Placement) -> list[int]:
