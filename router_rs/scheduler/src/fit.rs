@@ -5,7 +5,7 @@ use crate::request::RequestView;
 use crate::worker::{Cluster, Phase, Role, WorkerView};
 
 /// Tokens reserved beyond the prompt, so that decoding can begin.
-pub(crate) const HEADROOM: u64 = 64;
+pub const HEADROOM: u64 = 64;
 
 /// Part of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

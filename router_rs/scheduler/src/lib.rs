@@ -48,6 +48,7 @@ pub use dispatch::{
     Admitted, Dispatch, DispatchSettings, Entry, Hold, Look, Next, Outcome, Pass, Place, Reported,
     Verdict, may_run,
 };
+pub use fit::HEADROOM;
 pub use fixed::{FixedPolicy, Rule};
 pub use learn::{Learner, StepSample};
 pub use lengths::OutputLengths;

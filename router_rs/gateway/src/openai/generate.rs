@@ -6,7 +6,7 @@ use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 use kvmesh_wire::v1;
 
 use super::{
-    Face,
+    Face, Failure,
     answer::Head,
     ask::{self, Shape},
     chunk::StreamChunks,
@@ -14,7 +14,7 @@ use super::{
     fields::Fields,
     json,
     logprobs::Scribe,
-    models, refuse, whole, with_headers,
+    models, whole, with_headers,
 };
 use crate::{
     access::{Caller, Visit},
@@ -84,12 +84,9 @@ pub(super) async fn answer(
                 false => answering.whole(generations, head, shape, n, &back).await,
             }
         }
-        Err((step, error)) => {
-            if let Some(span) = span {
-                span.refused(step, &error);
-            }
-            tracing::debug!(event = "refused", request_id = %metadata.request_id, %error);
-            refuse(shared, name, &back, (step, error))
+        Err(refused) => {
+            shared.turned_away(name, &metadata.request_id, span, &refused);
+            Failure::Request(refused.1).response(&back)
         }
     }
 }
@@ -228,6 +225,6 @@ impl Answering<'_> {
     /// Its generations have told of their ends.
     fn failed(&self, error: RequestError, back: &HeaderMap) -> Response<ResponseBody> {
         tracing::debug!(event = "failed", request_id = %self.metadata.request_id, %error);
-        super::Failure::Request(error).response(back)
+        Failure::Request(error).response(back)
     }
 }

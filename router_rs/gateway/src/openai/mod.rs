@@ -149,19 +149,11 @@ fn told(
             shared.telemetry.ended(name, None);
             json(&object, back)
         }
-        Err(refused) => refuse(shared, name, back, refused),
+        Err(refused) => {
+            shared.refused(name, &refused);
+            Failure::Request(refused.1).response(back)
+        }
     }
-}
-
-fn refuse(
-    shared: &Shared,
-    name: &'static str,
-    back: &HeaderMap,
-    (step, error): Refused,
-) -> Response<ResponseBody> {
-    shared.telemetry.rejected(step, &error);
-    shared.telemetry.ended(name, Some(&error));
-    Failure::Request(error).response(back)
 }
 
 fn json(object: &impl Serialize, back: &HeaderMap) -> Response<ResponseBody> {

@@ -87,14 +87,9 @@ async fn generate(shared: &Arc<Shared>, call: Call) -> Response<ResponseBody> {
             let body = GenerateBody::new(generation, back.clone());
             grpc::response(ResponseBody::Generate(Box::new(body)), &back)
         }
-        Err((step, error)) => {
-            shared.telemetry.rejected(step, &error);
-            shared.telemetry.ended("Generate", Some(&error));
-            if let Some(span) = span {
-                span.refused(step, &error);
-            }
-            tracing::debug!(event = "refused", request_id = %metadata.request_id, %error);
-            grpc::refusal(&error.to_status(), &back)
+        Err(refused) => {
+            shared.turned_away("Generate", &metadata.request_id, span, &refused);
+            grpc::refusal(&refused.1.to_status(), &back)
         }
     }
 }
@@ -131,10 +126,9 @@ fn answered(
             shared.telemetry.ended(method, None);
             grpc::one(&message, back)
         }
-        Err((step, error)) => {
-            shared.telemetry.rejected(step, &error);
-            shared.telemetry.ended(method, Some(&error));
-            grpc::refusal(&error.to_status(), back)
+        Err(refused) => {
+            shared.refused(method, &refused);
+            grpc::refusal(&refused.1.to_status(), back)
         }
     }
 }
@@ -144,11 +138,10 @@ pub(super) fn refuse(
     shared: &Shared,
     method: &'static str,
     call: &Call,
-    (step, error): &Refused,
+    refused: &Refused,
 ) -> Response<ResponseBody> {
-    shared.telemetry.rejected(*step, error);
-    shared.telemetry.ended(method, Some(error));
-    grpc::refusal(&error.to_status(), &call.metadata.headers())
+    shared.refused(method, refused);
+    grpc::refusal(&refused.1.to_status(), &call.metadata.headers())
 }
 
 /// Answers a call of `grpc.health.v1.Health`. Takes no permit and no pool.

@@ -21,7 +21,7 @@ use crate::{
     door::{CallMetadata, Door, Refused},
     error::RequestError,
     mesh::{Mesh, text_of},
-    telemetry::{Exposition, Spans, Step, Telemetry},
+    telemetry::{Exposition, RequestSpan, Spans, Step, Telemetry},
 };
 
 /// What is told of this router.
@@ -105,6 +105,28 @@ impl Shared {
         let visit = self.access.enter(&caller, call.metadata.arrived);
         let visit = visit.map_err(|error| (Step::Tenant, error))?;
         Ok((caller, visit))
+    }
+
+    /// Counts a call that was refused.
+    pub(crate) fn refused(&self, method: &'static str, (step, error): &Refused) {
+        self.telemetry.rejected(*step, error);
+        self.telemetry.ended(method, Some(error));
+    }
+
+    /// Counts and tells of a request that was refused before it became a generation.
+    pub(crate) fn turned_away(
+        &self,
+        method: &'static str,
+        request_id: &str,
+        span: Option<RequestSpan>,
+        refused: &Refused,
+    ) {
+        let (step, error) = refused;
+        self.refused(method, refused);
+        if let Some(span) = span {
+            span.refused(*step, error);
+        }
+        tracing::debug!(event = "refused", request_id, %error);
     }
 
     /// Runs a call to its answer. The request's border: a bug of ours ends one

@@ -1,13 +1,10 @@
 //! Where a running stream can go on: the choice among workers for one that has its KV
 //! elsewhere.
 
-use kvmesh_scheduler::{Booking, Cluster, NoPlan, RequestView, Role, Work, WorkerView};
+use kvmesh_scheduler::{Booking, Cluster, HEADROOM, NoPlan, RequestView, Role, Work, WorkerView};
 use kvmesh_session::WorkerIndex;
 
 use super::Placer;
-
-/// Output tokens that a receiver keeps room for beyond what it is given.
-const ROOM_AHEAD: u64 = 64;
 
 /// A worker that can take a stream over, with what is booked there.
 pub(in crate::mesh) struct Target {
@@ -67,7 +64,7 @@ impl Placer {
         let mut work = Work {
             decodes: 1,
             decode_context: request.sequence(),
-            blocks: view.blocks(request.sequence() + ROOM_AHEAD),
+            blocks: view.blocks(request.sequence() + HEADROOM),
             ..Work::default()
         };
         work.classes.decoding[request.class.index()] = 1;
