@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from cluster import Cluster
+from etcd_nodes import EtcdNodes
 
 import kvmesh
 
@@ -56,35 +57,26 @@ def all_registered(cluster: Cluster, endpoint: str, *names: str) -> None:
     )
 
 
-def test_a_leader_that_is_killed_is_missed_by_nobody(three) -> None:
+@pytest.mark.parametrize(
+    ("breaks", "mends"),
+    [
+        (EtcdNodes.kill, EtcdNodes.start),
+        pytest.param(EtcdNodes.freeze, EtcdNodes.thaw, marks=pytest.mark.slow),
+    ],
+    ids=["killed", "frozen"],
+)
+def test_a_leader_that_is_gone_is_missed_by_nobody(three, breaks, mends) -> None:
     endpoint = three.endpoints[0]
     with kvmesh.Client(endpoint) as client:
         stream = Stream(client)
         leader = three.nodes.leader()
-        three.nodes.kill(leader)
+        breaks(three.nodes, leader)
         assert client.complete(prompt="Without a leader", max_tokens=4).token_ids
         # Two of three are enough to come and to be found.
         three.start_worker("x", "decode")
         three.wait_live(endpoint, "p", "d", "x")
         three.wait_router(endpoint, lambda router: router.etcd_connected)
-        three.nodes.start(leader)
-        all_registered(three, endpoint, "p", "d", "x")
-        stream.to_its_end()
-    three.assert_alive()
-    three.wait_empty("p", "d", "x")
-
-
-@pytest.mark.slow
-def test_a_leader_that_is_frozen_is_left_for_another(three) -> None:
-    endpoint = three.endpoints[0]
-    with kvmesh.Client(endpoint) as client:
-        stream = Stream(client)
-        leader = three.nodes.leader()
-        three.nodes.freeze(leader)
-        assert client.complete(prompt="Before they notice", max_tokens=4).token_ids
-        three.start_worker("x", "decode")
-        three.wait_live(endpoint, "p", "d", "x")
-        three.nodes.thaw(leader)
+        mends(three.nodes, leader)
         all_registered(three, endpoint, "p", "d", "x")
         stream.to_its_end()
     three.assert_alive()

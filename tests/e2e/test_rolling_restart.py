@@ -31,10 +31,13 @@ def replace_all(cluster: Cluster, endpoint: str, *arguments: str) -> None:
 
 
 def test_every_worker_is_replaced_and_nothing_is_computed_again(fresh) -> None:
-    endpoint = begin(fresh, "--grace", "60s")
+    # Room for all of them on any worker: steps take the same time with many streams as with few
+    # here, so that nothing spreads them.
+    chosen = ("--grace", "60s", "--kv-pool-tokens", "40960")
+    endpoint = begin(fresh, *chosen)
     streams = Streams(endpoint, prompts(COUNT), 1_500)
     streams.wait(10)
-    replace_all(fresh, endpoint, "--grace", "60s")
+    replace_all(fresh, endpoint, *chosen)
     assert streams.running, "they ran all the time"
     streams.assert_undisturbed()
     now = figures(endpoint)
