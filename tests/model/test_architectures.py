@@ -13,6 +13,7 @@ from driver import DEVICE, Driver, logits_of
 
 from kvmesh import models
 from kvmesh.engine.torch import TorchSettings, build
+from kvmesh.engine.torch.decode_graph import captured_by_cuda
 from kvmesh.engine.torch.paged_kv import KvShape
 from kvmesh.engine.torch.torch_kv import TorchKv
 from kvmesh.models import UnsupportedModelError
@@ -150,6 +151,45 @@ def test_torch_attention_equals_the_kernels(tmp_path, mirror):
     shape = KvShape.of(config, 16)
     runner._kv = TorchKv(shape, driver.pool, torch.float32, device, mirror=mirror)
     compare(model, driver)
+
+
+def with_graphs(driver, folder):
+    """Steps of decoding streams alone at once, as on a GPU; on a CPU each is made anew."""
+    runner = driver.runner
+    shape = KvShape.of(models.load_config(folder), 16)
+    device = torch.device(DEVICE)
+    kv = TorchKv(shape, driver.pool, torch.float32, device, mirror=True)
+    runner._kv = kv
+    runner.use_graphs(kv, captured_by_cuda if device.type == "cuda" else lambda step: step)
+    return driver
+
+
+def test_steps_at_once_equal_the_model(tmp_path):
+    model = make("llama", tmp_path)
+    compare(model, with_graphs(driven(tmp_path), tmp_path))
+
+
+def test_steps_at_once_of_streams_of_any_length_equal_steps_by_layers(tmp_path):
+    """One to five rows, of one to thirteen blocks: filled up to other shapes as they grow."""
+    make("llama", tmp_path)
+    lengths, tokens = (3, 200, 31, 32, 127), (40, 9, 20, 3, 30)
+
+    def outputs(driver):
+        streams = [driver.stream(range(length), 40) for length in lengths]
+        for stream, wanted in zip(streams, tokens, strict=True):
+            driver.generate([stream], 1, 64)
+            stream.wanted = wanted
+        while running := [s for s in streams if len(s.output) < s.wanted]:
+            driver.step(running, 1)
+        blocks = np.frombuffer(driver.pool, dtype=np.float32).reshape(64, -1)
+        computed = [blocks[stream.blocks[: (stream.done - 1) // 16]] for stream in streams]
+        return [stream.output for stream in streams], np.concatenate(computed)
+
+    expected, kv = outputs(driven(tmp_path, "cpu"))
+    got, kv_at_once = outputs(with_graphs(driven(tmp_path), tmp_path))
+    assert got == expected
+    # What was computed is in the pool, where transfers take it from.
+    assert np.abs(kv_at_once - kv).max() < 1e-3 * np.abs(kv).max()
 
 
 def test_a_mirror_sees_blocks_that_came_from_elsewhere(tmp_path):

@@ -103,6 +103,13 @@ def _prefill(piece: Slice, begin: int, block_tokens: int, device: torch.device) 
     return PrefillSlice(begin, begin + rows, length, slots, blocks)
 
 
+def only_rows(batch: Sequence[Slice], block_tokens: int) -> DecodeRows | None:
+    """The batch as rows, where each slice is of one token."""
+    if any(len(piece.ids) != 1 for piece in batch):
+        return None
+    return _decode(batch, np.arange(len(batch)), block_tokens)
+
+
 def _decode(
     batch: Sequence[Slice], begins: npt.NDArray[np.int64], block_tokens: int
 ) -> DecodeRows | None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from kvmesh.engine.core.runner import Sampled, SampleSpec, Slice
+from kvmesh.engine.torch.decode_graph import Capture, DecodeGraphs, captured_by_cuda
 from kvmesh.engine.torch.model import LlamaModel
 from kvmesh.engine.torch.native_kv import NativeKv
 from kvmesh.engine.torch.paged_kv import BatchKv, KvShape, PagedKv
-from kvmesh.engine.torch.plan import Plan, make_plan
+from kvmesh.engine.torch.plan import DecodeRows, Plan, make_plan, only_rows
 from kvmesh.engine.torch.rope import Rope
 from kvmesh.engine.torch.sampling import draw
-from kvmesh.engine.torch.torch_kv import TorchKv
+from kvmesh.engine.torch.torch_kv import Mirror, TorchKv
 from kvmesh.engine.torch.weights import ModelWeights
 from kvmesh.models import ModelConfig
 from kvmesh.v1 import worker_pb2 as wire
@@ -51,6 +53,8 @@ class TorchRunner:
         self._device = device
         self._threads = threads
         self._kv: PagedKv | None = None
+        self._mirror: Mirror | None = None
+        self._graphs: DecodeGraphs | None = None
 
     @property
     def block_tokens(self) -> int:
@@ -84,8 +88,18 @@ class TorchRunner:
             raise RuntimeError("a runner is bound to one pool")
         if self._device.type == "cpu" and self._dtype == torch.float32:
             self._kv = NativeKv(self._shape, pool, self._threads)
-        else:
-            self._kv = TorchKv(self._shape, pool, self._dtype, self._device)
+            return
+        kv = TorchKv(self._shape, pool, self._dtype, self._device)
+        self._kv = kv
+        if self._device.type == "cuda":
+            self.use_graphs(kv, captured_by_cuda)
+
+    def use_graphs(self, kv: TorchKv, capture: Capture) -> None:
+        """Runs steps of decoding streams alone at once, over the blocks on the device."""
+        if kv.mirror is None:
+            raise ValueError("graphs need the pool's blocks on a device")
+        self._mirror = kv.mirror
+        self._graphs = DecodeGraphs(self._model, self._rope, self._shape, kv.mirror.blocks, capture)
 
     def forward(self, batch: Sequence[Slice]) -> Generator[None, None, list[Sampled | None]]:
         """Computes a batch, pausing after each layer (see Runner.forward)."""
@@ -93,6 +107,10 @@ class TorchRunner:
             raise RuntimeError("bind a pool first")
         if not batch:
             return []
+        if self._graphs is not None and self._mirror is not None:
+            rows = only_rows(batch, self.block_tokens)
+            if rows is not None and self._graphs.fits(rows):
+                return self._decode(batch, rows, self._graphs, self._mirror)
         plan, kv, hidden = self._begin(batch, self._kv)
         for index in range(self.layers):
             self._layer(index, hidden, kv)
@@ -101,7 +119,7 @@ class TorchRunner:
 
     def close(self) -> None:
         """Gives the pool's memory back. Idempotent."""
-        self._kv = None
+        self._kv = self._mirror = self._graphs = None
 
     # Inference mode belongs to a thread, not to a generator: entered across a
     # pause it would hold for whatever else runs there. So each part enters it.
@@ -120,8 +138,24 @@ class TorchRunner:
         self, batch: Sequence[Slice], hidden: torch.Tensor, kv: BatchKv, plan: Plan
     ) -> list[Sampled | None]:
         kv.finish()
+        return self._draw(batch, hidden, plan.sampled)
+
+    @torch.inference_mode()
+    def _decode(
+        self, batch: Sequence[Slice], rows: DecodeRows, graphs: DecodeGraphs, mirror: Mirror
+    ) -> list[Sampled | None]:
+        mirror.bring_rows(rows, self.block_tokens)
+        ids = np.array([piece.ids[0] for piece in batch], dtype=np.int64)
+        hidden = graphs.run(ids, rows)
+        mirror.take_rows(rows, self.block_tokens)
+        sampled = [row for row, piece in enumerate(batch) if piece.sample is not None]
+        return self._draw(batch, hidden, torch.tensor(sampled, device=self._device))
+
+    def _draw(
+        self, batch: Sequence[Slice], hidden: torch.Tensor, sampled: torch.Tensor
+    ) -> list[Sampled | None]:
         specs: list[SampleSpec] = [piece.sample for piece in batch if piece.sample is not None]
         if not specs:
             return [None] * len(batch)
-        drawn = iter(draw(self._model.logits(hidden[plan.sampled]), specs))
+        drawn = iter(draw(self._model.logits(hidden[sampled]), specs))
         return [None if piece.sample is None else next(drawn) for piece in batch]

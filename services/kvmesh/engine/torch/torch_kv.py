@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvmesh.engine.torch.attention import attend_decode, attend_prefill, slice_mask
+from kvmesh.engine.torch.attention import attend_decode, attend_prefill, row_bias, slice_mask
 from kvmesh.engine.torch.paged_kv import KvShape
-from kvmesh.engine.torch.plan import DecodeRows, Plan
+from kvmesh.engine.torch.plan import DecodeRows, Plan, PrefillSlice
 from kvmesh.engine.torch.rope import rotate
 
 if TYPE_CHECKING:
@@ -22,6 +22,22 @@ Slots = npt.NDArray[np.int64]
 
 _STAGED_BYTES = 64 << 20
 """Most that one copy between pool and device brings, bytes."""
+
+
+def store(
+    shape: KvShape,
+    blocks: torch.Tensor,
+    qkv: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    block: torch.Tensor,
+    place: torch.Tensor,
+) -> torch.Tensor:
+    """Rotates q and k, puts k and v in their places in one layer's blocks; returns q."""
+    heads = qkv.view(qkv.shape[0], -1, shape.head_size)
+    to_turn, v = torch.tensor_split(heads, (shape.heads + shape.kv_heads,), dim=1)
+    q, k = torch.tensor_split(rotate(to_turn, *angles), (shape.heads,), dim=1)
+    blocks[block, :, :, place] = torch.stack((k, v), dim=1)
+    return q.flatten(1)
 
 
 class TorchKv:
@@ -46,11 +62,15 @@ class TorchKv:
             self._mirror = Mirror(pool, self._blocks, device)
             self._blocks = self._mirror.blocks
 
+    @property
+    def mirror(self) -> Mirror | None:
+        """The blocks on a device with memory of its own."""
+        return self._mirror
+
     def begin(self, plan: Plan) -> TorchBatch:
         """As `PagedKv.begin`; brings the blocks that the mirror does not have."""
         if self._mirror is not None:
-            read, written = _blocks_of(plan, self._shape.block_tokens)
-            self._mirror.bring(read, written)
+            self._mirror.bring(*_blocks_of(plan.prefill, plan.decode, self._shape.block_tokens))
         return TorchBatch(self._shape, self._blocks, self._mirror, plan)
 
 
@@ -60,10 +80,12 @@ class Mirror:
     A mirrored block is known by the version of its slot: a block that was given out anew,
     or filled by a transfer, has another one and is copied in before it is read. Copies go
     through pinned memory: the pool's own cannot be pinned and huge pages asked for it, too.
+    `blocks` has one more than the pool: for rows that fill a batch up.
     """
 
     def __init__(self, pool: KvPool, host: torch.Tensor, device: torch.device) -> None:
-        self.blocks = torch.zeros_like(host, device=device)
+        sizes = (len(host) + 1, *host.shape[1:])
+        self.blocks = torch.zeros(sizes, dtype=host.dtype, device=device)
         self._pool = pool
         self._host = host
         self._versions = np.full(host.shape[0], -1, dtype=np.int64)
@@ -84,6 +106,15 @@ class Mirror:
         # Not before all are here: a batch whose copy failed is tried again.
         self._versions[slots] = versions
 
+    def bring_rows(self, rows: DecodeRows, block_tokens: int) -> None:
+        """Copies in what rows of one token each read."""
+        self.bring(*_blocks_of((), rows, block_tokens))
+
+    def take_rows(self, rows: DecodeRows, block_tokens: int) -> None:
+        """Copies the new token of each row out to the pool."""
+        places = (rows.lengths.astype(np.int64) - 1) % block_tokens
+        self.take_tokens(rows.tables[_last_blocks(rows)].astype(np.int64), places)
+
     def take_blocks(self, slots: Slots) -> None:
         """Copies whole blocks out to the pool."""
         for part in self._parts(slots):
@@ -103,15 +134,17 @@ class Mirror:
             yield torch.from_numpy(slots[begin : begin + len(self._staging)])
 
 
-def _blocks_of(plan: Plan, block_tokens: int) -> tuple[Slots, Slots]:
+def _blocks_of(
+    prefill: Sequence[PrefillSlice], rows: DecodeRows | None, block_tokens: int
+) -> tuple[Slots, Slots]:
     """Slots that a batch reads what others wrote of, and those that it writes."""
     read: list[Slots] = []
     written: list[Slots] = []
-    for piece in plan.prefill:
+    for piece in prefill:
         read.append(piece.slots[: -(-piece.start // block_tokens)].astype(np.int64))
         written.append(piece.slots[piece.start // block_tokens :].astype(np.int64))
-    if plan.decode is not None:
-        rows, tables = plan.decode, plan.decode.tables.astype(np.int64)
+    if rows is not None:
+        tables = rows.tables.astype(np.int64)
         last = _last_blocks(rows)
         fresh = rows.lengths % block_tokens == 1
         read.append(np.delete(tables, last[fresh]))
@@ -146,29 +179,25 @@ class TorchBatch:
         self._rows: torch.Tensor | None = None
         if plan.decode is not None:
             self._rows = torch.from_numpy(plan.decode.rows.astype(np.int64)).to(device)
-            self._tables, self._seen = _padded(shape, plan.decode, device)
+            self._tables, self._bias = _padded(shape, plan.decode, device)
 
     def write(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         """As `BatchKv.write`."""
-        shape = self._shape
-        heads = qkv.view(qkv.shape[0], -1, shape.head_size)
-        to_turn, v = torch.tensor_split(heads, (shape.heads + shape.kv_heads,), dim=1)
-        turned = rotate(to_turn, self._plan.cos, self._plan.sin)
-        q, k = torch.tensor_split(turned, (shape.heads,), dim=1)
-        self._blocks[self._block, layer, :, :, self._place] = torch.stack((k, v), dim=1)
-        return q.flatten(1)
+        angles = (self._plan.cos, self._plan.sin)
+        blocks = self._blocks[:, layer]
+        return store(self._shape, blocks, qkv, angles, self._block, self._place)
 
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         """As `BatchKv.attend`."""
         blocks = self._blocks[:, layer]
         if self._rows is not None and not self._plan.prefill:
-            return attend_decode(self._shape, blocks, q, self._tables, self._seen)
+            return attend_decode(self._shape, blocks, q, self._tables, self._bias)
         out = torch.empty_like(q)
         for piece, mask in zip(self._plan.prefill, self._masks, strict=True):
             attend_prefill(self._shape, blocks, q, piece, mask, out)
         if self._rows is not None:
             single = q[self._rows]
-            out[self._rows] = attend_decode(self._shape, blocks, single, self._tables, self._seen)
+            out[self._rows] = attend_decode(self._shape, blocks, single, self._tables, self._bias)
         return out
 
     def finish(self) -> None:
@@ -181,21 +210,17 @@ class TorchBatch:
             self._mirror.take_blocks(np.concatenate(pieces).astype(np.int64))
         rows = self._plan.decode
         if rows is not None:
-            places = (rows.lengths.astype(np.int64) - 1) % size
-            self._mirror.take_tokens(rows.tables[_last_blocks(rows)].astype(np.int64), places)
+            self._mirror.take_rows(rows, size)
 
 
 def _padded(
     shape: KvShape, decode: DecodeRows, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slots of each row, padded to the longest, and which of their tokens count."""
+    """Slots of each row, padded to the longest, and what says which of their tokens count."""
     counts = np.diff(decode.begins, append=len(decode.tables))
     tables = np.zeros((len(counts), int(counts.max())), dtype=np.int64)
     for row, (begin, count) in enumerate(zip(decode.begins, counts, strict=True)):
         tables[row, :count] = decode.tables[begin : begin + count]
-    places = np.arange(tables.shape[1] * shape.block_tokens)
-    seen = places < decode.lengths[:, None]
-    return (
-        torch.from_numpy(tables).to(device),
-        torch.from_numpy(seen[:, None, None]).to(device),
-    )
+    lengths = torch.from_numpy(decode.lengths.astype(np.int64)).to(device)
+    bias = row_bias(lengths, tables.shape[1] * shape.block_tokens)
+    return torch.from_numpy(tables).to(device), bias
