@@ -87,6 +87,34 @@ loom: ## Check the index's protocol between threads under loom
 
 test-long: loom
 
+# What arrives from outside, made up by libFuzzer: each kind of input in a program of its own, under
+# AddressSanitizer. The switches are those of cargo-fuzz, which is not needed. Inputs that
+# once broke something are kept in fuzz/findings, and run first.
+FUZZ_TARGETS := records session text events transfer port front
+SECONDS_EACH ?= 600
+FUZZ_BUILT := target/fuzz/x86_64-unknown-linux-gnu/release
+FUZZ_FLAGS := -Zsanitizer=address -Cpasses=sancov-module \
+	-Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
+	-Cllvm-args=-sanitizer-coverage-pc-table -Cllvm-args=-sanitizer-coverage-trace-compares
+
+.PHONY: fuzz
+fuzz: ## Fuzz every input that arrives from outside (SECONDS_EACH=600; FUZZ_TARGETS="front text" for some)
+	@echo "== build $(FUZZ_TARGETS)"
+	@RUSTC_BOOTSTRAP=1 CARGO_INCREMENTAL=0 RUSTFLAGS="$(FUZZ_FLAGS)" cargo build --release --locked \
+		--manifest-path fuzz/Cargo.toml --target x86_64-unknown-linux-gnu --target-dir target/fuzz
+	@$(FUZZ_BUILT)/seeds target/fuzz/seeds
+	@for target in $(FUZZ_TARGETS); do \
+		mkdir -p target/fuzz/corpus/$$target target/fuzz/broken fuzz/findings/$$target; \
+		echo "== fuzz $$target for $(SECONDS_EACH) s"; \
+		$(FUZZ_BUILT)/$$target target/fuzz/corpus/$$target target/fuzz/seeds/$$target fuzz/findings/$$target \
+			-max_total_time=$(SECONDS_EACH) -timeout=120 -rss_limit_mb=4096 -print_final_stats=1 \
+			-artifact_prefix=target/fuzz/broken/$$target- > target/fuzz/$$target.log 2>&1 || { \
+			tail -n 60 target/fuzz/$$target.log; \
+			echo "$$target broke; the input is target/fuzz/broken/$$target-*:" \
+				"run $(FUZZ_BUILT)/$$target INPUT, mend it, and keep it in fuzz/findings/$$target"; exit 1; }; \
+		grep -E 'stat::number_of_executed_units|cov: .* DONE|DONE *cov' target/fuzz/$$target.log; \
+	done
+
 # The router as one file for any Linux: nothing is looked up when it starts. With
 # musl where rustup can bring it; STATIC_TARGET=<arch>-unknown-linux-gnu links
 # glibc in instead (its look-up of host names then needs the same glibc there).

@@ -34,7 +34,7 @@ mod tests;
 
 pub use error::{RegistryError, SettingsError, WatchBreak};
 pub use probe::{GetInfoProbe, Probe};
-pub use record::{RecordError, RouterRecord};
+pub use record::{RecordError, RouterRecord, worker_from_json, worker_to_json};
 pub use registration::{Registration, RegistrationState};
 pub use registry::Registry;
 pub use settings::{Credentials, Settings, Tls};

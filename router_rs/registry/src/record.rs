@@ -47,7 +47,10 @@ struct ResolverEntry {
 
 impl RouterRecord {
     /// The value under the router's key.
-    pub(crate) fn to_json(&self) -> Result<Vec<u8>, RecordError> {
+    ///
+    /// # Errors
+    /// [`RecordError`] for a name or an address that is none.
+    pub fn to_json(&self) -> Result<Vec<u8>, RecordError> {
         check_id(&self.router_id, &self.router_id, "router id")?;
         check_address(&self.router_id, "address", &self.address)?;
         let entry = ResolverEntry {
@@ -57,7 +60,10 @@ impl RouterRecord {
     }
 
     /// Reads a router's value; `id` is the end of its key.
-    pub(crate) fn from_json(id: &str, value: &[u8]) -> Result<Self, RecordError> {
+    ///
+    /// # Errors
+    /// [`RecordError`] for what cannot be used.
+    pub fn from_json(id: &str, value: &[u8]) -> Result<Self, RecordError> {
         let entry: ResolverEntry =
             serde_json::from_slice(value).map_err(|error| unreadable(id, error))?;
         check_id(id, id, "router id")?;
@@ -70,13 +76,19 @@ impl RouterRecord {
 }
 
 /// The value under a worker's key: protobuf JSON.
-pub(crate) fn worker_to_json(record: &WorkerRecord) -> Result<Vec<u8>, RecordError> {
+///
+/// # Errors
+/// [`RecordError`] for a record that cannot be used.
+pub fn worker_to_json(record: &WorkerRecord) -> Result<Vec<u8>, RecordError> {
     check_worker(record)?;
     serde_json::to_vec(record).map_err(|error| unreadable(&record.worker_id, error))
 }
 
 /// Reads a worker's value; `id` is the end of its key.
-pub(crate) fn worker_from_json(id: &str, value: &[u8]) -> Result<WorkerRecord, RecordError> {
+///
+/// # Errors
+/// [`RecordError`] for what cannot be used.
+pub fn worker_from_json(id: &str, value: &[u8]) -> Result<WorkerRecord, RecordError> {
     let record: WorkerRecord =
         serde_json::from_slice(value).map_err(|error| unreadable(id, error))?;
     check_worker(&record)?;
