@@ -239,9 +239,16 @@ bench: $(STAMPS)/bench-$(ENV_KEY) $(NATIVE) network-tools ## Run every benchmark
 	@$(BIN)/python benchmarks/run_all.py $(if $(QUICK),--quick)
 
 .PHONY: wire
-wire: $(STAMPS)/build-$(ENV_KEY) ## Make services/kvmesh/v1 from proto/
+wire: $(STAMPS)/build-$(ENV_KEY) ## Make services/kvmesh/v1 and vllm_wire from proto/
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=services --pyi_out=services \
 		--grpc_python_out=services $(sort $(wildcard proto/kvmesh/v1/*.proto))
+	@rm -rf target/vllm-wire && mkdir -p target/vllm-wire
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=target/vllm-wire \
+		--pyi_out=target/vllm-wire --grpc_python_out=target/vllm-wire \
+		$(sort $(wildcard proto/vllm/*.proto))
+# The package `vllm` is vLLM's own.
+	sed -i 's/^from vllm import /from kvmesh.vllm_wire import /' target/vllm-wire/vllm/*
+	cp target/vllm-wire/vllm/*_pb2* services/kvmesh/vllm_wire/
 
 .PHONY: docs
 docs: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) ## Make docs/settings.md from the settings

@@ -167,6 +167,17 @@ def test_the_python_wire_code_is_what_the_protos_give(root, tmp_path):
     assert sorted(made) == sorted(committed), "make wire, and commit what is new"
     differing = [name for name in made if made[name] != committed[name]]
     assert differing == [], "make wire"
+    # Of vLLM's APIs; there in another package than their own, which is vLLM's.
+    others = {
+        path.name: re.sub(
+            "^from vllm import ", "from kvmesh.vllm_wire import ", path.read_text(), flags=re.M
+        )
+        for path in (tmp_path / "vllm").iterdir()
+    }
+    folder = root / "services/kvmesh/vllm_wire"
+    assert others == {path.name: path.read_text() for path in folder.glob("*_pb2*.py*")}, (
+        "make wire"
+    )
 
 
 def test_nothing_that_is_released_changes_its_meaning(root, protos, tmp_path):

@@ -1,0 +1,1 @@
+"""Generated from proto/vllm by `make wire`."""
