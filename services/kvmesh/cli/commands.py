@@ -13,6 +13,7 @@ COMMANDS = {
     "up": "start a whole cluster on this machine",
     "router": "run a router",
     "worker": "run a worker",
+    "attach": "make a server of its own, as of vLLM's, a worker",
     "chat": "talk with a model",
     "generate": "continue a prompt",
     "workers": "list the workers of a cluster",

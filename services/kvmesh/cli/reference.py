@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kvmesh.cli import client, router, up, worker, workers
+from kvmesh.cli import attach, client, router, up, worker, workers
 from kvmesh.cli.settings import Setting
 
 _HEAD = """\
@@ -49,6 +49,7 @@ def sections() -> tuple[tuple[str, str, Iterable[Setting]], ...]:
     return (
         ("router", "`kvmesh router`: section `[router]`.", router.settings()),
         ("worker", "`kvmesh worker`: section `[worker]`.", worker.settings()),
+        ("attach", "`kvmesh attach`: section `[attach]`.", attach.settings()),
         ("up", _UP, up.SETTINGS),
         (
             "client",

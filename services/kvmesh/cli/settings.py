@@ -18,7 +18,7 @@ from typing import Any
 
 from kvmesh.setting_values import ValueNotAllowedError, boolean
 
-SECTIONS = ("router", "worker", "up", "client")
+SECTIONS = ("router", "worker", "attach", "up", "client")
 """Sections of a file."""
 
 OTHER_VARIABLES = frozenset(

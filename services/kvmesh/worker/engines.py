@@ -10,6 +10,9 @@ from kvmesh.v1 import worker_pb2 as wire
 from kvmesh.worker.settings import SettingError, WorkerSettings
 from kvmesh.worker.tokenizer_files import TokenizerFiles
 
+_EXTRAS = {"sim": "worker", "remote": "attach"}
+"""Of engines whose extra has another name."""
+
 
 @dataclass(frozen=True, slots=True)
 class BuiltEngine:
@@ -32,11 +35,13 @@ def build_engine(
             from kvmesh.engine.sim.build import build
         elif settings.engine == "vllm":
             from kvmesh.engine.vllm.served import build
+        elif settings.engine == "remote":
+            from kvmesh.engine.remote.served import build
         else:
             from kvmesh.engine.torch.served import build
     except ModuleNotFoundError as error:
         raise SettingError(
             f"engine is {settings.engine!r}, which needs the package {error.name}: "
-            f"pip install 'kvmesh[{'worker' if settings.engine == 'sim' else settings.engine}]'"
+            f"pip install 'kvmesh[{_EXTRAS.get(settings.engine, settings.engine)}]'"
         ) from error
     return build(settings, worker_id, incarnation, progress)

@@ -30,6 +30,10 @@ _LINGER_S = 1.0
 """Time that routers have, at the end, to take what was said last."""
 
 
+class EngineEndedError(RuntimeError):
+    """The engine ended by itself."""
+
+
 def main(settings: WorkerSettings, announce: Callable[[str], None] = print) -> int:
     """Runs a worker until it is told to stop. Returns the exit status."""
     sys.setswitchinterval(settings.switch_interval)
@@ -129,7 +133,7 @@ class _Told:
     def fail(self) -> None:
         """The engine ended by itself."""
         if not self.stopped.done():
-            self.stopped.set_exception(RuntimeError("the engine has ended"))
+            self.stopped.set_exception(EngineEndedError("the engine has ended"))
 
 
 async def _until_told(

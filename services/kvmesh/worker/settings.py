@@ -16,7 +16,7 @@ from kvmesh.etcd_access import ETCD_ACCESS, EtcdAccess
 from kvmesh.roles import ROLES
 from kvmesh.setting_values import Seconds, ValueNotAllowedError, boolean, duration_s, written
 
-ENGINES = ("torch", "sim", "vllm")
+ENGINES = ("torch", "sim", "vllm", "remote")
 LIKE = ("kvmesh", "vllm")
 LOG_LEVELS = ("error", "warn", "info", "debug")
 DType = Literal["float32", "float16", "bfloat16"]
@@ -35,7 +35,7 @@ class WorkerSettings:
     role: str = "both"
     """What it takes: prefill, decode or both. Can be changed at run time."""
     engine: str = "torch"
-    """What computes: torch, sim or vllm."""
+    """What computes: torch, sim, vllm, or remote: a server of its own (`kvmesh attach`)."""
     model: str = "smollm2-135m"
     """Name of a known model, or a folder in Hugging Face's form."""
     served_name: str = ""

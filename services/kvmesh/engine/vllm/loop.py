@@ -81,6 +81,10 @@ Command = Callable[["CoreLoop"], None]
 class CoreLoop:
     """Owns the core's client; everything but `post` and `closed` is of its thread."""
 
+    outputs_kind: type[Outputs] = Outputs
+    core_name = "vLLM's engine core"
+    """For people."""
+
     def __init__(self, vllm: Starter, config: CoreConfig, endpoints: Endpoints | None) -> None:
         """`endpoints` None: the core has no cache events."""
         self._vllm = vllm
@@ -109,6 +113,8 @@ class CoreLoop:
         self._up = threading.Event()
         self._outcome: Started | border.VllmError | None = None
         self.ended_by_itself = False
+        self.over = False
+        """It has ended, or is about to; from any thread."""
 
     # -- from any thread ---------------------------------------------------
 
@@ -124,8 +130,8 @@ class CoreLoop:
     def attach(self, state: State, cache: VllmCache, placements: Placements) -> None:
         """What it works on; once, before the first command."""
         self._state, self._cache, self._placements = state, cache, placements
-        self._outputs = Outputs(state, self._answers, self._gate, placements)
-        self.post(CoreLoop._follow)
+        self._outputs = self.outputs_kind(state, self._answers, self._gate, placements)
+        self.post(lambda loop: loop._follow())
 
     def post(self, command: Command) -> None:
         """Has something done by the thread. Ignored once it has ended."""
@@ -148,14 +154,19 @@ class CoreLoop:
 
     def _run(self) -> None:
         try:
-            asyncio.run(self._main())
+            self._run_main()
         except border.VllmError as error:
             self._outcome = error
         except Exception:
             _log.exception("the engine has failed")
         finally:
             self._up.set()
+            # In this order: who sets a sink later sees that it will hear nothing.
+            self.over = True
             self.sink.ended()
+
+    def _run_main(self) -> None:
+        asyncio.run(self._main())
 
     async def _main(self) -> None:
         self._to_send, self._closing = asyncio.Event(), asyncio.Event()
@@ -194,7 +205,11 @@ class CoreLoop:
                 kind = type(error).__name__
                 # The core has said why; anything else is a fault of ours.
                 ours = None if kind == "EngineDeadError" else error
-                _log.error("vLLM's engine core has ended: %s: %s", kind, error, exc_info=ours)
+                known = isinstance(error, border.VllmError)
+                _log.error(
+                    "%s has ended: %s: %s", self.core_name, kind, error,
+                    exc_info=None if known else ours,
+                )  # fmt: skip
         finally:
             for task in (*tasks, *self._confirms):
                 task.cancel()
@@ -207,9 +222,12 @@ class CoreLoop:
         feed = EventFeed(
             self._endpoints.events, self._endpoints.replay, self._cache, self._tell_changes
         )
-        task = asyncio.create_task(feed.run(), name="cache events")
-        task.add_done_callback(self._events_ended)
-        self._tasks.add(task)
+        self._keep(asyncio.create_task(feed.run(), name="cache events"))
+
+    def _keep(self, feed: asyncio.Task[None]) -> None:
+        """Owns a task that reads cache events."""
+        feed.add_done_callback(self._events_ended)
+        self._tasks.add(feed)
 
     def _events_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and task.exception() is not None:

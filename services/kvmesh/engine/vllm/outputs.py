@@ -63,14 +63,7 @@ class Outputs:
         self.leave(attempt)
         reason = output.finish_reason
         if reason not in (border.STOP, border.LENGTH):
-            code = _UNAVAILABLE if reason == border.ABORT else _INTERNAL
-            failed = wire.StageFailed(
-                code=code,
-                reason="ENGINE",
-                message=f"vLLM ended the request: {'abort' if code == _UNAVAILABLE else 'error'}",
-                retryable=True,
-            )
-            self._answers.end(attempt, failed=failed)
+            self._answers.end(attempt, failed=self.failure(output))
         elif attempt.stage is Stage.PREFILL:
             self._hand_off(attempt, output, now)
         else:
@@ -82,6 +75,16 @@ class Outputs:
                 stop_token_id=stop if isinstance(stop, int) else None,
             )
             self._answers.end(attempt, finished=finished)
+
+    def failure(self, output: CoreOutput) -> wire.StageFailed:
+        """Why a request ended without finishing."""
+        aborted = output.finish_reason == border.ABORT
+        return wire.StageFailed(
+            code=_UNAVAILABLE if aborted else _INTERNAL,
+            reason="ENGINE",
+            message=f"vLLM ended the request: {'abort' if aborted else 'error'}",
+            retryable=True,
+        )
 
     def _hand_off(self, attempt: Attempt, output: CoreOutput, now: float) -> None:
         age_ms = attempt.waited_ms + (now - attempt.received_at) * 1000

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvmesh.engine.contract import AttemptId, Placement, RouterStep, Stage, StepOutput, StepSample
@@ -36,8 +37,13 @@ class WarmUpError(Exception):
 class WarmUp:
     """The sink of the first requests."""
 
-    def __init__(self, geometry: Geometry) -> None:
+    def __init__(
+        self, geometry: Geometry, salt: str = _SALT, stop_token_ids: Sequence[int] = ()
+    ) -> None:
+        """`salt` keeps what is cached of it apart. `stop_token_ids` end a request."""
         self._geometry = geometry
+        self._salt = salt
+        self._stop_token_ids = stop_token_ids
         self._numbers = itertools.count(1)
         self._open: set[bytes] = set()
         self._failed = ""
@@ -110,7 +116,8 @@ class WarmUp:
         continuation = wire.Continuation(
             prompt_ids=prompt,
             max_tokens=tokens,
-            cache_salt=_SALT,
+            cache_salt=self._salt,
+            stop_token_ids=self._stop_token_ids,
             sampling=wire.ResolvedSampling(top_p=1.0, repetition_penalty=1.0),
         )
         return Placement(

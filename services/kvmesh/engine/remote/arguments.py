@@ -1,0 +1,116 @@
+"""What `kvmesh attach` is told of a server."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from kvmesh.setting_values import ValueNotAllowedError, boolean
+from kvmesh.worker.settings import SettingError
+
+SCHEMES = {
+    "vllm": "grpc",
+    "grpc": "grpc",
+    "http": "http",
+    "https": "https",
+    "openai+http": "http",
+    "openai+https": "https",
+}
+"""Of a server's address, and what is spoken with it."""
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a server is, and what it speaks."""
+
+    wire: str
+    """grpc, http or https."""
+    host: str
+    port: int
+
+    @classmethod
+    def of(cls, text: str) -> Address:
+        """From "vllm://host:port". Raises SettingError."""
+        parts = urlsplit(text)
+        try:
+            port = parts.port
+        except ValueError:
+            port = None
+        wire = SCHEMES.get(parts.scheme)
+        if wire is None or not parts.hostname or port is None or parts.path.strip("/"):
+            allowed = ", ".join(f"{scheme}://host:port" for scheme in SCHEMES)
+            raise SettingError(f"server is {text!r}; allowed are {allowed}")
+        return cls(wire, parts.hostname, port)
+
+    def __str__(self) -> str:
+        return f"{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """Of the engine `remote`."""
+
+    server: Address
+    model: str = ""
+    """Which of the server's models, where it has several."""
+    tokenizer: Path | None = None
+    """Folder with the tokeniser, where the server does not send it."""
+    model_digest: str = ""
+    """Digest of the model. Empty: made of what the server says."""
+    context_length: int = 0
+    """In tokens, where the server does not say it."""
+    server_key: str = ""
+    """Sent to a server that speaks HTTP, as a bearer token."""
+    data_parallel_rank: int | None = None
+    """Rank to use of a server that has several."""
+    seeded: bool = True
+    """Whether requests carry seeds."""
+    priorities: bool = False
+    """Whether the server orders its queue by priority."""
+
+    @classmethod
+    def of(cls, given: Mapping[str, str]) -> Arguments:
+        """From text. Raises SettingError."""
+        known = set(cls.__dataclass_fields__)
+        for key in given:
+            if key not in known:
+                raise SettingError(
+                    f"engine_arguments: {key} is no argument of the engine remote; allowed are "
+                    f"{', '.join(sorted(known))}"
+                )
+        if not given.get("server"):
+            raise SettingError("engine remote needs engine_arguments server=vllm://host:port")
+        digest = given.get("model_digest", "")
+        if digest and not _DIGEST.fullmatch(digest):
+            raise SettingError(f"model_digest is {digest!r}; allowed are 64 hexadecimal digits")
+        folder = given.get("tokenizer", "")
+        rank = given.get("data_parallel_rank", "")
+        return cls(
+            Address.of(given["server"]),
+            model=given.get("model", ""),
+            tokenizer=Path(folder).expanduser() if folder else None,
+            model_digest=digest,
+            context_length=_count("context_length", given.get("context_length") or "0"),
+            server_key=given.get("server_key", ""),
+            data_parallel_rank=_count("data_parallel_rank", rank) if rank else None,
+            seeded=_switch("seeded", given.get("seeded", "true")),
+            priorities=_switch("priorities", given.get("priorities", "false")),
+        )
+
+
+def _count(name: str, text: str) -> int:
+    if not text.isdigit():
+        raise SettingError(f"{name} is {text!r}; allowed is a number from 0")
+    return int(text)
+
+
+def _switch(name: str, text: str) -> bool:
+    try:
+        return boolean(name, text)
+    except ValueNotAllowedError as error:
+        raise SettingError(str(error)) from error

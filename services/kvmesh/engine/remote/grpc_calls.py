@@ -1,0 +1,73 @@
+"""What gRPC says, in terms of `server.ServerError`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+
+from kvmesh.engine.remote.server import (
+    FailedError,
+    RejectedError,
+    ServerError,
+    UnreachableError,
+    UnusableError,
+)
+
+CALL_S = 3.0
+"""Longest wait for a call that computes nothing."""
+
+OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    # A frozen server shows here, between two looks; servers allow a ping each 10 s.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
+
+_GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+_REFUSED = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.OUT_OF_RANGE,
+    grpc.StatusCode.FAILED_PRECONDITION,
+)
+_MOST_TEXT = 300
+
+T = TypeVar("T")
+
+
+def told(error: grpc.aio.AioRpcError) -> ServerError:
+    """A status as an error."""
+    code, text = error.code(), (error.details() or "").strip()[:_MOST_TEXT]
+    message = f"the server answers {code.name}: {text}"
+    if code in _GONE:
+        return UnreachableError(message)
+    if code in _REFUSED:
+        return RejectedError(message, code.value[0])
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return UnusableError(message)
+    return FailedError(message)
+
+
+async def answer(call: Awaitable[T]) -> T:
+    """A call's answer. Raises ServerError."""
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise told(error) from error
+
+
+async def messages(stream: AsyncIterable[T]) -> AsyncGenerator[T, None]:
+    """A stream's messages. Raises ServerError."""
+    try:
+        async for message in stream:
+            yield message
+    except grpc.aio.AioRpcError as error:
+        raise told(error) from error
+    finally:
+        stream.cancel()  # type: ignore[attr-defined]

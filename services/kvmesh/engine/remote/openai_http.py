@@ -1,0 +1,253 @@
+"""The border to servers that speak OpenAI's HTTP alone: /v1/completions with token ids.
+
+A stream that goes on elsewhere needs the tokens' ids, so a server that does not tell them
+cannot be attached. vLLM and SGLang do where `return_token_ids` asks for it, llama.cpp with
+its log-probabilities.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import httpx
+
+from kvmesh.engine.remote import dialects, metrics
+from kvmesh.engine.remote.server import (
+    CacheBatch,
+    Description,
+    FailedError,
+    Load,
+    LostError,
+    Part,
+    RejectedError,
+    Request,
+    Sampling,
+    ServerError,
+    UnreachableError,
+    UnusableError,
+)
+
+_log = logging.getLogger(__name__)
+
+_CALL_S = 3.0
+_CONNECT_S = 3.0
+_FIRST_S = 600.0
+"""A stream may be silent for as long as its prompt takes; the router has deadlines of its own."""
+_MOST_LINE_BYTES = 1 << 20
+_MOST_TEXT = 300
+_REFUSED = range(400, 500)
+_BUSY = (408, 425, 429)
+_NO_CALL = (401, 403, 404, 405, 501)
+_INVALID_ARGUMENT, _UNAUTHENTICATED = 3, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How a server is reached."""
+
+    url: str
+    model: str = ""
+    """Which of its models; empty: its first."""
+    key: str = ""
+    """Sent as a bearer token."""
+    priorities: bool = False
+    """It orders its queue by the priorities that requests have."""
+
+
+class OpenAiServer:
+    """One server. To be used in one event loop."""
+
+    ends_dropped = True
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+        headers = {"authorization": f"Bearer {access.key}"} if access.key else {}
+        self._http = httpx.AsyncClient(
+            base_url=access.url,
+            headers=headers,
+            timeout=httpx.Timeout(_FIRST_S, connect=_CONNECT_S, pool=None),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
+            # A proxy of the environment is for other things.
+            trust_env=False,
+        )
+        self._model: Mapping[str, Any] = {}
+        self._dialect = dialects.PLAIN
+        self._can_abort = True
+
+    # -- who it is -----------------------------------------------------------
+
+    async def describe(self) -> Description:
+        """Raises UnreachableError, UnusableError."""
+        self._model = model = await self._chosen()
+        self._dialect = dialect = dialects.of(str(model.get("owned_by", "")))
+        found = Description(
+            engine=dialect.name,
+            model=str(model["id"]),
+            path=str(model.get("root") or model["id"]),
+            context_length=await self._context_length(model),
+            max_logprobs=dialect.max_logprobs,
+            lacks=dialect.lacks
+            | (frozenset() if self._access.priorities else frozenset({"priority"})),
+        )
+        size, pool = metrics.pool(await self._metrics())
+        await self._try()
+        return replace(found, block_tokens=size, pool_tokens=pool)
+
+    async def _chosen(self) -> Mapping[str, Any]:
+        listed = await self._json("/v1/models")
+        models = [each for each in listed.get("data") or () if isinstance(each, dict)]
+        wanted = self._access.model
+        for model in models:
+            if model.get("id") and wanted in ("", model["id"]):
+                return model
+        known = ", ".join(str(model.get("id")) for model in models) or "none"
+        raise UnusableError(f"model is {wanted!r}; the server's are {known}")
+
+    async def _context_length(self, model: Mapping[str, Any]) -> int:
+        if model.get("max_model_len"):
+            return int(model["max_model_len"])
+        if self._dialect is not dialects.LLAMA_CPP:
+            return 0
+        told = await self._json("/props")
+        return int((told.get("default_generation_settings") or {}).get("n_ctx") or 0)
+
+    async def _json(self, path: str) -> dict[str, Any]:
+        try:
+            answer = await self._http.get(path, timeout=_CALL_S)
+        except httpx.HTTPError as error:
+            raise _unreachable(error) from error
+        if answer.status_code in (401, 403):
+            raise UnusableError(
+                f"the server answers {path} by {answer.status_code}; set server_key to a key of it"
+            )
+        if answer.status_code != 200:
+            raise UnreachableError(f"the server answers {path} by {answer.status_code}")
+        try:
+            found = answer.json()
+        except ValueError as error:
+            raise UnusableError(f"the server answers {path} by what is no JSON") from error
+        return found if isinstance(found, dict) else {}
+
+    async def _metrics(self) -> str:
+        """As Prometheus' text; empty: it has none."""
+        try:
+            answer = await self._http.get("/metrics", timeout=_CALL_S)
+        except httpx.HTTPError as error:
+            raise _unreachable(error) from error
+        return answer.text if answer.status_code == 200 else ""
+
+    async def _try(self) -> None:
+        """Asks for a token, whose id has to come. Raises UnusableError."""
+        sampling = Sampling(0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 1, 0, [])
+        request = Request("kvmesh-attach", [1], sampling)
+        try:
+            ids = [id async for part in self.generate(request) for id in part.ids]
+        except UnreachableError:
+            raise
+        except ServerError as error:
+            raise UnusableError(f"the server takes no prompt of token ids: {error}") from error
+        if not ids:
+            raise UnusableError(
+                "the server tells no token ids (return_token_ids, or log-probabilities with "
+                "ids); a stream could not go on elsewhere. Use its gRPC, or kvmesh worker"
+            )
+
+    async def check(self) -> None:
+        """Raises UnreachableError, LostError."""
+        try:
+            listed = await self._json("/v1/models")
+        except UnusableError as error:
+            raise LostError(str(error)) from error
+        name = self._model["id"]
+        if not any(
+            model.get("id") == name and model.get("root") == self._model.get("root")
+            for model in listed.get("data") or ()
+        ):
+            raise LostError(f"the server does not have {name} any more")
+
+    # -- requests ------------------------------------------------------------
+
+    async def generate(self, request: Request) -> AsyncGenerator[Part, None]:
+        """Raises ServerError."""
+        dialect, body = self._dialect, self._dialect.body(request, str(self._model["id"]))
+        reader = dialects.Reader(dialect, request)
+        try:
+            async with self._http.stream("POST", "/v1/completions", json=body) as answer:
+                if answer.status_code != 200:
+                    raise _refusal(answer.status_code, await answer.aread())
+                async for line in answer.aiter_lines():
+                    if len(line) > _MOST_LINE_BYTES:
+                        raise FailedError("the server sends a line of more than 1 MiB")
+                    if not line.startswith("data:"):
+                        continue
+                    data = line.removeprefix("data:").strip()
+                    if data == "[DONE]":
+                        return
+                    part = reader.take(_event(data))
+                    if part is not None:
+                        yield part
+        except httpx.HTTPError as error:
+            raise _unreachable(error) from error
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """Where the server has no call for it, dropping its stream has to do: see `dialects`."""
+        for name in request_ids:
+            call = self._dialect.abort(name)
+            if call is None or not self._can_abort:
+                return
+            path, body = call
+            try:
+                answer = await self._http.post(path, json=body, timeout=_CALL_S)
+            except httpx.HTTPError as error:
+                raise _unreachable(error) from error
+            if answer.status_code in _NO_CALL:
+                # As vLLM does without --enable-scale-out: the dropped stream has to do.
+                _log.info("the server has no call to abort path=%s", path)
+                self._can_abort = False
+            elif answer.status_code != 200:
+                raise FailedError(f"the server answers {path} by {answer.status_code}")
+
+    # -- load and cache ------------------------------------------------------
+
+    async def load(self) -> Load | None:
+        """None: it does not say. Raises UnreachableError."""
+        return metrics.load(await self._metrics())
+
+    async def cache_batches(self) -> AsyncGenerator[CacheBatch, None]:
+        """Nothing: HTTP tells of no cache."""
+        raise UnusableError("HTTP tells of no cache")
+        yield CacheBatch(None)
+
+    async def close(self) -> None:
+        """Drops the connections."""
+        await self._http.aclose()
+
+
+def _unreachable(error: httpx.HTTPError) -> UnreachableError:
+    return UnreachableError(f"{type(error).__name__}: {str(error)[:_MOST_TEXT]}")
+
+
+def _refusal(status: int, body: bytes) -> ServerError:
+    text = body[:_MOST_TEXT].decode("utf-8", "replace")
+    message = f"the server answers {status}: {text}"
+    if status in (401, 403):
+        return RejectedError(message, _UNAUTHENTICATED)
+    if status in _REFUSED and status not in _BUSY:
+        return RejectedError(message, _INVALID_ARGUMENT)
+    return FailedError(message)
+
+
+def _event(data: str) -> Mapping[str, Any]:
+    try:
+        found = json.loads(data)
+    except ValueError as error:
+        raise FailedError("the server sends an event that is no JSON") from error
+    if not isinstance(found, dict):
+        raise FailedError("the server sends an event that is no object")
+    if (problem := found.get("error")) is not None:
+        raise FailedError(f"the server ended the request: {str(problem)[:_MOST_TEXT]}")
+    return found

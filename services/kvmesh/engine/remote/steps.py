@@ -1,0 +1,101 @@
+"""A server's steps, as its streams show them.
+
+A server does not say when a step ends. Its engine gives each stream that decodes one
+message a step, so a step has ended where a stream speaks for the second time. From one
+such moment to the next is a step's time; it teaches something only where it is known what
+the step held: streams that decode and nothing else, or prompts that came while nothing
+ran. With other clients' work in between it is as long as that makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """One message of a stream."""
+
+    name: str
+    first: bool
+    computed_tokens: int = 0
+    """Of the prompt, with the first message."""
+
+
+@dataclass(slots=True)
+class Step:
+    """As border.StepDetails."""
+
+    num_ctx_tokens: int
+    num_generation_requests: int
+    elapsed_ms: float
+    ended_at: float
+    """Seconds, monotonic."""
+
+
+@dataclass(slots=True)
+class _Open:
+    began: float
+    fresh: bool
+    """Nothing ran when it began."""
+    told_at: float = 0.0
+    names: set[str] = field(default_factory=set)
+    prompt_tokens: int = 0
+    prompts: int = 0
+    mixed: bool = False
+    """A prompt was waiting meanwhile."""
+
+
+class Steps:
+    """Used by one event loop."""
+
+    def __init__(self) -> None:
+        self._open: _Open | None = None
+
+    def added(self, now: float, *, idle: bool) -> None:
+        """A request went to the server, to which nothing was running (`idle`) or something."""
+        if idle or self._open is None:
+            self._open = _Open(now, fresh=True)
+        elif self._open.names or not self._open.fresh:
+            self._open.mixed = True
+
+    def told(self, messages: Iterable[Told], now: float, waiting: int, running: int) -> _Closed:
+        """Messages that came together; after them so many requests wait for their first token,
+        and so many run in all."""
+        closed = _Closed()
+        for message in messages:
+            step = self._open
+            if step is None:
+                step = self._open = _Open(now, fresh=False)
+            if message.name in step.names:
+                step.mixed = step.mixed or waiting > 0
+                closed = self._close(step)
+                step = self._open = _Open(step.told_at, fresh=False, mixed=waiting > 0)
+            if not step.names:
+                step.told_at = now
+            step.names.add(message.name)
+            if message.first:
+                step.prompts += 1
+                step.prompt_tokens += message.computed_tokens
+        if not running and self._open is not None:
+            closed = self._close(self._open)
+            self._open = None
+        return closed
+
+    @staticmethod
+    def _close(step: _Open) -> _Closed:
+        decoding = len(step.names) - step.prompts
+        known = not step.mixed and (not decoding if step.fresh else not step.prompts)
+        elapsed_ms = (step.told_at - step.began) * 1000
+        if not known or not step.names or elapsed_ms <= 0:
+            return _Closed(over=True)
+        return _Closed(True, Step(step.prompt_tokens, decoding, elapsed_ms, step.told_at))
+
+
+@dataclass(frozen=True, slots=True)
+class _Closed:
+    """Whether a step has ended, and what is known of it."""
+
+    over: bool = False
+    step: Step | None = None

@@ -1,0 +1,275 @@
+"""Servers that speak OpenAI's HTTP alone. What is common to all wires is tested with SMG's."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+from engine_harness import running, until
+from fake_core import tokens_after
+from fake_loop import do, there
+from fake_model import BLOCK, BLOCKS, CONTEXT, END, MODEL, FakeModel, files
+from fake_openai import FakeOpenAi, serve
+
+from kvmesh.engine.contract import Stage
+from kvmesh.engine.remote import metrics
+from kvmesh.engine.remote.served import build
+from kvmesh.engine.remote.server import Load
+from kvmesh.v1 import inference_pb2 as inference
+from kvmesh.v1 import worker_pb2 as wire
+from kvmesh.worker.settings import SettingError, WorkerSettings
+
+GREEDY = wire.ResolvedSampling(top_p=1.0, repetition_penalty=1.0)
+KINDS = ("vllm", "sglang", "llamacpp")
+
+
+def prompt(length, seed=0):
+    return [(seed * 131 + at * 7) % 1899 + 51 for at in range(length)]
+
+
+def place(driver, ids, *args, **more):
+    more.setdefault("sampling", GREEDY)
+    more.setdefault("stop_token_ids", [END])
+    return driver.place(ids, *args, **more)
+
+
+def settings(port, folder, **arguments):
+    given = {"server": f"http://127.0.0.1:{port}", "tokenizer": str(folder), **arguments}
+    return WorkerSettings(engine="remote", engine_arguments=given)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, content in files().items():
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+@asynccontextmanager
+async def served(folder, kind="vllm", arguments=None, **more):
+    service = FakeOpenAi(FakeModel(), kind, **more)
+    server, port = await there(serve(service))
+    try:
+        given = settings(port, folder, **(arguments or {}))
+        built = await asyncio.to_thread(build, given, "w", 1, lambda line: None)
+        async with running(built.engine) as driver:
+            driver.built, driver.service, driver.server = built, service, server
+            driver.model = service.model
+            service.paths.clear()
+            driver.model.seen.clear()
+            driver.model.requests.clear()
+            yield driver
+    finally:
+        do(server.close)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_the_record_says_what_can_be_known(folder, kind) -> None:
+    async with served(folder, kind) as driver:
+        record, can = driver.built.model, driver.engine.capabilities()
+        assert (record.name, record.context_length) == (MODEL, CONTEXT)
+        assert record.vocabulary_size == 2000
+        assert [*record.end_of_text_ids] == [END]
+        assert can.engine == kind.replace("llamacpp", "llama.cpp")
+        # Nothing tells of its cache: routers go by what they sent there.
+        assert not can.cache_events
+        assert can.block_tokens == BLOCK
+        # llama.cpp does not say: by kv_pool_tokens.
+        assert can.pool_blocks == (BLOCKS if kind != "llamacpp" else 2048)
+        assert can.max_logprobs == {"vllm": 20, "sglang": 0, "llamacpp": 20}[kind]
+        assert can.grammars == (kind != "llamacpp")
+        assert can.engine_connector == ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_streams_come_whole_and_once(folder, kind) -> None:
+    async with served(folder, kind) as driver:
+        attempts = [place(driver, prompt(40, at), max_tokens=20) for at in range(6)]
+        for at, attempt in enumerate(attempts):
+            assert await attempt.ended() == "finished"
+            assert attempt.tokens == tokens_after(prompt(40, at), 20)
+        refused = place(driver, prompt(5), Stage.PREFILL)
+        assert await refused.ended() == "refused"
+        assert "no KV connector" in refused.opening.refused.message
+        await driver.idle()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_stop_id_ends_the_output_also_where_the_server_does_not(folder, kind) -> None:
+    said = tokens_after(prompt(20), 10)
+    async with served(folder, kind) as driver:
+        attempt = place(driver, prompt(20), stop_token_ids=[said[6], END], max_tokens=16)
+        assert await attempt.ended() == "finished"
+        assert attempt.tokens == said[:7]
+        assert attempt.end.finished.reason == inference.FINISH_REASON_STOP
+        assert attempt.end.finished.stop_token_id == said[6]
+        await driver.idle()
+        await until(lambda: driver.model.running == {})
+
+
+async def test_a_request_to_vllm_says_what_was_asked(folder) -> None:
+    async with served(folder, arguments={"priorities": "true"}) as driver:
+        sampling = wire.ResolvedSampling(
+            temperature=0.5, top_k=40, top_p=0.75, min_p=0.25, repetition_penalty=1.25,
+            frequency_penalty=0.5, presence_penalty=-0.5, seed=12,
+            logit_bias=[inference.LogitBias(token_id=7, bias=-100)],
+        )  # fmt: skip
+        attempt = place(
+            driver, prompt(5), sampling=sampling, max_tokens=9, min_tokens=3, logprobs=2,
+            cache_salt="mine", grammar=inference.Grammar(json_schema="{}"),
+        )  # fmt: skip
+        assert await attempt.ended() == "finished"
+        (asked,) = driver.model.requests
+        assert asked.pop("request_id")
+        assert asked.pop("priority") > 0
+        assert asked == {
+            "model": MODEL, "prompt": prompt(5), "stream": True,
+            "stream_options": {"include_usage": True}, "return_token_ids": True,
+            "temperature": 0.5, "top_k": 40, "top_p": 0.75, "min_p": 0.25,
+            "repetition_penalty": 1.25, "frequency_penalty": 0.5, "presence_penalty": -0.5,
+            "seed": 12, "logit_bias": {"7": -100.0}, "max_tokens": 9, "min_tokens": 3,
+            "stop_token_ids": [END], "ignore_eos": True, "skip_special_tokens": False,
+            "logprobs": 2, "return_tokens_as_token_ids": True, "cache_salt": "mine",
+            "structured_outputs": {"json": "{}"},
+        }  # fmt: skip
+        assert attempt.logprobs[0].logprob == -2.5
+        assert [*attempt.logprobs[0].top_ids] == [10, 11]
+
+
+async def test_a_request_to_sglang_has_its_own_names(folder) -> None:
+    async with served(folder, "sglang") as driver:
+        await place(
+            driver, prompt(5), max_tokens=1, grammar=inference.Grammar(ebnf="root"),
+        ).ended()  # fmt: skip
+        (asked,) = driver.model.requests
+        assert asked["rid"]
+        assert (asked["top_k"], asked["ebnf"]) == (-1, "root")
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "field"),
+    [
+        ("llamacpp", {"cache_salt": "mine"}, "hints.cache_salt"),
+        ("llamacpp", {"min_tokens": 3}, "stopping.min_tokens"),
+        ("llamacpp", {"stop_token_ids": []}, "stopping.ignore_end_of_text"),
+        ("llamacpp", {"grammar": inference.Grammar(regex="a")}, "grammar"),
+        (
+            "llamacpp",
+            {"sampling": wire.ResolvedSampling(top_p=1.0, repetition_penalty=1.5)},
+            "sampling.repetition_penalty",
+        ),
+        ("vllm", {"adapter": "poet"}, "model"),
+    ],
+)
+async def test_what_a_server_lacks_is_refused_by_name(folder, kind, given, field) -> None:
+    async with served(folder, kind) as driver:
+        attempt = place(driver, prompt(5), **given)
+        assert await attempt.ended() == "refused"
+        assert attempt.opening.refused.field == field
+        assert driver.model.requests == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage", ["waiting", "decoding"])
+async def test_a_cancel_ends_the_request_there(folder, kind, stage) -> None:
+    async with served(folder, kind) as driver:
+        model = driver.model
+        if stage == "waiting":
+            do(model.hold.clear)
+        model.step_s = 0.002
+        attempt = place(driver, prompt(40), max_tokens=10_000)
+        if stage == "waiting":
+            await until(lambda: model.running)
+        else:
+            await attempt.until(lambda a: len(a.tokens) > 2)
+        driver.engine.cancel([attempt.id])
+        assert await attempt.ended() == "cancelled"
+        await driver.idle()
+        await until(lambda: model.running == {})
+        calls = {"vllm": "/inference/v1/abort_requests", "sglang": "/abort_request"}
+        assert (model.aborts > 0) == (kind in calls)
+        assert (calls.get(kind) in driver.service.paths) == (kind in calls)
+
+
+async def test_without_an_abort_call_the_dropped_stream_does(folder) -> None:
+    async with served(folder, can_abort=False) as driver:
+        driver.model.step_s = 0.002
+        for _ in range(2):
+            attempt = place(driver, prompt(40), max_tokens=10_000)
+            await attempt.until(lambda a: a.tokens)
+            driver.engine.cancel([attempt.id])
+            assert await attempt.ended() == "cancelled"
+            await driver.idle()
+        await until(lambda: driver.model.running == {})
+        # It is asked for once, and not again.
+        assert driver.service.paths.count("/inference/v1/abort_requests") == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "retryable", "code"), [(400, False, 3), (404, False, 3), (503, True, 14)]
+)
+async def test_a_request_that_fails_leaves_the_server(folder, status, retryable, code) -> None:
+    async with served(folder) as driver:
+        driver.model.fail = Exception(status, "as the test wants")
+        attempt = place(driver, prompt(5))
+        assert await attempt.ended() == "failed"
+        failed = attempt.end.failed
+        assert (failed.code, failed.retryable) == (code, retryable)
+        assert "as the test wants" in failed.message
+        driver.model.fail = None
+        assert await place(driver, prompt(5), max_tokens=1).ended() == "finished"
+
+
+async def test_with_the_server_the_engine_ends(folder) -> None:
+    async with served(folder) as driver:
+        driver.model.step_s = 0.002
+        attempt = place(driver, prompt(30), max_tokens=10_000)
+        await attempt.until(lambda a: len(a.tokens) > 2)
+        driver.service.kind = "llamacpp"
+        driver.service.key = "changed"
+        async with asyncio.timeout(20):
+            await driver.over.wait()
+
+
+async def test_load_is_what_prometheus_is_told(folder) -> None:
+    async with served(folder) as driver:
+        driver.model.step_s = 0.002
+        driver.model.kept["another client's"] = 100
+        attempt = place(driver, prompt(160), max_tokens=10_000)
+        await attempt.until(lambda a: len(a.tokens) > 2)
+        await until(lambda: driver.engine.load().kv.pinned >= 80)
+        driver.engine.cancel([attempt.id])
+        await driver.idle()
+
+
+async def test_what_cannot_be_attached_says_why(folder, tmp_path) -> None:
+    async def refused(kind, text, port_settings, **more):
+        server, port = await there(serve(FakeOpenAi(FakeModel(), kind, **more)))
+        with pytest.raises(SettingError, match=text):
+            await asyncio.to_thread(build, port_settings(port), "w", 1, lambda line: None)
+        do(server.close)
+
+    plain = lambda port: settings(port, folder)  # noqa: E731
+    await refused("other", "tells no token ids", plain)
+    await refused("vllm", "set server_key", plain, key="secret")
+    await refused("vllm", "the server's are fake-model",
+                  lambda port: settings(port, folder, model="another"))  # fmt: skip
+    await refused("vllm", "does not send its tokeniser",
+                  lambda port: settings(port, "", tokenizer=""))  # fmt: skip
+
+
+async def test_a_key_is_sent(folder) -> None:
+    async with served(folder, key="secret", arguments={"server_key": "secret"}) as driver:
+        assert await place(driver, prompt(5), max_tokens=1).ended() == "finished"
+
+
+def test_metrics_of_several_engines_are_taken_together() -> None:
+    text = (
+        "# HELP vllm:num_requests_running Running\n"
+        'vllm:num_requests_running{engine="0"} 2.0\nvllm:num_requests_running{engine="1"} 3.0\n'
+        'vllm:num_requests_waiting{engine="0"} 1.0\n'
+        'vllm:kv_cache_usage_perc{engine="0"} 0.5\nvllm:kv_cache_usage_perc{engine="1"} 0.25\n'
+        "broken line\nnot:a_number x\n"
+    )
+    assert metrics.load(text) == Load(5, 1, 0.375)
+    assert metrics.load("llamacpp:requests_processing 1\n") is None
+    assert metrics.pool('vllm:cache_config_info{num_gpu_blocks="None",block_size="16"} 1') == (0, 0)
