@@ -386,3 +386,23 @@ async def test_without_a_tokenizer_it_says_what_to_give(tmp_path) -> None:
     assert [*built.model.end_of_text_ids] == [END]
     await built.engine.close()
     await there(server.stop(None))
+
+
+async def test_a_server_that_stands_still_shows_in_the_age_of_its_step() -> None:
+    async with served() as driver:
+        model, engine = driver.model, driver.engine
+        model.step_s = 0.002
+        do(model.hold.clear)
+        attempt = place(driver, prompt(30), max_tokens=10_000)
+        await until(lambda: engine.load().step_age_ms > 50)
+        # It may be behind others' prompts: no router gives it up in seconds.
+        assert engine.load().step_predicted_ms >= 7_500
+        do(model.hold.set)
+        await attempt.until(lambda a: len(a.tokens) > 5)
+        do(model.hold.clear)
+        await until(lambda: engine.load().step_age_ms > 200)
+        assert engine.load().step_predicted_ms < 7_500
+        do(model.hold.set)
+        driver.engine.cancel([attempt.id])
+        await driver.idle()
+        assert engine.load().step_age_ms == 0

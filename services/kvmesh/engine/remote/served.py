@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from kvmesh.engine.remote.loop import RemoteLoop
 from kvmesh.engine.remote.probe import connect
 from kvmesh.engine.remote.requests import RequestMaker
 from kvmesh.engine.remote.server import Description, LostError, ServerError, UnreachableError
+from kvmesh.engine.remote.state import RemoteState
 from kvmesh.engine.vllm import border
 from kvmesh.engine.vllm.cache import VllmCache
 from kvmesh.engine.vllm.placements import Adapters, Placements
-from kvmesh.engine.vllm.state import Geometry, State
+from kvmesh.engine.vllm.state import Geometry
 from kvmesh.v1 import worker_pb2 as wire
 from kvmesh.worker.engines import BuiltEngine
 from kvmesh.worker.settings import SettingError, WorkerSettings
@@ -37,6 +39,11 @@ def build(
 ) -> BuiltEngine:
     """Asks a server who it is. Raises SettingError, LostError."""
     arguments = Arguments.of(settings.engine_arguments)
+    if arguments.server.wire != "grpc" and importlib.util.find_spec("httpx") is None:
+        raise SettingError(
+            f"server is {arguments.server.wire}://…, which needs the package httpx: "
+            "pip install 'kvmesh[attach]'"
+        )
     starter = Starter(lambda: connect(arguments))
     loop = RemoteLoop(starter)
     with ExitStack() as stack:
@@ -115,7 +122,7 @@ def _built(
     chain = Chain(facts.digest, said.adapters)
     cache = VllmCache(chain.root, geometry.pool_blocks)
     step_model = wire.StepModel()
-    state = State(geometry, step_model)
+    state = RemoteState(geometry, step_model)
     lease_ms = _NIXL_LEASE_S * 1000 if said.connector.startswith("Nixl") else 0.0
     placements = Placements(
         geometry,
