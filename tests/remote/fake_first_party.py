@@ -1,6 +1,17 @@
-"""A server with vLLM's own `vllm.Inference` and `vllm.Control`, over a real socket."""
+"""A server with vLLM's own `vllm.Inference` and `vllm.Control`, over a real socket.
+
+python fake_first_party.py PORT STEP_MS
+"""
+
+import asyncio
+import sys
+from pathlib import Path
 
 import grpc.aio
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "vllm")]
+
 from fake_model import BLOCK, BLOCKS, CONTEXT, MODEL, FakeModel, Running
 from google.protobuf import json_format, struct_pb2
 
@@ -96,11 +107,22 @@ class FakeInference(inference_rpc.InferenceServicer):
             yield answer
 
 
-async def serve(model: FakeModel):
-    server = grpc.aio.server()
+async def serve(model: FakeModel, port=0):
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     control_service = FakeControl(model)
     control_rpc.add_ControlServicer_to_server(control_service, server)
     inference_rpc.add_InferenceServicer_to_server(FakeInference(model), server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    bound = server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
-    return server, port, control_service
+    return server, bound, control_service
+
+
+async def _main() -> None:
+    model = FakeModel(float(sys.argv[2]) / 1000)
+    server, bound, _ = await serve(model, int(sys.argv[1]))
+    print(f"listening on 127.0.0.1:{bound}", flush=True)
+    await server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    asyncio.run(_main())

@@ -21,7 +21,7 @@ from kvmesh.v1 import admin_pb2
 FOLDER = Path(__file__).parent
 COUNT = 8
 STEP_MS = 10
-WIRES = ("smg", "openai")
+SCHEMES = {"smg": "vllm", "first_party": "vllm", "openai": "http"}
 
 
 class Mesh(Cluster):
@@ -47,8 +47,7 @@ class Mesh(Cluster):
             self.children.wait(0.02)
         address = text.rpartition("listening on ")[2].split()[0]
         self.servers[name] = child, address
-        scheme = {"smg": "vllm", "openai": "http"}[wire]
-        return f"{scheme}://{address}"
+        return f"{SCHEMES[wire]}://{address}"
 
     def attach(self, name: str, server: str, *arguments: str) -> Child:
         child = self.children.spawn(
@@ -89,7 +88,7 @@ def assert_undisturbed(streams: Streams) -> None:
         assert output == tokens_after(prompt, streams.tokens)
 
 
-@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("wire", SCHEMES)
 def test_a_killed_servers_streams_are_finished_by_another_one(mesh, wire) -> None:
     endpoint = mesh.start_router()
     for name in ("a", "b"):

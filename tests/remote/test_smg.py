@@ -115,6 +115,14 @@ async def test_a_request_says_what_was_asked() -> None:
         assert not given.HasField("logprobs")
 
 
+async def test_one_of_several_ranks_can_be_meant() -> None:
+    async with served(arguments={"data_parallel_rank": "1"}) as driver:
+        await place(driver, prompt(5), max_tokens=1).ended()
+        assert driver.model.requests[0].data_parallel_rank == 1
+        # Nothing is known of a rank that the server does not tell of.
+        assert driver.engine.capabilities().pool_blocks == 2048
+
+
 async def test_a_stop_id_ends_the_output_and_is_told() -> None:
     said = tokens_after(prompt(20), 10)
     async with served() as driver:
