@@ -113,6 +113,27 @@ def test_a_killed_servers_streams_are_finished_by_another_one(mesh, wire) -> Non
     mesh.assert_alive()
 
 
+def test_a_frozen_servers_streams_are_finished_by_another_one(mesh) -> None:
+    endpoint = mesh.start_router()
+    for name in ("a", "b"):
+        mesh.attach(name, mesh.start_server(f"server-{name}", "smg"))
+    mesh.wait_live(endpoint, "a", "b")
+    streams = Streams(endpoint, prompts(COUNT), 200)
+    streams.wait(10)
+    table = mesh.table(endpoint)
+    victim = max(("a", "b"), key=lambda name: table[name].load.own.decoding)
+    frozen, _ = mesh.servers[f"server-{victim}"]
+    os.kill(frozen.process.pid, signal.SIGSTOP)
+    try:
+        assert_undisturbed(streams)
+    finally:
+        os.kill(frozen.process.pid, signal.SIGCONT)
+    assert sum(attempts > 1 for attempts in streams.attempts()) > 0
+    # What was cancelled meanwhile has ended there once it runs again.
+    wait_quiet(mesh, endpoint, "a", "b")
+    mesh.assert_alive()
+
+
 def live(worker) -> bool:
     return worker.state == admin_pb2.SESSION_STATE_LIVE
 
