@@ -155,6 +155,17 @@ def test_a_server_that_is_not_there_yet_is_waited_for(mesh) -> None:
     wait_quiet(mesh, endpoint, "a")
 
 
+def test_it_can_be_stopped_while_it_waits(mesh) -> None:
+    server = mesh.start_server("server", "smg")
+    mesh.kill_server("server")
+    child = mesh.attach("a", server)
+    while not any(": waits for vllm://" in line for line in child.said):
+        mesh.children.wait(START_S)
+    os.kill(child.process.pid, signal.SIGTERM)
+    assert child.process.wait(START_S) == 0
+    mesh.forget("a")
+
+
 def test_a_drain_lets_streams_end_there(mesh) -> None:
     endpoint = mesh.start_router()
     mesh.attach("a", mesh.start_server("server", "smg"))

@@ -12,11 +12,13 @@ from fake_model import BLOCK, BLOCKS, CONTEXT, END, MODEL, VOCABULARY, FakeModel
 from fake_smg import FakeSmg, serve
 
 from kvmesh.engine.contract import Stage
+from kvmesh.engine.remote import smg
 from kvmesh.engine.remote.served import build
 from kvmesh.engine.remote.server import LostError
 from kvmesh.index import chain_values, namespace_root
 from kvmesh.v1 import inference_pb2 as inference
 from kvmesh.v1 import worker_pb2 as wire
+from kvmesh.vllm_wire import smg_common_pb2 as common
 from kvmesh.worker.settings import SettingError, WorkerSettings
 from kvmesh.worker.tokenizer_files import TokenizerFiles
 
@@ -249,6 +251,7 @@ async def test_a_cancelled_decode_is_aborted_after_the_server_has_it() -> None:
         assert await attempt.ended() == "cancelled"
         # Else its connector would never tell the sender that the blocks can go.
         await until(lambda: decode.model.kept == {})
+        await decode.idle()
         assert [kind for kind, _ in decode.model.seen] == ["add", "abort"]
 
 
@@ -320,6 +323,31 @@ async def test_a_feed_that_ends_is_taken_up_anew_and_what_was_known_forgotten() 
         await until(lambda: driver.model.feeds and driver.model.feeds != [feed])
         await place(driver, prompt(70, 2), max_tokens=1).ended()
         await until(lambda: len(chains_of(driver.engine.snapshot())) == 4)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        common.KvCacheEvent(stored=common.KvBlocksStored(tier=common.KV_CACHE_TIER_HOST)),
+        common.KvCacheEvent(removed=common.KvBlocksRemoved(tier=common.KV_CACHE_TIER_DISK)),
+        common.KvCacheEvent(stored=common.KvBlocksStored(locality=common.KV_CACHE_LOCALITY_REMOTE)),
+        common.KvCacheEvent(),
+    ],
+)
+def test_blocks_that_do_not_lie_on_the_device_are_left_out(event) -> None:
+    assert [*smg.cache_event(event)] == []
+
+
+def test_a_blocks_keys_are_told_as_vllm_has_them() -> None:
+    block = common.KvBlock(block_hash=-1, token_ids=range(BLOCK), block_size=BLOCK)
+    block.extra_keys.add(text="salt")
+    block.extra_keys.add(multimodal=common.KvMultimodalKey(identifier="image", offset=3))
+    stored = common.KvBlocksStored(blocks=[block], lora_name="poet", group_idx=2)
+    (event,) = smg.cache_event(common.KvCacheEvent(stored=stored))
+    assert event["block_hashes"] == [2**64 - 1]
+    assert event["parent_block_hash"] is None
+    assert event["extra_keys"] == [["salt", ("image", 3)]]
+    assert (event["lora_name"], event["group_idx"]) == ("poet", 2)
 
 
 async def test_a_server_without_cache_events_has_an_approximate_index() -> None:

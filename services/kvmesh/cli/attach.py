@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -120,20 +119,22 @@ def _serve(settings: WorkerSettings, announce: Callable[[str], None]) -> int:
     from kvmesh.engine.remote.server import LostError
     from kvmesh.worker.serve import EngineEndedError, main
 
-    name = settings.worker_id
-    while True:
-        if not asyncio.run(_listens(settings, announce)):
-            return 0
+    pause_s = 0.0
+    while asyncio.run(_listens(settings, announce, pause_s)):
         try:
             return main(settings, announce)
         except (LostError, EngineEndedError) as error:
-            announce(f"worker {name}: lost {settings.model}: {error}")
+            announce(f"worker {settings.worker_id}: lost {settings.model}: {error}")
         # It may listen and not be ready.
-        time.sleep(_AGAIN_S)
+        pause_s = _AGAIN_S
+    return 0
 
 
-async def _listens(settings: WorkerSettings, announce: Callable[[str], None]) -> bool:
-    """Waits until something listens at the server's address. False: told to stop before."""
+async def _listens(
+    settings: WorkerSettings, announce: Callable[[str], None], pause_s: float
+) -> bool:
+    """Waits, first for so long, until something listens at the server's address. False: told
+    to stop before."""
     from kvmesh.engine.remote.arguments import Arguments
 
     stop = asyncio.Event()
@@ -141,7 +142,13 @@ async def _listens(settings: WorkerSettings, announce: Callable[[str], None]) ->
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     address, said = Arguments.of(settings.engine_arguments).server, False
-    while not stop.is_set():
+    while True:
+        try:
+            async with asyncio.timeout(pause_s):
+                await stop.wait()
+            return False
+        except TimeoutError:
+            pause_s = _AGAIN_S
         try:
             async with asyncio.timeout(_CONNECT_S):
                 _, writer = await asyncio.open_connection(address.host, address.port)
@@ -152,12 +159,6 @@ async def _listens(settings: WorkerSettings, announce: Callable[[str], None]) ->
             if not said:
                 announce(f"worker {settings.worker_id}: waits for {settings.model}: {error}")
             said = True
-        try:
-            async with asyncio.timeout(_AGAIN_S):
-                await stop.wait()
-        except TimeoutError:
-            continue
-    return False
 
 
 @cache

@@ -30,7 +30,7 @@ from kvmesh.engine.remote.server import (
     UnreachableError,
     UnusableError,
 )
-from kvmesh.engine.remote.tokenizer import unzipped
+from kvmesh.engine.remote.tokenizer import MOST_BYTES, unzipped
 from kvmesh.engine.vllm import border
 from kvmesh.vllm_wire import engine_pb2 as engine
 from kvmesh.vllm_wire import engine_pb2_grpc as rpc
@@ -123,7 +123,9 @@ class SmgServer:
             ) as chunks:
                 async for chunk in chunks:
                     archive += chunk.data
-        except UnreachableError:
+                    if len(archive) > MOST_BYTES:
+                        raise UnusableError("the server's tokeniser is larger than 256 MiB")
+        except (UnreachableError, UnusableError):
             raise
         except ServerError:
             # It was started with a model's name in place of a folder, say.
@@ -216,7 +218,7 @@ class SmgServer:
                 if load is not None and batch.load.load_only:
                     yield CacheBatch(None, load=load)
                 else:
-                    events = [event for each in batch.events for event in _event(each)]
+                    events = [event for each in batch.events for event in cache_event(each)]
                     yield CacheBatch(batch.sequence_number, events, load)
 
     async def close(self) -> None:
@@ -299,8 +301,8 @@ def _completed(said: engine.GenerateComplete, wanted: int | None, *, tokens: boo
     )
 
 
-def _event(event: common.KvCacheEvent) -> Iterable[Mapping[str, Any]]:
-    """An event as vLLM's publisher has it. None: of blocks that are not the device's."""
+def cache_event(event: common.KvCacheEvent) -> Iterable[Mapping[str, Any]]:
+    """An event as vLLM's publisher has it; none of blocks that are not the device's."""
     match event.WhichOneof("data"):
         case "stored" if _on_device(event.stored):
             stored = event.stored

@@ -13,8 +13,8 @@ from kvmesh.engine.remote.server import UnusableError
 from kvmesh.worker.tokenizer_files import NAMES
 
 _WANTED = (*NAMES, "config.json", "generation_config.json")
-_MOST_BYTES = 256 * 1024 * 1024
-"""Most that is unpacked: the archive comes from another machine."""
+MOST_BYTES = 256 * 1024 * 1024
+"""Most that is taken and unpacked: the archive comes from another machine."""
 
 
 def unzipped(archive: bytes) -> Mapping[str, bytes]:
@@ -24,7 +24,7 @@ def unzipped(archive: bytes) -> Mapping[str, bytes]:
         with zipfile.ZipFile(io.BytesIO(archive)) as opened:
             known = {entry.filename: entry for entry in opened.infolist()}
             entries = [known[name] for name in _WANTED if name in known]
-            if sum(entry.file_size for entry in entries) > _MOST_BYTES:
+            if sum(entry.file_size for entry in entries) > MOST_BYTES:
                 raise UnusableError("the server's tokeniser is larger than 256 MiB")
             for entry in entries:
                 found[entry.filename] = opened.read(entry)
