@@ -89,7 +89,8 @@ class FakeModel:
 
     def abort(self, name: str) -> None:
         self.aborts += 1
-        if name in self.running:
+        # One that is told again is still one.
+        if name in self.running and not self.running[name].aborted:
             self.seen.append(("abort", name))
             self.running[name].aborted = True
 

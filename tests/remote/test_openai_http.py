@@ -241,6 +241,18 @@ async def test_load_is_what_prometheus_is_told(folder) -> None:
         await driver.idle()
 
 
+async def test_without_figures_our_own_requests_are_counted(folder) -> None:
+    async with served(folder, "llamacpp") as driver:
+        driver.model.step_s = 0.002
+        attempt = place(driver, prompt(160), max_tokens=10_000)
+        await attempt.until(lambda a: len(a.tokens) > 2)
+        await until(lambda: driver.engine.load().kv.running >= 10)
+        assert driver.engine.load().kv.pinned == 0
+        driver.engine.cancel([attempt.id])
+        await driver.idle()
+        await until(lambda: driver.engine.load().kv.running == 0)
+
+
 async def test_what_cannot_be_attached_says_why(folder, tmp_path) -> None:
     async def refused(kind, text, port_settings, **more):
         server, port = await there(serve(FakeOpenAi(FakeModel(), kind, **more)))

@@ -114,6 +114,8 @@ class RemoteCore:
     def __init__(self, server: Server) -> None:
         self.server = server
         self.description: Description
+        self.pool_tokens = 0
+        """Size of the KV pool, as the server says or as it is taken to be. 0: not known yet."""
         self._runs: dict[str, _Run] = {}
         self._outputs: list[Output] = []
         self._told: list[Told] = []
@@ -211,9 +213,8 @@ class RemoteCore:
         """Share of the pool in use, as the server says, or as our own requests take it."""
         if self._load is not None:
             return min(1.0, max(0.0, self._load.usage))
-        pool = self.description.pool_tokens
         held = sum(len(run.request.prompt) + run.made for run in self._runs.values())
-        return min(1.0, held / pool) if pool else 0.0
+        return min(1.0, held / self.pool_tokens) if self.pool_tokens else 0.0
 
     def loaded(self, load: Load) -> None:
         """The server has said how busy it is."""

@@ -88,6 +88,8 @@ class RemoteLoop(loop.CoreLoop):
     # -- its cache -----------------------------------------------------------
 
     def _follow(self) -> None:
+        geometry = self._state.geometry
+        self._core.pool_tokens = geometry.pool_blocks * geometry.block_tokens
         self._core.watch()
         if self.description.cache_events:
             self._keep(asyncio.create_task(self._read_cache(), name="cache events"))
