@@ -23,15 +23,17 @@
 //! Place answered, or cancelled, or its session lost; no command to a worker
 //! whose part has ended.
 
+mod answers;
 mod attempt;
 mod moving;
+mod part;
 mod terms;
 
 use smallvec::SmallVec;
 
 use crate::{
-    Fence, Stage, Violation, WorkerIndex,
-    parse::{Answer, End, Failure, FinishReason, Refusal},
+    Fence, Violation, WorkerIndex,
+    parse::{Failure, FinishReason, Refusal},
 };
 
 use attempt::Attempt;
@@ -363,194 +365,6 @@ impl Generation {
                 Outcome::NoPlan
             };
             self.end(outcome, actions);
-        }
-    }
-
-    fn opening(
-        &mut self,
-        from: WorkerIndex,
-        fence: Fence,
-        stage: Stage,
-        answer: Answer,
-        actions: &mut Actions,
-    ) -> Result<(), Violation> {
-        let State::Running(attempt) = &mut self.state else {
-            return Ok(());
-        };
-        let side = attempt.expect(from, fence, stage)?;
-        if attempt.part_mut(side).is_gone() {
-            return Ok(());
-        }
-        if !attempt.part_mut(side).answered("an answer", &answer)? {
-            return Ok(());
-        }
-        actions.push(Action::Disarm(Timer::Answer {
-            attempt: fence.attempt,
-            stage,
-        }));
-        match answer {
-            Answer::Reserved { .. } => {
-                if let Some(next) = attempt.after_reserved(side) {
-                    attempt.place(next, fence, self.next_index, actions);
-                } else {
-                    self.refusals = 0;
-                    self.forget_refusals();
-                }
-            }
-            Answer::Refused(Refusal::TakenOver) => self.end(Outcome::TakenOver, actions),
-            Answer::Refused(why) => self.refused(from, why, actions),
-        }
-        Ok(())
-    }
-
-    fn stage_end(
-        &mut self,
-        from: WorkerIndex,
-        fence: Fence,
-        stage: Stage,
-        end: End,
-        actions: &mut Actions,
-    ) -> Result<(), Violation> {
-        let State::Running(attempt) = &mut self.state else {
-            return Ok(());
-        };
-        let side = attempt.expect(from, fence, stage)?;
-        if attempt.part_mut(side).is_gone() {
-            return Ok(());
-        }
-        attempt.check_end(side, &end)?;
-        attempt.part_mut(side).ended()?;
-        match end {
-            End::Finished { reason, stop_token } => {
-                self.end(Outcome::Finished { reason, stop_token }, actions);
-            }
-            End::HandedOff { .. } if side == attempt::Side::Decode => self.committed(actions),
-            End::HandedOff { engine } => {
-                if let Some(next) = attempt.after_handed_off(engine) {
-                    attempt.place(next, fence, self.next_index, actions);
-                }
-            }
-            End::Returned(_) => {
-                self.abandon(actions);
-                self.forget_refusals();
-                self.ask(Cause::Returned, true, actions);
-            }
-            End::TransferFailed | End::Cancelled => self.failed(None, actions),
-            End::Failed(failure) => self.failed(Some(failure), actions),
-        }
-        Ok(())
-    }
-
-    fn session_lost(&mut self, worker: WorkerIndex, loss: Loss, actions: &mut Actions) {
-        if self.receiver_lost(worker, loss, actions) {
-            return;
-        }
-        let State::Running(attempt) = &mut self.state else {
-            return;
-        };
-        let Some((side, part)) = attempt.side_mut(worker) else {
-            return;
-        };
-        let new_tokens = part.made();
-        let was = part.lose();
-        let fence = self.fence;
-        match was {
-            attempt::Was::Ended => {}
-            attempt::Was::Unsent => self.refused(worker, Refusal::Unanswered, actions),
-            attempt::Was::Placed(stage) => {
-                let timer = Timer::Answer {
-                    attempt: fence.attempt,
-                    stage,
-                };
-                actions.push(Action::Disarm(timer));
-                if loss == Loss::Silent {
-                    actions.push(Action::Cancel { to: worker, fence });
-                }
-                self.refused(worker, Refusal::Unanswered, actions);
-            }
-            attempt::Was::Reserved => {
-                if loss == Loss::Silent {
-                    actions.push(Action::Cancel { to: worker, fence });
-                }
-                if loss == Loss::Died && attempt.computed_on(side) && new_tokens < CLEARED_TOKENS {
-                    let deaths = match self.alone {
-                        true => &mut self.deaths_alone,
-                        false => &mut self.deaths,
-                    };
-                    *deaths = deaths.saturating_add(1);
-                }
-                if side == attempt::Side::Decode && self.source_lost(loss, actions) {
-                    return;
-                }
-                let State::Running(attempt) = &self.state else {
-                    return;
-                };
-                if !attempt.goes_on_without(side, loss) {
-                    self.lost(worker, loss, actions);
-                } else if !attempt.decodes() {
-                    actions.push(Action::Arm(Timer::Orphaned {
-                        attempt: fence.attempt,
-                    }));
-                }
-            }
-        }
-    }
-
-    fn reattached(&mut self, worker: WorkerIndex, fence: Fence, actions: &mut Actions) {
-        if let State::Running(attempt) = &mut self.state
-            && fence == self.fence
-            && attempt.open_from(worker).is_some()
-            && let Some((_, part)) = attempt.side_mut(worker)
-        {
-            part.says_again();
-            self.tell_again(worker, actions);
-        } else if let Some(moving) = &mut self.moving
-            && moving.fence == fence
-            && moving.receiver.worker() == worker
-            && moving.receiver.is_open()
-        {
-            moving.receiver.says_again();
-        } else {
-            // It was left while its worker was away.
-            actions.push(Action::Cancel { to: worker, fence });
-        }
-    }
-
-    fn fired(&mut self, timer: Timer, actions: &mut Actions) {
-        match timer {
-            Timer::Deadline => self.end(Outcome::DeadlineExceeded, actions),
-            Timer::Answer {
-                attempt: number,
-                stage,
-            } => {
-                if self.move_unanswered(number, actions) {
-                    return;
-                }
-                let fence = self.fence;
-                let State::Running(attempt) = &mut self.state else {
-                    return;
-                };
-                if number != fence.attempt {
-                    return;
-                }
-                let Some((worker, part)) = attempt.unanswered(stage) else {
-                    return;
-                };
-                part.give_up();
-                actions.push(Action::Cancel { to: worker, fence });
-                self.refused(worker, Refusal::Unanswered, actions);
-            }
-            Timer::Orphaned { attempt: number } => {
-                let State::Running(attempt) = &self.state else {
-                    return;
-                };
-                if number == self.fence.attempt
-                    && !attempt.decodes()
-                    && let Some(worker) = attempt.gone()
-                {
-                    self.lost(worker, Loss::Broken, actions);
-                }
-            }
         }
     }
 

@@ -16,7 +16,8 @@
 
 use super::{
     Action, Actions, Generation, Loss, PlannedHandOff, State, Taken, Timer, TransferState,
-    attempt::{At, Attempt, Part, Was},
+    attempt::Attempt,
+    part::{At, Part, Was},
 };
 use crate::{
     Fence, Stage, TransferId, Violation, WorkerIndex,

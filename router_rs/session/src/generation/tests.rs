@@ -1,7 +1,10 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
-use crate::TransferId;
+use crate::{
+    Stage, TransferId,
+    parse::{Answer, End},
+};
 
 const P: WorkerIndex = WorkerIndex(1);
 const D: WorkerIndex = WorkerIndex(2);
