@@ -7,6 +7,7 @@
 //!
 //! * [`Generation`]: one request's way over its attempts (PROTOCOLS 2).
 //! * [`Link`]: one router's session with one worker (PROTOCOLS 1, DESIGN 5).
+//! * [`Takeover`]: another router's generation on its way to this one (PROTOCOLS 2).
 //! * [`Command`]: what a router says to a worker, typed.
 //! * [`parse`]: what a worker says, from wire messages to types that cannot be
 //!   invalid. What does not parse closes the session.
@@ -17,11 +18,13 @@ pub mod generation;
 mod id;
 pub mod link;
 pub mod parse;
+pub mod takeover;
 
 pub use command::{Command, HandOff, Placement};
 pub use generation::{Generation, Outcome, Taken};
 pub use id::{Fence, GenerationId, Stage, TransferId, WorkerIndex};
 pub use link::Link;
+pub use takeover::Takeover;
 
 /// Protocol version that this router speaks: (major, minor).
 pub const PROTOCOL_VERSION: (u32, u32) = (1, 0);

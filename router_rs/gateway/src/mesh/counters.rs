@@ -216,6 +216,8 @@ pub struct Migrations {
     pub failed: Count,
     /// It gave the stream back.
     pub returned: Count,
+    /// Claimed from another router, and no attempt could be gone on with.
+    pub claimed: Count,
 }
 
 /// Hand-overs of running streams.
@@ -232,13 +234,14 @@ pub struct HandOvers {
 impl Migrations {
     /// Each with its label.
     #[must_use]
-    pub fn by_cause(&self) -> [(&'static str, u64); 5] {
+    pub fn by_cause(&self) -> [(&'static str, u64); 6] {
         [
             ("died", self.died.get()),
             ("broken", self.broken.get()),
             ("silent", self.silent.get()),
             ("failed", self.failed.get()),
             ("returned", self.returned.get()),
+            ("claimed", self.claimed.get()),
         ]
     }
 }
@@ -269,6 +272,7 @@ impl Counters {
             Cause::Lost(Loss::Silent) => &of.silent,
             Cause::Failed => &of.failed,
             Cause::Returned => &of.returned,
+            Cause::Claimed => &of.claimed,
         }
         .add(1);
     }

@@ -172,7 +172,7 @@ impl Waits {
     fn entry(&self, open: &Open, request: &PlanRequest) -> Entry {
         let taken = matches!(
             request.cause,
-            Cause::Lost(_) | Cause::Failed | Cause::Returned
+            Cause::Lost(_) | Cause::Failed | Cause::Returned | Cause::Claimed
         );
         Entry {
             model: open.request.model.as_str().into(),

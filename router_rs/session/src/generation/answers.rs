@@ -75,6 +75,7 @@ impl Generation {
                     attempt.place(next, fence, self.next_index, actions);
                 }
             }
+            End::Returned(Refusal::TakenOver) => self.end(Outcome::TakenOver, actions),
             End::Returned(_) => {
                 self.abandon(actions);
                 self.forget_refusals();

@@ -23,6 +23,8 @@ use crate::{Fence, Stage, TransferId, Violation, WorkerIndex, parse::End};
 enum Route {
     /// On one worker.
     Whole,
+    /// On the worker that it was found on, whatever it was part of there.
+    Claimed,
     /// On two, KV by a mesh transfer.
     Mesh(TransferId),
     /// On two, KV by the engine's own connector.
@@ -104,6 +106,17 @@ impl Attempt {
         }
     }
 
+    /// One that another router placed.
+    pub(super) fn claimed(worker: WorkerIndex, stage: Stage, border: u32) -> Self {
+        Self {
+            border,
+            route: Route::Claimed,
+            prefill: None,
+            decode: Part::placed(worker, stage, border),
+            may_hand_off: false,
+        }
+    }
+
     /// One whose stream came from another worker, which stands here as the sender.
     pub(super) fn moved(
         border: u32,
@@ -146,7 +159,7 @@ impl Attempt {
     /// The part that is placed first.
     pub(super) fn first_side(&self) -> Side {
         match self.route {
-            Route::Whole | Route::Mesh(_) => Side::Decode,
+            Route::Whole | Route::Claimed | Route::Mesh(_) => Side::Decode,
             Route::Engine { .. } => Side::Prefill,
         }
     }
@@ -164,7 +177,7 @@ impl Attempt {
                 *payload = engine;
                 Some(Side::Decode)
             }
-            Route::Whole | Route::Mesh(_) => None,
+            Route::Whole | Route::Claimed | Route::Mesh(_) => None,
         }
     }
 
@@ -230,6 +243,8 @@ impl Attempt {
             })
         };
         match (end, side, &self.route) {
+            // Of what it was asked for before this router knows nothing.
+            (_, _, Route::Claimed) => Ok(()),
             (End::HandedOff { .. }, Side::Decode, _) if self.may_hand_off => Ok(()),
             (End::HandedOff { .. }, Side::Decode, _) => wrong("a hand-off"),
             (End::HandedOff { engine: None }, _, Route::Engine { .. }) => {

@@ -25,6 +25,7 @@
 
 mod answers;
 mod attempt;
+mod claimed;
 mod moving;
 mod part;
 mod terms;
@@ -282,7 +283,7 @@ impl Generation {
                 end,
             } => {
                 if self.is_move(fence) {
-                    self.move_ended(from, stage, &mut actions)?;
+                    self.move_ended(from, stage, &end, &mut actions)?;
                     return Ok(actions);
                 }
                 if !self.is_current(fence)? {

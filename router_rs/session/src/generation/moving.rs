@@ -15,13 +15,13 @@
 //! transfer failed.
 
 use super::{
-    Action, Actions, Generation, Loss, PlannedHandOff, State, Taken, Timer, TransferState,
+    Action, Actions, Generation, Loss, Outcome, PlannedHandOff, State, Taken, Timer, TransferState,
     attempt::Attempt,
     part::{At, Part, Was},
 };
 use crate::{
     Fence, Stage, TransferId, Violation, WorkerIndex,
-    parse::{Answer, Refusal},
+    parse::{Answer, End, Refusal},
 };
 
 /// A hand-over that is under way.
@@ -168,7 +168,7 @@ impl Generation {
                 attempt.may_hand_off();
                 actions.push(moving.tell(attempt.decodes_on(), self.fence));
             }
-            Answer::Refused(Refusal::TakenOver) => self.end(super::Outcome::TakenOver, actions),
+            Answer::Refused(Refusal::TakenOver) => self.end(Outcome::TakenOver, actions),
             Answer::Refused(_) => self.stay(actions),
         }
         Ok(())
@@ -201,6 +201,7 @@ impl Generation {
         &mut self,
         from: WorkerIndex,
         stage: Stage,
+        end: &End,
         actions: &mut Actions,
     ) -> Result<(), Violation> {
         let Some(moving) = &mut self.moving else {
@@ -208,7 +209,10 @@ impl Generation {
         };
         moving.expect(from, stage)?;
         moving.receiver.ended()?;
-        self.stay(actions);
+        match end {
+            End::Returned(Refusal::TakenOver) => self.end(Outcome::TakenOver, actions),
+            _ => self.stay(actions),
+        }
         Ok(())
     }
 

@@ -269,6 +269,8 @@ pub enum Cause {
     Refused(Refusal),
     /// A worker gave it back.
     Returned,
+    /// It was claimed from another router, and no attempt of it can be gone on with.
+    Claimed,
     /// An attempt failed.
     Failed,
     /// Its worker was lost.

@@ -3,12 +3,14 @@
 //! Rows of tokens stay in the columns they came in: nothing is copied or
 //! allocated for a token.
 
+mod found;
 mod hello;
 mod rows;
 
 use kvmesh_wire::v1::{self, worker_frame::Frame};
 
 use crate::{Fence, GenerationId, Stage, Violation};
+pub use found::{Found, Held, Holds, Left};
 pub use hello::{Hello, Unread, hello, reads_cache, valid_name};
 pub use rows::{Row, Rows};
 
@@ -36,6 +38,8 @@ pub struct StepFrame {
     pub rows: Rows,
     /// Stages ended.
     pub ends: Vec<StageEnd>,
+    /// Answers to Find and Claim.
+    pub found: Vec<Found>,
     /// Service time, in the last frame of a step.
     pub sample: Option<v1::StepSample>,
     /// Load after the step, where one was due.
@@ -214,6 +218,11 @@ fn step(output: v1::StepOutput) -> Result<StepFrame, Violation> {
             .ends
             .into_iter()
             .map(stage_end)
+            .collect::<Result<_, _>>()?,
+        found: output
+            .found
+            .into_iter()
+            .map(found::found)
             .collect::<Result<_, _>>()?,
         sample: output.sample,
         load: output.load.map(load).transpose()?,

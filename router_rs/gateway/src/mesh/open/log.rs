@@ -59,7 +59,7 @@ impl Open {
                 tracing::info!(%generation, owner, attempt, reason = ?Refusal::Unanswered, "refused");
             }
             Cause::Refused(_) => {}
-            Cause::Returned | Cause::Failed | Cause::Lost(_) => {
+            Cause::Returned | Cause::Failed | Cause::Lost(_) | Cause::Claimed => {
                 let next_index = state.machine.next_index();
                 tracing::info!(%generation, owner, attempt, reason = ?cause, next_index, "attempt ended");
             }

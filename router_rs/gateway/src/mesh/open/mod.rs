@@ -450,7 +450,7 @@ impl Open {
         state.failed_over |= match cause {
             Cause::Start => false,
             Cause::Refused(why) => why == Refusal::Unanswered,
-            Cause::Returned | Cause::Failed | Cause::Lost(_) => true,
+            Cause::Returned | Cause::Failed | Cause::Lost(_) | Cause::Claimed => true,
         };
         if !matches!(cause, Cause::Start | Cause::Refused(_)) && !state.output.is_empty() {
             let last = state.figures.last_arrival();

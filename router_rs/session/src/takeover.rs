@@ -1,0 +1,359 @@
+//! Another router's generation on its way to this one (PROTOCOLS 2, Resume).
+//!
+//! ```text
+//!  Find to all      all answered, or time over       the winner gives it
+//! ─────────────▶ Finding ──────────────────▶ Claiming ───────────────▶ Done
+//!                  ▲  │ nobody has it           │  │ nobody is left      ▲
+//!                  │  └─────────────────────────│──┴────────────────────┘
+//!                  └── a higher owner is in force
+//! ```
+//!
+//! Of several holders the highest (owner, attempt) that has all that the client has wins,
+//! decode before prefill; the others are cancelled. The claim goes to every session: who
+//! holds nothing then refuses what the old owner still places. The winner's word decides
+//! at once, for its tokens follow it. Where the winner is lost before it says anything the
+//! next one that was claimed is gone on from, by a new attempt.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use smallvec::SmallVec;
+
+use crate::{
+    Fence, Stage, WorkerIndex,
+    parse::{Found, Held, Holds, Left},
+};
+
+/// Claims that may be refused, since another router claims at the same time.
+const TRIES: u8 = 3;
+
+/// What happens to a takeover.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// A worker answered Find or Claim.
+    Found {
+        /// Who.
+        from: WorkerIndex,
+        /// What.
+        found: Found,
+    },
+    /// A session has ended, or takes nothing.
+    SessionLost(WorkerIndex),
+    /// The wait for answers is over.
+    Fired,
+}
+
+/// What the driver has to do.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Action {
+    /// Send Find.
+    Find {
+        /// To whom.
+        to: WorkerIndex,
+    },
+    /// Send Claim.
+    Claim {
+        /// To whom.
+        to: WorkerIndex,
+        /// The new owner number.
+        owner: u32,
+    },
+    /// Cancel an attempt that was claimed and is not gone on with.
+    Cancel {
+        /// On which worker.
+        to: WorkerIndex,
+        /// Which attempt.
+        fence: Fence,
+    },
+    /// Start the wait for answers, anew if it runs.
+    Arm,
+    /// Give the wait up.
+    Disarm,
+    /// Go on with the generation. Before anything else that this worker says of it is
+    /// heard.
+    Take(Box<Take>),
+    /// It cannot be had.
+    End(Refused),
+}
+
+/// A generation that is this router's now.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Take {
+    /// The attempt as it is named now.
+    pub fence: Fence,
+    /// Who goes on with it, and which stage; `None`: it needs a new attempt.
+    pub runs: Option<(WorkerIndex, Stage)>,
+    /// What its router left.
+    pub left: Left,
+}
+
+/// Why a generation cannot be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Refused {
+    /// Nobody has it, for this tenant and from the index that is wanted.
+    Unknown,
+    /// Others claim it at the same time.
+    Contested,
+}
+
+/// A list of actions, in the order in which they are to be done.
+pub type Actions = SmallVec<[Action; 4]>;
+
+/// One takeover's state. See the module's text.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Takeover {
+    wanted: u32,
+    workers: BTreeSet<WorkerIndex>,
+    tries: u8,
+    state: State,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum State {
+    Finding {
+        waiting: BTreeSet<WorkerIndex>,
+        holders: BTreeMap<WorkerIndex, Held>,
+    },
+    Claiming {
+        owner: u32,
+        winner: WorkerIndex,
+        /// Who has not answered, by what it said that it has.
+        holders: BTreeMap<WorkerIndex, Held>,
+        /// Who gave it, though another has the first word.
+        given: BTreeMap<WorkerIndex, (Held, Box<Left>)>,
+    },
+    Done,
+}
+
+impl Takeover {
+    /// One of a generation of which the client lacks everything from `wanted` on;
+    /// `workers` are those with a session.
+    #[must_use]
+    pub fn start(wanted: u32, workers: impl IntoIterator<Item = WorkerIndex>) -> (Self, Actions) {
+        let mut takeover = Self {
+            wanted,
+            workers: workers.into_iter().collect(),
+            tries: 0,
+            state: State::Done,
+        };
+        let mut actions = Actions::new();
+        takeover.find(&mut actions);
+        (takeover, actions)
+    }
+
+    /// Whether it is over, with or without success.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        self.state == State::Done
+    }
+
+    /// Takes an event and says what to do.
+    pub fn apply(&mut self, event: Event) -> Actions {
+        let mut actions = Actions::new();
+        match event {
+            Event::Found { from, found } => match found.what {
+                Holds::Nothing => self.answered(from, None, &mut actions),
+                Holds::This(held) => self.answered(from, Some(held), &mut actions),
+                Holds::Claimed(held, left) => self.given(from, held, left, &mut actions),
+                Holds::Refused { .. } => self.refused(from, &mut actions),
+            },
+            Event::SessionLost(worker) => {
+                self.workers.remove(&worker);
+                self.answered(worker, None, &mut actions);
+                self.out(worker, &mut actions);
+            }
+            Event::Fired => match &self.state {
+                State::Finding { .. } => self.claim(&mut actions),
+                State::Claiming { winner, .. } => self.out(*winner, &mut actions),
+                State::Done => {}
+            },
+        }
+        actions
+    }
+
+    fn find(&mut self, actions: &mut Actions) {
+        if self.workers.is_empty() {
+            return self.end(Refused::Unknown, actions);
+        }
+        actions.extend(self.workers.iter().map(|&to| Action::Find { to }));
+        actions.push(Action::Arm);
+        self.state = State::Finding {
+            waiting: self.workers.clone(),
+            holders: BTreeMap::new(),
+        };
+    }
+
+    /// A worker's answer to Find. What comes later than it is waited for says nothing new.
+    fn answered(&mut self, from: WorkerIndex, held: Option<Held>, actions: &mut Actions) {
+        let State::Finding { waiting, holders } = &mut self.state else {
+            return;
+        };
+        if !waiting.remove(&from) {
+            return;
+        }
+        holders.extend(held.map(|held| (from, held)));
+        if waiting.is_empty() {
+            self.claim(actions);
+        }
+    }
+
+    fn claim(&mut self, actions: &mut Actions) {
+        let State::Finding { holders, .. } = &mut self.state else {
+            return;
+        };
+        let holders = std::mem::take(holders);
+        let Some(winner) = self.best(&holders) else {
+            return self.end(Refused::Unknown, actions);
+        };
+        let highest = holders.values().map(|held| held.fence.owner).max();
+        let Some(owner) = highest.and_then(|owner| owner.checked_add(1)) else {
+            return self.end(Refused::Unknown, actions);
+        };
+        let claims = self.workers.iter();
+        actions.extend(claims.map(|&to| Action::Claim { to, owner }));
+        actions.push(Action::Arm);
+        self.state = State::Claiming {
+            owner,
+            winner,
+            holders,
+            given: BTreeMap::new(),
+        };
+    }
+
+    /// Who has all that the client has under the highest attempt.
+    fn best(&self, holders: &BTreeMap<WorkerIndex, Held>) -> Option<WorkerIndex> {
+        let fit = holders.iter();
+        let fit = fit.filter(|(_, held)| held.next_index >= self.wanted);
+        let best = fit.max_by_key(|(_, held)| (held.fence, held.stage != Stage::Prefill));
+        best.map(|(&worker, _)| worker)
+    }
+
+    /// A worker gave what it has. It is this router's now, wanted or not.
+    fn given(&mut self, from: WorkerIndex, held: Held, left: Box<Left>, actions: &mut Actions) {
+        let mine =
+            matches!(&self.state, State::Claiming { owner, .. } if held.fence.owner == *owner);
+        let State::Claiming {
+            winner,
+            holders,
+            given,
+            ..
+        } = &mut self.state
+        else {
+            let fence = held.fence;
+            return actions.push(Action::Cancel { to: from, fence });
+        };
+        if !mine {
+            // By an earlier claim of ours: the one under way gives it anew.
+            return;
+        }
+        holders.remove(&from);
+        if *winner != from {
+            given.insert(from, (held, left));
+        } else if held.next_index < self.wanted {
+            given.insert(from, (held, left));
+            self.out(from, actions);
+        } else {
+            let given = std::mem::take(given);
+            self.take(from, (held, left), true, given, actions);
+        }
+    }
+
+    /// Another router claims as well, or did, with no lower number.
+    fn refused(&mut self, from: WorkerIndex, actions: &mut Actions) {
+        let State::Claiming {
+            winner, holders, ..
+        } = &mut self.state
+        else {
+            return;
+        };
+        holders.remove(&from);
+        if *winner != from {
+            return;
+        }
+        self.tries += 1;
+        if self.tries < TRIES {
+            self.find(actions);
+        } else {
+            self.end(Refused::Contested, actions);
+        }
+    }
+
+    /// Nothing is expected of a worker any more.
+    fn out(&mut self, worker: WorkerIndex, actions: &mut Actions) {
+        let State::Claiming {
+            winner,
+            holders,
+            given,
+            ..
+        } = &mut self.state
+        else {
+            return;
+        };
+        holders.remove(&worker);
+        if !self.workers.contains(&worker) {
+            given.remove(&worker);
+        }
+        if *winner != worker {
+            return;
+        }
+        let mut left: BTreeMap<_, _> = holders.clone();
+        left.extend(given.iter().map(|(&worker, (held, _))| (worker, *held)));
+        let Some(next) = self.best(&left) else {
+            let State::Claiming { given, .. } = &mut self.state else {
+                return;
+            };
+            for (to, (held, _)) in std::mem::take(given) {
+                let fence = held.fence;
+                actions.push(Action::Cancel { to, fence });
+            }
+            return self.end(Refused::Unknown, actions);
+        };
+        let State::Claiming { winner, given, .. } = &mut self.state else {
+            return;
+        };
+        *winner = next;
+        match given.remove(&next) {
+            // What it said since is lost: its output is gone on from, by another attempt.
+            Some(own) => {
+                let given = std::mem::take(given);
+                self.take(next, own, false, given, actions);
+            }
+            None => actions.push(Action::Arm),
+        }
+    }
+
+    fn take(
+        &mut self,
+        from: WorkerIndex,
+        (held, left): (Held, Box<Left>),
+        heard: bool,
+        others: BTreeMap<WorkerIndex, (Held, Box<Left>)>,
+        actions: &mut Actions,
+    ) {
+        let goes_on = heard && held.stage != Stage::Prefill;
+        let cancel = |(to, held): (WorkerIndex, Held)| Action::Cancel {
+            to,
+            fence: held.fence,
+        };
+        actions.push(Action::Disarm);
+        actions.extend(others.into_iter().map(|(to, (held, _))| cancel((to, held))));
+        if !goes_on {
+            actions.push(cancel((from, held)));
+        }
+        actions.push(Action::Take(Box::new(Take {
+            fence: held.fence,
+            runs: goes_on.then_some((from, held.stage)),
+            left: *left,
+        })));
+        self.state = State::Done;
+    }
+
+    fn end(&mut self, why: Refused, actions: &mut Actions) {
+        actions.push(Action::Disarm);
+        actions.push(Action::End(why));
+        self.state = State::Done;
+    }
+}
+
+#[cfg(test)]
+#[path = "takeover_tests.rs"]
+mod tests;
