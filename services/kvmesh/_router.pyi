@@ -807,6 +807,7 @@ class WorkerPort:
         load_delay_ms: float = 0.0,
         replay_bytes: int = 4_194_304,
         orphan_ttl_s: float = 10.0,
+        resume_bytes: int = 67_108_864,
     ) -> WorkerPort:
         """Binds "host:port", port 0 a free one. Raises OSError, ValueError."""
 

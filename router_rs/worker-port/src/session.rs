@@ -163,6 +163,12 @@ impl Session {
         }
     }
 
+    /// Another session has an attempt from now on.
+    pub(crate) fn left(&mut self, id: &AttemptId) -> Option<Held> {
+        self.pending.retain(|(_, placed)| placed != id);
+        self.attempts.remove(id)
+    }
+
     /// A stage ended. False: that was known, or it names no attempt.
     pub(crate) fn ended(&mut self, end: &StageEnd) -> bool {
         end.attempt_id()

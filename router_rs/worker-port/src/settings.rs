@@ -12,8 +12,12 @@ pub struct Settings {
     /// Step output that was sent and is kept for a router that may come back,
     /// bytes. What it wants from before that is unknown, and computed anew.
     pub replay_bytes: usize,
-    /// How long the attempts of a router whose session broke are kept.
+    /// How long the attempts of a router whose session broke are kept, what has ended for
+    /// routers that resume it, and which owners are over.
     pub orphan_ttl: Duration,
+    /// What is kept of generations for routers that resume them, bytes. Beyond it those go
+    /// that ended first, then the newest.
+    pub resume_bytes: usize,
     /// Cache events kept for routers that come back.
     pub cache_ring_events: u64,
     /// Longest time that cache events wait for others.
@@ -44,6 +48,7 @@ impl Default for Settings {
             step_lane_age: Duration::from_secs(10),
             replay_bytes: 4 << 20,
             orphan_ttl: Duration::from_secs(10),
+            resume_bytes: 64 << 20,
             cache_ring_events: 65_536,
             cache_coalesce: Duration::from_millis(20),
             snapshot_interval: Duration::from_millis(5),

@@ -73,8 +73,9 @@ class InferenceServicer(object):
     def Resume(self, request, context):
         """Goes on with a running generation, at this or any other router of the
         cluster, from a given index. Ends with NOT_FOUND, in one and the same
-        text, for an id that is unknown, expired or belongs to another tenant.
-        This release ends it with UNIMPLEMENTED.
+        text, for an id that is unknown, expired, belongs to another tenant or was
+        not resumable. The first message is `accepted` again. Whoever had the stream
+        before gets ABORTED with reason TAKEN_OVER.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -664,7 +664,7 @@ class StageTimings(_message.Message):
     def __init__(self, queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., transfer_ms: _Optional[float] = ..., transferred_bytes: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., pulled_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., trace: _Optional[_Iterable[_Union[_inference_pb2.TraceSpan, _Mapping]]] = ..., urgent_start_ms: _Optional[float] = ...) -> None: ...
 
 class Found(_message.Message):
-    __slots__ = ("generation", "known", "owner", "attempt", "next_index", "stage", "output_ids", "resume_state")
+    __slots__ = ("generation", "known", "owner", "attempt", "next_index", "stage", "output_ids", "resume_state", "refused")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     KNOWN_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
@@ -673,6 +673,7 @@ class Found(_message.Message):
     STAGE_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_IDS_FIELD_NUMBER: _ClassVar[int]
     RESUME_STATE_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     generation: bytes
     known: bool
     owner: int
@@ -681,7 +682,8 @@ class Found(_message.Message):
     stage: Stage
     output_ids: _containers.RepeatedScalarFieldContainer[int]
     resume_state: bytes
-    def __init__(self, generation: _Optional[bytes] = ..., known: bool = ..., owner: _Optional[int] = ..., attempt: _Optional[int] = ..., next_index: _Optional[int] = ..., stage: _Optional[_Union[Stage, str]] = ..., output_ids: _Optional[_Iterable[int]] = ..., resume_state: _Optional[bytes] = ...) -> None: ...
+    refused: bool
+    def __init__(self, generation: _Optional[bytes] = ..., known: bool = ..., owner: _Optional[int] = ..., attempt: _Optional[int] = ..., next_index: _Optional[int] = ..., stage: _Optional[_Union[Stage, str]] = ..., output_ids: _Optional[_Iterable[int]] = ..., resume_state: _Optional[bytes] = ..., refused: bool = ...) -> None: ...
 
 class StepSample(_message.Message):
     __slots__ = ("prefill_tokens", "prefill_context", "decode_batch", "decode_context", "duration_us")

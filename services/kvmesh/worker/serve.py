@@ -178,6 +178,7 @@ def _port(settings: WorkerSettings) -> WorkerPort:
         load_delay_ms=settings.load_delay * 1000,
         replay_bytes=settings.replay_bytes,
         orphan_ttl_s=settings.orphan_ttl,
+        resume_bytes=settings.resume_bytes,
     )
 
 

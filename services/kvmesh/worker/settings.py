@@ -100,7 +100,11 @@ class WorkerSettings:
     """Step output kept for a router whose session broke, bytes; what it lacks from
     before that is computed anew."""
     orphan_ttl: Seconds = 10.0
-    """How long streams of a router whose session broke go on without it."""
+    """How long streams of a router whose session broke go on without it, and what has
+    ended is kept for routers that resume it."""
+    resume_bytes: int = 64 * 1024 * 1024
+    """What is kept of generations for routers that resume them (prompt, settings, output
+    ids), bytes; beyond it those go that ended first, then the newest."""
     cache_ring_events: int = 65_536
     """Cache events kept for routers that come back."""
     cache_coalesce: Seconds = 0.02
@@ -158,7 +162,8 @@ class WorkerSettings:
                     "or set insecure if the network is trusted"
                 )
         positive = (
-            "kv_pool_tokens", "threads", "step_lane_bytes", "replay_bytes", "cache_ring_events",
+            "kv_pool_tokens", "threads", "step_lane_bytes", "replay_bytes", "resume_bytes",
+            "cache_ring_events",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:

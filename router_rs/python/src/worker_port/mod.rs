@@ -61,6 +61,7 @@ impl PyWorkerPort {
         load_coalesce_ms=5.0, keep_alive_interval_s=10.0, keep_alive_timeout_s=10.0,
         grace_s=30.0, tell_all_ends=false,
         load_delay_ms=0.0, replay_bytes=4_194_304, orphan_ttl_s=10.0,
+        resume_bytes=67_108_864,
     ))]
     #[allow(clippy::too_many_arguments)]
     fn new(
@@ -80,12 +81,14 @@ impl PyWorkerPort {
         load_delay_ms: f64,
         replay_bytes: usize,
         orphan_ttl_s: f64,
+        resume_bytes: usize,
     ) -> PyResult<Self> {
         let ms = |name, value: f64| seconds(name, value / 1_000.0);
         let settings = Settings {
             step_lane_bytes,
             replay_bytes,
             orphan_ttl: seconds("orphan_ttl_s", orphan_ttl_s)?,
+            resume_bytes,
             step_lane_age: seconds("step_lane_age_s", step_lane_age_s)?,
             cache_ring_events,
             cache_coalesce: ms("cache_coalesce_ms", cache_coalesce_ms)?,

@@ -2,16 +2,14 @@
 
 use std::time::Instant;
 
-use bytes::Bytes;
-use kvmesh_wire::v1::{Cancel, Found, RouterFrame, StepOutput, router_frame::Frame};
+use kvmesh_wire::v1::{Cancel, RouterFrame, router_frame::Frame};
 use tonic::Status;
 
-use super::State;
+use super::{State, resume};
 use crate::{
     attempt::{AttemptId, NamesAttempt},
     command,
     event::Event,
-    frames::encode_step,
     report::Part,
     session::Session,
 };
@@ -45,10 +43,13 @@ impl State {
         };
         let number = frame.number;
         match frame.frame {
-            Some(Frame::Place(place)) => {
+            Some(Frame::Place(mut place)) => {
                 let attempt = place.attempt_id().ok_or_else(command::unnamed)?;
                 session.read(number);
-                let refusal = command::refusal(&place, &self.record, self.draining);
+                let over = attempt.owner < self.kept.owner(&attempt.generation);
+                let refusal = over
+                    .then(resume::taken_over)
+                    .or_else(|| command::refusal(&place, &self.record, self.draining));
                 if let Some(refusal) = refusal {
                     let openings = vec![command::refused(&place, refusal)];
                     let part = Part {
@@ -57,6 +58,8 @@ impl State {
                     };
                     self.push_part(key, 0, part, None, now);
                 } else {
+                    let most = self.settings.resume_bytes;
+                    self.kept.placed(key, &attempt, &mut place, most);
                     session.placed(number, attempt, place.stage, now);
                     self.commands += 1;
                     self.tell(Event::Placed {
@@ -71,22 +74,23 @@ impl State {
                 session.read(number);
                 if !ended.is_empty() {
                     self.commands += 1;
-                    self.tell(Event::Cancelled(ended));
+                    self.cancel(ended);
                 }
             }
             Some(Frame::HandOver(hand_over)) => {
-                hand_over.attempt_id().ok_or_else(command::unnamed)?;
                 session.read(number);
-                self.commands += 1;
-                self.tell(Event::HandOver(hand_over));
+                if let Some(hand_over) = self.hand_over(hand_over)? {
+                    self.commands += 1;
+                    self.tell(Event::HandOver(hand_over));
+                }
             }
             Some(Frame::Find(find)) => {
                 session.read(number);
-                self.push_unknown(key, find.generation, now);
+                self.find(key, &find, now)?;
             }
             Some(Frame::Claim(claim)) => {
                 session.read(number);
-                self.push_unknown(key, claim.generation, now);
+                self.claim(key, &claim, now)?;
             }
             Some(Frame::Hello(_)) => {
                 return Err(Status::invalid_argument(
@@ -100,23 +104,6 @@ impl State {
             self.wakers.extend(session.waker.take());
         }
         Ok(Taken::Yes)
-    }
-
-    /// Nothing outlives its session here, so nothing is ever found.
-    fn push_unknown(&mut self, key: &str, generation: Bytes, now: Instant) {
-        let found = Found {
-            generation,
-            known: false,
-            ..Found::default()
-        };
-        let frame = encode_step(StepOutput {
-            last: true,
-            found: vec![found],
-            ..StepOutput::default()
-        });
-        if let Some(session) = self.sessions.get_mut(key) {
-            session.lanes.push(frame, now);
-        }
     }
 }
 

@@ -33,6 +33,7 @@ impl State {
             self.give_back(grace, now);
         }
         self.drop_orphans(now);
+        self.kept.expire(now, self.settings.orphan_ttl);
     }
 
     pub(super) fn close_slow(&mut self, now: Instant) {
@@ -77,7 +78,7 @@ impl State {
                 ..Part::default()
             };
             self.push_part(&key, 0, part, None, now);
-            self.tell(Event::Cancelled(held.into_keys().collect()));
+            self.cancel(held.into_keys());
         }
     }
 

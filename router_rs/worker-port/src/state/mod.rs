@@ -7,6 +7,7 @@ mod commands;
 mod life;
 mod outgoing;
 mod report;
+mod resume;
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -29,7 +30,9 @@ use crate::{
     ends::AttemptEnd,
     event::Event,
     frames::step_frames,
+    kept::Kept,
     load::EngineState,
+    passed::Passed,
     replay::Wanted,
     report::Part,
     session::{End, Session},
@@ -51,6 +54,8 @@ pub(crate) struct State {
     pub(crate) engine: EngineState,
     events: VecDeque<Event>,
     commands: usize,
+    kept: Kept,
+    passed: Passed,
     pub(crate) closed: bool,
     /// To be woken once the lock is free.
     wakers: Vec<Waker>,
@@ -71,6 +76,8 @@ impl State {
             engine: EngineState::default(),
             events: VecDeque::new(),
             commands: 0,
+            kept: Kept::default(),
+            passed: Passed::default(),
             closed: false,
             wakers: Vec::new(),
         }
@@ -126,7 +133,7 @@ impl State {
             let incarnation = session.map(|session| session.router_incarnation);
             let same = incarnation == Some(hello.router_incarnation);
             if !same {
-                self.drop_router(key, &hello.router_id);
+                self.drop_router(key, &hello.router_id, now);
             }
             same
         });
@@ -164,9 +171,7 @@ impl State {
             }
         }
         let stream = session.stream;
-        if !dropped.is_empty() {
-            self.tell(Event::Cancelled(dropped));
-        }
+        self.drop_attempts(dropped);
         Ok((key, stream))
     }
 
@@ -181,13 +186,9 @@ impl State {
     }
 
     /// Ends a session that another start of its router replaces.
-    fn drop_router(&mut self, key: &str, router_id: &str) {
+    fn drop_router(&mut self, key: &str, router_id: &str, now: Instant) {
         let text = format!("router {router_id} attached anew");
-        if self.sessions.get(key).is_some_and(Session::is_open) {
-            self.end(key, ended(Status::resource_exhausted(text)));
-        } else {
-            self.drop_session(key);
-        }
+        self.leave(key, ended(Status::resource_exhausted(text)), now);
     }
 
     /// Ends a session. One whose stream is gone waits for its router; of any
@@ -226,7 +227,7 @@ impl State {
             let attempts: Vec<_> = attempts.into_keys().collect();
             let ends = attempts.iter().cloned();
             let ends = ends.map(|id| AttemptEnd::session_ended(key, id)).collect();
-            self.tell(Event::Cancelled(attempts));
+            self.drop_attempts(attempts);
             self.tell(Event::Ends(ends));
         }
     }

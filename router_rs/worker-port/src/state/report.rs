@@ -19,7 +19,7 @@ impl State {
     pub(crate) fn report(&mut self, report: Report, now: Instant) -> Result<(), PortError> {
         self.engine.update(report.load, now);
         let mut told = Vec::with_capacity(report.parts.len());
-        for (key, part) in report.parts {
+        for (key, part) in self.passed.sort(report.parts) {
             self.push_part(&key, report.step, part, report.sample, now);
             told.push(key);
         }
@@ -66,9 +66,16 @@ impl State {
         };
         for opening in &part.openings {
             session.opened(opening);
+            self.kept.opened(opening);
+        }
+        if let Some(rows) = &part.tokens {
+            let record = self.record.capabilities.as_ref();
+            let emits = record.is_some_and(|can| can.prefill_emits_first_token);
+            self.kept.made(rows, emits, self.settings.resume_bytes);
         }
         let mut ends = Vec::new();
         for end in &part.ends {
+            self.kept.ended(end, now);
             if session.ended(end) {
                 ends.extend(AttemptEnd::of(key, end));
             }
