@@ -22,6 +22,7 @@ mod figures;
 mod given_up;
 mod models;
 mod open;
+mod operate;
 mod placer;
 mod policy;
 mod pools;
@@ -45,7 +46,6 @@ use std::{
 
 use kvmesh_kv_index::IndexStats;
 use kvmesh_registry::WorkerWatch;
-use kvmesh_rpc::v1::worker_client::WorkerClient;
 use kvmesh_session::{
     GenerationId,
     generation::{Event, Stop},
@@ -60,6 +60,7 @@ pub(crate) use dispatch::class_of;
 pub use given_up::GivenUp;
 pub use models::ServedModel;
 pub(crate) use open::Traced;
+pub use operate::MeshError;
 pub use policy::{COST, POLICIES, PolicySettings, SCORED};
 pub(crate) use session::text_of;
 pub use settings::MeshSettings;
@@ -362,65 +363,6 @@ impl Mesh {
         &self.core.urgent_start
     }
 
-    /// Drains a worker; its streams of this router go on elsewhere, where they can.
-    ///
-    /// # Errors
-    /// [`MeshError`] for an unknown worker, for a drain that would empty a role
-    /// and is not forced, and for what the worker answers.
-    pub async fn drain(
-        &self,
-        ask: &v1::DrainWorkerRequest,
-    ) -> Result<v1::DrainWorkerResponse, MeshError> {
-        let worker = self.worker(&ask.worker_id)?;
-        if !ask.force && self.core.would_empty(&worker, None) {
-            return Err(MeshError::EmptiesRole);
-        }
-        let drain = v1::DrainRequest {
-            grace_ms: ask.grace_ms,
-            stop: ask.stop,
-        };
-        let answer = self.client(&worker).await?.drain(drain).await?;
-        Ok(v1::DrainWorkerResponse {
-            running: answer.into_inner().running,
-            staying: self.core.staying(&worker),
-        })
-    }
-
-    /// Changes a worker's role.
-    ///
-    /// # Errors
-    /// As [`Mesh::drain`].
-    pub async fn set_role(&self, ask: &v1::SetWorkerRoleRequest) -> Result<v1::Role, MeshError> {
-        let worker = self.worker(&ask.worker_id)?;
-        let role = ask.role();
-        if !ask.force && self.core.would_empty(&worker, Some(role)) {
-            return Err(MeshError::EmptiesRole);
-        }
-        let set = v1::SetRoleRequest { role: role.into() };
-        Ok(self
-            .client(&worker)
-            .await?
-            .set_role(set)
-            .await?
-            .into_inner()
-            .role())
-    }
-
-    fn worker(&self, id: &str) -> Result<Arc<WorkerEntry>, MeshError> {
-        self.core
-            .table
-            .by_name(id)
-            .ok_or_else(|| MeshError::UnknownWorker(id.to_owned()))
-    }
-
-    async fn client(
-        &self,
-        worker: &WorkerEntry,
-    ) -> Result<WorkerClient<tonic::transport::Channel>, MeshError> {
-        let channel = session::connect(&worker.address(), self.core.settings.keep_alive).await?;
-        Ok(WorkerClient::new(channel))
-    }
-
     /// Why a generation went where it went, and how it waits where it waits;
     /// `None` for one that is not kept.
     #[must_use]
@@ -496,23 +438,6 @@ impl Mesh {
         self.core.tasks.close();
         self.core.tasks.wait().await;
     }
-}
-
-/// Why an administrator's wish was not followed.
-#[derive(Debug, thiserror::Error)]
-pub enum MeshError {
-    /// No worker of this id.
-    #[error("no worker {0:?}")]
-    UnknownWorker(String),
-    /// It would leave a role empty.
-    #[error("this would leave a role without a worker; force it if that is meant")]
-    EmptiesRole,
-    /// The worker cannot be reached.
-    #[error("the worker cannot be reached: {0}")]
-    Unreachable(#[from] tonic::transport::Error),
-    /// The worker refused.
-    #[error("{0}")]
-    Worker(#[from] tonic::Status),
 }
 
 #[cfg(test)]

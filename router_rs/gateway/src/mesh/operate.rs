@@ -1,0 +1,86 @@
+//! What operators wish of workers.
+
+use std::sync::Arc;
+
+use kvmesh_rpc::v1::worker_client::WorkerClient;
+use kvmesh_wire::v1;
+
+use super::{Mesh, session, table::WorkerEntry};
+
+impl Mesh {
+    /// Drains a worker; its streams of this router go on elsewhere, where they can.
+    ///
+    /// # Errors
+    /// [`MeshError`] for an unknown worker, for a drain that would empty a role
+    /// and is not forced, and for what the worker answers.
+    pub async fn drain(
+        &self,
+        ask: &v1::DrainWorkerRequest,
+    ) -> Result<v1::DrainWorkerResponse, MeshError> {
+        let worker = self.worker(&ask.worker_id)?;
+        if !ask.force && self.core.would_empty(&worker, None) {
+            return Err(MeshError::EmptiesRole);
+        }
+        let drain = v1::DrainRequest {
+            grace_ms: ask.grace_ms,
+            stop: ask.stop,
+        };
+        let answer = self.client(&worker).await?.drain(drain).await?;
+        Ok(v1::DrainWorkerResponse {
+            running: answer.into_inner().running,
+            staying: self.core.staying(&worker),
+        })
+    }
+
+    /// Changes a worker's role.
+    ///
+    /// # Errors
+    /// As [`Mesh::drain`].
+    pub async fn set_role(&self, ask: &v1::SetWorkerRoleRequest) -> Result<v1::Role, MeshError> {
+        let worker = self.worker(&ask.worker_id)?;
+        let role = ask.role();
+        if !ask.force && self.core.would_empty(&worker, Some(role)) {
+            return Err(MeshError::EmptiesRole);
+        }
+        let set = v1::SetRoleRequest { role: role.into() };
+        Ok(self
+            .client(&worker)
+            .await?
+            .set_role(set)
+            .await?
+            .into_inner()
+            .role())
+    }
+
+    fn worker(&self, id: &str) -> Result<Arc<WorkerEntry>, MeshError> {
+        self.core
+            .table
+            .by_name(id)
+            .ok_or_else(|| MeshError::UnknownWorker(id.to_owned()))
+    }
+
+    async fn client(
+        &self,
+        worker: &WorkerEntry,
+    ) -> Result<WorkerClient<tonic::transport::Channel>, MeshError> {
+        let channel = session::connect(&worker.address(), self.core.settings.keep_alive).await?;
+        Ok(WorkerClient::new(channel))
+    }
+}
+
+/// Why an administrator's wish was not followed.
+#[derive(Debug, thiserror::Error)]
+pub enum MeshError {
+    /// No worker of this id.
+    #[error("no worker {0:?}")]
+    UnknownWorker(String),
+    /// It would leave a role empty.
+    #[error("this would leave a role without a worker; force it if that is meant")]
+    EmptiesRole,
+    /// The worker cannot be reached.
+    #[error("the worker cannot be reached: {0}")]
+    Unreachable(#[from] tonic::transport::Error),
+    /// The worker refused.
+    #[error("{0}")]
+    Worker(#[from] tonic::Status),
+}
