@@ -3,7 +3,12 @@
 import grpc
 import pytest
 
-from kvmesh.client.errors import MeshError, MeshUnavailableError, OverloadedError
+from kvmesh.client.errors import (
+    MeshError,
+    MeshUnavailableError,
+    ModelNotFoundError,
+    OverloadedError,
+)
 from kvmesh.client.events import Accepted, Tokens
 from kvmesh.client.recovery import Recovery
 from kvmesh.client.request import build_request
@@ -29,6 +34,39 @@ def test_it_goes_on_from_what_came_with_the_seed_in_force() -> None:
     assert asked.continue_from.seed == 77
     # That it was admitted again is nothing new to the caller.
     assert not recovery.take(ACCEPTED)
+
+
+def test_one_that_is_resumable_is_resumed_first() -> None:
+    recovery = Recovery(build_request({"prompt": "a", "resumable": True}), None, 30.0)
+    assert recovery.take(ACCEPTED)
+    recovery.take(Tokens(0, (5, 6), "x"))
+    assert recovery.resume is None
+    recovery.pause(GONE)
+    asked = recovery.resume
+    assert asked is not None
+    assert (asked.generation_id, asked.next_index) == ("00" * 16, 2)
+    assert list(asked.token_ids) == [5, 6]
+    # A router that does not answer says nothing of the generation.
+    recovery.pause(GONE)
+    assert recovery.resume is not None
+    # One that does, does: what the client holds is gone on from, at once.
+    unknown = ModelNotFoundError(grpc.StatusCode.NOT_FOUND, "unknown generation")
+    assert recovery.pause(unknown) == 0.0
+    assert recovery.resume is None
+    assert list(recovery.request.continue_from.token_ids) == [5, 6]
+    # That is another generation.
+    recovery.take(Accepted("11" * 16, 77, 1, 8, "m"))
+    recovery.take(Tokens(2, (7,), "y"))
+    recovery.pause(GONE)
+    assert recovery.resume is not None
+    assert (recovery.resume.generation_id, recovery.resume.next_index) == ("11" * 16, 3)
+
+
+def test_what_another_call_took_over_is_over() -> None:
+    recovery = Recovery(build_request({"prompt": "a", "resumable": True}), None, 30.0)
+    recovery.take(ACCEPTED)
+    with pytest.raises(MeshError):
+        recovery.pause(MeshError(grpc.StatusCode.ABORTED, "taken over", "TAKEN_OVER"))
 
 
 def test_what_never_began_or_is_no_loss_is_the_callers() -> None:

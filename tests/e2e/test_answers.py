@@ -146,11 +146,11 @@ def test_what_is_out_of_range_is_named(client, options, field) -> None:
     assert field in [violation.field for violation in caught.value.violations]
 
 
-def test_what_is_not_there_yet_says_so(pair, client) -> None:
+def test_what_is_not_there_says_so(pair, client) -> None:
     stub = inference_pb2_grpc.InferenceStub(pair.channel(pair.endpoints[0]))
     with pytest.raises(grpc.RpcError) as caught:
         list(stub.Resume(inference_pb2.ResumeRequest(generation_id="0" * 32)))
-    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
     with pytest.raises(kvmesh.MeshError) as refused:
         client.complete(prompt="a", n=2)
     assert refused.value.code is grpc.StatusCode.UNIMPLEMENTED

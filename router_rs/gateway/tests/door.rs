@@ -199,7 +199,7 @@ async fn every_refusal_has_the_status_of_the_table() {
         .unwrap_err();
     assert_eq!(
         (resume.code(), reason(&resume).as_str()),
-        (Code::Unimplemented, "UNSUPPORTED")
+        (Code::NotFound, "UNKNOWN_GENERATION")
     );
     // After all that a good request still passes.
     let (ids, end) = read(client.generate(request(4)).await.unwrap().into_inner()).await;

@@ -186,8 +186,8 @@ impl Kept {
         let Some(id) = end.attempt_id() else {
             return;
         };
-        if matches!(end.end, Some(End::Cancelled(_))) {
-            // Whoever said so wants nothing more of it.
+        if matches!(end.end, Some(End::Cancelled(_) | End::HandedOff(_))) {
+            // Nobody wants more of it, or another worker has it.
             return self.forget(&id);
         }
         if let Some(held) = self.current(&id)

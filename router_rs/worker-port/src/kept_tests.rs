@@ -146,15 +146,20 @@ fn what_has_ended_is_kept_for_a_while_with_its_end() {
 }
 
 #[test]
-fn what_was_cancelled_or_refused_is_over() {
+fn what_was_cancelled_handed_on_or_refused_is_over() {
     let mut kept = kept();
-    let end = End::Cancelled(kvmesh_wire::v1::Cancelled {});
-    let cancelled = StageEnd {
-        end: Some(end),
-        ..finished(&id(1, 1))
-    };
-    kept.ended(&cancelled, Instant::now());
-    assert!(!kept.find(&GENERATION, "t").known);
+    for end in [
+        End::Cancelled(kvmesh_wire::v1::Cancelled {}),
+        End::HandedOff(kvmesh_wire::v1::HandedOff::default()),
+    ] {
+        kept.placed("a", &id(1, 1), &mut place("t", &[]), ROOM);
+        let over = StageEnd {
+            end: Some(end),
+            ..finished(&id(1, 1))
+        };
+        kept.ended(&over, Instant::now());
+        assert!(!kept.find(&GENERATION, "t").known);
+    }
     kept.placed("a", &id(1, 2), &mut place("t", &[]), ROOM);
     kept.opened(&Opening {
         generation: GENERATION.to_vec().into(),

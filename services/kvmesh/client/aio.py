@@ -62,10 +62,16 @@ class AsyncClient:
         **options: Unpack[GenerateOptions],
     ) -> AsyncIterator[Event]:
         """Streams a generation as typed events. Arguments as `Client.generate`."""
+        options.setdefault("resumable", self._recover_s > 0)
         recovery = Recovery(build_request(options), timeout, self._recover_s)
         headers = call_metadata(self._token, request_id, metadata)
         while True:
-            call = self._stub.Generate(recovery.request, timeout=recovery.timeout, metadata=headers)
+            resume, timeout = recovery.resume, recovery.timeout
+            call = (
+                self._stub.Generate(recovery.request, timeout=timeout, metadata=headers)
+                if resume is None
+                else self._stub.Resume(resume, timeout=timeout, metadata=headers)
+            )
             try:
                 async for response in call:
                     event = event_from_wire(response)

@@ -81,8 +81,10 @@ class Client:
         Exactly one of `prompt`, `messages` and `token_ids` is needed. Closing
         the iterator, or leaving a loop over it for good, cancels. Raises
         `MeshError` where the call ends with another status than OK. A stream
-        whose router is gone goes on at another one: the caller sees a pause.
+        whose router is gone goes on at another one, with what its worker makes
+        meanwhile where that lives (`resumable`): the caller sees a pause.
         """
+        options.setdefault("resumable", self._recover_s > 0)
         recovery = Recovery(build_request(options), timeout, self._recover_s)
         headers = call_metadata(self._token, request_id, metadata)
         # The call begins here, not with the first look at the iterator.
@@ -104,7 +106,13 @@ class Client:
                 # Also on a loop left early: the worker is not to go on for nobody.
                 call.cancel()
             time.sleep(recovery.pause(failure))
-            call = self._stub.Generate(recovery.request, timeout=recovery.timeout, metadata=headers)
+            call = self._again(recovery, headers)
+
+    def _again(self, recovery: Recovery, headers: Metadata) -> grpc.Call:
+        resume = recovery.resume
+        if resume is not None:
+            return self._stub.Resume(resume, timeout=recovery.timeout, metadata=headers)
+        return self._stub.Generate(recovery.request, timeout=recovery.timeout, metadata=headers)
 
     def complete(
         self,

@@ -1,9 +1,11 @@
 """How a client goes on with a stream whose router is gone.
 
-All that is needed is with the client: the request, the ids that it got and the
-seed that `Accepted` told. Any router goes on from there
-(GenerateRequest.continue_from), on any worker, with the tokens that would have
-come. Both clients use this; it knows no channel and no loop.
+First any router is asked to take the running generation over (Resume): nothing is computed
+again. Where that cannot be had, since its worker is gone as well or nobody kept it, all
+that is needed is with the client: the request, the ids that it got and the seed that
+`Accepted` told. Any router goes on from there (GenerateRequest.continue_from), on any
+worker, with the tokens that would have come. Both clients use this; it knows no channel
+and no loop.
 """
 
 from __future__ import annotations
@@ -20,6 +22,22 @@ from kvmesh.v1 import inference_pb2 as wire
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
 
+_ANOTHER_TIME = frozenset(
+    {
+        # No router answers, or it ends: another may.
+        grpc.StatusCode.UNAVAILABLE,
+        # A limit, with the time to wait for.
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        # These end the stream, whoever runs it.
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.PERMISSION_DENIED,
+    }
+)
+"""What ends a call of Resume without saying that the generation cannot be had."""
+
 
 class Recovery:
     """One stream over as many calls as it takes."""
@@ -34,14 +52,26 @@ class Recovery:
         self._deadline = None if timeout is None else now + timeout
         self._recover_s = recover_s
         self._accepted = False
+        self._generation = ""
+        self._resumes = False
         self._failures = 0
         self._moved = now
         self._loss: MeshError | None = None
 
     @property
     def request(self) -> wire.GenerateRequest:
-        """What the next call asks for."""
+        """What the next call asks for, where it resumes nothing."""
         return self._request
+
+    @property
+    def resume(self) -> wire.ResumeRequest | None:
+        """What the next call resumes; None: it is a call of Generate."""
+        if not self._resumes:
+            return None
+        held = self._request.continue_from.token_ids
+        return wire.ResumeRequest(
+            generation_id=self._generation, next_index=len(held), token_ids=held
+        )
 
     @property
     def timeout(self) -> float | None:
@@ -54,6 +84,8 @@ class Recovery:
         """Notes an event. False: it is one that the caller has already."""
         if isinstance(event, Accepted):
             known, self._accepted = self._accepted, True
+            # From continue_from on it is another one, which can be resumed in its turn.
+            self._generation = event.generation_id
             if not known:
                 self._go_on_from(event.seed)
             return not known
@@ -74,6 +106,9 @@ class Recovery:
         since it never began or that is no loss; and what began it all, which knows
         the next index, where nothing came for too long."""
         now = time.monotonic()
+        if self._resumes and error.code not in _ANOTHER_TIME:
+            self._resumes = False
+            return 0.0
         # Where many streams of a lost router go on at once, one may have to wait for
         # room or for its tenant's limits, as any other request.
         told_s = error.retry_after_s if self._loss is not None else None
@@ -82,6 +117,7 @@ class Recovery:
             raise error
         if self._loss is None:
             self._moved, self._loss = now, error
+            self._resumes = self._request.hints.resumable
         later = now + (told_s or 0.0)
         late = self._deadline is not None and later >= self._deadline
         if late or later - self._moved >= self._recover_s:

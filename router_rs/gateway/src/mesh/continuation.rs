@@ -13,15 +13,16 @@ use crate::request::AdmittedRequest;
 const MAX_RESUME_STATE: usize = 1 << 20;
 
 /// A tenant as routers name it to workers. The same at every router.
-pub(super) fn tenant(request: &AdmittedRequest) -> String {
-    format!("{:016x}", request.tenant)
+pub(super) fn tenant_name(tenant: u64) -> String {
+    format!("{tenant:016x}")
 }
 
 /// What another router needs to take a request over that is placed with this
-/// continuation. Empty where its client does not ask for that, and where it
-/// would be longer than a worker has to keep.
+/// continuation. Empty where its client does not ask for that, or wants
+/// log-probabilities, which nobody keeps, and where it would be longer than a worker
+/// has to keep.
 pub(super) fn resume_state(request: &AdmittedRequest, placed: &v1::Continuation) -> Bytes {
-    if !request.resumable {
+    if !request.resumable || request.logprobs.is_some() {
         return Bytes::new();
     }
     let state = v1::ResumeState {

@@ -167,6 +167,8 @@ pub struct Counters {
     pub ejections: Count,
     /// Requests of which workers died.
     pub quarantined: Count,
+    /// Generations that clients took up again.
+    pub resumed: Resumed,
     /// Generations that ended well.
     pub finished: Count,
     /// Generations that their client left.
@@ -218,6 +220,32 @@ pub struct Migrations {
     pub returned: Count,
     /// Claimed from another router, and no attempt could be gone on with.
     pub claimed: Count,
+}
+
+/// Generations that clients took up again, by how.
+#[derive(Debug, Default)]
+pub struct Resumed {
+    /// This router had it still.
+    pub here: Count,
+    /// Claimed from another router, with the attempt that runs.
+    pub running: Count,
+    /// Claimed, and gone on from by a new attempt.
+    pub anew: Count,
+    /// Nobody had it, for this tenant and from where its client was.
+    pub unknown: Count,
+}
+
+impl Resumed {
+    /// Each with its label.
+    #[must_use]
+    pub fn by_outcome(&self) -> [(&'static str, u64); 4] {
+        [
+            ("here", self.here.get()),
+            ("running", self.running.get()),
+            ("anew", self.anew.get()),
+            ("unknown", self.unknown.get()),
+        ]
+    }
 }
 
 /// Hand-overs of running streams.

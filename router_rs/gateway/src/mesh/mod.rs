@@ -28,6 +28,7 @@ mod policy;
 mod pools;
 mod queue;
 mod recover;
+mod resume;
 mod session;
 mod settings;
 mod stream;
@@ -46,10 +47,7 @@ use std::{
 
 use kvmesh_kv_index::IndexStats;
 use kvmesh_registry::WorkerWatch;
-use kvmesh_session::{
-    GenerationId,
-    generation::{Event, Stop},
-};
+use kvmesh_session::GenerationId;
 use kvmesh_text::TextStream;
 use kvmesh_wire::v1;
 use tokio::sync::Notify;
@@ -73,6 +71,8 @@ use models::Models;
 use open::Open;
 use pools::PoolWatch;
 use recover::{Quarantine, Retries};
+pub(crate) use resume::ResumeAsked;
+use resume::Resumes;
 use session::{ById, Session};
 use table::{Table, WorkerEntry};
 use timers::Timers;
@@ -90,6 +90,7 @@ struct Core {
     urgent_start: Histogram,
     retries: Retries,
     quarantine: Quarantine,
+    resumes: Resumes,
     open: Mutex<ById<Arc<Open>>>,
     /// Told when the last open generation is gone.
     idle: Notify,
@@ -202,6 +203,10 @@ impl Core {
             for open in open.iter().filter(|open| open.starved(since, share)) {
                 open.give_up_on_client();
             }
+            let left = now.checked_sub(bound.orphan_timeout);
+            for open in &open {
+                open.expire(left);
+            }
             self.expire_queued();
             let now_ms = self.dispatcher.waits.now_ms() as u64;
             self.dispatcher.index.expire(now_ms);
@@ -230,6 +235,7 @@ impl Mesh {
             urgent_start: Histogram::default(),
             retries: Retries::default(),
             quarantine: Quarantine::default(),
+            resumes: Resumes::default(),
             open: Mutex::default(),
             idle: Notify::new(),
             stop: CancellationToken::new(),
@@ -432,7 +438,7 @@ impl Mesh {
         // Over is over: what is still open is ended below.
         let _ = tokio::time::timeout(grace, self.core.all_closed()).await;
         for open in self.core.all_open() {
-            open.apply(Event::Stop(Stop::Shutdown));
+            open.shut_down();
         }
         self.core.stop.cancel();
         self.core.tasks.close();

@@ -18,12 +18,20 @@ use kvmesh_wire::v1::{self, generate_response::Event as Message};
 use super::{
     GivenUp,
     open::{Batch, Open, Traced},
+    resume::ResumeAsked,
 };
-use crate::{error::RequestError, telemetry::HeldTo};
+use crate::{access::Visit, error::RequestError, telemetry::HeldTo};
 
-/// One generation's answer. Dropping it cancels the generation on its workers.
+/// One generation's answer. Dropping it cancels the generation on its workers, unless it
+/// was said that it is left, or another stream has it now.
 pub struct GenerationStream {
     open: Arc<Open>,
+    /// Its number among the streams of the generation.
+    reader: u32,
+    given_up: GivenUp,
+    /// Its connection is gone: the generation goes on for a while, with what its tenant's
+    /// limit counts of it.
+    left: Option<Option<Visit>>,
     accepted: Option<v1::Accepted>,
     /// `None` where the request wants no text.
     text: Option<TextStream>,
@@ -43,8 +51,23 @@ pub struct GenerationStream {
 
 impl GenerationStream {
     pub(super) fn new(open: Arc<Open>, text: Option<TextStream>) -> Self {
+        let had = open.request.output_ids.clone();
+        Self::after(open, 0, text, &had)
+    }
+
+    /// The stream of a client that had another one before.
+    pub(super) fn resumed(
+        open: Arc<Open>,
+        reader: u32,
+        text: Option<TextStream>,
+        asked: &ResumeAsked,
+    ) -> Self {
+        let had = open.output_until(asked.next_index);
+        Self::after(open, reader, text, &had)
+    }
+
+    fn after(open: Arc<Open>, reader: u32, text: Option<TextStream>, had: &[u32]) -> Self {
         let accepted = open.accepted();
-        let had = &open.request.output_ids;
         let delivered = u32::try_from(had.len()).unwrap_or(u32::MAX);
         // The client has their text, but for what is held back after them.
         let mut text = text;
@@ -56,7 +79,10 @@ impl GenerationStream {
             open.stop_string(hit.stop)
         });
         Self {
+            given_up: open.given_up(),
             open,
+            reader,
+            left: None,
             accepted: Some(accepted),
             text,
             pending: Batch::default(),
@@ -89,7 +115,18 @@ impl GenerationStream {
     /// Said when its client reads nothing for too long.
     #[must_use]
     pub fn given_up(&self) -> GivenUp {
-        self.open.given_up.clone()
+        self.given_up.clone()
+    }
+
+    /// Whether it can be resumed.
+    pub(crate) fn can_be_resumed(&self) -> bool {
+        self.open.can_be_resumed()
+    }
+
+    /// Its connection is gone, without a word of its client: when it is dropped the
+    /// generation goes on for a while.
+    pub(crate) fn leave(&mut self, visit: Option<Visit>) {
+        self.left = Some(visit);
     }
 
     /// Its class; never unspecified.
@@ -177,7 +214,9 @@ impl GenerationStream {
             }
             match self.next_message() {
                 Ok(true) => return Poll::Ready(Some(Ok(&self.message))),
-                Ok(false) => self.taken = ready!(self.open.poll_take(cx, &mut self.pending)),
+                Ok(false) => {
+                    self.taken = ready!(self.open.poll_take(cx, self.reader, &mut self.pending))
+                }
                 Err(error) => return Poll::Ready(Some(Err(error))),
             }
         }
@@ -222,6 +261,9 @@ impl Stream for GenerationStream {
 
 impl Drop for GenerationStream {
     fn drop(&mut self) {
-        self.open.close();
+        match self.left.take() {
+            Some(visit) => self.open.leave(self.reader, visit),
+            None => self.open.close(self.reader),
+        }
     }
 }

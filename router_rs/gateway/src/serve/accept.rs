@@ -25,6 +25,7 @@ use super::{
     io::Prefixed,
     lazily::Lazily,
     one_call::OneCall,
+    resets::{Resets, Watched},
     service::Shared,
     tls::{self, TlsError},
 };
@@ -185,11 +186,13 @@ impl Connection {
                 first.starts_with(PREFACE)
             }
         };
-        let socket = TokioIo::new(Prefixed::new(stream, Bytes::from(first)));
+        let stream = Prefixed::new(stream, Bytes::from(first));
         if http2 {
-            self.http2(socket).await
+            let resets = Resets::default();
+            let socket = TokioIo::new(Watched::new(stream, resets.clone()));
+            self.http2(socket, resets).await
         } else {
-            self.http1(socket).await
+            self.http1(TokioIo::new(stream)).await
         }
     }
 
@@ -205,11 +208,11 @@ impl Connection {
         }
     }
 
-    async fn http2<S>(&self, socket: S) -> Result<(), BoxError>
+    async fn http2<S>(&self, socket: S, resets: Resets) -> Result<(), BoxError>
     where
         S: hyper::rt::Read + hyper::rt::Write + Unpin + 'static,
     {
-        let mut connection = Carrier::new(|calls| {
+        let mut connection = Carrier::new(resets, |calls| {
             let begin = {
                 let calls = calls.clone();
                 move || calls.begin()

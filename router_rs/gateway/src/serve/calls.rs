@@ -17,13 +17,14 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     task::{Context, Poll, Wake, Waker},
 };
 
 use smallvec::SmallVec;
 
+use super::resets::Resets;
 use crate::mesh::GivenUp;
 
 /// Streams polled before others of the thread have their turn: half a
@@ -66,7 +67,11 @@ type Running = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// Known once a call streams, with what can end it from outside.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct CallEnd(Arc<OnceLock<Words>>);
+pub(crate) struct CallEnd {
+    words: Arc<OnceLock<Words>>,
+    /// Of an HTTP/2 connection.
+    resets: Option<Resets>,
+}
 
 /// Said when the client of a call reads nothing for too long, by one of its
 /// generations.
@@ -76,12 +81,19 @@ impl CallEnd {
     /// The call streams generations, each of which may be given up.
     pub(crate) fn follow(&self, given_up: impl IntoIterator<Item = GivenUp>) {
         // A call answers once.
-        let _ = self.0.set(given_up.into_iter().collect());
+        let _ = self.words.set(given_up.into_iter().collect());
     }
 
     /// Whether the call streams and was given up. `waker` is told when it is.
     pub(crate) fn given_up(&self, waker: &Waker) -> bool {
-        self.0.get().is_some_and(|words| said(words, waker))
+        self.words.get().is_some_and(|words| said(words, waker))
+    }
+
+    /// Whether a stream of it that ends early now was cut off: its client did not reset it.
+    pub(crate) fn was_cut(&self) -> bool {
+        self.resets
+            .as_ref()
+            .is_some_and(|resets| !resets.are_pending())
     }
 }
 
@@ -102,7 +114,10 @@ pub(crate) struct Calls {
 impl Calls {
     /// A call begins; what is run next is its.
     pub(crate) fn begin(&self) -> CallEnd {
-        let end = CallEnd::default();
+        let end = CallEnd {
+            resets: Some(self.streams.resets.clone()),
+            ..CallEnd::default()
+        };
         *self.next.lock().unwrap_or_else(PoisonError::into_inner) = end.clone();
         end
     }
@@ -114,6 +129,7 @@ where
 {
     fn execute(&self, call: F) {
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        self.streams.starting.fetch_add(1, Ordering::AcqRel);
         // Ends with its call; the connection's end makes every call fail.
         tokio::spawn(Starting {
             call: Some(Box::pin(call)),
@@ -130,6 +146,13 @@ struct Starting {
     streams: Arc<Shared>,
 }
 
+impl Drop for Starting {
+    fn drop(&mut self) {
+        self.call = None;
+        self.streams.starting.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
 impl Future for Starting {
     type Output = ();
 
@@ -140,7 +163,7 @@ impl Future for Starting {
         if call.as_mut().poll(cx).is_ready() {
             return Poll::Ready(());
         }
-        let Some(given_up) = self.end.0.get().cloned() else {
+        let Some(given_up) = self.end.words.get().cloned() else {
             return Poll::Pending;
         };
         if let Some(call) = self.call.take() {
@@ -171,7 +194,12 @@ impl Stream {
 
 /// What the wakers of a connection and its streams reach.
 #[derive(Default)]
-struct Shared(Mutex<Ready>);
+struct Shared {
+    ready: Mutex<Ready>,
+    resets: Resets,
+    /// Calls that do not stream yet.
+    starting: AtomicUsize,
+}
 
 #[derive(Default)]
 struct Ready {
@@ -188,7 +216,7 @@ struct Ready {
 impl Shared {
     // Vectors are whole after each operation.
     fn lock(&self) -> MutexGuard<'_, Ready> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn adopt(&self, stream: Stream) {
@@ -279,8 +307,11 @@ pub(crate) struct Carrier<C> {
 
 impl<C> Carrier<C> {
     /// Carries the connection that `open` makes with this executor.
-    pub(crate) fn new(open: impl FnOnce(Calls) -> C) -> Self {
-        let shared = Arc::new(Shared::default());
+    pub(crate) fn new(resets: Resets, open: impl FnOnce(Calls) -> C) -> Self {
+        let shared = Arc::new(Shared {
+            resets,
+            ..Shared::default()
+        });
         let calls = Calls {
             next: Arc::default(),
             streams: Arc::clone(&shared),
@@ -389,7 +420,17 @@ impl<C: Future> Future for Carrier<C> {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<C::Output> {
         let me = &mut *self;
         me.poll_streams();
-        me.shared.lock().connection = false;
+        {
+            let mut ready = me.shared.lock();
+            ready.connection = false;
+            // Whoever was reset has been dropped by now.
+            if ready.queue.is_empty()
+                && ready.arrived.is_empty()
+                && me.shared.starting.load(Ordering::Acquire) == 0
+            {
+                me.shared.resets.seen_to();
+            }
+        }
         let mut for_connection = Context::from_waker(&me.waker);
         if let Poll::Ready(ended) = me.connection.as_mut().poll(&mut for_connection) {
             return Poll::Ready(ended);

@@ -11,6 +11,7 @@ use std::{
 
 use kvmesh_wire::v1::{self, generate_response::Event};
 
+use super::calls::CallEnd;
 use crate::{
     access::Visit,
     error::RequestError,
@@ -38,7 +39,9 @@ pub(crate) struct Generation {
     /// Where its spans are exported.
     span: Option<RequestSpan>,
     /// Counted as its tenant's until it is dropped.
-    _visit: Visit,
+    visit: Option<Visit>,
+    /// How its call ends, where the generation outlives a lost connection.
+    outlives: Option<CallEnd>,
 }
 
 /// What a message is to those who count.
@@ -63,7 +66,15 @@ impl Generation {
             telemetry,
             ended: false,
             span,
-            _visit: visit,
+            visit: Some(visit),
+            outlives: None,
+        }
+    }
+
+    /// It outlives the connection of this call, where its client asked for that.
+    pub(crate) fn outlives(&mut self, call: &CallEnd) {
+        if self.stream.can_be_resumed() {
+            self.outlives = Some(call.clone());
         }
     }
 
@@ -192,6 +203,10 @@ impl Drop for Generation {
             },
             false => RequestError::Cancelled,
         };
+        let cut = self.outlives.as_ref().is_some_and(CallEnd::was_cut);
+        if cut && matches!(error, RequestError::Cancelled) {
+            self.stream.leave(self.visit.take());
+        }
         self.end(Some(&error));
     }
 }

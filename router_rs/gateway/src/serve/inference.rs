@@ -3,6 +3,7 @@
 use std::{future::Future, sync::Arc};
 
 use http::{HeaderMap, Response};
+use hyper::body::Incoming;
 use kvmesh_wire::v1;
 use prost::Message;
 use tonic_health::pb::HealthCheckRequest;
@@ -11,9 +12,16 @@ use super::{
     body::{GenerateBody, ResponseBody},
     generation::{Asked, Generation},
     grpc,
+    resume::resumed,
     service::{Call, Shared},
 };
-use crate::{door::Refused, error::RequestError, telemetry::Step};
+use crate::{
+    access::Caller,
+    door::{CallMetadata, Refused},
+    error::RequestError,
+    mesh::GenerationStream,
+    telemetry::Step,
+};
 
 /// Answers a call of `kvmesh.v1.Inference`; `None` for an unknown method.
 pub(super) async fn call(
@@ -44,16 +52,53 @@ pub(super) async fn call(
             };
             unary(shared, "ListModels", call, models).await
         }
-        "Resume" => {
-            let unsupported = (Step::Validate, RequestError::unsupported("Resume"));
-            let refused = shared.caller(&call).err().unwrap_or(unsupported);
-            refuse(shared, "Resume", &call, &refused)
-        }
+        "Resume" => resume(shared, call).await,
         _ => return None,
     })
 }
 
 async fn generate(shared: &Arc<Shared>, call: Call) -> Response<ResponseBody> {
+    streamed(shared, "Generate", call, async |call, caller| {
+        let Reading {
+            headers,
+            body,
+            metadata,
+        } = call;
+        let request = shared.door.read(headers, body).await?;
+        shared.door.generate(request, metadata, caller).await
+    })
+    .await
+}
+
+async fn resume(shared: &Arc<Shared>, call: Call) -> Response<ResponseBody> {
+    streamed(shared, "Resume", call, async |call, caller| {
+        let Reading {
+            headers,
+            body,
+            metadata,
+        } = call;
+        let request = shared.door.read(headers, body).await?;
+        let asked = resumed(request, metadata, caller)?;
+        let resumed = shared.mesh.resume(asked).await;
+        resumed.map_err(|error| (Step::Admission, error))
+    })
+    .await
+}
+
+/// What is left to be read of a call.
+struct Reading<'a> {
+    headers: &'a HeaderMap,
+    body: Incoming,
+    metadata: &'a CallMetadata,
+}
+
+/// A call that is answered by a generation, which `open` gives.
+async fn streamed(
+    shared: &Arc<Shared>,
+    method: &'static str,
+    call: Call,
+    open: impl AsyncFnOnce(Reading<'_>, &Caller) -> Result<GenerationStream, Refused>,
+) -> Response<ResponseBody> {
     let back = call.metadata.headers();
     let entered = shared.enter(&call);
     let Call {
@@ -67,28 +112,29 @@ async fn generate(shared: &Arc<Shared>, call: Call) -> Response<ResponseBody> {
     let span = spans.and_then(|spans| spans.begin(&mut metadata));
     let opened = async {
         let (caller, visit) = entered?;
-        let request = shared
-            .door
-            .read::<v1::GenerateRequest>(&headers, body)
-            .await?;
-        let stream = shared.door.generate(request, &metadata, &caller).await?;
-        Ok((stream, visit))
+        let reading = Reading {
+            headers: &headers,
+            body,
+            metadata: &metadata,
+        };
+        Ok((open(reading, &caller).await?, visit))
     };
     match opened.await {
         Ok((stream, visit)) => {
             let telemetry = Arc::clone(&shared.telemetry);
             let asked = Asked {
-                method: "Generate",
+                method,
                 request_id: metadata.request_id,
                 arrived: metadata.arrived,
             };
-            let generation = Generation::new(stream, telemetry, asked, (visit, span));
+            let mut generation = Generation::new(stream, telemetry, asked, (visit, span));
+            generation.outlives(&end);
             end.follow([generation.given_up()]);
             let body = GenerateBody::new(generation, back.clone());
             grpc::response(ResponseBody::Generate(Box::new(body)), &back)
         }
         Err(refused) => {
-            shared.turned_away("Generate", &metadata.request_id, span, &refused);
+            shared.turned_away(method, &metadata.request_id, span, &refused);
             grpc::refusal(&refused.1.to_status(), &back)
         }
     }

@@ -15,6 +15,8 @@ mod lazily;
 mod one_call;
 mod plain;
 mod reflection;
+mod resets;
+mod resume;
 mod service;
 mod tls;
 mod tokens;

@@ -171,6 +171,17 @@ impl Figures {
             let labels = [("outcome", outcome)];
             ConstCounter::new(count.get()).encode(hand_overs.encode_family(&Labels(&labels))?)?;
         }
+        let mut resumed = encoder.encode_descriptor(
+            "resumed",
+            "Calls of Resume: answered here, from another router with or without the attempt \
+             that runs, unknown",
+            None,
+            MetricType::Counter,
+        )?;
+        for (outcome, value) in counts.resumed.by_outcome() {
+            let labels = [("outcome", outcome)];
+            ConstCounter::new(value).encode(resumed.encode_family(&Labels(&labels))?)?;
+        }
         seconds(encoder, counts)?;
         let attempts = self.mesh.attempts();
         gauge(encoder, "open_attempts", "Attempts that run", attempts.open)?;

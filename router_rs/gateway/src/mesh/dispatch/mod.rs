@@ -29,6 +29,7 @@ use super::{
 use crate::request::AdmittedRequest;
 
 mod away;
+mod claimed;
 mod request;
 mod rows;
 mod spare;

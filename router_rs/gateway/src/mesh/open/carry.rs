@@ -13,7 +13,7 @@ use smallvec::SmallVec;
 
 use super::{
     super::{
-        continuation::{continuation, resume_state, tenant},
+        continuation::{continuation, resume_state, tenant_name},
         session::Outgoing,
     },
     Open, State,
@@ -119,6 +119,9 @@ impl Open {
         (to, fence): (WorkerIndex, Fence),
         command: Command,
     ) -> bool {
+        if state.stays && matches!(command, Command::Cancel { .. }) {
+            return true;
+        }
         let (parties, booking) = if let Some(moving) = state.moving_as(fence) {
             (std::slice::from_ref(&moving.party), &moving.booking)
         } else if let Some(chosen) = &state.chosen {
@@ -164,7 +167,7 @@ impl Open {
         let request = &self.request;
         let continuation = continuation(request, &state.output, urgency_ms, Instant::now());
         Box::new(Placement {
-            tenant: tenant(request),
+            tenant: tenant_name(request.tenant),
             resume_state: resume_state(request, &continuation),
             continuation,
             stage,

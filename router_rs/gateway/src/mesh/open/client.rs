@@ -22,9 +22,14 @@ impl Open {
     pub(in crate::mesh) fn poll_take(
         &self,
         cx: &mut Context<'_>,
+        reader: u32,
         batch: &mut Batch,
     ) -> Poll<Instant> {
         let mut state = self.lock();
+        if state.reader != reader {
+            batch.outcome = Some(Outcome::TakenOver);
+            return Poll::Ready(Instant::now());
+        }
         let pending = state.output.len() - state.taken;
         if pending == 0 && state.placed.is_none() && state.outcome.is_none() {
             match &mut state.waker {
@@ -55,7 +60,7 @@ impl Open {
         let pending = state.output.len() - state.taken;
         let owes = pending > 0 || state.outcome.is_some();
         let slow = since.is_some_and(|since| state.progress <= since);
-        owes && (slow || pending > most) && !self.given_up.was_said()
+        owes && (slow || pending > most) && !state.given_up.was_said()
     }
 
     /// Drops what a client did not read, and ends the stream for it.
@@ -65,7 +70,7 @@ impl Open {
             self.core.counters.slow_clients.add(1);
         }
         self.apply(Event::Stop(Stop::SlowClient));
-        let (pending, waker) = {
+        let (pending, waker, given_up) = {
             let mut state = self.lock();
             let pending = state.output.len() - state.taken;
             let taken = state.taken;
@@ -73,22 +78,26 @@ impl Open {
             state.logprobs = Vec::new();
             // Also where the output was complete: the client never got it.
             state.outcome = Some(Outcome::Stopped(Stop::SlowClient));
-            (pending, state.waker.take())
+            (pending, state.waker.take(), state.given_up.clone())
         };
         self.core.counters.undelivered_ids.sub(pending as u64);
-        self.given_up.say();
+        given_up.say();
         if let Some(waker) = waker {
             waker.wake();
         }
     }
 
-    /// The client's stream is gone.
-    pub(in crate::mesh) fn close(self: &Arc<Self>) {
+    /// The client's stream is gone. Nothing is, where another one reads it.
+    pub(in crate::mesh) fn close(self: &Arc<Self>, reader: u32) {
+        if self.lock().reader != reader {
+            return;
+        }
         self.apply(Event::Stop(Stop::ClientGone));
         let pending = {
             let mut state = self.lock();
             let pending = state.output.len() - state.taken;
             state.taken = state.output.len();
+            state.visit = None;
             pending
         };
         self.core.counters.undelivered_ids.sub(pending as u64);

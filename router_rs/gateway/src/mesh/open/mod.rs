@@ -10,6 +10,7 @@
 mod abandon;
 mod attempts;
 mod carry;
+mod claimed;
 mod client;
 mod log;
 mod moving;
@@ -17,6 +18,7 @@ mod overload;
 mod reattach;
 mod traced;
 
+pub(super) use claimed::Claimed;
 pub(super) use moving::Leaves;
 pub(crate) use traced::Traced;
 
@@ -28,7 +30,7 @@ use std::{
 
 use kvmesh_session::{
     Generation, GenerationId, Taken, Violation, WorkerIndex,
-    generation::{Event, Outcome, Plan, Policy, Timer, TransferState},
+    generation::{Actions, Event, Outcome, Plan, Policy, Timer, TransferState},
     parse::{End, Lacks, Row, StageEnd},
 };
 use kvmesh_wire::v1;
@@ -46,7 +48,7 @@ use super::{
     session::SessionHandle,
     timers::TimerKey,
 };
-use crate::request::AdmittedRequest;
+use crate::{access::Visit, request::AdmittedRequest};
 use moving::{Moving, Tried};
 
 /// Owner number of a generation that began at this router. Another router that
@@ -98,8 +100,6 @@ pub(super) struct Open {
     pub(super) work_ms: f64,
     /// What admission predicted of the time until its prompt starts, ms.
     pub(super) wait_ms: f64,
-    /// Said when the client is given up.
-    pub(super) given_up: GivenUp,
     /// Chain values of the prompt.
     chain: Vec<u64>,
     state: Mutex<State>,
@@ -134,6 +134,15 @@ struct State {
     failed_over: bool,
     /// What an engine said that it lacks for it.
     lacks: Option<Box<Lacks>>,
+    /// Number of the stream that reads it: a later one takes it from those before.
+    reader: u32,
+    /// Said when the client of that stream is given up.
+    given_up: GivenUp,
+    /// Since when no stream reads it, and what its tenant's limit counts of it.
+    left: Option<Instant>,
+    visit: Option<Visit>,
+    /// Its workers are not told that it is over: others may resume it.
+    stays: bool,
 }
 
 /// What a client's stream takes at once.
@@ -172,11 +181,29 @@ impl Open {
             deadline.is_some(),
             Policy::default(),
         );
+        Self::open(core, chain, request, admitted, id, |state| {
+            state.machine = machine;
+            state.taken = output.len();
+            state.output = output;
+            actions
+        })
+    }
+
+    /// Opens one that is as `begin` says, which gives what is to be done first.
+    fn open(
+        core: Arc<Core>,
+        chain: Vec<u64>,
+        request: AdmittedRequest,
+        admitted: Urgency,
+        id: GenerationId,
+        begin: impl FnOnce(&mut State) -> Actions,
+    ) -> Arc<Self> {
         let now = Instant::now();
-        let state = State {
-            machine,
-            taken: output.len(),
-            output,
+        let mut state = State {
+            // Until `begin` has said which.
+            machine: Generation::start(FIRST_OWNER, 1, false, Policy::default()).0,
+            taken: 0,
+            output: Vec::new(),
             started: 0,
             over: 0,
             logprobs: Vec::new(),
@@ -192,7 +219,13 @@ impl Open {
             moved: None,
             failed_over: false,
             lacks: None,
+            reader: 0,
+            given_up: GivenUp::default(),
+            left: None,
+            visit: None,
+            stays: false,
         };
+        let actions = begin(&mut state);
         let open = Arc::new(Self {
             id,
             request,
@@ -200,7 +233,6 @@ impl Open {
             urgency_ms: admitted.urgency_ms,
             work_ms: admitted.work_ms,
             wait_ms: admitted.wait_ms,
-            given_up: GivenUp::default(),
             chain,
             state: Mutex::new(state),
         });

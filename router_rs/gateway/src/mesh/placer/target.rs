@@ -1,7 +1,9 @@
 //! Where a running stream can go on: the choice among workers for one that has its KV
 //! elsewhere.
 
-use kvmesh_scheduler::{Booking, Cluster, HEADROOM, NoPlan, RequestView, Role, Work, WorkerView};
+use kvmesh_scheduler::{
+    Booking, Class, Cluster, HEADROOM, NoPlan, RequestView, Role, Work, WorkerView,
+};
 use kvmesh_session::WorkerIndex;
 
 use super::Placer;
@@ -60,15 +62,27 @@ impl Placer {
         let decision = self.policy.choose(&cluster, request)?;
         let slot = decision.plan().decode();
         let worker = self.worker_at(slot).ok_or(NoPlan::NoPair)?;
-        let view = self.roster.get(slot).ok_or(NoPlan::NoPair)?;
+        let booking = self.book_stream(worker, request.sequence(), request.class);
+        let booking = booking.ok_or(NoPlan::NoPair)?;
+        Ok(Target { worker, booking })
+    }
+
+    /// Books a stream of so many tokens at a worker; `None`: it is not to be chosen from.
+    pub(in crate::mesh) fn book_stream(
+        &mut self,
+        worker: WorkerIndex,
+        tokens: u64,
+        class: Class,
+    ) -> Option<Booking> {
+        let slot = self.slot(worker)?;
+        let view = self.roster.get(slot)?;
         let mut work = Work {
             decodes: 1,
-            decode_context: request.sequence(),
-            blocks: view.blocks(request.sequence() + HEADROOM),
+            decode_context: tokens,
+            blocks: view.blocks(tokens + HEADROOM),
             ..Work::default()
         };
-        work.classes.decoding[request.class.index()] = 1;
-        let booking = self.bookings.book(slot, work);
-        Ok(Target { worker, booking })
+        work.classes.decoding[class.index()] = 1;
+        Some(self.bookings.book(slot, work))
     }
 }

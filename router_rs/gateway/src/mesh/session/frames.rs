@@ -6,14 +6,14 @@ use kvmesh_session::{
     Fence, GenerationId, Violation,
     generation::Event as GenerationEvent,
     link::{Event, State},
-    parse::{self, Answer, End, Inbound, LoadReport, StepFrame},
+    parse::{self, Answer, End, Found, Holds, Inbound, LoadReport, StepFrame},
 };
 use kvmesh_wire::v1;
 use prost::Message as _;
 
 use super::{
     super::{counters::Counters, open::Open},
-    Session,
+    Held, Session,
 };
 
 impl Session {
@@ -157,6 +157,9 @@ impl Session {
 
     /// Ends of a step, and what it took.
     fn ends(&mut self, step: StepFrame) -> Result<(), Violation> {
+        for found in step.found {
+            self.found(found);
+        }
         for end in step.ends {
             self.judge(&end.end);
             match self.held(&end.generation, end.fence, true) {
@@ -177,6 +180,22 @@ impl Session {
             None => {}
         }
         Ok(())
+    }
+
+    /// A worker says what it has of a generation, or gives it. What it says of it from then
+    /// on is for whoever goes on with it.
+    fn found(&mut self, found: Found) {
+        let id = found.generation;
+        if let Some(taking) = self.core.resumes.get(&id) {
+            if let Some((open, fence)) = taking.found(self.worker.index, found) {
+                self.open.insert(id, Held { fence, open });
+            }
+        } else if let Holds::Claimed(held, _) = found.what
+            && let Some(session) = self.worker.session()
+        {
+            // Whoever claimed it is gone.
+            session.cancel(id, held.fence);
+        }
     }
 
     fn load(&mut self, report: &LoadReport) {

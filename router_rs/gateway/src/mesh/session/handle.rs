@@ -67,6 +67,11 @@ impl SessionHandle {
         Some(number)
     }
 
+    /// Waits for the session's end.
+    pub(in crate::mesh) async fn ended(&self) {
+        self.closed.cancelled().await;
+    }
+
     /// Cancels an attempt that nobody holds here any more. Where that cannot be
     /// sent the session has ended, and its worker drops the attempt.
     pub(in crate::mesh) fn cancel(&self, generation: GenerationId, fence: Fence) {

@@ -1,0 +1,46 @@
+//! What a call of Resume asks for.
+
+use kvmesh_session::GenerationId;
+use kvmesh_wire::v1;
+
+use crate::{
+    access::Caller,
+    door::{Admitted, CallMetadata, Refused},
+    error::RequestError,
+    mesh::ResumeAsked,
+    telemetry::Step,
+};
+
+/// # Errors
+/// What is wrong with it. An id that cannot be one is unknown like any other.
+pub(super) fn resumed(
+    request: Admitted<v1::ResumeRequest>,
+    call: &CallMetadata,
+    caller: &Caller,
+) -> Result<ResumeAsked, Refused> {
+    let (request, _permit) = request.split();
+    let given = request.token_ids.len();
+    if given > 0 && given != request.next_index as usize {
+        let allowed = format!(
+            "none, or as many as next_index says: {}",
+            request.next_index
+        );
+        let invalid = RequestError::invalid("token_ids", allowed);
+        return Err((Step::Validate, invalid));
+    }
+    let id = GenerationId::from_hex(&request.generation_id);
+    let id = id.ok_or((Step::Validate, RequestError::UnknownGeneration))?;
+    Ok(ResumeAsked {
+        id,
+        next_index: request.next_index,
+        token_ids: request.token_ids,
+        tenant: caller.tenant,
+        admin: caller.operates,
+        traceparent: call.traceparent.clone(),
+        tracestate: call.tracestate.clone(),
+        baggage: call.baggage.clone(),
+        traced: call.traced,
+        arrived: call.arrived,
+        deadline: call.deadline,
+    })
+}

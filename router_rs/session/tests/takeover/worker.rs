@@ -1,0 +1,357 @@
+//! The reference worker: what it keeps of a generation, finds, gives to who claims it, and
+//! refuses. It has one place; its engine makes a token a step.
+
+use std::collections::BTreeMap;
+
+use kvmesh_session::{
+    Fence, GenerationId, Stage,
+    parse::{Answer, End, FinishReason, Found, Held as Has, Holds, Left, Refusal},
+};
+
+/// A token says which attempt made it, by the name under which that was placed.
+pub(crate) type Token = u32;
+/// An attempt as it was placed: what its transfer is called.
+pub(crate) type Placed = (u32, u32);
+
+/// What a router says.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Command {
+    Place {
+        fence: Fence,
+        stage: Stage,
+        /// KV comes from, or goes to, another worker.
+        mesh: bool,
+        output: Vec<Token>,
+    },
+    Cancel {
+        fence: Fence,
+    },
+    Find,
+    Claim {
+        owner: u32,
+    },
+}
+
+/// What a worker says.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Frame {
+    Opening {
+        fence: Fence,
+        stage: Stage,
+        answer: Answer,
+    },
+    Tokens {
+        fence: Fence,
+        first: u32,
+        /// All that its output is with them.
+        output: Vec<Token>,
+    },
+    End {
+        fence: Fence,
+        stage: Stage,
+        end: End,
+    },
+    Found(Found),
+}
+
+/// What it has of the generation.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Held {
+    pub(crate) fence: Fence,
+    pub(crate) placed: Placed,
+    /// The router that has it.
+    pub(crate) router: usize,
+    pub(crate) stage: Stage,
+    pub(crate) mesh: bool,
+    pub(crate) output: Vec<Token>,
+    opened: bool,
+    end: Option<End>,
+}
+
+impl Held {
+    pub(crate) fn runs(&self) -> bool {
+        self.end.is_none()
+    }
+}
+
+/// Transfers between the workers: what was committed, or that they are off.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Transfers(BTreeMap<Placed, Option<Vec<Token>>>);
+
+impl Transfers {
+    pub(crate) fn abort(&mut self, of: Placed) {
+        self.0.entry(of).or_insert(None);
+    }
+
+    /// `None`: neither came.
+    pub(crate) fn came(&self, of: Placed) -> Option<&Option<Vec<Token>>> {
+        self.0.get(&of)
+    }
+
+    fn commit(&mut self, of: Placed, output: Vec<Token>) -> bool {
+        self.0.entry(of).or_insert(Some(output)).is_some()
+    }
+}
+
+/// A session of a worker with a router.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Session {
+    pub(crate) up: bool,
+    pub(crate) inbox: Vec<Command>,
+    pub(crate) outbox: Vec<Frame>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Worker {
+    pub(crate) lives: bool,
+    pub(crate) sessions: [Session; 2],
+    pub(crate) held: Option<Held>,
+    /// The highest owner that claimed.
+    claimed: u32,
+}
+
+impl Default for Worker {
+    fn default() -> Self {
+        let session = Session {
+            up: true,
+            inbox: Vec::new(),
+            outbox: Vec::new(),
+        };
+        Self {
+            lives: true,
+            sessions: [session.clone(), session],
+            held: None,
+            claimed: 0,
+        }
+    }
+}
+
+impl Worker {
+    fn say(&mut self, router: usize, frame: Frame) {
+        let session = &mut self.sessions[router];
+        if session.up {
+            session.outbox.push(frame);
+        }
+    }
+
+    fn owner(&self) -> u32 {
+        let held = self.held.as_ref().map_or(0, |held| held.fence.owner);
+        held.max(self.claimed)
+    }
+
+    /// Reads the next command of a router.
+    pub(crate) fn reads(&mut self, router: usize, refuse: bool, transfers: &mut Transfers) {
+        match self.sessions[router].inbox.remove(0) {
+            Command::Place {
+                fence,
+                stage,
+                mesh,
+                output,
+            } => {
+                let placed = (fence.owner, fence.attempt);
+                let over = fence.owner < self.owner();
+                let answer = match (over, refuse) {
+                    (true, _) => Answer::Refused(Refusal::TakenOver),
+                    (_, true) => Answer::Refused(Refusal::NoRoom),
+                    _ => Answer::Reserved {
+                        held: 0,
+                        reserved: 64,
+                    },
+                };
+                if over || refuse {
+                    transfers.abort(placed);
+                } else {
+                    self.held = Some(Held {
+                        fence,
+                        placed,
+                        router,
+                        stage,
+                        mesh,
+                        output,
+                        opened: true,
+                        end: None,
+                    });
+                }
+                self.say(
+                    router,
+                    Frame::Opening {
+                        fence,
+                        stage,
+                        answer,
+                    },
+                );
+            }
+            Command::Cancel { fence } => {
+                let its =
+                    |held: &mut Held| held.router == router && held.fence <= fence && held.runs();
+                if let Some(held) = self.held.take_if(its) {
+                    transfers.abort(held.placed);
+                    self.say_end(&held, End::Cancelled);
+                }
+            }
+            Command::Find => {
+                let what = self
+                    .held
+                    .as_ref()
+                    .map_or(Holds::Nothing, |held| Holds::This(has(held)));
+                self.say(router, found(what));
+            }
+            Command::Claim { owner } => self.claim(router, owner),
+        }
+    }
+
+    fn claim(&mut self, router: usize, owner: u32) {
+        if owner <= self.owner() {
+            let what = Holds::Refused {
+                owner: self.owner(),
+            };
+            return self.say(router, found(what));
+        }
+        self.claimed = owner;
+        let Some(mut held) = self.held.take() else {
+            return;
+        };
+        if held.runs() {
+            self.say_end(&held, End::Returned(Refusal::TakenOver));
+        }
+        held.router = router;
+        held.fence.owner = owner;
+        let left = Left {
+            output_ids: held.output.clone(),
+            resume_state: b"state".as_slice().into(),
+        };
+        self.say(router, found(Holds::Claimed(has(&held), Box::new(left))));
+        if held.opened {
+            let answer = Answer::Reserved {
+                held: 0,
+                reserved: 64,
+            };
+            let (fence, stage) = (held.fence, held.stage);
+            self.say(
+                router,
+                Frame::Opening {
+                    fence,
+                    stage,
+                    answer,
+                },
+            );
+        }
+        if let Some(end) = held.end.clone() {
+            self.say_end(&held, end);
+        }
+        self.held = Some(held);
+    }
+
+    fn say_end(&mut self, held: &Held, end: End) {
+        let (fence, stage) = (held.fence, held.stage);
+        self.say(held.router, Frame::End { fence, stage, end });
+    }
+
+    /// Whether its engine can make a step.
+    pub(crate) fn can_step(&self, transfers: &Transfers) -> bool {
+        let runs = self.held.as_ref().filter(|held| held.runs());
+        runs.is_some_and(|held| {
+            let waits = held.stage == Stage::Decode && held.mesh;
+            !waits || matches!(transfers.came(held.placed), Some(Some(_)))
+        })
+    }
+
+    /// Whether the KV that it waits for does not come.
+    pub(crate) fn waits_in_vain(&self, transfers: &Transfers) -> bool {
+        let runs = self.held.as_ref().filter(|held| held.runs());
+        runs.is_some_and(|held| {
+            let waits = held.stage == Stage::Decode && held.mesh;
+            waits && matches!(transfers.came(held.placed), Some(None))
+        })
+    }
+
+    /// One step of its engine.
+    pub(crate) fn steps(&mut self, most: usize, transfers: &mut Transfers) {
+        let Some(mut held) = self.held.take() else {
+            return;
+        };
+        let first = held.output.len();
+        let came = transfers.came(held.placed).cloned().flatten();
+        match came.filter(|_| held.stage == Stage::Decode && held.mesh) {
+            // The first frame repeats what was committed.
+            Some(came) if came.len() > first => held.output = came,
+            _ => held.output.push(10 * held.placed.0 + held.placed.1),
+        }
+        self.say(
+            held.router,
+            Frame::Tokens {
+                fence: held.fence,
+                first: first as u32,
+                output: held.output.clone(),
+            },
+        );
+        let end = if held.output.len() >= most {
+            transfers.abort(held.placed);
+            Some(End::Finished {
+                reason: FinishReason::Length,
+                stop_token: None,
+            })
+        } else if held.stage == Stage::Prefill {
+            Some(match transfers.commit(held.placed, held.output.clone()) {
+                true => End::HandedOff { engine: None },
+                false => End::TransferFailed,
+            })
+        } else {
+            None
+        };
+        self.ends(held, end);
+    }
+
+    /// The KV did not come.
+    pub(crate) fn fails(&mut self, transfers: &mut Transfers) {
+        if let Some(held) = self.held.take() {
+            transfers.abort(held.placed);
+            self.ends(held, Some(End::TransferFailed));
+        }
+    }
+
+    fn ends(&mut self, mut held: Held, end: Option<End>) {
+        if let Some(end) = &end {
+            self.say_end(&held, end.clone());
+        }
+        // Where it was handed on another one has it.
+        if !matches!(end, Some(End::HandedOff { .. })) {
+            held.end = end;
+            self.held = Some(held);
+        }
+    }
+
+    /// Whether what runs is an owner's below the one that claimed.
+    pub(crate) fn runs_for_one_that_is_over(&self) -> bool {
+        let runs = self.held.as_ref().filter(|held| held.runs());
+        runs.is_some_and(|held| held.fence.owner < self.claimed)
+    }
+
+    /// Nobody came for what its router left.
+    pub(crate) fn orphaned(&self) -> bool {
+        let held = self.held.as_ref();
+        held.is_some_and(|held| !self.sessions[held.router].up)
+    }
+
+    /// Its time is over.
+    pub(crate) fn expires(&mut self, transfers: &mut Transfers) {
+        if let Some(held) = self.held.take() {
+            transfers.abort(held.placed);
+        }
+    }
+}
+
+fn has(held: &Held) -> Has {
+    Has {
+        fence: held.fence,
+        next_index: held.output.len() as u32,
+        stage: held.stage,
+    }
+}
+
+fn found(what: Holds) -> Frame {
+    Frame::Found(Found {
+        generation: GenerationId([7; 16]),
+        what,
+    })
+}
