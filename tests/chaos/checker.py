@@ -2,8 +2,10 @@
 
 The model is a pure function of prefix and position. Where its tokens depend on the attempt as
 well, an output is right if it is one attempt's up to some point, from there another one's that
-follows from what was delivered before it, and so on: attempts go up at one router, and begin
-again where a client went on at another. A token of an attempt that was over shows at once.
+follows from what was delivered before it, and so on: attempts go up at one router; where
+another one resumed the stream it is a higher owner, whose attempts go up from there; and they
+begin again where a client went on from what it held. A token of an attempt that was over
+shows at once.
 """
 
 from __future__ import annotations
@@ -17,8 +19,6 @@ from kvmesh.engine.sim.settings import SimSettings
 
 _SIM = SimSettings()
 _GAIN = int(Content(_SIM.block_bytes // _SIM.block_tokens // 8).gain)
-_OWNER = 1 << 32
-"""A router's attempts are tagged with this and their number."""
 _MOST_ATTEMPTS = 32
 
 
@@ -57,25 +57,36 @@ def first_wrong_of_attempts(
 ) -> int | None:
     """The same where tokens depend on the attempt.
 
-    `routers_lost`: how often attempts may have begun again.
+    `routers_lost`: how often attempts may have begun again, or another owner taken over.
     """
     model = Model(prompt)
-    # What may be so far: (times that attempts began again, attempt). Before the first token
+    # What may be so far: (routers that it took, (owner, attempt)). Before the first token
     # any number of attempts may have come to nothing.
-    believed = {(0, 0)}
+    believed = {(0, (1, 0))}
     for index, token in enumerate(output):
-        go_on = {one for one in believed if one[1] and model.next(_OWNER | one[1]) == token}
+        go_on = {one for one in believed if one[1][1] and model.next(_tag(*one[1])) == token}
         if not go_on:
-            least = {again: min(a for g, a in believed if g == again) for again, _ in believed}
-            go_on = {
-                (again, attempt)
+            new = {
+                (owner, attempt)
+                for owner in range(1, routers_lost + 2)
                 for attempt in range(1, _MOST_ATTEMPTS + 1)
-                if model.next(_OWNER | attempt) == token
-                for again in range(routers_lost + 1)
-                if any(g < again or (g == again and a < attempt) for g, a in least.items())
+                if model.next(_tag(owner, attempt)) == token
             }
+            reached = {
+                (lost + owner - before[0] if goes_up else lost + owner, (owner, attempt))
+                for owner, attempt in new
+                for lost, before in believed
+                for goes_up in (True, False)
+                if not goes_up or before < (owner, attempt)
+            }
+            go_on = {one for one in reached if one[0] <= routers_lost}
         if not go_on:
             return index
         believed = go_on
         model.take(token)
     return None
+
+
+def _tag(owner: int, attempt: int) -> int:
+    """What the tokens of an attempt depend on besides their prefix."""
+    return owner << 32 | attempt

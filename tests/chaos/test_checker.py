@@ -54,6 +54,17 @@ def test_attempts_begin_again_where_a_router_was_lost_and_only_there() -> None:
     assert first_wrong_of_attempts(PROMPT, resumed, routers_lost=1) is None
 
 
+def test_another_owner_goes_on_with_higher_attempts_where_a_router_was_lost() -> None:
+    """The attempt that was found goes on under its own name; the next one is the owner's."""
+    resumed = output((1, 30))
+    resumed += undisturbed(PROMPT + resumed, 30, tag=2 * OWNER | 2)
+    assert first_wrong_of_attempts(PROMPT, resumed, routers_lost=0) == 30
+    assert first_wrong_of_attempts(PROMPT, resumed, routers_lost=1) is None
+    # The old owner's attempts are over then.
+    late = resumed + undisturbed(PROMPT + resumed, 10, tag=OWNER | 3)
+    assert first_wrong_of_attempts(PROMPT, late, routers_lost=1) == 60
+
+
 def test_what_an_attempt_made_of_another_text_is_found() -> None:
     """Right for the attempt, but not after what was delivered."""
     mixed = output((1, 20)) + output((2, 60))[20:]

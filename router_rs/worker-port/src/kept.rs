@@ -263,7 +263,11 @@ impl Kept {
         }
         if let Some(end) = &mut held.end {
             end.owner = owner;
-            self.ended.push_back((now, id.clone()));
+            // It is kept no longer for that.
+            let own = self.ended.iter_mut().find(|(_, of)| *of == before);
+            if let Some((_, of)) = own {
+                *of = id.clone();
+            }
         }
         Claimed::Taken(Box::new(Taken {
             before: (had, before),

@@ -138,9 +138,10 @@ fn what_has_ended_is_kept_for_a_while_with_its_end() {
     let now = Instant::now();
     kept.ended(&finished(&id(1, 1)), now);
     assert!(!kept.runs(&id(1, 1)));
-    let given = taken(kept.claim((GENERATION, 2), "t", "b", now));
+    let later = now + TTL / 2;
+    let given = taken(kept.claim((GENERATION, 2), "t", "b", later));
     assert_eq!(given.end.unwrap().owner, 2);
-    kept.expire(now + 2 * TTL, TTL);
+    kept.expire(now + TTL + Duration::from_millis(1), TTL);
     assert!(!kept.find(&GENERATION, "t").known);
     assert_eq!(kept.bytes, 0);
 }

@@ -38,7 +38,8 @@ pub struct MeshSettings {
     pub dispatch_interval: Duration,
     /// A worker has to answer a placement within this.
     pub answer_timeout: Duration,
-    /// Decode has to bring a token within this after prefill's session broke.
+    /// Decode has to bring a token within this after prefill's session broke, and
+    /// a resumable generation whose client's connection is gone is kept for so long.
     pub orphan_timeout: Duration,
     /// A worker whose session broke has so long to come back before what runs
     /// there gets a new attempt.

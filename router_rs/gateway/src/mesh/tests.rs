@@ -185,5 +185,6 @@ mod leaving;
 mod log;
 mod overload;
 mod queue;
+mod resume;
 mod streams;
 mod workers;

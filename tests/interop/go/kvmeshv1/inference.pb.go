@@ -921,9 +921,11 @@ type Hints struct {
 	// Overrides the class's target between tokens, in milliseconds.
 	// Range 1 to 3,600,000; default 0, the class's.
 	ItlTargetMs uint32 `protobuf:"varint,5,opt,name=itl_target_ms,json=itlTargetMs,proto3" json:"itl_target_ms,omitempty"`
-	// Keep the generation running for a while after a lost connection so that
-	// Resume can take it up. Without effect now, as Resume is: it ends with its
-	// connection, and continue_from goes on. Default: false.
+	// Keep the generation running for a while (10 s as shipped) after a lost
+	// connection, or a lost router, so that Resume can take it up; a stream that
+	// its client resets ends at once all the same. Without effect where
+	// log-probabilities are asked for, which nobody keeps, and where what another
+	// router needs is longer than 1 MiB: continue_from goes on then. Default: false.
 	Resumable bool `protobuf:"varint,6,opt,name=resumable,proto3" json:"resumable,omitempty"`
 	// Expected number of output tokens. Range 1 to max_tokens, or to what the
 	// context leaves where that is 0; default 0, unknown, and the server uses
@@ -1208,7 +1210,12 @@ type ResumeRequest struct {
 	// Id from `Accepted`: 32 lower-case hexadecimal digits.
 	GenerationId string `protobuf:"bytes,1,opt,name=generation_id,json=generationId,proto3" json:"generation_id,omitempty"`
 	// First output index wanted. Range 0 to the number of tokens received.
-	NextIndex     uint32 `protobuf:"varint,2,opt,name=next_index,json=nextIndex,proto3" json:"next_index,omitempty"`
+	NextIndex uint32 `protobuf:"varint,2,opt,name=next_index,json=nextIndex,proto3" json:"next_index,omitempty"`
+	// The output ids received so far: `next_index` of them, or none. Where they are
+	// given, only an output that begins with them is gone on with; a worker may
+	// have another, that of an attempt that was left. Each 0 to vocabulary size - 1.
+	// Default: none, and the index alone has to fit.
+	TokenIds      []uint32 `protobuf:"varint,3,rep,packed,name=token_ids,json=tokenIds,proto3" json:"token_ids,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1255,6 +1262,13 @@ func (x *ResumeRequest) GetNextIndex() uint32 {
 		return x.NextIndex
 	}
 	return 0
+}
+
+func (x *ResumeRequest) GetTokenIds() []uint32 {
+	if x != nil {
+		return x.TokenIds
+	}
+	return nil
 }
 
 // One message of a stream.
@@ -2583,11 +2597,12 @@ const file_kvmesh_v1_inference_proto_rawDesc = "" +
 	"\x04kind\"?\n" +
 	"\fContinueFrom\x12\x1b\n" +
 	"\ttoken_ids\x18\x01 \x03(\rR\btokenIds\x12\x12\n" +
-	"\x04seed\x18\x02 \x01(\x04R\x04seed\"S\n" +
+	"\x04seed\x18\x02 \x01(\x04R\x04seed\"p\n" +
 	"\rResumeRequest\x12#\n" +
 	"\rgeneration_id\x18\x01 \x01(\tR\fgenerationId\x12\x1d\n" +
 	"\n" +
-	"next_index\x18\x02 \x01(\rR\tnextIndex\"\xdb\x01\n" +
+	"next_index\x18\x02 \x01(\rR\tnextIndex\x12\x1b\n" +
+	"\ttoken_ids\x18\x03 \x03(\rR\btokenIds\"\xdb\x01\n" +
 	"\x10GenerateResponse\x121\n" +
 	"\baccepted\x18\x01 \x01(\v2\x13.kvmesh.v1.AcceptedH\x00R\baccepted\x12+\n" +
 	"\x06placed\x18\x02 \x01(\v2\x11.kvmesh.v1.PlacedH\x00R\x06placed\x12+\n" +

@@ -50,8 +50,9 @@ type InferenceClient interface {
 	Generate(ctx context.Context, in *GenerateRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[GenerateResponse], error)
 	// Goes on with a running generation, at this or any other router of the
 	// cluster, from a given index. Ends with NOT_FOUND, in one and the same
-	// text, for an id that is unknown, expired or belongs to another tenant.
-	// This release ends it with UNIMPLEMENTED.
+	// text, for an id that is unknown, expired, belongs to another tenant or was
+	// not resumable. The first message is `accepted` again. Whoever had the stream
+	// before gets ABORTED with reason TAKEN_OVER.
 	Resume(ctx context.Context, in *ResumeRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[GenerateResponse], error)
 	// Turns text or chat messages into the token ids that Generate would use.
 	Tokenize(ctx context.Context, in *TokenizeRequest, opts ...grpc.CallOption) (*TokenizeResponse, error)
@@ -137,8 +138,9 @@ type InferenceServer interface {
 	Generate(*GenerateRequest, grpc.ServerStreamingServer[GenerateResponse]) error
 	// Goes on with a running generation, at this or any other router of the
 	// cluster, from a given index. Ends with NOT_FOUND, in one and the same
-	// text, for an id that is unknown, expired or belongs to another tenant.
-	// This release ends it with UNIMPLEMENTED.
+	// text, for an id that is unknown, expired, belongs to another tenant or was
+	// not resumable. The first message is `accepted` again. Whoever had the stream
+	// before gets ABORTED with reason TAKEN_OVER.
 	Resume(*ResumeRequest, grpc.ServerStreamingServer[GenerateResponse]) error
 	// Turns text or chat messages into the token ids that Generate would use.
 	Tokenize(context.Context, *TokenizeRequest) (*TokenizeResponse, error)

@@ -13,6 +13,8 @@ use std::{
 use kvmesh_session::GenerationId;
 
 pub(crate) use asked::ResumeAsked;
+#[cfg(test)]
+pub(super) use asked::tests::asked as asked_for;
 use rate::Rate;
 pub(super) use taking::Taking;
 

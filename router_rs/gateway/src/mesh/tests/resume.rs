@@ -1,0 +1,180 @@
+//! A stream that its client lost and takes up again, where this router has it.
+
+use kvmesh_session::GenerationId;
+
+use super::*;
+use crate::mesh::resume::ResumeAsked;
+
+fn resumable(prompt: &[u32], tokens: u32) -> AdmittedRequest {
+    AdmittedRequest {
+        resumable: true,
+        ..request(prompt, tokens)
+    }
+}
+
+fn asked(stream: &GenerationStream, had: &[u32]) -> ResumeAsked {
+    ResumeAsked {
+        id: GenerationId::from_hex(&stream.id()).unwrap(),
+        ..super::super::resume::asked_for(had.len() as u32, had)
+    }
+}
+
+fn slow(role: Role) -> MockWorker {
+    let step = Duration::from_millis(2);
+    MockWorker::start(MockConfig {
+        role,
+        step,
+        ..MockConfig::default()
+    })
+    .unwrap()
+}
+
+/// What a stream brings from `had` on, and how it ends.
+async fn after(had: &[u32], stream: GenerationStream) -> Answer {
+    let mut answer = Answer {
+        ids: had.to_vec(),
+        ..Answer::default()
+    };
+    answer.rest(stream).await;
+    answer
+}
+
+#[tokio::test]
+async fn the_stream_that_asked_last_has_it() {
+    let both = slow(Role::Both);
+    let mesh = mesh_of(&[&both]).await;
+    let mut first = mesh.generate(resumable(&[1, 2], 200)).unwrap();
+    let begun = first_tokens(&mut first).await;
+    let second = mesh.resume(asked(&first, &begun.ids)).await.unwrap();
+    let (old, new) = tokio::join!(after(&begun.ids, first), after(&begun.ids, second));
+    let taken_over = matches!(old.error, Some(RequestError::TakenOver { next_index })
+        if next_index as usize == old.ids.len());
+    assert!(taken_over, "{:?}", old.error);
+    assert_eq!(new.error, None);
+    assert_eq!(new.ids, both.tokens().expected(&[1, 2], 200));
+    assert_eq!(new.finished.unwrap().usage.unwrap().output_tokens, 200);
+    assert_eq!(mesh.counters().resumed.here.get(), 1);
+    assert!(until(|| nothing_left(&mesh, &[&both])).await);
+}
+
+#[tokio::test]
+async fn one_whose_connection_is_gone_goes_on_for_a_while() {
+    let both = slow(Role::Both);
+    let mesh = mesh_of(&[&both]).await;
+    let mut first = mesh.generate(resumable(&[1, 2], 60)).unwrap();
+    let begun = first_tokens(&mut first).await;
+    let asked = asked(&first, &begun.ids);
+    first.leave(None);
+    drop(first);
+    // It is made to its end meanwhile.
+    assert!(until(|| both.counters().finished == 1).await);
+    let second = mesh.resume(asked).await.unwrap();
+    let whole = after(&begun.ids, second).await;
+    assert_eq!(whole.ids, both.tokens().expected(&[1, 2], 60));
+    assert!(until(|| nothing_left(&mesh, &[&both])).await);
+}
+
+#[tokio::test]
+async fn nobody_is_waited_for_beyond_that_while() {
+    let both = slow(Role::Both);
+    let mesh = mesh_with(MeshSettings {
+        orphan_timeout: Duration::from_millis(1),
+        ..settings(&[&both])
+    })
+    .await;
+    let mut first = mesh.generate(resumable(&[1, 2], 1_000_000)).unwrap();
+    let begun = first_tokens(&mut first).await;
+    let asked = asked(&first, &begun.ids);
+    first.leave(None);
+    drop(first);
+    assert!(until(|| nothing_left(&mesh, &[&both])).await);
+    assert_eq!(mesh.counters().cancelled.get(), 1);
+    let gone = mesh.resume(asked).await.map(|_| ());
+    assert_eq!(gone, Err(RequestError::UnknownGeneration));
+}
+
+#[tokio::test]
+async fn what_cannot_be_had_is_unknown_and_undisturbed() {
+    let both = slow(Role::Both);
+    let mesh = mesh_of(&[&both]).await;
+    let logprobs = AdmittedRequest {
+        logprobs: Some(0),
+        ..resumable(&[1, 2], 100)
+    };
+    for (request, had_all) in [
+        (resumable(&[1, 2], 100), true),
+        (request(&[1, 2], 100), false),
+        (logprobs, false),
+    ] {
+        let mut stream = mesh.generate(request).unwrap();
+        let begun = first_tokens(&mut stream).await;
+        let fits = asked(&stream, &begun.ids);
+        let foreign = ResumeAsked {
+            tenant: 9,
+            ..fits.clone()
+        };
+        let ahead = ResumeAsked {
+            next_index: 101,
+            token_ids: Vec::new(),
+            ..fits.clone()
+        };
+        let mut another = fits.clone();
+        another.token_ids[0] += 1;
+        let mut wrong = vec![foreign, ahead, another];
+        if !had_all {
+            wrong.push(fits);
+        }
+        let refused = wrong.len() as u64;
+        let before = mesh.counters().resumed.unknown.get();
+        for asked in wrong {
+            let refused = mesh.resume(asked).await.map(|_| ());
+            assert_eq!(refused, Err(RequestError::UnknownGeneration));
+        }
+        assert_eq!(mesh.counters().resumed.unknown.get(), before + refused);
+        let whole = after(&begun.ids, stream).await;
+        assert_eq!((whole.error, whole.ids.len()), (None, 100));
+    }
+    assert!(until(|| nothing_left(&mesh, &[&both])).await);
+}
+
+#[tokio::test]
+async fn workers_that_know_nothing_of_it_are_asked_and_nothing_is_left_of_that() {
+    let (prefill, decode) = (worker(Role::Prefill), worker(Role::Decode));
+    let mesh = mesh_of(&[&prefill, &decode]).await;
+    for _ in 0..3 {
+        let asked = super::super::resume::asked_for(0, &[]);
+        let refused = mesh.resume(asked).await.map(|_| ());
+        assert_eq!(refused, Err(RequestError::UnknownGeneration));
+    }
+    assert!(nothing_left(&mesh, &[&prefill, &decode]));
+    // Two at once are one too many, and neither stays.
+    let one = || mesh.resume(super::super::resume::asked_for(0, &[]));
+    let (first, second) = tokio::join!(one(), one());
+    assert_eq!(first.map(|_| ()), Err(RequestError::UnknownGeneration));
+    assert!(matches!(second.map(|_| ()), Err(RequestError::NoWorker(_))));
+    let again = one().await.map(|_| ());
+    assert_eq!(again, Err(RequestError::UnknownGeneration));
+}
+
+#[tokio::test]
+async fn a_router_that_ends_cancels_nothing_that_others_may_resume() {
+    for (request, cancelled) in [(request(&[1, 2], 5_000), 1), (resumable(&[1, 2], 5_000), 0)] {
+        let both = slow(Role::Both);
+        let mesh = mesh_of(&[&both]).await;
+        let mut stream = mesh.generate(request).unwrap();
+        first_tokens(&mut stream).await;
+        mesh.shutdown(Duration::ZERO).await;
+        let mut answer = Answer {
+            ids: (0..stream.delivered()).collect(),
+            ..Answer::default()
+        };
+        answer.rest(stream).await;
+        assert!(matches!(
+            answer.error,
+            Some(RequestError::ShuttingDown { .. })
+        ));
+        // A mock keeps nothing for a router that is gone; it was told nothing all the same.
+        assert!(until(|| both.counters().running == 0).await);
+        assert!(both.counters().cancelled <= cancelled);
+    }
+}
