@@ -95,7 +95,12 @@ async fn nobody_is_waited_for_beyond_that_while() {
 
 #[tokio::test]
 async fn what_cannot_be_had_is_unknown_and_undisturbed() {
-    let both = slow(Role::Both);
+    let both = MockWorker::start(MockConfig {
+        step: Duration::from_millis(2),
+        max_logprobs: 1,
+        ..MockConfig::default()
+    })
+    .unwrap();
     let mesh = mesh_of(&[&both]).await;
     let logprobs = AdmittedRequest {
         logprobs: Some(0),
