@@ -90,7 +90,7 @@ impl Passed {
             return;
         }
         let mut first = 0;
-        for row in 0..rows.counts.len() {
+        for (row, generation) in names.iter().enumerate() {
             let ids = first..first + rows.counts[row] as usize;
             first = ids.end;
             let (to, owner) = match name(row) {
@@ -103,7 +103,7 @@ impl Passed {
                 row: u32::try_from(to.counts.len()).unwrap_or(u32::MAX),
                 tokens: entry.tokens.clone(),
             }));
-            to.generations.extend_from_slice(&names[row]);
+            to.generations.extend_from_slice(generation);
             to.owners.push(owner);
             to.attempts.push(rows.attempts[row]);
             to.first_indices.push(rows.first_indices[row]);

@@ -77,7 +77,7 @@ impl Open {
         let taken = next_index as usize;
         let pending = output.len().saturating_sub(taken) as u64;
         core.counters.undelivered_ids.add(pending);
-        Self::open(core, chain, request, admitted, id, |state| {
+        Self::begin(core, chain, request, admitted, id, |state| {
             state.machine = machine;
             if let Some(chosen) = &chosen {
                 state.figures.decodes_on(chosen.parties[0].worker);

@@ -181,7 +181,7 @@ impl Open {
             deadline.is_some(),
             Policy::default(),
         );
-        Self::open(core, chain, request, admitted, id, |state| {
+        Self::begin(core, chain, request, admitted, id, |state| {
             state.machine = machine;
             state.taken = output.len();
             state.output = output;
@@ -189,18 +189,18 @@ impl Open {
         })
     }
 
-    /// Opens one that is as `begin` says, which gives what is to be done first.
-    fn open(
+    /// Opens one that is as `first` says, which gives what is to be done first.
+    fn begin(
         core: Arc<Core>,
         chain: Vec<u64>,
         request: AdmittedRequest,
         admitted: Urgency,
         id: GenerationId,
-        begin: impl FnOnce(&mut State) -> Actions,
+        first: impl FnOnce(&mut State) -> Actions,
     ) -> Arc<Self> {
         let now = Instant::now();
         let mut state = State {
-            // Until `begin` has said which.
+            // Until `first` has said which.
             machine: Generation::start(FIRST_OWNER, 1, false, Policy::default()).0,
             taken: 0,
             output: Vec::new(),
@@ -225,7 +225,7 @@ impl Open {
             visit: None,
             stays: false,
         };
-        let actions = begin(&mut state);
+        let actions = first(&mut state);
         let open = Arc::new(Self {
             id,
             request,
