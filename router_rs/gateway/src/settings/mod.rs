@@ -5,6 +5,7 @@
 //! a value that is not allowed is refused with its key, its source and what
 //! is allowed.
 
+mod key;
 mod keys;
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
@@ -13,7 +14,8 @@ use kvmesh_kv_index::IndexSettings;
 use kvmesh_scheduler::{CostSettings, LocalPrefill, QueueSettings};
 use serde_json::Value;
 
-pub use keys::{KEYS, Key, Kind};
+pub use key::{Key, Kind};
+pub use keys::KEYS;
 
 use crate::{
     mesh::{MeshSettings, PolicySettings},
