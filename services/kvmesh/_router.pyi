@@ -449,6 +449,17 @@ TransferEvent = (
 )
 
 @final
+class ClusterToken:
+    """The token that routers and workers of a cluster show each other.
+
+    The port that it is given to reads its file again when that changes, for all that
+    have it.
+    """
+
+    def __new__(cls, file: str) -> ClusterToken:
+        """Reads it. Raises ValueError naming the setting, the file and what is allowed."""
+
+@final
 class TransferNode:
     """Moves KV blocks between this worker's pool and its peers'.
 
@@ -476,7 +487,7 @@ class TransferNode:
         max_transfers: int = 4096,
         max_connections: int = 1024,
         copy_threads: int = 0,
-        token: bytes = ...,
+        token: ClusterToken | None = None,
     ) -> TransferNode:
         """Binds `listen` and, with `shared_memory`, an abstract unix socket.
 
@@ -637,6 +648,7 @@ class WorkerRegistration:
         server_name: str = "",
         user: str = "",
         password: str = "",
+        token: ClusterToken | None = None,
     ) -> WorkerRegistration:
         """Registers `record`, a serialised kvmesh.v1.WorkerRecord.
 
@@ -808,6 +820,7 @@ class WorkerPort:
         replay_bytes: int = 4_194_304,
         orphan_ttl_s: float = 10.0,
         resume_bytes: int = 67_108_864,
+        token: ClusterToken | None = None,
     ) -> WorkerPort:
         """Binds "host:port", port 0 a free one. Raises OSError, ValueError."""
 

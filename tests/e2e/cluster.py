@@ -16,6 +16,7 @@ from pathlib import Path
 import grpc
 from etcd import start_etcd
 from etcd_nodes import EtcdNodes
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvmesh.cli.children import Child, Children
 from kvmesh.cli.etcd import free_ports
@@ -169,6 +170,12 @@ class Cluster:
     def info(self, name: str) -> worker_pb2.GetInfoResponse:
         stub = worker_pb2_grpc.WorkerStub(self.channel(self.worker_address(name)))
         return stub.GetInfo(worker_pb2.GetInfoRequest(), timeout=10)
+
+    def healthy(self, name: str) -> bool:
+        """Whether a worker's health says that it serves."""
+        stub = health_pb2_grpc.HealthStub(self.channel(self.worker_address(name)))
+        answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def wait_empty(self, *names: str, seconds: float = 30) -> None:
         """Waits until workers hold nothing: requests, transfers, blocks, orphans."""

@@ -16,17 +16,18 @@ MAY_KNOW = {
     "simulator": {"kv-index", "scheduler"},
     "session": {"wire"},
     "rpc": {"wire"},
-    "registry": {"wire"},
+    "trust": set(),
+    "registry": {"wire", "trust"},
     "transfer": {"wire"},
-    "worker-port": {"wire"},
+    "worker-port": {"wire", "trust"},
     "testkit": {"wire", "rpc", "session", "registry", "kv-index", "text"},
     "gateway": {
-        "wire", "rpc", "kv-index", "scheduler", "session", "text", "registry",
+        "wire", "rpc", "kv-index", "scheduler", "session", "text", "registry", "trust",
     },
     "router": {"gateway", "rpc"},
     "python": {
         "wire", "kv-index", "scheduler", "session", "text", "registry", "transfer", "gateway",
-        "simulator", "attention", "worker-port", "sim-content",
+        "simulator", "attention", "worker-port", "sim-content", "trust",
     },
 }  # fmt: skip
 

@@ -218,15 +218,35 @@ def test_pairs_that_do_not_fit_are_refused(nodes):
         assert a.expect(_router.SenderAborted).reason == "incompatible"
 
 
-def test_another_incarnation_and_another_cluster_are_refused(nodes):
-    a, b = nodes("a", token=b"secret"), nodes("b", token=b"secret")
-    stranger = nodes("c", token=b"guessed")
-    transfer_id = os.urandom(16)
-    b.node.pull(transfer_id, a.address, "a", 2, 0, [0])
+def test_another_incarnation_is_refused(nodes):
+    a, b = nodes("a"), nodes("b")
+    b.node.pull(os.urandom(16), a.address, "a", 2, 0, [0])
     assert b.expect(_router.ReceiveFailed).reason == "unknown"
-    stranger.pull(os.urandom(16), a, 0, [0])
-    assert stranger.expect(_router.ReceiveFailed).reason == "lost"
     assert hand_off(a, b, [0], [0], tokens=16).kv_tokens == 16
+
+
+@WAYS
+def test_without_the_clusters_token_nothing_is_given_and_nothing_is_taken(
+    nodes, tmp_path, shared_memory
+):
+    def token(name: str, *lines: str) -> _router.ClusterToken:
+        file = tmp_path / name
+        file.write_text("\n".join(line * 16 for line in lines))
+        return _router.ClusterToken(str(file))
+
+    own = nodes("own", token=token("own", "s"), shared_memory=shared_memory)
+    # One that was changed where the other was not yet: each accepts what the other shows.
+    changed = nodes("changed", token=token("changed", "n", "s"), shared_memory=shared_memory)
+    both = nodes("both", token=token("both", "s", "n"), shared_memory=shared_memory)
+    for other in (nodes("guesses", token=token("guess", "g")), nodes("has none")):
+        for receiver, sender in ((other, own), (own, other)):
+            receiver.pull(os.urandom(16), sender, 0, [0])
+            # Never who asks, never what is asked for: the connection is closed.
+            assert receiver.expect(_router.ReceiveFailed).reason == "lost"
+    assert hand_off(own, both, [0], [0], tokens=16).kv_tokens == 16
+    assert hand_off(changed, both, [0], [0], tokens=16).kv_tokens == 16
+    own.node.pull(os.urandom(16), changed.address, "changed", 1, 0, [0])
+    assert own.expect(_router.ReceiveFailed).reason == "lost"
 
 
 @WAYS

@@ -9,6 +9,7 @@ use std::{
 };
 
 use kvmesh_registry::{Registration, Registry, RouterRecord};
+use kvmesh_trust::{ClusterToken, Dialer};
 use tokio::task::JoinHandle;
 use tokio_util::{
     sync::CancellationToken,
@@ -18,7 +19,7 @@ use tokio_util::{
 use crate::{
     access::{Access, KeysError},
     door::Door,
-    mesh::Mesh,
+    mesh::{Mesh, MeshSettings},
     serve::{Acceptor, Health, Reflection, RouterFacts, Shared, TlsError, bind},
     settings::Settings,
     telemetry::{Exporter, Exposition, Spans, Telemetry},
@@ -52,6 +53,9 @@ pub enum StartError {
     /// The file of keys cannot be used.
     #[error("{0}")]
     Keys(#[from] KeysError),
+    /// A file that says who is trusted cannot be used.
+    #[error(transparent)]
+    File(#[from] kvmesh_trust::FileError),
     /// The registry's settings are not usable.
     #[error("etcd: {0}")]
     Registry(#[from] kvmesh_registry::SettingsError),
@@ -171,9 +175,18 @@ fn etcd_of(settings: &Settings) -> Result<kvmesh_registry::Settings, StartError>
     Ok(to)
 }
 
+/// What workers are shown.
+fn dialer(settings: &Settings) -> Result<Dialer, StartError> {
+    let token = settings.cluster_token_file.as_deref().map(ClusterToken::open);
+    Ok(Dialer {
+        token: token.transpose()?.map(Arc::new),
+    })
+}
+
 /// What a router is made of, before it accepts connections.
 pub(crate) struct Parts {
     pub(crate) shared: Arc<Shared>,
+    dialer: Dialer,
     exporter: Option<Exporter>,
     registration: Option<Registration>,
 }
@@ -206,7 +219,12 @@ impl Parts {
         let etcd = registry.as_ref().map(Registry::status);
         let watch = registry.as_ref().map(Registry::watch_workers);
         let reflection = Reflection::new()?;
-        let mesh = Mesh::start(settings.mesh(router_id.clone(), incarnation), watch);
+        let dialer = dialer(settings)?;
+        let mesh = MeshSettings {
+            dialer: dialer.clone(),
+            ..settings.mesh(router_id.clone(), incarnation)
+        };
+        let mesh = Mesh::start(mesh, watch);
         let (spans, exporter) = Spans::start(settings, &router_id, &telemetry).unzip();
         let shared = Arc::new(Shared {
             door: Door::new(settings, Arc::clone(&mesh), Arc::clone(&telemetry)),
@@ -228,6 +246,7 @@ impl Parts {
         });
         Ok(Self {
             shared,
+            dialer,
             exporter,
             registration,
         })
@@ -247,6 +266,7 @@ impl Parts {
         let access = Arc::clone(&self.shared.access);
         // Ends with this future, however that ends.
         let _keys = AbortOnDropHandle::new(tokio::spawn(access.follow()));
+        let _dialer = AbortOnDropHandle::new(tokio::spawn(self.dialer.follow()));
         stop.cancelled().await;
         tracing::info!(
             event = "stopping",

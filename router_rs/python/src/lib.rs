@@ -13,6 +13,7 @@ mod scoring;
 mod sim;
 mod simulate;
 mod transfer;
+mod trust;
 mod worker_port;
 
 use pyo3::prelude::*;
@@ -22,6 +23,7 @@ use pyo3::prelude::*;
 fn _router(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<pool::PyKvPool>()?;
     transfer::add(module)?;
+    trust::register(module)?;
     chain::add(module)?;
     module.add_class::<foreign::PyForeignNames>()?;
     kv_index::register(module)?;

@@ -9,6 +9,7 @@ use kvmesh_registry::{
     Credentials, GetInfoProbe, Registration, RegistrationState, Registry, RegistryError, Settings,
     Tls,
 };
+use kvmesh_trust::Dialer;
 use kvmesh_wire::v1::WorkerRecord;
 use prost::Message;
 use pyo3::{
@@ -18,6 +19,8 @@ use pyo3::{
     types::PyBytes,
 };
 use tokio::runtime::{Builder, Runtime};
+
+use crate::trust::PyClusterToken;
 
 create_exception!(
     kvmesh._router,
@@ -126,7 +129,7 @@ impl PyWorkerRegistration {
     #[pyo3(signature = (
         endpoints, cluster, record, ttl_s=10.0, *, wait_s=5.0,
         ca_pem=None, certificate_pem=None, key_pem=None,
-        server_name="", user="", password="",
+        server_name="", user="", password="", token=None,
     ))]
     #[allow(clippy::too_many_arguments)]
     fn new(
@@ -142,6 +145,7 @@ impl PyWorkerRegistration {
         server_name: &str,
         user: &str,
         password: &str,
+        token: Option<&PyClusterToken>,
     ) -> PyResult<Self> {
         let record = decode(record)?;
         let reach = Reach {
@@ -156,10 +160,16 @@ impl PyWorkerRegistration {
         settings.ttl = seconds("ttl_s", ttl_s)?;
         let wait = seconds("wait_s", wait_s)?;
         let (registry, runtime) = open(settings)?;
+        let probe = GetInfoProbe {
+            dialer: Dialer {
+                token: token.map(|token| Arc::clone(&token.token)),
+            },
+            ..GetInfoProbe::default()
+        };
         py.detach(|| {
             runtime.block_on(async {
                 let registration = registry
-                    .register_worker(record, Arc::new(GetInfoProbe::default()))
+                    .register_worker(record, Arc::new(probe))
                     .map_err(to_python)?;
                 // etcd away is no reason not to serve: it registers later.
                 let decided = registration.wait_for(|state| {

@@ -3,6 +3,7 @@
 use std::{future::Future, pin::Pin, time::Duration};
 
 use http::uri::PathAndQuery;
+use kvmesh_trust::Dialer;
 use kvmesh_wire::v1::{GetInfoRequest, GetInfoResponse, WorkerRecord};
 use tonic::{Code, Request, transport::Endpoint};
 use tonic_prost::ProstCodec;
@@ -18,25 +19,30 @@ pub trait Probe: Send + Sync + 'static {
 }
 
 /// Asks the worker itself: `kvmesh.v1.Worker/GetInfo` at its address.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct GetInfoProbe {
     /// Longest wait for its answer.
     pub timeout: Duration,
+    /// What it is shown.
+    pub dialer: Dialer,
 }
 
 impl Default for GetInfoProbe {
     fn default() -> Self {
         Self {
             timeout: Duration::from_secs(2),
+            dialer: Dialer::default(),
         }
     }
 }
 
 impl GetInfoProbe {
     async fn ask(&self, record: &WorkerRecord) -> Result<GetInfoResponse, tonic::Status> {
-        let channel = Endpoint::from_shared(format!("http://{}", record.address))
-            .map_err(|error| tonic::Status::unavailable(error.to_string()))?
-            .connect()
+        let endpoint = Endpoint::from_shared(format!("http://{}", record.address))
+            .map_err(|error| tonic::Status::unavailable(error.to_string()))?;
+        let channel = self
+            .dialer
+            .connect(endpoint)
             .await
             .map_err(|error| tonic::Status::unavailable(error.to_string()))?;
         let mut client = tonic::client::Grpc::new(channel);

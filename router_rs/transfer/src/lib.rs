@@ -34,5 +34,5 @@ pub use huge_pages::HugeUse;
 pub use id::{Reason, TransferId};
 pub use node::{PullRequest, TransferNode, check_logprobs};
 pub use pool::{KvPool, PeerPool, PoolId};
-pub use settings::Settings;
+pub use settings::{Proof, Settings};
 pub use timer::Timer;

@@ -218,7 +218,7 @@ impl Shared {
             block_bytes: self.pool.block_bytes() as u64,
             shared_memory_name: self.unix_name.clone(),
             pool_blocks: u64::from(self.pool.blocks()),
-            token: self.settings.token.clone().into(),
+            token: self.settings.proof.as_ref().map(|p| p.shown()).unwrap_or_default(),
         })
     }
 
@@ -230,8 +230,9 @@ impl Shared {
         if hello.version.as_ref().map(|version| version.major) != Some(MAJOR) {
             return Err(invalid("another major version of the transfer protocol"));
         }
-        if !same_token(&hello.token, &self.settings.token) {
-            return Err(invalid("another cluster's token"));
+        let proof = self.settings.proof.as_ref();
+        if proof.is_some_and(|proof| !proof.accepts(&hello.token)) {
+            return Err(invalid("the peer has not the cluster's token"));
         }
         if let Some(misfit) = self.misfit(&hello) {
             let _ = connection.misfit.set(misfit);
@@ -392,11 +393,4 @@ fn received_over(core: &Core, connection: &Connection) -> Vec<TransferId> {
         .iter()
         .filter(|(_, r)| r.connection.number == connection.number);
     over.map(|(id, _)| *id).collect()
-}
-
-/// Compares in a time that does not depend on where the two differ.
-fn same_token(given: &[u8], own: &[u8]) -> bool {
-    own.is_empty()
-        || (given.len() == own.len()
-            && given.iter().zip(own).fold(0, |sum, (a, b)| sum | (a ^ b)) == 0)
 }

@@ -1,10 +1,21 @@
 //! Settings of a node.
 
-use std::time::Duration;
+use std::{fmt, sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use kvmesh_wire::v1::KvCompatibility;
 
 use crate::timer::Timer;
+
+/// What peers show each other to prove that they are of one cluster. Asked for
+/// anew with each connection.
+pub trait Proof: fmt::Debug + Send + Sync {
+    /// What is shown to peers.
+    fn shown(&self) -> Bytes;
+    /// Whether what a peer has shown is enough. May take no longer for what is
+    /// nearly right.
+    fn accepts(&self, given: &[u8]) -> bool;
+}
 
 /// What a node is told when it starts.
 #[derive(Debug, Clone)]
@@ -40,8 +51,8 @@ pub struct Settings {
     pub max_connections: usize,
     /// Threads that copy and hash. 0: half of the cores, 1 to 4.
     pub copy_threads: usize,
-    /// Proof of belonging to the cluster. Empty: none.
-    pub token: Vec<u8>,
+    /// Proof of belonging to the cluster. `None`: none is asked for.
+    pub proof: Option<Arc<dyn Proof>>,
 }
 
 impl Default for Settings {
@@ -62,7 +73,7 @@ impl Default for Settings {
             max_transfers: 4096,
             max_connections: 1024,
             copy_threads: 0,
-            token: Vec::new(),
+            proof: None,
         }
     }
 }

@@ -22,6 +22,7 @@ mod ends;
 mod error;
 mod event;
 mod frames;
+mod guard;
 mod health;
 mod kept;
 mod lanes;

@@ -7,6 +7,7 @@ use tonic::transport::{Server, server::TcpIncoming};
 use tonic_health::pb::health_server::HealthServer;
 
 use crate::{
+    guard::Guard,
     health::WorkerHealth,
     service::{SERVICE, WorkerService},
     settings::Settings,
@@ -37,7 +38,10 @@ pub(crate) async fn serve(
         .http2_keepalive_timeout(Some(settings.keep_alive_timeout))
         .initial_stream_window_size(Some(STREAM_WINDOW))
         .initial_connection_window_size(Some(CONNECTION_WINDOW))
-        .add_service(WorkerService(Arc::clone(&shared)))
+        .add_service(WorkerService {
+            shared: Arc::clone(&shared),
+            guard: Guard::new(&settings),
+        })
         .add_service(HealthServer::new(health));
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -58,10 +62,17 @@ pub(crate) async fn serve(
             shared.snapshots.notify_all();
         }
     };
+    let followed = async {
+        match settings.token.clone() {
+            Some(token) => token.follow_and_log(|_| {}).await,
+            None => std::future::pending().await,
+        }
+    };
     // An error is the sender's end: the port was dropped.
     tokio::select! {
         _ = server => {}
         () = ticks => {}
+        () = followed => {}
         _ = stop.wait_for(|stop| *stop) => {}
     }
 }

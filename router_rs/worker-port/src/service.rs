@@ -30,6 +30,7 @@ use tower::{Service, service_fn};
 use crate::{
     command,
     event::Event,
+    guard::Guard,
     shared::Shared,
     state::{Step, Taken, ended},
 };
@@ -82,7 +83,10 @@ impl Decoder for AttachCodec {
 
 /// The service; one a connection.
 #[derive(Clone)]
-pub(crate) struct WorkerService(pub(crate) Arc<Shared>);
+pub(crate) struct WorkerService {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) guard: Guard,
+}
 
 impl NamedService for WorkerService {
     const NAME: &'static str = SERVICE;
@@ -100,7 +104,10 @@ impl Service<Request<Body>> for WorkerService {
     }
 
     fn call(&mut self, request: Request<Body>) -> Answer {
-        let shared = Arc::clone(&self.0);
+        if let Err(refused) = self.guard.admit(request.headers()) {
+            return Box::pin(std::future::ready(Ok(refused.into_http())));
+        }
+        let shared = Arc::clone(&self.shared);
         Box::pin(async move { Ok(answer(shared, request).await) })
     }
 }

@@ -1,6 +1,8 @@
 //! Bounds of a port.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
+
+use kvmesh_trust::{ClusterToken, Followed};
 
 /// Bounds of a port. Meanings as in the settings of a worker.
 #[derive(Clone, Debug)]
@@ -36,6 +38,8 @@ pub struct Settings {
     pub grace: Duration,
     /// Tell the process of every attempt's end; else only of those that went wrong.
     pub tell_all_ends: bool,
+    /// What calls of `kvmesh.v1.Worker` have to show. `None`: nothing.
+    pub token: Option<Arc<Followed<ClusterToken>>>,
     /// How much later than it was true each load report goes. For trials of what
     /// late news costs.
     pub load_delay: Duration,
@@ -58,6 +62,7 @@ impl Default for Settings {
             keep_alive_timeout: Duration::from_secs(10),
             grace: Duration::from_secs(30),
             tell_all_ends: false,
+            token: None,
             load_delay: Duration::ZERO,
         }
     }

@@ -10,6 +10,7 @@ from kvmesh._router import WorkerRegistration
 from kvmesh.etcd_access import EtcdArguments
 from kvmesh.v1 import worker_pb2 as wire
 from kvmesh.worker.settings import SettingError, WorkerSettings
+from kvmesh.worker.trust import cluster_token
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def register(
         settings.cluster,
         record.SerializeToString(),
         settings.etcd_ttl,
+        token=cluster_token(settings),
         **access,
     )
     stack.callback(registration.close)

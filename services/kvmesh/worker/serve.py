@@ -20,6 +20,7 @@ from kvmesh.worker.engines import BuiltEngine, build_engine
 from kvmesh.worker.registration import etcd_access, register, tell_changes
 from kvmesh.worker.service import WorkerService
 from kvmesh.worker.settings import WorkerSettings, split_address
+from kvmesh.worker.trust import cluster_token
 
 _log = logging.getLogger(__name__)
 
@@ -179,6 +180,7 @@ def _port(settings: WorkerSettings) -> WorkerPort:
         replay_bytes=settings.replay_bytes,
         orphan_ttl_s=settings.orphan_ttl,
         resume_bytes=settings.resume_bytes,
+        token=cluster_token(settings),
     )
 
 

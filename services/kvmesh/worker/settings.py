@@ -55,7 +55,12 @@ class WorkerSettings:
     advertise_host: str = ""
     """Host that others reach this worker by. Empty: the host of `listen`."""
     insecure: bool = False
-    """Allow plain text on an address that is not loopback."""
+    """Allow addresses that other machines can reach without anything to show: who reaches
+    them can read prompts and take over generations."""
+    cluster_token_file: str = ""
+    """File of the token that this cluster's routers and workers show each other, a line of
+    16 characters or more; read again when it changes. Of several lines the first is shown
+    and each is accepted."""
     etcd: tuple[str, ...] = ()
     """etcd endpoints, "host:port". Empty: not registered; routers must be told."""
     etcd_ca: str = ""
@@ -155,11 +160,12 @@ class WorkerSettings:
                 )
         for name in ("listen", "transfer_listen"):
             host, _ = split_address(name, getattr(self, name))
-            if not self.insecure and not is_loopback(host):
+            if not (self.cluster_token_file or self.insecure or is_loopback(host)):
                 raise SettingError(
                     f"{name} is {getattr(self, name)!r}, which is not loopback: anyone who "
-                    "reaches it can read prompts and take over generations. Bind to 127.0.0.1, "
-                    "or set insecure if the network is trusted"
+                    "reaches it can read prompts and take over generations. Set "
+                    "cluster_token_file, for routers as well, or bind to 127.0.0.1, or set "
+                    "insecure if the network is trusted"
                 )
         positive = (
             "kv_pool_tokens", "threads", "step_lane_bytes", "replay_bytes", "resume_bytes",

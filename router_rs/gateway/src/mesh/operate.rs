@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use kvmesh_rpc::v1::worker_client::WorkerClient;
+use kvmesh_trust::Dialled;
 use kvmesh_wire::v1;
 
 use super::{Mesh, session, table::WorkerEntry};
@@ -59,12 +60,9 @@ impl Mesh {
             .ok_or_else(|| MeshError::UnknownWorker(id.to_owned()))
     }
 
-    async fn client(
-        &self,
-        worker: &WorkerEntry,
-    ) -> Result<WorkerClient<tonic::transport::Channel>, MeshError> {
-        let channel = session::connect(&worker.address(), self.core.settings.keep_alive).await?;
-        Ok(WorkerClient::new(channel))
+    async fn client(&self, worker: &WorkerEntry) -> Result<WorkerClient<Dialled>, MeshError> {
+        let connected = session::connect(&self.core.settings, &worker.address()).await?;
+        Ok(WorkerClient::new(connected))
     }
 }
 

@@ -3,6 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use kvmesh_scheduler::DispatchSettings;
+use kvmesh_trust::Dialer;
 
 use super::{figures::ms, policy::PolicySettings};
 
@@ -15,6 +16,8 @@ pub struct MeshSettings {
     pub incarnation: u64,
     /// Workers at fixed addresses, "host:port" each.
     pub workers: Vec<String>,
+    /// What workers are shown, and what they have to show.
+    pub dialer: Dialer,
     /// Where tokenisers are kept. `None`: in memory only.
     pub cache_dir: Option<PathBuf>,
     /// Pings on worker connections, also idle ones.
@@ -60,6 +63,7 @@ impl Default for MeshSettings {
             router_id: "router".to_owned(),
             incarnation: 1,
             workers: Vec::new(),
+            dialer: Dialer::default(),
             cache_dir: None,
             keep_alive: Duration::from_secs(10),
             slow_client_timeout: Duration::from_secs(60),

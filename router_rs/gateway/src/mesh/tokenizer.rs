@@ -18,7 +18,9 @@ use kvmesh_wire::v1::{self, get_tokenizer_response::Part};
 use tokio::task;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use super::{Core, backoff::Backoff, session::connect, table::WorkerEntry};
+use super::{
+    Core, backoff::Backoff, session::connect, settings::MeshSettings, table::WorkerEntry,
+};
 
 /// Most files and bytes that a worker may send as its tokeniser.
 const MAX_FILES: usize = 8;
@@ -65,8 +67,7 @@ impl Core {
         let mut backoff = Backoff::new(self.settings.tokenizer_retry, seed);
         loop {
             self.counters.tokenizer_fetches.add(1);
-            let cache = self.settings.cache_dir.as_deref();
-            let error = match fetch(&worker.address(), digest, cache).await {
+            let error = match fetch(&self.settings, &worker.address(), digest).await {
                 Ok(text) => {
                     tracing::info!(worker = %worker.name(), %digest, "tokeniser ready");
                     return self.models.fetched(text);
@@ -104,10 +105,11 @@ impl Core {
 
 /// A tokeniser from disk, or from a worker and then to disk.
 async fn fetch(
+    settings: &MeshSettings,
     address: &str,
     digest: &str,
-    cache: Option<&Path>,
 ) -> Result<Arc<ModelText>, FetchError> {
+    let cache = settings.cache_dir.as_deref();
     let folder = cache
         .filter(|_| digest.bytes().all(|byte| byte.is_ascii_hexdigit()))
         .map(|cache| cache.join("tokenizers").join(digest));
@@ -118,7 +120,7 @@ async fn fetch(
     {
         return Ok(text);
     }
-    let files = tokio::time::timeout(FETCH_TIMEOUT, download(address))
+    let files = tokio::time::timeout(FETCH_TIMEOUT, download(settings, address))
         .await
         .map_err(|_| FetchError::Timeout)??;
     let text = load(files.clone(), digest).await?;
@@ -146,9 +148,9 @@ async fn load(files: Vec<TextFile>, digest: &str) -> Result<Arc<ModelText>, Fetc
     }
 }
 
-async fn download(address: &str) -> Result<Vec<TextFile>, FetchError> {
-    let channel = connect(address, Duration::from_secs(10)).await?;
-    let mut parts = WorkerClient::new(channel)
+async fn download(settings: &MeshSettings, address: &str) -> Result<Vec<TextFile>, FetchError> {
+    let connected = connect(settings, address).await?;
+    let mut parts = WorkerClient::new(connected)
         .get_tokenizer(v1::GetTokenizerRequest::default())
         .await?
         .into_inner();

@@ -218,6 +218,7 @@ pub struct Settings {
     pub listen: SocketAddr,
     pub advertise: String,
     pub insecure: bool,
+    pub cluster_token_file: Option<PathBuf>,
     pub tls_cert: Option<PathBuf>,
     pub tls_key: Option<PathBuf>,
     pub api_keys: Option<PathBuf>,
@@ -278,7 +279,7 @@ impl Settings {
     ///
     /// # Errors
     /// [`SettingsError::Together`] for a bind that others can reach without
-    /// TLS or `insecure`, and for a certificate without its key.
+    /// TLS, keys or `insecure`, and for a certificate without its key.
     pub fn resolve(layers: &Layers) -> Result<Self, SettingsError> {
         let size = |name| usize::try_from(layers.number(name)).unwrap_or(usize::MAX);
         let listen = layers.text("listen");
@@ -292,6 +293,7 @@ impl Settings {
             listen,
             advertise: layers.text("advertise"),
             insecure: layers.flag("insecure"),
+            cluster_token_file: layers.path("cluster_token_file"),
             tls_cert: layers.path("tls_cert"),
             tls_key: layers.path("tls_key"),
             api_keys: layers.path("api_keys"),
@@ -377,10 +379,11 @@ impl Settings {
                 allowed: "host:port or http://host:port, or nothing".to_owned(),
             });
         }
-        if !self.listen.ip().is_loopback() && self.tls_cert.is_none() && !self.insecure {
+        let checked = self.tls_cert.is_some() || self.api_keys.is_some();
+        if !self.listen.ip().is_loopback() && !checked && !self.insecure {
             return Err(SettingsError::Together(format!(
                 "listen is {}, which other machines can reach without any check; set tls_cert \
-                 and tls_key, or insecure to say that the network is trusted",
+                 and tls_key, or api_keys, or insecure to say that the network is trusted",
                 self.listen
             )));
         }
@@ -508,13 +511,18 @@ mod tests {
         let resolved = |file: &str| listen(file).map_err(|error| error.to_string());
         for reachable in ["0.0.0.0:1", "192.0.2.1:1", "[::]:1"] {
             let refused = resolved(&format!("listen = '{reachable}'")).unwrap_err();
-            for named in ["listen", reachable, "tls_cert", "tls_key", "insecure"] {
+            for named in ["listen", reachable, "tls_cert", "tls_key", "api_keys", "insecure"] {
                 assert!(refused.contains(named), "{named} is not in: {refused}");
             }
             let trusted = format!("listen = '{reachable}'\ninsecure = true");
             assert_eq!(resolved(&trusted), Ok(reachable.parse().unwrap()));
-            let proven = format!("listen = '{reachable}'\ntls_cert = 'c'\ntls_key = 'k'");
-            assert_eq!(resolved(&proven), Ok(reachable.parse().unwrap()));
+            for proof in ["tls_cert = 'c'\ntls_key = 'k'", "api_keys = 'f'"] {
+                let proven = format!("listen = '{reachable}'\n{proof}");
+                assert_eq!(resolved(&proven), Ok(reachable.parse().unwrap()));
+            }
+            // That is for routers and workers, and opens nothing to clients.
+            let token = format!("listen = '{reachable}'\ncluster_token_file = 'f'");
+            assert!(resolved(&token).is_err());
         }
         for own in ["127.0.0.1:1", "[::1]:1"] {
             assert_eq!(

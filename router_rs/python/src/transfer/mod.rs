@@ -17,7 +17,7 @@ use pyo3::{
 };
 
 use self::events::to_python;
-use crate::pool::PyKvPool;
+use crate::{pool::PyKvPool, trust::PyClusterToken};
 
 pyo3::create_exception!(
     kvmesh._router,
@@ -63,7 +63,7 @@ impl PyTransferNode {
         pool, *, worker_id, incarnation, compatibility, block_tokens, listen="127.0.0.1:0",
         advertise="", shared_memory=true, lease_s=10.0, offer_timeout_s=2.0,
         aborted_memory_s=10.0, connect_timeout_s=2.0, idle_timeout_s=30.0, max_transfers=4096,
-        max_connections=1024, copy_threads=0, token=Vec::new(),
+        max_connections=1024, copy_threads=0, token=None,
     ))]
     #[allow(clippy::too_many_arguments, reason = "keyword arguments in Python")]
     fn new(
@@ -84,7 +84,7 @@ impl PyTransferNode {
         max_transfers: usize,
         max_connections: usize,
         copy_threads: usize,
-        token: Vec<u8>,
+        token: Option<&PyClusterToken>,
     ) -> PyResult<Self> {
         let settings = Settings {
             worker_id,
@@ -103,7 +103,7 @@ impl PyTransferNode {
             max_transfers,
             max_connections,
             copy_threads,
-            token,
+            proof: token.map(PyClusterToken::proof),
         };
         let pool = Arc::clone(pool.open()?);
         let node = py.detach(|| TransferNode::start(pool, settings))?;

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from kvmesh._router import KvPool, TransferNode
+from kvmesh._router import ClusterToken, KvPool, TransferNode
 from kvmesh.engine.contract import AttemptId, CacheChange, EngineLoad, OutputSink, Placement
 from kvmesh.engine.core.blocks import BlockPool
 from kvmesh.engine.core.chain import Chain
@@ -49,6 +49,8 @@ class TransferSettings:
     """Lease of a transfer, seconds."""
     offer_timeout_s: float = 2.0
     """How long a pull waits for its offer, seconds."""
+    token: ClusterToken | None = None
+    """What peers show each other; None: nothing."""
 
 
 class CoreEngine:
@@ -89,6 +91,7 @@ class CoreEngine:
                 shared_memory=transfer.shared_memory,
                 lease_s=transfer.lease_s,
                 offer_timeout_s=transfer.offer_timeout_s,
+                token=transfer.token,
             )
         self._clock = clock or MonotonicClock()
         self._model = wire.StepModel()

@@ -13,6 +13,7 @@ from kvmesh.v1 import worker_pb2 as wire
 from kvmesh.worker.engines import BuiltEngine
 from kvmesh.worker.settings import SettingError, WorkerSettings
 from kvmesh.worker.tokenizer_files import TokenizerFiles
+from kvmesh.worker.trust import cluster_token
 
 CONNECTOR = "sim"
 """Name of the on_finish hand-off of `--like vllm`."""
@@ -40,6 +41,7 @@ def build(
             shared_memory=not settings.transfer_tcp,
             lease_s=settings.transfer_lease,
             offer_timeout_s=settings.offer_timeout,
+            token=cluster_token(settings),
         ),
         huge_pages=settings.huge_pages,
     )

@@ -1,6 +1,6 @@
 //! A worker's connection, from its dial to the two hellos.
 
-use std::{error::Error as _, io, time::Duration};
+use std::{error::Error as _, io, sync::Arc, time::Duration};
 
 use kvmesh_rpc::v1::worker_client::WorkerClient;
 use kvmesh_session::{
@@ -8,15 +8,14 @@ use kvmesh_session::{
     link::{self, Action, Event, State},
     parse,
 };
+use kvmesh_trust::Dialled;
 use kvmesh_wire::v1;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{
-    Streaming,
-    transport::{Channel, Endpoint},
-};
+use tonic::{Streaming, transport::Endpoint};
 
 use super::{OUTBOUND_QUEUE, REDIAL, Session, at};
+use crate::mesh::settings::MeshSettings;
 
 /// Why a session's transport ended.
 pub(super) enum Ended {
@@ -52,7 +51,8 @@ impl Session {
             }
         }
         let hello = hello.ok_or_else(|| Ended::Transport("not to be dialled".to_owned()))?;
-        let opened = open(self.worker.address(), self.core.settings.keep_alive, hello);
+        let core = Arc::clone(&self.core);
+        let opened = open(&core.settings, self.worker.address(), hello);
         tokio::pin!(opened);
         let limit = tokio::time::sleep(Duration::from_millis(link::GREETING_MS));
         tokio::pin!(limit);
@@ -118,15 +118,15 @@ impl Session {
 
 /// Opens connection and stream, says hello and takes the first frame.
 async fn open(
+    settings: &MeshSettings,
     address: String,
-    keep_alive: Duration,
     hello: v1::RouterFrame,
 ) -> Result<(Transport, v1::WorkerFrame), Ended> {
-    let channel = connect(&address, keep_alive).await.map_err(failed)?;
+    let connected = connect(settings, &address).await.map_err(failed)?;
     let (outbound, frames) = mpsc::channel(OUTBOUND_QUEUE);
     // The queue is new and empty.
     let _ = outbound.try_send(hello);
-    let mut inbound = WorkerClient::new(channel)
+    let mut inbound = WorkerClient::new(connected)
         .attach(ReceiverStream::new(frames))
         .await
         .map_err(|status| Ended::Transport(status.message().to_owned()))?
@@ -166,17 +166,16 @@ pub(super) async fn next_frame(
 /// Opens a connection to a worker. Nagle's algorithm is off: a frame that
 /// waits for an acknowledgement costs 40 ms.
 pub(in crate::mesh) async fn connect(
+    settings: &MeshSettings,
     address: &str,
-    keep_alive: Duration,
-) -> Result<Channel, tonic::transport::Error> {
-    Endpoint::from_shared(format!("http://{address}"))?
+) -> Result<Dialled, tonic::transport::Error> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}"))?
         .tcp_nodelay(true)
         .connect_timeout(Duration::from_millis(link::GREETING_MS))
-        .http2_keep_alive_interval(keep_alive)
+        .http2_keep_alive_interval(settings.keep_alive)
         .keep_alive_while_idle(true)
-        .keep_alive_timeout(keep_alive)
+        .keep_alive_timeout(settings.keep_alive)
         .initial_stream_window_size(1 << 20)
-        .initial_connection_window_size(4 << 20)
-        .connect()
-        .await
+        .initial_connection_window_size(4 << 20);
+    settings.dialer.connect(endpoint).await
 }

@@ -8,7 +8,13 @@ pub(super) const TRUST: &[Key] = &[
         "insecure",
         Kind::Flag,
         "false",
-        "Allow a bind that other machines can reach without TLS: whoever reaches the port can use the models.",
+        "Allow a bind that other machines can reach with neither TLS nor keys: whoever reaches the port can use the models.",
+    ),
+    key(
+        "cluster_token_file",
+        Kind::Text,
+        "",
+        "File of the token that this cluster's routers and workers show each other, a line of 16 characters or more; read again when it changes. Of several lines the first is shown and each is accepted.",
     ),
     key(
         "tls_cert",
