@@ -460,6 +460,20 @@ class ClusterToken:
         """Reads it. Raises ValueError naming the setting, the file and what is allowed."""
 
 @final
+class PeerTls:
+    """A worker's TLS: of its port, and of its calls to other workers.
+
+    The port that it is given to reads the files again when they change.
+    """
+
+    def __new__(cls, certificate: str, key: str, ca: str, cluster: str, worker_id: str) -> PeerTls:
+        """Reads the files: PEM, of settings tls_cert, tls_key and tls_ca.
+
+        Raises ValueError naming the setting, the file and what is allowed: the
+        certificate has to be this worker's.
+        """
+
+@final
 class TransferNode:
     """Moves KV blocks between this worker's pool and its peers'.
 
@@ -649,6 +663,7 @@ class WorkerRegistration:
         user: str = "",
         password: str = "",
         token: ClusterToken | None = None,
+        tls: PeerTls | None = None,
     ) -> WorkerRegistration:
         """Registers `record`, a serialised kvmesh.v1.WorkerRecord.
 
@@ -821,6 +836,7 @@ class WorkerPort:
         orphan_ttl_s: float = 10.0,
         resume_bytes: int = 67_108_864,
         token: ClusterToken | None = None,
+        tls: PeerTls | None = None,
     ) -> WorkerPort:
         """Binds "host:port", port 0 a free one. Raises OSError, ValueError."""
 
@@ -1100,6 +1116,10 @@ class Router:
     @property
     def address(self) -> str:
         """The bound address, "host:port"."""
+
+    @property
+    def admin_address(self) -> str | None:
+        """The bound address of the port for operators, where they have one."""
 
     def wait(self) -> None:
         """Waits until it has ended. Signals are seen within 100 ms."""

@@ -1,7 +1,6 @@
 """Workers and operators where etcd asks for a password, or for a certificate."""
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from authority import Authority
 
 from kvmesh.cli import main
 from kvmesh.cli.children import Child, Children
@@ -52,37 +52,6 @@ def etcdctl(endpoint: str, *arguments: str) -> None:
     )
 
 
-def missing(text: str) -> None:
-    """Skips; in CI it is a failure, so that nobody believes in what was never checked."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(f"{text}; with CI=true this may not be skipped", pytrace=False)
-    pytest.skip(text)
-
-
-def certificates(folder: Path) -> None:
-    """An authority, and a certificate for both sides that it has signed."""
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-    def key(name: str) -> tuple[str, ...]:
-        curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-        return (*curve, "-keyout", f"{name}.key")
-
-    openssl("req", "-x509", *key("ca"), "-out", "ca.pem", "-subj", "/CN=authority", "-days", "2")
-    for name in ("server", "client"):
-        # etcd is reached by its address; the certificate has a name.
-        extensions = folder / f"{name}.ext"
-        extensions.write_text(
-            "subjectAltName=DNS:etcd.test\nextendedKeyUsage=serverAuth,clientAuth\n"
-        )
-        openssl("req", *key(name), "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        openssl(
-            "x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key",
-            "-CAcreateserial", "-days", "2", "-extfile", str(extensions), "-out", f"{name}.pem",
-        )  # fmt: skip
-
-
 @pytest.fixture(params=["password", "TLS"])
 def secured(request, tmp_path) -> Iterator[Secured]:
     client, peer = free_ports([0, 0])
@@ -90,18 +59,18 @@ def secured(request, tmp_path) -> Iterator[Secured]:
     command = etcd_command(client, peer, tmp_path / "etcd", durable=False)
     friends = {"etcd-user": "root", "etcd-password": PASSWORD}
     if request.param == "TLS":
-        if shutil.which("openssl") is None:
-            missing("openssl is not installed")
-        certificates(tmp_path)
+        # etcd is reached by its address; the certificate has a name.
+        authority = Authority(tmp_path / "certificates")
+        server, client_side = (authority.issue(name, "DNS:etcd.test") for name in ("s", "c"))
         command = [part.replace(f"http://{endpoint}", f"https://{endpoint}") for part in command]
         command += [
-            "--client-cert-auth", f"--trusted-ca-file={tmp_path}/ca.pem",
-            f"--cert-file={tmp_path}/server.pem", f"--key-file={tmp_path}/server.key",
+            "--client-cert-auth", f"--trusted-ca-file={authority.ca}",
+            f"--cert-file={server.certificate}", f"--key-file={server.key}",
         ]  # fmt: skip
         friends = {
-            "etcd-ca": f"{tmp_path}/ca.pem",
-            "etcd-cert": f"{tmp_path}/client.pem",
-            "etcd-key": f"{tmp_path}/client.key",
+            "etcd-ca": str(authority.ca),
+            "etcd-cert": str(client_side.certificate),
+            "etcd-key": str(client_side.key),
             "etcd-server-name": "etcd.test",
         }
     with Children(tmp_path / "logs", lambda *_: None) as children:

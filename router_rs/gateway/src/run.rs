@@ -9,7 +9,7 @@ use std::{
 };
 
 use kvmesh_registry::{Registration, Registry, RouterRecord};
-use kvmesh_trust::{ClusterToken, Dialer};
+use kvmesh_trust::{ClusterToken, Dialer, Role, WorkerTls};
 use tokio::task::JoinHandle;
 use tokio_util::{
     sync::CancellationToken,
@@ -175,11 +175,32 @@ fn etcd_of(settings: &Settings) -> Result<kvmesh_registry::Settings, StartError>
     Ok(to)
 }
 
-/// What workers are shown.
+/// What workers are shown, and what they have to show.
 fn dialer(settings: &Settings) -> Result<Dialer, StartError> {
-    let token = settings.cluster_token_file.as_deref().map(ClusterToken::open);
+    let token = settings.cluster_token_file.as_deref();
+    let token = token.map(ClusterToken::open).transpose()?;
+    let tls = match &settings.worker_ca {
+        None => None,
+        Some(ca) => {
+            let identity = match (&settings.worker_cert, &settings.worker_key) {
+                (Some(certificate), Some(key)) => Some((
+                    ("worker_cert", certificate.clone()),
+                    ("worker_key", key.clone()),
+                )),
+                _ => None,
+            };
+            let ca = ("worker_ca", ca.clone());
+            Some(WorkerTls::open(
+                ca,
+                identity,
+                &settings.cluster,
+                Role::Router,
+            )?)
+        }
+    };
     Ok(Dialer {
-        token: token.transpose()?.map(Arc::new),
+        token: token.map(Arc::new),
+        tls,
     })
 }
 

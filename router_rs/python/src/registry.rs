@@ -9,7 +9,6 @@ use kvmesh_registry::{
     Credentials, GetInfoProbe, Registration, RegistrationState, Registry, RegistryError, Settings,
     Tls,
 };
-use kvmesh_trust::Dialer;
 use kvmesh_wire::v1::WorkerRecord;
 use prost::Message;
 use pyo3::{
@@ -20,7 +19,7 @@ use pyo3::{
 };
 use tokio::runtime::{Builder, Runtime};
 
-use crate::trust::PyClusterToken;
+use crate::trust::{PyClusterToken, PyPeerTls, dialer};
 
 create_exception!(
     kvmesh._router,
@@ -129,7 +128,7 @@ impl PyWorkerRegistration {
     #[pyo3(signature = (
         endpoints, cluster, record, ttl_s=10.0, *, wait_s=5.0,
         ca_pem=None, certificate_pem=None, key_pem=None,
-        server_name="", user="", password="", token=None,
+        server_name="", user="", password="", token=None, tls=None,
     ))]
     #[allow(clippy::too_many_arguments)]
     fn new(
@@ -146,6 +145,7 @@ impl PyWorkerRegistration {
         user: &str,
         password: &str,
         token: Option<&PyClusterToken>,
+        tls: Option<&PyPeerTls>,
     ) -> PyResult<Self> {
         let record = decode(record)?;
         let reach = Reach {
@@ -161,9 +161,7 @@ impl PyWorkerRegistration {
         let wait = seconds("wait_s", wait_s)?;
         let (registry, runtime) = open(settings)?;
         let probe = GetInfoProbe {
-            dialer: Dialer {
-                token: token.map(|token| Arc::clone(&token.token)),
-            },
+            dialer: dialer(token, tls),
             ..GetInfoProbe::default()
         };
         py.detach(|| {

@@ -4,12 +4,13 @@ use std::{path::PathBuf, sync::Arc};
 
 use bytes::Bytes;
 use kvmesh_transfer::Proof;
-use kvmesh_trust::{ClusterToken, Followed};
+use kvmesh_trust::{ClusterToken, Dialer, Followed, PeerTls};
 use pyo3::{exceptions::PyValueError, prelude::*};
 
 /// Adds what this module has.
 pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    module.add_class::<PyClusterToken>()
+    module.add_class::<PyClusterToken>()?;
+    module.add_class::<PyPeerTls>()
 }
 
 /// The cluster's token, out of its file. The port that has it reads the file again.
@@ -27,6 +28,37 @@ impl PyClusterToken {
         Ok(Self {
             token: Arc::new(token),
         })
+    }
+}
+
+/// A worker's TLS, out of its files. The port that has it reads them again.
+#[pyclass(name = "PeerTls", module = "kvmesh._router", frozen)]
+pub(crate) struct PyPeerTls {
+    pub(crate) tls: Arc<PeerTls>,
+}
+
+#[pymethods]
+impl PyPeerTls {
+    #[new]
+    fn new(
+        certificate: PathBuf,
+        key: PathBuf,
+        ca: PathBuf,
+        cluster: &str,
+        worker_id: &str,
+    ) -> PyResult<Self> {
+        let (certificate, key) = (("tls_cert", certificate), ("tls_key", key));
+        let tls = PeerTls::open(certificate, key, ("tls_ca", ca), cluster, worker_id);
+        let tls = tls.map_err(|error| PyValueError::new_err(error.to_string()))?;
+        Ok(Self { tls: Arc::new(tls) })
+    }
+}
+
+/// What a worker shows other workers when it calls them.
+pub(crate) fn dialer(token: Option<&PyClusterToken>, tls: Option<&PyPeerTls>) -> Dialer {
+    Dialer {
+        token: token.map(|token| Arc::clone(&token.token)),
+        tls: tls.map(|tls| tls.tls.calls()),
     }
 }
 

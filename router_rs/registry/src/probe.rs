@@ -40,12 +40,12 @@ impl GetInfoProbe {
     async fn ask(&self, record: &WorkerRecord) -> Result<GetInfoResponse, tonic::Status> {
         let endpoint = Endpoint::from_shared(format!("http://{}", record.address))
             .map_err(|error| tonic::Status::unavailable(error.to_string()))?;
-        let channel = self
+        let connection = self
             .dialer
-            .connect(endpoint)
+            .connect(endpoint, Some(&record.worker_id))
             .await
             .map_err(|error| tonic::Status::unavailable(error.to_string()))?;
-        let mut client = tonic::client::Grpc::new(channel);
+        let mut client = tonic::client::Grpc::new(connection.calls);
         client
             .ready()
             .await

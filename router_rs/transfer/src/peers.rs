@@ -218,7 +218,12 @@ impl Shared {
             block_bytes: self.pool.block_bytes() as u64,
             shared_memory_name: self.unix_name.clone(),
             pool_blocks: u64::from(self.pool.blocks()),
-            token: self.settings.proof.as_ref().map(|p| p.shown()).unwrap_or_default(),
+            token: self
+                .settings
+                .proof
+                .as_ref()
+                .map(|p| p.shown())
+                .unwrap_or_default(),
         })
     }
 

@@ -1,44 +1,125 @@
-//! Calls to workers: what is shown with each one.
+//! Calls to workers: what is shown with each one, and who has to be there.
 
-use std::sync::Arc;
+use std::{
+    io,
+    sync::{Arc, OnceLock},
+};
 
+use hyper_util::rt::TokioIo;
+use rustls::{ClientConfig, pki_types::ServerName};
+use tokio::net::TcpStream;
+use tokio_rustls::{TlsConnector, client::TlsStream};
 use tonic::{
     Request, Status,
+    codegen::http::Uri,
     service::{Interceptor, interceptor::InterceptedService},
     transport::{Channel, Endpoint},
 };
+use tower::service_fn;
 
 use crate::{
     followed::Followed,
+    identity::Identity,
+    tls::WorkerTls,
     token::{ClusterToken, TOKEN_HEADER},
 };
 
 /// A connection over which calls show what they have to.
 pub type Dialled = InterceptedService<Channel, Shown>;
 
-/// What workers are shown.
+/// What workers are shown, and what they have to show.
 #[derive(Clone, Debug, Default)]
 pub struct Dialer {
     /// The cluster's token.
     pub token: Option<Arc<Followed<ClusterToken>>>,
+    /// TLS; `None`: calls go in plain text.
+    pub tls: Option<WorkerTls>,
+}
+
+/// A connection to a worker.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    /// For clients of its services.
+    pub calls: Dialled,
+    /// The worker's id by its certificate; `None` without TLS.
+    pub certified: Option<String>,
 }
 
 impl Dialer {
-    /// Connects to a worker.
+    /// Connects to a worker. `worker_id`: where another one answers there, there is
+    /// no connection; only TLS tells.
     ///
     /// # Errors
-    /// Where it cannot be reached.
-    pub async fn connect(&self, endpoint: Endpoint) -> Result<Dialled, tonic::transport::Error> {
-        let channel = endpoint.connect().await?;
-        let shown = Shown(self.token.clone());
-        Ok(InterceptedService::new(channel, shown))
+    /// Where it cannot be reached, or its certificate does not do.
+    pub async fn connect(
+        &self,
+        endpoint: Endpoint,
+        worker_id: Option<&str>,
+    ) -> Result<Connection, tonic::transport::Error> {
+        let (channel, certified) = match &self.tls {
+            None => (endpoint.connect().await?, None),
+            Some(tls) => {
+                let answers = Answers {
+                    config: tls.config(worker_id).map_err(|error| error.to_string()),
+                    cluster: tls.cluster().to_owned(),
+                    certified: OnceLock::new(),
+                };
+                let answers = Arc::new(answers);
+                let dialled = Arc::clone(&answers);
+                let connector = service_fn(move |uri: Uri| Arc::clone(&dialled).dial(uri));
+                let channel = endpoint.connect_with_connector(connector).await?;
+                (channel, answers.certified.get().cloned())
+            }
+        };
+        Ok(Connection {
+            calls: InterceptedService::new(channel, Shown(self.token.clone())),
+            certified,
+        })
     }
 
     /// Takes changed files, for as long as it is polled.
     pub async fn follow(self) {
-        if let Some(token) = self.token {
-            token.follow_and_log(|_| {}).await;
+        let token = async {
+            if let Some(token) = self.token {
+                token.follow_and_log(|_| {}).await;
+            }
+        };
+        let tls = async {
+            if let Some(tls) = self.tls {
+                tls.follow().await;
+            }
+        };
+        tokio::join!(token, tls);
+    }
+}
+
+/// A dial over TLS, and who answered.
+struct Answers {
+    config: Result<ClientConfig, String>,
+    cluster: String,
+    certified: OnceLock<String>,
+}
+
+impl Answers {
+    async fn dial(self: Arc<Self>, uri: Uri) -> io::Result<TokioIo<TlsStream<TcpStream>>> {
+        let config = self.config.clone().map_err(io::Error::other)?;
+        let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+        let port = uri.port_u16().unwrap_or(443);
+        let stream = TcpStream::connect((host, port)).await?;
+        stream.set_nodelay(true)?;
+        // Not sent and not compared: a worker is known by its id.
+        let name = ServerName::try_from(host.to_owned())
+            .unwrap_or_else(|_| ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into()));
+        let connector = TlsConnector::from(Arc::new(config));
+        let stream = connector.connect(name, stream).await?;
+        let shown = stream.get_ref().1.peer_certificates();
+        if let Some(certificate) = shown.and_then(<[_]>::first) {
+            let identity = Identity::read(certificate, &self.cluster).map_err(io::Error::other)?;
+            // Again: of another connection in place of the first, which was to the
+            // same worker.
+            let _ = self.certified.set(identity.id);
         }
+        Ok(TokioIo::new(stream))
     }
 }
 

@@ -1,17 +1,24 @@
 //! Who is who inside a cluster (PROTOCOLS 6).
 //!
 //! ```text
-//! file ─▶ Followed (looks every second, keeps what can be used) ─▶ ClusterToken
+//! files ─▶ Followed (looks every second, keeps what can be used) ─┬▶ ClusterToken
+//!                                                                 ├▶ PeerTls (a worker's port)
+//!                                                                 └▶ WorkerTls (calls to workers)
+//! Dialer (token, TLS) ─▶ Connection: shows the token with every call, and knows by its
+//!                        certificate which worker it is with
 //! ```
 //!
-//! Routers show the token with every call to a worker, and workers ask for it
-//! before they read anything else.
+//! Both are used alone or together: what is set is asked for.
 #![forbid(unsafe_code)]
 
 mod dial;
 mod followed;
+mod identity;
+mod tls;
 mod token;
 
-pub use dial::{Dialer, Dialled, Shown};
+pub use dial::{Connection, Dialer, Dialled, Shown};
 pub use followed::{FileError, Followed, Wrong};
+pub use identity::{Identity, IdentityError, Role};
+pub use tls::{File, PeerTls, WorkerTls, public_port};
 pub use token::{ClusterToken, TOKEN_HEADER};

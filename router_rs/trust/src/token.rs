@@ -104,7 +104,12 @@ mod tests {
         let token = ClusterToken::parse(file.as_bytes()).unwrap();
         assert_eq!(token.shown(), NEW);
         assert!(token.accepts(NEW.as_bytes()) && token.accepts(OLD.as_bytes()));
-        for wrong in ["", "0123456789abcdeX", "0123456789abcde", "0123456789abcdef0"] {
+        for wrong in [
+            "",
+            "0123456789abcdeX",
+            "0123456789abcde",
+            "0123456789abcdef0",
+        ] {
             assert!(!token.accepts(wrong.as_bytes()), "{wrong}");
         }
         assert!(token.shown().is_sensitive());
@@ -116,10 +121,24 @@ mod tests {
     fn what_is_no_token_is_refused_without_being_told() {
         let long = "x".repeat(513);
         let many = format!("{OLD}\n").repeat(9);
-        let wrong = ["", "\n\n", "short", "with a space in the middle", &long, &many];
-        for text in wrong.into_iter().map(str::as_bytes).chain([&b"\xff\xff"[..]]) {
+        let wrong = [
+            "",
+            "\n\n",
+            "short",
+            "with a space in the middle",
+            &long,
+            &many,
+        ];
+        for text in wrong
+            .into_iter()
+            .map(str::as_bytes)
+            .chain([&b"\xff\xff"[..]])
+        {
             let reason = ClusterToken::parse(text).unwrap_err();
-            assert!(!reason.contains("short") && !reason.contains(OLD), "{reason}");
+            assert!(
+                !reason.contains("short") && !reason.contains(OLD),
+                "{reason}"
+            );
         }
     }
 }

@@ -24,6 +24,7 @@ mod event;
 mod frames;
 mod guard;
 mod health;
+mod incoming;
 mod kept;
 mod lanes;
 mod load;

@@ -3,12 +3,14 @@
 use std::{net::TcpListener, sync::Arc, time::Instant};
 
 use tokio::sync::watch;
-use tonic::transport::{Server, server::TcpIncoming};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Server;
 use tonic_health::pb::health_server::HealthServer;
 
 use crate::{
     guard::Guard,
     health::WorkerHealth,
+    incoming::{accept, incoming},
     service::{SERVICE, WorkerService},
     settings::Settings,
     shared::Shared,
@@ -29,9 +31,9 @@ pub(crate) async fn serve(
     let Ok(listener) = tokio::net::TcpListener::from_std(listener) else {
         return;
     };
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let (accepted, incoming) = incoming();
     // h2 answers pings at any rate and holds none against a router, so those of
-    // a silent prefill are permitted. TLS would be `tls_config` here.
+    // a silent prefill are permitted.
     // A router that vanished without a word is found by our own.
     let mut server = Server::builder()
         .http2_keepalive_interval(Some(settings.keep_alive_interval))
@@ -53,7 +55,8 @@ pub(crate) async fn serve(
     if let (Ok(v1), Ok(alpha)) = (reflection().build_v1(), reflection().build_v1alpha()) {
         server = server.add_service(v1).add_service(alpha);
     }
-    let server = server.serve_with_incoming(incoming);
+    let server = server.serve_with_incoming(ReceiverStream::new(incoming));
+    let accepting = accept(listener, settings.tls.clone(), accepted);
     let ticks = async {
         let mut ticks = tokio::time::interval(settings.load_interval);
         loop {
@@ -63,16 +66,24 @@ pub(crate) async fn serve(
         }
     };
     let followed = async {
-        match settings.token.clone() {
-            Some(token) => token.follow_and_log(|_| {}).await,
-            None => std::future::pending().await,
+        if let Some(token) = settings.token.clone() {
+            token.follow_and_log(|_| {}).await;
         }
+        std::future::pending::<()>().await;
+    };
+    let tls_followed = async {
+        if let Some(tls) = settings.tls.clone() {
+            tls.follow().await;
+        }
+        std::future::pending::<()>().await;
     };
     // An error is the sender's end: the port was dropped.
     tokio::select! {
         _ = server => {}
         () = ticks => {}
+        () = accepting => {}
         () = followed => {}
+        () = tls_followed => {}
         _ = stop.wait_for(|stop| *stop) => {}
     }
 }

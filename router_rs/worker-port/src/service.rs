@@ -104,7 +104,8 @@ impl Service<Request<Body>> for WorkerService {
     }
 
     fn call(&mut self, request: Request<Body>) -> Answer {
-        if let Err(refused) = self.guard.admit(request.headers()) {
+        let (_, method) = request.uri().path().rsplit_once('/').unwrap_or_default();
+        if let Err(refused) = self.guard.admit(method, &request) {
             return Box::pin(std::future::ready(Ok(refused.into_http())));
         }
         let shared = Arc::clone(&self.shared);

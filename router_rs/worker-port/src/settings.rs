@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use kvmesh_trust::{ClusterToken, Followed};
+use kvmesh_trust::{ClusterToken, Followed, PeerTls};
 
 /// Bounds of a port. Meanings as in the settings of a worker.
 #[derive(Clone, Debug)]
@@ -40,6 +40,8 @@ pub struct Settings {
     pub tell_all_ends: bool,
     /// What calls of `kvmesh.v1.Worker` have to show. `None`: nothing.
     pub token: Option<Arc<Followed<ClusterToken>>>,
+    /// TLS, and who may call by certificate. `None`: plain text, and anybody.
+    pub tls: Option<Arc<PeerTls>>,
     /// How much later than it was true each load report goes. For trials of what
     /// late news costs.
     pub load_delay: Duration,
@@ -63,6 +65,7 @@ impl Default for Settings {
             grace: Duration::from_secs(30),
             tell_all_ends: false,
             token: None,
+            tls: None,
             load_delay: Duration::ZERO,
         }
     }

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from contextlib import ExitStack
 
-from kvmesh._router import WorkerRegistration
+from kvmesh._router import PeerTls, WorkerRegistration
 from kvmesh.etcd_access import EtcdArguments
 from kvmesh.v1 import worker_pb2 as wire
 from kvmesh.worker.settings import SettingError, WorkerSettings
@@ -24,7 +24,11 @@ def etcd_access(settings: WorkerSettings) -> EtcdArguments:
 
 
 def register(
-    settings: WorkerSettings, access: EtcdArguments, record: wire.WorkerRecord, stack: ExitStack
+    settings: WorkerSettings,
+    access: EtcdArguments,
+    tls: PeerTls | None,
+    record: wire.WorkerRecord,
+    stack: ExitStack,
 ) -> WorkerRegistration | None:
     """Registers until the stack is closed; None without etcd.
 
@@ -38,6 +42,7 @@ def register(
         record.SerializeToString(),
         settings.etcd_ttl,
         token=cluster_token(settings),
+        tls=tls,
         **access,
     )
     stack.callback(registration.close)

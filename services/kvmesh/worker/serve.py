@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 import kvmesh
-from kvmesh._router import WorkerPort, WorkerRegistration
+from kvmesh._router import PeerTls, WorkerPort, WorkerRegistration
 from kvmesh.engine.contract import Engine
 from kvmesh.roles import role_number
 from kvmesh.v1 import worker_pb2 as wire
@@ -20,7 +20,7 @@ from kvmesh.worker.engines import BuiltEngine, build_engine
 from kvmesh.worker.registration import etcd_access, register, tell_changes
 from kvmesh.worker.service import WorkerService
 from kvmesh.worker.settings import WorkerSettings, split_address
-from kvmesh.worker.trust import cluster_token
+from kvmesh.worker.trust import cluster_token, peer_tls
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +57,8 @@ async def serve(settings: WorkerSettings, announce: Callable[[str], None]) -> in
     incarnation = secrets.randbits(63) | 1
     started = time.monotonic()
     announce(f"worker {worker_id}: loading {settings.model} with engine {settings.engine}")
-    port = _port(settings)
+    tls = peer_tls(settings, worker_id)
+    port = _port(settings, tls)
     record = _record(settings, worker_id, incarnation, port.port)
     service: WorkerService | None = None
     engine: Engine | None = None
@@ -87,7 +88,7 @@ async def serve(settings: WorkerSettings, announce: Callable[[str], None]) -> in
             f"after {time.monotonic() - started:.1f} s"
         )
         with ExitStack() as stack:
-            registration = await asyncio.to_thread(register, settings, access, record, stack)
+            registration = await asyncio.to_thread(register, settings, access, tls, record, stack)
             telling = asyncio.create_task(tell_changes(registration, settings), name="tell")
             await _until_told(record, told, registration)
             port.begin_stop()
@@ -162,7 +163,7 @@ async def _follow_role(
             await asyncio.to_thread(registration.update, record.SerializeToString())
 
 
-def _port(settings: WorkerSettings) -> WorkerPort:
+def _port(settings: WorkerSettings, tls: PeerTls | None) -> WorkerPort:
     return WorkerPort(
         settings.listen,
         step_lane_bytes=settings.step_lane_bytes,
@@ -181,6 +182,7 @@ def _port(settings: WorkerSettings) -> WorkerPort:
         orphan_ttl_s=settings.orphan_ttl,
         resume_bytes=settings.resume_bytes,
         token=cluster_token(settings),
+        tls=tls,
     )
 
 

@@ -61,6 +61,16 @@ class WorkerSettings:
     """File of the token that this cluster's routers and workers show each other, a line of
     16 characters or more; read again when it changes. Of several lines the first is shown
     and each is accepted."""
+    tls_cert: str = ""
+    """PEM file of this worker's certificate chain, with URI:kvmesh://CLUSTER/worker/ID
+    among its names. Given: the gRPC port speaks TLS and takes what moves requests from
+    certificates of role router or admin alone. Needs tls_key and tls_ca; the three are
+    read again when they change."""
+    tls_key: str = ""
+    """PEM file of that certificate's key."""
+    tls_ca: str = ""
+    """PEM file of the authorities that certificates of routers, administrators and other
+    workers must come from."""
     etcd: tuple[str, ...] = ()
     """etcd endpoints, "host:port". Empty: not registered; routers must be told."""
     etcd_ca: str = ""
@@ -158,15 +168,7 @@ class WorkerSettings:
                 raise SettingError(
                     f"{name} is {value!r}; allowed are 1 to 128 characters of A-Z a-z 0-9 . _ -"
                 )
-        for name in ("listen", "transfer_listen"):
-            host, _ = split_address(name, getattr(self, name))
-            if not (self.cluster_token_file or self.insecure or is_loopback(host)):
-                raise SettingError(
-                    f"{name} is {getattr(self, name)!r}, which is not loopback: anyone who "
-                    "reaches it can read prompts and take over generations. Set "
-                    "cluster_token_file, for routers as well, or bind to 127.0.0.1, or set "
-                    "insecure if the network is trusted"
-                )
+        self._check_trust()
         positive = (
             "kv_pool_tokens", "threads", "step_lane_bytes", "replay_bytes", "resume_bytes",
             "cache_ring_events",
@@ -179,6 +181,23 @@ class WorkerSettings:
             if getattr(self, name) <= 0 and name not in ("grace", "load_delay"):
                 found = written(getattr(self, name))
                 raise SettingError(f"{name} is {found}; allowed is more than 0s")
+
+    def _check_trust(self) -> None:
+        tls = [bool(getattr(self, name)) for name in ("tls_cert", "tls_key", "tls_ca")]
+        if any(tls) and not all(tls):
+            raise SettingError("tls_cert, tls_key and tls_ca go together; not all of them are set")
+        # TLS is not spoken on the transfer port.
+        for name, certified in (("listen", all(tls)), ("transfer_listen", False)):
+            host, _ = split_address(name, getattr(self, name))
+            if certified or self.cluster_token_file or self.insecure or is_loopback(host):
+                continue
+            or_tls = ", or tls_cert, tls_key and tls_ca" if name == "listen" else ""
+            raise SettingError(
+                f"{name} is {getattr(self, name)!r}, which is not loopback: anyone who reaches "
+                "it can read prompts and take over generations. Set cluster_token_file, for "
+                f"routers as well{or_tls}, or bind to 127.0.0.1, or set insecure if the network "
+                "is trusted"
+            )
 
     def _check_etcd(self) -> None:
         try:

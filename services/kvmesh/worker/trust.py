@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from kvmesh._router import ClusterToken
+from kvmesh._router import ClusterToken, PeerTls
 from kvmesh.worker.settings import SettingError, WorkerSettings
 
 
@@ -14,9 +14,24 @@ def cluster_token(settings: WorkerSettings) -> ClusterToken | None:
     return _token(settings.cluster_token_file) if settings.cluster_token_file else None
 
 
+def peer_tls(settings: WorkerSettings, worker_id: str) -> PeerTls | None:
+    """The worker's TLS. Raises SettingError."""
+    if not settings.tls_cert:
+        return None
+    certificate, key, ca = map(_path, (settings.tls_cert, settings.tls_key, settings.tls_ca))
+    try:
+        return PeerTls(certificate, key, ca, settings.cluster, worker_id)
+    except ValueError as error:
+        raise SettingError(str(error)) from error
+
+
 @cache
 def _token(file: str) -> ClusterToken:
     try:
-        return ClusterToken(str(Path(file).expanduser()))
+        return ClusterToken(_path(file))
     except ValueError as error:
         raise SettingError(str(error)) from error
+
+
+def _path(file: str) -> str:
+    return str(Path(file).expanduser())

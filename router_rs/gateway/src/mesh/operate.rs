@@ -61,8 +61,8 @@ impl Mesh {
     }
 
     async fn client(&self, worker: &WorkerEntry) -> Result<WorkerClient<Dialled>, MeshError> {
-        let connected = session::connect(&self.core.settings, &worker.address()).await?;
-        Ok(WorkerClient::new(connected))
+        let connection = session::connect(&self.core.settings, worker).await?;
+        Ok(WorkerClient::new(connection.calls))
     }
 }
 

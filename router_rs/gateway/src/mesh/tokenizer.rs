@@ -18,9 +18,7 @@ use kvmesh_wire::v1::{self, get_tokenizer_response::Part};
 use tokio::task;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use super::{
-    Core, backoff::Backoff, session::connect, settings::MeshSettings, table::WorkerEntry,
-};
+use super::{Core, backoff::Backoff, session::connect, settings::MeshSettings, table::WorkerEntry};
 
 /// Most files and bytes that a worker may send as its tokeniser.
 const MAX_FILES: usize = 8;
@@ -67,7 +65,7 @@ impl Core {
         let mut backoff = Backoff::new(self.settings.tokenizer_retry, seed);
         loop {
             self.counters.tokenizer_fetches.add(1);
-            let error = match fetch(&self.settings, &worker.address(), digest).await {
+            let error = match fetch(&self.settings, &worker, digest).await {
                 Ok(text) => {
                     tracing::info!(worker = %worker.name(), %digest, "tokeniser ready");
                     return self.models.fetched(text);
@@ -106,7 +104,7 @@ impl Core {
 /// A tokeniser from disk, or from a worker and then to disk.
 async fn fetch(
     settings: &MeshSettings,
-    address: &str,
+    worker: &WorkerEntry,
     digest: &str,
 ) -> Result<Arc<ModelText>, FetchError> {
     let cache = settings.cache_dir.as_deref();
@@ -120,7 +118,7 @@ async fn fetch(
     {
         return Ok(text);
     }
-    let files = tokio::time::timeout(FETCH_TIMEOUT, download(settings, address))
+    let files = tokio::time::timeout(FETCH_TIMEOUT, download(settings, worker))
         .await
         .map_err(|_| FetchError::Timeout)??;
     let text = load(files.clone(), digest).await?;
@@ -148,9 +146,12 @@ async fn load(files: Vec<TextFile>, digest: &str) -> Result<Arc<ModelText>, Fetc
     }
 }
 
-async fn download(settings: &MeshSettings, address: &str) -> Result<Vec<TextFile>, FetchError> {
-    let connected = connect(settings, address).await?;
-    let mut parts = WorkerClient::new(connected)
+async fn download(
+    settings: &MeshSettings,
+    worker: &WorkerEntry,
+) -> Result<Vec<TextFile>, FetchError> {
+    let connection = connect(settings, worker).await?;
+    let mut parts = WorkerClient::new(connection.calls)
         .get_tokenizer(v1::GetTokenizerRequest::default())
         .await?
         .into_inner();

@@ -219,6 +219,9 @@ pub struct Settings {
     pub advertise: String,
     pub insecure: bool,
     pub cluster_token_file: Option<PathBuf>,
+    pub worker_ca: Option<PathBuf>,
+    pub worker_cert: Option<PathBuf>,
+    pub worker_key: Option<PathBuf>,
     pub tls_cert: Option<PathBuf>,
     pub tls_key: Option<PathBuf>,
     pub api_keys: Option<PathBuf>,
@@ -294,6 +297,9 @@ impl Settings {
             advertise: layers.text("advertise"),
             insecure: layers.flag("insecure"),
             cluster_token_file: layers.path("cluster_token_file"),
+            worker_ca: layers.path("worker_ca"),
+            worker_cert: layers.path("worker_cert"),
+            worker_key: layers.path("worker_key"),
             tls_cert: layers.path("tls_cert"),
             tls_key: layers.path("tls_key"),
             api_keys: layers.path("api_keys"),
@@ -358,6 +364,12 @@ impl Settings {
         let wrong = |message: &str| Err(SettingsError::Together(message.to_owned()));
         if self.tls_cert.is_some() != self.tls_key.is_some() {
             return wrong("tls_cert and tls_key go together; one of them is not set");
+        }
+        if self.worker_cert.is_some() != self.worker_key.is_some() {
+            return wrong("worker_cert and worker_key go together; one of them is not set");
+        }
+        if self.worker_ca.is_none() && self.worker_cert.is_some() {
+            return wrong("worker_cert needs worker_ca: without it there is no TLS");
         }
         if self.etcd_cert.is_some() != self.etcd_key.is_some() {
             return wrong("etcd_cert and etcd_key go together; one of them is not set");

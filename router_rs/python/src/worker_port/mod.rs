@@ -16,7 +16,10 @@ use pyo3::{
 
 pub(crate) use self::report::report;
 use self::{events::to_python, report::cache_changes};
-use crate::{router::guarded, trust::PyClusterToken};
+use crate::{
+    router::guarded,
+    trust::{PyClusterToken, PyPeerTls},
+};
 
 /// Longest wait of Rust between two looks for signals.
 const LONGEST_WAIT: Duration = Duration::from_secs(86_400);
@@ -61,7 +64,7 @@ impl PyWorkerPort {
         load_coalesce_ms=5.0, keep_alive_interval_s=10.0, keep_alive_timeout_s=10.0,
         grace_s=30.0, tell_all_ends=false,
         load_delay_ms=0.0, replay_bytes=4_194_304, orphan_ttl_s=10.0,
-        resume_bytes=67_108_864, token=None,
+        resume_bytes=67_108_864, token=None, tls=None,
     ))]
     #[allow(clippy::too_many_arguments)]
     fn new(
@@ -83,6 +86,7 @@ impl PyWorkerPort {
         orphan_ttl_s: f64,
         resume_bytes: usize,
         token: Option<&PyClusterToken>,
+        tls: Option<&PyPeerTls>,
     ) -> PyResult<Self> {
         let ms = |name, value: f64| seconds(name, value / 1_000.0);
         let settings = Settings {
@@ -101,6 +105,7 @@ impl PyWorkerPort {
             grace: seconds("grace_s", grace_s)?,
             tell_all_ends,
             token: token.map(|token| Arc::clone(&token.token)),
+            tls: tls.map(|tls| Arc::clone(&tls.tls)),
             load_delay: ms("load_delay_ms", load_delay_ms)?,
         };
         if settings.load_interval.is_zero() {

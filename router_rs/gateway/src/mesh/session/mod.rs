@@ -211,7 +211,9 @@ impl Session {
         handle: &SessionHandle,
         commands: &mut mpsc::Receiver<(u64, Outgoing)>,
     ) -> Ended {
-        let Transport { inbound, outbound } = transport;
+        let Transport {
+            inbound, outbound, ..
+        } = transport;
         let mut sweep = tokio::time::interval(SWEEP);
         self.alarms.begin(Instant::now());
         let alarm = tokio::time::sleep_until(self.alarms.due().into());

@@ -8,14 +8,14 @@ use kvmesh_session::{
     link::{self, Action, Event, State},
     parse,
 };
-use kvmesh_trust::Dialled;
+use kvmesh_trust::Connection;
 use kvmesh_wire::v1;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Streaming, transport::Endpoint};
 
 use super::{OUTBOUND_QUEUE, REDIAL, Session, at};
-use crate::mesh::settings::MeshSettings;
+use crate::mesh::{settings::MeshSettings, table::WorkerEntry};
 
 /// Why a session's transport ended.
 pub(super) enum Ended {
@@ -33,6 +33,8 @@ pub(super) enum Ended {
 pub(super) struct Transport {
     pub(super) inbound: Streaming<v1::WorkerFrame>,
     pub(super) outbound: mpsc::Sender<v1::RouterFrame>,
+    /// The worker's id by its certificate; `None` without TLS.
+    certified: Option<String>,
 }
 
 impl Session {
@@ -51,8 +53,8 @@ impl Session {
             }
         }
         let hello = hello.ok_or_else(|| Ended::Transport("not to be dialled".to_owned()))?;
-        let core = Arc::clone(&self.core);
-        let opened = open(&core.settings, self.worker.address(), hello);
+        let (core, worker) = (Arc::clone(&self.core), Arc::clone(&self.worker));
+        let opened = open(&core.settings, &worker, hello);
         tokio::pin!(opened);
         let limit = tokio::time::sleep(Duration::from_millis(link::GREETING_MS));
         tokio::pin!(limit);
@@ -67,6 +69,11 @@ impl Session {
             }
         };
         let hello = parse::hello(first).map_err(Ended::Violation)?;
+        let told = &hello.record.worker_id;
+        if let Some(certified) = transport.certified.as_ref().filter(|id| *id != told) {
+            let why = format!("its certificate is of worker {certified}, its hello of {told}");
+            return Err(Ended::Transport(why));
+        }
         let table = &self.core.table;
         if table.drop_double(&self.worker, &hello.record.worker_id) {
             // The entry of the registry keeps its session, or dials again.
@@ -119,20 +126,25 @@ impl Session {
 /// Opens connection and stream, says hello and takes the first frame.
 async fn open(
     settings: &MeshSettings,
-    address: String,
+    worker: &WorkerEntry,
     hello: v1::RouterFrame,
 ) -> Result<(Transport, v1::WorkerFrame), Ended> {
-    let connected = connect(settings, &address).await.map_err(failed)?;
+    let connection = connect(settings, worker).await.map_err(failed)?;
     let (outbound, frames) = mpsc::channel(OUTBOUND_QUEUE);
     // The queue is new and empty.
     let _ = outbound.try_send(hello);
-    let mut inbound = WorkerClient::new(connected)
+    let mut inbound = WorkerClient::new(connection.calls)
         .attach(ReceiverStream::new(frames))
         .await
         .map_err(|status| Ended::Transport(status.message().to_owned()))?
         .into_inner();
     let first = next_frame(&mut inbound).await?;
-    Ok((Transport { inbound, outbound }, first))
+    let transport = Transport {
+        inbound,
+        outbound,
+        certified: connection.certified,
+    };
+    Ok((transport, first))
 }
 
 /// A connection that did not open, with its causes.
@@ -163,13 +175,13 @@ pub(super) async fn next_frame(
     }
 }
 
-/// Opens a connection to a worker. Nagle's algorithm is off: a frame that
+/// Opens a connection to a worker, and to no other where TLS tells. Nagle's algorithm is off: a frame that
 /// waits for an acknowledgement costs 40 ms.
 pub(in crate::mesh) async fn connect(
     settings: &MeshSettings,
-    address: &str,
-) -> Result<Dialled, tonic::transport::Error> {
-    let endpoint = Endpoint::from_shared(format!("http://{address}"))?
+    worker: &WorkerEntry,
+) -> Result<Connection, tonic::transport::Error> {
+    let endpoint = Endpoint::from_shared(format!("http://{}", worker.address()))?
         .tcp_nodelay(true)
         .connect_timeout(Duration::from_millis(link::GREETING_MS))
         .http2_keep_alive_interval(settings.keep_alive)
@@ -177,5 +189,6 @@ pub(in crate::mesh) async fn connect(
         .keep_alive_timeout(settings.keep_alive)
         .initial_stream_window_size(1 << 20)
         .initial_connection_window_size(4 << 20);
-    settings.dialer.connect(endpoint).await
+    let worker_id = worker.expected_id.as_deref();
+    settings.dialer.connect(endpoint, worker_id).await
 }

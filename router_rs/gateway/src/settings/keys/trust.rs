@@ -17,6 +17,24 @@ pub(super) const TRUST: &[Key] = &[
         "File of the token that this cluster's routers and workers show each other, a line of 16 characters or more; read again when it changes. Of several lines the first is shown and each is accepted.",
     ),
     key(
+        "worker_ca",
+        Kind::Text,
+        "",
+        "PEM file of the authorities that workers' certificates must come from; each has to name its worker as URI:kvmesh://CLUSTER/worker/ID. Given: workers are spoken to over TLS. Read again when it changes, as the two below.",
+    ),
+    key(
+        "worker_cert",
+        Kind::Text,
+        "",
+        "PEM file of the certificate that workers are shown, URI:kvmesh://CLUSTER/router/ID. Needs worker_key and worker_ca.",
+    ),
+    key(
+        "worker_key",
+        Kind::Text,
+        "",
+        "PEM file of that certificate's key.",
+    ),
+    key(
         "tls_cert",
         Kind::Text,
         "",

@@ -1,0 +1,371 @@
+//! TLS out of files: of a port that clients call, of a worker's port, of calls to
+//! workers.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+};
+
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, Error, OtherError, RootCertStore,
+    ServerConfig, SignatureScheme,
+    client::{
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+        verify_server_cert_signed_by_trust_anchor,
+    },
+    crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature},
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject},
+    server::{ParsedCertificate, WebPkiClientVerifier},
+    sign::{CertifiedKey, SingleCertAndKey},
+};
+
+use crate::{
+    followed::{FileError, Followed, Wrong},
+    identity::{Identity, IdentityError, Role},
+};
+
+const HTTP2: &[u8] = b"h2";
+
+/// A setting, and the file that it names.
+pub type File = (&'static str, PathBuf);
+
+fn provider() -> Arc<CryptoProvider> {
+    static PROVIDER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();
+    Arc::clone(PROVIDER.get_or_init(|| Arc::new(rustls::crypto::ring::default_provider())))
+}
+
+/// A chain and its key. The files are those at `at` and after it.
+fn certified(said: &[Vec<u8>], at: usize) -> Result<CertifiedKey, Wrong> {
+    let text = |file: usize| said.get(file).map(Vec::as_slice).unwrap_or_default();
+    let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(text(at))
+        .collect::<Result<_, _>>()
+        .map_err(|error| Wrong::new(at, error))?;
+    if chain.is_empty() {
+        return Err(Wrong::new(at, "it has no certificate (PEM)"));
+    }
+    let key =
+        PrivateKeyDer::from_pem_slice(text(at + 1)).map_err(|error| Wrong::new(at + 1, error))?;
+    CertifiedKey::from_der(chain, key, &provider()).map_err(|error| {
+        let reason = match error {
+            Error::InconsistentKeys(_) => "it is not the key of the certificate".to_owned(),
+            other => other.to_string(),
+        };
+        Wrong::new(at + 1, reason)
+    })
+}
+
+/// Whom a chain is for; `role` alone is allowed, and `id` where one is given.
+fn own(
+    chain: &CertifiedKey,
+    at: usize,
+    cluster: &str,
+    role: Role,
+    id: Option<&str>,
+) -> Result<(), Wrong> {
+    let first = chain
+        .end_entity_cert()
+        .map_err(|error| Wrong::new(at, error))?;
+    let found = Identity::read(first, cluster).map_err(|error| Wrong::new(at, error))?;
+    if found.role == role && id.is_none_or(|id| id == found.id) {
+        return Ok(());
+    }
+    let wanted = Identity {
+        role,
+        id: id.unwrap_or("(any id)").to_owned(),
+    };
+    Err(Wrong::new(
+        at,
+        format!("it is of {found}; allowed is that of {wanted}"),
+    ))
+}
+
+fn authorities(said: &[Vec<u8>], at: usize) -> Result<Arc<RootCertStore>, Wrong> {
+    let text = said.get(at).map(Vec::as_slice).unwrap_or_default();
+    let mut roots = RootCertStore::empty();
+    for certificate in CertificateDer::pem_slice_iter(text) {
+        let certificate = certificate.map_err(|error| Wrong::new(at, error))?;
+        roots
+            .add(certificate)
+            .map_err(|error| Wrong::new(at, error))?;
+    }
+    match roots.is_empty() {
+        true => Err(Wrong::new(at, "it has no certificate (PEM)")),
+        false => Ok(Arc::new(roots)),
+    }
+}
+
+/// The TLS of a port that anybody may call: a certificate and its key. HTTP/2, then
+/// HTTP/1.1.
+///
+/// # Errors
+/// [`FileError`] for files that cannot be read or used.
+pub fn public_port(certificate: File, key: File) -> Result<Followed<ServerConfig>, FileError> {
+    Followed::open(vec![certificate, key], |said, _| {
+        let key = certified(said, 0)?;
+        let mut config = ServerConfig::builder_with_provider(provider())
+            .with_safe_default_protocol_versions()
+            .map_err(|error| Wrong::new(0, error))?
+            .with_no_client_auth()
+            .with_cert_resolver(Arc::new(SingleCertAndKey::from(key)));
+        config.alpn_protocols = vec![HTTP2.to_vec(), b"http/1.1".to_vec()];
+        Ok(config)
+    })
+}
+
+/// The TLS of a worker's port. Whoever calls may show a certificate that one of the
+/// authorities has signed; what it says is asked for later, call by call.
+///
+/// # Errors
+/// [`FileError`] for files that cannot be read or used, such as a certificate that
+/// is not this worker's.
+fn worker_port(
+    certificate: File,
+    key: File,
+    ca: File,
+    cluster: String,
+    worker_id: String,
+) -> Result<Followed<ServerConfig>, FileError> {
+    Followed::open(vec![certificate, key, ca], move |said, _| {
+        let key = certified(said, 0)?;
+        own(&key, 0, &cluster, Role::Worker, Some(&worker_id))?;
+        let callers =
+            WebPkiClientVerifier::builder_with_provider(authorities(said, 2)?, provider())
+                // Health needs none.
+                .allow_unauthenticated()
+                .build()
+                .map_err(|error| Wrong::new(2, error))?;
+        let mut config = ServerConfig::builder_with_provider(provider())
+            .with_safe_default_protocol_versions()
+            .map_err(|error| Wrong::new(0, error))?
+            .with_client_cert_verifier(callers)
+            .with_cert_resolver(Arc::new(SingleCertAndKey::from(key)));
+        config.alpn_protocols = vec![HTTP2.to_vec()];
+        Ok(config)
+    })
+}
+
+/// What calls to workers are made with.
+#[derive(Debug)]
+struct WorkerTrust {
+    roots: Arc<RootCertStore>,
+    key: Option<Arc<SingleCertAndKey>>,
+}
+
+/// The TLS of calls to workers: authorities, and what is shown. `role`: what the
+/// caller's certificate has to say of it.
+///
+/// # Errors
+/// [`FileError`] for files that cannot be read or used.
+fn calls_to_workers(
+    ca: File,
+    identity: Option<(File, File)>,
+    cluster: String,
+    role: Role,
+) -> Result<Followed<WorkerTrust>, FileError> {
+    let mut files = vec![ca];
+    if let Some((certificate, key)) = identity {
+        files.extend([certificate, key]);
+    }
+    Followed::open(files, move |said, _| {
+        let roots = authorities(said, 0)?;
+        let key = match said.len() {
+            1 => None,
+            _ => {
+                let key = certified(said, 1)?;
+                own(&key, 1, &cluster, role, None)?;
+                Some(Arc::new(SingleCertAndKey::from(key)))
+            }
+        };
+        Ok(WorkerTrust { roots, key })
+    })
+}
+
+impl WorkerTrust {
+    /// For one call: the worker of this cluster that has this id, or any.
+    fn config(&self, cluster: &str, worker_id: Option<&str>) -> Result<ClientConfig, Error> {
+        let verifier = NamesWorker {
+            roots: Arc::clone(&self.roots),
+            provider: provider(),
+            cluster: cluster.to_owned(),
+            worker_id: worker_id.map(str::to_owned),
+        };
+        let builder = ClientConfig::builder_with_provider(provider())
+            .with_safe_default_protocol_versions()?
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(verifier));
+        let mut config = match &self.key {
+            Some(key) => builder.with_client_cert_resolver(Arc::clone(key) as _),
+            None => builder.with_no_client_auth(),
+        };
+        config.alpn_protocols = vec![HTTP2.to_vec()];
+        // A worker is known by its id, whatever its address is called.
+        config.enable_sni = false;
+        Ok(config)
+    }
+}
+
+/// Takes a certificate that an authority signed and that names a worker of the
+/// cluster. Its other names do not count: workers move.
+#[derive(Debug)]
+struct NamesWorker {
+    roots: Arc<RootCertStore>,
+    provider: Arc<CryptoProvider>,
+    cluster: String,
+    worker_id: Option<String>,
+}
+
+impl ServerCertVerifier for NamesWorker {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        verify_server_cert_signed_by_trust_anchor(
+            &ParsedCertificate::try_from(end_entity)?,
+            &self.roots,
+            intermediates,
+            now,
+            self.provider.signature_verification_algorithms.all,
+        )?;
+        let named = Identity::read(end_entity, &self.cluster);
+        let fits = named.and_then(|named| named.worker(self.worker_id.as_deref()));
+        match fits {
+            Ok(_) => Ok(ServerCertVerified::assertion()),
+            Err(error) => Err(not_named(error)),
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_tls12_signature(message, certificate, signature, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_tls13_signature(message, certificate, signature, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider
+            .signature_verification_algorithms
+            .supported_schemes()
+    }
+}
+
+fn not_named(error: IdentityError) -> Error {
+    Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(error))))
+}
+
+/// The TLS of calls to workers of one cluster.
+#[derive(Clone, Debug)]
+pub struct WorkerTls {
+    trust: Arc<Followed<WorkerTrust>>,
+    cluster: Arc<str>,
+}
+
+impl WorkerTls {
+    /// Authorities, and what is shown: a chain and its key, where workers ask.
+    /// `role`: what the caller's own certificate has to say of it.
+    ///
+    /// # Errors
+    /// [`FileError`] for files that cannot be read or used.
+    pub fn open(
+        ca: File,
+        identity: Option<(File, File)>,
+        cluster: &str,
+        role: Role,
+    ) -> Result<Self, FileError> {
+        Ok(Self {
+            trust: Arc::new(calls_to_workers(ca, identity, cluster.to_owned(), role)?),
+            cluster: cluster.into(),
+        })
+    }
+
+    pub(crate) fn cluster(&self) -> &str {
+        &self.cluster
+    }
+
+    pub(crate) fn config(&self, worker_id: Option<&str>) -> Result<ClientConfig, Error> {
+        self.trust.now().config(&self.cluster, worker_id)
+    }
+
+    /// Takes changed files, for as long as it is polled.
+    pub async fn follow(self) {
+        self.trust.follow_and_log(|_| {}).await;
+    }
+}
+
+/// A worker's TLS: of its port, and of its own calls to other workers.
+#[derive(Debug)]
+pub struct PeerTls {
+    port: Arc<Followed<ServerConfig>>,
+    calls: WorkerTls,
+}
+
+impl PeerTls {
+    /// This worker's certificate and key, and the authorities of all that it meets.
+    ///
+    /// # Errors
+    /// [`FileError`] for files that cannot be read or used, such as a certificate
+    /// that is not this worker's.
+    pub fn open(
+        certificate: File,
+        key: File,
+        ca: File,
+        cluster: &str,
+        worker_id: &str,
+    ) -> Result<Self, FileError> {
+        let identity = Some((certificate.clone(), key.clone()));
+        let calls = WorkerTls::open(ca.clone(), identity, cluster, Role::Worker)?;
+        let port = worker_port(
+            certificate,
+            key,
+            ca,
+            cluster.to_owned(),
+            worker_id.to_owned(),
+        )?;
+        Ok(Self {
+            port: Arc::new(port),
+            calls,
+        })
+    }
+
+    /// What new connections are taken with.
+    #[must_use]
+    pub fn port(&self) -> Arc<ServerConfig> {
+        self.port.now()
+    }
+
+    /// Whom a certificate is for.
+    ///
+    /// # Errors
+    /// [`IdentityError`] for nobody of this cluster.
+    pub fn identity(&self, certificate: &CertificateDer<'_>) -> Result<Identity, IdentityError> {
+        Identity::read(certificate, self.calls.cluster())
+    }
+
+    /// The TLS of its own calls to other workers.
+    #[must_use]
+    pub fn calls(&self) -> WorkerTls {
+        self.calls.clone()
+    }
+
+    /// Takes changed files, for as long as it is polled.
+    pub async fn follow(self: Arc<Self>) {
+        let port = Arc::clone(&self.port).follow_and_log(|_| {});
+        tokio::join!(port, self.calls.clone().follow());
+    }
+}
