@@ -9,18 +9,19 @@ use std::{
 };
 
 use kvmesh_registry::{Registration, Registry, RouterRecord};
-use kvmesh_trust::{ClusterToken, Dialer, Role, WorkerTls};
-use tokio::task::JoinHandle;
+use kvmesh_trust::{ClusterToken, Dialer, Followed, Role, WorkerTls};
+use rustls::ServerConfig;
+use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::{
     sync::CancellationToken,
     task::{AbortOnDropHandle, TaskTracker},
 };
 
 use crate::{
-    access::{Access, KeysError},
+    access::{Access, AccessError},
     door::Door,
     mesh::{Mesh, MeshSettings},
-    serve::{Acceptor, Health, Reflection, RouterFacts, Shared, TlsError, bind},
+    serve::{Acceptor, Health, Port, Reflection, RouterFacts, Shared, bind},
     settings::Settings,
     telemetry::{Exporter, Exposition, Spans, Telemetry},
 };
@@ -32,16 +33,15 @@ const FLUSH: Duration = Duration::from_secs(2);
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The address cannot be bound.
-    #[error("listen: {address}: {error}")]
+    #[error("{setting}: {address}: {error}")]
     Bind {
+        /// The setting.
+        setting: &'static str,
         /// What was asked for.
         address: SocketAddr,
         /// What the system says.
         error: io::Error,
     },
-    /// TLS cannot be set up.
-    #[error("tls: {0}")]
-    Tls(#[from] TlsError),
     /// A file for TLS to etcd cannot be read.
     #[error("etcd: {file}: {error}")]
     EtcdFile {
@@ -50,9 +50,9 @@ pub enum StartError {
         /// What the system says.
         error: io::Error,
     },
-    /// The file of keys cannot be used.
-    #[error("{0}")]
-    Keys(#[from] KeysError),
+    /// A file that says who may call cannot be used.
+    #[error(transparent)]
+    Access(#[from] AccessError),
     /// A file that says who is trusted cannot be used.
     #[error(transparent)]
     File(#[from] kvmesh_trust::FileError),
@@ -70,6 +70,7 @@ pub enum StartError {
 /// A router that serves.
 pub struct Router {
     address: SocketAddr,
+    admin_address: Option<SocketAddr>,
     stop: CancellationToken,
     task: JoinHandle<()>,
 }
@@ -80,14 +81,18 @@ impl Router {
     /// # Errors
     /// [`StartError`]; etcd and workers may come later.
     pub fn start(settings: &Settings) -> Result<Self, StartError> {
-        let failed = |error| StartError::Bind {
-            address: settings.listen,
-            error,
-        };
-        let listener = bind(settings.listen).map_err(failed)?;
-        let address = listener.local_addr().map_err(failed)?;
+        let (listener, address) = listen("listen", settings.listen)?;
+        let admin = settings.admin_listen.map(|at| listen("admin_listen", at));
+        let admin = admin.transpose()?;
+        let admin_address = admin.as_ref().map(|(_, address)| *address);
+        let tls = tls_of(settings)?;
         let parts = Parts::assemble(settings, address)?;
-        let acceptor = Acceptor::new(listener, settings, Arc::clone(&parts.shared))?;
+        let mut ports = vec![(listener, Port::Clients)];
+        ports.extend(admin.map(|(listener, _)| (listener, Port::Admin)));
+        let acceptors: Vec<_> = ports
+            .into_iter()
+            .map(|port| Acceptor::new(port, settings, Arc::clone(&parts.shared), tls.clone()))
+            .collect();
         let stop = CancellationToken::new();
         let times = (settings.drain_delay, settings.grace);
         tracing::info!(
@@ -96,9 +101,13 @@ impl Router {
             router = %parts.shared.facts.router_id,
             cluster = %settings.cluster,
         );
-        let task = tokio::spawn(parts.run(acceptor, stop.clone(), times));
+        if let Some(address) = admin_address {
+            tracing::info!(event = "serving_operators", %address);
+        }
+        let task = tokio::spawn(parts.run(acceptors, tls, stop.clone(), times));
         Ok(Self {
             address,
+            admin_address,
             stop,
             task,
         })
@@ -108,6 +117,12 @@ impl Router {
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// The bound address of the port for operators, where they have one.
+    #[must_use]
+    pub fn admin_address(&self) -> Option<SocketAddr> {
+        self.admin_address
     }
 
     /// Stops it when cancelled: NOT_SERVING first, then GOAWAY, then the grace
@@ -142,6 +157,32 @@ pub async fn run(settings: &Settings, shutdown: CancellationToken) -> Result<(),
         () = router.ended() => {}
     }
     Ok(())
+}
+
+fn listen(
+    setting: &'static str,
+    address: SocketAddr,
+) -> Result<(TcpListener, SocketAddr), StartError> {
+    let failed = |error| StartError::Bind {
+        setting,
+        address,
+        error,
+    };
+    let listener = bind(address).map_err(failed)?;
+    let bound = listener.local_addr().map_err(failed)?;
+    Ok((listener, bound))
+}
+
+/// The TLS of both ports.
+fn tls_of(settings: &Settings) -> Result<Option<Arc<Followed<ServerConfig>>>, StartError> {
+    Ok(match (&settings.tls_cert, &settings.tls_key) {
+        (Some(certificate), Some(key)) => {
+            let certificate = ("tls_cert", certificate.clone());
+            let tls = kvmesh_trust::public_port(certificate, ("tls_key", key.clone()))?;
+            Some(Arc::new(tls))
+        }
+        _ => None,
+    })
 }
 
 /// How etcd is reached.
@@ -277,16 +318,25 @@ impl Parts {
     /// their grace, connections carry out what is left.
     async fn run(
         self,
-        acceptor: Acceptor,
+        acceptors: Vec<Acceptor>,
+        tls: Option<Arc<Followed<ServerConfig>>>,
         stop: CancellationToken,
         (delay, grace): (Duration, Duration),
     ) {
         let connections = TaskTracker::new();
         let goaway = CancellationToken::new();
-        let accepting = tokio::spawn(acceptor.run(goaway.clone(), connections.clone()));
+        let accepting: Vec<_> = acceptors
+            .into_iter()
+            .map(|acceptor| tokio::spawn(acceptor.run(goaway.clone(), connections.clone())))
+            .collect();
         let access = Arc::clone(&self.shared.access);
         // Ends with this future, however that ends.
         let _keys = AbortOnDropHandle::new(tokio::spawn(access.follow()));
+        let telemetry = Arc::clone(&self.shared.telemetry);
+        let _tls = tls.map(|tls| {
+            let following = tls.follow_and_log(move |taken| telemetry.tls_reloaded(taken));
+            AbortOnDropHandle::new(tokio::spawn(following))
+        });
         let _dialer = AbortOnDropHandle::new(tokio::spawn(self.dialer.follow()));
         stop.cancelled().await;
         tracing::info!(
@@ -303,8 +353,10 @@ impl Parts {
             tokio::time::sleep(delay).await;
         }
         goaway.cancel();
-        if let Err(error) = accepting.await {
-            tracing::error!(event = "accept_loop_failed", %error);
+        for accepting in accepting {
+            if let Err(error) = accepting.await {
+                tracing::error!(event = "accept_loop_failed", %error);
+            }
         }
         self.shared.mesh.shutdown(grace).await;
         let flushed = tokio::time::timeout(FLUSH, connections.wait()).await;

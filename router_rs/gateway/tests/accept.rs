@@ -147,6 +147,56 @@ async fn with_tls_a_stranger_and_plain_text_get_nothing() {
     assert!(tls(&mesh, &certified.authority, &[b"h2"]).await.is_ok());
 }
 
+/// Asks over a connection that is open already.
+async fn healthy(socket: &mut TlsStream<TcpStream>) {
+    let ask = b"GET /health HTTP/1.1\r\nhost: router\r\n\r\n";
+    socket.write_all(ask).await.unwrap();
+    let mut answer = [0; 15];
+    socket.read_exact(&mut answer).await.unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 200 OK");
+    while !socket.read_u8().await.unwrap().eq(&b'k') {}
+    socket.read_u8().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_changed_certificate_is_for_new_connections_and_a_broken_one_for_none() {
+    let certified = Certified::new("changed");
+    let mesh = Mesh::start(vec![], certified.settings.clone()).await;
+    let old = &certified.authority;
+    let new = Authority::new("a new one").unwrap();
+    let mut open = tls(&mesh, old, &[b"http/1.1"]).await.unwrap();
+    healthy(&mut open).await;
+
+    // The new certificate with the old key: what is there while files are written
+    // one after the other, and what stays where somebody took the wrong ones.
+    let issued = new.issue(&["localhost"]).unwrap();
+    let file = |key: &str| PathBuf::from(certified.settings[key].as_str().unwrap());
+    let reloads = async |trusted: &Authority, outcome: &str| loop {
+        let mut socket = tls(&mesh, trusted, &[b"http/1.1"]).await.unwrap();
+        let ask = b"GET /metrics HTTP/1.1\r\nhost: router\r\nconnection: close\r\n\r\n";
+        socket.write_all(ask).await.unwrap();
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).await.unwrap();
+        let series = format!("kvmesh_tls_reloads_total{{outcome=\"{outcome}\"}} 1");
+        if answer.contains(&series) {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    std::fs::write(file("tls_cert"), &issued.certificate).unwrap();
+    reloads(old, "refused").await;
+    healthy(&mut open).await;
+
+    std::fs::write(file("tls_key"), &issued.key).unwrap();
+    while tls(&mesh, &new, &[b"h2"]).await.is_err() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    reloads(&new, "taken").await;
+    assert!(tls(&mesh, old, &[b"h2"]).await.is_err());
+    // Who was there before is there still.
+    healthy(&mut open).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_aged_connection_takes_no_call_and_finishes_what_runs() {
     let aging = json!({"max_connection_age": "100ms", "max_connection_age_grace": "1m"});

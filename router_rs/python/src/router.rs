@@ -53,6 +53,7 @@ pub(crate) fn guarded<T>(work: impl FnOnce() -> PyResult<T>) -> PyResult<T> {
 #[pyclass(name = "Router", module = "kvmesh._router", frozen)]
 struct PyRouter {
     address: String,
+    admin_address: Option<String>,
     stop: CancellationToken,
     ended: watch::Receiver<bool>,
     runtime: Mutex<Option<Runtime>>,
@@ -124,6 +125,12 @@ impl PyRouter {
         &self.address
     }
 
+    /// The bound address of the port for operators, where they have one.
+    #[getter]
+    fn admin_address(&self) -> Option<&str> {
+        self.admin_address.as_deref()
+    }
+
     /// Waits until the router has ended. Signals are seen within 100 ms.
     fn wait(&self, py: Python<'_>) -> PyResult<()> {
         self.wait_for_end(py)
@@ -179,6 +186,7 @@ fn start(settings: &Settings) -> PyResult<PyRouter> {
         .map_err(|error| PyOSError::new_err(error.to_string()))?;
     drop(inside);
     let address = router.address().to_string();
+    let admin_address = router.admin_address().map(|address| address.to_string());
     let stop = router.stop_token();
     let (tell, ended) = watch::channel(false);
     runtime.spawn(async move {
@@ -187,6 +195,7 @@ fn start(settings: &Settings) -> PyResult<PyRouter> {
     });
     Ok(PyRouter {
         address,
+        admin_address,
         stop,
         ended,
         runtime: Mutex::new(Some(runtime)),

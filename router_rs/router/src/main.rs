@@ -97,7 +97,7 @@ fn command() -> Command {
             Kind::Number(..) | Kind::Real(..) => arg.value_name("N"),
             Kind::Bytes(..) => arg.value_name("BYTES"),
             Kind::Time(..) => arg.value_name("TIME"),
-            Kind::Address => arg.value_name("IP:PORT"),
+            Kind::Address | Kind::AddressOrNone => arg.value_name("IP:PORT"),
             Kind::Text | Kind::OneOf(_) => arg.value_name("TEXT"),
         });
     }
@@ -133,6 +133,9 @@ async fn serve(settings: &Settings) -> Result<(), Box<dyn std::error::Error>> {
     let router = Router::start(settings)?;
     // Programs that start a router read this line to learn its port.
     println!("kvmesh-router: serving on {}", router.address());
+    if let Some(address) = router.admin_address() {
+        println!("kvmesh-router: operators are answered on {address}");
+    }
     let stop: CancellationToken = router.stop_token();
     let ended = router.ended();
     tokio::pin!(ended);

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from kvmesh.cli.children import Child, Children
 from kvmesh.cli.etcd import etcd_command, free_ports
+from kvmesh.cli.router import OPERATORS
 from kvmesh.cli.settings import UsageError
 
 _POLL_S = 0.05
@@ -147,8 +148,13 @@ def _wait_ready(cluster: Cluster, until: float) -> None:
     from kvmesh.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
     names = {worker.name for worker in cluster.workers}
-    with grpc.insecure_channel(cluster.endpoint) as channel:
-        admin = admin_pb2_grpc.AdminStub(channel)
+    apart = [line for line in cluster.router.said if line.startswith(OPERATORS)]
+    operators = apart[0].removeprefix(OPERATORS) if apart else cluster.endpoint
+    with (
+        grpc.insecure_channel(cluster.endpoint) as channel,
+        grpc.insecure_channel(operators) as admin_channel,
+    ):
+        admin = admin_pb2_grpc.AdminStub(admin_channel)
         inference = inference_pb2_grpc.InferenceStub(channel)
         state = "the router does not answer"
         while time.monotonic() < until:

@@ -27,6 +27,10 @@ the same without Python.
 """
 
 
+OPERATORS = "operators are answered on "
+"""What is announced before the router's own address, where operators have a port."""
+
+
 class _Told(BaseException):
     """A signal told us to end."""
 
@@ -60,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     except _Told:
         return 0
     try:
+        if router.admin_address:
+            announce(f"{OPERATORS}{router.admin_address}")
         announce(f"listening on {router.address}")
         router.wait()
     except _Told:

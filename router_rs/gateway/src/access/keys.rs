@@ -29,7 +29,7 @@ use super::{Caller, TenantLimits};
 /// Longest file, in bytes: some hundred thousand keys.
 const MAX_BYTES: u64 = 16 << 20;
 /// Longest name of a tenant and longest salt, in bytes.
-const MAX_NAME: usize = 128;
+pub(super) const MAX_NAME: usize = 128;
 
 /// A file of keys that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -65,7 +65,7 @@ struct Operators {
 }
 
 /// Who has a key.
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) enum Holder {
     /// One of the tenants, with what its calls are like.
     Tenant(Caller),
@@ -77,7 +77,7 @@ pub(super) enum Holder {
 #[derive(Debug)]
 pub(super) struct Keys {
     by_digest: HashMap<[u8; 32], Holder>,
-    tenants: usize,
+    tenants: HashMap<String, Caller>,
     operators: bool,
 }
 
@@ -109,7 +109,7 @@ impl Keys {
         let file: File = toml::from_str(text).map_err(|error| error.message().to_owned())?;
         let mut keys = Self {
             by_digest: HashMap::new(),
-            tenants: file.tenants.len(),
+            tenants: HashMap::new(),
             operators: file.operators.is_some(),
         };
         for (name, tenant) in file.tenants {
@@ -142,6 +142,7 @@ impl Keys {
             keys.add(&place, &tenant.keys_sha256, || {
                 Holder::Tenant(caller.clone())
             })?;
+            keys.tenants.insert(name, caller);
         }
         if let Some(operators) = file.operators {
             keys.add("operators", &operators.keys_sha256, || Holder::Operator)?;
@@ -180,8 +181,13 @@ impl Keys {
         self.operators
     }
 
+    /// A tenant by name, for those who are known by more than keys.
+    pub(super) fn tenant(&self, name: &str) -> Option<&Caller> {
+        self.tenants.get(name)
+    }
+
     pub(super) fn tenants(&self) -> usize {
-        self.tenants
+        self.tenants.len()
     }
 }
 

@@ -5,6 +5,7 @@
 //! a call comes from.
 
 mod accounts;
+mod jwt;
 mod keys;
 
 pub use keys::KeysError;
@@ -17,10 +18,12 @@ use std::{
 };
 
 use http::{HeaderMap, header};
+use kvmesh_trust::FileError;
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::{error::RequestError, settings::Settings, telemetry::Telemetry};
+use crate::{error::RequestError, serve::Port, settings::Settings, telemetry::Telemetry};
 use accounts::{Accounts, OverLimit};
+use jwt::{Jwt, JwtKeys};
 use keys::{Holder, Keys};
 
 /// How often the file of keys is looked at.
@@ -33,6 +36,17 @@ pub(crate) struct TenantLimits {
     pub(crate) requests_per_second: f64,
     /// Requests at the same time; 0: any number.
     pub(crate) concurrency: u32,
+}
+
+/// A file that says who may call cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum AccessError {
+    /// That of keys.
+    #[error(transparent)]
+    Keys(#[from] KeysError),
+    /// That of the keys that sign tokens.
+    #[error(transparent)]
+    Jwt(#[from] FileError),
 }
 
 /// Whose a call is.
@@ -61,6 +75,9 @@ impl Caller {
 /// Knows keys, and counts what tenants have.
 pub(crate) struct Access {
     file: Option<KeyFile>,
+    jwt: Option<Jwt>,
+    /// Operators have a port of their own.
+    apart: bool,
     limits: TenantLimits,
     accounts: Arc<Mutex<Accounts>>,
     telemetry: Arc<Telemetry>,
@@ -84,8 +101,8 @@ struct Looks {
 
 impl Access {
     /// # Errors
-    /// [`KeysError`] for a file of keys that cannot be used.
-    pub(crate) fn new(settings: &Settings, telemetry: Arc<Telemetry>) -> Result<Self, KeysError> {
+    /// [`AccessError`] for a file of keys that cannot be used.
+    pub(crate) fn new(settings: &Settings, telemetry: Arc<Telemetry>) -> Result<Self, AccessError> {
         let limits = TenantLimits {
             requests_per_second: settings.tenant_requests_per_s,
             concurrency: settings.tenant_concurrency,
@@ -94,12 +111,38 @@ impl Access {
             None => None,
             Some(path) => Some(KeyFile::open(path, limits)?),
         };
-        Ok(Self {
+        let jwt = settings.jwt.keys.as_deref();
+        let jwt = jwt.map(|keys| Jwt::open(keys, &settings.jwt)).transpose()?;
+        let access = Self {
             file,
+            jwt,
+            apart: settings.admin_listen.is_some(),
             limits,
             accounts: Arc::default(),
             telemetry,
-        })
+        };
+        match settings.admin_listen {
+            Some(reachable)
+                if !reachable.ip().is_loopback()
+                    && access.operators().is_none()
+                    && !settings.insecure =>
+            {
+                Err(AccessError::Keys(KeysError {
+                    file: settings.api_keys.clone().unwrap_or_default(),
+                    reason: format!(
+                        "admin_listen is {reachable}, which other machines can reach: operators \
+                         need keys (`kvmesh key --operator`), or insecure says that the network \
+                         is trusted"
+                    ),
+                }))
+            }
+            _ => Ok(access),
+        }
+    }
+
+    /// Whether operators have a port of their own.
+    pub(crate) fn admin_is_apart(&self) -> bool {
+        self.apart
     }
 
     /// Whose a call for inference is.
@@ -108,37 +151,63 @@ impl Access {
     /// [`RequestError::Unauthenticated`] without a key that is known, and
     /// [`RequestError::PermissionDenied`] with one that is no tenant's.
     pub(crate) fn caller(&self, headers: &HeaderMap, from: IpAddr) -> Result<Caller, RequestError> {
-        let Some(file) = &self.file else {
+        let operates =
+            !self.apart && from.to_canonical().is_loopback() && self.operators().is_none();
+        if self.file.is_none() && self.jwt.is_none() {
             return Ok(Caller {
                 tenant: xxh3_64(household(from).to_string().as_bytes()),
                 salt: Arc::default(),
-                operates: from.to_canonical().is_loopback(),
+                operates,
                 limits: self.limits,
             });
-        };
-        match file.keys().holder(bearer(headers)?) {
+        }
+        match self.holder(bearer(headers)?) {
             None => Err(RequestError::Unauthenticated),
             Some(Holder::Operator) => Err(RequestError::PermissionDenied),
-            Some(Holder::Tenant(caller)) => Ok(Caller {
-                operates: from.to_canonical().is_loopback() && self.operators().is_none(),
-                ..caller.clone()
-            }),
+            Some(Holder::Tenant(caller)) => Ok(Caller { operates, ..caller }),
         }
     }
 
-    /// Whether a call may operate the cluster: it comes from this machine and,
-    /// where operators have keys, with one of theirs.
+    /// Whose a key or a token is.
+    fn holder(&self, shown: &str) -> Option<Holder> {
+        let keys = self.file.as_ref().map(KeyFile::keys);
+        if let Some(holder) = keys.as_ref().and_then(|keys| keys.holder(shown)) {
+            return Some(holder.clone());
+        }
+        let name = self.jwt.as_ref()?.tenant(shown)?;
+        // The file may say more of a tenant than its keys.
+        let known = keys.as_ref().and_then(|keys| keys.tenant(&name)).cloned();
+        Some(Holder::Tenant(known.unwrap_or_else(|| Caller {
+            tenant: xxh3_64(name.as_bytes()),
+            salt: Arc::from(name),
+            operates: false,
+            limits: self.limits,
+        })))
+    }
+
+    /// Whether a call may operate the cluster: it comes over the operators' port
+    /// or, where they have none, from this machine, and where operators have keys
+    /// with one of theirs.
     ///
     /// # Errors
     /// As [`Self::caller`], with the parts of tenants and operators changed.
-    pub(crate) fn operator(&self, headers: &HeaderMap, from: IpAddr) -> Result<(), RequestError> {
-        if !from.to_canonical().is_loopback() {
+    pub(crate) fn operator(
+        &self,
+        headers: &HeaderMap,
+        from: IpAddr,
+        port: Port,
+    ) -> Result<(), RequestError> {
+        let there = match port {
+            Port::Admin => true,
+            Port::Clients => !self.apart && from.to_canonical().is_loopback(),
+        };
+        if !there {
             return Err(RequestError::PermissionDenied);
         }
-        let Some(keys) = self.operators() else {
+        if self.operators().is_none() {
             return Ok(());
-        };
-        match keys.holder(bearer(headers)?) {
+        }
+        match self.holder(bearer(headers)?) {
             None => Err(RequestError::Unauthenticated),
             Some(Holder::Tenant(_)) => Err(RequestError::PermissionDenied),
             Some(Holder::Operator) => Ok(()),
@@ -172,9 +241,24 @@ impl Access {
         Ok(Visit { account })
     }
 
-    /// Reads the file of keys again whenever it changes. Ends only where there is
-    /// none.
+    /// Reads files again whenever they change. Ends only where there are none.
     pub(crate) async fn follow(self: Arc<Self>) {
+        let signers = async {
+            if let Some(jwt) = &self.jwt {
+                let told = |outcome: Result<&JwtKeys, &FileError>| {
+                    self.telemetry.jwt_keys_reloaded(outcome.is_ok());
+                    match outcome {
+                        Ok(keys) => tracing::info!(event = "jwt_keys_changed", keys = keys.len()),
+                        Err(error) => tracing::error!(event = "jwt_keys_not_changed", %error),
+                    }
+                };
+                Arc::clone(&jwt.keys).follow(told).await;
+            }
+        };
+        tokio::join!(signers, Arc::clone(&self).follow_keys());
+    }
+
+    async fn follow_keys(self: Arc<Self>) {
         if self.file.is_none() {
             return;
         }

@@ -10,6 +10,8 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
+use kvmesh_trust::Followed;
+use rustls::ServerConfig;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite},
     net::{TcpListener, TcpStream},
@@ -25,9 +27,9 @@ use super::{
     io::Prefixed,
     lazily::Lazily,
     one_call::OneCall,
+    port::Port,
     resets::{Resets, Watched},
     service::Shared,
-    tls::{self, TlsError},
 };
 use crate::settings::Settings;
 
@@ -64,7 +66,8 @@ struct Limits {
 /// Accepts connections until it is stopped.
 pub(crate) struct Acceptor {
     listener: TcpListener,
-    tls: Option<TlsAcceptor>,
+    port: Port,
+    tls: Option<Arc<Followed<ServerConfig>>>,
     shared: Arc<Shared>,
     limits: Limits,
     connections: Arc<Semaphore>,
@@ -72,16 +75,11 @@ pub(crate) struct Acceptor {
 
 impl Acceptor {
     pub(crate) fn new(
-        listener: TcpListener,
+        (listener, port): (TcpListener, Port),
         settings: &Settings,
         shared: Arc<Shared>,
-    ) -> Result<Self, TlsError> {
-        let tls = match (&settings.tls_cert, &settings.tls_key) {
-            (Some(certificate), Some(key)) => {
-                Some(TlsAcceptor::from(tls::config(certificate, key)?))
-            }
-            _ => None,
-        };
+        tls: Option<Arc<Followed<ServerConfig>>>,
+    ) -> Self {
         let limits = Limits {
             handshake: settings.handshake_timeout,
             keep_alive: (settings.keep_alive_interval, settings.keep_alive_timeout),
@@ -91,13 +89,14 @@ impl Acceptor {
             resets: settings.max_reset_streams,
         };
         let connections = Arc::new(Semaphore::new(settings.max_connections));
-        Ok(Self {
+        Self {
             listener,
+            port,
             tls,
             shared,
             limits,
             connections,
-        })
+        }
     }
 
     /// Accepts until `stop`; connections then get GOAWAY and end with their
@@ -121,12 +120,13 @@ impl Acceptor {
                 continue;
             };
             let connection = Connection {
-                peer,
+                origin: (peer, self.port),
                 shared: Arc::clone(&self.shared),
                 limits: self.limits.clone(),
                 stop: stop.clone(),
             };
-            let tls = self.tls.clone();
+            // What is in force now; connections that are open keep what they began with.
+            let tls = self.tls.as_ref().map(|tls| TlsAcceptor::from(tls.now()));
             tasks.spawn(async move {
                 let telemetry = Arc::clone(&connection.shared.telemetry);
                 telemetry.connection_opened();
@@ -143,7 +143,7 @@ impl Acceptor {
 pub(super) type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 struct Connection {
-    peer: SocketAddr,
+    origin: (SocketAddr, Port),
     shared: Arc<Shared>,
     limits: Limits,
     stop: CancellationToken,
@@ -201,9 +201,9 @@ impl Connection {
         &self,
         begin: impl Fn() -> CallEnd + Clone,
     ) -> impl Fn(Request<Incoming>) -> Answer + Clone {
-        let (shared, peer) = (Arc::clone(&self.shared), self.peer);
+        let (shared, origin) = (Arc::clone(&self.shared), self.origin);
         move |request| {
-            let answer = Arc::clone(&shared).answer(request, peer, begin());
+            let answer = Arc::clone(&shared).answer(request, origin, begin());
             Box::pin(async move { Ok(answer.await) })
         }
     }

@@ -1,4 +1,4 @@
-//! The Admin service: for operators, on this machine only.
+//! The Admin service: for operators, on this machine or on a port of their own.
 
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ pub(super) async fn call(
     method: &str,
     call: Call,
 ) -> Option<Response<ResponseBody>> {
-    if let Err(error) = shared.access.operator(&call.headers, call.from) {
+    if let Err(error) = shared.access.operator(&call.headers, call.from, call.port) {
         return Some(refuse(shared, "Admin", &call, &(Step::Access, error)));
     }
     let mesh = &shared.mesh;

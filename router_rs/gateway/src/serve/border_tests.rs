@@ -17,7 +17,7 @@ use tonic_types::StatusExt;
 use tower::ServiceExt;
 use tracing::Level;
 
-use super::{Shared, calls::CallEnd};
+use super::{Port, Shared, calls::CallEnd};
 use crate::{
     run::Parts,
     settings::{Layers, Settings},
@@ -73,7 +73,7 @@ impl Served {
 async fn serve(shared: Arc<Shared>, listener: TcpListener, peer: SocketAddr) {
     let (socket, _) = listener.accept().await.unwrap();
     let service = service_fn(|request| {
-        let answer = Arc::clone(&shared).answer(request, peer, CallEnd::default());
+        let answer = Arc::clone(&shared).answer(request, (peer, Port::Clients), CallEnd::default());
         async move { Ok::<_, Infallible>(answer.await) }
     });
     let connection = http2::Builder::new(TokioExecutor::new());

@@ -14,16 +14,16 @@ mod io;
 mod lazily;
 mod one_call;
 mod plain;
+mod port;
 mod reflection;
 mod resets;
 mod resume;
 mod service;
-mod tls;
 mod tokens;
 
 pub(crate) use accept::{Acceptor, bind};
 pub(crate) use calls::CallEnd;
 pub(crate) use health::Health;
+pub(crate) use port::Port;
 pub(crate) use reflection::Reflection;
 pub(crate) use service::{Call, RouterFacts, Shared};
-pub(crate) use tls::TlsError;

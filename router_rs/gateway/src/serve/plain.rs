@@ -9,11 +9,13 @@ use hyper::body::Incoming;
 use super::{
     body::ResponseBody,
     calls::CallEnd,
+    port::Port,
     service::{Call, Shared},
 };
 use crate::{
     door::CallMetadata,
     openai::{self, Endpoint, Failure},
+    telemetry::Step,
 };
 
 /// Who answers a path.
@@ -36,6 +38,15 @@ impl Place {
         })
     }
 
+    /// What tells of workers is apart where operators' port is.
+    fn is_at(&self, port: Port, admin_is_apart: bool) -> bool {
+        match self {
+            Self::Metrics => port == Port::Admin || !admin_is_apart,
+            Self::OpenAi(_) => port == Port::Clients,
+            Self::Health | Self::Ready | Self::Version => true,
+        }
+    }
+
     fn method(&self) -> Method {
         match self {
             Self::OpenAi(endpoint) => endpoint.method(),
@@ -48,24 +59,30 @@ impl Place {
 pub(super) async fn answer(
     shared: &Arc<Shared>,
     request: Request<Incoming>,
-    peer: SocketAddr,
+    (peer, port): (SocketAddr, Port),
     end: CallEnd,
 ) -> Response<ResponseBody> {
     let metadata = CallMetadata::read(request.headers(), Instant::now());
     let back = metadata.headers();
     let path = request.uri().path();
-    let Some(place) = Place::at(path) else {
+    let here = |place: &Place| place.is_at(port, shared.access.admin_is_apart());
+    let Some(place) = Place::at(path).filter(here) else {
         return Failure::NoSuchPath(path.to_owned()).response(&back);
     };
     if request.method() != place.method() {
         return Failure::Method(place.method()).response(&back);
     }
     match place {
-        Place::Metrics => text(
-            StatusCode::OK,
-            "application/openmetrics-text; version=1.0.0; charset=utf-8",
-            shared.exposition.text(),
-        ),
+        Place::Metrics => {
+            if port == Port::Admin
+                && let Err(error) = shared.access.operator(request.headers(), peer.ip(), port)
+            {
+                shared.telemetry.rejected(Step::Access, &error);
+                return Failure::Request(error).response(&back);
+            }
+            let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+            text(StatusCode::OK, kind, shared.exposition.text())
+        }
         Place::Health => text(StatusCode::OK, "text/plain", "ok\n".to_owned()),
         Place::Ready => ready(shared),
         Place::Version => {
@@ -81,6 +98,7 @@ pub(super) async fn answer(
                 body,
                 metadata,
                 from: peer.ip(),
+                port,
                 end,
             };
             let answer = async {

@@ -13,7 +13,7 @@ use kvmesh_registry::Status as EtcdStatus;
 use tokio::sync::watch;
 
 use super::{
-    admin, body::ResponseBody, calls::CallEnd, grpc, health::Health, inference, plain,
+    admin, body::ResponseBody, calls::CallEnd, grpc, health::Health, inference, plain, port::Port,
     reflection::Reflection,
 };
 use crate::{
@@ -55,6 +55,7 @@ pub(crate) struct Call {
     pub(crate) body: Incoming,
     pub(crate) metadata: CallMetadata,
     pub(crate) from: IpAddr,
+    pub(crate) port: Port,
     pub(crate) end: CallEnd,
 }
 
@@ -63,7 +64,7 @@ impl Shared {
     pub(crate) async fn answer(
         self: Arc<Self>,
         request: Request<Incoming>,
-        peer: SocketAddr,
+        (peer, port): (SocketAddr, Port),
         end: CallEnd,
     ) -> Response<ResponseBody> {
         let arrived = Instant::now();
@@ -72,7 +73,7 @@ impl Shared {
             .get(header::CONTENT_TYPE)
             .is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
         if !is_grpc {
-            return plain::answer(&self, request, peer, end).await;
+            return plain::answer(&self, request, (peer, port), end).await;
         }
         if request.uri().path().starts_with("/grpc.reflection.") {
             return self.reflection.answer(request).await;
@@ -84,6 +85,7 @@ impl Shared {
             body,
             metadata,
             from: peer.ip(),
+            port,
             end,
         };
         if let Err(error) = call.metadata.read_deadline(&call.headers) {
@@ -169,7 +171,9 @@ impl Shared {
             #[cfg(test)]
             super::border_tests::panic_where_asked(&call.metadata.request_id, None);
             match service {
-                "kvmesh.v1.Inference" => inference::call(&self, method, call).await,
+                "kvmesh.v1.Inference" if call.port == Port::Clients => {
+                    inference::call(&self, method, call).await
+                }
                 "kvmesh.v1.Admin" => admin::call(&self, method, call).await,
                 "grpc.health.v1.Health" => inference::health(&self, method, call).await,
                 _ => None,

@@ -11,6 +11,8 @@ pub enum Kind {
     OneOf(&'static [&'static str]),
     /// IP address and port.
     Address,
+    /// IP address and port, or nothing.
+    AddressOrNone,
     /// Texts; as one text separated by commas.
     List,
     /// true or false.
@@ -78,6 +80,9 @@ impl Key {
             Kind::Text => "a text".to_owned(),
             Kind::OneOf(all) => all.join(" | "),
             Kind::Address => "an IP address and a port, such as 127.0.0.1:7440".to_owned(),
+            Kind::AddressOrNone => {
+                "an IP address and a port, such as 127.0.0.1:7441, or nothing".to_owned()
+            }
             Kind::List => "a list of texts, or one text with commas".to_owned(),
             Kind::Flag => "true | false".to_owned(),
             Kind::Number(least, most) => format!("a whole number, {least} to {most}"),
@@ -110,6 +115,10 @@ impl Key {
                 .ok_or_else(allowed),
             Kind::Address => text()
                 .filter(|text| text.parse::<std::net::SocketAddr>().is_ok())
+                .map(|text| json!(text))
+                .ok_or_else(allowed),
+            Kind::AddressOrNone => text()
+                .filter(|text| text.is_empty() || text.parse::<std::net::SocketAddr>().is_ok())
                 .map(|text| json!(text))
                 .ok_or_else(allowed),
             Kind::List => match value {

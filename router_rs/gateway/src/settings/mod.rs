@@ -7,6 +7,7 @@
 
 mod key;
 mod keys;
+mod trust;
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -16,6 +17,7 @@ use serde_json::Value;
 
 pub use key::{Key, Kind};
 pub use keys::KEYS;
+pub use trust::JwtSettings;
 
 use crate::{
     mesh::{MeshSettings, PolicySettings},
@@ -219,9 +221,11 @@ pub struct Settings {
     pub advertise: String,
     pub insecure: bool,
     pub cluster_token_file: Option<PathBuf>,
+    pub admin_listen: Option<SocketAddr>,
     pub worker_ca: Option<PathBuf>,
     pub worker_cert: Option<PathBuf>,
     pub worker_key: Option<PathBuf>,
+    pub jwt: JwtSettings,
     pub tls_cert: Option<PathBuf>,
     pub tls_key: Option<PathBuf>,
     pub api_keys: Option<PathBuf>,
@@ -297,9 +301,12 @@ impl Settings {
             advertise: layers.text("advertise"),
             insecure: layers.flag("insecure"),
             cluster_token_file: layers.path("cluster_token_file"),
+            // Checked as a layer was added: what does not parse is empty.
+            admin_listen: layers.text("admin_listen").parse().ok(),
             worker_ca: layers.path("worker_ca"),
             worker_cert: layers.path("worker_cert"),
             worker_key: layers.path("worker_key"),
+            jwt: JwtSettings::of(layers),
             tls_cert: layers.path("tls_cert"),
             tls_key: layers.path("tls_key"),
             api_keys: layers.path("api_keys"),
@@ -362,15 +369,6 @@ impl Settings {
 
     fn together(&self) -> Result<(), SettingsError> {
         let wrong = |message: &str| Err(SettingsError::Together(message.to_owned()));
-        if self.tls_cert.is_some() != self.tls_key.is_some() {
-            return wrong("tls_cert and tls_key go together; one of them is not set");
-        }
-        if self.worker_cert.is_some() != self.worker_key.is_some() {
-            return wrong("worker_cert and worker_key go together; one of them is not set");
-        }
-        if self.worker_ca.is_none() && self.worker_cert.is_some() {
-            return wrong("worker_cert needs worker_ca: without it there is no TLS");
-        }
         if self.etcd_cert.is_some() != self.etcd_key.is_some() {
             return wrong("etcd_cert and etcd_key go together; one of them is not set");
         }
@@ -391,14 +389,7 @@ impl Settings {
                 allowed: "host:port or http://host:port, or nothing".to_owned(),
             });
         }
-        let checked = self.tls_cert.is_some() || self.api_keys.is_some();
-        if !self.listen.ip().is_loopback() && !checked && !self.insecure {
-            return Err(SettingsError::Together(format!(
-                "listen is {}, which other machines can reach without any check; set tls_cert \
-                 and tls_key, or api_keys, or insecure to say that the network is trusted",
-                self.listen
-            )));
-        }
+        self.trust_together()?;
         if self.request_bytes_budget < self.max_request_bytes {
             return wrong(
                 "request_bytes_budget is below max_request_bytes: no such request could pass",
@@ -523,7 +514,9 @@ mod tests {
         let resolved = |file: &str| listen(file).map_err(|error| error.to_string());
         for reachable in ["0.0.0.0:1", "192.0.2.1:1", "[::]:1"] {
             let refused = resolved(&format!("listen = '{reachable}'")).unwrap_err();
-            for named in ["listen", reachable, "tls_cert", "tls_key", "api_keys", "insecure"] {
+            for named in [
+                "listen", reachable, "tls_cert", "tls_key", "api_keys", "insecure",
+            ] {
                 assert!(refused.contains(named), "{named} is not in: {refused}");
             }
             let trusted = format!("listen = '{reachable}'\ninsecure = true");

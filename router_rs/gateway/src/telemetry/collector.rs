@@ -55,6 +55,16 @@ impl Exposition {
             telemetry.key_reloads.clone(),
         );
         registry.register(
+            "tls_reloads",
+            "Changed certificates of the router's own ports, by whether they were taken",
+            telemetry.tls_reloads.clone(),
+        );
+        registry.register(
+            "jwt_keys_reloads",
+            "Changed files of the keys that sign tokens, by whether they were taken",
+            telemetry.jwt_key_reloads.clone(),
+        );
+        registry.register(
             "otlp_spans_exported",
             "Spans that the collector took",
             telemetry.spans_exported.clone(),

@@ -100,6 +100,8 @@ pub(crate) struct Telemetry {
     ended: Family<CallEnd, Counter>,
     by_class: Family<ClassLabels, Counter>,
     key_reloads: Family<Reload, Counter>,
+    tls_reloads: Family<Reload, Counter>,
+    jwt_key_reloads: Family<Reload, Counter>,
     spans_exported: Counter,
     spans_dropped: Counter,
     connections: AtomicI64,
@@ -136,6 +138,20 @@ impl Telemetry {
     pub(crate) fn keys_reloaded(&self, taken: bool) {
         let outcome = if taken { "taken" } else { "refused" };
         self.key_reloads.get_or_create(&Reload { outcome }).inc();
+    }
+
+    /// A changed file of the keys that sign tokens was taken, or was not.
+    pub(crate) fn jwt_keys_reloaded(&self, taken: bool) {
+        let outcome = if taken { "taken" } else { "refused" };
+        self.jwt_key_reloads
+            .get_or_create(&Reload { outcome })
+            .inc();
+    }
+
+    /// A changed certificate was taken, or was not.
+    pub(crate) fn tls_reloaded(&self, taken: bool) {
+        let outcome = if taken { "taken" } else { "refused" };
+        self.tls_reloads.get_or_create(&Reload { outcome }).inc();
     }
 
     /// The end of a call.

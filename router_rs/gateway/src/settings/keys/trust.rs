@@ -1,6 +1,6 @@
 //! Settings of trust: who may call, and how it is known who calls.
 
-use crate::settings::key::{Key, Kind, key};
+use crate::settings::key::{HOUR, Key, Kind, key};
 
 /// Who may call, and how it is known who calls.
 pub(super) const TRUST: &[Key] = &[
@@ -15,6 +15,12 @@ pub(super) const TRUST: &[Key] = &[
         Kind::Text,
         "",
         "File of the token that this cluster's routers and workers show each other, a line of 16 characters or more; read again when it changes. Of several lines the first is shown and each is accepted.",
+    ),
+    key(
+        "admin_listen",
+        Kind::AddressOrNone,
+        "",
+        "Address where Admin and /metrics are answered, and there only. Empty: they are answered on listen, Admin to callers of this machine. Set it where a proxy on this machine brings clients to listen: all of them come from this machine.",
     ),
     key(
         "worker_ca",
@@ -35,10 +41,40 @@ pub(super) const TRUST: &[Key] = &[
         "PEM file of that certificate's key.",
     ),
     key(
+        "jwt_keys",
+        Kind::Text,
+        "",
+        "JWKS file of the keys that sign clients' tokens (JWT: HS256, RS256, ES256, EdDSA); read again when it changes. Given: calls for inference need such a token or, with api_keys, a key. Needs jwt_issuer and jwt_audience.",
+    ),
+    key(
+        "jwt_issuer",
+        Kind::Text,
+        "",
+        "What a token's iss has to be.",
+    ),
+    key(
+        "jwt_audience",
+        Kind::Text,
+        "",
+        "What a token's aud has to be or to have.",
+    ),
+    key(
+        "jwt_tenant_claim",
+        Kind::Text,
+        "sub",
+        "Claim of a token that names the tenant, a text.",
+    ),
+    key(
+        "jwt_leeway",
+        Kind::Time(0, HOUR),
+        "30s",
+        "How far clocks may be apart: a token holds so much longer than its exp, and so much before its nbf.",
+    ),
+    key(
         "tls_cert",
         Kind::Text,
         "",
-        "PEM file of the certificate chain. Needs tls_key.",
+        "PEM file of the certificate chain that clients are shown; read again when it changes, as its key. Needs tls_key.",
     ),
     key(
         "tls_key",
