@@ -23,7 +23,6 @@ mod serve;
 pub mod settings;
 mod telemetry;
 
-pub use access::{AccessError, KeysError};
 pub use run::{Router, StartError, run};
 pub use settings::Settings;
 pub use telemetry::init_logging;

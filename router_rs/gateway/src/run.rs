@@ -18,7 +18,7 @@ use tokio_util::{
 };
 
 use crate::{
-    access::{Access, AccessError},
+    access::Access,
     door::Door,
     mesh::{Mesh, MeshSettings},
     serve::{Acceptor, Health, Port, Reflection, RouterFacts, Shared, bind},
@@ -50,9 +50,6 @@ pub enum StartError {
         /// What the system says.
         error: io::Error,
     },
-    /// A file that says who may call cannot be used.
-    #[error(transparent)]
-    Access(#[from] AccessError),
     /// A file that says who is trusted cannot be used.
     #[error(transparent)]
     File(#[from] kvmesh_trust::FileError),

@@ -25,6 +25,7 @@ use crate::{
 };
 
 const HTTP2: &[u8] = b"h2";
+const NO_CERTIFICATE: &str = "it has no certificate that can be read; allowed is PEM";
 
 /// A setting, and the file that it names.
 pub type File = (&'static str, PathBuf);
@@ -39,12 +40,17 @@ fn certified(said: &[Vec<u8>], at: usize) -> Result<CertifiedKey, Wrong> {
     let text = |file: usize| said.get(file).map(Vec::as_slice).unwrap_or_default();
     let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(text(at))
         .collect::<Result<_, _>>()
-        .map_err(|error| Wrong::new(at, error))?;
+        // What is wrong with it may tell what is in it, and that may be a key.
+        .map_err(|_| Wrong::new(at, NO_CERTIFICATE))?;
     if chain.is_empty() {
-        return Err(Wrong::new(at, "it has no certificate (PEM)"));
+        return Err(Wrong::new(at, NO_CERTIFICATE));
     }
-    let key =
-        PrivateKeyDer::from_pem_slice(text(at + 1)).map_err(|error| Wrong::new(at + 1, error))?;
+    let key = PrivateKeyDer::from_pem_slice(text(at + 1)).map_err(|_| {
+        Wrong::new(
+            at + 1,
+            "it has no private key that can be read; allowed is PEM",
+        )
+    })?;
     CertifiedKey::from_der(chain, key, &provider()).map_err(|error| {
         let reason = match error {
             Error::InconsistentKeys(_) => "it is not the key of the certificate".to_owned(),
@@ -83,13 +89,13 @@ fn authorities(said: &[Vec<u8>], at: usize) -> Result<Arc<RootCertStore>, Wrong>
     let text = said.get(at).map(Vec::as_slice).unwrap_or_default();
     let mut roots = RootCertStore::empty();
     for certificate in CertificateDer::pem_slice_iter(text) {
-        let certificate = certificate.map_err(|error| Wrong::new(at, error))?;
+        let certificate = certificate.map_err(|_| Wrong::new(at, NO_CERTIFICATE))?;
         roots
             .add(certificate)
             .map_err(|error| Wrong::new(at, error))?;
     }
     match roots.is_empty() {
-        true => Err(Wrong::new(at, "it has no certificate (PEM)")),
+        true => Err(Wrong::new(at, NO_CERTIFICATE)),
         false => Ok(Arc::new(roots)),
     }
 }

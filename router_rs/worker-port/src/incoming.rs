@@ -69,7 +69,7 @@ pub(crate) async fn accept(
             match tokio::time::timeout(HANDSHAKE, greet(stream, &tls)).await {
                 // An error: the port is closed.
                 Ok(Ok(socket)) => drop(to.send(Ok(socket)).await),
-                Ok(Err(error)) => tracing::info!(event = "handshake_failed", %error),
+                Ok(Err(error)) => tracing::debug!(event = "handshake_failed", %error),
                 Err(_) => tracing::debug!(event = "handshake_failed", error = "took too long"),
             }
         });

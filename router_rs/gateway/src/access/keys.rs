@@ -16,30 +16,19 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    path::{Path, PathBuf},
+    path::Path,
     sync::Arc,
 };
 
+use kvmesh_trust::{FileError, Followed, Wrong};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::{Caller, TenantLimits};
 
-/// Longest file, in bytes: some hundred thousand keys.
-const MAX_BYTES: u64 = 16 << 20;
 /// Longest name of a tenant and longest salt, in bytes.
 pub(super) const MAX_NAME: usize = 128;
-
-/// A file of keys that cannot be used.
-#[derive(Debug, thiserror::Error)]
-#[error("api_keys: {}: {reason}", file.display())]
-pub struct KeysError {
-    /// The file.
-    pub file: PathBuf,
-    /// What is wrong, and what is allowed.
-    pub reason: String,
-}
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -81,25 +70,22 @@ pub(super) struct Keys {
     operators: bool,
 }
 
-/// What the file says.
-pub(super) fn read(path: &Path) -> Result<Vec<u8>, KeysError> {
-    let wrong = |reason: String| KeysError {
-        file: path.to_owned(),
-        reason,
-    };
-    let length = std::fs::metadata(path).map(|file| file.len());
-    if length.is_ok_and(|length| length > MAX_BYTES) {
-        return Err(wrong(format!("it is longer than {MAX_BYTES} bytes")));
-    }
-    std::fs::read(path).map_err(|error| wrong(error.to_string()))
-}
-
 impl Keys {
-    pub(super) fn parse(path: &Path, text: &[u8], usual: TenantLimits) -> Result<Self, KeysError> {
-        let keys = Self::from_text(text, usual);
-        keys.map_err(|reason| KeysError {
-            file: path.to_owned(),
-            reason,
+    /// Follows the file of the setting `api_keys`.
+    pub(super) fn open(file: &Path, usual: TenantLimits) -> Result<Followed<Self>, FileError> {
+        let files = vec![("api_keys", file.to_owned())];
+        Followed::open(files, move |said, before| {
+            let text = said.first().map(Vec::as_slice).unwrap_or_default();
+            let keys = Self::from_text(text, usual).map_err(|reason| Wrong::new(0, reason))?;
+            // That operators need no key any more is nothing that a file says by what
+            // it lacks.
+            match before.is_some_and(Self::has_operators) && !keys.has_operators() {
+                true => Err(Wrong::new(
+                    0,
+                    "[operators] is gone; to let go of it start the router anew",
+                )),
+                false => Ok(keys),
+            }
         })
     }
 

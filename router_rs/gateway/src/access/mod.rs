@@ -8,26 +8,20 @@ mod accounts;
 mod jwt;
 mod keys;
 
-pub use keys::KeysError;
-
 use std::{
     net::IpAddr,
-    path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError, RwLock},
-    time::{Duration, Instant},
+    sync::{Arc, Mutex, PoisonError},
+    time::Instant,
 };
 
 use http::{HeaderMap, header};
-use kvmesh_trust::FileError;
+use kvmesh_trust::{FileError, Followed};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::{error::RequestError, serve::Port, settings::Settings, telemetry::Telemetry};
 use accounts::{Accounts, OverLimit};
 use jwt::{Jwt, JwtKeys};
 use keys::{Holder, Keys};
-
-/// How often the file of keys is looked at.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// What one tenant may have at the same time.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -36,17 +30,6 @@ pub(crate) struct TenantLimits {
     pub(crate) requests_per_second: f64,
     /// Requests at the same time; 0: any number.
     pub(crate) concurrency: u32,
-}
-
-/// A file that says who may call cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum AccessError {
-    /// That of keys.
-    #[error(transparent)]
-    Keys(#[from] KeysError),
-    /// That of the keys that sign tokens.
-    #[error(transparent)]
-    Jwt(#[from] FileError),
 }
 
 /// Whose a call is.
@@ -74,7 +57,7 @@ impl Caller {
 
 /// Knows keys, and counts what tenants have.
 pub(crate) struct Access {
-    file: Option<KeyFile>,
+    keys: Option<Arc<Followed<Keys>>>,
     jwt: Option<Jwt>,
     /// Operators have a port of their own.
     apart: bool,
@@ -83,38 +66,20 @@ pub(crate) struct Access {
     telemetry: Arc<Telemetry>,
 }
 
-struct KeyFile {
-    path: PathBuf,
-    looks: Mutex<Looks>,
-    keys: RwLock<Arc<Keys>>,
-}
-
-/// What the file said.
-type Said = Result<Vec<u8>, String>;
-
-struct Looks {
-    /// When it was last taken, or refused.
-    judged: Said,
-    /// At the last look, where that was another.
-    last: Option<Said>,
-}
-
 impl Access {
     /// # Errors
-    /// [`AccessError`] for a file of keys that cannot be used.
-    pub(crate) fn new(settings: &Settings, telemetry: Arc<Telemetry>) -> Result<Self, AccessError> {
+    /// [`FileError`] for a file of keys that cannot be used.
+    pub(crate) fn new(settings: &Settings, telemetry: Arc<Telemetry>) -> Result<Self, FileError> {
         let limits = TenantLimits {
             requests_per_second: settings.tenant_requests_per_s,
             concurrency: settings.tenant_concurrency,
         };
-        let file = match &settings.api_keys {
-            None => None,
-            Some(path) => Some(KeyFile::open(path, limits)?),
-        };
+        let keys = settings.api_keys.as_deref();
+        let keys = keys.map(|file| Keys::open(file, limits)).transpose()?;
         let jwt = settings.jwt.keys.as_deref();
         let jwt = jwt.map(|keys| Jwt::open(keys, &settings.jwt)).transpose()?;
         let access = Self {
-            file,
+            keys: keys.map(Arc::new),
             jwt,
             apart: settings.admin_listen.is_some(),
             limits,
@@ -127,14 +92,15 @@ impl Access {
                     && access.operators().is_none()
                     && !settings.insecure =>
             {
-                Err(AccessError::Keys(KeysError {
+                Err(FileError {
+                    setting: "api_keys",
                     file: settings.api_keys.clone().unwrap_or_default(),
                     reason: format!(
                         "admin_listen is {reachable}, which other machines can reach: operators \
                          need keys (`kvmesh key --operator`), or insecure says that the network \
                          is trusted"
                     ),
-                }))
+                })
             }
             _ => Ok(access),
         }
@@ -153,7 +119,7 @@ impl Access {
     pub(crate) fn caller(&self, headers: &HeaderMap, from: IpAddr) -> Result<Caller, RequestError> {
         let operates =
             !self.apart && from.to_canonical().is_loopback() && self.operators().is_none();
-        if self.file.is_none() && self.jwt.is_none() {
+        if self.keys.is_none() && self.jwt.is_none() {
             return Ok(Caller {
                 tenant: xxh3_64(household(from).to_string().as_bytes()),
                 salt: Arc::default(),
@@ -170,7 +136,7 @@ impl Access {
 
     /// Whose a key or a token is.
     fn holder(&self, shown: &str) -> Option<Holder> {
-        let keys = self.file.as_ref().map(KeyFile::keys);
+        let keys = self.keys.as_ref().map(|keys| keys.now());
         if let Some(holder) = keys.as_ref().and_then(|keys| keys.holder(shown)) {
             return Some(holder.clone());
         }
@@ -216,7 +182,7 @@ impl Access {
 
     /// The keys, where operators have some.
     fn operators(&self) -> Option<Arc<Keys>> {
-        let keys = self.file.as_ref()?.keys();
+        let keys = self.keys.as_ref()?.now();
         keys.has_operators().then_some(keys)
     }
 
@@ -241,104 +207,35 @@ impl Access {
         Ok(Visit { account })
     }
 
-    /// Reads files again whenever they change. Ends only where there are none.
+    /// Takes changed files, for as long as it is polled and there are some.
     pub(crate) async fn follow(self: Arc<Self>) {
+        let keys = async {
+            if let Some(keys) = &self.keys {
+                let tell = |outcome: Result<&Keys, &FileError>| {
+                    self.telemetry.keys_reloaded(outcome.is_ok());
+                    match outcome {
+                        Ok(keys) => {
+                            tracing::info!(event = "keys_changed", tenants = keys.tenants())
+                        }
+                        Err(error) => tracing::error!(event = "keys_not_changed", %error),
+                    }
+                };
+                Arc::clone(keys).follow(tell).await;
+            }
+        };
         let signers = async {
             if let Some(jwt) = &self.jwt {
-                let told = |outcome: Result<&JwtKeys, &FileError>| {
+                let tell = |outcome: Result<&JwtKeys, &FileError>| {
                     self.telemetry.jwt_keys_reloaded(outcome.is_ok());
                     match outcome {
                         Ok(keys) => tracing::info!(event = "jwt_keys_changed", keys = keys.len()),
                         Err(error) => tracing::error!(event = "jwt_keys_not_changed", %error),
                     }
                 };
-                Arc::clone(&jwt.keys).follow(told).await;
+                Arc::clone(&jwt.keys).follow(tell).await;
             }
         };
-        tokio::join!(signers, Arc::clone(&self).follow_keys());
-    }
-
-    async fn follow_keys(self: Arc<Self>) {
-        if self.file.is_none() {
-            return;
-        }
-        let mut looks = tokio::time::interval(LOOK_EVERY);
-        looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
-            looks.tick().await;
-            let own = Arc::clone(&self);
-            let looked = tokio::task::spawn_blocking(move || {
-                if let Some(file) = &own.file {
-                    file.look_again(own.limits, &own.telemetry);
-                }
-            });
-            if let Err(error) = looked.await {
-                tracing::error!(event = "panic", task = "keys", %error);
-            }
-        }
-    }
-}
-
-impl KeyFile {
-    fn open(path: &Path, limits: TenantLimits) -> Result<Self, KeysError> {
-        let text = keys::read(path)?;
-        let keys = Keys::parse(path, &text, limits)?;
-        Ok(Self {
-            path: path.to_owned(),
-            looks: Mutex::new(Looks {
-                judged: Ok(text),
-                last: None,
-            }),
-            keys: RwLock::new(Arc::new(keys)),
-        })
-    }
-
-    fn keys(&self) -> Arc<Keys> {
-        let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner);
-        Arc::clone(&keys)
-    }
-
-    /// Takes what the file says now, once it has said so twice: one that is being
-    /// written says half. What cannot be used is told once, and the keys stay as
-    /// they were.
-    fn look_again(&self, limits: TenantLimits, telemetry: &Telemetry) {
-        let mut looks = lock(&self.looks);
-        let said = keys::read(&self.path).map_err(|error| error.to_string());
-        if said == looks.judged {
-            looks.last = None;
-            return;
-        }
-        if looks.last.as_ref() != Some(&said) {
-            looks.last = Some(said);
-            return;
-        }
-        let keys = said.clone().and_then(|text| self.judge(&text, limits));
-        telemetry.keys_reloaded(keys.is_ok());
-        match keys {
-            Ok(keys) => {
-                tracing::info!(event = "keys_changed", tenants = keys.tenants());
-                let mut held = self.keys.write().unwrap_or_else(PoisonError::into_inner);
-                *held = Arc::new(keys);
-            }
-            Err(error) => tracing::error!(event = "keys_not_changed", error),
-        }
-        *looks = Looks {
-            judged: said,
-            last: None,
-        };
-    }
-
-    /// Keys that may take the place of those in force. That operators need no key
-    /// any more is nothing that a file says by what it lacks.
-    fn judge(&self, text: &[u8], limits: TenantLimits) -> Result<Keys, String> {
-        let keys = Keys::parse(&self.path, text, limits).map_err(|error| error.to_string())?;
-        if self.keys().has_operators() && !keys.has_operators() {
-            let file = self.path.display();
-            return Err(format!(
-                "api_keys: {file}: [operators] is gone; to let go of it start the router anew"
-            ));
-        }
-        Ok(keys)
+        tokio::join!(keys, signers);
     }
 }
 
