@@ -71,6 +71,22 @@ def test_its_file_holds_for_its_parts_and_its_variables_for_itself(tmp_path):
     assert found == ["named", f"127.0.0.1:{port}", [{"zone": "a"}, {"zone": "a"}]]
 
 
+def test_trust_that_its_file_asks_for_holds_for_all_its_parts(tmp_path):
+    """A token between them, and operators on a port of their own, where it looks, too."""
+    token, file = tmp_path / "token", tmp_path / "kvmesh.toml"
+    token.write_text("of-this-cluster-alone\n")
+    own = f"cluster_token_file = '{token}'\n"
+    file.write_text(f"[router]\n{own}admin_listen = '127.0.0.1:0'\n[worker]\n{own}")
+    command = [sys.executable, "-m", "kvmesh.cli", "workers"]
+    done = subprocess.run(
+        [*UP, "--config", str(file), "--once", "--", *command], capture_output=True, text=True
+    )
+    # That it began says that its workers were found; a client's port tells nobody of them.
+    assert done.returncode == 1
+    assert "permission denied" in done.stderr
+    assert "operators are answered on 127.0.0.1:" in done.stderr
+
+
 KILL = textwrap.dedent("""
     import os, pathlib, signal, sys
     up = os.getppid()

@@ -61,6 +61,16 @@ impl Settings {
         if let Err(message) = self.jwt.together() {
             return wrong(message);
         }
+        if let Some(reachable) = self.admin_listen.filter(|at| !at.ip().is_loopback())
+            && self.api_keys.is_none()
+            && !self.insecure
+        {
+            return Err(SettingsError::Together(format!(
+                "admin_listen is {reachable}, which other machines can reach; set api_keys, with \
+                 keys of operators (`kvmesh key --operator`), or insecure to say that the network \
+                 is trusted"
+            )));
+        }
         let checked = self.tls_cert.is_some() || self.api_keys.is_some() || self.jwt.keys.is_some();
         if !self.listen.ip().is_loopback() && !checked && !self.insecure {
             return Err(SettingsError::Together(format!(
