@@ -4,7 +4,8 @@
 //! serve (accept, protocol, paths) ─▶ door (limits, text, values) ─▶ mesh (workers)
 //!   │  │ ▲ bodies                                                    │
 //!   │  │ └──────────────── GenerationStream ◀───────────────────────┘
-//!   │  └─▶ openai (HTTP and JSON: the same requests, the same streams)
+//!   │  ├─▶ openai (HTTP and JSON: the same requests, the same streams)
+//!   │  └─▶ vllm (gRPC as vLLM has it: the same again)
 //!   └──▶ access (whose call, how much of it)
 //! ```
 //!
@@ -22,6 +23,7 @@ mod run;
 mod serve;
 pub mod settings;
 mod telemetry;
+mod vllm;
 
 pub use run::{Router, StartError, run};
 pub use settings::Settings;

@@ -24,6 +24,7 @@ use crate::{
     serve::{Acceptor, Health, Port, Reflection, RouterFacts, Shared, bind},
     settings::Settings,
     telemetry::{Exporter, Exposition, Spans, Telemetry},
+    vllm::Vllm,
 };
 
 /// Time that connections have to carry out what their calls ended with.
@@ -301,6 +302,7 @@ impl Parts {
                 etcd,
             },
             sse_keep_alive: settings.sse_keep_alive,
+            vllm: Vllm::default(),
             mesh,
         });
         Ok(Self {

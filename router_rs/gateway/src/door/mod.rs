@@ -5,10 +5,12 @@
 
 mod json;
 mod metadata;
+mod named;
 mod text;
 mod validate;
 
 pub(crate) use metadata::CallMetadata;
+pub(crate) use named::named;
 pub(crate) use text::TextPool;
 pub(crate) use validate::DefaultClass;
 
@@ -283,6 +285,12 @@ impl Door {
             ids,
             context_length: model.record.context_length,
         })
+    }
+
+    /// Token ids of a text of a message whose permit the caller holds.
+    pub(crate) async fn prompt(&self, model: &str, prompt: String) -> Result<Vec<u32>, Refused> {
+        let model = self.model(model)?;
+        self.prompt_ids(&model, Some(Input::Prompt(prompt))).await
     }
 
     /// Text of token ids, special ones included. Ids that are none have none.

@@ -14,6 +14,7 @@
 //! tracker that [`Mesh::shutdown`] waits for.
 
 mod backoff;
+mod cancel;
 mod continuation;
 mod counters;
 mod decisions;
@@ -127,6 +128,11 @@ impl Core {
             }
             idle.await;
         }
+    }
+
+    fn opened(&self, id: GenerationId) -> Option<Arc<Open>> {
+        let all = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        all.get(&id).cloned()
     }
 
     fn all_open(&self) -> Vec<Arc<Open>> {

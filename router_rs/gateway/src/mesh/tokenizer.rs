@@ -13,12 +13,15 @@ use std::{
 
 use kvmesh_rpc::v1::worker_client::WorkerClient;
 use kvmesh_session::WorkerIndex;
-use kvmesh_text::{Limits, ModelText, TextFile};
+use kvmesh_text::{Limits, ModelText, TextFile, digest_of};
 use kvmesh_wire::v1::{self, get_tokenizer_response::Part};
 use tokio::task;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use super::{Core, backoff::Backoff, session::connect, settings::MeshSettings, table::WorkerEntry};
+use super::{
+    Core, Mesh, backoff::Backoff, session::connect, settings::MeshSettings, table::WorkerEntry,
+};
+use crate::error::RequestError;
 
 /// Most files and bytes that a worker may send as its tokeniser.
 const MAX_FILES: usize = 8;
@@ -76,10 +79,10 @@ impl Core {
             tracing::warn!(worker = %worker.name(), %digest, %error, "no tokeniser");
             worker.set_detail(format!("its tokeniser cannot be used: {error}"));
             tokio::time::sleep(backoff.next()).await;
-            let Some(next) = self.holder(digest, worker.index) else {
+            let Some(next) = self.holder(digest, Some(worker.index)) else {
                 self.models.given_up(digest);
                 // A worker may have told of it before that line.
-                match self.holder(digest, worker.index) {
+                match self.holder(digest, Some(worker.index)) {
                     Some(next) if self.models.claim(digest) => worker = next,
                     _ => return,
                 }
@@ -91,14 +94,52 @@ impl Core {
 
     /// A worker that has this tokeniser: a live one before others, and another
     /// than the one that failed before that one.
-    fn holder(&self, digest: &str, failed: WorkerIndex) -> Option<Arc<WorkerEntry>> {
+    fn holder(&self, digest: &str, failed: Option<WorkerIndex>) -> Option<Arc<WorkerEntry>> {
         let has = |worker: &Arc<WorkerEntry>| {
             let model = worker.record().and_then(|record| record.model);
             model.is_some_and(|model| model.tokenizer_digest == digest)
         };
         let workers = self.table.all().into_iter().filter(has);
-        workers.max_by_key(|worker| (worker.live(), worker.index != failed))
+        workers.max_by_key(|worker| (worker.live(), Some(worker.index) != failed))
     }
+}
+
+impl Mesh {
+    /// The files of a model's tokeniser, from disk, or from a worker that has it: they are
+    /// large, and nobody needs them once they are read.
+    ///
+    /// # Errors
+    /// [`RequestError::NoWorker`] where neither has it now.
+    pub(crate) async fn tokenizer_files(
+        &self,
+        model: &v1::ModelRecord,
+    ) -> Result<Vec<TextFile>, RequestError> {
+        let digest = &model.tokenizer_digest;
+        let same = |files: &Vec<TextFile>| digest_of(files) == *digest;
+        let folder = folder_of(self.core.settings.cache_dir.as_deref(), digest);
+        if let Some(folder) = folder
+            && let Ok(files) = task::spawn_blocking(move || read_folder(&folder)).await
+            && let Some(files) = files.filter(same)
+        {
+            return Ok(files);
+        }
+        let none = |why: String| RequestError::NoWorker(format!("{}: {why}", model.name));
+        let holder = self.core.holder(digest, None);
+        let holder = holder.ok_or_else(|| none("no worker has its tokeniser".to_owned()))?;
+        match tokio::time::timeout(FETCH_TIMEOUT, download(&self.core.settings, &holder)).await {
+            Ok(Ok(files)) if same(&files) => Ok(files),
+            Ok(Ok(_)) => Err(none("its tokeniser has another digest".to_owned())),
+            Ok(Err(error)) => Err(none(format!("its tokeniser: {error}"))),
+            Err(_) => Err(none(format!("its tokeniser: {}", FetchError::Timeout))),
+        }
+    }
+}
+
+/// Where a tokeniser is kept on disk.
+fn folder_of(cache: Option<&Path>, digest: &str) -> Option<PathBuf> {
+    cache
+        .filter(|_| digest.bytes().all(|byte| byte.is_ascii_hexdigit()))
+        .map(|cache| cache.join("tokenizers").join(digest))
 }
 
 /// A tokeniser from disk, or from a worker and then to disk.
@@ -107,10 +148,7 @@ async fn fetch(
     worker: &WorkerEntry,
     digest: &str,
 ) -> Result<Arc<ModelText>, FetchError> {
-    let cache = settings.cache_dir.as_deref();
-    let folder = cache
-        .filter(|_| digest.bytes().all(|byte| byte.is_ascii_hexdigit()))
-        .map(|cache| cache.join("tokenizers").join(digest));
+    let folder = folder_of(settings.cache_dir.as_deref(), digest);
     if let Some(folder) = folder.clone()
         && let Ok(files) = task::spawn_blocking(move || read_folder(&folder)).await
         && let Some(files) = files

@@ -14,11 +14,11 @@ use super::{
     fields::Fields,
     json,
     logprobs::Scribe,
-    models, whole, with_headers,
+    whole, with_headers,
 };
 use crate::{
     access::{Caller, Visit},
-    door::{CallMetadata, Refused},
+    door::{self, CallMetadata, Refused},
     error::RequestError,
     mesh::{GenerationStream, ServedModel},
     serve::{
@@ -102,7 +102,7 @@ async fn open(
     let invalid = |error| (Step::Validate, error);
     let asked = ask::ask(face, fields).map_err(invalid)?;
     let asked_for = asked.request.model.clone();
-    let named = models::named(&shared.mesh, &asked_for).map_err(invalid)?;
+    let named = door::named(&shared.mesh, &asked_for).map_err(invalid)?;
     let model = shared.mesh.model(&named.model).map_err(invalid)?;
     let mut visit = Some(visit);
     let mut streams = Vec::new();

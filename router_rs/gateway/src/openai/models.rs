@@ -3,7 +3,7 @@
 use kvmesh_wire::v1;
 use serde::Serialize;
 
-use crate::{error::RequestError, mesh::Mesh, serve::Shared};
+use crate::{error::RequestError, serve::Shared};
 
 /// All models.
 #[derive(Debug, Serialize)]
@@ -22,13 +22,6 @@ pub(super) struct Model {
     /// The model that an adapter belongs to.
     parent: Option<String>,
     max_model_len: u32,
-}
-
-/// What a name of a client means to the mesh.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Named {
-    pub(super) model: String,
-    pub(super) adapter: String,
 }
 
 /// All models that can be asked for.
@@ -77,33 +70,6 @@ fn all(models: Vec<v1::Model>, created: u64) -> Vec<Model> {
         all.extend(adapters.map(|name| told(name, Some(parent.clone()), length)));
     }
     all
-}
-
-/// What the mesh calls it: a model, else an adapter of the one model that has it.
-/// A name that nobody has is left to the mesh to refuse.
-pub(super) fn named(mesh: &Mesh, name: &str) -> Result<Named, RequestError> {
-    let plain = || Named {
-        model: name.to_owned(),
-        adapter: String::new(),
-    };
-    if !matches!(mesh.model(name), Err(RequestError::UnknownModel { .. })) {
-        return Ok(plain());
-    }
-    let models = mesh.models();
-    let mut bases = models
-        .iter()
-        .filter(|model| model.adapters.iter().any(|adapter| adapter == name));
-    match (bases.next(), bases.next()) {
-        (None, _) => Ok(plain()),
-        (Some(base), None) => Ok(Named {
-            model: base.name.clone(),
-            adapter: name.to_owned(),
-        }),
-        (Some(one), Some(other)) => {
-            let allowed = format!("{} and {} have an adapter {name:?}", one.name, other.name);
-            Err(RequestError::invalid("model", allowed))
-        }
-    }
 }
 
 /// A part of a path without its escapes (RFC 3986, 2.1); bytes that are no UTF-8

@@ -8,10 +8,9 @@ use serde::Serialize;
 use super::{
     ask,
     fields::{Fields, Prompt},
-    models,
 };
 use crate::{
-    door::Refused,
+    door::{self, Refused},
     error::RequestError,
     serve::{Call, Shared},
     telemetry::Step,
@@ -44,7 +43,7 @@ pub(super) async fn tokenize(shared: &Arc<Shared>, call: Call) -> Result<Tokeniz
     let (mut fields, permit) = read.split();
     let name = fields.model.take().unwrap_or_default();
     // Adapters have their model's tokeniser.
-    let model = models::named(&shared.mesh, &name).map_err(invalid)?.model;
+    let model = door::named(&shared.mesh, &name).map_err(invalid)?.model;
     let strings = fields.return_token_strs.unwrap_or(false);
     let input = match (fields.prompt.take(), fields.messages.is_some()) {
         (None, true) => Input::Chat(ask::chat(&mut fields).map_err(invalid)?),
@@ -91,7 +90,7 @@ pub(super) async fn detokenize(shared: &Arc<Shared>, call: Call) -> Result<Detok
         .await?;
     let (fields, permit) = read.split();
     let name = fields.model.unwrap_or_default();
-    let model = models::named(&shared.mesh, &name).map_err(invalid)?.model;
+    let model = door::named(&shared.mesh, &name).map_err(invalid)?.model;
     let ids = fields
         .tokens
         .ok_or_else(|| invalid(RequestError::invalid("tokens", "required")))?;

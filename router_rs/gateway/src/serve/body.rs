@@ -11,7 +11,7 @@ use http_body::{Body, Frame, SizeHint};
 use kvmesh_wire::v1::{self, generate_response::Event};
 
 use super::{calls, generation::Generation, grpc, health::Watch, tokens};
-use crate::openai::Events;
+use crate::{openai::Events, vllm};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -28,6 +28,10 @@ pub(crate) enum ResponseBody {
     Generate(Box<GenerateBody>),
     /// Generations as server-sent events.
     Events(Box<Events>),
+    /// Generations in messages of vLLM's.
+    Answers(Box<vllm::Answers>),
+    /// A tokeniser's files.
+    Archive(Box<vllm::Archive>),
     /// A health watch.
     Watch(Box<Watch>),
     /// What tonic's reflection service answers.
@@ -68,6 +72,12 @@ impl Body for ResponseBody {
                 calls::body_was_polled(polled.is_pending());
                 polled
             }
+            Self::Answers(answers) => {
+                let polled = answers.poll(cx).map(|frame| frame.map(Ok));
+                calls::body_was_polled(polled.is_pending());
+                polled
+            }
+            Self::Archive(archive) => Poll::Ready(archive.next().map(Ok)),
             Self::Watch(watch) => watch.poll(cx).map(|frame| frame.map(Ok)),
             Self::Reflection(body) => Pin::new(body)
                 .poll_frame(cx)
@@ -80,6 +90,8 @@ impl Body for ResponseBody {
             Self::Bytes(data, trailers) => data.is_none() && trailers.is_none(),
             Self::Generate(body) => body.done,
             Self::Events(events) => events.is_done(),
+            Self::Answers(answers) => answers.is_done(),
+            Self::Archive(archive) => archive.is_done(),
             Self::Watch(_) => false,
             Self::Reflection(body) => body.is_end_stream(),
         }

@@ -14,9 +14,17 @@ use tokio_stream::wrappers::WatchStream;
 use tonic_health::pb::{HealthCheckResponse, health_check_response::ServingStatus};
 
 use super::grpc;
+use crate::vllm;
 
 /// Services that can be asked for; the empty name is the whole server.
-const SERVICES: [&str; 3] = ["", "kvmesh.v1.Inference", "kvmesh.v1.Admin"];
+const SERVICES: [&str; 6] = [
+    "",
+    "kvmesh.v1.Inference",
+    "kvmesh.v1.Admin",
+    vllm::ENGINE,
+    vllm::INFERENCE,
+    vllm::CONTROL,
+];
 
 /// Whether this router serves.
 #[derive(Debug)]

@@ -141,7 +141,7 @@ async fn streamed(
 }
 
 /// A call with one small message each way, which takes no permit and no pool.
-pub(super) async fn unary<Q, A, F>(
+pub(crate) async fn unary<Q, A, F>(
     shared: &Arc<Shared>,
     method: &'static str,
     call: Call,
@@ -180,7 +180,7 @@ fn answered(
 }
 
 /// Refuses a call without reading it.
-pub(super) fn refuse(
+pub(crate) fn refuse(
     shared: &Shared,
     method: &'static str,
     call: &Call,

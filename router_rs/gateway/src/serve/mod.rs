@@ -24,6 +24,7 @@ mod tokens;
 pub(crate) use accept::{Acceptor, bind};
 pub(crate) use calls::CallEnd;
 pub(crate) use health::Health;
+pub(crate) use inference::{refuse, unary};
 pub(crate) use port::Port;
 pub(crate) use reflection::Reflection;
 pub(crate) use service::{Call, RouterFacts, Shared};

@@ -8,6 +8,7 @@ use tonic_reflection::server::{Builder, Error};
 use tower::{ServiceExt, util::BoxCloneSyncService};
 
 use super::body::ResponseBody;
+use crate::vllm;
 
 type Service = BoxCloneSyncService<Request<Incoming>, Response<tonic::body::Body>, Infallible>;
 
@@ -26,6 +27,7 @@ impl Reflection {
     pub(crate) fn new() -> Result<Self, Error> {
         Self::of(&[
             kvmesh_wire::FILE_DESCRIPTOR_SET,
+            kvmesh_wire::FOREIGN_DESCRIPTOR_SET,
             tonic_health::pb::FILE_DESCRIPTOR_SET,
         ])
     }
@@ -39,6 +41,9 @@ impl Reflection {
             builder
                 .with_service_name("kvmesh.v1.Inference")
                 .with_service_name("kvmesh.v1.Admin")
+                .with_service_name(vllm::ENGINE)
+                .with_service_name(vllm::INFERENCE)
+                .with_service_name(vllm::CONTROL)
                 .with_service_name("grpc.health.v1.Health")
         };
         Ok(Self {

@@ -22,6 +22,7 @@ use crate::{
     error::RequestError,
     mesh::{Mesh, text_of},
     telemetry::{Exposition, RequestSpan, Spans, Step, Telemetry},
+    vllm::{self, Vllm},
 };
 
 /// What is told of this router.
@@ -47,6 +48,8 @@ pub(crate) struct Shared {
     pub(crate) facts: RouterFacts,
     /// A stream of events says that it lives after so long without one.
     pub(crate) sse_keep_alive: Duration,
+    /// What vLLM's services keep between calls.
+    pub(crate) vllm: Vllm,
 }
 
 /// One call and what it came over.
@@ -175,6 +178,9 @@ impl Shared {
                     inference::call(&self, method, call).await
                 }
                 "kvmesh.v1.Admin" => admin::call(&self, method, call).await,
+                vllm::ENGINE => vllm::engine(&self, method, call).await,
+                vllm::INFERENCE => vllm::inference(&self, method, call).await,
+                vllm::CONTROL => vllm::control(&self, method, call).await,
                 "grpc.health.v1.Health" => inference::health(&self, method, call).await,
                 _ => None,
             }

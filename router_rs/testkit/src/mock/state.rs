@@ -77,9 +77,13 @@ impl State {
     }
 
     /// Keeps what a placement is called, whose it and its prefix are, where it came
-    /// from and how urgent it is.
+    /// from, how urgent it is, and what it asks for but its prompt.
     pub(super) fn note_place(&self, place: &Place) {
         let continuation = place.continuation.as_ref().map(|from| Continuation {
+            model: from.model.clone(),
+            sampling: from.sampling.clone(),
+            max_tokens: from.max_tokens,
+            min_tokens: from.min_tokens,
             request_class: from.request_class,
             cache_salt: from.cache_salt.clone(),
             virtual_deadline_ms: from.virtual_deadline_ms,
