@@ -45,7 +45,7 @@ impl Default for CostSettings {
             tie_ms: 2.0,
             tie_share: 0.03,
             pull_from_tokens: 32,
-            stretch: 0.05,
+            stretch: 0.07,
             beyond_target: 4.0,
             targets: ClassTargets::default(),
             plans_kept: 8,

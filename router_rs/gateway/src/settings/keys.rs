@@ -270,7 +270,7 @@ const ROUTER: &[Key] = &[
     key(
         "stretch_weight",
         Kind::Real(0.0, 100.0),
-        "0.05",
+        "0.07",
         "Policy cost: a millisecond of stretched streaming, in milliseconds of waiting for a first token.",
     ),
     key(
