@@ -73,9 +73,18 @@ async fn who_goes_in_the_middle_of_an_answer_is_cancelled_at_once() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_never_reads_loses_the_connection_and_holds_nothing() {
     let slow = json!({"slow_client_timeout": "300ms"});
-    let mesh = Mesh::start(vec![MockConfig::default()], slow).await;
+    let worker = MockConfig {
+        max_logprobs: 20,
+        ..MockConfig::default()
+    };
+    let mesh = Mesh::start(vec![worker], slow).await;
     let mut connection = Http1::connect(&mesh).await;
-    connection.post(CHAT, &[], &chat(true)).await;
+    // Some 100 MB: text alone comes in few events where the router is late, and then all of
+    // it has room in the sockets.
+    let mut body = chat(true);
+    body["logprobs"] = json!(true);
+    body["top_logprobs"] = json!(20);
+    connection.post(CHAT, &[], &body).await;
     mesh.wait_figure("kvmesh_slow_clients_total", 1).await;
     all_gone(&mesh).await;
     // This one looks at the figures.
