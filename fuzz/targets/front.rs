@@ -21,7 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Bytes of an answer after which a client leaves in the middle.
 const ENOUGH: usize = 1 << 16;
 
-const CALLS: [&str; 12] = [
+const CALLS: [&str; 18] = [
     "/kvmesh.v1.Inference/Generate",
     "/kvmesh.v1.Inference/Resume",
     "/kvmesh.v1.Inference/Tokenize",
@@ -32,6 +32,12 @@ const CALLS: [&str; 12] = [
     "/kvmesh.v1.Admin/SetWorkerRole",
     "/kvmesh.v1.Admin/GetRouterInfo",
     "/grpc.health.v1.Health/Check",
+    "/vllm.grpc.engine.VllmEngine/Generate",
+    "/vllm.grpc.engine.VllmEngine/Abort",
+    "/vllm.grpc.engine.VllmEngine/GetTokenizer",
+    "/vllm.Inference/Generate",
+    "/vllm.Inference/GenerateStream",
+    "/vllm.Control/Abort",
     "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
     "/no.such/Call",
 ];

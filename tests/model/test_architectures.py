@@ -13,7 +13,7 @@ from driver import DEVICE, Driver, logits_of
 
 from kvmesh import models
 from kvmesh.engine.torch import TorchSettings, build
-from kvmesh.engine.torch.decode_graph import captured_by_cuda
+from kvmesh.engine.torch.decode_graph import cuda_capture
 from kvmesh.engine.torch.paged_kv import KvShape
 from kvmesh.engine.torch.torch_kv import TorchKv
 from kvmesh.models import UnsupportedModelError
@@ -160,7 +160,7 @@ def with_graphs(driver, folder):
     device = torch.device(DEVICE)
     kv = TorchKv(shape, driver.pool, torch.float32, device, mirror=True)
     runner._kv = kv
-    runner.use_graphs(kv, captured_by_cuda if device.type == "cuda" else lambda step: step)
+    runner.use_graphs(kv, cuda_capture() if device.type == "cuda" else lambda step: step)
     return driver
 
 

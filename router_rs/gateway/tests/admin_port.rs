@@ -68,6 +68,20 @@ async fn what_operators_ask_for_is_answered_on_their_port_and_there_only() {
     let mut strayed = InferenceClient::new(channel(operators).await);
     let refused = strayed.generate(request(1)).await.map(|_| ()).unwrap_err();
     assert_eq!(refused.code(), Code::Unimplemented);
+    for call in [
+        "/vllm.grpc.engine.VllmEngine/GetModelInfo",
+        "/vllm.grpc.engine.VllmEngine/Generate",
+        "/vllm.Inference/Generate",
+        "/vllm.Control/GetServerInfo",
+    ] {
+        let mut client = tonic::client::Grpc::new(channel(operators).await);
+        client.ready().await.unwrap();
+        // Empty messages of whatever kind.
+        let codec = tonic_prost::ProstCodec::<(), ()>::default();
+        let path = http::uri::PathAndQuery::from_static(call);
+        let refused = client.unary(tonic::Request::new(()), path, codec).await;
+        assert_eq!(refused.unwrap_err().code(), Code::Unimplemented, "{call}");
+    }
 
     for (path, on_clients, on_operators) in [
         ("/metrics", 404, 200),

@@ -467,6 +467,8 @@ async fn names_and_context_of_a_call_reach_the_workers_of_both_stages() {
         ..MockConfig::default()
     };
     let mesh = Mesh::start(vec![of(Role::Prefill), of(Role::Decode)], json!({})).await;
+    // Ready is who has either: a stage alone would be computed by the other.
+    mesh.wait_figure("kvmesh_sessions{state=\"live\"}", 2).await;
     let names = [
         ("x-request-id", "mine"),
         (
@@ -503,6 +505,8 @@ async fn what_another_router_needs_of_a_resumable_request_is_left_at_both_worker
         ..MockConfig::default()
     };
     let mesh = Mesh::start(vec![of(Role::Prefill), of(Role::Decode)], json!({})).await;
+    // Ready is who has either: a stage alone would be computed by the other.
+    mesh.wait_figure("kvmesh_sessions{state=\"live\"}", 2).await;
     let mut client = mesh.client().await;
     let mut asked = request(2);
     asked.hints = Some(v1::Hints {

@@ -48,6 +48,7 @@ async fn a_request_is_a_tree_of_spans_below_its_clients() {
     let mut collector = Collector::start().await;
     let workers = vec![of(Role::Prefill), of(Role::Decode)];
     let mesh = Mesh::start(workers, json!({"otlp_endpoint": collector.address()})).await;
+    mesh.wait_figure("kvmesh_sessions{state=\"live\"}", 2).await;
     let mut client = mesh.client().await;
     let asked = Instant::now();
     let answer = client.generate(below(SAMPLED, request(20))).await.unwrap();

@@ -91,8 +91,8 @@ impl Keys {
 
     fn from_text(text: &[u8], usual: TenantLimits) -> Result<Self, String> {
         let text = std::str::from_utf8(text).map_err(|error| error.to_string())?;
-        // Its message alone: what stands in the file may be a key by mistake.
-        let file: File = toml::from_str(text).map_err(|error| error.message().to_owned())?;
+        // Where, and not what: messages quote the file, and a key may stand there by mistake.
+        let file: File = toml::from_str(text).map_err(|error| misread(text, &error))?;
         let mut keys = Self {
             by_digest: HashMap::new(),
             tenants: HashMap::new(),
@@ -104,7 +104,8 @@ impl Keys {
             for (what, text) in [("the name", &name), ("salt", salt)] {
                 if text.is_empty() || text.len() > MAX_NAME || text.contains(char::is_control) {
                     return Err(format!(
-                        "{place}: {what} is {text:?}; allowed are 1 to {MAX_NAME} bytes without control characters"
+                        "{place}: {what} has {} bytes; allowed are 1 to {MAX_NAME} bytes without control characters",
+                        text.len()
                     ));
                 }
             }
@@ -190,6 +191,17 @@ fn digest_of_hex(text: &str) -> Option<[u8; 32]> {
     Some(digest)
 }
 
+/// Where a file cannot be read, without what stands there.
+fn misread(text: &str, error: &toml::de::Error) -> String {
+    let before = error.span().and_then(|span| text.get(..span.start));
+    let line = before.map(|before| before.matches('\n').count() + 1);
+    let place = line.map_or(String::new(), |line| format!("line {line}: "));
+    format!(
+        "{place}not as a file of keys is: [tenants.NAME] with keys_sha256 = [\"64 hexadecimal digits\"], \
+         requests_per_second, concurrency and salt, and [operators] with keys_sha256"
+    )
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -258,6 +270,23 @@ mod tests {
     }
 
     #[test]
+    fn what_stands_in_a_file_by_mistake_is_not_told() {
+        for text in [
+            "[tenants.shop]\nkeys_sha256 = \"kvmesh-secret\"\n",
+            "[tenants.shop]\nkvmesh-secret = 1\n",
+            "[tenants.shop]\nsalt = \"kvmesh-secret\u{7}\"\nkeys_sha256 = []\n",
+            "[tenants.shop]\nkeys_sha256 = [\"kvmesh-secret\"]\n",
+        ] {
+            let error = Keys::from_text(text.as_bytes(), USUAL).err().unwrap();
+            assert!(!error.contains("secret"), "{error}");
+            assert!(
+                error.contains("shop") || error.contains("line 2"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
     fn what_cannot_be_used_is_named_with_what_is_allowed() {
         let digest = sha256("key");
         let with = |rest: &str| format!("[tenants.a]\nkeys_sha256 = ['{digest}']\n{rest}");
@@ -268,7 +297,7 @@ mod tests {
             (with("keys = []"), "keys"),
             (with("requests_per_second = -1"), "0 (no limit) to 1e9"),
             (with("requests_per_second = nan"), "0 (no limit) to 1e9"),
-            (with("concurrency = -1"), "-1"),
+            (with("concurrency = -1"), "line 3: not as"),
             (with("salt = ''"), "tenants.a: salt"),
             (with("[tenants.'']\nkeys_sha256 = []"), "1 to 128 bytes"),
             (

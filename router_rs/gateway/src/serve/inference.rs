@@ -78,7 +78,7 @@ async fn resume(shared: &Arc<Shared>, call: Call) -> Response<ResponseBody> {
             metadata,
         } = call;
         let request = shared.door.read(headers, body).await?;
-        let asked = resumed(request, metadata, caller)?;
+        let (asked, _permit) = resumed(request, metadata, caller)?;
         let resumed = shared.mesh.resume(asked).await;
         resumed.map_err(|error| (Step::Admission, error))
     })

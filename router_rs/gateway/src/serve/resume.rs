@@ -5,20 +5,22 @@ use kvmesh_wire::v1;
 
 use crate::{
     access::Caller,
-    door::{Admitted, CallMetadata, Refused},
+    door::{Admitted, CallMetadata, Permit, Refused},
     error::RequestError,
     mesh::ResumeAsked,
     telemetry::Step,
 };
 
+/// The call, and the permit for its bytes: its ids live as long as it waits for workers.
+///
 /// # Errors
 /// What is wrong with it. An id that cannot be one is unknown like any other.
 pub(super) fn resumed(
     request: Admitted<v1::ResumeRequest>,
     call: &CallMetadata,
     caller: &Caller,
-) -> Result<ResumeAsked, Refused> {
-    let (request, _permit) = request.split();
+) -> Result<(ResumeAsked, Permit), Refused> {
+    let (request, permit) = request.split();
     let given = request.token_ids.len();
     if given > 0 && given != request.next_index as usize {
         let allowed = format!(
@@ -30,10 +32,10 @@ pub(super) fn resumed(
     }
     let id = GenerationId::from_hex(&request.generation_id);
     let id = id.ok_or((Step::Validate, RequestError::UnknownGeneration))?;
-    Ok(ResumeAsked {
+    let asked = ResumeAsked {
         id,
         next_index: request.next_index,
-        token_ids: request.token_ids,
+        token_ids: request.token_ids.into(),
         tenant: caller.tenant,
         admin: caller.operates,
         traceparent: call.traceparent.clone(),
@@ -42,5 +44,6 @@ pub(super) fn resumed(
         traced: call.traced,
         arrived: call.arrived,
         deadline: call.deadline,
-    })
+    };
+    Ok((asked, permit))
 }

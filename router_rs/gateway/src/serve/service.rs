@@ -174,14 +174,14 @@ impl Shared {
             #[cfg(test)]
             super::border_tests::panic_where_asked(&call.metadata.request_id, None);
             match service {
-                "kvmesh.v1.Inference" if call.port == Port::Clients => {
-                    inference::call(&self, method, call).await
-                }
                 "kvmesh.v1.Admin" => admin::call(&self, method, call).await,
+                "grpc.health.v1.Health" => inference::health(&self, method, call).await,
+                // The operators' port answers no client.
+                _ if call.port != Port::Clients => None,
+                "kvmesh.v1.Inference" => inference::call(&self, method, call).await,
                 vllm::ENGINE => vllm::engine(&self, method, call).await,
                 vllm::INFERENCE => vllm::inference(&self, method, call).await,
                 vllm::CONTROL => vllm::control(&self, method, call).await,
-                "grpc.health.v1.Health" => inference::health(&self, method, call).await,
                 _ => None,
             }
         };

@@ -99,8 +99,9 @@ impl Face for InferenceFace {
             kept.logprobs.extend(logprobs.map(|one| one.logprob));
         }
         if wanted.candidates {
+            let drawn = told.ids.iter().zip(&told.logprobs);
             kept.candidate_tokens
-                .extend(told.logprobs.iter().map(candidates));
+                .extend(drawn.map(|(&id, told)| candidates(id, told)));
         }
         if wanted.stream {
             self.send(at, None, out);
@@ -142,8 +143,8 @@ impl Face for InferenceFace {
     }
 }
 
-/// The most likely tokens at one place; their order is their rank.
-fn candidates(told: &v1::TokenLogprobs) -> CandidateTokenInfo {
+/// The most likely tokens at one place but the one that was drawn; their order is their rank.
+fn candidates(drawn: u32, told: &v1::TokenLogprobs) -> CandidateTokenInfo {
     let pairs = told.top_ids.iter().zip(&told.top_logprobs);
     let token = |(at, (id, logprob)): (usize, (&u32, &f32))| TokenInfo {
         id: *id,
@@ -151,6 +152,10 @@ fn candidates(told: &v1::TokenLogprobs) -> CandidateTokenInfo {
         rank: index(at + 1),
     };
     CandidateTokenInfo {
-        tokens: pairs.enumerate().map(token).collect(),
+        tokens: pairs
+            .enumerate()
+            .filter(|(_, (id, _))| **id != drawn)
+            .map(token)
+            .collect(),
     }
 }

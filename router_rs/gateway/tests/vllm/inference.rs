@@ -172,9 +172,16 @@ async fn log_probabilities_and_other_tokens_are_told_as_far_as_they_are_asked_fo
         .unwrap();
     assert_eq!(output.candidate_tokens.len(), 3);
     for place in &output.candidate_tokens {
+        // The likeliest is the one that was drawn: it is told of apart.
         let told: Vec<_> = place.tokens.iter().map(|t| (t.rank, t.logprob)).collect();
-        assert_eq!(told, [(1, -0.5), (2, -1.5)]);
+        assert_eq!(told, [(2, -1.5)]);
     }
+    let drawn = mesh.workers[0].tokens().expected(&PROMPT, 3);
+    let others = output
+        .candidate_tokens
+        .iter()
+        .map(|place| place.tokens[0].id);
+    assert!(others.zip(drawn).all(|(other, drawn)| other != drawn));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

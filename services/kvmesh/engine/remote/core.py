@@ -41,6 +41,8 @@ _PAUSE_S = 0.05
 """Before a second look at a server whose streams broke."""
 _ABORT_AGAIN_S = (0.02, 0.05, 0.2, 0.5, 1.0)
 """A server may hear of an abort before it has the request: it is told again."""
+_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError)
+"""What reading an answer raises that is not as it should be."""
 
 
 @dataclass(slots=True)
@@ -236,7 +238,10 @@ class RemoteCore:
             if not stream.done():
                 await self._abort(request.request_id, stream)
             if stream.done() and not stream.cancelled():
-                await self._ended(run, stream.exception())
+                error = stream.exception()
+                await self._ended(run, error)
+                if error is not None:
+                    await self._let_go(request.request_id)
         finally:
             # Where the server has not ended it by now, the stream is dropped.
             for task in (stream, told):
@@ -261,6 +266,15 @@ class RemoteCore:
             if done:
                 return
         _log.warning("abort without effect request=%s; its stream is dropped", name)
+
+    async def _let_go(self, name: str) -> None:
+        """Has a server end a request whose stream broke, where that alone does not end it."""
+        if self.server.ends_dropped or self._lost is not None:
+            return
+        try:
+            await self.server.abort([name])
+        except ServerError as error:
+            _log.info("abort after an error not taken request=%s: %s", name, error)
 
     async def _follow(self, run: _Run) -> None:
         """Reads a stream to its end. Raises ServerError."""
@@ -336,19 +350,27 @@ class RemoteCore:
         while True:
             try:
                 await self.server.check()
-                load = await self.server.load()
-                if load is not None:
-                    self.loaded(load)
                 misses = 0
+                await self._ask_load()
             except LostError as error:
                 self._fail(error)
-            except UnreachableError as error:
+            except (UnreachableError, *_UNREADABLE) as error:
                 misses += 1
                 if misses >= _MISSES:
                     self._fail(error)
             await asyncio.sleep(LOOK_S)
 
-    def _fail(self, error: ServerError) -> None:
+    async def _ask_load(self) -> None:
+        """How busy it is; a figure, without which what it said last counts on."""
+        try:
+            load = await self.server.load()
+        except (ServerError, *_UNREADABLE) as error:
+            _log.info("the server does not say how busy it is: %s", error)
+            return
+        if load is not None:
+            self.loaded(load)
+
+    def _fail(self, error: Exception) -> None:
         """What runs there is lost: routers go on with it elsewhere."""
         if self._lost is None:
             self._lost = LostError(str(error))

@@ -127,6 +127,9 @@ class FirstPartyServer:
         """Raises UnreachableError, LostError."""
         try:
             info, model = await self._server_info(), await self._model_info()
+        except FailedError as error:
+            # It had no time for this, say: that is a look in vain.
+            raise UnreachableError(str(error)) from error
         except UnreachableError:
             raise
         except ServerError as error:
@@ -226,7 +229,10 @@ class FirstPartyServer:
             socket.connect(endpoint(self._source.endpoint, self._host))
             socket.subscribe(self._source.topic.encode())
             while True:
-                _, number, payload = await socket.recv_multipart()
+                frames = await socket.recv_multipart()
+                if len(frames) != 3:
+                    raise FailedError(f"cache events come in {len(frames)} frames, not in 3")
+                _, number, payload = frames
                 yield CacheBatch(int.from_bytes(number, "big"), _events(decode, payload))
         finally:
             socket.close()

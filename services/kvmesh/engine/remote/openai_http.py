@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -179,9 +179,7 @@ class OpenAiServer:
             async with self._http.stream("POST", "/v1/completions", json=body) as answer:
                 if answer.status_code != 200:
                     raise _refusal(answer.status_code, await answer.aread())
-                async for line in answer.aiter_lines():
-                    if len(line) > _MOST_LINE_BYTES:
-                        raise FailedError("the server sends a line of more than 1 MiB")
+                async for line in _lines(answer.aiter_bytes()):
                     if not line.startswith("data:"):
                         continue
                     data = line.removeprefix("data:").strip()
@@ -225,6 +223,20 @@ class OpenAiServer:
     async def close(self) -> None:
         """Drops the connections."""
         await self._http.aclose()
+
+
+async def _lines(parts: AsyncIterable[bytes]) -> AsyncGenerator[str, None]:
+    """Lines of a stream of events. They end with line feeds alone: other characters that some
+    take for the end of a line (U+2028, say) may be in a text. Raises FailedError."""
+    rest = b""
+    async for part in parts:
+        *whole, rest = (rest + part).split(b"\n")
+        if len(rest) > _MOST_LINE_BYTES:
+            raise FailedError("the server sends a line of more than 1 MiB")
+        for line in whole:
+            yield line.decode(errors="replace")
+    if rest:
+        yield rest.decode(errors="replace")
 
 
 def _unreachable(error: httpx.HTTPError) -> UnreachableError:

@@ -152,6 +152,9 @@ class SmgServer:
         """What it answered before; where it does not now, it is not the same."""
         try:
             return await answer(call)
+        except FailedError as error:
+            # It had no time for this, say: that is a look in vain.
+            raise UnreachableError(str(error)) from error
         except UnreachableError:
             raise
         except ServerError as error:
@@ -171,7 +174,7 @@ class SmgServer:
                     chunk = message.chunk
                     yield Part(
                         [*chunk.token_ids],
-                        _logprobs(chunk.output_logprobs, wanted),
+                        _logprobs(chunk.output_logprobs, chunk.token_ids, wanted),
                         chunk.cached_tokens,
                     )
                 elif kind == "complete":
@@ -270,9 +273,14 @@ def asked(request: Request, rank: int | None) -> engine.GenerateRequest:
     )
 
 
-def _logprobs(said: engine.OutputLogProbs, wanted: int | None) -> Logprobs | None:
+def _logprobs(
+    said: engine.OutputLogProbs, ids: Sequence[int], wanted: int | None
+) -> Logprobs | None:
+    """Raises FailedError where they are not of these ids."""
     if wanted is None:
         return None
+    if [*said.token_ids] != [*ids]:
+        raise FailedError("the server leaves log-probabilities out that were asked for")
     found = Logprobs()
     for at, (id, value) in enumerate(zip(said.token_ids, said.token_logprobs, strict=True)):
         top = said.top_logprobs[at] if at < len(said.top_logprobs) else engine.TopLogProbs()
@@ -293,7 +301,7 @@ def _completed(said: engine.GenerateComplete, wanted: int | None, *, tokens: boo
             raise FailedError(f"the hand-off is no JSON: {error}") from error
     return Part(
         [*said.output_ids] if tokens else [],
-        _logprobs(said.output_logprobs, wanted) if tokens else None,
+        _logprobs(said.output_logprobs, said.output_ids, wanted) if tokens else None,
         said.cached_tokens,
         reason,
         stop,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,8 +35,17 @@ Capture = Callable[[Step], Step]
 """Makes of a step one that does the same at a word, into the same result."""
 
 
-def captured_by_cuda(step: Step) -> Step:
-    """Keeps what `step` launches; what comes back does it again, into the same result."""
+def cuda_capture() -> Capture:
+    """Keeps what a step launches; what comes back does it again, into the same result.
+
+    All that it captures share one pool of memory: one runs at a time, and what one left is
+    read before the next one runs.
+    """
+    memory = torch.cuda.graph_pool_handle()
+    return lambda step: _captured(step, memory)
+
+
+def _captured(step: Step, memory: Any) -> Step:
     # Libraries set themselves up in a first call, which may not be kept.
     aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     now = torch.cuda.current_stream()
@@ -44,7 +54,7 @@ def captured_by_cuda(step: Step) -> Step:
         step()
     now.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
         result = step()
 
     def again() -> torch.Tensor:

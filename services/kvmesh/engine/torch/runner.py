@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from kvmesh.engine.core.runner import Sampled, SampleSpec, Slice
-from kvmesh.engine.torch.decode_graph import Capture, DecodeGraphs, captured_by_cuda
+from kvmesh.engine.torch.decode_graph import Capture, DecodeGraphs, cuda_capture
 from kvmesh.engine.torch.model import LlamaModel
 from kvmesh.engine.torch.native_kv import NativeKv
 from kvmesh.engine.torch.paged_kv import BatchKv, KvShape, PagedKv
@@ -92,7 +92,7 @@ class TorchRunner:
         kv = TorchKv(self._shape, pool, self._dtype, self._device)
         self._kv = kv
         if self._device.type == "cuda":
-            self.use_graphs(kv, captured_by_cuda)
+            self.use_graphs(kv, cuda_capture())
 
     def use_graphs(self, kv: TorchKv, capture: Capture) -> None:
         """Runs steps of decoding streams alone at once, over the blocks on the device."""

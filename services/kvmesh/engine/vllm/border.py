@@ -320,8 +320,15 @@ def set_environment(values: Mapping[str, str]) -> None:
 
 
 def event_decoder() -> Callable[[bytes], Any]:
-    """Of the payload of a KV cache event."""
-    decode: Callable[[bytes], Any] = _module("msgspec.msgpack").decode
+    """Of the payload of a KV cache event. Raises ValueError."""
+    unpack, failure = _module("msgspec.msgpack").decode, _module("msgspec").MsgspecError
+
+    def decode(payload: bytes) -> Any:
+        try:
+            return unpack(payload)
+        except failure as error:
+            raise ValueError(str(error)) from error
+
     return decode
 
 

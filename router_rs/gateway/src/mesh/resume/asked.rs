@@ -1,6 +1,6 @@
 //! What a client asks for, and the request that another router left.
 
-use std::time::Instant;
+use std::{sync::Arc, time::Instant};
 
 use kvmesh_session::GenerationId;
 use kvmesh_session::parse::Left;
@@ -18,7 +18,7 @@ pub(crate) struct ResumeAsked {
     /// First output index wanted.
     pub(crate) next_index: u32,
     /// The ids before it; empty: the client does not say.
-    pub(crate) token_ids: Vec<u32>,
+    pub(crate) token_ids: Arc<[u32]>,
     /// Whose call it is.
     pub(crate) tenant: u64,
     /// Whether worker names may be told.
@@ -41,7 +41,7 @@ impl ResumeAsked {
     /// Whether an output is what the client has, and maybe more.
     pub(in crate::mesh) fn fits(&self, output: &[u32]) -> bool {
         let had = output.get(..self.next_index as usize);
-        had.is_some_and(|had| self.token_ids.is_empty() || self.token_ids == had)
+        had.is_some_and(|had| self.token_ids.is_empty() || *self.token_ids == *had)
     }
 }
 
@@ -118,7 +118,7 @@ pub(super) mod tests {
         ResumeAsked {
             id: GenerationId([7; 16]),
             next_index,
-            token_ids: token_ids.to_vec(),
+            token_ids: token_ids.into(),
             tenant: 0,
             admin: true,
             traceparent: String::new(),

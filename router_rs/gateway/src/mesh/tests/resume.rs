@@ -120,11 +120,13 @@ async fn what_cannot_be_had_is_unknown_and_undisturbed() {
         };
         let ahead = ResumeAsked {
             next_index: 101,
-            token_ids: Vec::new(),
+            token_ids: Vec::new().into(),
             ..fits.clone()
         };
         let mut another = fits.clone();
-        another.token_ids[0] += 1;
+        let mut ids = another.token_ids.to_vec();
+        ids[0] += 1;
+        another.token_ids = ids.into();
         let mut wrong = vec![foreign, ahead, another];
         if !had_all {
             wrong.push(fits);
