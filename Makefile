@@ -92,13 +92,15 @@ test-long: loom
 # once broke something are kept in fuzz/findings, and run first.
 FUZZ_TARGETS := records session text events transfer port front
 SECONDS_EACH ?= 600
+# 0: another one each time.
+FUZZ_SEED ?= 0
 FUZZ_BUILT := target/fuzz/x86_64-unknown-linux-gnu/release
 FUZZ_FLAGS := -Zsanitizer=address -Cpasses=sancov-module \
 	-Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
 	-Cllvm-args=-sanitizer-coverage-pc-table -Cllvm-args=-sanitizer-coverage-trace-compares
 
 .PHONY: fuzz
-fuzz: ## Fuzz every input that arrives from outside (SECONDS_EACH=600; FUZZ_TARGETS="front text" for some)
+fuzz: ## Fuzz every input that arrives from outside (SECONDS_EACH=600 FUZZ_SEED=0; FUZZ_TARGETS="front text" for some)
 	@echo "== build $(FUZZ_TARGETS)"
 	@RUSTC_BOOTSTRAP=1 CARGO_INCREMENTAL=0 RUSTFLAGS="$(FUZZ_FLAGS)" cargo build --release --locked \
 		--manifest-path fuzz/Cargo.toml --target x86_64-unknown-linux-gnu --target-dir target/fuzz
@@ -107,7 +109,7 @@ fuzz: ## Fuzz every input that arrives from outside (SECONDS_EACH=600; FUZZ_TARG
 		mkdir -p target/fuzz/corpus/$$target target/fuzz/broken fuzz/findings/$$target; \
 		echo "== fuzz $$target for $(SECONDS_EACH) s"; \
 		$(FUZZ_BUILT)/$$target target/fuzz/corpus/$$target target/fuzz/seeds/$$target fuzz/findings/$$target \
-			-max_total_time=$(SECONDS_EACH) -timeout=120 -rss_limit_mb=4096 -print_final_stats=1 \
+			-seed=$(FUZZ_SEED) -max_total_time=$(SECONDS_EACH) -timeout=120 -rss_limit_mb=4096 -print_final_stats=1 \
 			-artifact_prefix=target/fuzz/broken/$$target- > target/fuzz/$$target.log 2>&1 || { \
 			tail -n 60 target/fuzz/$$target.log; \
 			echo "$$target broke; the input is target/fuzz/broken/$$target-*:" \
