@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import grpc.aio
 from google.protobuf import json_format, struct_pb2
 
-from kvmesh.engine.remote.grpc_calls import CALL_S, answer, messages
+from kvmesh.engine.remote.grpc_calls import CALL_S, answer, known, messages
 from kvmesh.engine.remote.server import (
     CacheBatch,
     Description,
@@ -125,15 +125,7 @@ class FirstPartyServer:
 
     async def check(self) -> None:
         """Raises UnreachableError, LostError."""
-        try:
-            info, model = await self._server_info(), await self._model_info()
-        except FailedError as error:
-            # It had no time for this, say: that is a look in vain.
-            raise UnreachableError(str(error)) from error
-        except UnreachableError:
-            raise
-        except ServerError as error:
-            raise LostError(str(error)) from error
+        info, model = await known(self._server_info()), await known(self._model_info())
         if self._model is not None and (model, info.instance_id) != (self._model, self._instance):
             raise LostError("the server has started anew, or has another model")
 

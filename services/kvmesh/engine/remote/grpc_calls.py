@@ -10,6 +10,7 @@ import grpc.aio
 
 from kvmesh.engine.remote.server import (
     FailedError,
+    LostError,
     RejectedError,
     ServerError,
     UnreachableError,
@@ -58,6 +59,20 @@ async def answer(call: Awaitable[T]) -> T:
         return await call
     except grpc.aio.AioRpcError as error:
         raise told(error) from error
+
+
+async def known(asked: Awaitable[T]) -> T:
+    """What a server answered before. Raises UnreachableError where it does not now, LostError
+    where it is another one."""
+    try:
+        return await asked
+    except FailedError as error:
+        # It had no time for this, say: that is a look in vain.
+        raise UnreachableError(str(error)) from error
+    except UnreachableError:
+        raise
+    except ServerError as error:
+        raise LostError(str(error)) from error
 
 
 async def messages(stream: AsyncIterable[T]) -> AsyncGenerator[T, None]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc.aio
 
-from kvmesh.engine.remote.grpc_calls import CALL_S, answer, messages, told
+from kvmesh.engine.remote.grpc_calls import CALL_S, answer, known, messages, told
 from kvmesh.engine.remote.server import (
     FINISHED,
     CacheBatch,
@@ -134,8 +134,8 @@ class SmgServer:
 
     async def check(self) -> None:
         """Raises UnreachableError, LostError."""
-        health = await self._known(
-            self._stub.HealthCheck(engine.HealthCheckRequest(), timeout=CALL_S)
+        health = await known(
+            answer(self._stub.HealthCheck(engine.HealthCheckRequest(), timeout=CALL_S))
         )
         if not health.healthy:
             raise LostError(f"the server is not well: {health.message}")
@@ -143,22 +143,9 @@ class SmgServer:
             raise LostError("the server has another model now")
 
     async def _known_model(self) -> Any:
-        return await self._known(
-            self._stub.GetModelInfo(engine.GetModelInfoRequest(), timeout=CALL_S)
+        return await known(
+            answer(self._stub.GetModelInfo(engine.GetModelInfoRequest(), timeout=CALL_S))
         )
-
-    @staticmethod
-    async def _known(call: Any) -> Any:
-        """What it answered before; where it does not now, it is not the same."""
-        try:
-            return await answer(call)
-        except FailedError as error:
-            # It had no time for this, say: that is a look in vain.
-            raise UnreachableError(str(error)) from error
-        except UnreachableError:
-            raise
-        except ServerError as error:
-            raise LostError(str(error)) from error
 
     # -- requests ------------------------------------------------------------
 
@@ -189,7 +176,7 @@ class SmgServer:
 
     async def load(self) -> Load | None:
         """Raises UnreachableError."""
-        told_of = await self._known(self._stub.GetLoads(engine.GetLoadsRequest(), timeout=CALL_S))
+        told_of = await known(answer(self._stub.GetLoads(engine.GetLoadsRequest(), timeout=CALL_S)))
         load = self._of_rank(told_of.loads)
         return Load(load.num_running_reqs, load.num_waiting_reqs, load.token_usage)
 

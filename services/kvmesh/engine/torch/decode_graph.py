@@ -22,7 +22,7 @@ from kvmesh.engine.torch.model import LlamaModel
 from kvmesh.engine.torch.paged_kv import KvShape
 from kvmesh.engine.torch.plan import DecodeRows
 from kvmesh.engine.torch.rope import Rope
-from kvmesh.engine.torch.torch_kv import store
+from kvmesh.engine.torch.torch_kv import Mirror, store
 
 _FEWEST_BLOCKS = 8
 _MOST_ROWS = 128
@@ -79,7 +79,7 @@ class _Kept:
 class DecodeGraphs:
     """Runs batches whose slices have one token each.
 
-    `blocks` is the pool on the device, with one block more than the pool has. A shape is
+    `mirror` has the pool's blocks on the device, and one more. A shape is
     captured when it is first met, which takes as long as a few steps.
     """
 
@@ -88,13 +88,14 @@ class DecodeGraphs:
         model: LlamaModel,
         rope: Rope,
         shape: KvShape,
-        blocks: torch.Tensor,
+        mirror: Mirror,
         capture: Capture,
     ) -> None:
         self._model = model
         self._rope = rope
         self._shape = shape
-        self._blocks = blocks
+        self._mirror = mirror
+        self._blocks = mirror.blocks
         self._capture = capture
         self._kept: dict[tuple[int, int], _Kept] = {}
 
@@ -104,10 +105,11 @@ class DecodeGraphs:
         return count <= _MOST_ROWS and count * width <= _MOST_BLOCKS
 
     def run(self, ids: npt.NDArray[np.int64], rows: DecodeRows) -> torch.Tensor:
-        """[n] ids to [n, hidden] after all layers; K and V are in `blocks`.
+        """[n] ids to [n, hidden] after all layers; K and V are in the pool.
 
         The result is overwritten by the next call.
         """
+        self._mirror.bring_rows(rows, self._shape.block_tokens)
         size = _filled_up(rows)
         kept = self._kept.get(size)
         if kept is None:
@@ -116,7 +118,9 @@ class DecodeGraphs:
         else:
             self._fill(kept.host, ids, rows)
             kept.given()
-        return kept.step()[: len(ids)]
+        hidden = kept.step()[: len(ids)]
+        self._mirror.take_rows(rows, self._shape.block_tokens)
+        return hidden
 
     def _keep(
         self, count: int, width: int, first: tuple[npt.NDArray[np.int64], DecodeRows]

@@ -16,7 +16,7 @@ from kvmesh.engine.torch.paged_kv import BatchKv, KvShape, PagedKv
 from kvmesh.engine.torch.plan import DecodeRows, Plan, make_plan, only_rows
 from kvmesh.engine.torch.rope import Rope
 from kvmesh.engine.torch.sampling import draw
-from kvmesh.engine.torch.torch_kv import Mirror, TorchKv
+from kvmesh.engine.torch.torch_kv import TorchKv
 from kvmesh.engine.torch.weights import ModelWeights
 from kvmesh.models import ModelConfig
 from kvmesh.v1 import worker_pb2 as wire
@@ -53,7 +53,6 @@ class TorchRunner:
         self._device = device
         self._threads = threads
         self._kv: PagedKv | None = None
-        self._mirror: Mirror | None = None
         self._graphs: DecodeGraphs | None = None
 
     @property
@@ -98,8 +97,7 @@ class TorchRunner:
         """Runs steps of decoding streams alone at once, over the blocks on the device."""
         if kv.mirror is None:
             raise ValueError("graphs need the pool's blocks on a device")
-        self._mirror = kv.mirror
-        self._graphs = DecodeGraphs(self._model, self._rope, self._shape, kv.mirror.blocks, capture)
+        self._graphs = DecodeGraphs(self._model, self._rope, self._shape, kv.mirror, capture)
 
     def forward(self, batch: Sequence[Slice]) -> Generator[None, None, list[Sampled | None]]:
         """Computes a batch, pausing after each layer (see Runner.forward)."""
@@ -107,10 +105,10 @@ class TorchRunner:
             raise RuntimeError("bind a pool first")
         if not batch:
             return []
-        if self._graphs is not None and self._mirror is not None:
+        if self._graphs is not None:
             rows = only_rows(batch, self.block_tokens)
             if rows is not None and self._graphs.fits(rows):
-                return self._decode(batch, rows, self._graphs, self._mirror)
+                return self._decode(batch, rows, self._graphs)
         plan, kv, hidden = self._begin(batch, self._kv)
         for index in range(self.layers):
             self._layer(index, hidden, kv)
@@ -119,7 +117,7 @@ class TorchRunner:
 
     def close(self) -> None:
         """Gives the pool's memory back. Idempotent."""
-        self._kv = self._mirror = self._graphs = None
+        self._kv = self._graphs = None
 
     # Inference mode belongs to a thread, not to a generator: entered across a
     # pause it would hold for whatever else runs there. So each part enters it.
@@ -142,12 +140,10 @@ class TorchRunner:
 
     @torch.inference_mode()
     def _decode(
-        self, batch: Sequence[Slice], rows: DecodeRows, graphs: DecodeGraphs, mirror: Mirror
+        self, batch: Sequence[Slice], rows: DecodeRows, graphs: DecodeGraphs
     ) -> list[Sampled | None]:
-        mirror.bring_rows(rows, self.block_tokens)
         ids = np.array([piece.ids[0] for piece in batch], dtype=np.int64)
         hidden = graphs.run(ids, rows)
-        mirror.take_rows(rows, self.block_tokens)
         sampled = [row for row, piece in enumerate(batch) if piece.sample is not None]
         return self._draw(batch, hidden, torch.tensor(sampled, device=self._device))
 
