@@ -49,10 +49,14 @@ impl Best {
     }
 
     /// Looks at one.
+    #[inline]
     pub(crate) fn offer(&mut self, cost: f64, at: u32) {
-        if cost > self.worst {
-            return;
+        if cost <= self.worst {
+            self.insert(cost, at);
         }
+    }
+
+    fn insert(&mut self, cost: f64, at: u32) {
         let mix = self.mix;
         let order = |a: &(f64, u32), b: &(f64, u32)| {
             a.0.total_cmp(&b.0)

@@ -41,7 +41,7 @@ pub(crate) struct Survey {
 
 /// Holders of each kind that are weighed against each other: the nearest one
 /// need not be the one that holds most.
-const HOLDERS: usize = 3;
+pub(crate) const HOLDERS: usize = 3;
 
 /// A worker that a prefix may be pulled from.
 #[derive(Debug, Clone, Copy)]
