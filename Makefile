@@ -40,6 +40,10 @@ help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | \
 		while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
+# Two files at a time: most tests wait for processes and timers. What breaks meshes by a schedule has
+# the machine for itself.
+TEST_PYTHON := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
 .PHONY: demo
 demo: $(STAMPS)/run-$(ENV_KEY) $(NATIVE) ## Start a cluster with a small chat model and ask it a question (ONCE=1: end after the answer)
 	@$(BIN)/python -m kvmesh.cli up --ask "What is the capital of France?" $(if $(ONCE),--once)
@@ -53,7 +57,8 @@ test-rust: $(STAMPS)/test-$(ENV_KEY) ## Run the Rust tests
 
 .PHONY: test-python
 test-python: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) network-tools etcd-nodes ## Run the Python tests
-	$(BIN)/python -m pytest -m "not slow" --ignore=tests/interop
+	$(TEST_PYTHON) -m "not slow" --ignore=tests/interop --ignore=tests/chaos
+	$(BIN)/python -m pytest -m "not slow" tests/chaos
 
 # Crates with unsafe code, under the compiler's sanitizers; no nightly is
 # needed, only its switches. A folder of its own: the flags change every crate.
@@ -223,7 +228,8 @@ test-cuda: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) ## Run the torch engine's tests o
 .PHONY: test-long
 test-long: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) network-tools etcd-nodes ## Run everything, also what takes long
 	$(CARGO_TEST) -- --include-ignored
-	$(BIN)/python -m pytest
+	$(TEST_PYTHON) --ignore=tests/chaos
+	$(BIN)/python -m pytest tests/chaos
 
 .PHONY: lint
 lint: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) ## Check format, types, stubs, wire code, protos and the shape of the workspace
@@ -255,6 +261,12 @@ wire: $(STAMPS)/build-$(ENV_KEY) ## Make services/kvmesh/v1 and vllm_wire from p
 .PHONY: docs
 docs: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) ## Make docs/settings.md from the settings
 	$(BIN)/python -m kvmesh.cli.reference > docs/settings.md
+
+# The two longest parts of a first run, one waiting for the network and one for processors.
+.PHONY: environment rust-tests
+environment: $(STAMPS)/test-$(ENV_KEY)
+rust-tests: | rust
+	$(CARGO_TEST) --no-run
 
 .PHONY: venv
 venv: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) ## Set up the environment and build the native module

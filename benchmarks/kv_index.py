@@ -420,7 +420,7 @@ def median_of(blocks: Sequence[dict[str, Any]], side: str, key: str) -> float:
     return statistics.median(block[key] for block in blocks if block["side"] == side)
 
 
-def crate_figures(blocks: Sequence[dict[str, Any]]) -> list[Figure]:
+def crate_figures(blocks: Sequence[dict[str, Any]], of: str = "") -> list[Figure]:
     """Ratios of the medians; for look-ups that at depth 512, and the worst of all rows."""
 
     def ratio(key: str) -> float:
@@ -429,9 +429,9 @@ def crate_figures(blocks: Sequence[dict[str, Any]]) -> list[Figure]:
 
     keys = [key for key in blocks[0] if key not in ("side", "round", "resident_bytes")]
     return [
-        Figure("crate_apply_over_dynamo", ratio("apply_blocks_per_s"), "x", "higher"),
-        Figure("crate_lookup_over_dynamo", ratio("lookup_512_p50_us"), "x", "higher"),
-        Figure("crate_worst_row_over_dynamo", min(map(ratio, keys)), "x", "higher"),
+        Figure(f"crate_apply_over_dynamo{of}", ratio("apply_blocks_per_s"), "x", "higher"),
+        Figure(f"crate_lookup_over_dynamo{of}", ratio("lookup_512_p50_us"), "x", "higher"),
+        Figure(f"crate_worst_row_over_dynamo{of}", min(map(ratio, keys)), "x", "higher"),
     ]
 
 
@@ -473,7 +473,9 @@ def main() -> None:
         figures += large(1024, 19_000, count)
         if PEER.exists():
             workload = Workload(prefixes=19_000, workers=1024)
-            compare_crates(workload, 1, count, f"1,024 workers, {workload.blocks:,} blocks")
+            title = f"1,024 workers, {workload.blocks:,} blocks"
+            large_blocks = compare_crates(workload, rounds, count, title)
+            figures += crate_figures(large_blocks, "_1024_workers")
     print()
     for figure in figures:
         print(f"{figure.name}: {figure.value:.3g} {figure.unit}")

@@ -13,8 +13,8 @@ from kvmesh.simulate.profiles import load_profile
 from kvmesh.simulate.replay import AT_ONCE, Cluster, Policy, TraceFile, replay
 
 PROFILE = "h100-70b-tp4"
-WEIGHTS = (0.25, 1.0, 4.0, 16.0, 64.0, 256.0)
-OVERLAPS, DECODES = (0.5, 1.0, 2.0, 4.0), (0.0, 1 / 256, 1 / 64, 1 / 16, 1 / 4)
+WEIGHTS = (0.25, 1.0, 4.0, 16.0, 64.0, 256.0, 1024.0)
+OVERLAPS, DECODES = (0.5, 1.0, 2.0, 4.0, 16.0), (0.0, 1 / 256, 1 / 64, 1 / 16, 1 / 4)
 FIXED = (
     "round-robin",
     "random",
@@ -91,9 +91,9 @@ class Cell:
     def tune(
         self, policies: Iterable[Policy], speeds: Sequence[float]
     ) -> list[tuple[Policy, Figures]]:
-        """On the first third, of the first seed."""
+        """On the first third, of every seed."""
         share = self.share * TUNED_SHARE
-        return [(policy, self._figures(policy, speeds[:1], share, {})) for policy in policies]
+        return [(policy, self._figures(policy, speeds, share, {})) for policy in policies]
 
     def serves(self, policy: Policy, speed: float, seed: int) -> bool:
         """Whether enough of it is within SLO."""

@@ -6,7 +6,7 @@ use crate::edit::Batch;
 use crate::holders::{HolderId, HolderSets, NOBODY};
 use crate::left_right::Pass;
 use crate::run::{Dead, Run, SEGMENT};
-use crate::table::{MOST_RUNS, MOST_SLOTS, Place};
+use crate::table::{MOST_SLOTS, Place};
 use crate::worker::{CacheChange, Tier};
 use smallvec::SmallVec;
 use std::ops::Range;
@@ -184,7 +184,7 @@ impl Core {
         let place = match next.filter(room) {
             Some(place) => place,
             None => Place {
-                run: self.number()?,
+                run: self.runs.take()?,
                 slot: 0,
             },
         };
@@ -232,7 +232,7 @@ impl Core {
     fn store_again(&mut self, worker: usize, tier: Tier, step: Step, values: &[u64]) {
         if step.place.slot == 0 {
             // The same number that the other copy took.
-            self.number();
+            self.runs.take();
         }
         let holders = self.sets.changed(NOBODY, worker, tier, true);
         self.heap -= self.runs[step.place.run].heap();
@@ -257,17 +257,6 @@ impl Core {
                 self.now = self.now.wrapping_add(1);
             }
         }
-    }
-
-    fn number(&mut self) -> Option<usize> {
-        if let Some(run) = self.free.pop() {
-            return Some(run as usize);
-        }
-        if self.runs.len() == MOST_RUNS {
-            return None;
-        }
-        self.runs.push(Run::default());
-        Some(self.runs.len() - 1)
     }
 
     fn remove(&mut self, worker: usize, tier: Tier, chain: &[u64]) -> SmallVec<[Step; 2]> {
@@ -344,9 +333,10 @@ impl Core {
         let run = &mut self.runs[number];
         self.heap -= run.heap();
         if !run.trim() {
-            *run = Run::default();
-            self.free.push(number as u32);
-        } else if run.is_sparse() {
+            self.runs.release(number);
+            return;
+        }
+        if run.is_sparse() {
             for (value, from, to) in run.compact() {
                 let at = |slot| Place { run: number, slot };
                 self.note(value, at(to));
@@ -359,8 +349,11 @@ impl Core {
     /// Takes a worker's blocks out: one pass over the runs.
     pub(crate) fn clear(&mut self, worker: usize) {
         let mut gone = 0;
-        for number in 1..self.runs.len() {
-            let all = 0..self.runs[number].len();
+        for number in 1..self.runs.end() {
+            let all = 0..self.runs.get(number).map_or(0, Run::len);
+            if all.is_empty() {
+                continue;
+            }
             self.recolour(number, all, |sets, from, count| {
                 if !sets.any(from).has(worker) {
                     return from;

@@ -7,7 +7,8 @@ use crate::holders::HolderSets;
 #[cfg(test)]
 use crate::holders::{HolderId, NOBODY};
 use crate::left_right::Pass;
-use crate::run::{Run, SEGMENT};
+use crate::run::SEGMENT;
+use crate::runs::Runs;
 use crate::table::{BYTES_A_BLOCK, Claim, Place, Table};
 use std::sync::Arc;
 
@@ -52,9 +53,7 @@ pub(crate) struct Core {
     absence: Arc<Absence>,
     /// Whether this copy is the first or the second one to take a change.
     pub(crate) pass: Pass,
-    /// By number; 0 and those in `free` are empty.
-    pub(crate) runs: Vec<Run>,
-    pub(crate) free: Vec<u32>,
+    pub(crate) runs: Runs,
     pub(crate) sets: HolderSets,
     pub(crate) classes: Vec<SizeClass>,
     /// Block size in units by slot; 0 for a slot without a worker.
@@ -84,8 +83,7 @@ impl Core {
             table,
             absence,
             pass: Pass::First,
-            runs: vec![Run::default()],
-            free: Vec::new(),
+            runs: Runs::new(),
             sets: HolderSets::new(),
             classes: Vec::new(),
             units: Vec::new(),
@@ -194,16 +192,15 @@ impl Core {
     /// copy, whose heat counts too.
     pub(crate) fn coldest(&self, hand: &mut usize, other: Option<&Core>) -> Vec<Tail> {
         let mut seen = Vec::with_capacity(SAMPLE);
-        for _ in 1..self.runs.len() {
-            *hand = if *hand + 1 < self.runs.len() {
+        for _ in 1..self.runs.end() {
+            *hand = if *hand + 1 < self.runs.end() {
                 *hand + 1
             } else {
                 1
             };
-            let run = &self.runs[*hand];
-            if run.len() == 0 {
+            let Some(run) = self.runs.get(*hand).filter(|run| run.len() > 0) else {
                 continue;
-            }
+            };
             let there = other.and_then(|core| core.runs.get(*hand));
             let age = run.tail_age(self.now);
             let age = age.min(there.map_or(age, |run| run.tail_age(self.now)));
@@ -230,15 +227,14 @@ impl Core {
     /// Bytes that content of this size takes at most in both copies, for the
     /// bound.
     fn charge(&self) -> usize {
-        let runs = self.runs.len() - self.free.len();
-        let copy = runs * size_of::<Run>() + self.heap + self.sets.heap();
-        self.blocks * BYTES_A_BLOCK + 2 * copy
+        let copy = self.runs.bytes() + self.heap + self.sets.heap();
+        let table = (self.blocks * BYTES_A_BLOCK).max(self.table.bytes());
+        table + 2 * copy
     }
 
     /// Bytes that this copy takes, the table not counted.
     pub(crate) fn bytes(&self) -> usize {
-        let runs = self.runs.capacity() * size_of::<Run>() + self.free.capacity() * 4;
-        runs + self.heap + self.sets.bytes()
+        self.runs.bytes() + self.heap + self.sets.bytes()
     }
 
     pub(crate) fn table_bytes(&self) -> usize {
@@ -283,7 +279,11 @@ impl Core {
     /// Whether what is counted is what is there, and each value is found.
     pub(crate) fn check(&self) {
         let (mut blocks, mut entries, mut heap) = (0, 0, 0);
-        for (number, run) in self.runs.iter().enumerate() {
+        for number in 0..self.runs.end() {
+            let Some(run) = self.runs.get(number) else {
+                assert!(self.runs.is_free(number));
+                continue;
+            };
             heap += run.heap();
             let mut slot = 0;
             for (holders, end) in run.spans_from(0) {
@@ -300,10 +300,7 @@ impl Core {
                 slot = end;
             }
             assert_eq!(slot, run.len());
-            assert_eq!(
-                run.len() == 0,
-                number == 0 || self.free.contains(&(number as u32))
-            );
+            assert_eq!(run.len() == 0, number == 0 || self.runs.is_free(number));
         }
         assert_eq!(
             (blocks, entries, heap),
@@ -318,7 +315,7 @@ impl Core {
 
     /// Everything but the heat.
     pub(crate) fn layout(&self) -> Vec<Layout> {
-        let runs = self.runs.iter();
+        let runs = (0..self.runs.end()).filter_map(|number| self.runs.get(number));
         runs.map(|run| (run.values().to_vec(), run.spans_from(0).collect()))
             .collect()
     }

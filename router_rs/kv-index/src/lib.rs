@@ -22,6 +22,7 @@ mod lookup;
 #[cfg(all(test, not(loom)))]
 mod replica_tests;
 mod run;
+mod runs;
 mod settings;
 mod table;
 mod worker;

@@ -4,10 +4,7 @@
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IndexSettings {
     /// Most bytes that blocks and their holders may take, both copies
-    /// together. Above it the blocks that were longest not asked for go. What is
-    /// held is counted; beside it lists keep room to grow, 5 % of it with prompts
-    /// of 64 blocks and up to 64 % with prompts of one (docs/kv-index.md,
-    /// "Bounds").
+    /// together. Above it the blocks that were longest not asked for go.
     pub max_bytes: usize,
     /// Most workers at a time.
     pub max_workers: usize,

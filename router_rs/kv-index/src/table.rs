@@ -335,7 +335,8 @@ impl Table {
     /// Whether so few entries are left that a smaller table would do.
     pub(crate) fn is_sparse(&self) -> bool {
         let most = self.buckets.len() * WIDTH;
-        self.buckets.len() > 16 * SMALLEST && self.counts.len.load(Ordering::Relaxed) * 5 < most
+        self.buckets.len() > 16 * SMALLEST
+            && self.counts.len.load(Ordering::Relaxed) * 10 < most * 3
     }
 
     /// A table with the same entries and room for as many more.
