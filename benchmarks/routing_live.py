@@ -2,7 +2,8 @@
 
 Real processes: etcd, routers, workers; requests over gRPC, arrivals open-loop and seeded.
 
-    python benchmarks/routing_live.py [--quick] [--json FILE] [--seconds S] [--parts sim,torch,…]
+    python benchmarks/routing_live.py [--quick] [--json FILE] [--parts sim,pairs,both,herd,late]
+        [--sim-seconds S] [--torch-seconds S]
 
 sim, pairs, both: the same arrivals are run twice. A request's prediction is the one made at the
 placement that brought its first token (Explain), held against what that first token really took
@@ -274,7 +275,7 @@ def predictions(
             paths += [path for one in table.values() for path in one.paths_to]
             runs.append(asyncio.run(play(cluster.endpoints[0], arrivals)))
     first, second = runs
-    noise = [abs(a - b) / min(a, b) for a, b in zip(first.ttft, second.ttft, strict=True)]
+    noise = [2 * abs(a - b) / (a + b) for a, b in zip(first.ttft, second.ttft, strict=True)]
     errors = first.errors + second.errors
     live = first.ttft + second.ttft
     simulated = replay(
@@ -358,6 +359,8 @@ def main() -> None:
     parser.add_argument("--torch-seconds", type=float, help="length of a run with torch")
     options = parser.parse_args()
     parts = options.parts.split(",") if options.parts else list(PARTS)
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--parts has {','.join(sorted(unknown))}; allowed are {','.join(PARTS)}")
     if options.quick and not options.parts:
         parts = ["sim", "herd"]
     sim_s = options.sim_seconds or (10 if options.quick else 90)

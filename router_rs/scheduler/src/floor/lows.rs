@@ -255,7 +255,7 @@ impl Rows {
         for pull in pulls {
             for at in 0..LANES {
                 let host = self.host[at];
-                let near = f64::from(pull.hosts.iter().any(|one| *one == host));
+                let near = f64::from(pull.hosts.contains(&host));
                 let fixed_ms = pull.far.0 + near * (pull.near.0 - pull.far.0);
                 let byte_ms = pull.far.1 + near * (pull.near.1 - pull.far.1);
                 // Of those that hold enough more each sends at least so much.
