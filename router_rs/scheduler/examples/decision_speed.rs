@@ -17,7 +17,7 @@ use kvmesh_kv_index::{
 };
 use kvmesh_scheduler::{
     Abilities, AdmissionSettings, Booking, Bookings, ByClass, Class, Columns, CostSettings,
-    Estimate, KvCost, KvRoom, Load, Needs, Phase, Policy, Reload, RequestView, Role, Roster,
+    Estimate, KvCost, KvRoom, Load, Needs, Path, Phase, Policy, Reload, RequestView, Role, Roster,
     ScoreError, ScoredPolicy, Scorer, Share, StepModel, TransferRates, Work, WorkerView, placeable,
     virtual_deadline_ms,
 };
@@ -63,7 +63,7 @@ fn view(slot: WorkerSlot, role: Role, abilities: &Arc<Abilities>) -> WorkerView 
         computed: Work::default(),
         prompts: Vec::new(),
         left: [200.0; 3],
-        relay_ms: 0.0,
+        relay_ms: (mix(u64::from(slot.0)) % 100) as f64 / 100.0,
     }
 }
 
@@ -144,6 +144,8 @@ struct Bench {
     index: KvIndex,
     roster: Roster,
     slots: Vec<WorkerSlot>,
+    /// As after a day: of every pair.
+    rates: TransferRates,
     ids: Vec<Vec<u32>>,
     chains: Vec<Vec<u64>>,
 }
@@ -199,10 +201,21 @@ impl Bench {
                 }
             }
         }
+        let mut rates = TransferRates::new();
+        let (bytes, prior) = (64u64 << 20, Path::Network.prior());
+        for (source, target) in slots
+            .iter()
+            .flat_map(|s| slots.iter().map(move |t| (*s, *t)))
+        {
+            let draw = mix(u64::from(source.0) << 32 | u64::from(target.0)) % 1_000;
+            let ms = prior.ms(bytes as f64) * (0.8 + 0.4 * draw as f64 / 1e3);
+            rates.observe(source, target, Path::Network, bytes, ms);
+        }
         Self {
             index,
             roster,
             slots,
+            rates,
             ids,
             chains,
         }
@@ -211,7 +224,6 @@ impl Bench {
     /// `scores`: with the choice where a function scores.
     fn run(&mut self, decisions: usize, scores: bool) -> Times {
         let bookings = Bookings::new();
-        let rates = TransferRates::new();
         let targets = CostSettings::default().targets;
         let mut policy = KvCost::default();
         let mut scored = ScoredPolicy::new(CostSettings::default(), Arc::new(Totals));
@@ -263,7 +275,11 @@ impl Bench {
                 ..asked
             };
             self.roster.refresh(&bookings);
-            let cluster = self.roster.cluster(1).at(now_ms).with_transfers(&rates);
+            let cluster = self
+                .roster
+                .cluster(1)
+                .at(now_ms)
+                .with_transfers(&self.rates);
             placeable(&cluster, &keyless).unwrap();
             let bound = AdmissionSettings::default();
             for view in [&keyless, &asked] {
@@ -279,7 +295,11 @@ impl Bench {
                 ..request
             };
             self.roster.refresh(&bookings);
-            let cluster = self.roster.cluster(1).at(now_ms).with_transfers(&rates);
+            let cluster = self
+                .roster
+                .cluster(1)
+                .at(now_ms)
+                .with_transfers(&self.rates);
             let choosing = Instant::now();
             let decision = policy.choose(&cluster, &request).unwrap();
             let chose = choosing.elapsed();
@@ -288,7 +308,11 @@ impl Bench {
             });
             guards.push_back(booked.collect());
             let took = began.elapsed();
-            let cluster = self.roster.cluster(1).at(now_ms).with_transfers(&rates);
+            let cluster = self
+                .roster
+                .cluster(1)
+                .at(now_ms)
+                .with_transfers(&self.rates);
             let scoring = Instant::now();
             if scores {
                 std::hint::black_box(scored.choose(&cluster, &request).unwrap());

@@ -91,11 +91,20 @@ const QUICKEST: [TransferRate; 2] = [Path::SharedMemory.prior(), Path::Network.p
 /// What is learnt of transfers, by (source, target).
 #[derive(Debug, Clone, Default)]
 pub struct TransferRates {
-    /// By source, then target: looked up for every pair of a choice.
+    /// By source, then target: looked up for every pair of a choice, and small for that.
+    believed: Vec<Vec<Option<Believed>>>,
+    /// What that comes from.
     rows: Vec<Vec<Option<Learnt>>>,
     /// By source: the least fixed part and the highest rate that is believed of a
     /// path of each kind.
     quickest: Vec<[TransferRate; 2]>,
+}
+
+/// What is believed of a path between two.
+#[derive(Debug, Clone, Copy)]
+struct Believed {
+    path: Path,
+    rate: TransferRate,
 }
 
 /// Weighted least squares of t = fixed + bytes / rate, by sums that forget.
@@ -112,6 +121,7 @@ impl TransferRates {
     /// Nothing is learnt.
     pub const fn new() -> Self {
         Self {
+            believed: Vec::new(),
             rows: Vec::new(),
             quickest: Vec::new(),
         }
@@ -119,23 +129,20 @@ impl TransferRates {
 
     /// What a transfer takes: learnt, or the path's prior.
     pub fn rate(&self, source: WorkerSlot, target: WorkerSlot, path: Path) -> TransferRate {
-        let learnt = self.learnt(source, target);
         // One that moved to another host has another path.
-        learnt
-            .filter(|learnt| learnt.path == path)
-            .map_or_else(|| path.prior(), |learnt| learnt.rate)
+        self.believed(source, target)
+            .filter(|believed| believed.path == path)
+            .map_or_else(|| path.prior(), |believed| believed.rate)
     }
 
     /// What was learnt of a transfer; `None`: none was seen.
     pub fn known(&self, source: WorkerSlot, target: WorkerSlot) -> Option<TransferRate> {
-        self.learnt(source, target).map(|learnt| learnt.rate)
+        self.believed(source, target).map(|believed| believed.rate)
     }
 
-    fn learnt(&self, source: WorkerSlot, target: WorkerSlot) -> Option<&Learnt> {
-        self.rows
-            .get(source.0 as usize)?
-            .get(target.0 as usize)?
-            .as_ref()
+    fn believed(&self, source: WorkerSlot, target: WorkerSlot) -> Option<Believed> {
+        let of_source = self.believed.get(source.0 as usize)?;
+        *of_source.get(target.0 as usize)?
     }
 
     /// A transfer took so long, waiting for the source to compute not
@@ -154,10 +161,12 @@ impl TransferRates {
         let (row, column) = (source.0 as usize, target.0 as usize);
         if self.rows.len() <= row {
             self.rows.resize_with(row + 1, Vec::new);
+            self.believed.resize_with(row + 1, Vec::new);
             self.quickest.resize(row + 1, QUICKEST);
         }
         if self.rows[row].len() <= column {
             self.rows[row].resize(column + 1, None);
+            self.believed[row].resize(column + 1, None);
         }
         let before = self.rows[row][column];
         let mut learnt = before
@@ -165,6 +174,10 @@ impl TransferRates {
             .unwrap_or_else(|| Learnt::new(path));
         learnt.observe(bytes as f64, ms);
         self.rows[row][column] = Some(learnt);
+        self.believed[row][column] = Some(Believed {
+            path,
+            rate: learnt.rate,
+        });
         let quickest = self.quickest[row][path as usize].quicker(learnt.rate);
         self.quickest[row][path as usize] = quickest;
         // Was it the quickest itself, others may be so now.
@@ -195,10 +208,12 @@ impl TransferRates {
         let at = worker.0 as usize;
         if let Some(row) = self.rows.get_mut(at) {
             row.clear();
+            self.believed[at].clear();
             self.look_for_quickest(at);
         }
         for row in 0..self.rows.len() {
             if self.rows[row].get_mut(at).and_then(Option::take).is_some() {
+                self.believed[row][at] = None;
                 self.look_for_quickest(row);
             }
         }
