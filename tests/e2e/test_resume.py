@@ -315,6 +315,10 @@ def test_another_output_than_the_clients_is_not_gone_on_with(fresh) -> None:
     other = [*old.ids[:4], old.ids[4] + 1]
     wrong = resume(stub(two, 1), old.accepted.generation_id, other).until()
     assert wrong.error.code is grpc.StatusCode.NOT_FOUND
+    # Whoever has it keeps it.
+    old.until()
+    assert old.error is None
+    assert old.ids == undisturbed(prompt, 300)
     uneven = wire.ResumeRequest(generation_id="0" * 32, next_index=2, token_ids=[1])
     with pytest.raises(grpc.RpcError) as invalid:
         list(stub(two, 1).Resume(uneven, timeout=60))

@@ -10,6 +10,7 @@ use tonic_health::pb::HealthCheckRequest;
 
 use super::{
     body::{GenerateBody, ResponseBody},
+    calls::CallEnd,
     generation::{Asked, Generation},
     grpc,
     resume::resumed,
@@ -63,6 +64,7 @@ async fn generate(shared: &Arc<Shared>, call: Call) -> Response<ResponseBody> {
             headers,
             body,
             metadata,
+            ..
         } = call;
         let request = shared.door.read(headers, body).await?;
         shared.door.generate(request, metadata, caller).await
@@ -76,10 +78,11 @@ async fn resume(shared: &Arc<Shared>, call: Call) -> Response<ResponseBody> {
             headers,
             body,
             metadata,
+            end,
         } = call;
         let request = shared.door.read(headers, body).await?;
         let (asked, _permit) = resumed(request, metadata, caller)?;
-        let resumed = shared.mesh.resume(asked).await;
+        let resumed = shared.mesh.resume(asked, || end.was_cut()).await;
         resumed.map_err(|error| (Step::Admission, error))
     })
     .await
@@ -90,6 +93,7 @@ struct Reading<'a> {
     headers: &'a HeaderMap,
     body: Incoming,
     metadata: &'a CallMetadata,
+    end: &'a CallEnd,
 }
 
 /// A call that is answered by a generation, which `open` gives.
@@ -116,6 +120,7 @@ async fn streamed(
             headers: &headers,
             body,
             metadata: &metadata,
+            end: &end,
         };
         Ok((open(reading, &caller).await?, visit))
     };

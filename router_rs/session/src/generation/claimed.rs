@@ -20,7 +20,7 @@ impl Generation {
         let mut generation = Self {
             policy,
             fence: take.fence,
-            last_attempt: take.fence.attempt,
+            last_attempt: take.last_attempt,
             next_index,
             max_tokens,
             refusals: 0,

@@ -28,7 +28,7 @@ impl State {
     pub(super) fn find(&mut self, key: &str, find: &Find, now: Instant) -> Result<(), Status> {
         let generation = find.generation.as_ref().try_into();
         let generation = generation.map_err(|_| command::unnamed())?;
-        let found = self.kept.find(&generation, &find.tenant);
+        let found = self.kept.find(&generation, &find.tenant, find.next_index);
         self.push_found(key, found, now);
         Ok(())
     }
