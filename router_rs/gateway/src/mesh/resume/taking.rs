@@ -3,7 +3,7 @@
 //! leaves nothing half taken.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -11,6 +11,7 @@ use std::{
 use futures_util::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use kvmesh_session::{
     Command, Fence, GenerationId, Takeover, WorkerIndex,
+    link::LOST_MS,
     parse::{Found, Holds, Left},
     takeover::{Action, Actions, Event, Fit, Refused, Take},
 };
@@ -24,6 +25,7 @@ use super::{
         dispatch,
         open::{Claimed, Open, Party},
         session::{Outgoing, SessionHandle},
+        table::WorkerEntry,
     },
     ResumeAsked,
     asked::request,
@@ -32,6 +34,9 @@ use crate::error::RequestError;
 
 /// Longest wait for what workers answer to Find, and again to Claim.
 const ANSWER: Duration = Duration::from_secs(1);
+/// How long a worker that cannot be asked may have it all the same: as long as one that is
+/// silent is not given up.
+const AWAY: Duration = Duration::from_millis(LOST_MS);
 
 /// A takeover under way.
 pub(in crate::mesh) struct Taking {
@@ -48,6 +53,10 @@ struct State {
     sessions: BTreeMap<WorkerIndex, Arc<SessionHandle>>,
     /// Number of the claim to each worker: what is booked for it counts from there on.
     claims: BTreeMap<WorkerIndex, u64>,
+    /// Who has said what it has, and has a session still.
+    answered: BTreeSet<WorkerIndex>,
+    /// When all were asked.
+    asked: Instant,
     /// Until when answers are waited for.
     until: Instant,
     ended: Option<Result<Arc<Open>, RequestError>>,
@@ -56,6 +65,20 @@ struct State {
 }
 
 impl State {
+    fn note(&mut self, event: &Event) {
+        match event {
+            Event::Found { from, found, .. }
+                if matches!(found.what, Holds::Nothing | Holds::This(..)) =>
+            {
+                self.answered.insert(*from);
+            }
+            Event::SessionLost(worker) => {
+                self.answered.remove(worker);
+            }
+            Event::Found { .. } | Event::Fired => {}
+        }
+    }
+
     /// Nobody waits for it, and nobody was disturbed for it yet.
     fn is_unwanted(&self) -> bool {
         self.left.is_some() && self.claims.is_empty()
@@ -116,9 +139,7 @@ impl Taking {
         was_cut: impl Fn() -> bool,
     ) -> Result<Arc<Open>, RequestError> {
         let workers = core.table.all();
-        let session = |worker: &Arc<super::super::table::WorkerEntry>| {
-            Some((worker.index, worker.session()?))
-        };
+        let session = |worker: &Arc<WorkerEntry>| Some((worker.index, worker.session()?));
         let sessions: BTreeMap<_, _> = workers.iter().filter_map(session).collect();
         let (machine, actions) = Takeover::start(asked.next_index, sessions.keys().copied());
         let closed: FuturesUnordered<BoxFuture<'static, WorkerIndex>> = sessions
@@ -140,6 +161,8 @@ impl Taking {
                 machine,
                 sessions,
                 claims: BTreeMap::new(),
+                answered: BTreeSet::new(),
+                asked: Instant::now(),
                 until: Instant::now() + ANSWER,
                 ended: None,
                 left: None,
@@ -260,6 +283,7 @@ impl Taking {
             if state.is_unwanted() {
                 return None;
             }
+            state.note(&event);
             let actions = state.machine.apply(event);
             self.perform(&mut state, actions)
         };
@@ -311,6 +335,7 @@ impl Taking {
                     Action::Take(take) => taken = Some(take),
                     Action::End(why) => {
                         let error = match why {
+                            Refused::Unknown if self.core.may_be_elsewhere(state) => not_yet(),
                             Refused::Unknown => RequestError::UnknownGeneration,
                             Refused::NotYet => not_yet(),
                             Refused::Contested => contested(),
@@ -399,6 +424,18 @@ fn send(state: &State, to: WorkerIndex, command: Command) -> Option<u64> {
 }
 
 impl Core {
+    /// Whether somebody may have a generation that nobody who was asked has.
+    fn may_be_elsewhere(&self, asked: &State) -> bool {
+        let now = Instant::now();
+        // What came in so soon may have been on its way before.
+        let asked_at = asked.asked + ANSWER / 4;
+        let may = |worker: &Arc<WorkerEntry>| {
+            !asked.answered.contains(&worker.index) && worker.may_answer(asked_at, now, AWAY)
+        };
+        let unlisted = self.table.is_unlisted(now, self.settings.orphan_timeout);
+        unlisted || self.table.all().iter().any(may)
+    }
+
     /// Lets an attempt that was claimed in vain go on where it runs: who comes for it finds
     /// it there, and takes it away from here under a higher owner number.
     pub(in crate::mesh) fn leave_running(

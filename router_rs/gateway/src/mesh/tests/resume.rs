@@ -288,3 +288,39 @@ async fn what_nobody_comes_back_for_ends() {
         assert!(until(|| nothing_left(&mesh, &[&both])).await);
     }
 }
+
+#[tokio::test]
+async fn a_worker_that_was_not_reached_yet_may_have_it() {
+    let (both, all) = leaves("mock");
+    both.freeze();
+    let mesh = Mesh::start(settings(&[&both]), None);
+    let asked = super::super::resume::asked_for(HAD as u32, &all[..HAD]);
+    let not_yet = mesh.resume(asked.clone(), || true).await.map(|_| ());
+    assert!(matches!(not_yet, Err(RequestError::NotYet { .. })));
+    assert_eq!(mesh.counters().resumed.unknown.get(), 0);
+    both.thaw();
+    let stream = loop {
+        match mesh.resume(asked.clone(), || true).await {
+            Err(RequestError::NotYet { .. }) => tokio::time::sleep(Duration::from_millis(1)).await,
+            other => break other.unwrap(),
+        }
+    };
+    assert_eq!(after(&all[..HAD], stream).await.ids, all);
+}
+
+#[tokio::test]
+async fn one_that_has_died_is_not_waited_for() {
+    let both = worker(Role::Both);
+    let mut dead = worker(Role::Both);
+    let mesh = mesh_of(&[&both, &dead]).await;
+    dead.kill();
+    let asked = || super::super::resume::asked_for(0, &[]);
+    // Until it is known. What is asked for later than that is not waited for at all.
+    let refused = loop {
+        match mesh.resume(asked(), || true).await.map(|_| ()) {
+            Err(RequestError::NotYet { .. }) => tokio::time::sleep(Duration::from_millis(1)).await,
+            other => break other,
+        }
+    };
+    assert_eq!(refused, Err(RequestError::UnknownGeneration));
+}
