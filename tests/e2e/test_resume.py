@@ -232,6 +232,35 @@ def test_a_lost_connection_ends_no_resumable_stream(fresh) -> None:
             wait_quiet(two, each, "p", "d")
 
 
+def test_a_stream_without_its_connection_makes_room_for_the_call_that_resumes_it(fresh) -> None:
+    # It counts for as long as it is kept, which is longer than this takes.
+    limits = ("--tenant-concurrency", "1", "--orphan-ttl", "10m")
+    two = start(fresh, "d", router=limits)
+    endpoint = two.endpoints[0]
+    first, other = prompts(2)
+    with RawHttp2(endpoint) as raw:
+        events = raw.events(raw.call(message(request(first, 300))))
+        generation = next(events).accepted.generation_id
+        had: list[int] = []
+        while len(had) < 10:
+            had.extend(next(events).tokens.ids)
+        raw.vanish()
+    # The tenant has what it may have, and an id that is nobody's makes no room.
+    refused = [
+        Read(stub(two, 0).Generate(request(other, 3), timeout=60)).until(),
+        resume(stub(two, 0), "0" * 32, []).until(),
+    ]
+    for read in refused:
+        assert read.error is not None
+        assert read.error.reason == "TENANT_LIMIT"
+    again = resume(stub(two, 0), generation, had)
+    assert had + again.until().ids == undisturbed(first, 300)
+    assert resumed(endpoint) == {"here": 1}
+    # And that has given its place back.
+    assert Read(stub(two, 0).Generate(request(other, 3), timeout=60)).until().error is None
+    wait_quiet(two, endpoint, "p", "d")
+
+
 @pytest.mark.parametrize("how", ["reset", "reset and gone", "not resumable"])
 def test_what_its_client_leaves_for_good_ends_at_once(fresh, how) -> None:
     # Nobody would see the end of that.

@@ -192,8 +192,34 @@ impl Access {
     /// # Errors
     /// [`RequestError::TenantLimit`].
     pub(crate) fn enter(&self, caller: &Caller, now: Instant) -> Result<Visit, RequestError> {
-        let limits = caller.limits;
-        let counted = limits.concurrency > 0 || limits.requests_per_second > 0.0;
+        self.visit(caller, caller.limits, now)
+    }
+
+    /// Counts a request that takes the place of one which is counted: its rate alone is
+    /// looked at.
+    ///
+    /// # Errors
+    /// [`RequestError::TenantLimit`].
+    pub(crate) fn enter_in_place(
+        &self,
+        caller: &Caller,
+        now: Instant,
+    ) -> Result<Visit, RequestError> {
+        let limits = TenantLimits {
+            concurrency: 0,
+            ..caller.limits
+        };
+        self.visit(caller, limits, now)
+    }
+
+    fn visit(
+        &self,
+        caller: &Caller,
+        limits: TenantLimits,
+        now: Instant,
+    ) -> Result<Visit, RequestError> {
+        let of = caller.limits;
+        let counted = of.concurrency > 0 || of.requests_per_second > 0.0;
         let account = match counted {
             false => None,
             true => {

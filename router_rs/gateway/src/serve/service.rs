@@ -107,9 +107,14 @@ impl Shared {
     /// Whose a call is, and its place among that tenant's requests.
     pub(crate) fn enter(&self, call: &Call) -> Result<(Caller, Visit), Refused> {
         let caller = self.caller(call)?;
-        let visit = self.access.enter(&caller, call.metadata.arrived);
-        let visit = visit.map_err(|error| (Step::Tenant, error))?;
+        let visit = self.visit(&caller, &call.metadata)?;
         Ok((caller, visit))
+    }
+
+    /// A call's place among its tenant's requests.
+    pub(super) fn visit(&self, caller: &Caller, call: &CallMetadata) -> Result<Visit, Refused> {
+        let visit = self.access.enter(caller, call.arrived);
+        visit.map_err(|error| (Step::Tenant, error))
     }
 
     /// Counts a call that was refused.

@@ -78,6 +78,12 @@ impl Mesh {
         resumed
     }
 
+    /// Whether this router has what a call asks for, and would give it.
+    pub(crate) fn has(&self, asked: &ResumeAsked) -> bool {
+        let open = self.core.opened(asked.id);
+        open.is_some_and(|open| open.gives(asked))
+    }
+
     async fn resume_any(
         &self,
         asked: ResumeAsked,
