@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use xxhash_rust::xxh3::Xxh3Default;
+use sha2::{Digest as _, Sha256};
 
 use super::{Core, open::Open};
 use crate::{error::RequestError, request::AdmittedRequest};
@@ -50,11 +50,13 @@ impl Drop for Retry {
 
 /// Requests of which workers died, also where nothing else ran beside them.
 #[derive(Debug, Default)]
-pub(super) struct Quarantine(Mutex<HashMap<u64, Instant>>);
+pub(super) struct Quarantine(Mutex<HashMap<Name, Instant>>);
+
+type Name = [u8; 32];
 
 impl Quarantine {
     // An insert or a removal is whole.
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Instant>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Name, Instant>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -80,15 +82,17 @@ impl Quarantine {
     }
 }
 
-/// A tenant's request: what makes an engine run it again as it did.
-fn name_of(request: &AdmittedRequest) -> u64 {
-    let mut name = Xxh3Default::new();
-    name.update(&request.tenant.to_le_bytes());
+/// A tenant's request: what makes an engine run it again as it did. Nobody finds one that
+/// keeps another's out.
+fn name_of(request: &AdmittedRequest) -> Name {
+    let mut name = Sha256::new();
+    name.update(request.tenant.to_le_bytes());
+    name.update((request.model.len() as u64).to_le_bytes());
     name.update(request.model.as_bytes());
     for id in request.prompt_ids.iter() {
-        name.update(&id.to_le_bytes());
+        name.update(id.to_le_bytes());
     }
-    name.digest()
+    name.finalize().into()
 }
 
 impl Core {
