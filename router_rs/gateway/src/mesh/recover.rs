@@ -10,13 +10,17 @@ use std::{
     time::{Duration, Instant},
 };
 
+use kvmesh_session::generation::{Cause, PlanRequest};
 use sha2::{Digest as _, Sha256};
 
-use super::{Core, open::Open};
+use super::{Core, backoff::Backoff, open::Open};
 use crate::{error::RequestError, request::AdmittedRequest};
 
 /// One in so many running requests may be at a second or later new attempt.
 const RUNNING_A_RETRY: u64 = 5;
+/// First pause before an attempt after failed ones, and the longest: eight of them take
+/// one to three seconds, in which a path may heal.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// Requests kept in quarantine at most; the oldest go first.
 const QUARANTINED: usize = 1_024;
 
@@ -40,6 +44,21 @@ impl Retries {
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, more);
         taken.ok().map(|_| Retry(Arc::clone(&self.0)))
     }
+}
+
+/// How long an attempt is put off, since those before it failed: the first new one goes at
+/// once, each later one waits for longer. A lost worker is no reason to wait, for the next
+/// attempt is on another one. `seed` says where between its bounds a pause is.
+pub(super) fn pause(request: &PlanRequest, seed: u64) -> Option<Duration> {
+    let before = match request.cause {
+        Cause::Failed => request.failures.checked_sub(2)?,
+        _ => return None,
+    };
+    let mut backoff = Backoff::new(PAUSE, seed);
+    for _ in 0..before {
+        backoff.next();
+    }
+    Some(backoff.next())
 }
 
 impl Drop for Retry {
@@ -126,6 +145,8 @@ pub(super) fn quarantined(left: Duration) -> RequestError {
 
 #[cfg(test)]
 mod tests {
+    use kvmesh_session::generation::Loss;
+
     use super::*;
     use crate::mesh::tests::request;
 
@@ -138,6 +159,29 @@ mod tests {
         let one = retries.take(0);
         assert!(one.is_some(), "one always may");
         assert!(retries.take(4).is_none());
+    }
+
+    #[test]
+    fn attempts_after_failed_ones_wait_ever_longer_and_each_stream_for_its_own_time() {
+        let asked = |cause, failures| PlanRequest {
+            excluded: Default::default(),
+            cause,
+            wait_for_room: false,
+            failures,
+        };
+        for seed in 0..100 {
+            let pause = |failures| pause(&asked(Cause::Failed, failures), seed);
+            assert_eq!((pause(0), pause(1)), (None, None), "the first goes at once");
+            for (failures, bound_ms) in (2..).zip([50, 100, 200, 400, 800, 1_600, 2_000, 2_000]) {
+                let bound = Duration::from_millis(bound_ms);
+                let waits = pause(failures).expect("a later one waits");
+                assert!(bound / 4 <= waits && waits <= bound, "{waits:?} of {bound:?}");
+            }
+        }
+        let third = |seed| pause(&asked(Cause::Failed, 3), seed);
+        assert_eq!(third(1), third(1));
+        assert_ne!(third(1), third(2));
+        assert_eq!(pause(&asked(Cause::Lost(Loss::Died), 5), 1), None);
     }
 
     #[test]

@@ -45,6 +45,8 @@ pub struct FaultPlan {
     pub return_next: u32,
     /// Streams are not handed over: the receiver's transfer fails.
     pub keep_streams: bool,
+    /// Transfers that it pulls fail.
+    pub fail_pulls: bool,
     /// Claims are not answered until this is unset.
     pub hold_claims: bool,
     /// Loads say again what the last one said before this was set.
@@ -73,6 +75,7 @@ impl Default for FaultPlan {
             return_at: None,
             return_next: 0,
             keep_streams: false,
+            fail_pulls: false,
             hold_claims: false,
             old_loads: false,
             stuck: false,

@@ -313,8 +313,12 @@ impl Session {
             return;
         };
         let (generation, attempt) = (request.generation.clone(), request.attempt);
+        let fails = self.state.faults.plan().fail_pulls;
         self.pulls.spawn(async move {
-            let outcome = hand_off::pull(&mesh.sender_address, &mesh.transfer_id).await;
+            let outcome = match fails {
+                true => Err("asked to fail".to_owned()),
+                false => hand_off::pull(&mesh.sender_address, &mesh.transfer_id).await,
+            };
             Pulled {
                 generation,
                 attempt,
