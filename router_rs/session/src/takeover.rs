@@ -280,7 +280,9 @@ impl Takeover {
 
     /// Who has all that the client has, and can be gone on with, under the highest attempt.
     fn best(&self, holders: &Holders) -> Option<WorkerIndex> {
-        let fit = holders.iter().filter(|(_, holder)| holder.fits(self.wanted));
+        let fit = holders
+            .iter()
+            .filter(|(_, holder)| holder.fits(self.wanted));
         let best = fit.max_by_key(|(_, holder)| {
             let held = &holder.held;
             (held.fence, held.stage != Stage::Prefill)

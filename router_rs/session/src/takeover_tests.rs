@@ -133,11 +133,7 @@ fn a_higher_attempt_wins_unless_it_lacks_what_the_client_has() {
 #[test]
 fn a_prompt_alone_is_gone_on_from_by_a_new_attempt() {
     let (mut takeover, _) = Takeover::start(1, [A]);
-    let actions = says(
-        &mut takeover,
-        A,
-        this(held(fence(1, 1), 1, Stage::Prefill)),
-    );
+    let actions = says(&mut takeover, A, this(held(fence(1, 1), 1, Stage::Prefill)));
     assert_eq!(claims(&actions), [(A, 2)]);
     let actions = gives(&mut takeover, A, held(fence(2, 1), 1, Stage::Prefill));
     assert_eq!(cancels(&actions), [(A, fence(2, 1))]);
@@ -159,11 +155,7 @@ fn nobody_is_disturbed_for_what_cannot_be_had() {
 #[test]
 fn who_does_not_answer_is_not_waited_for() {
     let (mut takeover, _) = Takeover::start(0, [A, B, C]);
-    says(
-        &mut takeover,
-        A,
-        this(held(fence(1, 1), 2, Stage::Whole)),
-    );
+    says(&mut takeover, A, this(held(fence(1, 1), 2, Stage::Whole)));
     takeover.apply(Event::SessionLost(B));
     let actions = takeover.apply(Event::Fired);
     assert_eq!(claims(&actions), [(A, 2), (C, 2)]);

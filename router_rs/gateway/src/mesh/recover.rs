@@ -175,7 +175,10 @@ mod tests {
             for (failures, bound_ms) in (2..).zip([50, 100, 200, 400, 800, 1_600, 2_000, 2_000]) {
                 let bound = Duration::from_millis(bound_ms);
                 let waits = pause(failures).expect("a later one waits");
-                assert!(bound / 4 <= waits && waits <= bound, "{waits:?} of {bound:?}");
+                assert!(
+                    bound / 4 <= waits && waits <= bound,
+                    "{waits:?} of {bound:?}"
+                );
             }
         }
         let third = |seed| pause(&asked(Cause::Failed, 3), seed);

@@ -117,15 +117,14 @@ async fn streamed(
 ) -> Response<ResponseBody> {
     let back = call.metadata.headers();
     let caller = shared.caller(&call);
+    let (call, span) = shared.begin(call);
     let Call {
         headers,
         body,
-        mut metadata,
+        metadata,
         end,
         ..
     } = call;
-    let spans = shared.spans.as_ref();
-    let span = spans.and_then(|spans| spans.begin(&mut metadata));
     let opened = async {
         let caller = caller?;
         let reading = Reading {

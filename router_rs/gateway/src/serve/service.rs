@@ -111,6 +111,13 @@ impl Shared {
         Ok((caller, visit))
     }
 
+    /// A call that begins, with its span where spans are exported.
+    pub(crate) fn begin(&self, mut call: Call) -> (Call, Option<RequestSpan>) {
+        let spans = self.spans.as_ref();
+        let span = spans.and_then(|spans| spans.begin(&mut call.metadata));
+        (call, span)
+    }
+
     /// A call's place among its tenant's requests.
     pub(super) fn visit(&self, caller: &Caller, call: &CallMetadata) -> Result<Visit, Refused> {
         let visit = self.access.enter(caller, call.arrived);

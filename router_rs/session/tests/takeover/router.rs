@@ -130,7 +130,8 @@ impl Router {
     /// Nobody came for what it left.
     pub(crate) fn lets_go(&mut self) -> Sends {
         let left = std::mem::take(&mut self.leaves).into_iter();
-        left.map(|(w, fence)| (w, Command::Cancel { fence })).collect()
+        left.map(|(w, fence)| (w, Command::Cancel { fence }))
+            .collect()
     }
 
     pub(crate) fn apply(&mut self, event: Event) -> Sends {

@@ -193,10 +193,9 @@ impl Worker {
                 }
             }
             Command::Find { had } => {
-                let what = self
-                    .held
-                    .as_ref()
-                    .map_or(Holds::Nothing, |held| Holds::This(has(held), told(held, had)));
+                let what = self.held.as_ref().map_or(Holds::Nothing, |held| {
+                    Holds::This(has(held), told(held, had))
+                });
                 self.say(router, found(what));
             }
             Command::Claim { owner } => self.claim(router, owner),

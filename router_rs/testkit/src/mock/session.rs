@@ -7,10 +7,10 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use kvmesh_wire::v1::{
-    CacheEvents, Cancelled, Claim, EngineHandOff, Found, HandOver, HandedOff, Load, LoadShare, Opening,
-    Place, Refused, RequestClass, Reserved, RouterFrame, RouterHello, Stage, StageEnd, StepOutput,
-    StepSample, TransferFailed, WorkerFrame, WorkerHello, hand_off::Kind, opening, router_frame,
-    stage_end::End, worker_frame,
+    CacheEvents, Cancelled, Claim, EngineHandOff, Found, HandOver, HandedOff, Load, LoadShare,
+    Opening, Place, Refused, RequestClass, Reserved, RouterFrame, RouterHello, Stage, StageEnd,
+    StepOutput, StepSample, TransferFailed, WorkerFrame, WorkerHello, hand_off::Kind, opening,
+    router_frame, stage_end::End, worker_frame,
 };
 use tokio::{
     sync::{broadcast, mpsc},

@@ -189,10 +189,7 @@ impl Taking {
     }
 
     /// Waits for answers until it is over.
-    async fn drive(
-        self: Arc<Self>,
-        mut closed: FuturesUnordered<BoxFuture<'static, WorkerIndex>>,
-    ) {
+    async fn drive(self: Arc<Self>, mut closed: FuturesUnordered<BoxFuture<'static, WorkerIndex>>) {
         loop {
             let until = self.lock().until;
             let event = tokio::select! {

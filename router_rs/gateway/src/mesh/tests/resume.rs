@@ -48,7 +48,10 @@ async fn the_stream_that_asked_last_has_it() {
     let mesh = mesh_of(&[&both]).await;
     let mut first = mesh.generate(resumable(&[1, 2], 200)).unwrap();
     let begun = first_tokens(&mut first).await;
-    let second = mesh.resume(asked(&first, &begun.ids), || true).await.unwrap();
+    let second = mesh
+        .resume(asked(&first, &begun.ids), || true)
+        .await
+        .unwrap();
     let (old, new) = tokio::join!(after(&begun.ids, first), after(&begun.ids, second));
     let taken_over = matches!(old.error, Some(RequestError::TakenOver { next_index })
         if next_index as usize == old.ids.len());

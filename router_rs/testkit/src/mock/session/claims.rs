@@ -48,7 +48,10 @@ impl Session {
         };
         self.flush(0, true, None).await?;
         // It runs once.
-        let before = self.running.iter().position(|of| of.generation == claim.generation);
+        let before = self
+            .running
+            .iter()
+            .position(|of| of.generation == claim.generation);
         if let Some(at) = before {
             self.running.swap_remove(at);
         }
