@@ -351,7 +351,9 @@ async def test_a_router_that_reads_no_more_leaves_it_to_others() -> None:
     async with running(step_lane_bytes=200_000) as rig:
         _, session = await begin_beside(rig)
         many = 9_000
-        rows = TokenColumns(OTHER * many, [1] * many, [1] * many, [0] * many, [1] * many, [42] * many)
+        rows = TokenColumns(
+            OTHER * many, [1] * many, [1] * many, [0] * many, [1] * many, [42] * many
+        )
         # Windows and socket buffers take some of it, not all.
         for step in range(2, 200):
             rig.engine.emit(session, step=step, tokens=rows)
