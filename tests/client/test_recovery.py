@@ -62,6 +62,29 @@ def test_one_that_is_resumable_is_resumed_first() -> None:
     assert (recovery.resume.generation_id, recovery.resume.next_index) == ("11" * 16, 3)
 
 
+@pytest.mark.parametrize("timeout", [None, 4.0], ids=["its own time", "a deadline"])
+def test_who_cannot_say_is_asked_for_half_of_the_time_and_the_rest_is_for_the_other_way(
+    monkeypatch, timeout
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    recovery = Recovery(build_request({"prompt": "a", "resumable": True}), timeout, 10.0)
+    recovery.take(ACCEPTED)
+    recovery.take(Tokens(0, (5, 6), "x"))
+    recovery.pause(GONE)
+    half = 5.0 if timeout is None else 2.0
+    unsaid = MeshUnavailableError(
+        grpc.StatusCode.UNAVAILABLE, "not yet", "NOT_YET", retry_after_s=0.1
+    )
+    now += half - 0.1
+    assert recovery.pause(unsaid) > 0.1
+    assert recovery.resume is not None
+    now += 0.1
+    recovery.pause(unsaid)
+    assert recovery.resume is None
+    assert list(recovery.request.continue_from.token_ids) == [5, 6]
+
+
 def test_what_another_call_took_over_is_over() -> None:
     recovery = Recovery(build_request({"prompt": "a", "resumable": True}), None, 30.0)
     recovery.take(ACCEPTED)

@@ -172,6 +172,10 @@ def test_a_router_attaches_to_no_other_worker_than_the_record_names(secured) -> 
     )
     assert twin.process.wait(60) == 2
     assert "d is taken" in twin.log.read_text()
+    # One that speaks no TLS cannot ask it, and takes it no more than that.
+    plain = secured.cluster.begin_worker("plain", "both", "--worker-id", "d")
+    assert plain.process.wait(60) == 2
+    assert "d is taken" in plain.log.read_text()
     # A worker does not begin with somebody else's certificate.
     child = secured.cluster.begin_worker("e", "both", *secured.worker_files(issued))
     assert child.process.wait(60) == 2

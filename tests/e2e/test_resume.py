@@ -232,6 +232,36 @@ def test_a_lost_connection_ends_no_resumable_stream(fresh) -> None:
             wait_quiet(two, each, "p", "d")
 
 
+def test_a_stream_without_its_connection_makes_room_for_the_call_that_resumes_it(fresh) -> None:
+    # It counts for as long as it is kept, which is longer than this takes.
+    limits = ("--tenant-concurrency", "1", "--orphan-ttl", "10m")
+    two = start(fresh, "d", router=limits)
+    endpoint = two.endpoints[0]
+    first, other = prompts(2)
+    with RawHttp2(endpoint) as raw:
+        events = raw.events(raw.call(message(request(first, 300))))
+        generation = next(events).accepted.generation_id
+        had: list[int] = []
+        while len(had) < 10:
+            had.extend(next(events).tokens.ids)
+        raw.vanish()
+    # The tenant has what it may have, and an id that is nobody's makes no room.
+    refused = [
+        Read(stub(two, 0).Generate(request(other, 3), timeout=60)).until(),
+        resume(stub(two, 0), "0" * 32, []).until(),
+    ]
+    for read in refused:
+        assert read.error is not None
+        assert read.error.reason == "TENANT_LIMIT"
+    again = resume(stub(two, 0), generation, had)
+    assert had + again.until().ids == undisturbed(first, 300)
+    assert resumed(endpoint) == {"here": 1}
+    # And that gives its place back.
+    while Read(stub(two, 0).Generate(request(other, 3), timeout=60)).until().error is not None:
+        two.children.wait(0.02)
+    wait_quiet(two, endpoint, "p", "d")
+
+
 @pytest.mark.parametrize("how", ["reset", "reset and gone", "not resumable"])
 def test_what_its_client_leaves_for_good_ends_at_once(fresh, how) -> None:
     # Nobody would see the end of that.
@@ -315,6 +345,10 @@ def test_another_output_than_the_clients_is_not_gone_on_with(fresh) -> None:
     other = [*old.ids[:4], old.ids[4] + 1]
     wrong = resume(stub(two, 1), old.accepted.generation_id, other).until()
     assert wrong.error.code is grpc.StatusCode.NOT_FOUND
+    # Whoever has it keeps it.
+    old.until()
+    assert old.error is None
+    assert old.ids == undisturbed(prompt, 300)
     uneven = wire.ResumeRequest(generation_id="0" * 32, next_index=2, token_ids=[1])
     with pytest.raises(grpc.RpcError) as invalid:
         list(stub(two, 1).Resume(uneven, timeout=60))

@@ -67,6 +67,8 @@ async def test_what_is_found_is_claimed_and_goes_on_at_its_new_router() -> None:
         assert await found(new) == wire.Found(
             generation=GENERATION, known=True, owner=1, attempt=1, next_index=2,
             stage=wire.STAGE_WHOLE,
+            # XXH3-64 of nothing: the client has none.
+            model="m", output_digest=0x2D06800538D394C2,
         )  # fmt: skip
         await new.write(claim(2, 2))
         given = await found(new)
@@ -289,3 +291,73 @@ async def test_memory_for_it_is_bounded() -> None:
         new, _ = await attach(rig, "b")
         await new.write(find(1))
         assert not (await found(new)).known
+
+
+OTHER = bytes(16)
+
+
+async def begin_beside(rig):
+    """As `begin`, with a stream of the same router that nobody could resume."""
+    old, session = await begin(rig)
+    continuation = wire.Continuation(model="m", prompt_ids=[1])
+    place = wire.Place(
+        generation=OTHER, owner=1, attempt=1, stage=wire.STAGE_WHOLE, continuation=continuation
+    )
+    await old.write(wire.RouterFrame(number=2, place=place))
+    await rig.engine.placed.get()
+    return old, session
+
+
+async def goes_on(rig, session, *had: int) -> None:
+    """Another router has it with all that was made, and gets what is made from then on."""
+    new, _ = await attach(rig, "b")
+    await new.write(claim(1, 2))
+    assert list((await found(new)).output_ids) == list(had)
+    rig.engine.emit(session, step=300, tokens=tokens(len(had), 7), ends=[end()])
+    while not (step := await said(new)).ends:
+        pass
+    assert step.tokens.ids == [7]
+    assert rig.engine.cancelled.empty()
+
+
+async def test_what_waits_for_a_router_that_is_gone_costs_nobody_what_can_be_resumed() -> None:
+    async with running(replay_bytes=1, load_interval_ms=10.0) as rig:
+        old, session = await begin_beside(rig)
+        old.cancel()
+        while (await rig.stub.GetInfo(wire.GetInfoRequest())).routers:
+            pass
+        rig.engine.emit(session, step=2, tokens=tokens(2, *range(42, 60)))
+        # The other is of no use any more: its router lacks what was forgotten.
+        assert await rig.engine.cancelled.get() == AttemptId(OTHER, 1, 1)
+        await goes_on(rig, session, 40, 41, *range(42, 60))
+
+
+async def test_a_router_that_comes_back_lacks_what_was_forgotten() -> None:
+    async with running(replay_bytes=1, load_interval_ms=10.0) as rig:
+        old, session = await begin_beside(rig)
+        old.cancel()
+        while (await rig.stub.GetInfo(wire.GetInfoRequest())).routers:
+            pass
+        rig.engine.emit(session, step=2, tokens=tokens(2, *range(42, 60)))
+        assert await rig.engine.cancelled.get() == AttemptId(OTHER, 1, 1)
+        # It has two tokens, and nothing after these is known: it has to begin anew there.
+        named = wire.Reattach(generation=GENERATION, owner=1, attempt=1, next_index=2)
+        _, hello = await attach(rig, "a", reattach=[named])
+        assert not hello.reattached
+        assert await rig.engine.cancelled.get() == FIRST
+
+
+async def test_a_router_that_reads_no_more_leaves_it_to_others() -> None:
+    async with running(step_lane_bytes=200_000) as rig:
+        _, session = await begin_beside(rig)
+        many = 9_000
+        rows = TokenColumns(
+            OTHER * many, [1] * many, [1] * many, [0] * many, [1] * many, [42] * many
+        )
+        # Windows and socket buffers take some of it, not all.
+        for step in range(2, 200):
+            rig.engine.emit(session, step=step, tokens=rows)
+            if not rig.engine.cancelled.empty():
+                break
+        assert await rig.engine.cancelled.get() == AttemptId(OTHER, 1, 1)
+        await goes_on(rig, session, 40, 41)

@@ -64,6 +64,12 @@ pub enum RequestError {
     /// No generation of this id for this caller. One text for all causes.
     #[error("no such generation")]
     UnknownGeneration,
+    /// It cannot be said yet whether there is such a generation: ask again soon.
+    #[error("{why}")]
+    NotYet {
+        /// In words.
+        why: &'static str,
+    },
     /// No service of this name: a question to health.
     #[error("unknown service")]
     UnknownService,
@@ -223,6 +229,7 @@ impl RequestError {
             Self::TenantLimit { .. } => (Code::ResourceExhausted, "TENANT_LIMIT"),
             Self::SlowClient { .. } => (Code::ResourceExhausted, "SLOW_CLIENT"),
             Self::NoWorker(_) => (Code::Unavailable, "NO_WORKER"),
+            Self::NotYet { .. } => (Code::Unavailable, "NOT_YET"),
             Self::WorkerLost { .. } => (Code::Unavailable, "WORKER_LOST"),
             Self::ShuttingDown { .. } => (Code::Unavailable, "SHUTTING_DOWN"),
             Self::WorkerFailed { code, reason, .. } => (worker_code(*code), reason),
@@ -296,6 +303,7 @@ impl RequestError {
             Self::Overloaded { retry_after, .. } | Self::TenantLimit { retry_after, .. } => {
                 Some(*retry_after)
             }
+            Self::NotYet { .. } => Some(RETRY_AFTER.0),
             _ => None,
         }
     }

@@ -50,7 +50,7 @@ pub struct AdmittedRequest {
     pub admin: bool,
     /// Whose it is, as a hash: tenants of a class take turns. Without keys the
     /// client's address.
-    pub tenant: u64,
+    pub tenant: u128,
     /// Whether another router may take it over.
     pub resumable: bool,
     /// Urgency; never unspecified.

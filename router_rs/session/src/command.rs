@@ -112,6 +112,8 @@ pub enum Command {
         generation: GenerationId,
         /// Tenant that asks.
         tenant: String,
+        /// How many output ids the client has.
+        next_index: u32,
     },
     /// Takes a generation over.
     Claim {
@@ -155,9 +157,14 @@ impl Command {
                 hand_off: Some(hand_off.into()),
                 next_index,
             }),
-            Self::Find { generation, tenant } => Frame::Find(v1::Find {
+            Self::Find {
+                generation,
+                tenant,
+                next_index,
+            } => Frame::Find(v1::Find {
                 generation: wire_id(generation),
                 tenant,
+                next_index,
             }),
             Self::Claim {
                 generation,

@@ -8,11 +8,13 @@
 //!                  └── a higher owner is in force
 //! ```
 //!
-//! Of several holders the highest (owner, attempt) that has all that the client has wins,
-//! decode before prefill; the others are cancelled. The claim goes to every session: who
-//! holds nothing then refuses what the old owner still places. The winner's word decides
-//! at once, for its tokens follow it. Where the winner is lost before it says anything the
-//! next one that was claimed is gone on from, by a new attempt.
+//! Of several holders the highest (owner, attempt) that has all that the client has, and
+//! that this router can go on with, wins, decode before prefill; the others are cancelled.
+//! Where there is none nothing is claimed, and whoever has the generation keeps it. The
+//! claim goes to every session: who holds nothing then refuses what the old owner still
+//! places. The winner's word decides at once, for its tokens follow it. Where the winner is
+//! lost before it says anything the next one that was claimed is gone on from, by a new
+//! attempt. What was claimed in vain is left where it runs, for another try.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -35,11 +37,24 @@ pub enum Event {
         from: WorkerIndex,
         /// What.
         found: Found,
+        /// Whether this router could go on with that. Of what is not there nothing.
+        fit: Fit,
     },
     /// A session has ended, or takes nothing.
     SessionLost(WorkerIndex),
     /// The wait for answers is over.
     Fired,
+}
+
+/// Whether this router can go on with what a worker has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Fit {
+    /// It can.
+    Now,
+    /// Not before something comes that is on its way.
+    Later,
+    /// It is another output than the client's, or nothing that this router could serve.
+    Never,
 }
 
 /// What the driver has to do.
@@ -64,6 +79,14 @@ pub enum Action {
         /// Which attempt.
         fence: Fence,
     },
+    /// An attempt was claimed in vain: it goes on for another try, and is cancelled where
+    /// none has come for it after as long as orphans are kept.
+    Leave {
+        /// On which worker.
+        to: WorkerIndex,
+        /// Which attempt.
+        fence: Fence,
+    },
     /// Start the wait for answers, anew if it runs.
     Arm,
     /// Give the wait up.
@@ -80,6 +103,8 @@ pub enum Action {
 pub struct Take {
     /// The attempt as it is named now.
     pub fence: Fence,
+    /// Highest number of an attempt that is known of: new ones have higher ones.
+    pub last_attempt: u32,
     /// Who goes on with it, and which stage; `None`: it needs a new attempt.
     pub runs: Option<(WorkerIndex, Stage)>,
     /// What its router left.
@@ -91,6 +116,8 @@ pub struct Take {
 pub enum Refused {
     /// Nobody has it, for this tenant and from the index that is wanted.
     Unknown,
+    /// It is there, and cannot be had at this moment.
+    NotYet,
     /// Others claim it at the same time.
     Contested,
 }
@@ -107,21 +134,42 @@ pub struct Takeover {
     state: State,
 }
 
+/// What a worker said that it has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Holder {
+    held: Held,
+    fit: Fit,
+}
+
+impl Holder {
+    fn fits(&self, wanted: u32) -> bool {
+        self.held.next_index >= wanted && self.fit == Fit::Now
+    }
+}
+
+type Holders = BTreeMap<WorkerIndex, Holder>;
+type Given = BTreeMap<WorkerIndex, (Holder, Box<Left>)>;
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum State {
     Finding {
         waiting: BTreeSet<WorkerIndex>,
-        holders: BTreeMap<WorkerIndex, Held>,
+        holders: Holders,
     },
     Claiming {
         owner: u32,
         winner: WorkerIndex,
         /// Who has not answered, by what it said that it has.
-        holders: BTreeMap<WorkerIndex, Held>,
+        holders: Holders,
         /// Who gave it, though another has the first word.
-        given: BTreeMap<WorkerIndex, (Held, Box<Left>)>,
+        given: Given,
+        /// Highest number of an attempt that any of them told of.
+        last_attempt: u32,
     },
-    Done,
+    /// It is this router's.
+    Taken,
+    /// It could not be had.
+    Ended,
 }
 
 impl Takeover {
@@ -133,7 +181,7 @@ impl Takeover {
             wanted,
             workers: workers.into_iter().collect(),
             tries: 0,
-            state: State::Done,
+            state: State::Ended,
         };
         let mut actions = Actions::new();
         takeover.find(&mut actions);
@@ -143,17 +191,21 @@ impl Takeover {
     /// Whether it is over, with or without success.
     #[must_use]
     pub fn is_done(&self) -> bool {
-        self.state == State::Done
+        matches!(self.state, State::Taken | State::Ended)
     }
 
     /// Takes an event and says what to do.
     pub fn apply(&mut self, event: Event) -> Actions {
         let mut actions = Actions::new();
         match event {
-            Event::Found { from, found } => match found.what {
+            Event::Found { from, found, fit } => match found.what {
                 Holds::Nothing => self.answered(from, None, &mut actions),
-                Holds::This(held) => self.answered(from, Some(held), &mut actions),
-                Holds::Claimed(held, left) => self.given(from, held, left, &mut actions),
+                Holds::This(held, _) => {
+                    self.answered(from, Some(Holder { held, fit }), &mut actions);
+                }
+                Holds::Claimed(held, left) => {
+                    self.given(from, (Holder { held, fit }, left), &mut actions);
+                }
                 Holds::Refused { .. } => self.refused(from, &mut actions),
             },
             Event::SessionLost(worker) => {
@@ -164,7 +216,7 @@ impl Takeover {
             Event::Fired => match &self.state {
                 State::Finding { .. } => self.claim(&mut actions),
                 State::Claiming { winner, .. } => self.out(*winner, &mut actions),
-                State::Done => {}
+                State::Taken | State::Ended => {}
             },
         }
         actions
@@ -183,14 +235,14 @@ impl Takeover {
     }
 
     /// A worker's answer to Find. What comes later than it is waited for says nothing new.
-    fn answered(&mut self, from: WorkerIndex, held: Option<Held>, actions: &mut Actions) {
+    fn answered(&mut self, from: WorkerIndex, holder: Option<Holder>, actions: &mut Actions) {
         let State::Finding { waiting, holders } = &mut self.state else {
             return;
         };
         if !waiting.remove(&from) {
             return;
         }
-        holders.extend(held.map(|held| (from, held)));
+        holders.extend(holder.map(|holder| (from, holder)));
         if waiting.is_empty() {
             self.claim(actions);
         }
@@ -202,58 +254,73 @@ impl Takeover {
         };
         let holders = std::mem::take(holders);
         let Some(winner) = self.best(&holders) else {
-            return self.end(Refused::Unknown, actions);
+            let later = |of: &Holder| of.fit == Fit::Later && of.held.next_index >= self.wanted;
+            let why = match holders.values().any(later) {
+                true => Refused::NotYet,
+                false => Refused::Unknown,
+            };
+            return self.end(why, actions);
         };
-        let highest = holders.values().map(|held| held.fence.owner).max();
+        let highest = holders.values().map(|holder| holder.held.fence.owner).max();
         let Some(owner) = highest.and_then(|owner| owner.checked_add(1)) else {
             return self.end(Refused::Unknown, actions);
         };
         let claims = self.workers.iter();
         actions.extend(claims.map(|&to| Action::Claim { to, owner }));
         actions.push(Action::Arm);
+        let attempts = holders.values().map(|holder| holder.held.fence.attempt);
         self.state = State::Claiming {
             owner,
             winner,
+            last_attempt: attempts.max().unwrap_or(0),
             holders,
             given: BTreeMap::new(),
         };
     }
 
-    /// Who has all that the client has under the highest attempt.
-    fn best(&self, holders: &BTreeMap<WorkerIndex, Held>) -> Option<WorkerIndex> {
-        let fit = holders.iter();
-        let fit = fit.filter(|(_, held)| held.next_index >= self.wanted);
-        let best = fit.max_by_key(|(_, held)| (held.fence, held.stage != Stage::Prefill));
+    /// Who has all that the client has, and can be gone on with, under the highest attempt.
+    fn best(&self, holders: &Holders) -> Option<WorkerIndex> {
+        let fit = holders
+            .iter()
+            .filter(|(_, holder)| holder.fits(self.wanted));
+        let best = fit.max_by_key(|(_, holder)| {
+            let held = &holder.held;
+            (held.fence, held.stage != Stage::Prefill)
+        });
         best.map(|(&worker, _)| worker)
     }
 
     /// A worker gave what it has. It is this router's now, wanted or not.
-    fn given(&mut self, from: WorkerIndex, held: Held, left: Box<Left>, actions: &mut Actions) {
-        let mine =
-            matches!(&self.state, State::Claiming { owner, .. } if held.fence.owner == *owner);
+    fn given(&mut self, from: WorkerIndex, own: (Holder, Box<Left>), actions: &mut Actions) {
+        let fence = own.0.held.fence;
+        let wanted = self.wanted;
         let State::Claiming {
+            owner,
             winner,
             holders,
             given,
-            ..
+            last_attempt,
         } = &mut self.state
         else {
-            let fence = held.fence;
-            return actions.push(Action::Cancel { to: from, fence });
+            return actions.push(match self.state {
+                // Beside the one that is gone on with.
+                State::Taken => Action::Cancel { to: from, fence },
+                _ => Action::Leave { to: from, fence },
+            });
         };
-        if !mine {
+        if fence.owner != *owner {
             // By an earlier claim of ours: the one under way gives it anew.
             return;
         }
         holders.remove(&from);
+        *last_attempt = fence.attempt.max(*last_attempt);
         if *winner != from {
-            given.insert(from, (held, left));
-        } else if held.next_index < self.wanted {
-            given.insert(from, (held, left));
-            self.out(from, actions);
+            given.insert(from, own);
+        } else if own.0.fits(wanted) {
+            self.take(from, own, true, actions);
         } else {
-            let given = std::mem::take(given);
-            self.take(from, (held, left), true, given, actions);
+            given.insert(from, own);
+            self.out(from, actions);
         }
     }
 
@@ -295,28 +362,23 @@ impl Takeover {
         if *winner != worker {
             return;
         }
-        let mut left: BTreeMap<_, _> = holders.clone();
-        left.extend(given.iter().map(|(&worker, (held, _))| (worker, *held)));
-        let Some(next) = self.best(&left) else {
-            let State::Claiming { given, .. } = &mut self.state else {
-                return;
-            };
-            for (to, (held, _)) in std::mem::take(given) {
-                let fence = held.fence;
-                actions.push(Action::Cancel { to, fence });
-            }
-            return self.end(Refused::Unknown, actions);
-        };
+        let mut left = holders.clone();
+        left.extend(given.iter().map(|(&worker, (holder, _))| (worker, *holder)));
+        let next = self.best(&left);
         let State::Claiming { winner, given, .. } = &mut self.state else {
             return;
+        };
+        let Some(next) = next else {
+            for (to, (holder, _)) in std::mem::take(given) {
+                let fence = holder.held.fence;
+                actions.push(Action::Leave { to, fence });
+            }
+            return self.end(Refused::NotYet, actions);
         };
         *winner = next;
         match given.remove(&next) {
             // What it said since is lost: its output is gone on from, by another attempt.
-            Some(own) => {
-                let given = std::mem::take(given);
-                self.take(next, own, false, given, actions);
-            }
+            Some(own) => self.take(next, own, false, actions),
             None => actions.push(Action::Arm),
         }
     }
@@ -324,33 +386,42 @@ impl Takeover {
     fn take(
         &mut self,
         from: WorkerIndex,
-        (held, left): (Held, Box<Left>),
+        (holder, left): (Holder, Box<Left>),
         heard: bool,
-        others: BTreeMap<WorkerIndex, (Held, Box<Left>)>,
         actions: &mut Actions,
     ) {
+        let State::Claiming {
+            given,
+            last_attempt,
+            ..
+        } = std::mem::replace(&mut self.state, State::Taken)
+        else {
+            return;
+        };
+        let held = holder.held;
         let goes_on = heard && held.stage != Stage::Prefill;
         let cancel = |(to, held): (WorkerIndex, Held)| Action::Cancel {
             to,
             fence: held.fence,
         };
         actions.push(Action::Disarm);
-        actions.extend(others.into_iter().map(|(to, (held, _))| cancel((to, held))));
+        let others = given.into_iter();
+        actions.extend(others.map(|(to, (holder, _))| cancel((to, holder.held))));
         if !goes_on {
             actions.push(cancel((from, held)));
         }
         actions.push(Action::Take(Box::new(Take {
             fence: held.fence,
+            last_attempt,
             runs: goes_on.then_some((from, held.stage)),
             left: *left,
         })));
-        self.state = State::Done;
     }
 
     fn end(&mut self, why: Refused, actions: &mut Actions) {
         actions.push(Action::Disarm);
         actions.push(Action::End(why));
-        self.state = State::Done;
+        self.state = State::Ended;
     }
 }
 

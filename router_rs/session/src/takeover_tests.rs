@@ -2,7 +2,7 @@ use super::*;
 use crate::{
     Generation, GenerationId,
     generation::{Action as Do, Cause, Event as Told, Outcome, Policy},
-    parse::{Answer, End, Refusal},
+    parse::{Answer, End, Refusal, Told as Said},
 };
 
 const A: WorkerIndex = WorkerIndex(1);
@@ -22,11 +22,27 @@ fn held(fence: Fence, next_index: u32, stage: Stage) -> Held {
 }
 
 fn says(takeover: &mut Takeover, from: WorkerIndex, what: Holds) -> Actions {
+    says_what_is(Fit::Now, takeover, from, what)
+}
+
+fn says_what_is(fit: Fit, takeover: &mut Takeover, from: WorkerIndex, what: Holds) -> Actions {
     let found = Found {
         generation: GenerationId([7; 16]),
         what,
     };
-    takeover.apply(Event::Found { from, found })
+    takeover.apply(Event::Found { from, found, fit })
+}
+
+fn this(held: Held) -> Holds {
+    Holds::This(held, Said::default())
+}
+
+fn left(actions: &Actions) -> Vec<(WorkerIndex, Fence)> {
+    let leave = |action: &Action| match action {
+        Action::Leave { to, fence } => Some((*to, *fence)),
+        _ => None,
+    };
+    actions.iter().filter_map(leave).collect()
 }
 
 fn gives(takeover: &mut Takeover, from: WorkerIndex, held: Held) -> Actions {
@@ -71,9 +87,9 @@ fn ends(actions: &Actions) -> Option<Refused> {
 fn claiming(wanted: u32, of_a: Held, of_b: Held) -> Takeover {
     let (mut takeover, actions) = Takeover::start(wanted, [A, B, C]);
     assert_eq!(actions.len(), 4);
-    assert!(says(&mut takeover, A, Holds::This(of_a)).is_empty());
+    assert!(says(&mut takeover, A, this(of_a)).is_empty());
     assert!(says(&mut takeover, C, Holds::Nothing).is_empty());
-    let actions = says(&mut takeover, B, Holds::This(of_b));
+    let actions = says(&mut takeover, B, this(of_b));
     let owner = of_a.fence.owner.max(of_b.fence.owner) + 1;
     assert_eq!(claims(&actions), [(A, owner), (B, owner), (C, owner)]);
     takeover
@@ -117,11 +133,7 @@ fn a_higher_attempt_wins_unless_it_lacks_what_the_client_has() {
 #[test]
 fn a_prompt_alone_is_gone_on_from_by_a_new_attempt() {
     let (mut takeover, _) = Takeover::start(1, [A]);
-    let actions = says(
-        &mut takeover,
-        A,
-        Holds::This(held(fence(1, 1), 1, Stage::Prefill)),
-    );
+    let actions = says(&mut takeover, A, this(held(fence(1, 1), 1, Stage::Prefill)));
     assert_eq!(claims(&actions), [(A, 2)]);
     let actions = gives(&mut takeover, A, held(fence(2, 1), 1, Stage::Prefill));
     assert_eq!(cancels(&actions), [(A, fence(2, 1))]);
@@ -132,7 +144,7 @@ fn a_prompt_alone_is_gone_on_from_by_a_new_attempt() {
 fn nobody_is_disturbed_for_what_cannot_be_had() {
     let (mut takeover, _) = Takeover::start(9, [A, B]);
     says(&mut takeover, A, Holds::Nothing);
-    let short = Holds::This(held(fence(1, 1), 8, Stage::Decode));
+    let short = this(held(fence(1, 1), 8, Stage::Decode));
     let actions = says(&mut takeover, B, short);
     assert!(claims(&actions).is_empty());
     assert_eq!(ends(&actions), Some(Refused::Unknown));
@@ -143,11 +155,7 @@ fn nobody_is_disturbed_for_what_cannot_be_had() {
 #[test]
 fn who_does_not_answer_is_not_waited_for() {
     let (mut takeover, _) = Takeover::start(0, [A, B, C]);
-    says(
-        &mut takeover,
-        A,
-        Holds::This(held(fence(1, 1), 2, Stage::Whole)),
-    );
+    says(&mut takeover, A, this(held(fence(1, 1), 2, Stage::Whole)));
     takeover.apply(Event::SessionLost(B));
     let actions = takeover.apply(Event::Fired);
     assert_eq!(claims(&actions), [(A, 2), (C, 2)]);
@@ -172,17 +180,73 @@ fn where_the_winner_is_lost_the_next_one_is_gone_on_from() {
     let runs = taken(&actions).expect("it is taken").runs;
     assert_eq!(runs, Some((A, Stage::Whole)));
 
-    // And with nobody left.
+    // And with nobody left: it was there, and may be again.
     let mut takeover = claiming(4, old, new);
     let actions = takeover.apply(Event::SessionLost(B));
-    assert_eq!(ends(&actions), Some(Refused::Unknown));
+    assert_eq!(ends(&actions), Some(Refused::NotYet));
+}
+
+#[test]
+fn what_this_router_cannot_go_on_with_is_not_claimed() {
+    for (fit, refused) in [
+        (Fit::Never, Refused::Unknown),
+        (Fit::Later, Refused::NotYet),
+    ] {
+        let (mut takeover, _) = Takeover::start(2, [A, B]);
+        says(&mut takeover, A, Holds::Nothing);
+        let there = this(held(fence(1, 1), 8, Stage::Decode));
+        let actions = says_what_is(fit, &mut takeover, B, there);
+        assert!(claims(&actions).is_empty());
+        assert_eq!(ends(&actions), Some(refused));
+    }
+    // Beside one that it can: the number is above both, and so are new attempts'.
+    let (mut takeover, _) = Takeover::start(2, [A, B]);
+    let other = this(held(fence(3, 7), 8, Stage::Whole));
+    says_what_is(Fit::Never, &mut takeover, A, other);
+    let fits = this(held(fence(2, 4), 3, Stage::Whole));
+    let actions = says(&mut takeover, B, fits);
+    assert_eq!(claims(&actions), [(A, 4), (B, 4)]);
+    let actions = gives(&mut takeover, B, held(fence(4, 4), 3, Stage::Whole));
+    let take = taken(&actions).expect("it is taken");
+    assert_eq!((take.fence, take.last_attempt), (fence(4, 4), 7));
+    let actions = gives(&mut takeover, A, held(fence(4, 7), 9, Stage::Whole));
+    assert_eq!(cancels(&actions), [(A, fence(4, 7))]);
+}
+
+#[test]
+fn what_was_claimed_in_vain_is_left_where_it_runs() {
+    let old = held(fence(1, 1), 3, Stage::Whole);
+    let new = held(fence(1, 2), 5, Stage::Whole);
+    // The one that lacks what the client has has given it already.
+    let mut takeover = claiming(4, old, new);
+    assert!(gives(&mut takeover, A, held(fence(2, 1), 3, Stage::Whole)).is_empty());
+    let actions = takeover.apply(Event::SessionLost(B));
+    assert_eq!(left(&actions), [(A, fence(2, 1))]);
+    assert!(cancels(&actions).is_empty());
+    // Another one answers when nobody waits any more.
+    let late = gives(&mut takeover, C, held(fence(2, 3), 6, Stage::Whole));
+    assert_eq!(left(&late), [(C, fence(2, 3))]);
+    // And one that turns out to be nothing for this router.
+    let (mut takeover, _) = Takeover::start(2, [A]);
+    says(&mut takeover, A, this(old));
+    let found = Holds::Claimed(
+        held(fence(2, 1), 3, Stage::Whole),
+        Box::new(Left {
+            output_ids: vec![0, 1, 2],
+            resume_state: b"state".as_slice().into(),
+        }),
+    );
+    let actions = says_what_is(Fit::Never, &mut takeover, A, found);
+    assert_eq!(left(&actions), [(A, fence(2, 1))]);
+    assert_eq!(ends(&actions), Some(Refused::NotYet));
+    assert!(takeover.is_done());
 }
 
 #[test]
 fn a_claim_that_is_refused_is_made_again_under_a_higher_number() {
     let (mut takeover, _) = Takeover::start(0, [A]);
     for owner in 1..=3 {
-        let this = Holds::This(held(fence(owner, 1), 2, Stage::Whole));
+        let this = this(held(fence(owner, 1), 2, Stage::Whole));
         let actions = says(&mut takeover, A, this);
         assert_eq!(claims(&actions), [(A, owner + 1)]);
         let actions = says(&mut takeover, A, Holds::Refused { owner: owner + 1 });
@@ -196,6 +260,7 @@ fn a_claim_that_is_refused_is_made_again_under_a_higher_number() {
 fn take(runs: bool, ids: u32) -> Take {
     Take {
         fence: fence(2, 3),
+        last_attempt: 3,
         runs: runs.then_some((A, Stage::Decode)),
         left: Left {
             output_ids: (0..ids).collect(),

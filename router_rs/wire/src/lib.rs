@@ -2,6 +2,10 @@
 //! types that cannot be invalid. Knows nothing of sockets or gRPC.
 #![forbid(unsafe_code)]
 
+mod output;
+
+pub use output::output_digest;
+
 /// Messages of package `kvmesh.v1`, with the comments of the proto files.
 #[allow(missing_docs, clippy::all, clippy::unwrap_used)]
 pub mod v1 {

@@ -11,7 +11,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use kvmesh_wire::v1::{Found, Opening, Place, Stage, StageEnd, opening::Answer, stage_end::End};
+use kvmesh_wire::{
+    output_digest,
+    v1::{Found, Opening, Place, Stage, StageEnd, opening::Answer, stage_end::End},
+};
 
 use crate::{
     attempt::{AttemptId, NamesAttempt},
@@ -35,6 +38,8 @@ struct Resumable {
     /// The session that has it.
     session: String,
     tenant: String,
+    /// Its model, by name.
+    model: String,
     stage: i32,
     state: Bytes,
     /// All output ids so far.
@@ -45,7 +50,7 @@ struct Resumable {
 
 impl Resumable {
     fn bytes(&self) -> usize {
-        self.state.len() + 4 * self.output.len()
+        self.state.len() + self.model.len() + 4 * self.output.len()
     }
 
     fn found(&self) -> Found {
@@ -121,6 +126,7 @@ impl Kept {
             id: id.clone(),
             session: session.to_owned(),
             tenant: place.tenant.clone(),
+            model: continuation.map_or_else(String::new, |from| from.model.clone()),
             stage: place.stage,
             state,
             output: continuation.map_or_else(Vec::new, |from| from.output_ids.clone()),
@@ -211,8 +217,8 @@ impl Kept {
         }
     }
 
-    /// What a tenant may have of a generation.
-    pub(crate) fn find(&self, generation: &Generation, tenant: &str) -> Found {
+    /// What a tenant may have of a generation, whose client has `had` output ids.
+    pub(crate) fn find(&self, generation: &Generation, tenant: &str, had: u32) -> Found {
         let held = self.generations.get(generation);
         let own = held.filter(|held| held.tenant == tenant && held.output.len() <= MOST_IDS);
         own.map_or_else(
@@ -220,7 +226,11 @@ impl Kept {
                 generation: Bytes::copy_from_slice(generation),
                 ..Found::default()
             },
-            Resumable::found,
+            |held| Found {
+                model: held.model.clone(),
+                output_digest: held.output.get(..had as usize).map_or(0, output_digest),
+                ..held.found()
+            },
         )
     }
 

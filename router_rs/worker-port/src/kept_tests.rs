@@ -22,6 +22,7 @@ fn place(tenant: &str, output_ids: &[u32]) -> Place {
         resume_state: b"state".as_slice().into(),
         stage: Stage::Decode.into(),
         continuation: Some(Continuation {
+            model: "m".to_owned(),
             output_ids: output_ids.to_vec(),
             ..Continuation::default()
         }),
@@ -79,12 +80,18 @@ fn taken(claimed: Claimed) -> Taken {
 #[test]
 fn its_tenant_finds_it_and_nobody_else() {
     let mut kept = kept();
-    let found = kept.find(&GENERATION, "t");
+    let found = kept.find(&GENERATION, "t", 0);
     assert!(found.known && found.output_ids.is_empty() && found.resume_state.is_empty());
     assert_eq!((found.owner, found.attempt, found.next_index), (1, 1, 3));
-    let unknown = kept.find(&[8; 16], "t");
+    // Whether it is what its client has can be seen before it is claimed.
+    assert_eq!(found.model, "m");
+    let digest = |had| kept.find(&GENERATION, "t", had).output_digest;
+    assert_eq!(digest(2), output_digest(&[1, 2]));
+    assert_eq!(digest(3), output_digest(&[1, 2, 3]));
+    assert_eq!(digest(4), 0);
+    let unknown = kept.find(&[8; 16], "t", 0);
     assert_eq!(
-        kept.find(&GENERATION, "u"),
+        kept.find(&GENERATION, "u", 0),
         Found {
             generation: GENERATION.to_vec().into(),
             ..unknown
@@ -142,7 +149,7 @@ fn what_has_ended_is_kept_for_a_while_with_its_end() {
     let given = taken(kept.claim((GENERATION, 2), "t", "b", later));
     assert_eq!(given.end.unwrap().owner, 2);
     kept.expire(now + TTL + Duration::from_millis(1), TTL);
-    assert!(!kept.find(&GENERATION, "t").known);
+    assert!(!kept.find(&GENERATION, "t", 0).known);
     assert_eq!(kept.bytes, 0);
 }
 
@@ -159,7 +166,7 @@ fn what_was_cancelled_handed_on_or_refused_is_over() {
             ..finished(&id(1, 1))
         };
         kept.ended(&over, Instant::now());
-        assert!(!kept.find(&GENERATION, "t").known);
+        assert!(!kept.find(&GENERATION, "t", 0).known);
     }
     kept.placed("a", &id(1, 2), &mut place("t", &[]), ROOM);
     kept.opened(&Opening {
@@ -169,7 +176,7 @@ fn what_was_cancelled_handed_on_or_refused_is_over() {
         answer: Some(Answer::Refused(kvmesh_wire::v1::Refused::default())),
         ..Opening::default()
     });
-    assert!(!kept.find(&GENERATION, "t").known);
+    assert!(!kept.find(&GENERATION, "t", 0).known);
     assert_eq!(kept.bytes, 0);
 }
 
@@ -178,10 +185,10 @@ fn ids_are_counted_once_from_the_border_on() {
     let mut kept = kept();
     // A receiver repeats what was committed.
     kept.made(&rows(&id(1, 1), 1, &[2, 3, 4]), true, ROOM);
-    assert_eq!(kept.find(&GENERATION, "t").next_index, 4);
+    assert_eq!(kept.find(&GENERATION, "t", 0).next_index, 4);
     // A hole: nobody can go on from that.
     kept.made(&rows(&id(1, 1), 9, &[5]), true, ROOM);
-    assert!(!kept.find(&GENERATION, "t").known);
+    assert!(!kept.find(&GENERATION, "t", 0).known);
 }
 
 #[test]
@@ -194,7 +201,7 @@ fn a_prefill_whose_token_does_not_count_gives_none() {
         };
         kept.placed("a", &id(1, 1), &mut placed, ROOM);
         kept.made(&rows(&id(1, 1), 0, &[5]), emits, ROOM);
-        assert_eq!(kept.find(&GENERATION, "t").next_index, next);
+        assert_eq!(kept.find(&GENERATION, "t", 0).next_index, next);
     }
 }
 
@@ -208,16 +215,16 @@ fn memory_is_bounded_and_what_ended_first_goes_first() {
         owner: 1,
         attempt: 1,
     };
-    let most = kept.bytes + 5 + 4;
+    let most = kept.bytes + 6 + 4;
     kept.placed("a", &other, &mut place("t", &[]), most);
-    assert!(kept.find(&GENERATION, "t").known);
+    assert!(kept.find(&GENERATION, "t", 0).known);
     kept.made(&rows(&other, 0, &[1, 2]), true, most);
-    assert!(!kept.find(&GENERATION, "t").known);
-    assert!(kept.find(&[8; 16], "t").known);
+    assert!(!kept.find(&GENERATION, "t", 0).known);
+    assert!(kept.find(&[8; 16], "t", 0).known);
     kept.made(&rows(&other, 2, &[0; 100]), true, most);
-    assert!(!kept.find(&[8; 16], "t").known);
+    assert!(!kept.find(&[8; 16], "t", 0).known);
     assert_eq!(kept.bytes, 0);
     // One that is too long from the start.
     kept.placed("a", &other, &mut place("t", &[0; 100]), most);
-    assert!(!kept.find(&[8; 16], "t").known);
+    assert!(!kept.find(&[8; 16], "t", 0).known);
 }

@@ -96,9 +96,20 @@ impl Lanes {
         replay(&self.sent, &self.steps, wanted, held)
     }
 
-    /// Bytes of step output that wait.
-    pub(crate) fn waiting_bytes(&self) -> usize {
-        self.step_bytes
+    /// Forgets what waits beyond a bound, the oldest first, and then all that was sent: what
+    /// was said after it would have a hole. Whether something was forgotten.
+    pub(crate) fn forget_beyond(&mut self, most: usize) -> bool {
+        let mut until = None;
+        while self.step_bytes > most
+            && let Some((queued, frame)) = self.steps.pop_front()
+        {
+            self.step_bytes -= frame.len();
+            until = Some(queued);
+        }
+        if let Some(until) = until {
+            self.sent.forget(until);
+        }
+        until.is_some()
     }
 
     /// Why the session is to be closed; `None`: its lanes are within their bounds.

@@ -43,6 +43,13 @@ impl Sent {
             self.gone = Some(at);
         }
     }
+
+    /// Keeps nothing: what was queued until then is not told again.
+    pub(crate) fn forget(&mut self, until: Instant) {
+        self.frames.clear();
+        self.bytes = 0;
+        self.gone = Some(until);
+    }
 }
 
 /// What a router that comes back wants of an attempt.
@@ -279,6 +286,20 @@ mod tests {
         silent.keep(now, frame(Part::default()), 0);
         assert_eq!(ask(&silent, 5, &held(now)), None);
         assert_eq!(ask(&silent, 5, &held(later)), Some((5, vec![])));
+    }
+
+    #[test]
+    fn what_was_forgotten_leaves_no_hole() {
+        let now = Instant::now();
+        let mut sent = Sent::default();
+        sent.keep(now, frame(tokens(0, &[10])), 1 << 20);
+        assert_eq!(ask(&sent, 1, &held(now)), Some((1, vec![])));
+        // Index 1 was never sent.
+        sent.forget(now);
+        assert_eq!(ask(&sent, 1, &held(now)), None);
+        sent.keep(now, frame(tokens(2, &[12])), 1 << 20);
+        assert_eq!(ask(&sent, 1, &held(now)), None);
+        assert_eq!(ask(&sent, 2, &held(now)), Some((2, vec![12])));
     }
 
     #[test]

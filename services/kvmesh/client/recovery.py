@@ -21,6 +21,8 @@ from kvmesh.v1 import inference_pb2 as wire
 
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
+_RESUME_SHARE = 0.5
+"""Of the time that a stream may stand still: so long one that is resumable is asked for."""
 
 _ANOTHER_TIME = frozenset(
     {
@@ -56,6 +58,7 @@ class Recovery:
         self._resumes = False
         self._failures = 0
         self._moved = now
+        self._resume_until = now
         self._loss: MeshError | None = None
 
     @property
@@ -109,6 +112,9 @@ class Recovery:
         if self._resumes and error.code not in _ANOTHER_TIME:
             self._resumes = False
             return 0.0
+        if error.code is grpc.StatusCode.UNAVAILABLE and now >= self._resume_until:
+            # Nobody could say in all that time; there has to be some for the other way.
+            self._resumes = False
         # Where many streams of a lost router go on at once, one may have to wait for
         # room or for its tenant's limits, as any other request.
         told_s = error.retry_after_s if self._loss is not None else None
@@ -118,6 +124,10 @@ class Recovery:
         if self._loss is None:
             self._moved, self._loss = now, error
             self._resumes = self._request.hints.resumable
+            waits = self._recover_s
+            if self._deadline is not None:
+                waits = min(waits, self._deadline - now)
+            self._resume_until = now + waits * _RESUME_SHARE
         later = now + (told_s or 0.0)
         late = self._deadline is not None and later >= self._deadline
         if late or later - self._moved >= self._recover_s:

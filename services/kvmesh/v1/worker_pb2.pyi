@@ -310,12 +310,14 @@ class HandOver(_message.Message):
     def __init__(self, generation: _Optional[bytes] = ..., owner: _Optional[int] = ..., attempt: _Optional[int] = ..., next_attempt: _Optional[int] = ..., hand_off: _Optional[_Union[HandOff, _Mapping]] = ..., next_index: _Optional[int] = ...) -> None: ...
 
 class Find(_message.Message):
-    __slots__ = ("generation", "tenant")
+    __slots__ = ("generation", "tenant", "next_index")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
+    NEXT_INDEX_FIELD_NUMBER: _ClassVar[int]
     generation: bytes
     tenant: str
-    def __init__(self, generation: _Optional[bytes] = ..., tenant: _Optional[str] = ...) -> None: ...
+    next_index: int
+    def __init__(self, generation: _Optional[bytes] = ..., tenant: _Optional[str] = ..., next_index: _Optional[int] = ...) -> None: ...
 
 class Claim(_message.Message):
     __slots__ = ("generation", "owner", "tenant", "next_index")
@@ -664,7 +666,7 @@ class StageTimings(_message.Message):
     def __init__(self, queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., transfer_ms: _Optional[float] = ..., transferred_bytes: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., pulled_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., trace: _Optional[_Iterable[_Union[_inference_pb2.TraceSpan, _Mapping]]] = ..., urgent_start_ms: _Optional[float] = ...) -> None: ...
 
 class Found(_message.Message):
-    __slots__ = ("generation", "known", "owner", "attempt", "next_index", "stage", "output_ids", "resume_state", "refused")
+    __slots__ = ("generation", "known", "owner", "attempt", "next_index", "stage", "output_ids", "resume_state", "refused", "model", "output_digest")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     KNOWN_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
@@ -674,6 +676,8 @@ class Found(_message.Message):
     OUTPUT_IDS_FIELD_NUMBER: _ClassVar[int]
     RESUME_STATE_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     generation: bytes
     known: bool
     owner: int
@@ -683,7 +687,9 @@ class Found(_message.Message):
     output_ids: _containers.RepeatedScalarFieldContainer[int]
     resume_state: bytes
     refused: bool
-    def __init__(self, generation: _Optional[bytes] = ..., known: bool = ..., owner: _Optional[int] = ..., attempt: _Optional[int] = ..., next_index: _Optional[int] = ..., stage: _Optional[_Union[Stage, str]] = ..., output_ids: _Optional[_Iterable[int]] = ..., resume_state: _Optional[bytes] = ..., refused: bool = ...) -> None: ...
+    model: str
+    output_digest: int
+    def __init__(self, generation: _Optional[bytes] = ..., known: bool = ..., owner: _Optional[int] = ..., attempt: _Optional[int] = ..., next_index: _Optional[int] = ..., stage: _Optional[_Union[Stage, str]] = ..., output_ids: _Optional[_Iterable[int]] = ..., resume_state: _Optional[bytes] = ..., refused: bool = ..., model: _Optional[str] = ..., output_digest: _Optional[int] = ...) -> None: ...
 
 class StepSample(_message.Message):
     __slots__ = ("prefill_tokens", "prefill_context", "decode_batch", "decode_context", "duration_us")

@@ -48,7 +48,7 @@ impl Account {
 /// All tenants that have something open, or asked a moment ago.
 #[derive(Debug, Default)]
 pub(crate) struct Accounts {
-    of: HashMap<u64, Account>,
+    of: HashMap<u128, Account>,
     sweep_at: usize,
 }
 
@@ -56,7 +56,7 @@ impl Accounts {
     /// A request comes. A refused one counts for nothing.
     pub(super) fn enter(
         &mut self,
-        tenant: u64,
+        tenant: u128,
         limits: &TenantLimits,
         now: Instant,
     ) -> Result<(), OverLimit> {
@@ -98,7 +98,7 @@ impl Accounts {
     }
 
     /// A request that came at `since` is over.
-    pub(super) fn leave(&mut self, tenant: u64, since: Instant, now: Instant) {
+    pub(super) fn leave(&mut self, tenant: u128, since: Instant, now: Instant) {
         let Some(account) = self.of.get_mut(&tenant) else {
             return;
         };
@@ -180,6 +180,15 @@ mod tests {
         // The slowest rate that can be written is no more than slow.
         let wait = accounts.enter(1, &limits(1e-300, 0), start).err();
         assert_eq!(wait.map(|over| over.wait), Some(RETRY_AFTER.1));
+    }
+
+    #[test]
+    fn those_that_have_half_a_name_in_common_have_an_account_each() {
+        let mut accounts = Accounts::default();
+        let (start, limits) = (Instant::now(), limits(0.0, 1));
+        assert_eq!(accounts.enter(1, &limits, start), Ok(()));
+        assert_eq!(accounts.enter(1 | 1 << 64, &limits, start), Ok(()));
+        assert!(accounts.enter(1, &limits, start).is_err());
     }
 
     #[test]

@@ -23,9 +23,8 @@ use std::{
 use kvmesh_trust::{FileError, Followed, Wrong};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
-use xxhash_rust::xxh3::xxh3_64;
 
-use super::{Caller, TenantLimits};
+use super::{Caller, TenantLimits, tenant_of};
 
 /// Longest name of a tenant and longest salt, in bytes.
 pub(super) const MAX_NAME: usize = 128;
@@ -118,7 +117,7 @@ impl Keys {
                 ));
             }
             let caller = Caller {
-                tenant: xxh3_64(name.as_bytes()),
+                tenant: tenant_of(&name),
                 salt: Arc::from(salt.as_str()),
                 operates: false,
                 limits: TenantLimits {

@@ -16,7 +16,7 @@ use std::{
 
 use http::{HeaderMap, header};
 use kvmesh_trust::{FileError, Followed};
-use xxhash_rust::xxh3::xxh3_64;
+use sha2::{Digest as _, Sha256};
 
 use crate::{error::RequestError, serve::Port, settings::Settings, telemetry::Telemetry};
 use accounts::{Accounts, OverLimit};
@@ -35,8 +35,8 @@ pub(crate) struct TenantLimits {
 /// Whose a call is.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Caller {
-    /// The tenant, as a hash that is the same at every router.
-    pub(crate) tenant: u64,
+    /// The tenant ([`tenant_of`]).
+    pub(crate) tenant: u128,
     /// What keeps the tenant's prefixes from those of others; empty without keys.
     pub(crate) salt: Arc<str>,
     /// Whether it could as well ask the Admin service.
@@ -121,7 +121,7 @@ impl Access {
             !self.apart && from.to_canonical().is_loopback() && self.operators().is_none();
         if self.keys.is_none() && self.jwt.is_none() {
             return Ok(Caller {
-                tenant: xxh3_64(household(from).to_string().as_bytes()),
+                tenant: tenant_of(&household(from).to_string()),
                 salt: Arc::default(),
                 operates,
                 limits: self.limits,
@@ -144,7 +144,7 @@ impl Access {
         // The file may say more of a tenant than its keys.
         let known = keys.as_ref().and_then(|keys| keys.tenant(&name)).cloned();
         Some(Holder::Tenant(known.unwrap_or_else(|| Caller {
-            tenant: xxh3_64(name.as_bytes()),
+            tenant: tenant_of(&name),
             // No salt that an operator wrote down: those have no such character.
             salt: Arc::from(format!("\u{1e}{name}")),
             operates: false,
@@ -192,8 +192,34 @@ impl Access {
     /// # Errors
     /// [`RequestError::TenantLimit`].
     pub(crate) fn enter(&self, caller: &Caller, now: Instant) -> Result<Visit, RequestError> {
-        let limits = caller.limits;
-        let counted = limits.concurrency > 0 || limits.requests_per_second > 0.0;
+        self.visit(caller, caller.limits, now)
+    }
+
+    /// Counts a request that takes the place of one which is counted: its rate alone is
+    /// looked at.
+    ///
+    /// # Errors
+    /// [`RequestError::TenantLimit`].
+    pub(crate) fn enter_in_place(
+        &self,
+        caller: &Caller,
+        now: Instant,
+    ) -> Result<Visit, RequestError> {
+        let limits = TenantLimits {
+            concurrency: 0,
+            ..caller.limits
+        };
+        self.visit(caller, limits, now)
+    }
+
+    fn visit(
+        &self,
+        caller: &Caller,
+        limits: TenantLimits,
+        now: Instant,
+    ) -> Result<Visit, RequestError> {
+        let of = caller.limits;
+        let counted = of.concurrency > 0 || of.requests_per_second > 0.0;
         let account = match counted {
             false => None,
             true => {
@@ -243,7 +269,7 @@ impl Access {
 /// A request in its tenant's account.
 #[derive(Debug)]
 pub(crate) struct Visit {
-    account: Option<(Arc<Mutex<Accounts>>, u64, Instant)>,
+    account: Option<(Arc<Mutex<Accounts>>, u128, Instant)>,
 }
 
 impl Drop for Visit {
@@ -252,6 +278,15 @@ impl Drop for Visit {
             lock(&accounts).leave(tenant, since, Instant::now());
         }
     }
+}
+
+/// A tenant by its name, the same at every router: 128 bits of SHA-256. Whoever may choose
+/// names finds none by which he is somebody else.
+fn tenant_of(name: &str) -> u128 {
+    let digest: [u8; 32] = Sha256::digest(name.as_bytes()).into();
+    let mut half = [0; 16];
+    half.copy_from_slice(&digest[..16]);
+    u128::from_be_bytes(half)
 }
 
 /// Whom an address stands for: of IPv6 a host has a /64 to draw addresses from
@@ -285,6 +320,13 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn a_tenant_is_the_first_half_of_the_sha_256_of_its_name() {
+        // FIPS 180-4, its example of one block.
+        assert_eq!(tenant_of("abc"), 0xba78_16bf_8f01_cfea_4141_40de_5dae_2223);
+        assert_ne!(tenant_of("shop"), tenant_of("Shop"));
+    }
 
     #[test]
     fn an_address_stands_for_all_that_its_host_may_draw() {

@@ -13,8 +13,8 @@ use crate::request::AdmittedRequest;
 const MAX_RESUME_STATE: usize = 1 << 20;
 
 /// A tenant as routers name it to workers. The same at every router.
-pub(super) fn tenant_name(tenant: u64) -> String {
-    format!("{tenant:016x}")
+pub(super) fn tenant_name(tenant: u128) -> String {
+    format!("{tenant:032x}")
 }
 
 /// What another router needs to take a request over that is placed with this
@@ -105,6 +105,11 @@ mod tests {
         // Three bytes a token.
         assert!(!of(&[100_000; 300_000], true).is_empty());
         assert!(of(&[100_000; 400_000], true).is_empty());
+    }
+
+    #[test]
+    fn a_tenants_name_is_all_of_it() {
+        assert_eq!(tenant_name(1 << 64), "00000000000000010000000000000000");
     }
 
     #[test]

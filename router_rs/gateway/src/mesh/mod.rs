@@ -256,6 +256,7 @@ impl Mesh {
             core.spawn_session(core.table.add_static(address));
         }
         if let Some(watch) = registry {
+            core.table.expects_list();
             let watch = Arc::new(watch);
             core.spawn_kept("workers", move |core| core.follow(Arc::clone(&watch)));
         }

@@ -178,7 +178,8 @@ impl Waits {
             model: open.request.model.as_str().into(),
             lane: Lane {
                 class: class_of(open.request.class),
-                tenant: open.request.tenant,
+                // Half of it: who shares a turn loses no more than that.
+                tenant: open.request.tenant as u64,
             },
             key_ms: self.deadline_ms(open),
             work_ms: open.work_ms,

@@ -10,13 +10,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use xxhash_rust::xxh3::Xxh3Default;
+use kvmesh_session::generation::{Cause, PlanRequest};
+use sha2::{Digest as _, Sha256};
 
-use super::{Core, open::Open};
+use super::{Core, backoff::Backoff, open::Open};
 use crate::{error::RequestError, request::AdmittedRequest};
 
 /// One in so many running requests may be at a second or later new attempt.
 const RUNNING_A_RETRY: u64 = 5;
+/// First pause before an attempt after failed ones, and the longest: eight of them take
+/// one to three seconds, in which a path may heal.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// Requests kept in quarantine at most; the oldest go first.
 const QUARANTINED: usize = 1_024;
 
@@ -42,6 +46,21 @@ impl Retries {
     }
 }
 
+/// How long an attempt is put off, since those before it failed: the first new one goes at
+/// once, each later one waits for longer. A lost worker is no reason to wait, for the next
+/// attempt is on another one. `seed` says where between its bounds a pause is.
+pub(super) fn pause(request: &PlanRequest, seed: u64) -> Option<Duration> {
+    let before = match request.cause {
+        Cause::Failed => request.failures.checked_sub(2)?,
+        _ => return None,
+    };
+    let mut backoff = Backoff::new(PAUSE, seed);
+    for _ in 0..before {
+        backoff.next();
+    }
+    Some(backoff.next())
+}
+
 impl Drop for Retry {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::AcqRel);
@@ -50,11 +69,13 @@ impl Drop for Retry {
 
 /// Requests of which workers died, also where nothing else ran beside them.
 #[derive(Debug, Default)]
-pub(super) struct Quarantine(Mutex<HashMap<u64, Instant>>);
+pub(super) struct Quarantine(Mutex<HashMap<Name, Instant>>);
+
+type Name = [u8; 32];
 
 impl Quarantine {
     // An insert or a removal is whole.
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Instant>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Name, Instant>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -80,15 +101,17 @@ impl Quarantine {
     }
 }
 
-/// A tenant's request: what makes an engine run it again as it did.
-fn name_of(request: &AdmittedRequest) -> u64 {
-    let mut name = Xxh3Default::new();
-    name.update(&request.tenant.to_le_bytes());
+/// A tenant's request: what makes an engine run it again as it did. Nobody finds one that
+/// keeps another's out.
+fn name_of(request: &AdmittedRequest) -> Name {
+    let mut name = Sha256::new();
+    name.update(request.tenant.to_le_bytes());
+    name.update((request.model.len() as u64).to_le_bytes());
     name.update(request.model.as_bytes());
     for id in request.prompt_ids.iter() {
-        name.update(&id.to_le_bytes());
+        name.update(id.to_le_bytes());
     }
-    name.digest()
+    name.finalize().into()
 }
 
 impl Core {
@@ -122,6 +145,8 @@ pub(super) fn quarantined(left: Duration) -> RequestError {
 
 #[cfg(test)]
 mod tests {
+    use kvmesh_session::generation::Loss;
+
     use super::*;
     use crate::mesh::tests::request;
 
@@ -134,6 +159,32 @@ mod tests {
         let one = retries.take(0);
         assert!(one.is_some(), "one always may");
         assert!(retries.take(4).is_none());
+    }
+
+    #[test]
+    fn attempts_after_failed_ones_wait_ever_longer_and_each_stream_for_its_own_time() {
+        let asked = |cause, failures| PlanRequest {
+            excluded: Default::default(),
+            cause,
+            wait_for_room: false,
+            failures,
+        };
+        for seed in 0..100 {
+            let pause = |failures| pause(&asked(Cause::Failed, failures), seed);
+            assert_eq!((pause(0), pause(1)), (None, None), "the first goes at once");
+            for (failures, bound_ms) in (2..).zip([50, 100, 200, 400, 800, 1_600, 2_000, 2_000]) {
+                let bound = Duration::from_millis(bound_ms);
+                let waits = pause(failures).expect("a later one waits");
+                assert!(
+                    bound / 4 <= waits && waits <= bound,
+                    "{waits:?} of {bound:?}"
+                );
+            }
+        }
+        let third = |seed| pause(&asked(Cause::Failed, 3), seed);
+        assert_eq!(third(1), third(1));
+        assert_ne!(third(1), third(2));
+        assert_eq!(pause(&asked(Cause::Lost(Loss::Died), 5), 1), None);
     }
 
     #[test]

@@ -7,7 +7,7 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use kvmesh_session::{
@@ -50,6 +50,10 @@ struct View {
     heard: Option<Instant>,
     step_model: Option<v1::StepModel>,
     session: Option<Arc<SessionHandle>>,
+    /// Where it has no session: when it was last heard of.
+    away: Instant,
+    /// Nobody listened at its address when it was dialled last.
+    refused: bool,
 }
 
 impl WorkerEntry {
@@ -67,6 +71,8 @@ impl WorkerEntry {
             heard: None,
             step_model: None,
             session: None,
+            away: Instant::now(),
+            refused: false,
         };
         Self {
             index,
@@ -120,11 +126,34 @@ impl WorkerEntry {
     }
 
     pub(super) fn attach(&self, session: Arc<SessionHandle>) {
-        self.view().session = Some(session);
+        let mut view = self.view();
+        view.session = Some(session);
+        view.refused = false;
     }
 
     pub(super) fn detach(&self) {
-        self.view().session = None;
+        let mut view = self.view();
+        if view.session.take().is_some() {
+            view.away = view.heard.unwrap_or_else(Instant::now);
+        }
+    }
+
+    /// Nobody listens at its address: its process has died.
+    pub(super) fn refused(&self) {
+        self.view().refused = true;
+    }
+
+    /// Whether a worker that was asked something at `asked`, and has not answered, may do
+    /// so yet: it is not known to have died, has been away for less than `within`, and was
+    /// not heard of since.
+    pub(super) fn may_answer(&self, asked: Instant, now: Instant, within: Duration) -> bool {
+        let view = self.view();
+        let away = |since: Instant| now.saturating_duration_since(since) < within;
+        match (&view.session, &view.state) {
+            (None, _) => !view.refused && away(view.away),
+            (Some(_), State::Lost(_)) => false,
+            (Some(_), _) => view.heard.is_none_or(|heard| heard <= asked),
+        }
     }
 
     /// The session, where one is open.
@@ -246,6 +275,8 @@ pub(super) struct Table {
     next: Mutex<u32>,
     /// Held while it is decided who goes.
     deciding: Mutex<()>,
+    /// Since when the registry's first list is waited for.
+    unlisted: Mutex<Option<Instant>>,
 }
 
 /// What a new list of workers changed.
@@ -314,8 +345,24 @@ impl Table {
         entry
     }
 
+    fn unlisted(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.unlisted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A registry will tell who there is.
+    pub(super) fn expects_list(&self) {
+        *self.unlisted() = Some(Instant::now());
+    }
+
+    /// Whether the registry has yet to tell who there is, and is waited for, for `within`.
+    pub(super) fn is_unlisted(&self, now: Instant, within: Duration) -> bool {
+        let since = *self.unlisted();
+        since.is_some_and(|since| now.saturating_duration_since(since) < within)
+    }
+
     /// Takes the registry's list of (worker id, gRPC address).
     pub(super) fn sync(&self, registered: &BTreeMap<String, String>) -> Difference {
+        *self.unlisted() = None;
         let _deciding = self.deciding.lock().unwrap_or_else(PoisonError::into_inner);
         let mut difference = Difference::default();
         let mut known: Vec<String> = Vec::new();
@@ -336,6 +383,7 @@ impl Table {
                 view.registered = true;
                 view.address.clone_from(address);
                 if changed {
+                    (view.away, view.refused) = (Instant::now(), false);
                     entry.redial.notify_one();
                 }
             } else {
@@ -457,6 +505,50 @@ mod tests {
         assert!(!table.drop_double(&added[0], "a"));
         assert!(table.drop_double(&fixed, "a"));
         assert_eq!(table.all().len(), 1);
+    }
+
+    #[test]
+    fn who_has_not_answered_is_waited_for_while_it_may_be_alive() {
+        let within = Duration::from_secs(3);
+        let table = Table::default();
+        let entry = table.sync(&list(&[("a", "127.0.0.1:1")])).added.remove(0);
+        let asked = Instant::now();
+        let may = |after: Duration| entry.may_answer(asked, asked + after, within);
+        // It is known of, and was not reached yet.
+        assert!(may(Duration::ZERO) && may(within / 2));
+        assert!(!may(within));
+        entry.refused();
+        assert!(!may(Duration::ZERO));
+        // Somebody came at another address.
+        table.sync(&list(&[("a", "127.0.0.1:2")]));
+        assert!(may(Duration::ZERO));
+        // One that is there, and silent since it was asked.
+        let (session, _commands) = SessionHandle::new();
+        entry.refused();
+        entry.attach(session);
+        entry.heard(asked);
+        assert!(may(within * 9));
+        entry.set_state(State::Lost(Suspicion::Silent));
+        assert!(!may(Duration::ZERO));
+        // One that says other things leaves this unanswered for good.
+        entry.set_state(State::Live);
+        entry.heard(asked + within / 2);
+        assert!(!may(within));
+        // Its session broke: from then on it is away.
+        entry.detach();
+        assert!(may(within));
+        assert!(!may(within + within / 2));
+    }
+
+    #[test]
+    fn a_list_is_waited_for_while_it_may_come() {
+        let (table, within) = (Table::default(), Duration::from_secs(3));
+        assert!(!table.is_unlisted(Instant::now(), within));
+        table.expects_list();
+        assert!(table.is_unlisted(Instant::now(), within));
+        assert!(!table.is_unlisted(Instant::now() + within, within));
+        table.sync(&list(&[]));
+        assert!(!table.is_unlisted(Instant::now(), within));
     }
 
     #[test]

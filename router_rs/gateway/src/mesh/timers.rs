@@ -1,4 +1,4 @@
-//! Bounded waits of generations: one task, one ordered map.
+//! Bounded waits of generations, and plans that are put off: one task, one ordered map.
 
 use std::{
     collections::BTreeMap,
@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use kvmesh_session::generation::{Event, Timer};
+use kvmesh_session::generation::{Event, PlanRequest, Timer};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
@@ -26,7 +26,13 @@ pub(super) struct Timers {
 #[derive(Default)]
 struct Armed {
     next: u64,
-    waits: BTreeMap<TimerKey, (Weak<Open>, Timer)>,
+    waits: BTreeMap<TimerKey, (Weak<Open>, Due)>,
+}
+
+/// What is done when its time has come.
+enum Due {
+    Fire(Timer),
+    Plan(Box<PlanRequest>),
 }
 
 impl Timers {
@@ -38,11 +44,20 @@ impl Timers {
 
     /// Arms a timer of a generation.
     pub(super) fn arm(&self, at: Instant, open: &Arc<Open>, timer: Timer) -> TimerKey {
+        self.add(at, open, Due::Fire(timer))
+    }
+
+    /// Asks for a plan then, unless the generation has ended.
+    pub(super) fn plan_later(&self, at: Instant, open: &Arc<Open>, request: PlanRequest) {
+        self.add(at, open, Due::Plan(Box::new(request)));
+    }
+
+    fn add(&self, at: Instant, open: &Arc<Open>, due: Due) -> TimerKey {
         let (key, first) = {
             let mut armed = self.lock();
             armed.next += 1;
             let key = (at, armed.next);
-            armed.waits.insert(key, (Arc::downgrade(open), timer));
+            armed.waits.insert(key, (Arc::downgrade(open), due));
             (
                 key,
                 armed
@@ -82,7 +97,7 @@ impl Timers {
 
     fn fire_due(&self) -> Option<Instant> {
         loop {
-            let (open, timer) = {
+            let (open, due) = {
                 let mut armed = self.lock();
                 let entry = armed.waits.first_entry()?;
                 let (at, _) = *entry.key();
@@ -92,15 +107,18 @@ impl Timers {
                 entry.remove()
             };
             if let Some(open) = open.upgrade() {
-                fire(&open, timer);
+                fire(&open, due);
             }
         }
     }
 }
 
 /// A generation whose machine panics at a timer ends: nobody would fire it again.
-fn fire(open: &Arc<Open>, timer: Timer) {
-    let apply = || open.apply(Event::Fired(timer));
+fn fire(open: &Arc<Open>, due: Due) {
+    let apply = || match due {
+        Due::Fire(timer) => open.apply(Event::Fired(timer)),
+        Due::Plan(request) => open.ask_now(&request),
+    };
     if let Err(panic) = catch_unwind(AssertUnwindSafe(apply)) {
         open.abandon(None);
         resume_unwind(panic);

@@ -50,15 +50,14 @@ pub(super) async fn answer(
 ) -> Response<ResponseBody> {
     let back = call.metadata.headers();
     let entered = shared.enter(&call);
+    let (call, span) = shared.begin(call);
     let Call {
         headers,
         body,
-        mut metadata,
+        metadata,
         end,
         ..
     } = call;
-    let spans = shared.spans.as_ref();
-    let span = spans.and_then(|spans| spans.begin(&mut metadata));
     let opened = async {
         let read = shared.door.read_json(&headers, body, Fields::read);
         let entered = entered?;

@@ -28,7 +28,7 @@ use super::{
     lazily::Lazily,
     one_call::OneCall,
     port::Port,
-    resets::{Resets, Watched},
+    resets::Resets,
     service::Shared,
 };
 use crate::settings::Settings;
@@ -189,7 +189,7 @@ impl Connection {
         let stream = Prefixed::new(stream, Bytes::from(first));
         if http2 {
             let resets = Resets::default();
-            let socket = TokioIo::new(Watched::new(stream, resets.clone()));
+            let socket = TokioIo::new(stream.watched(resets.clone()));
             self.http2(socket, resets).await
         } else {
             self.http1(TokioIo::new(stream)).await

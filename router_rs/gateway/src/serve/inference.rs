@@ -10,13 +10,14 @@ use tonic_health::pb::HealthCheckRequest;
 
 use super::{
     body::{GenerateBody, ResponseBody},
+    calls::CallEnd,
     generation::{Asked, Generation},
     grpc,
     resume::resumed,
     service::{Call, Shared},
 };
 use crate::{
-    access::Caller,
+    access::{Caller, Visit},
     door::{CallMetadata, Refused},
     error::RequestError,
     mesh::GenerationStream,
@@ -59,28 +60,42 @@ pub(super) async fn call(
 
 async fn generate(shared: &Arc<Shared>, call: Call) -> Response<ResponseBody> {
     streamed(shared, "Generate", call, async |call, caller| {
+        let visit = shared.visit(&caller, call.metadata)?;
         let Reading {
             headers,
             body,
             metadata,
+            ..
         } = call;
         let request = shared.door.read(headers, body).await?;
-        shared.door.generate(request, metadata, caller).await
+        let stream = shared.door.generate(request, metadata, &caller).await?;
+        Ok((stream, visit))
     })
     .await
 }
 
 async fn resume(shared: &Arc<Shared>, call: Call) -> Response<ResponseBody> {
     streamed(shared, "Resume", call, async |call, caller| {
+        let visit = shared.visit(&caller, call.metadata);
         let Reading {
             headers,
             body,
             metadata,
+            end,
         } = call;
         let request = shared.door.read(headers, body).await?;
-        let (asked, _permit) = resumed(request, metadata, caller)?;
-        let resumed = shared.mesh.resume(asked).await;
-        resumed.map_err(|error| (Step::Admission, error))
+        let (asked, _permit) = resumed(request, metadata, &caller)?;
+        let visit = match visit {
+            // What it goes on with here goes: that makes room for it.
+            Err(_) if shared.mesh.has(&asked) => {
+                let entered = shared.access.enter_in_place(&caller, metadata.arrived);
+                entered.map_err(|error| (Step::Tenant, error))?
+            }
+            visit => visit?,
+        };
+        let resumed = shared.mesh.resume(asked, || end.was_cut()).await;
+        let stream = resumed.map_err(|error| (Step::Admission, error))?;
+        Ok((stream, visit))
     })
     .await
 }
@@ -90,6 +105,7 @@ struct Reading<'a> {
     headers: &'a HeaderMap,
     body: Incoming,
     metadata: &'a CallMetadata,
+    end: &'a CallEnd,
 }
 
 /// A call that is answered by a generation, which `open` gives.
@@ -97,27 +113,27 @@ async fn streamed(
     shared: &Arc<Shared>,
     method: &'static str,
     call: Call,
-    open: impl AsyncFnOnce(Reading<'_>, &Caller) -> Result<GenerationStream, Refused>,
+    open: impl AsyncFnOnce(Reading<'_>, Caller) -> Result<(GenerationStream, Visit), Refused>,
 ) -> Response<ResponseBody> {
     let back = call.metadata.headers();
-    let entered = shared.enter(&call);
+    let caller = shared.caller(&call);
+    let (call, span) = shared.begin(call);
     let Call {
         headers,
         body,
-        mut metadata,
+        metadata,
         end,
         ..
     } = call;
-    let spans = shared.spans.as_ref();
-    let span = spans.and_then(|spans| spans.begin(&mut metadata));
     let opened = async {
-        let (caller, visit) = entered?;
+        let caller = caller?;
         let reading = Reading {
             headers: &headers,
             body,
             metadata: &metadata,
+            end: &end,
         };
-        Ok((open(reading, &caller).await?, visit))
+        open(reading, caller).await
     };
     match opened.await {
         Ok((stream, visit)) => {

@@ -1,4 +1,5 @@
-//! A connection's bytes: what was read to know the protocol comes first.
+//! A connection's bytes: what was read to know the protocol comes first, and frames that
+//! come in are looked at where that is wanted.
 
 use std::{
     io,
@@ -9,15 +10,30 @@ use std::{
 use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use super::resets::{Resets, Watch};
+
 /// A connection of which something was read before.
 pub(crate) struct Prefixed<S> {
     inner: S,
     read_before: Bytes,
+    watch: Option<Watch>,
 }
 
 impl<S> Prefixed<S> {
     pub(crate) fn new(inner: S, read_before: Bytes) -> Self {
-        Self { inner, read_before }
+        Self {
+            inner,
+            read_before,
+            watch: None,
+        }
+    }
+
+    /// The same of HTTP/2, of which resets are told.
+    pub(crate) fn watched(self, resets: Resets) -> Self {
+        Self {
+            watch: Some(Watch::new(resets)),
+            ..self
+        }
     }
 }
 
@@ -27,12 +43,18 @@ impl<S: AsyncRead + Unpin> AsyncRead for Prefixed<S> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if self.read_before.has_remaining() {
+        let before = buf.filled().len();
+        let read = if self.read_before.has_remaining() {
             let take = self.read_before.remaining().min(buf.remaining());
             buf.put_slice(&self.read_before.split_to(take));
-            return Poll::Ready(Ok(()));
+            Poll::Ready(Ok(()))
+        } else {
+            Pin::new(&mut self.inner).poll_read(cx, buf)
+        };
+        if let Some(watch) = &mut self.watch {
+            watch.saw(buf.filled().get(before..).unwrap_or_default());
         }
-        Pin::new(&mut self.inner).poll_read(cx, buf)
+        read
     }
 }
 

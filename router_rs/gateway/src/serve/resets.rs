@@ -5,17 +5,10 @@
 //! RST_STREAM came since all streams were last seen to; else its connection is gone. In
 //! doubt it counts as reset: then nothing goes on for nobody.
 
-use std::{
-    io,
-    pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    task::{Context, Poll},
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
 };
-
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// Length of what a client says first (RFC 9113, 3.4).
 const PREFACE: usize = 24;
@@ -43,19 +36,24 @@ impl Resets {
     }
 }
 
-/// An HTTP/2 connection whose incoming frames are looked at.
-pub(crate) struct Watched<S> {
-    inner: S,
+/// Looks at what comes in over an HTTP/2 connection.
+pub(super) struct Watch {
     frames: Frames,
     resets: Resets,
 }
 
-impl<S> Watched<S> {
-    pub(crate) fn new(inner: S, resets: Resets) -> Self {
+impl Watch {
+    pub(super) fn new(resets: Resets) -> Self {
         Self {
-            inner,
             frames: Frames::default(),
             resets,
+        }
+    }
+
+    /// This was read.
+    pub(super) fn saw(&mut self, read: &[u8]) {
+        if self.frames.take(read) {
+            self.resets.0.store(true, Ordering::Release);
         }
     }
 }
@@ -103,54 +101,6 @@ impl Frames {
             }
         }
         resets
-    }
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let me = &mut *self;
-        let before = buf.filled().len();
-        let read = Pin::new(&mut me.inner).poll_read(cx, buf);
-        if let Some(read) = buf.filled().get(before..)
-            && me.frames.take(read)
-        {
-            me.resets.0.store(true, Ordering::Release);
-        }
-        read
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.inner).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.inner).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.inner.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_shutdown(cx)
     }
 }
 

@@ -107,9 +107,21 @@ impl Shared {
     /// Whose a call is, and its place among that tenant's requests.
     pub(crate) fn enter(&self, call: &Call) -> Result<(Caller, Visit), Refused> {
         let caller = self.caller(call)?;
-        let visit = self.access.enter(&caller, call.metadata.arrived);
-        let visit = visit.map_err(|error| (Step::Tenant, error))?;
+        let visit = self.visit(&caller, &call.metadata)?;
         Ok((caller, visit))
+    }
+
+    /// A call that begins, with its span where spans are exported.
+    pub(crate) fn begin(&self, mut call: Call) -> (Call, Option<RequestSpan>) {
+        let spans = self.spans.as_ref();
+        let span = spans.and_then(|spans| spans.begin(&mut call.metadata));
+        (call, span)
+    }
+
+    /// A call's place among its tenant's requests.
+    pub(super) fn visit(&self, caller: &Caller, call: &CallMetadata) -> Result<Visit, Refused> {
+        let visit = self.access.enter(caller, call.arrived);
+        visit.map_err(|error| (Step::Tenant, error))
     }
 
     /// Counts a call that was refused.

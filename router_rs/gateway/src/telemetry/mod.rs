@@ -216,6 +216,7 @@ fn reason_label(error: &RequestError) -> &'static str {
         RequestError::MessageTooLarge { .. } => "MESSAGE_TOO_LARGE",
         RequestError::Text(_) => "TEXT_FAILED",
         RequestError::UnknownGeneration => "UNKNOWN_GENERATION",
+        RequestError::NotYet { .. } => "NOT_YET",
         RequestError::UnknownService => "UNKNOWN_SERVICE",
         RequestError::UnknownWorker(_) => "UNKNOWN_WORKER",
         RequestError::Refused { reason, .. } => reason,

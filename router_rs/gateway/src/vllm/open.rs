@@ -66,6 +66,7 @@ pub(super) async fn generate<M: Message + Default>(
     ask: impl FnOnce(M, String) -> Result<Asked, RequestError>,
 ) -> Response<ResponseBody> {
     let entered = shared.enter(&call);
+    let (call, span) = shared.begin(call);
     let Call {
         headers,
         body,
@@ -73,8 +74,6 @@ pub(super) async fn generate<M: Message + Default>(
         end,
         ..
     } = call;
-    let spans = shared.spans.as_ref();
-    let span = spans.and_then(|spans| spans.begin(&mut metadata));
     let opened = async {
         let (caller, visit) = entered?;
         let read = shared.door.read::<M>(&headers, body).await?;

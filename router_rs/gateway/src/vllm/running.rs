@@ -11,7 +11,7 @@ use std::{
 use crate::mesh::Mesh;
 
 /// Whose a request is, and what its caller calls it.
-type Name = (u64, String);
+type Name = (u128, String);
 
 /// All of them. As many as there are streams: each leaves with its own.
 #[derive(Default)]
@@ -32,7 +32,7 @@ impl Running {
     }
 
     /// A request begins. Another of its name is no hindrance: both go by it.
-    pub(super) fn enter(self: &Arc<Self>, tenant: u64, id: String) -> Entered {
+    pub(super) fn enter(self: &Arc<Self>, tenant: u128, id: String) -> Entered {
         let request = Arc::new(Request::default());
         let name = (tenant, id);
         let mut all = self.lock();
@@ -48,7 +48,7 @@ impl Running {
     }
 
     /// Ends the requests of these names; a tenant knows its own alone.
-    pub(super) fn abort(&self, mesh: &Mesh, tenant: u64, ids: &[String]) {
+    pub(super) fn abort(&self, mesh: &Mesh, tenant: u128, ids: &[String]) {
         for id in ids {
             let found = {
                 let all = self.lock();

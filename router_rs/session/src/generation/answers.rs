@@ -2,7 +2,8 @@
 //! over.
 
 use super::{
-    Action, Actions, CLEARED_TOKENS, Cause, Generation, Loss, Outcome, State, Timer, attempt::Side,
+    Action, Actions, CLEARED_TOKENS, Cause, Generation, Loss, Outcome, State, Timer,
+    attempt::{Attempt, Side},
     part::Was,
 };
 use crate::{
@@ -11,6 +12,21 @@ use crate::{
 };
 
 impl Generation {
+    /// What a worker speaks of; `None`: its part is none of the attempt in force, or gone.
+    fn part_of(
+        &mut self,
+        from: WorkerIndex,
+        fence: Fence,
+        stage: Stage,
+    ) -> Result<Option<(&mut Attempt, Side)>, Violation> {
+        let State::Running(attempt) = &mut self.state else {
+            return Ok(None);
+        };
+        let side = attempt.expect(from, fence, stage)?;
+        let gone = attempt.part_mut(side).is_gone();
+        Ok((!gone).then_some((attempt, side)))
+    }
+
     pub(super) fn opening(
         &mut self,
         from: WorkerIndex,
@@ -19,13 +35,10 @@ impl Generation {
         answer: Answer,
         actions: &mut Actions,
     ) -> Result<(), Violation> {
-        let State::Running(attempt) = &mut self.state else {
+        let next_index = self.next_index;
+        let Some((attempt, side)) = self.part_of(from, fence, stage)? else {
             return Ok(());
         };
-        let side = attempt.expect(from, fence, stage)?;
-        if attempt.part_mut(side).is_gone() {
-            return Ok(());
-        }
         if !attempt.part_mut(side).answered("an answer", &answer)? {
             return Ok(());
         }
@@ -36,7 +49,7 @@ impl Generation {
         match answer {
             Answer::Reserved { .. } => {
                 if let Some(next) = attempt.after_reserved(side) {
-                    attempt.place(next, fence, self.next_index, actions);
+                    attempt.place(next, fence, next_index, actions);
                 } else {
                     self.refusals = 0;
                     self.forget_refusals();
@@ -56,13 +69,10 @@ impl Generation {
         end: End,
         actions: &mut Actions,
     ) -> Result<(), Violation> {
-        let State::Running(attempt) = &mut self.state else {
+        let next_index = self.next_index;
+        let Some((attempt, side)) = self.part_of(from, fence, stage)? else {
             return Ok(());
         };
-        let side = attempt.expect(from, fence, stage)?;
-        if attempt.part_mut(side).is_gone() {
-            return Ok(());
-        }
         attempt.check_end(side, &end)?;
         attempt.part_mut(side).ended()?;
         match end {
@@ -72,7 +82,7 @@ impl Generation {
             End::HandedOff { .. } if side == Side::Decode => self.committed(actions),
             End::HandedOff { engine } => {
                 if let Some(next) = attempt.after_handed_off(engine) {
-                    attempt.place(next, fence, self.next_index, actions);
+                    attempt.place(next, fence, next_index, actions);
                 }
             }
             End::Returned(Refusal::TakenOver) => self.end(Outcome::TakenOver, actions),

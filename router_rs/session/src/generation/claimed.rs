@@ -1,7 +1,5 @@
 //! A generation that another router began (PROTOCOLS 2, Resume).
 
-use smallvec::SmallVec;
-
 use super::{Action, Actions, Cause, Generation, Policy, State, Timer, attempt::Attempt};
 use crate::takeover::Take;
 
@@ -17,26 +15,9 @@ impl Generation {
         policy: Policy,
     ) -> (Self, Actions) {
         let next_index = u32::try_from(take.left.output_ids.len()).unwrap_or(u32::MAX);
-        let mut generation = Self {
-            policy,
-            fence: take.fence,
-            last_attempt: take.fence.attempt,
-            next_index,
-            max_tokens,
-            refusals: 0,
-            failures: 0,
-            deaths: 0,
-            deaths_alone: 0,
-            alone: false,
-            deadline,
-            excluded: SmallVec::new(),
-            state: State::Planning,
-            moving: None,
-        };
-        let mut actions = Actions::new();
-        if deadline {
-            actions.push(Action::Arm(Timer::Deadline));
-        }
+        let (mut generation, mut actions) =
+            Self::planning(take.fence, next_index, max_tokens, deadline, policy);
+        generation.last_attempt = take.last_attempt;
         if let Some((worker, stage)) = take.runs {
             generation.state = State::Running(Attempt::claimed(worker, stage, next_index));
             actions.push(Action::Arm(Timer::Answer {

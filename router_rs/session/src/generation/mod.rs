@@ -102,10 +102,25 @@ impl Generation {
         deadline: bool,
         policy: Policy,
     ) -> (Self, Actions) {
-        let mut generation = Self {
+        let fence = Fence { owner, attempt: 0 };
+        let (mut generation, mut actions) =
+            Self::planning(fence, next_index, max_tokens, deadline, policy);
+        generation.plan(Cause::Start, &mut actions);
+        (generation, actions)
+    }
+
+    /// One that knows of attempts up to this one, and has yet to ask for a plan.
+    fn planning(
+        fence: Fence,
+        next_index: u32,
+        max_tokens: u32,
+        deadline: bool,
+        policy: Policy,
+    ) -> (Self, Actions) {
+        let generation = Self {
             policy,
-            fence: Fence { owner, attempt: 0 },
-            last_attempt: 0,
+            fence,
+            last_attempt: fence.attempt,
             next_index,
             max_tokens,
             refusals: 0,
@@ -122,7 +137,6 @@ impl Generation {
         if deadline {
             actions.push(Action::Arm(Timer::Deadline));
         }
-        generation.plan(Cause::Start, &mut actions);
         (generation, actions)
     }
 

@@ -19,7 +19,7 @@ pub enum Holds {
     /// Nothing, or nothing that this tenant may have.
     Nothing,
     /// This. Answer to Find.
-    This(Held),
+    This(Held, Told),
     /// This, which is now the claiming session's. Answer to Claim.
     Claimed(Held, Box<Left>),
     /// Nothing was claimed: this owner number, or a higher one, is in force.
@@ -38,6 +38,15 @@ pub struct Held {
     pub next_index: u32,
     /// The stage.
     pub stage: Stage,
+}
+
+/// What is said of an attempt before it is claimed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Told {
+    /// The model, by name. Empty: the worker does not tell.
+    pub model: String,
+    /// [`kvmesh_wire::output_digest`] of the output ids that the client has.
+    pub output_digest: u64,
 }
 
 /// What another router goes on from.
@@ -75,7 +84,11 @@ pub(super) fn found(found: v1::Found) -> Result<Found, Violation> {
         stage,
     };
     let what = if found.resume_state.is_empty() {
-        Holds::This(held)
+        let told = Told {
+            model: found.model,
+            output_digest: found.output_digest,
+        };
+        Holds::This(held, told)
     } else if found.output_ids.len() == found.next_index as usize {
         Holds::Claimed(
             held,
@@ -117,7 +130,14 @@ mod tests {
             stage: Stage::Decode,
         };
         let what = |wire| found(wire).map(|found| found.what);
-        assert_eq!(what(known()), Ok(Holds::This(held)));
+        assert_eq!(what(known()), Ok(Holds::This(held, Told::default())));
+        let told = v1::Found {
+            model: "m".to_owned(),
+            output_digest: 7,
+            ..known()
+        };
+        assert!(matches!(what(told), Ok(Holds::This(of, told))
+            if of == held && (told.model.as_str(), told.output_digest) == ("m", 7)));
         let claimed = v1::Found {
             output_ids: vec![5, 6],
             resume_state: b"state".as_slice().into(),

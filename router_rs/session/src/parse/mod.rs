@@ -10,7 +10,7 @@ mod rows;
 use kvmesh_wire::v1::{self, worker_frame::Frame};
 
 use crate::{Fence, GenerationId, Stage, Violation};
-pub use found::{Found, Held, Holds, Left};
+pub use found::{Found, Held, Holds, Left, Told};
 pub use hello::{Hello, Unread, hello, reads_cache, valid_name};
 pub use rows::{Row, Rows};
 

@@ -74,6 +74,8 @@ enum Move {
     Fire(usize, Timer),
     /// The new router waits no longer for answers.
     NoAnswer,
+    /// It waits no longer for somebody who wants what it claimed in vain.
+    LetGo,
 }
 
 impl Move {
@@ -171,6 +173,9 @@ impl Sim {
             if self.routers[NEW].waits {
                 moves.push(Move::NoAnswer);
             }
+            if !self.routers[NEW].leaves.is_empty() {
+                moves.push(Move::LetGo);
+            }
             let orphaned = (0..2).filter(|w| self.workers[*w].orphaned());
             moves.extend(orphaned.map(Move::Expire));
             // An offer that does not come is not waited for for ever.
@@ -261,6 +266,11 @@ impl Sim {
                 spend(&mut self.faults);
                 self.routers[NEW].waits = false;
                 let sends = self.routers[NEW].takeover(takeover::Event::Fired, most);
+                self.send(NEW, sends);
+            }
+            Move::LetGo => {
+                spend(&mut self.faults);
+                let sends = self.routers[NEW].lets_go();
                 self.send(NEW, sends);
             }
         }

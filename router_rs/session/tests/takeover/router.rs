@@ -5,8 +5,10 @@ use std::collections::BTreeSet;
 use kvmesh_session::{
     Fence, Generation, Taken, Takeover, WorkerIndex,
     generation::{Action, Actions, Event, Loss, Outcome, PlannedHandOff, Policy, Timer},
-    takeover::{self, Take},
+    parse::{Found, Holds},
+    takeover::{self, Fit, Take},
 };
+use kvmesh_wire::output_digest;
 
 use crate::worker::{Command, Frame, Token};
 
@@ -25,6 +27,8 @@ pub(crate) struct Router {
     /// What the client has that resumes.
     pub(crate) had: Vec<Token>,
     pub(crate) outcome: Option<Outcome>,
+    /// Attempts that it claimed in vain: each is cancelled when nobody came for it.
+    pub(crate) leaves: Vec<(usize, Fence)>,
     /// It could not be had.
     pub(crate) refused: bool,
     /// The attempt that was found running was gone on with.
@@ -75,9 +79,13 @@ impl Router {
         use takeover::Action as Do;
         for action in actions {
             match action {
-                Do::Find { to } => sends.push((to.0 as usize, Command::Find)),
+                Do::Find { to } => {
+                    let had = self.had.len() as u32;
+                    sends.push((to.0 as usize, Command::Find { had }));
+                }
                 Do::Claim { to, owner } => sends.push((to.0 as usize, Command::Claim { owner })),
                 Do::Cancel { to, fence } => sends.push((to.0 as usize, Command::Cancel { fence })),
+                Do::Leave { to, fence } => self.leaves.push((to.0 as usize, fence)),
                 Do::Arm => self.waits = true,
                 Do::Disarm => self.waits = false,
                 Do::Take(take) => self.goes_on(&take, most, sends),
@@ -95,12 +103,7 @@ impl Router {
         }
         let had = take.left.output_ids.get(..self.had.len());
         if had != Some(&self.had[..]) {
-            // Another output than the client's.
-            self.refused = true;
-            if let Some((to, _)) = take.runs {
-                let fence = take.fence;
-                sends.push((to.0 as usize, Command::Cancel { fence }));
-            }
+            self.wrong = Some("another output than the client's");
             return;
         }
         self.output.clone_from(&take.left.output_ids);
@@ -109,6 +112,26 @@ impl Router {
         let (generation, actions) = Generation::claimed(take, most, false, policy());
         self.generation = Some(generation);
         self.perform(actions, sends);
+    }
+
+    /// Whether that is the output of the client that resumes.
+    fn fits(&self, found: &Found) -> Fit {
+        let fits = match &found.what {
+            Holds::This(_, told) => told.output_digest == output_digest(&self.had),
+            Holds::Claimed(_, left) => left.output_ids.starts_with(&self.had),
+            Holds::Nothing | Holds::Refused { .. } => true,
+        };
+        match fits {
+            true => Fit::Now,
+            false => Fit::Never,
+        }
+    }
+
+    /// Nobody came for what it left.
+    pub(crate) fn lets_go(&mut self) -> Sends {
+        let left = std::mem::take(&mut self.leaves).into_iter();
+        left.map(|(w, fence)| (w, Command::Cancel { fence }))
+            .collect()
     }
 
     pub(crate) fn apply(&mut self, event: Event) -> Sends {
@@ -142,7 +165,10 @@ impl Router {
     pub(crate) fn reads(&mut self, w: usize, frame: Frame, most: u32) -> Sends {
         let from = WorkerIndex(w as u32);
         match frame {
-            Frame::Found(found) => self.takeover(takeover::Event::Found { from, found }, most),
+            Frame::Found(found) => {
+                let fit = self.fits(&found);
+                self.takeover(takeover::Event::Found { from, found, fit }, most)
+            }
             Frame::Opening {
                 fence,
                 stage,
@@ -256,6 +282,9 @@ impl Router {
         }
         if self.booked {
             return Some("a booking is left");
+        }
+        if !self.leaves.is_empty() {
+            return Some("an attempt is left that nobody ends");
         }
         let ended = self.outcome.is_some() || self.refused;
         let began = self.generation.is_some() || self.takeover.is_some();

@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 
 use kvmesh_session::{
     Fence, GenerationId, Stage,
-    parse::{Answer, End, FinishReason, Found, Held as Has, Holds, Left, Refusal},
+    parse::{Answer, End, FinishReason, Found, Held as Has, Holds, Left, Refusal, Told},
 };
+use kvmesh_wire::output_digest;
 
 /// A token says which attempt made it, by the name under which that was placed.
 pub(crate) type Token = u32;
@@ -26,7 +27,9 @@ pub(crate) enum Command {
     Cancel {
         fence: Fence,
     },
-    Find,
+    Find {
+        had: u32,
+    },
     Claim {
         owner: u32,
     },
@@ -189,11 +192,10 @@ impl Worker {
                     self.say_end(&held, End::Cancelled);
                 }
             }
-            Command::Find => {
-                let what = self
-                    .held
-                    .as_ref()
-                    .map_or(Holds::Nothing, |held| Holds::This(has(held)));
+            Command::Find { had } => {
+                let what = self.held.as_ref().map_or(Holds::Nothing, |held| {
+                    Holds::This(has(held), told(held, had))
+                });
                 self.say(router, found(what));
             }
             Command::Claim { owner } => self.claim(router, owner),
@@ -346,6 +348,14 @@ fn has(held: &Held) -> Has {
         fence: held.fence,
         next_index: held.output.len() as u32,
         stage: held.stage,
+    }
+}
+
+fn told(held: &Held, had: u32) -> Told {
+    let known = held.output.get(..had as usize);
+    Told {
+        model: String::new(),
+        output_digest: known.map_or(0, output_digest),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use kvmesh_wire::v1::Role;
+use kvmesh_wire::v1::{Place, Role};
 
 use crate::vocabulary::Vocabulary;
 
@@ -54,6 +54,9 @@ pub struct MockConfig {
     pub hash_scheme: u32,
     /// Tokens of a block, as it tells; it counts in blocks of 16.
     pub block_tokens: u32,
+    /// A generation that another router placed here and left: whoever claims it has it
+    /// go on from its output ids.
+    pub left: Option<Box<Place>>,
     /// Protocol version told in hello, as (major, minor).
     pub version: (u32, u32),
 }
@@ -82,6 +85,7 @@ impl Default for MockConfig {
             cache_events: false,
             hash_scheme: 1,
             block_tokens: 16,
+            left: None,
             version: (1, 0),
         }
     }

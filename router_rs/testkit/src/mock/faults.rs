@@ -45,6 +45,10 @@ pub struct FaultPlan {
     pub return_next: u32,
     /// Streams are not handed over: the receiver's transfer fails.
     pub keep_streams: bool,
+    /// Transfers that it pulls fail.
+    pub fail_pulls: bool,
+    /// Claims are not answered until this is unset.
+    pub hold_claims: bool,
     /// Loads say again what the last one said before this was set.
     pub old_loads: bool,
     /// No step ends any more, while load frames go on: a stuck engine thread
@@ -71,6 +75,8 @@ impl Default for FaultPlan {
             return_at: None,
             return_next: 0,
             keep_streams: false,
+            fail_pulls: false,
+            hold_claims: false,
             old_loads: false,
             stuck: false,
         }

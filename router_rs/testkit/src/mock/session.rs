@@ -1,14 +1,16 @@
 //! One Attach stream: commands in, a frame a step out.
 
+mod claims;
+
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::FutureExt;
 use kvmesh_wire::v1::{
-    CacheEvents, Cancelled, EngineHandOff, Found, HandOver, HandedOff, Load, LoadShare, Opening,
-    Place, Refused, RequestClass, Reserved, RouterFrame, RouterHello, Stage, StageEnd, StepOutput,
-    StepSample, TransferFailed, WorkerFrame, WorkerHello, hand_off::Kind, opening, router_frame,
-    stage_end::End, worker_frame,
+    CacheEvents, Cancelled, Claim, EngineHandOff, Found, HandOver, HandedOff, Load, LoadShare,
+    Opening, Place, Refused, RequestClass, Reserved, RouterFrame, RouterHello, Stage, StageEnd,
+    StepOutput, StepSample, TransferFailed, WorkerFrame, WorkerHello, hand_off::Kind, opening,
+    router_frame, stage_end::End, worker_frame,
 };
 use tokio::{
     sync::{broadcast, mpsc},
@@ -60,6 +62,8 @@ struct Session {
     openings: Vec<Opening>,
     ends: Vec<StageEnd>,
     found: Vec<Found>,
+    /// Not answered yet.
+    claims: Vec<Claim>,
     rows: Rows,
     pulls: JoinSet<Pulled>,
     cache: broadcast::Receiver<CacheEvents>,
@@ -101,6 +105,7 @@ pub(super) async fn run(state: Arc<State>, mut inbound: Streaming<RouterFrame>, 
         openings: Vec::new(),
         ends: Vec::new(),
         found: Vec::new(),
+        claims: Vec::new(),
         rows: Rows::default(),
         pulls: JoinSet::new(),
         cache: state.cache.subscribe(),
@@ -149,6 +154,7 @@ impl Session {
                 () = tokio::task::yield_now(), if steps_now => {}
                 () = sleep_until(due), if !steps_now => {}
             }
+            self.answer_claims().await?;
             self.start_ready();
             // First tokens are of a step, too.
             let number = match self.rows.is_empty() {
@@ -218,13 +224,13 @@ impl Session {
                     self.ends.push(request.end(End::Cancelled(Cancelled {})));
                 }
             }
-            Some(router_frame::Frame::Find(find)) => self.found.push(Found {
-                generation: find.generation,
-                ..Default::default()
-            }),
+            Some(router_frame::Frame::Find(find)) => self.find(find),
+            Some(router_frame::Frame::Claim(claim)) => {
+                self.state.counters.claims.add(1);
+                self.claims.push(claim);
+            }
             Some(router_frame::Frame::HandOver(hand_over)) => self.hand_over(&hand_over),
-            // A mock holds no generations for other routers; frames of a newer
-            // minor version are ignored.
+            // Frames of a newer minor version are ignored.
             _ => {}
         }
         true
@@ -307,8 +313,12 @@ impl Session {
             return;
         };
         let (generation, attempt) = (request.generation.clone(), request.attempt);
+        let fails = self.state.faults.plan().fail_pulls;
         self.pulls.spawn(async move {
-            let outcome = hand_off::pull(&mesh.sender_address, &mesh.transfer_id).await;
+            let outcome = match fails {
+                true => Err("asked to fail".to_owned()),
+                false => hand_off::pull(&mesh.sender_address, &mesh.transfer_id).await,
+            };
             Pulled {
                 generation,
                 attempt,

@@ -253,6 +253,7 @@ pub(super) struct Counters {
     pub(super) finished: Count,
     pub(super) handed_off: Count,
     pub(super) cancelled: Count,
+    pub(super) claims: Count,
     pub(super) failed: Count,
     pub(super) returned: Count,
     pub(super) dropped: Count,
@@ -303,6 +304,8 @@ pub struct MockCounters {
     pub handed_off: u64,
     /// Stages that ended as `cancelled`.
     pub cancelled: u64,
+    /// Claims that came in.
+    pub claims: u64,
     /// Stages that ended as `failed` or `transfer_failed`.
     pub failed: u64,
     /// Stages that ended as `returned`.
@@ -334,6 +337,7 @@ impl MockCounters {
             finished: c.finished.get(),
             handed_off: c.handed_off.get(),
             cancelled: c.cancelled.get(),
+            claims: c.claims.get(),
             failed: c.failed.get(),
             returned: c.returned.get(),
             dropped: c.dropped.get(),

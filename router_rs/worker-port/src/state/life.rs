@@ -12,7 +12,6 @@ use super::{State, ended};
 use crate::{
     attempt::AttemptId,
     event::Event,
-    lanes::Lanes,
     report::Part,
     session::{End, Held, Session},
 };
@@ -44,10 +43,10 @@ impl State {
             .filter_map(|(key, s)| Some((key.clone(), s.lanes.problem(&self.settings, now)?)))
             .collect();
         for (key, why) in slow {
-            self.end(&key, ended(Status::resource_exhausted(why)));
+            self.leave(&key, ended(Status::resource_exhausted(why)), now);
             if let Some(session) = self.sessions.get_mut(&key) {
                 // Its stream stays until the router reads or goes; its frames need not.
-                session.lanes = Lanes::new(0);
+                session.lanes.forget_beyond(0);
             }
         }
     }

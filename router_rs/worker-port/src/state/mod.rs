@@ -25,9 +25,9 @@ use tonic::Status;
 
 pub(crate) use self::{commands::Taken, outgoing::Step};
 use crate::{
+    attempt::AttemptId,
     cache_log::CacheLog,
     command,
-    ends::AttemptEnd,
     event::Event,
     frames::step_frames,
     kept::Kept,
@@ -223,13 +223,7 @@ impl State {
         {
             self.by_router.remove(&session.router_id);
         }
-        if !attempts.is_empty() {
-            let attempts: Vec<_> = attempts.into_keys().collect();
-            let ends = attempts.iter().cloned();
-            let ends = ends.map(|id| AttemptEnd::session_ended(key, id)).collect();
-            self.drop_attempts(attempts);
-            self.tell(Event::Ends(ends));
-        }
+        self.drop_unheard(key, attempts.into_keys().collect());
     }
 
     fn drop_session(&mut self, key: &str) {
@@ -277,20 +271,30 @@ impl State {
         sessions.map(|session| session.attempts.len()).sum()
     }
 
-    /// Drops what no router came back for, and what grew beyond its bound.
+    /// Drops what no router came back for. Where more waits for one that is away than is
+    /// kept, the oldest is forgotten: what others may resume goes on, within what is kept
+    /// for them, all else ends.
     fn drop_orphans(&mut self, now: Instant) {
         let (ttl, most) = (self.settings.orphan_ttl, self.settings.replay_bytes);
-        let over: Vec<_> = self
-            .sessions
-            .iter()
-            .filter(|(_, session)| {
-                session.orphaned.is_some_and(|since| {
-                    now.saturating_duration_since(since) > ttl
-                        || session.lanes.waiting_bytes() > most
-                })
-            })
-            .map(|(key, _)| key.clone())
-            .collect();
+        let (mut over, mut forgotten) = (Vec::new(), Vec::new());
+        for (key, session) in &mut self.sessions {
+            let Some(since) = session.orphaned else {
+                continue;
+            };
+            if now.saturating_duration_since(since) > ttl {
+                over.push(key.clone());
+            } else if session.lanes.forget_beyond(most) {
+                let held = std::mem::take(&mut session.attempts);
+                let (keep, lost): (Vec<_>, Vec<_>) =
+                    held.into_iter().partition(|(id, _)| self.kept.runs(id));
+                session.attempts = keep.into_iter().collect();
+                let lost: Vec<AttemptId> = lost.into_iter().map(|(id, _)| id).collect();
+                forgotten.push((key.clone(), lost));
+            }
+        }
+        for (key, lost) in forgotten {
+            self.drop_unheard(&key, lost);
+        }
         for key in over {
             self.drop_session(&key);
         }

@@ -28,7 +28,7 @@ impl State {
     pub(super) fn find(&mut self, key: &str, find: &Find, now: Instant) -> Result<(), Status> {
         let generation = find.generation.as_ref().try_into();
         let generation = generation.map_err(|_| command::unnamed())?;
-        let found = self.kept.find(&generation, &find.tenant);
+        let found = self.kept.find(&generation, &find.tenant, find.next_index);
         self.push_found(key, found, now);
         Ok(())
     }
@@ -178,8 +178,18 @@ impl State {
         self.cancel(ids);
     }
 
-    /// Another start of its router replaces a session: what others may resume of it waits
-    /// for them, all else ends.
+    /// The same for attempts whose session nobody hears any more.
+    pub(super) fn drop_unheard(&mut self, key: &str, ids: Vec<AttemptId>) {
+        if !ids.is_empty() {
+            let ends = ids.iter().cloned();
+            let ends = ends.map(|id| AttemptEnd::session_ended(key, id)).collect();
+            self.drop_attempts(ids);
+            self.tell(Event::Ends(ends));
+        }
+    }
+
+    /// Its router reads no more, or another start of it replaces the session: what others
+    /// may resume of it waits for them, all else ends.
     pub(super) fn leave(&mut self, key: &str, end: End, now: Instant) {
         let Some(session) = self.sessions.get_mut(key) else {
             return;
@@ -199,7 +209,7 @@ impl State {
             }
             self.wakers.extend(session.waker.take());
         }
-        self.drop_attempts(drop.into_iter().map(|(id, _)| id).collect());
+        self.drop_unheard(key, drop.into_iter().map(|(id, _)| id).collect());
         if !had_stream && !waits {
             self.sessions.remove(key);
         }

@@ -14,6 +14,7 @@ use smallvec::SmallVec;
 use super::{
     super::{
         continuation::{continuation, resume_state, tenant_name},
+        recover::pause,
         session::Outgoing,
     },
     Open, State,
@@ -25,7 +26,20 @@ impl Open {
             if let Some(stop_token) = self.stop_token() {
                 return self.apply(Event::Complete { stop_token });
             }
-            self.core.plan(self, &request);
+            match pause(&request, u128::from_le_bytes(self.id.0) as u64) {
+                Some(pause) => {
+                    let at = Instant::now() + pause;
+                    self.core.timers.plan_later(at, self, request);
+                }
+                None => self.core.plan(self, &request),
+            }
+        }
+    }
+
+    /// Asks for a plan that was put off.
+    pub(in crate::mesh) fn ask_now(self: &Arc<Self>, request: &PlanRequest) {
+        if !self.ended() {
+            self.core.plan(self, request);
         }
     }
 

@@ -132,6 +132,13 @@ impl Open {
         Ok(reader)
     }
 
+    /// Whether [`Self::attach`] would give it now.
+    pub(in crate::mesh) fn gives(&self, asked: &ResumeAsked) -> bool {
+        let state = self.lock();
+        let theirs = self.request.tenant == asked.tenant && self.can_be_resumed();
+        theirs && asked.fits(&state.output) && !state.given_up.was_said()
+    }
+
     /// The first output ids.
     pub(in crate::mesh) fn output_until(&self, next_index: u32) -> Vec<u32> {
         let state = self.lock();

@@ -20,7 +20,7 @@ pub(crate) struct ResumeAsked {
     /// The ids before it; empty: the client does not say.
     pub(crate) token_ids: Arc<[u32]>,
     /// Whose call it is.
-    pub(crate) tenant: u64,
+    pub(crate) tenant: u128,
     /// Whether worker names may be told.
     pub(crate) admin: bool,
     /// W3C trace context of this call.

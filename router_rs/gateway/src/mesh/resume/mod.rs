@@ -11,6 +11,7 @@ use std::{
 };
 
 use kvmesh_session::GenerationId;
+use kvmesh_text::TextStream;
 
 pub(crate) use asked::ResumeAsked;
 #[cfg(test)]
@@ -18,7 +19,7 @@ pub(super) use asked::tests::asked as asked_for;
 use rate::Rate;
 pub(super) use taking::Taking;
 
-use super::{Core, GenerationStream, Mesh, open::Open, session::ById};
+use super::{GenerationStream, Mesh, open::Open, session::ById};
 use crate::error::RequestError;
 
 /// Generations that are on their way here, and how often tenants ask for one.
@@ -49,74 +50,73 @@ impl Resumes {
         alone
     }
 
-    fn remove(&self, id: &GenerationId) {
-        self.lock().remove(id);
+    /// It is over; another one of the same generation may be under way already.
+    fn remove(&self, id: &GenerationId, taking: &Taking) {
+        let mut all = self.lock();
+        if all.get(id).is_some_and(|of| std::ptr::eq(&**of, taking)) {
+            all.remove(id);
+        }
     }
 }
 
 impl Mesh {
-    /// Goes on with a running generation from the index that the client names.
+    /// Goes on with a running generation from the index that the client names. `was_cut`
+    /// says of a call that is dropped meanwhile whether its client may come back.
     ///
     /// # Errors
     /// [`RequestError::UnknownGeneration`] for whatever cannot be had; that a tenant asks
-    /// too often; that others claim it at the same time.
+    /// too often; [`RequestError::NotYet`] where that cannot be said yet.
     pub(crate) async fn resume(
         &self,
         asked: ResumeAsked,
+        was_cut: impl Fn() -> bool,
     ) -> Result<GenerationStream, RequestError> {
-        let resumed = self.resume_any(asked).await;
+        let resumed = self.resume_any(asked, was_cut).await;
         if matches!(resumed, Err(RequestError::UnknownGeneration)) {
             self.core.counters.resumed.unknown.add(1);
         }
         resumed
     }
 
-    async fn resume_any(&self, asked: ResumeAsked) -> Result<GenerationStream, RequestError> {
-        self.core.resumes.rate.take(asked.tenant, Instant::now())?;
-        let here = self.core.open_as(&asked.id);
-        let (open, reader) = match here {
-            Some(open) => {
-                let reader = open.attach(&asked)?;
-                self.core.counters.resumed.here.add(1);
-                (open, reader)
-            }
-            None => (Taking::take(&self.core, &asked).await?, 0),
-        };
-        self.stream(open, reader, &asked)
+    /// Whether this router has what a call asks for, and would give it.
+    pub(crate) fn has(&self, asked: &ResumeAsked) -> bool {
+        let open = self.core.opened(asked.id);
+        open.is_some_and(|open| open.gives(asked))
     }
 
-    fn stream(
+    async fn resume_any(
         &self,
-        open: Arc<Open>,
-        reader: u32,
-        asked: &ResumeAsked,
+        asked: ResumeAsked,
+        was_cut: impl Fn() -> bool,
     ) -> Result<GenerationStream, RequestError> {
-        let text = match &open.request.text {
-            None => Ok(None),
-            Some(settings) => {
-                let model = self.core.models.get(&open.request.model);
-                let model = model.ok_or(RequestError::UnknownGeneration);
-                model.and_then(|model| {
-                    let stream = model.text.stream(settings);
-                    stream
-                        .map(Some)
-                        .map_err(|_| RequestError::UnknownGeneration)
-                })
-            }
-        };
-        match text {
-            Ok(text) => Ok(GenerationStream::resumed(open, reader, text, asked)),
+        self.core.resumes.rate.take(asked.tenant, Instant::now())?;
+        if let Some(open) = self.core.opened(asked.id) {
+            // Looked at first: whoever reads it now loses it.
+            let text = self.text_of(&open)?;
+            let reader = open.attach(&asked)?;
+            self.core.counters.resumed.here.add(1);
+            return Ok(GenerationStream::resumed(open, reader, text, &asked));
+        }
+        let open = Taking::take(&self.core, &asked, was_cut).await?;
+        match self.text_of(&open) {
+            Ok(text) => Ok(GenerationStream::resumed(open, 0, text, &asked)),
             Err(error) => {
-                open.close(reader);
+                // It runs, and another call may have better luck.
+                open.leave(0, None);
                 Err(error)
             }
         }
     }
-}
 
-impl Core {
-    fn open_as(&self, id: &GenerationId) -> Option<Arc<Open>> {
-        let all = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        all.get(id).cloned()
+    fn text_of(&self, open: &Open) -> Result<Option<TextStream>, RequestError> {
+        let Some(settings) = &open.request.text else {
+            return Ok(None);
+        };
+        let model = self.core.models.get(&open.request.model);
+        let model = model.ok_or(RequestError::UnknownGeneration)?;
+        let stream = model.text.stream(settings);
+        stream
+            .map(Some)
+            .map_err(|_| RequestError::UnknownGeneration)
     }
 }

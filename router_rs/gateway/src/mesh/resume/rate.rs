@@ -17,14 +17,14 @@ const FEW: usize = 1_024;
 
 /// What each tenant asked for that has not run off yet, and when that was.
 #[derive(Debug, Default)]
-pub(super) struct Rate(Mutex<HashMap<u64, (f64, Instant)>>);
+pub(super) struct Rate(Mutex<HashMap<u128, (f64, Instant)>>);
 
 impl Rate {
     /// One more call of a tenant.
     ///
     /// # Errors
     /// Too many, and when there is room for one.
-    pub(super) fn take(&self, tenant: u64, now: Instant) -> Result<(), RequestError> {
+    pub(super) fn take(&self, tenant: u128, now: Instant) -> Result<(), RequestError> {
         let left = |(owed, at): (f64, Instant)| {
             let passed = now.saturating_duration_since(at).as_secs_f64();
             (owed - passed * A_SECOND).max(0.0)

@@ -1,19 +1,22 @@
-//! A generation on its way here from another router, driven by the call that resumes it and
-//! by the sessions that answer.
+//! A generation on its way here from another router, asked for by the call that resumes it
+//! and driven by a task of its own and by the sessions that answer: a call that breaks off
+//! leaves nothing half taken.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use futures_util::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use kvmesh_session::{
-    Command, Fence, Takeover, WorkerIndex,
-    parse::Found,
-    takeover::{Action, Actions, Event, Refused, Take},
+    Command, Fence, GenerationId, Takeover, WorkerIndex,
+    link::LOST_MS,
+    parse::{Found, Holds, Left},
+    takeover::{Action, Actions, Event, Fit, Refused, Take},
 };
-use tokio::sync::Notify;
+use kvmesh_wire::output_digest;
+use tokio_util::sync::CancellationToken;
 
 use super::{
     super::{
@@ -22,6 +25,7 @@ use super::{
         dispatch,
         open::{Claimed, Open, Party},
         session::{Outgoing, SessionHandle},
+        table::WorkerEntry,
     },
     ResumeAsked,
     asked::request,
@@ -30,14 +34,18 @@ use crate::error::RequestError;
 
 /// Longest wait for what workers answer to Find, and again to Claim.
 const ANSWER: Duration = Duration::from_secs(1);
+/// How long a worker that cannot be asked may have it all the same: as long as one that is
+/// silent is not given up.
+const AWAY: Duration = Duration::from_millis(LOST_MS);
 
 /// A takeover under way.
 pub(in crate::mesh) struct Taking {
     core: Arc<Core>,
     pub(super) asked: ResumeAsked,
+    /// Digest of the ids that its client has; `None`: it does not say which.
+    had: Option<u64>,
     state: Mutex<State>,
-    /// It is over.
-    over: Notify,
+    over: CancellationToken,
 }
 
 struct State {
@@ -45,44 +53,96 @@ struct State {
     sessions: BTreeMap<WorkerIndex, Arc<SessionHandle>>,
     /// Number of the claim to each worker: what is booked for it counts from there on.
     claims: BTreeMap<WorkerIndex, u64>,
+    /// Who has said what it has, and has a session still.
+    answered: BTreeSet<WorkerIndex>,
+    /// When all were asked.
+    asked: Instant,
     /// Until when answers are waited for.
     until: Instant,
     ended: Option<Result<Arc<Open>, RequestError>>,
-    /// Nobody waits for it any more.
-    left: bool,
+    /// Nobody waits for it any more, and whether somebody may come back for it.
+    left: Option<Gone>,
+}
+
+impl State {
+    fn note(&mut self, event: &Event) {
+        match event {
+            Event::Found { from, found, .. }
+                if matches!(found.what, Holds::Nothing | Holds::This(..)) =>
+            {
+                self.answered.insert(*from);
+            }
+            Event::SessionLost(worker) => {
+                self.answered.remove(worker);
+            }
+            Event::Found { .. } | Event::Fired => {}
+        }
+    }
+
+    /// Nobody waits for it, and nobody was disturbed for it yet.
+    fn is_unwanted(&self) -> bool {
+        self.left.is_some() && self.claims.is_empty()
+    }
+}
+
+/// How a call went that did not wait for its answer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Gone {
+    /// Its connection broke, or its time was over.
+    Cut,
+    /// Its client reset it.
+    Reset,
+}
+
+impl Gone {
+    /// Ends what was taken for the call, or leaves it for the next one.
+    fn settles(self, open: &Arc<Open>) {
+        match self {
+            Self::Cut => open.leave(0, None),
+            Self::Reset => open.close(0),
+        }
+    }
 }
 
 /// A call's hold on its takeover.
-struct Hold(Arc<Taking>);
+struct Hold<'a, F: Fn() -> bool> {
+    taking: &'a Arc<Taking>,
+    was_cut: F,
+}
 
-impl Drop for Hold {
+impl<F: Fn() -> bool> Drop for Hold<'_, F> {
     fn drop(&mut self) {
-        let taking = &self.0;
-        taking.core.resumes.remove(&taking.asked.id);
-        let unread = {
-            let mut state = taking.lock();
-            state.left = true;
-            state.ended.take()
+        let gone = match (self.was_cut)() {
+            true => Gone::Cut,
+            false => Gone::Reset,
         };
+        let (unread, nothing_yet) = {
+            let mut state = self.taking.lock();
+            state.left = Some(gone);
+            (state.ended.take(), state.is_unwanted())
+        };
+        if nothing_yet {
+            self.taking.is_over();
+        }
         if let Some(Ok(open)) = unread {
-            open.close(0);
+            gone.settles(&open);
         }
     }
 }
 
 impl Taking {
-    /// Takes a generation over from the workers that have it.
+    /// Takes a generation over from the workers that have it. `was_cut` says of a call that
+    /// is dropped whether its client may come back.
     pub(super) async fn take(
         core: &Arc<Core>,
         asked: &ResumeAsked,
+        was_cut: impl Fn() -> bool,
     ) -> Result<Arc<Open>, RequestError> {
         let workers = core.table.all();
-        let session = |worker: &Arc<super::super::table::WorkerEntry>| {
-            Some((worker.index, worker.session()?))
-        };
+        let session = |worker: &Arc<WorkerEntry>| Some((worker.index, worker.session()?));
         let sessions: BTreeMap<_, _> = workers.iter().filter_map(session).collect();
         let (machine, actions) = Takeover::start(asked.next_index, sessions.keys().copied());
-        let mut closed: FuturesUnordered<BoxFuture<'static, WorkerIndex>> = sessions
+        let closed: FuturesUnordered<BoxFuture<'static, WorkerIndex>> = sessions
             .iter()
             .map(|(&worker, session)| {
                 let session = Arc::clone(session);
@@ -92,47 +152,72 @@ impl Taking {
                 }) as BoxFuture<'static, _>
             })
             .collect();
+        let says = !asked.token_ids.is_empty();
         let taking = Arc::new(Self {
             core: Arc::clone(core),
             asked: asked.clone(),
+            had: says.then(|| output_digest(&asked.token_ids)),
             state: Mutex::new(State {
                 machine,
                 sessions,
                 claims: BTreeMap::new(),
+                answered: BTreeSet::new(),
+                asked: Instant::now(),
                 until: Instant::now() + ANSWER,
                 ended: None,
-                left: false,
+                left: None,
             }),
-            over: Notify::new(),
+            over: CancellationToken::new(),
         });
         if !core.resumes.add(&taking) {
             return Err(contested());
         }
-        let _hold = Hold(Arc::clone(&taking));
+        let hold = Hold {
+            taking: &taking,
+            was_cut,
+        };
         let take = {
             let mut state = taking.lock();
             taking.perform(&mut state, actions)
         };
         taking.go_on_with(take);
+        core.tasks.spawn(Arc::clone(&taking).drive(closed));
+        taking.over.cancelled().await;
+        let ended = taking.lock().ended.take();
+        drop(hold);
+        ended.unwrap_or(Err(RequestError::UnknownGeneration))
+    }
+
+    /// Waits for answers until it is over.
+    async fn drive(self: Arc<Self>, mut closed: FuturesUnordered<BoxFuture<'static, WorkerIndex>>) {
         loop {
-            let until = {
-                let mut state = taking.lock();
-                if let Some(ended) = state.ended.take() {
-                    return ended;
-                }
-                state.until
-            };
+            let until = self.lock().until;
             let event = tokio::select! {
-                () = taking.over.notified() => continue,
+                () = self.over.cancelled() => break,
+                () = self.core.stop.cancelled() => {
+                    let stopped = RequestError::ShuttingDown { next_index: self.asked.next_index };
+                    let mut state = self.lock();
+                    if state.ended.is_none() {
+                        state.ended = Some(Err(stopped));
+                    }
+                    break;
+                }
                 Some(worker) = closed.next() => Event::SessionLost(worker),
                 () = tokio::time::sleep_until(until.into()) => Event::Fired,
             };
             // An answer may have moved the wait meanwhile.
-            if event == Event::Fired && taking.lock().until > Instant::now() {
+            if event == Event::Fired && self.lock().until > Instant::now() {
                 continue;
             }
-            taking.apply(event);
+            self.apply(event);
         }
+        self.is_over();
+    }
+
+    /// Whoever waits for it goes on, and the next one may come.
+    fn is_over(&self) {
+        self.core.resumes.remove(&self.asked.id, self);
+        self.over.cancel();
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -147,12 +232,55 @@ impl Taking {
         from: WorkerIndex,
         found: Found,
     ) -> Option<(Arc<Open>, Fence)> {
-        self.apply(Event::Found { from, found })
+        let fit = self.fit(&found);
+        self.apply(Event::Found { from, found, fit })
+    }
+
+    /// Whether this router can go on with what a worker has, as far as it tells.
+    fn fit(&self, found: &Found) -> Fit {
+        match &found.what {
+            Holds::Nothing | Holds::Refused { .. } => Fit::Now,
+            // It does not tell: what it has is seen when it is given.
+            Holds::This(_, told) if told.model.is_empty() => Fit::Now,
+            Holds::This(_, told) => match self.had.is_none_or(|had| had == told.output_digest) {
+                true => self.fit_of(&told.model),
+                false => Fit::Never,
+            },
+            Holds::Claimed(_, left) => self.fit_of_left(left),
+        }
+    }
+
+    fn fit_of(&self, model: &str) -> Fit {
+        let models = &self.core.models;
+        match models.get(model) {
+            Some(_) => Fit::Now,
+            None if models.told(model) => Fit::Later,
+            None => Fit::Never,
+        }
+    }
+
+    fn fit_of_left(&self, left: &Left) -> Fit {
+        if !self.asked.fits(&left.output_ids) {
+            return Fit::Never;
+        }
+        let Ok((request, _)) = request(left, &self.asked) else {
+            return Fit::Never;
+        };
+        let model = self.core.models.get(&request.model);
+        let stops = model.zip(request.text.as_ref());
+        match stops.map(|(model, text)| model.text.stream(text)) {
+            Some(Err(_)) => Fit::Never,
+            _ => self.fit_of(&request.model),
+        }
     }
 
     fn apply(&self, event: Event) -> Option<(Arc<Open>, Fence)> {
         let take = {
             let mut state = self.lock();
+            if state.is_unwanted() {
+                return None;
+            }
+            state.note(&event);
             let actions = state.machine.apply(event);
             self.perform(&mut state, actions)
         };
@@ -169,6 +297,7 @@ impl Taking {
                         let command = Command::Find {
                             generation: self.asked.id,
                             tenant: tenant_name(self.asked.tenant),
+                            next_index: self.asked.next_index,
                         };
                         if send(state, to, command).is_none() {
                             queue.push_back(state.machine.apply(Event::SessionLost(to)));
@@ -193,16 +322,23 @@ impl Taking {
                             session.cancel(self.asked.id, fence);
                         }
                     }
+                    Action::Leave { to, fence } => {
+                        if let Some(session) = state.sessions.get(&to) {
+                            self.core.leave_running(session, self.asked.id, fence);
+                        }
+                    }
                     Action::Arm => state.until = Instant::now() + ANSWER,
                     Action::Disarm => {}
                     Action::Take(take) => taken = Some(take),
                     Action::End(why) => {
                         let error = match why {
+                            Refused::Unknown if self.core.may_be_elsewhere(state) => not_yet(),
                             Refused::Unknown => RequestError::UnknownGeneration,
+                            Refused::NotYet => not_yet(),
                             Refused::Contested => contested(),
                         };
                         state.ended = Some(Err(error));
-                        self.over.notify_one();
+                        self.is_over();
                     }
                 }
             }
@@ -223,21 +359,22 @@ impl Taking {
         if opened.is_err()
             && let Some((party, _)) = &party
         {
-            party.session.cancel(self.asked.id, take.fence);
+            // What it needed a moment ago is gone: another router may have it.
+            let session = &party.session;
+            self.core.leave_running(session, self.asked.id, take.fence);
         }
         let open = opened.as_ref().ok().map(Arc::clone);
         let left = {
             let mut state = self.lock();
-            if !state.left {
+            if state.left.is_none() {
                 state.ended = Some(opened);
             }
             state.left
         };
-        self.over.notify_one();
+        self.is_over();
         let open = open?;
-        if left {
-            open.close(0);
-            return None;
+        if let Some(gone) = left {
+            gone.settles(&open);
         }
         let counters = &self.core.counters.resumed;
         match take.runs {
@@ -256,9 +393,6 @@ impl Taking {
     }
 
     fn open(&self, take: &Take, party: Option<(Party, u64)>) -> Result<Arc<Open>, RequestError> {
-        if !self.asked.fits(&take.left.output_ids) {
-            return Err(RequestError::UnknownGeneration);
-        }
         let (request, urgency_ms) = request(&take.left, &self.asked)?;
         let model = self.core.models.get(&request.model);
         let model = model.ok_or(RequestError::UnknownGeneration)?;
@@ -286,6 +420,49 @@ fn send(state: &State, to: WorkerIndex, command: Command) -> Option<u64> {
     })
 }
 
+impl Core {
+    /// Whether somebody may have a generation that nobody who was asked has.
+    fn may_be_elsewhere(&self, asked: &State) -> bool {
+        let now = Instant::now();
+        // What came in so soon may have been on its way before.
+        let asked_at = asked.asked + ANSWER / 4;
+        let may = |worker: &Arc<WorkerEntry>| {
+            !asked.answered.contains(&worker.index) && worker.may_answer(asked_at, now, AWAY)
+        };
+        let unlisted = self.table.is_unlisted(now, self.settings.orphan_timeout);
+        unlisted || self.table.all().iter().any(may)
+    }
+
+    /// Lets an attempt that was claimed in vain go on where it runs: who comes for it finds
+    /// it there, and takes it away from here under a higher owner number.
+    pub(in crate::mesh) fn leave_running(
+        self: &Arc<Self>,
+        session: &Arc<SessionHandle>,
+        id: GenerationId,
+        fence: Fence,
+    ) {
+        let (session, stop) = (Arc::clone(session), self.stop.clone());
+        let over = Instant::now() + self.settings.orphan_timeout;
+        self.tasks.spawn(async move {
+            tokio::select! {
+                // Its worker keeps it for as long by itself.
+                () = stop.cancelled() => {}
+                () = session.ended() => {}
+                () = tokio::time::sleep_until(over.into()) => session.cancel(id, fence),
+            }
+        });
+    }
+}
+
+/// It is there, or may be, and cannot be had at this moment.
+pub(super) fn not_yet() -> RequestError {
+    RequestError::NotYet {
+        why: "not every worker has said yet whether it has this generation",
+    }
+}
+
 fn contested() -> RequestError {
-    RequestError::NoWorker("another call resumes this generation at the same time".to_owned())
+    RequestError::NotYet {
+        why: "another call resumes this generation at the same time",
+    }
 }

@@ -193,8 +193,12 @@ impl Session {
         } else if let Holds::Claimed(held, _) = found.what
             && let Some(session) = self.worker.session()
         {
-            // Whoever claimed it is gone.
-            session.cancel(id, held.fence);
+            match self.core.opened(id) {
+                // Beside the one that is gone on with here.
+                Some(_) => session.cancel(id, held.fence),
+                // Whoever claimed it waits no longer.
+                None => self.core.leave_running(&session, id, held.fence),
+            }
         }
     }
 

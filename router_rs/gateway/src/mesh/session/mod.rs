@@ -150,6 +150,7 @@ impl Session {
                 _ => Event::Broken,
             });
             if matches!(ended, Ended::Refused(_)) {
+                self.worker.refused();
                 self.feed(Event::Refused);
             }
             if !self.link.away() && self.core.table.drop_gone(&self.worker) {

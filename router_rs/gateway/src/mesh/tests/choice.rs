@@ -158,7 +158,7 @@ async fn tenants_of_a_class_take_turns() {
     for one in all {
         one.await.unwrap();
     }
-    let order: Vec<u64> = order.lock().unwrap().clone();
+    let order: Vec<u128> = order.lock().unwrap().clone();
     let place = order.iter().position(|tenant| *tenant == 2).unwrap();
     assert!(place <= 2, "{order:?}");
     assert!(until(|| nothing_left(&mesh, &[&both])).await);

@@ -459,3 +459,31 @@ async fn timers_outlive_a_panic_of_their_task() {
     }
     assert!(until(|| nothing_left(&mesh, &[&stuck])).await);
 }
+
+#[tokio::test]
+async fn a_path_for_kv_that_heals_while_attempts_wait_costs_no_stream() {
+    let (prefill, decode) = (worker(Role::Prefill), worker(Role::Decode));
+    let mesh = mesh_of(&[&prefill, &decode]).await;
+    decode.faults().set(|plan| plan.fail_pulls = true);
+    let stream = mesh.generate(request(&[1, 2], 5)).unwrap();
+    let answer = tokio::spawn(collect(stream));
+    assert!(until(|| mesh.counters().transfers_failed.get() >= 5).await);
+    // Three are left, and none of them has begun.
+    decode.faults().set(|plan| plan.fail_pulls = false);
+    let answer = answer.await.unwrap();
+    assert_eq!(answer.error, None);
+    assert_eq!(answer.ids, decode.tokens().expected(&[1, 2], 5));
+    assert!(until(|| nothing_left(&mesh, &[&prefill, &decode])).await);
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_while_its_attempt_is_put_off_leaves_nothing() {
+    let (prefill, decode) = (worker(Role::Prefill), worker(Role::Decode));
+    let mesh = mesh_of(&[&prefill, &decode]).await;
+    decode.faults().set(|plan| plan.fail_pulls = true);
+    let stream = mesh.generate(request(&[1, 2], 5)).unwrap();
+    assert!(until(|| mesh.counters().transfers_failed.get() >= 5).await);
+    drop(stream);
+    assert!(until(|| nothing_left(&mesh, &[&prefill, &decode])).await);
+    assert_eq!(mesh.counters().cancelled.get(), 1);
+}
