@@ -196,6 +196,38 @@ async def test_without_an_abort_call_the_dropped_stream_does(folder) -> None:
         for _ in range(2):
             attempt = place(driver, prompt(40), max_tokens=10_000)
             await attempt.until(lambda a: a.tokens)
+@pytest.mark.parametrize(
+    ("kind", "how", "cached"),
+    [
+        ("llamacpp", "refuse", None),
+        ("llamacpp", "uncached", False),
+        ("llamacpp", "shared", True),
+        ("vllm", "refuse", True),
+        ("vllm", "shared", True),
+    ],
+)
+async def test_salted_prompts_are_served_as_the_operator_said(folder, kind, how, cached) -> None:
+    async with served(folder, kind, arguments={"salted_prompts": how}) as driver:
+        can = driver.engine.capabilities()
+        # What refuses salts says so, and is sent none.
+        assert can.no_cache_salt == (cached is None)
+        # Where no prompt finds anything, an index without entries is right.
+        assert can.cache_events == (how == "uncached")
+        salted = place(driver, prompt(40), max_tokens=3, cache_salt="mine")
+        assert await salted.ended() == ("refused" if cached is None else "finished")
+        assert await place(driver, prompt(40), max_tokens=3).ended() == "finished"
+        requests = driver.model.requests
+        assert len(requests) == (1 if cached is None else 2)
+        if kind == "llamacpp":
+            # Also those without a salt: they would find what a salted one has left.
+            assert [asked["cache_prompt"] for asked in requests] == (
+                [True] if cached is None else [cached, cached]
+            )
+            assert not any("cache_salt" in asked for asked in requests)
+        else:
+            assert [asked.get("cache_salt") for asked in requests] == ["mine", None]
+
+
             driver.engine.cancel([attempt.id])
             assert await attempt.ended() == "cancelled"
             await driver.idle()

@@ -266,6 +266,28 @@ async def test_roles_need_a_connector() -> None:
 
 
 async def test_load_counts_our_requests_and_others_blocks() -> None:
+async def test_tenants_share_its_cache_where_the_operator_said_so() -> None:
+    async with served() as driver:
+        assert driver.engine.capabilities().no_cache_salt
+    async with served(arguments={"salted_prompts": "shared"}) as driver:
+        can = driver.engine.capabilities()
+        # By its events no router would find salted prompts there: they go by what they sent.
+        assert not (can.no_cache_salt)
+        assert not (can.cache_events)
+        attempt = place(driver, prompt(40), max_tokens=3, cache_salt="mine")
+        assert await attempt.ended() == "finished"
+        assert attempt.tokens == tokens_after(prompt(40), 3)
+    server, port = await there(serve(FakeSmg(FakeModel())))
+    for how, text in (
+        ("uncached", "'uncached'; allowed are refuse and shared"),
+        ("never", "salted_prompts is 'never'; allowed are refuse, uncached, shared"),
+    ):
+        given = settings(port, salted_prompts=how)
+        with pytest.raises(SettingError, match=text):
+            await asyncio.to_thread(build, given, "w", 1, lambda line: None)
+    await there(server.stop(None))
+
+
     async with served() as driver:
         driver.model.step_s = 0.002
         driver.model.kept["another client's"] = 100

@@ -37,6 +37,7 @@ mod supervise;
 mod table;
 mod timers;
 mod tokenizer;
+mod turned;
 mod views;
 
 use std::{

@@ -24,6 +24,8 @@ class Dialect:
     stops: bool = True
     """It ends at token ids of the request. Else the reader does, and the model's own ends hold
     as well."""
+    skips_cache: bool = False
+    """As Description.skips_cache."""
 
     def body(self, request: Request, model: str) -> dict[str, Any]:
         """Of a request to /v1/completions."""
@@ -91,7 +93,7 @@ class Dialect:
                 "logprobs": max(1, given.logprobs or 0),
                 "top_k": given.top_k,
                 "min_p": given.min_p,
-                "cache_prompt": True,
+                "cache_prompt": not request.uncached,
             }
         return {}
 
@@ -119,6 +121,7 @@ LLAMA_CPP = Dialect(
     ),
     max_logprobs=20,
     stops=False,
+    skips_cache=True,
 )  # fmt: skip
 PLAIN = Dialect(
     "openai",

@@ -92,6 +92,7 @@ class OpenAiServer:
             max_logprobs=dialect.max_logprobs,
             lacks=dialect.lacks
             | (frozenset() if self._access.priorities else frozenset({"priority"})),
+            skips_cache=dialect.skips_cache,
         )
         size, pool = metrics.pool(await self._metrics())
         await self._try()
