@@ -94,6 +94,34 @@ async def test_streams_come_whole_and_once(folder, kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+async def test_what_was_cached_is_said_at_the_end_and_teaches_nothing(folder, kind) -> None:
+    async with served(folder, kind) as driver:
+        driver.model.cached = 32
+        attempt = place(driver, prompt(40), max_tokens=5)
+        assert await attempt.ended() == "finished"
+        assert attempt.tokens == tokens_after(prompt(40), 5)
+        timings = attempt.end.timings
+        assert (timings.cached_tokens, timings.computed_tokens) == (32, 8)
+        assert [s.prefill_tokens for s in driver.samples if s.prefill_tokens] == []
+        # A server that says nothing of it is taken to have computed all.
+        driver.model.cached = 0
+        attempt = place(driver, prompt(40), max_tokens=5)
+        await attempt.ended()
+        timings = attempt.end.timings
+        assert (timings.cached_tokens, timings.computed_tokens) == (0, 40)
+        assert [s.prefill_tokens for s in driver.samples if s.prefill_tokens] == []
+
+
+async def test_each_life_is_timed_with_prompts_that_no_cache_has(folder) -> None:
+    began = []
+    for _ in range(2):
+        async with served(folder) as driver:
+            began.append({asked[:BLOCK] for asked in driver.model.prompts if len(asked) > 1})
+    assert len(began[0]) > 8
+    assert not began[0] & began[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 async def test_a_stop_id_ends_the_output_also_where_the_server_does_not(folder, kind) -> None:
     said = tokens_after(prompt(20), 10)
     async with served(folder, kind) as driver:
@@ -168,34 +196,6 @@ async def test_what_a_server_lacks_is_refused_by_name(folder, kind, given, field
         assert driver.model.requests == []
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("stage", ["waiting", "decoding"])
-async def test_a_cancel_ends_the_request_there(folder, kind, stage) -> None:
-    async with served(folder, kind) as driver:
-        model = driver.model
-        if stage == "waiting":
-            do(model.hold.clear)
-        model.step_s = 0.002
-        attempt = place(driver, prompt(40), max_tokens=10_000)
-        if stage == "waiting":
-            await until(lambda: model.running)
-        else:
-            await attempt.until(lambda a: len(a.tokens) > 2)
-        driver.engine.cancel([attempt.id])
-        assert await attempt.ended() == "cancelled"
-        await driver.idle()
-        await until(lambda: model.running == {})
-        calls = {"vllm": "/inference/v1/abort_requests", "sglang": "/abort_request"}
-        assert (model.aborts > 0) == (kind in calls)
-        assert (calls.get(kind) in driver.service.paths) == (kind in calls)
-
-
-async def test_without_an_abort_call_the_dropped_stream_does(folder) -> None:
-    async with served(folder, can_abort=False) as driver:
-        driver.model.step_s = 0.002
-        for _ in range(2):
-            attempt = place(driver, prompt(40), max_tokens=10_000)
-            await attempt.until(lambda a: a.tokens)
 @pytest.mark.parametrize(
     ("kind", "how", "cached"),
     [
@@ -228,6 +228,34 @@ async def test_salted_prompts_are_served_as_the_operator_said(folder, kind, how,
             assert [asked.get("cache_salt") for asked in requests] == ["mine", None]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage", ["waiting", "decoding"])
+async def test_a_cancel_ends_the_request_there(folder, kind, stage) -> None:
+    async with served(folder, kind) as driver:
+        model = driver.model
+        if stage == "waiting":
+            do(model.hold.clear)
+        model.step_s = 0.002
+        attempt = place(driver, prompt(40), max_tokens=10_000)
+        if stage == "waiting":
+            await until(lambda: model.running)
+        else:
+            await attempt.until(lambda a: len(a.tokens) > 2)
+        driver.engine.cancel([attempt.id])
+        assert await attempt.ended() == "cancelled"
+        await driver.idle()
+        await until(lambda: model.running == {})
+        calls = {"vllm": "/inference/v1/abort_requests", "sglang": "/abort_request"}
+        assert (model.aborts > 0) == (kind in calls)
+        assert (calls.get(kind) in driver.service.paths) == (kind in calls)
+
+
+async def test_without_an_abort_call_the_dropped_stream_does(folder) -> None:
+    async with served(folder, can_abort=False) as driver:
+        driver.model.step_s = 0.002
+        for _ in range(2):
+            attempt = place(driver, prompt(40), max_tokens=10_000)
+            await attempt.until(lambda a: a.tokens)
             driver.engine.cancel([attempt.id])
             assert await attempt.ended() == "cancelled"
             await driver.idle()

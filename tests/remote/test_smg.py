@@ -90,6 +90,17 @@ async def test_streams_come_whole_and_once() -> None:
         await driver.idle()
 
 
+async def test_what_was_cached_is_known_with_the_first_token() -> None:
+    async with served() as driver:
+        driver.model.cached = 32
+        attempt = place(driver, prompt(40), max_tokens=5)
+        assert await attempt.ended() == "finished"
+        timings = attempt.end.timings
+        assert (timings.cached_tokens, timings.computed_tokens) == (32, 8)
+        # So what it took teaches what eight tokens take.
+        assert {s.prefill_tokens for s in driver.samples if s.prefill_tokens} <= {8}
+
+
 async def test_a_request_says_what_was_asked() -> None:
     async with served() as driver:
         sampling = wire.ResolvedSampling(
@@ -255,17 +266,6 @@ async def test_a_cancelled_decode_is_aborted_after_the_server_has_it() -> None:
         assert [kind for kind, _ in decode.model.seen] == ["add", "abort"]
 
 
-async def test_roles_need_a_connector() -> None:
-    server, port = await there(serve(FakeSmg(FakeModel())))
-    with pytest.raises(SettingError, match="role is 'prefill'; allowed is both"):
-        await asyncio.to_thread(build, settings(port, "prefill"), "w", 1, lambda line: None)
-    await there(server.stop(None))
-
-
-# -- load and cache ---------------------------------------------------------------
-
-
-async def test_load_counts_our_requests_and_others_blocks() -> None:
 async def test_tenants_share_its_cache_where_the_operator_said_so() -> None:
     async with served() as driver:
         assert driver.engine.capabilities().no_cache_salt
@@ -288,6 +288,17 @@ async def test_tenants_share_its_cache_where_the_operator_said_so() -> None:
     await there(server.stop(None))
 
 
+async def test_roles_need_a_connector() -> None:
+    server, port = await there(serve(FakeSmg(FakeModel())))
+    with pytest.raises(SettingError, match="role is 'prefill'; allowed is both"):
+        await asyncio.to_thread(build, settings(port, "prefill"), "w", 1, lambda line: None)
+    await there(server.stop(None))
+
+
+# -- load and cache ---------------------------------------------------------------
+
+
+async def test_load_counts_our_requests_and_others_blocks() -> None:
     async with served() as driver:
         driver.model.step_s = 0.002
         driver.model.kept["another client's"] = 100

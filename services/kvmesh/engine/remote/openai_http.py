@@ -185,10 +185,12 @@ class OpenAiServer:
                         continue
                     data = line.removeprefix("data:").strip()
                     if data == "[DONE]":
-                        return
+                        break
                     part = reader.take(_event(data))
                     if part is not None:
                         yield part
+                if (part := reader.rest()) is not None:
+                    yield part
         except httpx.HTTPError as error:
             raise _unreachable(error) from error
 

@@ -137,8 +137,8 @@ class Part:
 
     ids: list[int] = field(default_factory=list)
     logprobs: Logprobs | None = None
-    cached_tokens: int = 0
-    """Of the prompt, found in its cache. 0 where it does not say."""
+    cached_tokens: int | None = None
+    """Of the prompt, found in its cache. None where it does not say, or not yet."""
     finish_reason: int | None = None
     """As of vLLM's core: border.STOP, LENGTH, ABORT, ERROR."""
     stop_token_id: int | None = None
