@@ -32,6 +32,7 @@ impl Generation {
             excluded: SmallVec::new(),
             state: State::Planning,
             moving: None,
+            unclaimed: None,
         };
         let mut actions = Actions::new();
         if deadline {

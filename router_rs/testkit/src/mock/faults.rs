@@ -45,6 +45,8 @@ pub struct FaultPlan {
     pub return_next: u32,
     /// Streams are not handed over: the receiver's transfer fails.
     pub keep_streams: bool,
+    /// A prefill hears of no cancel before it has handed off, as where the two cross.
+    pub late_cancels: bool,
     /// Loads say again what the last one said before this was set.
     pub old_loads: bool,
     /// No step ends any more, while load frames go on: a stuck engine thread
@@ -71,6 +73,7 @@ impl Default for FaultPlan {
             return_at: None,
             return_next: 0,
             keep_streams: false,
+            late_cancels: false,
             old_loads: false,
             stuck: false,
         }
