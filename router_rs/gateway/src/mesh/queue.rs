@@ -194,6 +194,15 @@ impl Waits {
         self.lock().dispatch.look(report, self.now_ms())
     }
 
+    /// Requests for a model that wait.
+    pub(super) fn of_model(&self, model: &str) -> usize {
+        let line = self.lock();
+        let waiting = line.dispatch.waiting();
+        waiting
+            .filter(|(_, _, waiting)| waiting.open.request.model == model)
+            .count()
+    }
+
     /// Predicted work of a model's requests that wait and are seen at no worker,
     /// by class, ms.
     pub(super) fn queued_ms(&self, model: &str) -> PerClass<f64> {
