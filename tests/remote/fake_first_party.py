@@ -99,6 +99,8 @@ class FakeInference(inference_rpc.InferenceServicer):
             if made.finish is not None:
                 info = answer.outputs.finish_info
                 info.finish_reason = REASONS[made.finish]
+                if self.model.cached:
+                    info.num_cached_tokens = self.model.cached
                 if made.stop is not None:
                     info.stop_token_id = made.stop
                 if made.transfer:

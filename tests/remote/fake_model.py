@@ -84,6 +84,10 @@ class FakeModel:
         self.fail: Exception | None = None
         """What the next request fails with."""
         self.feeds: list[asyncio.Queue] = []
+        self.cached = 0
+        """Tokens of each prompt that it says it had."""
+        self.prompts: list[tuple] = []
+        """Of all requests that were read."""
         self.requests: list = []
         """As they were on the wire."""
 
@@ -98,6 +102,7 @@ class FakeModel:
         """A token a step."""
         await self.admit.wait()
         self.seen.append(("add", name))
+        self.prompts.append(tuple(request.prompt))
         self.running[name] = request
         over = False
         try:

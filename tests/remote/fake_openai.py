@@ -118,10 +118,19 @@ class FakeOpenAi:
                     raise ConnectionError("the client has gone")
                 if (told := step.result()) is None:
                     break
-                self._event(writer, self._choice(asked, told))
+                event = self._choice(asked, told)
+                if told.finish is None:
+                    self._event(writer, event)
+                    await writer.drain()
+                    continue
+                if self.kind == "llamacpp":
+                    # With the end, others behind it.
+                    event["usage"] = self._usage(asked)
+                self._event(writer, event)
+                if self.kind != "llamacpp":
+                    self._event(writer, {"choices": [], "usage": self._usage(asked)})
                 await writer.drain()
-                if told.finish is not None:
-                    break
+                break
             self._event(writer, None)
             writer.write(b"0\r\n\r\n")
         finally:
@@ -136,6 +145,12 @@ class FakeOpenAi:
         text = "[DONE]" if content is None else json.dumps(content)
         data = f"data: {text}\n\n".encode()
         writer.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+
+    def _usage(self, asked) -> dict:
+        usage = {"prompt_tokens": len(asked["prompt"]), "prompt_tokens_details": None}
+        if self.model.cached:
+            usage["prompt_tokens_details"] = {"cached_tokens": self.model.cached}
+        return usage
 
     def _choice(self, asked, told) -> dict:
         choice = {"index": 0, "text": "", "finish_reason": told.finish, "logprobs": None}

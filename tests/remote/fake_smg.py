@@ -108,7 +108,9 @@ class FakeSmg(rpc.VllmEngineServicer):
         wanted = given.logprobs if given.HasField("logprobs") else None
         async for made in self.model.run(request.request_id, running):
             chunk = engine.GenerateStreamChunk(
-                token_ids=made.ids, prompt_tokens=len(running.prompt), cached_tokens=0
+                token_ids=made.ids,
+                prompt_tokens=len(running.prompt),
+                cached_tokens=self.model.cached,
             )
             if wanted is not None and made.ids:
                 chunk.output_logprobs.CopyFrom(_logprobs(made.ids, wanted))
@@ -116,7 +118,7 @@ class FakeSmg(rpc.VllmEngineServicer):
             if made.ids:
                 yield engine.GenerateResponse(chunk=chunk)
             if made.finish is not None:
-                yield engine.GenerateResponse(complete=_complete(made))
+                yield engine.GenerateResponse(complete=_complete(made, self.model.cached))
 
     async def SubscribeKvEvents(self, request, context):
         if not self.events:
@@ -167,9 +169,10 @@ def _logprobs(ids, wanted):
     return found
 
 
-def _complete(made):
+def _complete(made, cached):
     return engine.GenerateComplete(
         output_ids=made.ids,
+        cached_tokens=cached,
         finish_reason=made.finish,
         matched_token_id=made.stop,
         kv_transfer_params_json=json.dumps(made.transfer) if made.transfer else None,

@@ -15,6 +15,7 @@ from figures import figures, wait_quiet
 from many_streams import Streams, prompts
 
 import kvmesh
+from kvmesh.cli import main
 from kvmesh.cli.children import Child
 from kvmesh.v1 import admin_pb2
 
@@ -136,6 +137,39 @@ def test_a_frozen_servers_streams_are_finished_by_another_one(mesh) -> None:
 
 def live(worker) -> bool:
     return worker.state == admin_pb2.SESSION_STATE_LIVE
+
+
+def test_keys_need_a_server_that_takes_salted_prompts(mesh, tmp_path, capsys) -> None:
+    assert main(["key", "shop"]) == 0
+    said = capsys.readouterr()
+    keys = tmp_path / "keys.toml"
+    keys.write_text(said.out)
+    endpoint = mesh.start_router("--api-keys", str(keys))
+    mesh.attach("bare", mesh.start_server("server-bare", "smg"))
+    (prompt,) = prompts(1)
+    with kvmesh.Client(endpoint, token=said.err.split()[-1]) as client:
+        while not any(model.ready for model in client.models()):
+            mesh.children.wait(0.02)
+        with pytest.raises(kvmesh.MeshError, match="--salted-prompts") as refused:
+            client.complete(token_ids=prompt, max_tokens=5)
+        assert refused.value.reason == "UNSUPPORTED"
+        mesh.attach(
+            "shared", mesh.start_server("server-shared", "smg"), "--salted-prompts", "shared"
+        )
+
+        def tried():
+            try:
+                return client.complete(token_ids=prompt, max_tokens=5, ignore_end_of_text=True)
+            except kvmesh.MeshError as error:
+                return error.reason
+
+        deadline = time.monotonic() + START_S
+        while (result := tried()) == "UNSUPPORTED":
+            assert time.monotonic() < deadline
+            mesh.children.wait(0.02)
+        assert [*result.token_ids] == tokens_after(prompt, 5)
+        assert result.usage.attempts == 1
+    mesh.assert_alive()
 
 
 def test_a_server_that_is_not_there_yet_is_waited_for(mesh) -> None:

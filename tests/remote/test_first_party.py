@@ -69,6 +69,18 @@ async def test_it_is_told_apart_by_asking(folder) -> None:
         assert len(record.adapters["poet"]) == 64
 
 
+async def test_what_was_cached_is_said_at_the_end_and_teaches_nothing(folder) -> None:
+    async with served(folder) as driver:
+        driver.model.cached = 32
+        attempt = place(driver, prompt(40), max_tokens=5, trace=True)
+        assert await attempt.ended() == "finished"
+        timings = attempt.end.timings
+        assert (timings.cached_tokens, timings.computed_tokens) == (32, 8)
+        (chunk,) = [span for span in timings.trace if span.name == "prefill_chunk"]
+        assert chunk.tokens == 8
+        assert [s.prefill_tokens for s in driver.samples if s.prefill_tokens] == []
+
+
 async def test_a_server_that_speaks_neither_is_refused() -> None:
     server = grpc.aio.server
 

@@ -94,6 +94,34 @@ async def test_streams_come_whole_and_once(folder, kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+async def test_what_was_cached_is_said_at_the_end_and_teaches_nothing(folder, kind) -> None:
+    async with served(folder, kind) as driver:
+        driver.model.cached = 32
+        attempt = place(driver, prompt(40), max_tokens=5)
+        assert await attempt.ended() == "finished"
+        assert attempt.tokens == tokens_after(prompt(40), 5)
+        timings = attempt.end.timings
+        assert (timings.cached_tokens, timings.computed_tokens) == (32, 8)
+        assert [s.prefill_tokens for s in driver.samples if s.prefill_tokens] == []
+        # A server that says nothing of it is taken to have computed all.
+        driver.model.cached = 0
+        attempt = place(driver, prompt(40), max_tokens=5)
+        await attempt.ended()
+        timings = attempt.end.timings
+        assert (timings.cached_tokens, timings.computed_tokens) == (0, 40)
+        assert [s.prefill_tokens for s in driver.samples if s.prefill_tokens] == []
+
+
+async def test_each_life_is_timed_with_prompts_that_no_cache_has(folder) -> None:
+    began = []
+    for _ in range(2):
+        async with served(folder) as driver:
+            began.append({asked[:BLOCK] for asked in driver.model.prompts if len(asked) > 1})
+    assert len(began[0]) > 8
+    assert not began[0] & began[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 async def test_a_stop_id_ends_the_output_also_where_the_server_does_not(folder, kind) -> None:
     said = tokens_after(prompt(20), 10)
     async with served(folder, kind) as driver:
@@ -166,6 +194,38 @@ async def test_what_a_server_lacks_is_refused_by_name(folder, kind, given, field
         assert await attempt.ended() == "refused"
         assert attempt.opening.refused.field == field
         assert driver.model.requests == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "how", "cached"),
+    [
+        ("llamacpp", "refuse", None),
+        ("llamacpp", "uncached", False),
+        ("llamacpp", "shared", True),
+        ("vllm", "refuse", True),
+        ("vllm", "shared", True),
+    ],
+)
+async def test_salted_prompts_are_served_as_the_operator_said(folder, kind, how, cached) -> None:
+    async with served(folder, kind, arguments={"salted_prompts": how}) as driver:
+        can = driver.engine.capabilities()
+        # What refuses salts says so, and is sent none.
+        assert can.no_cache_salt == (cached is None)
+        # Where no prompt finds anything, an index without entries is right.
+        assert can.cache_events == (how == "uncached")
+        salted = place(driver, prompt(40), max_tokens=3, cache_salt="mine")
+        assert await salted.ended() == ("refused" if cached is None else "finished")
+        assert await place(driver, prompt(40), max_tokens=3).ended() == "finished"
+        requests = driver.model.requests
+        assert len(requests) == (1 if cached is None else 2)
+        if kind == "llamacpp":
+            # Also those without a salt: they would find what a salted one has left.
+            assert [asked["cache_prompt"] for asked in requests] == (
+                [True] if cached is None else [cached, cached]
+            )
+            assert not any("cache_salt" in asked for asked in requests)
+        else:
+            assert [asked.get("cache_salt") for asked in requests] == ["mine", None]
 
 
 @pytest.mark.parametrize("kind", KINDS)

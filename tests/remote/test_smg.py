@@ -90,6 +90,17 @@ async def test_streams_come_whole_and_once() -> None:
         await driver.idle()
 
 
+async def test_what_was_cached_is_known_with_the_first_token() -> None:
+    async with served() as driver:
+        driver.model.cached = 32
+        attempt = place(driver, prompt(40), max_tokens=5)
+        assert await attempt.ended() == "finished"
+        timings = attempt.end.timings
+        assert (timings.cached_tokens, timings.computed_tokens) == (32, 8)
+        # So what it took teaches what eight tokens take.
+        assert {s.prefill_tokens for s in driver.samples if s.prefill_tokens} <= {8}
+
+
 async def test_a_request_says_what_was_asked() -> None:
     async with served() as driver:
         sampling = wire.ResolvedSampling(
@@ -253,6 +264,28 @@ async def test_a_cancelled_decode_is_aborted_after_the_server_has_it() -> None:
         await until(lambda: decode.model.kept == {})
         await decode.idle()
         assert [kind for kind, _ in decode.model.seen] == ["add", "abort"]
+
+
+async def test_tenants_share_its_cache_where_the_operator_said_so() -> None:
+    async with served() as driver:
+        assert driver.engine.capabilities().no_cache_salt
+    async with served(arguments={"salted_prompts": "shared"}) as driver:
+        can = driver.engine.capabilities()
+        # By its events no router would find salted prompts there: they go by what they sent.
+        assert not (can.no_cache_salt)
+        assert not (can.cache_events)
+        attempt = place(driver, prompt(40), max_tokens=3, cache_salt="mine")
+        assert await attempt.ended() == "finished"
+        assert attempt.tokens == tokens_after(prompt(40), 3)
+    server, port = await there(serve(FakeSmg(FakeModel())))
+    for how, text in (
+        ("uncached", "'uncached'; allowed are refuse and shared"),
+        ("never", "salted_prompts is 'never'; allowed are refuse, uncached, shared"),
+    ):
+        given = settings(port, salted_prompts=how)
+        with pytest.raises(SettingError, match=text):
+            await asyncio.to_thread(build, given, "w", 1, lambda line: None)
+    await there(server.stop(None))
 
 
 async def test_roles_need_a_connector() -> None:

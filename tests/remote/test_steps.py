@@ -52,6 +52,14 @@ def test_nothing_is_learnt_of_a_step_with_a_prompt_beside_it() -> None:
     assert held(steps.told(tokens("a", "b"), 2.1, 0, 2)) == (0, 2, 100, 2.0)
 
 
+def test_nothing_is_learnt_of_prompts_of_which_it_is_not_known_what_was_cached() -> None:
+    steps = Steps()
+    steps.added(0.0, idle=True)
+    steps.told([first("a", None)], 1.0, 0, 1)
+    assert held(steps.told(tokens("a"), 1.1, 0, 1)) is None
+    assert held(steps.told(tokens("a"), 1.2, 0, 1)) == (0, 1, 100, 1.1)
+
+
 def test_a_prompt_that_did_not_come_with_the_others_spoils_the_first_step() -> None:
     steps = Steps()
     steps.added(0.0, idle=True)

@@ -166,6 +166,7 @@ impl Bench {
             grammars_over_continuation: false,
             penalties_over_continuation: true,
             max_logprobs: 20,
+            no_cache_salt: false,
             block_tokens: 16,
             pool_blocks: 40_000,
             block_bytes: 5 << 20,

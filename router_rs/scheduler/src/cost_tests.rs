@@ -96,6 +96,7 @@ fn worker(slot: u32, role: Role, draw: &mut Draw) -> WorkerView {
             grammars_over_continuation: false,
             penalties_over_continuation: true,
             max_logprobs: 0,
+            no_cache_salt: false,
             block_tokens: 16,
             pool_blocks: 4_000,
             block_bytes: 1 << draw.below(23),

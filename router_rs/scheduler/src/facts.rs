@@ -41,6 +41,8 @@ pub(crate) struct Gate {
     pub(crate) ready: bool,
     /// May give a prefix.
     pub(crate) gives: bool,
+    /// Takes prompts with a cache salt.
+    pub(crate) salted: bool,
     pub(crate) role: Role,
     /// Tokens that a new request could get, those of one block, longest one.
     pub(crate) room: f64,
@@ -61,6 +63,7 @@ impl Gate {
             slot: worker.slot.0,
             ready: serves && !worker.draining && !worker.suspect,
             gives: abilities.prefix_pull && !worker.suspect,
+            salted: !abilities.no_cache_salt,
             role: worker.role,
             room: worker.available_blocks() as f64 * block,
             block,

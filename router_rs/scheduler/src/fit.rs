@@ -52,11 +52,12 @@ pub(crate) enum Miss {
     NoRoom,
 }
 
-const FEATURES: [Feature; 4] = [
+const FEATURES: [Feature; 5] = [
     Feature::Grammar,
     Feature::GrammarContinuation,
     Feature::PenaltiesOverContinuation,
     Feature::Logprobs,
+    Feature::CacheSalt,
 ];
 
 /// Whether a worker can take a part of a request now.
@@ -146,10 +147,13 @@ fn lacks(worker: &WorkerView, request: &RequestView<'_>, duty: Duty) -> Option<u
     if needs.penalties && continued && !abilities.penalties_over_continuation {
         return Some(2);
     }
-    needs
+    if needs
         .logprobs
         .is_some_and(|wanted| wanted.max(1) > abilities.max_logprobs)
-        .then_some(3)
+    {
+        return Some(3);
+    }
+    (needs.cache_salt && abilities.no_cache_salt).then_some(4)
 }
 
 /// Whether KV can pass from one worker to the other.
@@ -203,7 +207,7 @@ pub(crate) fn reason(miss: Miss, duty: Duty, request: &RequestView<'_>) -> NoPla
         Miss::Model => NoPlan::UnknownModel,
         Miss::Adapter => NoPlan::UnknownAdapter,
         Miss::Role => NoPlan::NoWorker(role),
-        Miss::Feature(index) => NoPlan::Unsupported(FEATURES[usize::from(index).min(3)]),
+        Miss::Feature(index) => NoPlan::Unsupported(FEATURES[usize::from(index).min(4)]),
         Miss::TooLong { limit } => NoPlan::TooLong { tokens, limit },
         Miss::Stopping | Miss::Draining => NoPlan::NotReady {
             role,

@@ -198,6 +198,8 @@ pub enum Feature {
     PenaltiesOverContinuation,
     /// So many log-probabilities.
     Logprobs,
+    /// Cached prefixes kept apart by salt.
+    CacheSalt,
 }
 
 impl std::fmt::Display for Feature {
@@ -207,6 +209,7 @@ impl std::fmt::Display for Feature {
             Self::GrammarContinuation => "grammar.require_continuation",
             Self::PenaltiesOverContinuation => "continue_from",
             Self::Logprobs => "output.logprobs",
+            Self::CacheSalt => "hints.cache_salt",
         })
     }
 }

@@ -38,6 +38,8 @@ pub struct Needs {
     pub penalties: bool,
     /// Alternatives with log-probability; none wanted: `None`.
     pub logprobs: Option<u32>,
+    /// Its cached prefixes are kept apart by a salt. With keys every request's are.
+    pub cache_salt: bool,
 }
 
 /// A request, or what is left of one.
@@ -84,9 +86,14 @@ impl RequestView<'_> {
         u64::from(self.prompt_tokens) + u64::from(self.output_tokens)
     }
 
-    /// Whether every engine of its model can run it.
+    /// Whether every engine of its model can run it, a salt apart: that is common, and
+    /// has a gate of its own.
     pub(crate) fn is_plain(&self) -> bool {
-        self.needs == Needs::default()
+        let common = Needs {
+            cache_salt: self.needs.cache_salt,
+            ..Needs::default()
+        };
+        self.needs == common
             && self.digest.is_empty()
             && self.adapter.is_empty()
             && self.excluded.is_empty()

@@ -162,7 +162,7 @@ impl Survey {
         let asked = Asked::of(request, cluster.now_ms);
         let found = request.cached.by_slot();
         let longest = request.sequence().saturating_sub(1);
-        let plain = request.is_plain();
+        let (plain, salted) = (request.is_plain(), request.needs.cache_salt);
         let (mut pure_prefill, mut pure_decode) = (false, false);
         let mix = tie_break(cluster.router, request.id);
         for (at, row) in table.gates.iter().enumerate() {
@@ -177,7 +177,7 @@ impl Survey {
                 let kind = row.kind;
                 self.offer(Holder { at, kind, tokens }, mix);
             }
-            if !row.ready || asked.held > row.limit {
+            if !row.ready || asked.held > row.limit || salted && !row.salted {
                 continue;
             }
             if asked.held > row.room {

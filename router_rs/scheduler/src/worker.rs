@@ -175,6 +175,8 @@ pub struct Abilities {
     pub penalties_over_continuation: bool,
     /// Most alternatives with log-probability. 0: none at all.
     pub max_logprobs: u32,
+    /// Prompts with a cache salt are refused.
+    pub no_cache_salt: bool,
     /// KV block size in tokens.
     pub block_tokens: u32,
     /// KV blocks in the pool.

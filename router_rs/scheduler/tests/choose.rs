@@ -311,6 +311,30 @@ fn two_equal_workers_share_evenly() {
     }
 }
 
+fn unsalted(worker: &mut WorkerView) {
+    Arc::make_mut(&mut worker.abilities).no_cache_salt = true;
+}
+
+#[test]
+fn who_cannot_keep_salts_apart_is_taken_for_unsalted_prompts_alone() {
+    let none = Matches::default();
+    let mut workers = vec![worker(0, Role::Both), worker(1, Role::Both)];
+    unsalted(&mut workers[0]);
+    // Else the other would be the better one.
+    workers[1].load.kv.free = 500;
+    workers[1].step.a_ms = 50.0;
+    let salt = |cache_salt| RequestView {
+        needs: Needs {
+            cache_salt,
+            ..Needs::default()
+        },
+        ..request(&none, 1)
+    };
+    let decode = |request: &RequestView<'_>| choose(&workers, request).unwrap().plan().decode();
+    assert_eq!(decode(&salt(false)), WorkerSlot(0));
+    assert_eq!(decode(&salt(true)), WorkerSlot(1));
+}
+
 #[test]
 fn where_there_is_no_plan_the_nearest_miss_is_told() {
     let none = Matches::default();
@@ -380,6 +404,18 @@ fn where_there_is_no_plan_the_nearest_miss_is_told() {
         ),
         NoPlan::Unsupported(Feature::Logprobs)
     );
+    let salted = RequestView {
+        needs: Needs {
+            cache_salt: true,
+            ..Needs::default()
+        },
+        ..plain
+    };
+    assert_eq!(
+        told(&unsalted, &salted),
+        NoPlan::Unsupported(Feature::CacheSalt)
+    );
+    assert!(choose(&pd(1, 1), &salted).is_ok());
     let long = RequestView {
         prompt_tokens: 9_000,
         ..plain

@@ -119,6 +119,8 @@ struct Sim {
     emits: BTreeSet<u32>,
     /// (worker, attempt) pairs whose part the router knows to be over.
     over: BTreeSet<(u32, u32)>,
+    /// Attempts whose hand-off decode was told to drop.
+    dropped: BTreeSet<u32>,
     delivered: u32,
     ends: u8,
     booked: bool,
@@ -187,6 +189,7 @@ impl Sim {
             aborted: BTreeSet::new(),
             emits: BTreeSet::new(),
             over: BTreeSet::new(),
+            dropped: BTreeSet::new(),
             delivered: 0,
             ends: 0,
             booked: false,
@@ -684,7 +687,9 @@ impl Sim {
     fn perform(&mut self, actions: Actions) {
         for action in actions {
             // A worker that comes back with what was left is told so at any time.
-            if self.ends > 0 && !matches!(action, Action::Cancel { .. }) {
+            // So does a hand-off that nobody takes.
+            let late = matches!(action, Action::Cancel { .. } | Action::DropHandOff { .. });
+            if self.ends > 0 && !late {
                 self.wrong = Some("an action after the end");
             }
             match action {
@@ -711,6 +716,7 @@ impl Sim {
                     );
                 }
                 Action::Cancel { to, fence } => self.send(to, fence, Command::Cancel { fence }),
+                Action::DropHandOff { on, fence, .. } => self.drop_hand_off(on, fence),
                 Action::HandOver {
                     to,
                     fence,
@@ -741,6 +747,25 @@ impl Sim {
                     self.planning = false;
                 }
             }
+        }
+    }
+
+    /// Decode takes it, if its session stands, and gives it up.
+    fn drop_hand_off(&mut self, on: WorkerIndex, fence: Fence) {
+        if self.ends == 0 || !self.dropped.insert(fence.attempt) {
+            self.wrong = Some("a hand-off dropped before the end, or twice");
+        }
+        let worker = &self.workers[on.0 as usize];
+        if !worker.broken && worker.session == Session::Up {
+            let border = self.generation.next_index();
+            let place = Command::Place {
+                fence,
+                stage: Stage::Decode,
+                border,
+                mesh: false,
+            };
+            self.send(on, fence, place);
+            self.send(on, fence, Command::Cancel { fence });
         }
     }
 

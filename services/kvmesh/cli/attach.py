@@ -55,6 +55,11 @@ _OWN = (
     Setting("priorities", "Requests carry priorities, by their deadlines. For servers that order "
             "their queue by them (--scheduling-policy priority); others refuse such requests.",
             is_switch=True),
+    Setting("salted_prompts", "What becomes of prompts with a cache salt, as routers with keys "
+            "send, where the server's API has none. refuse: routers send it no such prompt. "
+            "uncached: no prompt finds anything in its cache (llama.cpp). shared: the salt is "
+            "left out, so that tenants share its cache and can tell by times what others asked.",
+            default="refuse"),
 )  # fmt: skip
 
 

@@ -416,7 +416,7 @@ class ModelRecord(_message.Message):
     def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., context_length: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., end_of_text_ids: _Optional[_Iterable[int]] = ..., adapters: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Capabilities(_message.Message):
-    __slots__ = ("engine", "streamed_hand_off", "engine_connector", "prefill_emits_first_token", "reproducible", "penalties_over_continuation", "grammars", "grammars_over_continuation", "max_logprobs", "layer_preemption", "prefix_pull", "cache_events", "block_tokens", "pool_blocks", "block_bytes", "hash_scheme", "kv", "max_batch")
+    __slots__ = ("engine", "streamed_hand_off", "engine_connector", "prefill_emits_first_token", "reproducible", "penalties_over_continuation", "grammars", "grammars_over_continuation", "max_logprobs", "layer_preemption", "prefix_pull", "cache_events", "block_tokens", "pool_blocks", "block_bytes", "hash_scheme", "kv", "max_batch", "no_cache_salt")
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     STREAMED_HAND_OFF_FIELD_NUMBER: _ClassVar[int]
     ENGINE_CONNECTOR_FIELD_NUMBER: _ClassVar[int]
@@ -435,6 +435,7 @@ class Capabilities(_message.Message):
     HASH_SCHEME_FIELD_NUMBER: _ClassVar[int]
     KV_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
+    NO_CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     engine: str
     streamed_hand_off: bool
     engine_connector: str
@@ -453,7 +454,8 @@ class Capabilities(_message.Message):
     hash_scheme: int
     kv: KvCompatibility
     max_batch: int
-    def __init__(self, engine: _Optional[str] = ..., streamed_hand_off: bool = ..., engine_connector: _Optional[str] = ..., prefill_emits_first_token: bool = ..., reproducible: bool = ..., penalties_over_continuation: bool = ..., grammars: bool = ..., grammars_over_continuation: bool = ..., max_logprobs: _Optional[int] = ..., layer_preemption: bool = ..., prefix_pull: bool = ..., cache_events: bool = ..., block_tokens: _Optional[int] = ..., pool_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., hash_scheme: _Optional[int] = ..., kv: _Optional[_Union[KvCompatibility, _Mapping]] = ..., max_batch: _Optional[int] = ...) -> None: ...
+    no_cache_salt: bool
+    def __init__(self, engine: _Optional[str] = ..., streamed_hand_off: bool = ..., engine_connector: _Optional[str] = ..., prefill_emits_first_token: bool = ..., reproducible: bool = ..., penalties_over_continuation: bool = ..., grammars: bool = ..., grammars_over_continuation: bool = ..., max_logprobs: _Optional[int] = ..., layer_preemption: bool = ..., prefix_pull: bool = ..., cache_events: bool = ..., block_tokens: _Optional[int] = ..., pool_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., hash_scheme: _Optional[int] = ..., kv: _Optional[_Union[KvCompatibility, _Mapping]] = ..., max_batch: _Optional[int] = ..., no_cache_salt: bool = ...) -> None: ...
 
 class KvCompatibility(_message.Message):
     __slots__ = ("model_digest", "dtype", "format", "layers", "kv_heads", "head_size", "scales_digest")

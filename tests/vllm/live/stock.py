@@ -46,6 +46,8 @@ class Stock:
             "--enforce-eager", "--dtype", "float32", "--block-size", "32",
             "--generation-config", "vllm", "--kv-events-config", events % logs,
         ]  # fmt: skip
+        if wire == "openai":
+            command.append("--enable-prompt-tokens-details")
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, env=environment, start_new_session=True

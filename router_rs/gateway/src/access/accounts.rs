@@ -53,11 +53,13 @@ pub(crate) struct Accounts {
 }
 
 impl Accounts {
-    /// A request comes. A refused one counts for nothing.
+    /// So many requests come together, one at least and no more than ever may.
+    /// Refused ones count for nothing.
     pub(super) fn enter(
         &mut self,
         tenant: u128,
         limits: &TenantLimits,
+        count: u32,
         now: Instant,
     ) -> Result<(), OverLimit> {
         self.sweep(now);
@@ -68,9 +70,11 @@ impl Accounts {
             rate: 0.0,
             open_s: 0.0,
         });
-        if limits.concurrency > 0 && account.open >= limits.concurrency {
+        let places = account.open.saturating_add(count);
+        if limits.concurrency > 0 && places > limits.concurrency {
             // Those that are open end one by one, evenly as far as is known.
-            let wait = account.open_s / f64::from(account.open);
+            let to_end = f64::from(places - limits.concurrency);
+            let wait = account.open_s * to_end / f64::from(account.open.max(1));
             return Err(OverLimit {
                 what: "too many requests at the same time",
                 wait: retry_after(wait * 1e3),
@@ -79,11 +83,11 @@ impl Accounts {
         // At the rate that was in force; a file of keys may have another one now.
         let owed = account.owed_at(now);
         let rate = limits.requests_per_second;
-        let most = if rate > 0.0 { rate.max(1.0) } else { 0.0 };
+        let most = limits.burst().unwrap_or(0.0);
         // No more than may ever be owed at the new one.
         (account.owed, account.at, account.rate) = (owed.min(most), now, rate);
         if rate > 0.0 {
-            let over = account.owed + 1.0 - most;
+            let over = account.owed + f64::from(count) - most;
             // Sums of such parts are not exact.
             if over > 1e-9 {
                 return Err(OverLimit {
@@ -91,10 +95,19 @@ impl Accounts {
                     wait: retry_after(over / rate * 1e3),
                 });
             }
-            account.owed += 1.0;
+            account.owed += f64::from(count);
         }
-        account.open += 1;
+        account.open += count;
         Ok(())
+    }
+
+    /// A request that came was none, as part of a call that was refused.
+    pub(super) fn take_back(&mut self, tenant: u128, now: Instant) {
+        let Some(account) = self.of.get_mut(&tenant) else {
+            return;
+        };
+        account.open = account.open.saturating_sub(1);
+        (account.owed, account.at) = ((account.owed_at(now) - 1.0).max(0.0), now);
     }
 
     /// A request that came at `since` is over.
@@ -141,44 +154,46 @@ mod tests {
         let mut accounts = Accounts::default();
         let (start, limits) = (Instant::now(), limits(4.0, 0));
         for _ in 0..4 {
-            assert_eq!(accounts.enter(1, &limits, start), Ok(()));
+            assert_eq!(accounts.enter(1, &limits, 1, start), Ok(()));
         }
-        let refused = accounts.enter(1, &limits, start).map_err(|over| over.wait);
+        let refused = accounts
+            .enter(1, &limits, 1, start)
+            .map_err(|over| over.wait);
         assert_eq!(refused, Err(ms(250)));
         // Another tenant's account is its own.
-        assert_eq!(accounts.enter(2, &limits, start), Ok(()));
+        assert_eq!(accounts.enter(2, &limits, 1, start), Ok(()));
         // What was told is the truth, and what was refused has cost nothing.
-        assert!(accounts.enter(1, &limits, start + ms(249)).is_err());
-        assert_eq!(accounts.enter(1, &limits, start + ms(250)), Ok(()));
-        assert!(accounts.enter(1, &limits, start + ms(251)).is_err());
+        assert!(accounts.enter(1, &limits, 1, start + ms(249)).is_err());
+        assert_eq!(accounts.enter(1, &limits, 1, start + ms(250)), Ok(()));
+        assert!(accounts.enter(1, &limits, 1, start + ms(251)).is_err());
     }
 
     #[test]
     fn less_than_one_a_second_passes_one_at_a_time() {
         let mut accounts = Accounts::default();
         let (start, limits) = (Instant::now(), limits(0.1, 0));
-        assert_eq!(accounts.enter(1, &limits, start), Ok(()));
-        let wait = accounts.enter(1, &limits, start + ms(4_000)).err();
+        assert_eq!(accounts.enter(1, &limits, 1, start), Ok(()));
+        let wait = accounts.enter(1, &limits, 1, start + ms(4_000)).err();
         assert_eq!(wait.map(|over| over.wait), Some(ms(6_000)));
-        assert_eq!(accounts.enter(1, &limits, start + ms(10_000)), Ok(()));
+        assert_eq!(accounts.enter(1, &limits, 1, start + ms(10_000)), Ok(()));
     }
 
     #[test]
     fn another_rate_holds_from_the_next_request_on() {
         let mut accounts = Accounts::default();
         let start = Instant::now();
-        assert_eq!(accounts.enter(1, &limits(0.01, 0), start), Ok(()));
-        assert!(accounts.enter(1, &limits(0.01, 0), start).is_err());
+        assert_eq!(accounts.enter(1, &limits(0.01, 0), 1, start), Ok(()));
+        assert!(accounts.enter(1, &limits(0.01, 0), 1, start).is_err());
         // One is owed, of the twenty that may be.
         for _ in 0..19 {
-            assert_eq!(accounts.enter(1, &limits(20.0, 0), start), Ok(()));
+            assert_eq!(accounts.enter(1, &limits(20.0, 0), 1, start), Ok(()));
         }
-        assert!(accounts.enter(1, &limits(20.0, 0), start).is_err());
+        assert!(accounts.enter(1, &limits(20.0, 0), 1, start).is_err());
         // A slower one forgives what is above its own bound.
-        let wait = accounts.enter(1, &limits(0.5, 0), start).err();
+        let wait = accounts.enter(1, &limits(0.5, 0), 1, start).err();
         assert_eq!(wait.map(|over| over.wait), Some(ms(2_000)));
         // The slowest rate that can be written is no more than slow.
-        let wait = accounts.enter(1, &limits(1e-300, 0), start).err();
+        let wait = accounts.enter(1, &limits(1e-300, 0), 1, start).err();
         assert_eq!(wait.map(|over| over.wait), Some(RETRY_AFTER.1));
     }
 
@@ -186,9 +201,9 @@ mod tests {
     fn those_that_have_half_a_name_in_common_have_an_account_each() {
         let mut accounts = Accounts::default();
         let (start, limits) = (Instant::now(), limits(0.0, 1));
-        assert_eq!(accounts.enter(1, &limits, start), Ok(()));
-        assert_eq!(accounts.enter(1 | 1 << 64, &limits, start), Ok(()));
-        assert!(accounts.enter(1, &limits, start).is_err());
+        assert_eq!(accounts.enter(1, &limits, 1, start), Ok(()));
+        assert_eq!(accounts.enter(1 | 1 << 64, &limits, 1, start), Ok(()));
+        assert!(accounts.enter(1, &limits, 1, start).is_err());
     }
 
     #[test]
@@ -196,24 +211,59 @@ mod tests {
         let mut accounts = Accounts::default();
         let (start, limits) = (Instant::now(), limits(0.0, 2));
         for _ in 0..2 {
-            assert_eq!(accounts.enter(1, &limits, start), Ok(()));
+            assert_eq!(accounts.enter(1, &limits, 1, start), Ok(()));
         }
         // Nothing is known yet: soon.
-        let wait = accounts.enter(1, &limits, start).err();
+        let wait = accounts.enter(1, &limits, 1, start).err();
         assert_eq!(wait.map(|over| over.wait), Some(RETRY_AFTER.0));
         accounts.leave(1, start, start + ms(3_000));
-        assert_eq!(accounts.enter(1, &limits, start + ms(3_000)), Ok(()));
-        let wait = accounts.enter(1, &limits, start + ms(3_000)).err();
+        assert_eq!(accounts.enter(1, &limits, 1, start + ms(3_000)), Ok(()));
+        let wait = accounts.enter(1, &limits, 1, start + ms(3_000)).err();
         assert_eq!(wait.map(|over| over.wait), Some(ms(1_500)));
+    }
+
+    #[test]
+    fn several_enter_together_or_not_at_all_and_can_be_taken_back() {
+        let mut accounts = Accounts::default();
+        let (start, both) = (Instant::now(), limits(4.0, 3));
+        assert_eq!(accounts.enter(1, &both, 1, start), Ok(()));
+        assert_eq!(accounts.enter(1, &both, 2, start), Ok(()));
+        // Three are open: two of them have to end, which take some time each.
+        accounts.leave(1, start, start + ms(3_000));
+        let later = start + ms(3_000);
+        assert_eq!(accounts.enter(1, &both, 1, later), Ok(()));
+        let refused = accounts.enter(1, &both, 2, later).map_err(|over| over.wait);
+        assert_eq!(refused, Err(ms(2_000)));
+        // Of four a second one was asked for since; a place alone is not enough.
+        accounts.leave(1, later, later);
+        accounts.leave(1, later, later);
+        accounts.leave(1, later, later);
+        assert_eq!(accounts.enter(1, &both, 3, later), Ok(()));
+        for _ in 0..3 {
+            accounts.leave(1, later, later);
+        }
+        let refused = accounts.enter(1, &both, 2, later).map_err(|over| over.wait);
+        assert_eq!(refused, Err(ms(500)));
+        // What was refused as a whole has cost nothing, its first part neither.
+        accounts.take_back(1, later);
+        accounts.take_back(1, later);
+        assert_eq!(accounts.enter(1, &both, 2, later), Ok(()));
+        // Never below nothing.
+        let much = later + ms(60_000);
+        accounts.take_back(1, much);
+        accounts.take_back(1, much);
+        assert_eq!(accounts.enter(1, &both, 3, much), Ok(()));
+        assert_eq!(accounts.enter(1, &limits(4.0, 0), 1, much), Ok(()));
+        assert!(accounts.enter(1, &limits(4.0, 0), 1, much).is_err());
     }
 
     #[test]
     fn accounts_without_use_are_dropped() {
         let mut accounts = Accounts::default();
         let (mut now, limits) = (Instant::now(), limits(1_000.0, 1));
-        assert_eq!(accounts.enter(0, &limits, now), Ok(()));
+        assert_eq!(accounts.enter(0, &limits, 1, now), Ok(()));
         for tenant in 1..10_000 {
-            assert_eq!(accounts.enter(tenant, &limits, now), Ok(()));
+            assert_eq!(accounts.enter(tenant, &limits, 1, now), Ok(()));
             accounts.leave(tenant, now, now + ms(1));
             now += ms(2);
         }

@@ -32,6 +32,39 @@ pub(crate) struct TenantLimits {
     pub(crate) concurrency: u32,
 }
 
+impl TenantLimits {
+    /// Whether there are any.
+    fn any(&self) -> bool {
+        self.concurrency > 0 || self.requests_per_second > 0.0
+    }
+
+    /// Requests that may come at the same moment, by the rate; `None`: any number.
+    fn burst(&self) -> Option<f64> {
+        let rate = self.requests_per_second;
+        (rate > 0.0).then_some(rate.max(1.0))
+    }
+
+    /// The limit that this many requests at once exceed, however long they wait, in
+    /// words.
+    fn never(&self, requests: u32) -> Option<String> {
+        let most = self.concurrency;
+        if most > 0 && requests > most {
+            return Some(format!(
+                "at most {most}, as many requests as this tenant may have open at the same time \
+                 (concurrency), and each answer is one; asked for are {requests}"
+            ));
+        }
+        let most = self.burst()?;
+        (f64::from(requests) > most).then(|| {
+            format!(
+                "at most {}, as many requests as this tenant may ask for at once \
+                 (requests_per_second), and each answer is one; asked for are {requests}",
+                most.floor()
+            )
+        })
+    }
+}
+
 /// Whose a call is.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Caller {
@@ -192,7 +225,8 @@ impl Access {
     /// # Errors
     /// [`RequestError::TenantLimit`].
     pub(crate) fn enter(&self, caller: &Caller, now: Instant) -> Result<Visit, RequestError> {
-        self.visit(caller, caller.limits, now)
+        self.count(caller, &caller.limits, 1, now)?;
+        Ok(self.visit(caller, now))
     }
 
     /// Counts a request that takes the place of one which is counted: its rate alone is
@@ -209,29 +243,63 @@ impl Access {
             concurrency: 0,
             ..caller.limits
         };
-        self.visit(caller, limits, now)
+        self.count(caller, &limits, 1, now)?;
+        Ok(self.visit(caller, now))
     }
 
-    fn visit(
+    /// Counts all answers of a call that has entered with the first, so many in
+    /// all. They enter together: where they cannot, the first has cost nothing
+    /// either. `field` is what to blame where there are too many for any time.
+    ///
+    /// # Errors
+    /// [`RequestError::TenantLimit`], and [`RequestError::Invalid`] where waiting
+    /// would not help.
+    pub(crate) fn enter_all(
         &self,
         caller: &Caller,
-        limits: TenantLimits,
+        first: Visit,
+        answers: u32,
+        field: &str,
         now: Instant,
-    ) -> Result<Visit, RequestError> {
-        let of = caller.limits;
-        let counted = of.concurrency > 0 || of.requests_per_second > 0.0;
-        let account = match counted {
-            false => None,
-            true => {
-                let entered = lock(&self.accounts).enter(caller.tenant, &limits, now);
-                entered.map_err(|OverLimit { what, wait }| RequestError::TenantLimit {
-                    what,
-                    retry_after: wait,
-                })?;
-                Some((Arc::clone(&self.accounts), caller.tenant, now))
-            }
+    ) -> Result<Vec<Visit>, RequestError> {
+        let others = answers.saturating_sub(1);
+        let entered = match caller.limits.never(answers) {
+            _ if others == 0 => Ok(()),
+            Some(allowed) => Err(RequestError::invalid(field, allowed)),
+            None => self.count(caller, &caller.limits, others, now),
         };
-        Ok(Visit { account })
+        if let Err(error) = entered {
+            first.take_back(Instant::now());
+            return Err(error);
+        }
+        let others = (0..others).map(|_| self.visit(caller, now));
+        Ok(std::iter::once(first).chain(others).collect())
+    }
+
+    /// `limits`: those of them that are looked at.
+    fn count(
+        &self,
+        caller: &Caller,
+        limits: &TenantLimits,
+        requests: u32,
+        now: Instant,
+    ) -> Result<(), RequestError> {
+        if !caller.limits.any() {
+            return Ok(());
+        }
+        let entered = lock(&self.accounts).enter(caller.tenant, limits, requests, now);
+        entered.map_err(|OverLimit { what, wait }| RequestError::TenantLimit {
+            what,
+            retry_after: wait,
+        })
+    }
+
+    /// What ends a request that was counted.
+    fn visit(&self, caller: &Caller, now: Instant) -> Visit {
+        let account = || (Arc::clone(&self.accounts), caller.tenant, now);
+        Visit {
+            account: caller.limits.any().then(account),
+        }
     }
 
     /// Takes changed files, for as long as it is polled and there are some.
@@ -270,6 +338,15 @@ impl Access {
 #[derive(Debug)]
 pub(crate) struct Visit {
     account: Option<(Arc<Mutex<Accounts>>, u128, Instant)>,
+}
+
+impl Visit {
+    /// It was none: its call was refused as a whole.
+    fn take_back(mut self, now: Instant) {
+        if let Some((accounts, tenant, _)) = self.account.take() {
+            lock(&accounts).take_back(tenant, now);
+        }
+    }
 }
 
 impl Drop for Visit {
@@ -320,6 +397,61 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    fn access(requests_per_second: f64, concurrency: u32) -> Access {
+        Access {
+            keys: None,
+            jwt: None,
+            apart: false,
+            limits: TenantLimits {
+                requests_per_second,
+                concurrency,
+            },
+            accounts: Arc::default(),
+            telemetry: Arc::default(),
+        }
+    }
+
+    fn entered(access: &Access, answers: u32, now: Instant) -> Result<Vec<Visit>, RequestError> {
+        let caller = access.caller(&HeaderMap::new(), IpAddr::from([127, 0, 0, 1]))?;
+        let first = access.enter(&caller, now)?;
+        access.enter_all(&caller, first, answers, "n", now)
+    }
+
+    #[test]
+    fn answers_of_one_call_enter_together_or_cost_nothing() {
+        let (access, now) = (access(4.0, 3), Instant::now());
+        let two = entered(&access, 2, now).unwrap();
+        assert_eq!(two.len(), 2);
+        // There is one place, and a rate of two is left.
+        let refused = entered(&access, 2, now).unwrap_err();
+        assert!(matches!(refused, RequestError::TenantLimit { .. }));
+        drop(two);
+        drop(entered(&access, 2, now).unwrap());
+        let refused = entered(&access, 1, now).unwrap_err();
+        assert!(matches!(refused, RequestError::TenantLimit { .. }));
+    }
+
+    #[test]
+    fn more_answers_than_may_ever_be_are_no_matter_of_waiting() {
+        let now = Instant::now();
+        for (limits, answers, named) in [
+            ((4.0, 3), 4, "concurrency"),
+            ((2.5, 0), 3, "requests_per_second"),
+            ((0.1, 0), 2, "requests_per_second"),
+        ] {
+            let access = access(limits.0, limits.1);
+            let refused = entered(&access, answers, now).unwrap_err();
+            let told = refused.to_string();
+            let most = answers - 1;
+            assert!(matches!(refused, RequestError::Invalid(_)), "{told}");
+            assert!(told.starts_with(&format!("n: at most {most}, ")), "{told}");
+            assert!(told.contains(named), "{told}");
+            // It has cost nothing.
+            assert_eq!(entered(&access, most, now).unwrap().len() as u32, most);
+        }
+        assert_eq!(entered(&access(0.0, 0), 128, now).unwrap().len(), 128);
+    }
 
     #[test]
     fn a_tenant_is_the_first_half_of_the_sha_256_of_its_name() {

@@ -140,6 +140,9 @@ pub struct Counters {
     pub transfers_started: Count,
     /// Hand-offs that failed.
     pub transfers_failed: Count,
+    /// Hand-offs of engines that crossed a cancel, and were given to decode to be
+    /// dropped there (`kvmesh_hand_offs_dropped_total`).
+    pub hand_offs_dropped: Count,
     /// Bytes of KV that workers said they received.
     pub transferred_bytes: Count,
     /// Token ids kept for clients that have not taken them yet.

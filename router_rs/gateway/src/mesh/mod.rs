@@ -37,6 +37,7 @@ mod supervise;
 mod table;
 mod timers;
 mod tokenizer;
+mod turned;
 mod views;
 
 use std::{
@@ -431,6 +432,14 @@ impl Mesh {
     #[must_use]
     pub fn queued(&self) -> usize {
         self.core.dispatcher.queued()
+    }
+
+    /// Generations of a model that are open, and those among them that wait here.
+    #[must_use]
+    pub fn open_of(&self, model: &str) -> (usize, usize) {
+        let all = self.core.all_open();
+        let of_model = all.iter().filter(|open| open.request.model == model);
+        (of_model.count(), self.core.dispatcher.queued_of(model))
     }
 
     /// Bookings that stand.

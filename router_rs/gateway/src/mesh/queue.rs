@@ -16,8 +16,8 @@ use std::{
 
 use kvmesh_kv_index::Matches;
 use kvmesh_scheduler::{
-    Admitted, Dispatch, DispatchSettings, Entry, Lane, Look, Next, NoPlan, Outcome, Pass, PerClass,
-    Place, Rejected, Reported,
+    Admitted, Dispatch, DispatchSettings, Entry, Lane, Look, Next, Outcome, Pass, PerClass, Place,
+    Reported,
 };
 use kvmesh_session::{
     GenerationId,
@@ -32,6 +32,7 @@ use super::{
     figures::ms,
     open::Open,
     placer::Turned,
+    turned::turned,
 };
 use crate::{
     error::{RequestError, retry_after},
@@ -192,6 +193,15 @@ impl Waits {
             return Look::No;
         }
         self.lock().dispatch.look(report, self.now_ms())
+    }
+
+    /// Requests for a model that wait.
+    pub(super) fn of_model(&self, model: &str) -> usize {
+        let line = self.lock();
+        let waiting = line.dispatch.waiting();
+        waiting
+            .filter(|(_, _, waiting)| waiting.open.request.model == model)
+            .count()
     }
 
     /// Predicted work of a model's requests that wait and are seen at no worker,
@@ -480,30 +490,5 @@ impl Core {
         let request = &waiting.open.request;
         let view = request_view(request, 0, 0, request.max_tokens, &found, &[]);
         placer.may_run(&view, &lasting, self.dispatcher.waits.now_ms())
-    }
-}
-
-fn turned(request: &AdmittedRequest, why: Turned) -> RequestError {
-    match why {
-        Turned::Waits(Rejected::WaitTooLong { retry_after_ms, .. }) => RequestError::Overloaded {
-            reason: "the predicted wait is too long",
-            retry_after: retry_after(retry_after_ms),
-        },
-        Turned::Waits(Rejected::DeadlineCannotBeMet { ttft_ms, left_ms }) => {
-            RequestError::Overloaded {
-                reason: "the deadline cannot be met",
-                retry_after: retry_after(ttft_ms - left_ms),
-            }
-        }
-        Turned::Never(NoPlan::TooLong { tokens, limit }) => {
-            RequestError::PromptTooLong { tokens, limit }
-        }
-        Turned::Never(NoPlan::Unsupported(feature)) => {
-            RequestError::unsupported(feature.to_string())
-        }
-        Turned::Never(NoPlan::UnknownAdapter) => {
-            RequestError::invalid("adapter", "no worker has this adapter")
-        }
-        Turned::Never(other) => RequestError::NoWorker(format!("{}: {other}", request.model)),
     }
 }

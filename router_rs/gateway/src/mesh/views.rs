@@ -203,6 +203,7 @@ fn abilities_of(
         grammars_over_continuation: capabilities.grammars_over_continuation,
         penalties_over_continuation: capabilities.penalties_over_continuation,
         max_logprobs: capabilities.max_logprobs,
+        no_cache_salt: capabilities.no_cache_salt,
         block_tokens: capabilities.block_tokens,
         pool_blocks: capabilities.pool_blocks,
         block_bytes: capabilities.block_bytes,

@@ -103,7 +103,15 @@ async fn open(
     let asked_for = asked.request.model.clone();
     let named = door::named(&shared.mesh, &asked_for).map_err(invalid)?;
     let model = shared.mesh.model(&named.model).map_err(invalid)?;
-    let mut visit = Some(visit);
+    // Each answer is one of its tenant's; the call's own is the first.
+    let answers = u32::try_from(asked.inputs.len()).unwrap_or(u32::MAX);
+    let answers = answers.saturating_mul(asked.n);
+    let field = if asked.n > 1 { "n" } else { "prompt" };
+    let visits = shared
+        .access
+        .enter_all(&caller, visit, answers, field, metadata.arrived)
+        .map_err(|error| (Step::Tenant, error))?;
+    let mut visits = visits.into_iter();
     let mut streams = Vec::new();
     for input in asked.inputs {
         let request = v1::GenerateRequest {
@@ -112,22 +120,11 @@ async fn open(
             input: Some(input),
             ..asked.request.clone()
         };
-        // Each answer is one of its tenant's; the call's own is the first.
-        let mut visits = Vec::with_capacity(asked.n as usize);
-        for _ in 0..asked.n {
-            visits.push(match visit.take() {
-                Some(visit) => visit,
-                None => shared
-                    .access
-                    .enter(&caller, metadata.arrived)
-                    .map_err(|error| (Step::Tenant, error))?,
-            });
-        }
         let opened = shared
             .door
             .generate_several(request, asked.n, metadata, &caller)
             .await?;
-        streams.extend(opened.into_iter().zip(visits));
+        streams.extend(opened.into_iter().zip(visits.by_ref()));
     }
     Ok(Opened {
         streams,

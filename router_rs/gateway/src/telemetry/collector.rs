@@ -245,6 +245,11 @@ impl Figures {
                 &counts.transfers_failed,
             ),
             (
+                "hand_offs_dropped",
+                "Engines' hand-offs that crossed a cancel and were dropped by decode",
+                &counts.hand_offs_dropped,
+            ),
+            (
                 "transferred_bytes",
                 "Bytes of KV that workers received",
                 &counts.transferred_bytes,

@@ -11,7 +11,7 @@ use crate::serve::Shared;
 /// What the workers of a model have to do and what they hold, summed up: of all routers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Pool {
-    /// Requests of this router that are open.
+    /// Requests for the model that are open at this router.
     pub(super) open: u32,
     running: u64,
     waiting: u64,
@@ -29,11 +29,11 @@ pub(super) struct Pool {
 impl Pool {
     /// The workers that take a model's requests now.
     pub(super) fn of(shared: &Shared, model: &str) -> Self {
-        let open = shared.mesh.counters().open_streams.get();
+        let (open, waiting) = shared.mesh.open_of(model);
         let mut pool = Self {
             open: u32::try_from(open).unwrap_or(u32::MAX),
             // They wait here, and no worker knows of them.
-            waiting: shared.mesh.queued() as u64,
+            waiting: waiting as u64,
             ..Self::default()
         };
         for worker in shared.mesh.workers() {

@@ -169,11 +169,10 @@ async fn open(
         face.prompt(ids_of(shared, &mut request).await?);
     }
     // Each answer is one of its tenant's; the call's own is the first.
-    let mut visits = vec![visit];
-    for _ in 1..n {
-        let next = shared.access.enter(&caller, metadata.arrived);
-        visits.push(next.map_err(|error| (Step::Tenant, error))?);
-    }
+    let visits = shared
+        .access
+        .enter_all(&caller, visit, n, "n", metadata.arrived)
+        .map_err(|error| (Step::Tenant, error))?;
     let stops = request.stopping.as_ref();
     let stops = stops.map_or_else(Vec::new, |stopping| stopping.stop_token_ids.clone());
     let mut end_of_text = model.record.end_of_text_ids.clone();

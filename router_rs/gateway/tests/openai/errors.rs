@@ -217,7 +217,29 @@ async fn a_key_is_asked_for_first_and_limits_count_each_answer() {
     connection.post(COMPLETIONS, &key, &body(2)).await;
     let answer = connection.answer().await;
     assert_eq!(answer.json()["choices"].as_array().unwrap().len(), 2);
+    // More than may ever be open: coming back would not help.
     connection.post(COMPLETIONS, &key, &body(3)).await;
+    let answer = connection.answer().await;
+    assert_eq!(
+        answer.error(),
+        (400, "invalid_field".to_owned(), json!("n"))
+    );
+    let said = answer.json()["error"]["message"].to_string();
+    assert!(
+        said.contains("at most 2") && said.contains("concurrency"),
+        "{said}"
+    );
+    let prompts = json!({"prompt": [[5, 6], [7], [8]], "max_tokens": 2});
+    connection.post(COMPLETIONS, &key, &prompts).await;
+    let answer = connection.answer().await;
+    let param = json!("prompt");
+    assert_eq!(answer.error(), (400, "invalid_field".to_owned(), param));
+    // As many as may be, while another one is open.
+    let mut other = Http1::connect(&mesh).await;
+    let long = json!({"prompt": [5, 6], "max_tokens": 100_000, "stream": true});
+    other.post(COMPLETIONS, &key, &long).await;
+    assert_eq!(other.head().await.status, 200);
+    connection.post(COMPLETIONS, &key, &body(2)).await;
     let answer = connection.answer().await;
     assert_eq!(
         answer.error(),
@@ -227,7 +249,9 @@ async fn a_key_is_asked_for_first_and_limits_count_each_answer() {
     let ms: u64 = answer.head.headers["retry-after-ms"].parse().unwrap();
     let seconds: u64 = answer.head.headers["retry-after"].parse().unwrap();
     assert!(ms > 0 && seconds == ms.div_ceil(1_000));
-    // The refused one gave its places back.
+    drop(other);
+    mesh.wait_figure("kvmesh_open_streams", 0).await;
+    // The refused ones gave their places back.
     connection.post(COMPLETIONS, &key, &body(2)).await;
     assert_eq!(connection.answer().await.head.status, 200);
 }

@@ -9,9 +9,9 @@ use kvmesh_wire::{
     vllm::{
         self,
         grpc::engine::{
-            GenerateResponse, GetLoadsRequest, GetLoadsResponse, GetModelInfoRequest,
-            GetModelInfoResponse, GetServerInfoRequest, GetServerInfoResponse, HealthCheckRequest,
-            HealthCheckResponse,
+            GenerateRequest, GenerateResponse, GetLoadsRequest, GetLoadsResponse,
+            GetModelInfoRequest, GetModelInfoResponse, GetServerInfoRequest, GetServerInfoResponse,
+            HealthCheckRequest, HealthCheckResponse,
         },
     },
 };
@@ -26,7 +26,7 @@ use tonic_reflection::pb::v1::{
 };
 
 use crate::{
-    calls::{GENERATE, all_gone, asked, streamed, unary},
+    calls::{GENERATE, all_gone, asked, streamed, unary, with},
     common::Mesh,
 };
 
@@ -170,6 +170,49 @@ async fn loads_are_those_of_the_mesh() {
     let path = "/vllm.grpc.engine.VllmEngine/GetServerInfo";
     let told: GetServerInfoResponse = unary(&mesh, path, GetServerInfoRequest {}).await.unwrap();
     assert_eq!(told.active_requests, 3);
+    drop(running);
+    all_gone(&mesh).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_open_and_what_waits_is_told_of_the_model_that_is_asked_for() {
+    let of = |model: &str| MockConfig {
+        model: model.to_owned(),
+        // Room for one request.
+        pool_blocks: 6,
+        ..worker(Role::Both)
+    };
+    let mesh = Mesh::start_for("", vec![of("mock"), of("other")], json!({})).await;
+    mesh.wait_figure("kvmesh_sessions{state=\"live\"}", 2).await;
+    for worker in &mesh.workers {
+        worker
+            .faults()
+            .set(|plan| plan.delay_first_token = std::time::Duration::from_secs(3_600));
+    }
+    let mut running = Vec::new();
+    for _ in 0..3 {
+        let call = with(asked(100, true), "x-kvmesh-model", "mock");
+        let call = streamed::<GenerateRequest, GenerateResponse>(&mesh, GENERATE, call);
+        running.push(call.await.unwrap());
+    }
+    mesh.wait_figure("kvmesh_queued_requests", 2).await;
+    for (model, open, waiting) in [("mock", 3, 2), ("other", 0, 0)] {
+        let path = "/vllm.grpc.engine.VllmEngine/GetServerInfo";
+        let asks = with(GetServerInfoRequest {}, "x-kvmesh-model", model);
+        let told = unary::<GetServerInfoRequest, GetServerInfoResponse>(&mesh, path, asks);
+        let told = told.await.unwrap();
+        assert_eq!(told.active_requests, open, "{model}");
+        let path = "/vllm.grpc.engine.VllmEngine/GetLoads";
+        let asks = with(GetLoadsRequest::default(), "x-kvmesh-model", model);
+        let told = unary::<GetLoadsRequest, GetLoadsResponse>(&mesh, path, asks);
+        let told = told.await.unwrap();
+        // The one that a worker has may count there as waiting, too.
+        let more = told.loads[0].num_waiting_reqs - waiting;
+        assert!(
+            (0..=open as i32 - waiting).contains(&more),
+            "{model} {more}"
+        );
+    }
     drop(running);
     all_gone(&mesh).await;
 }

@@ -278,9 +278,14 @@ async fn each_of_several_answers_counts_as_its_tenants() {
     let call = |n| with_key("shop", params(asked(2, false), |params| params.n = n));
     let (_, ends) = generate(&mesh, call(2)).await.unwrap();
     assert_eq!(ends.len(), 2);
+    // More than may ever be open: coming back would not help.
     let status = generate(&mesh, call(3)).await.unwrap_err();
-    assert_eq!(status.code(), Code::ResourceExhausted);
-    assert!(status.get_details_retry_info().is_some());
+    assert_eq!(status.code(), Code::InvalidArgument);
+    assert!(status.get_details_retry_info().is_none());
+    let bad = status.get_details_bad_request().unwrap().field_violations;
+    assert_eq!(bad[0].field, "sampling_params.n");
+    assert!(bad[0].description.contains("at most 2"), "{bad:?}");
+    assert!(bad[0].description.contains("concurrency"), "{bad:?}");
     // What was counted for it is not any more.
     generate(&mesh, call(2)).await.unwrap();
 }

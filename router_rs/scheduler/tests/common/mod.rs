@@ -31,6 +31,7 @@ pub(crate) fn worker(slot: u32, role: Role) -> WorkerView {
             grammars_over_continuation: false,
             penalties_over_continuation: true,
             max_logprobs: 20,
+            no_cache_salt: false,
             block_tokens: 16,
             pool_blocks: 1_000,
             block_bytes: 1_024,

@@ -54,6 +54,14 @@ pub(super) struct Attempt {
     may_hand_off: bool,
 }
 
+/// A prefill whose hand-off nobody is to take, should it come to one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Unclaimed {
+    pub(super) prefill: WorkerIndex,
+    /// The worker that was to take it.
+    pub(super) decode: WorkerIndex,
+}
+
 impl Attempt {
     pub(super) fn new(plan: Plan, border: u32) -> Self {
         let part = |worker, stage| Part::new(worker, stage, border);
@@ -352,6 +360,17 @@ impl Attempt {
         let mut parts = self.prefill.iter_mut().chain([&mut self.decode]);
         let part = parts.find(|part| part.stage == stage && part.at == At::Placed)?;
         Some((part.worker, part))
+    }
+
+    /// What is left where it is closed now: an engine holds the blocks of its hand-off
+    /// until they are taken, and prefill may end with one before it hears of the cancel.
+    pub(super) fn unclaimed(&self) -> Option<Unclaimed> {
+        let prefill = self.prefill.as_ref()?;
+        let may_hand_off = matches!(self.route, Route::Engine { .. }) && prefill.is_open();
+        may_hand_off.then_some(Unclaimed {
+            prefill: prefill.worker,
+            decode: self.decode.worker,
+        })
     }
 
     /// Cancels what is open.

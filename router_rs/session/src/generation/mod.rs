@@ -33,11 +33,11 @@ mod terms;
 use smallvec::SmallVec;
 
 use crate::{
-    Fence, Violation, WorkerIndex,
-    parse::{Failure, FinishReason, Refusal},
+    Fence, Stage, Violation, WorkerIndex,
+    parse::{End, Failure, FinishReason, Refusal},
 };
 
-use attempt::Attempt;
+use attempt::{Attempt, Unclaimed};
 use moving::Move;
 pub use terms::{
     Action, Actions, Cause, Event, Loss, Outcome, Plan, PlanRequest, PlannedHandOff, Policy, Stop,
@@ -75,6 +75,9 @@ pub struct Generation {
     state: State,
     /// The hand-over that is under way. Only while it runs.
     moving: Option<Move>,
+    /// A prefill that was cancelled with the generation, and may have handed off before
+    /// it heard of that.
+    unclaimed: Option<Unclaimed>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -132,6 +135,7 @@ impl Generation {
             excluded: SmallVec::new(),
             state: State::Planning,
             moving: None,
+            unclaimed: None,
         };
         let mut actions = Actions::new();
         if deadline {
@@ -301,6 +305,7 @@ impl Generation {
                     return Ok(actions);
                 }
                 if !self.is_current(fence)? {
+                    self.ended_late(from, fence, stage, end, &mut actions);
                     return Ok(actions);
                 }
                 self.stage_end(from, fence, stage, end, &mut actions)?;
@@ -467,8 +472,36 @@ impl Generation {
             moving.close(actions);
         }
         if let State::Running(attempt) = std::mem::replace(&mut self.state, State::Planning) {
+            self.unclaimed = attempt.unclaimed();
             attempt.close(self.fence, actions);
             actions.push(Action::Release);
+        }
+    }
+
+    /// A stage of an attempt that is over has ended.
+    fn ended_late(
+        &mut self,
+        from: WorkerIndex,
+        fence: Fence,
+        stage: Stage,
+        end: End,
+        actions: &mut Actions,
+    ) {
+        // Where another attempt runs, the worker that was to decode takes no earlier one.
+        if !self.ended() || fence != self.fence || stage != Stage::Prefill {
+            return;
+        }
+        let of_worker = |unclaimed: &mut Unclaimed| unclaimed.prefill == from;
+        if let Some(Unclaimed { decode: on, .. }) = self.unclaimed.take_if(of_worker)
+            && let End::HandedOff {
+                engine: Some(hand_off),
+            } = end
+        {
+            actions.push(Action::DropHandOff {
+                on,
+                fence,
+                hand_off,
+            });
         }
     }
 
@@ -477,6 +510,10 @@ impl Generation {
             return;
         }
         self.abandon(actions);
+        if outcome == Outcome::TakenOver {
+            // It is the other router's.
+            self.unclaimed = None;
+        }
         if self.deadline {
             actions.push(Action::Disarm(Timer::Deadline));
         }

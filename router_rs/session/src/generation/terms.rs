@@ -194,6 +194,18 @@ pub enum Action {
         /// Which attempt.
         fence: Fence,
     },
+    /// Have a worker take a hand-off that nobody wants any more, and give it up once its
+    /// engine has it: only so does the engine that made it hear that its blocks can go.
+    /// Comes after the end, at most once. Where that worker is away the hand-off's own
+    /// lease ends it.
+    DropHandOff {
+        /// The worker that was to decode.
+        on: WorkerIndex,
+        /// The attempt, which is over.
+        fence: Fence,
+        /// What prefill said.
+        hand_off: kvmesh_wire::v1::EngineHandOff,
+    },
     /// Have a worker pass its stream to one that has reserved for it.
     HandOver {
         /// The worker that has the stream.
@@ -224,7 +236,8 @@ pub enum Action {
     Arm(Timer),
     /// Give a wait up.
     Disarm(Timer),
-    /// Tell the client. The last action of a generation.
+    /// Tell the client. The last action of a generation, but for what is left of it
+    /// elsewhere.
     End(Outcome),
 }
 

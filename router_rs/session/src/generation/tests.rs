@@ -331,6 +331,102 @@ fn an_engine_hand_off_takes_its_payload_to_decode() {
     );
 }
 
+/// A cancel that crosses an engine's hand-off: what is done when prefill has ended.
+fn crossed(plan: Plan, stop: Event, end: End) -> Actions {
+    let (mut generation, _) = planned(plan);
+    let fence = generation.fence();
+    if matches!(plan, Plan::Mesh { .. }) {
+        let answer = opening(D, fence, Stage::Decode, RESERVED);
+        generation.apply(answer).unwrap();
+    }
+    generation
+        .apply(opening(P, fence, Stage::Prefill, RESERVED))
+        .unwrap();
+    let actions = generation.apply(stop).unwrap();
+    assert!(cancels(&actions).contains(&P));
+    let ended = |from| Event::StageEnd {
+        from,
+        fence,
+        stage: Stage::Prefill,
+        end: end.clone(),
+    };
+    assert_eq!(generation.apply(ended(D)).unwrap().len(), 0);
+    let actions = generation.apply(ended(P)).unwrap();
+    // Once.
+    assert_eq!(generation.apply(ended(P)).unwrap().len(), 0);
+    actions
+}
+
+#[test]
+fn an_engine_hand_off_that_crosses_the_cancel_is_dropped_by_decode() {
+    let engine = Plan::Engine {
+        prefill: P,
+        decode: D,
+        prefill_emits: false,
+    };
+    let hand_off = kvmesh_wire::v1::EngineHandOff {
+        connector: "NixlConnector".to_owned(),
+        ..Default::default()
+    };
+    let handed_off = End::HandedOff {
+        engine: Some(hand_off.clone()),
+    };
+    let fence = Fence {
+        owner: 1,
+        attempt: 1,
+    };
+    let dropped = Action::DropHandOff {
+        on: D,
+        fence,
+        hand_off,
+    };
+    for stop in [
+        Event::Stop(Stop::ClientGone),
+        Event::Stop(Stop::Overloaded),
+        Event::Fired(Timer::Deadline),
+    ] {
+        let actions = crossed(engine, stop, handed_off.clone());
+        assert_eq!(actions.as_slice(), std::slice::from_ref(&dropped));
+    }
+    // It heard of the cancel in time, or KV passed as it was computed.
+    let gone = || Event::Stop(Stop::ClientGone);
+    assert_eq!(crossed(engine, gone(), End::Cancelled).len(), 0);
+    let committed = End::HandedOff { engine: None };
+    assert_eq!(crossed(MESH, gone(), committed).len(), 0);
+}
+
+#[test]
+fn a_hand_off_of_an_attempt_before_the_one_that_runs_is_left_to_its_lease() {
+    let engine = Plan::Engine {
+        prefill: P,
+        decode: D,
+        prefill_emits: false,
+    };
+    let (mut generation, _) = planned(engine);
+    let fence = generation.fence();
+    let timer = Timer::Answer {
+        attempt: 1,
+        stage: Stage::Prefill,
+    };
+    generation.apply(Event::Fired(timer)).unwrap();
+    generation
+        .apply(Event::Planned(Plan::Whole { on: D }))
+        .unwrap();
+    let end = End::HandedOff {
+        engine: Some(kvmesh_wire::v1::EngineHandOff::default()),
+    };
+    let late = Event::StageEnd {
+        from: P,
+        fence,
+        stage: Stage::Prefill,
+        end,
+    };
+    assert_eq!(generation.apply(late.clone()).unwrap().len(), 0);
+    // Nor is it taken for one of the attempt that was cancelled.
+    generation.apply(Event::Stop(Stop::ClientGone)).unwrap();
+    assert_eq!(generation.apply(late).unwrap().len(), 0);
+}
+
 #[test]
 fn a_failure_is_tried_elsewhere_only_if_it_may_help() {
     for retryable in [true, false] {

@@ -265,6 +265,9 @@ impl Router {
                     self.planning = false;
                     self.outcome = Some(outcome);
                 }
+                Action::DropHandOff { .. } => {
+                    self.wrong = Some("a hand-off where nothing is handed off");
+                }
                 Action::HandOver { .. } | Action::Moved { .. } | Action::ReleaseTarget => {
                     self.wrong = Some("a hand-over that nobody asked for");
                 }

@@ -70,6 +70,7 @@ pub(super) fn view(slot: usize, role: Role, settings: &Settings) -> WorkerView {
             grammars_over_continuation: false,
             penalties_over_continuation: false,
             max_logprobs: 0,
+            no_cache_salt: false,
             block_tokens: UNIT_TOKENS as u32,
             pool_blocks,
             block_bytes: profile.kv_bytes_per_token * UNIT_TOKENS as u64,

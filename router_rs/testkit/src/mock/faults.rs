@@ -49,6 +49,8 @@ pub struct FaultPlan {
     pub fail_pulls: bool,
     /// Claims are not answered until this is unset.
     pub hold_claims: bool,
+    /// A prefill hears of no cancel before it has handed off, as where the two cross.
+    pub late_cancels: bool,
     /// Loads say again what the last one said before this was set.
     pub old_loads: bool,
     /// No step ends any more, while load frames go on: a stuck engine thread
@@ -77,6 +79,7 @@ impl Default for FaultPlan {
             keep_streams: false,
             fail_pulls: false,
             hold_claims: false,
+            late_cancels: false,
             old_loads: false,
             stuck: false,
         }

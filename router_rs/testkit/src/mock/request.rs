@@ -80,6 +80,9 @@ impl Running {
         if continuation.model != state.config.model {
             return Err(unsupported("another model"));
         }
+        if state.config.no_cache_salt && !continuation.cache_salt.is_empty() {
+            return Err(unsupported("it has no cache salt"));
+        }
         if state.draining.load(std::sync::atomic::Ordering::Relaxed) {
             return Err((RefusalReason::Draining, String::new()));
         }

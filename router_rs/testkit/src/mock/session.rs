@@ -215,9 +215,11 @@ impl Session {
             Some(router_frame::Frame::Place(place)) => self.place(place),
             Some(router_frame::Frame::Cancel(cancel)) => {
                 let (owner, attempt) = (cancel.owner, cancel.attempt);
+                let late = self.state.faults.plan().late_cancels;
                 while let Some(at) = self.running.iter().position(|request| {
                     request.generation == cancel.generation
                         && (request.owner, request.attempt) <= (owner, attempt)
+                        && !(late && request.stage == Stage::Prefill)
                 }) {
                     let request = self.running.swap_remove(at);
                     self.state.counters.cancelled.add(1);

@@ -380,6 +380,7 @@ fn record(config: &MockConfig, address: String, transfer_address: String) -> Wor
             reproducible: true,
             penalties_over_continuation: config.penalties_over_continuation,
             max_logprobs: config.max_logprobs,
+            no_cache_salt: config.no_cache_salt,
             block_tokens: config.block_tokens,
             pool_blocks: config.pool_blocks,
             block_bytes: 1024,

@@ -90,6 +90,11 @@ class Trace:
             self._last[name] = span
         self.idle_since = max(self.idle_since, end)
 
+    def recount(self, name: str, tokens: int) -> None:
+        """The last span of a name was of so many tokens, as is known only now."""
+        if (span := self._last.get(name)) is not None:
+            span.tokens = tokens
+
     def chunk_begins(self, now: float) -> None:
         """A step takes its next tokens: what was before was waiting."""
         if "worker_queue" not in self._last:

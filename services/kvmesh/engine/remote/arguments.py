@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from kvmesh.engine.remote.server import SaltedPrompts
 from kvmesh.setting_values import ValueNotAllowedError, boolean
 from kvmesh.worker.settings import SettingError
 
@@ -72,6 +73,8 @@ class Arguments:
     """Whether requests carry seeds."""
     priorities: bool = False
     """Whether the server orders its queue by priority."""
+    salted_prompts: SaltedPrompts = SaltedPrompts.REFUSE
+    """What becomes of prompts with a cache salt where its API has none."""
 
     @classmethod
     def of(cls, given: Mapping[str, str]) -> Arguments:
@@ -100,6 +103,7 @@ class Arguments:
             data_parallel_rank=_count("data_parallel_rank", rank) if rank else None,
             seeded=_switch("seeded", given.get("seeded", "true")),
             priorities=_switch("priorities", given.get("priorities", "false")),
+            salted_prompts=_salted_prompts(given.get("salted_prompts") or "refuse"),
         )
 
 
@@ -107,6 +111,14 @@ def _count(name: str, text: str) -> int:
     if not text.isdigit():
         raise SettingError(f"{name} is {text!r}; allowed is a number from 0")
     return int(text)
+
+
+def _salted_prompts(text: str) -> SaltedPrompts:
+    try:
+        return SaltedPrompts(text)
+    except ValueError as error:
+        allowed = ", ".join(SaltedPrompts)
+        raise SettingError(f"salted_prompts is {text!r}; allowed are {allowed}") from error
 
 
 def _switch(name: str, text: str) -> bool:

@@ -74,6 +74,8 @@ class Output:
     events: list[Event] | None = None
     kv_transfer_params: dict[str, object] | None = None
     prefill_stats: PromptStats | None = None
+    late_stats: PromptStats | None = None
+    """Of a prompt that was taken to be computed in full until now."""
     failure: wire.StageFailed | None = None
     """Why, with finish_reason ERROR."""
 
@@ -106,6 +108,8 @@ class _Run:
     sent_at: float
     """Seconds, monotonic."""
     made: int = 0
+    cached: int | None = None
+    """Of the prompt, found in the server's cache, as far as it has said."""
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
 
@@ -127,6 +131,9 @@ class RemoteCore:
         self._load: Load | None = None
         self._steps = Steps()
         self._described = False
+        self.trusts_prompts = True
+        """A prompt of which the server does not say otherwise was computed in full: while
+        nobody but the warm-up asks, whose prompts are new."""
         self._watch: asyncio.Task[None] | None = None
         self._checking: asyncio.Task[ServerError | None] | None = None
 
@@ -296,13 +303,20 @@ class RemoteCore:
             part.stop_token_id,
             kv_transfer_params=part.transfer,
         )
+        tells = part.cached_tokens is not None
+        cached = min(part.cached_tokens or 0, len(request.prompt))
+        stats = PromptStats(len(request.prompt) - cached, cached)
         if first and (part.ids or part.finish_reason is not None):
-            cached = min(part.cached_tokens, len(request.prompt))
-            output.prefill_stats = PromptStats(len(request.prompt) - cached, cached)
+            output.prefill_stats = stats
             # When its step began nobody says: what it waited there counts as its prompt's.
             output.events = [Event(border.SCHEDULED, run.sent_at)]
+        elif tells and cached != run.cached:
+            output.late_stats = stats
+        if tells:
+            run.cached = cached
         if part.ids:
-            computed = output.prefill_stats.num_computed_tokens if output.prefill_stats else 0
+            known = tells or self.trusts_prompts
+            computed = stats.num_computed_tokens if known else None
             self._told.append(Told(request.request_id, first, computed))
         run.made += len(part.ids)
         self._outputs.append(output)

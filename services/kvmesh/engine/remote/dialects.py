@@ -24,6 +24,8 @@ class Dialect:
     stops: bool = True
     """It ends at token ids of the request. Else the reader does, and the model's own ends hold
     as well."""
+    skips_cache: bool = False
+    """As Description.skips_cache."""
 
     def body(self, request: Request, model: str) -> dict[str, Any]:
         """Of a request to /v1/completions."""
@@ -91,7 +93,7 @@ class Dialect:
                 "logprobs": max(1, given.logprobs or 0),
                 "top_k": given.top_k,
                 "min_p": given.min_p,
-                "cache_prompt": True,
+                "cache_prompt": not request.uncached,
             }
         return {}
 
@@ -119,6 +121,7 @@ LLAMA_CPP = Dialect(
     ),
     max_logprobs=20,
     stops=False,
+    skips_cache=True,
 )  # fmt: skip
 PLAIN = Dialect(
     "openai",
@@ -145,12 +148,16 @@ class Reader:
 
     dialect: Dialect
     request: Request
-    _made: int = 0
     _over: bool = field(default=False)
+    _last: Part | None = None
+    """The end, of which the usage is still to come."""
 
     def take(self, event: Mapping[str, Any]) -> Part | None:
         """What an event brought; None: nothing. Raises FailedError."""
         choices = event.get("choices") or ()
+        if self._last is not None and event.get("usage"):
+            self._last.cached_tokens = _cached(event)
+            return self.rest()
         if not choices or self._over:
             return None
         choice = choices[0]
@@ -164,11 +171,19 @@ class Reader:
                 raise FailedError(f"the server ended the request: {finish}")
             stop = choice.get("stop_reason", choice.get("matched_stop"))
             part.stop_token_id = stop if isinstance(stop, int) else None
+        said = part.finish_reason is not None
         if not self.dialect.stops:
             self._stop(part, given.stop_token_ids or [])
-        self._made += len(part.ids)
         self._over = part.finish_reason is not None
+        if said and not event.get("usage"):
+            self._last = part
+            return None
         return part if part.ids or self._over else None
+
+    def rest(self) -> Part | None:
+        """The end, where it is to come without a usage."""
+        last, self._last = self._last, None
+        return last
 
     def _stop(self, part: Part, stops: list[int]) -> None:
         """Ends at a token that ends the output, where the server does not."""
@@ -182,9 +197,10 @@ class Reader:
                 return
 
 
-def _cached(event: Mapping[str, Any]) -> int:
-    usage = event.get("usage") or {}
-    return int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+def _cached(event: Mapping[str, Any]) -> int | None:
+    details = (event.get("usage") or {}).get("prompt_tokens_details") or {}
+    cached = details.get("cached_tokens")
+    return None if cached is None else int(cached)
 
 
 def _tokens(choice: Mapping[str, Any], wanted: int | None) -> tuple[list[int], Logprobs | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+
 from kvmesh.engine.contract import OutputSink
 from kvmesh.engine.remote.server import LostError
 from kvmesh.engine.vllm.engine import VllmEngine
@@ -17,8 +19,14 @@ class RemoteEngine(VllmEngine):
 
     def start(self, sink: OutputSink) -> None:
         """Times a few requests, then begins to work. Takes seconds. Raises LostError."""
-        # Unsalted: not every wire carries salts, and others' prompts do not begin like these.
-        warm_up = WarmUp(self._state.geometry, salt="", stop_token_ids=self.ends_of_text)
+        # Unsalted: not every wire carries salts. No prompts begin like these, nor do those of
+        # a life before this one, which the server may have kept.
+        warm_up = WarmUp(
+            self._state.geometry,
+            salt="",
+            stop_token_ids=self.ends_of_text,
+            first=secrets.randbits(64),
+        )
         self._loop.sink = warm_up
         if self._loop.over:
             raise LostError("the server has gone")

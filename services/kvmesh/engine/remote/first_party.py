@@ -283,6 +283,7 @@ def _finish(part: Part, said: inference.FinishInfo) -> None:
             part.stop_token_id = said.stop_token_id
         case "eos_token_id":
             part.stop_token_id = said.eos_token_id
-    part.cached_tokens = said.num_cached_tokens
+    if said.HasField("num_cached_tokens"):
+        part.cached_tokens = said.num_cached_tokens
     if said.HasField("kv_transfer_params"):
         part.transfer = json_format.MessageToDict(said.kv_transfer_params)

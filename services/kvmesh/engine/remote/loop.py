@@ -8,10 +8,12 @@ import threading
 from functools import cache
 from typing import cast
 
+from kvmesh.engine.contract import OutputSink
 from kvmesh.engine.remote.core import Output, Outputs, RemoteCore, Starter
 from kvmesh.engine.remote.server import Description, ServerError
 from kvmesh.engine.vllm import loop
 from kvmesh.engine.vllm import outputs as core_outputs
+from kvmesh.engine.vllm.attempts import Attempt
 from kvmesh.engine.vllm.border import CoreConfig, CoreOutput, CoreOutputs, CoreStats
 from kvmesh.v1 import worker_pb2 as wire
 
@@ -40,6 +42,17 @@ def _made_event_loop() -> asyncio.AbstractEventLoop:
 
 class RemoteOutputs(core_outputs.Outputs):
     """Ends that say what the server said."""
+
+    def advance(self, attempt: Attempt, output: CoreOutput, now: float) -> None:
+        """Takes what came for an attempt. A server may say with its end alone what it had
+        of the prompt."""
+        late = cast("Output", output).late_stats
+        if late is not None:
+            attempt.cached_tokens = late.num_local_cached_tokens
+            attempt.computed_tokens = late.num_computed_tokens
+            if attempt.trace is not None:
+                attempt.trace.recount("prefill_chunk", late.num_computed_tokens)
+        super().advance(attempt, output, now)
 
     def failure(self, output: CoreOutput) -> wire.StageFailed:
         """Why a request ended without finishing."""
@@ -84,6 +97,11 @@ class RemoteLoop(loop.CoreLoop):
         elif self._state.saw(stats) or came.over:
             self._tell_changes()
             self._begin()
+
+    def serve(self, sink: OutputSink) -> None:
+        """From now on the worker hears what the server says."""
+        self._core.trusts_prompts = False
+        super().serve(sink)
 
     # -- its cache -----------------------------------------------------------
 

@@ -92,6 +92,7 @@ class OpenAiServer:
             max_logprobs=dialect.max_logprobs,
             lacks=dialect.lacks
             | (frozenset() if self._access.priorities else frozenset({"priority"})),
+            skips_cache=dialect.skips_cache,
         )
         size, pool = metrics.pool(await self._metrics())
         await self._try()
@@ -184,10 +185,12 @@ class OpenAiServer:
                         continue
                     data = line.removeprefix("data:").strip()
                     if data == "[DONE]":
-                        return
+                        break
                     part = reader.take(_event(data))
                     if part is not None:
                         yield part
+                if (part := reader.rest()) is not None:
+                    yield part
         except httpx.HTTPError as error:
             raise _unreachable(error) from error
 

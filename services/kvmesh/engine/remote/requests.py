@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kvmesh.engine.remote.server import Request, Sampling
+from kvmesh.engine.remote.server import Request, SaltedPrompts, Sampling
 from kvmesh.engine.vllm.sampling import FIELDS, UnsupportedError
 
 _NEUTRAL: Mapping[str, Any] = {
@@ -22,10 +22,16 @@ _NEUTRAL: Mapping[str, Any] = {
 class RequestMaker:
     """As border.RequestMaker."""
 
-    def __init__(self, lacks: frozenset[str], end_of_text_ids: tuple[int, ...]) -> None:
-        """`lacks`: as Description.lacks."""
+    def __init__(
+        self,
+        lacks: frozenset[str],
+        end_of_text_ids: tuple[int, ...],
+        salts: SaltedPrompts | None,
+    ) -> None:
+        """`lacks`: as Description.lacks. `salts`: what becomes of them; None: they are sent."""
         self._lacks = lacks
         self._ends = frozenset(end_of_text_ids)
+        self._salts = salts
 
     def __call__(
         self,
@@ -59,14 +65,25 @@ class RequestMaker:
             extra_args=sampling.get("extra_args"),
         )
         name = adapter if isinstance(adapter, str) else ""
-        return Request(request_id, prompt, made, priority, cache_salt, name)
+        return Request(
+            request_id,
+            prompt,
+            made,
+            priority,
+            cache_salt if self._salts is None else "",
+            name,
+            # Also without a salt: it would find what a salted one has left there.
+            uncached=self._salts is SaltedPrompts.UNCACHED,
+        )
 
     def _check(self, sampling: Mapping[str, Any], salt: str, grammar: Any) -> None:
         for name, neutral in _NEUTRAL.items():
             if name in self._lacks and sampling.get(name, neutral) != neutral:
                 raise UnsupportedError(FIELDS[name], f"the server's API has no {name}")
-        if salt and "cache_salt" in self._lacks:
-            raise UnsupportedError("hints.cache_salt", "the server's API has no cache salt")
+        if salt and self._salts is SaltedPrompts.REFUSE:
+            raise UnsupportedError(
+                "hints.cache_salt", "the server's API has no cache salt, see salted_prompts"
+            )
         if grammar and any(f"grammar.{kind}" in self._lacks for kind in grammar):
             raise UnsupportedError("grammar", "the server's API has no such grammar")
         # A server that ends by itself at the model's own ends cannot go on after them.

@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from kvmesh.engine.core.chain import Chain
@@ -17,7 +17,13 @@ from kvmesh.engine.remote.engine import RemoteEngine
 from kvmesh.engine.remote.loop import RemoteLoop
 from kvmesh.engine.remote.probe import connect
 from kvmesh.engine.remote.requests import RequestMaker
-from kvmesh.engine.remote.server import Description, LostError, ServerError, UnreachableError
+from kvmesh.engine.remote.server import (
+    Description,
+    LostError,
+    SaltedPrompts,
+    ServerError,
+    UnreachableError,
+)
 from kvmesh.engine.remote.state import RemoteState
 from kvmesh.engine.vllm import border
 from kvmesh.engine.vllm.cache import VllmCache
@@ -72,6 +78,8 @@ class _Facts:
     geometry: Geometry
     end_of_text_ids: tuple[int, ...]
     digest: str
+    salts: SaltedPrompts | None
+    """None: its API has salts."""
 
 
 def _facts(said: Description, arguments: Arguments, settings: WorkerSettings) -> _Facts:
@@ -80,6 +88,10 @@ def _facts(said: Description, arguments: Arguments, settings: WorkerSettings) ->
             f"role is {settings.role!r}; allowed is both: the server has no KV connector that its "
             "API tells of"
         )
+    salts = _salts(said, arguments)
+    if salts is SaltedPrompts.SHARED:
+        # By what it tells of its cache no salted prompt would be found there.
+        said = replace(said, cache_events=False)
     folder = arguments.tokenizer
     files = said.files if folder is None else tokenizer.in_folder(folder)
     if NAMES[0] not in files:
@@ -106,7 +118,18 @@ def _facts(said: Description, arguments: Arguments, settings: WorkerSettings) ->
         vocabulary_size=vocabulary,
     )
     digest = arguments.model_digest or _digest(said, found.digest, vocabulary)
-    return _Facts(said, files, found, geometry, ids, digest)
+    return _Facts(said, files, found, geometry, ids, digest, salts)
+
+
+def _salts(said: Description, arguments: Arguments) -> SaltedPrompts | None:
+    if "cache_salt" not in said.lacks:
+        return None
+    if arguments.salted_prompts is SaltedPrompts.UNCACHED and not said.skips_cache:
+        raise SettingError(
+            "salted_prompts is 'uncached'; allowed are refuse and shared: the API of "
+            f"{said.engine} has no field that keeps a request from its cache"
+        )
+    return arguments.salted_prompts
 
 
 def _digest(said: Description, tokenizer_digest: str, vocabulary: int) -> str:
@@ -126,7 +149,7 @@ def _built(
     lease_ms = _NIXL_LEASE_S * 1000 if said.connector.startswith("Nixl") else 0.0
     placements = Placements(
         geometry,
-        cast("border.RequestMaker", RequestMaker(said.lacks, facts.end_of_text_ids)),
+        cast("border.RequestMaker", RequestMaker(said.lacks, facts.end_of_text_ids, facts.salts)),
         cache,
         chain,
         connector=said.connector,
@@ -150,7 +173,9 @@ def _built(
         engine_connector=said.connector,
         grammars=not kinds <= said.lacks,
         max_logprobs=said.max_logprobs,
-        cache_events=said.cache_events,
+        # Of prompts that find nothing in its cache an index without entries is exact.
+        cache_events=said.cache_events or facts.salts is SaltedPrompts.UNCACHED,
+        no_cache_salt=facts.salts is SaltedPrompts.REFUSE,
         block_tokens=geometry.block_tokens,
         pool_blocks=geometry.pool_blocks,
         hash_scheme=Chain.SCHEME,
@@ -166,9 +191,19 @@ def _built(
 def _described(facts: _Facts) -> str:
     said, geometry = facts.said, facts.geometry
     index = "exact, by its cache events" if said.cache_events else "approximate"
+    match facts.salts:
+        case None:
+            salts = "sent"
+        case SaltedPrompts.REFUSE:
+            salts = "refused: routers with keys send it nothing, see salted_prompts"
+        case SaltedPrompts.UNCACHED:
+            salts, index = "not needed: no prompt finds another one's cache", "empty"
+        case SaltedPrompts.SHARED:
+            salts = "left out: tenants share its cache"
     pool = "KV pool" if said.pool_tokens else "KV pool, by kv_pool_tokens"
     return (
         f"server: {said.engine} with {said.path}, context {geometry.context_length} tokens, "
         f"{pool}: {geometry.pool_blocks} blocks of {geometry.block_tokens} tokens, index {index}, "
         + (f"connector {said.connector}" if said.connector else "no connector")
+        + f", cache salts {salts}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,6 +14,22 @@ INVALID_ARGUMENT, UNAVAILABLE = 3, 14  # google.rpc.Code
 
 FINISHED = {"stop": border.STOP, "length": border.LENGTH, "abort": border.ABORT}
 """Finish reasons by the names that servers have for them; any other is an error."""
+
+
+class SaltedPrompts(enum.StrEnum):
+    """What becomes of prompts with a cache salt where a server's API has none.
+
+    Routers with keys salt every prompt, so that no tenant can tell by its times what
+    another one has asked.
+    """
+
+    REFUSE = "refuse"
+    """They are refused, and routers send none."""
+    UNCACHED = "uncached"
+    """No prompt finds anything in the cache, for servers that can be asked for that."""
+    SHARED = "shared"
+    """They are served without their salt: all share one cache, and whoever attached the
+    server takes it that they may."""
 
 
 class ServerError(border.VllmError):
@@ -95,6 +112,8 @@ class Request:
     priority: int = 0
     cache_salt: str = ""
     adapter: str = ""
+    uncached: bool = False
+    """All of its prompt is computed, whatever the server has of it."""
     abort_immediately: bool = False
 
 
@@ -118,8 +137,8 @@ class Part:
 
     ids: list[int] = field(default_factory=list)
     logprobs: Logprobs | None = None
-    cached_tokens: int = 0
-    """Of the prompt, found in its cache. 0 where it does not say."""
+    cached_tokens: int | None = None
+    """Of the prompt, found in its cache. None where it does not say, or not yet."""
     finish_reason: int | None = None
     """As of vLLM's core: border.STOP, LENGTH, ABORT, ERROR."""
     stop_token_id: int | None = None
@@ -177,6 +196,8 @@ class Description:
     lacks: frozenset[str] = frozenset()
     """What its wire cannot carry: names of Sampling's fields, "cache_salt", "priority", and
     "grammar.KIND"."""
+    skips_cache: bool = False
+    """It can be asked to compute all of a prompt, whatever it has of it."""
     adapters: Mapping[str, str] = field(default_factory=dict)
     """Digests by name."""
     files: Mapping[str, bytes] = field(default_factory=dict)

@@ -19,8 +19,8 @@ class Told:
 
     name: str
     first: bool
-    computed_tokens: int = 0
-    """Of the prompt, with the first message."""
+    computed_tokens: int | None = 0
+    """Of the prompt, with the first message. None: the server has not said how many."""
 
 
 @dataclass(slots=True)
@@ -44,7 +44,7 @@ class _Open:
     prompt_tokens: int = 0
     prompts: int = 0
     mixed: bool = False
-    """A prompt was waiting meanwhile."""
+    """A prompt was waiting meanwhile, or it is not known how much was computed of one."""
 
 
 class Steps:
@@ -77,7 +77,8 @@ class Steps:
             step.names.add(message.name)
             if message.first:
                 step.prompts += 1
-                step.prompt_tokens += message.computed_tokens
+                step.prompt_tokens += message.computed_tokens or 0
+                step.mixed = step.mixed or message.computed_tokens is None
         if not running and self._open is not None:
             closed = self._close(self._open)
             self._open = None

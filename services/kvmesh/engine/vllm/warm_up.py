@@ -7,6 +7,7 @@ it takes seconds to lay weights out), then prompts of some lengths and a batch.
 from __future__ import annotations
 
 import itertools
+import random
 import threading
 import time
 from collections.abc import Sequence
@@ -38,13 +39,18 @@ class WarmUp:
     """The sink of the first requests."""
 
     def __init__(
-        self, geometry: Geometry, salt: str = _SALT, stop_token_ids: Sequence[int] = ()
+        self,
+        geometry: Geometry,
+        salt: str = _SALT,
+        stop_token_ids: Sequence[int] = (),
+        first: int = 1,
     ) -> None:
-        """`salt` keeps what is cached of it apart. `stop_token_ids` end a request."""
+        """`salt` keeps what is cached of it apart; without one `first`, the number of the first
+        prompt, has to be one that was not used before. `stop_token_ids` end a request."""
         self._geometry = geometry
         self._salt = salt
         self._stop_token_ids = stop_token_ids
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(first)
         self._open: set[bytes] = set()
         self._failed = ""
         self._done = threading.Event()
@@ -110,9 +116,8 @@ class WarmUp:
 
     def _placement(self, length: int, tokens: int) -> Placement:
         number = next(self._numbers)
-        vocabulary = self._geometry.vocabulary_size
         # Prompts that share no block.
-        prompt = [(number * 7919 + at) % vocabulary for at in range(length)]
+        prompt = random.Random(number).choices(range(self._geometry.vocabulary_size), k=length)
         continuation = wire.Continuation(
             prompt_ids=prompt,
             max_tokens=tokens,

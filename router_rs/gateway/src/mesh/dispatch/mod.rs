@@ -182,6 +182,11 @@ impl Dispatcher {
         self.waits.len()
     }
 
+    /// Requests for a model that wait for room.
+    pub(super) fn queued_of(&self, model: &str) -> usize {
+        self.waits.of_model(model)
+    }
+
     /// Bookings that stand.
     pub(super) fn booked(&self) -> usize {
         self.placer().booked()

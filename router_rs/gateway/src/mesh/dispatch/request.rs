@@ -68,6 +68,7 @@ pub(in crate::mesh) fn request_view<'a>(
             grammar_continuation: grammar.is_some_and(|grammar| grammar.require_continuation),
             penalties: !neutral,
             logprobs: request.logprobs,
+            cache_salt: !request.cache_salt.is_empty(),
         },
         cached,
         excluded,

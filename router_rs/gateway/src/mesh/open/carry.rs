@@ -5,10 +5,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use kvmesh_session::{
-    Command, Fence, HandOff, Placement, TransferId, WorkerIndex,
+    Command, Fence, HandOff, Placement, Stage, TransferId, WorkerIndex,
     generation::{Action, Actions, Event, Loss, PlanRequest, PlannedHandOff, Timer},
 };
+use kvmesh_wire::v1;
 use smallvec::SmallVec;
 
 use super::{
@@ -103,6 +105,11 @@ impl Open {
                         };
                         self.send(state, (to, fence), command);
                     }
+                    Action::DropHandOff {
+                        on,
+                        fence,
+                        hand_off,
+                    } => self.drop_hand_off(state, (on, fence), hand_off),
                     Action::HandOver {
                         to,
                         fence,
@@ -158,10 +165,39 @@ impl Open {
         true
     }
 
+    /// Has a worker accept what nobody wants, and cancels it. What was booked is
+    /// released by now, so the session is that of the worker as it is.
+    fn drop_hand_off(
+        self: &Arc<Self>,
+        state: &State,
+        (on, fence): (WorkerIndex, Fence),
+        hand_off: v1::EngineHandOff,
+    ) {
+        // Where others may resume it, it may be wanted.
+        let worker = self.core.table.get(on).filter(|_| !state.stays);
+        let Some(session) = worker.and_then(|worker| worker.session()) else {
+            return;
+        };
+        let hand_off = PlannedHandOff::Engine(hand_off);
+        let mut placement = self.placement(state, Stage::Decode, hand_off, false);
+        placement.resume_state = Bytes::new();
+        let command = Command::Place {
+            generation: self.id,
+            fence,
+            placement,
+        };
+        let open = Some(Arc::clone(self));
+        if session.send(Outgoing { command, open }).is_some() {
+            self.core.counters.placements.add(1);
+            self.core.counters.hand_offs_dropped.add(1);
+            session.cancel(self.id, fence);
+        }
+    }
+
     fn placement(
         &self,
         state: &State,
-        stage: kvmesh_session::Stage,
+        stage: Stage,
         hand_off: PlannedHandOff,
         moves: bool,
     ) -> Box<Placement> {

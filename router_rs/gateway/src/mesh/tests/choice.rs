@@ -20,6 +20,40 @@ fn explained(mesh: &Mesh, answer: &Answer) -> v1::Decision {
 }
 
 #[tokio::test]
+async fn salted_prompts_go_to_workers_that_take_salts_and_else_it_is_said_what_to_do() {
+    let takes_salts = |no_cache_salt| {
+        MockWorker::start(MockConfig {
+            no_cache_salt,
+            ..MockConfig::default()
+        })
+        .unwrap()
+    };
+    let (bare, able) = (takes_salts(true), takes_salts(false));
+    let salted = |at: u32| AdmittedRequest {
+        cache_salt: "shop\u{1f}".to_owned(),
+        ..request(&[at; 64], 5)
+    };
+    let mesh = mesh_of(&[&bare, &able]).await;
+    for at in 1..9 {
+        let answer = collect(mesh.generate(salted(at)).unwrap()).await;
+        assert_eq!((answer.error, answer.ids.len()), (None, 5));
+        // At the first try: its record says what it refuses.
+        assert_eq!(answer.placed.len(), 1);
+        assert_eq!(answer.placed[0].decode_worker, able.worker_id());
+    }
+    let alone = mesh_of(&[&bare]).await;
+    let answer = collect(alone.generate(request(&[1; 64], 5)).unwrap()).await;
+    assert_eq!((answer.error, answer.ids.len()), (None, 5));
+    let refused = alone.generate(salted(1)).err().expect("nobody takes it");
+    let told = refused.to_string();
+    assert!(
+        told.contains("hints.cache_salt") && told.contains("--salted-prompts"),
+        "{told}"
+    );
+    assert_eq!(refused.code_and_reason().1, "UNSUPPORTED");
+}
+
+#[tokio::test]
 async fn a_decision_shows_every_plan_with_its_terms_and_what_came_of_it() {
     let workers = [Role::Prefill, Role::Prefill, Role::Decode, Role::Decode].map(|role| {
         MockWorker::start(MockConfig {

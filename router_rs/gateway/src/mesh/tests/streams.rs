@@ -78,6 +78,46 @@ async fn an_engine_hand_off_goes_prefill_first() {
 }
 
 #[tokio::test]
+async fn an_engine_hand_off_that_crosses_a_cancel_is_dropped_by_decode() {
+    let config = |role| MockConfig {
+        role,
+        engine_connector: "mock".to_owned(),
+        ..MockConfig::default()
+    };
+    let prefill = MockWorker::start(config(Role::Prefill)).unwrap();
+    let decode = MockWorker::start(config(Role::Decode)).unwrap();
+    let mesh = mesh_of(&[&prefill, &decode]).await;
+    let dropped = || mesh.counters().hand_offs_dropped.get();
+    for crosses in [false, true] {
+        prefill.faults().set(|plan| {
+            plan.stuck = true;
+            plan.late_cancels = crosses;
+        });
+        let placed = prefill.counters().placed;
+        let resumable = AdmittedRequest {
+            resumable: true,
+            ..request(&[9, 8, 7], 100_000)
+        };
+        let stream = mesh.generate(resumable).unwrap();
+        assert!(until(|| prefill.counters().placed > placed).await);
+        drop(stream);
+        assert!(until(|| mesh.counters().cancelled.get() == 1 + u64::from(crosses)).await);
+        prefill.faults().set(|plan| plan.stuck = false);
+        let cancelled = || decode.counters().cancelled == u64::from(crosses);
+        assert!(until(cancelled).await);
+        assert!(until(|| nothing_left(&mesh, &[&prefill, &decode])).await);
+        // Decode's engine accepts it, and is told to leave it.
+        let told = (prefill.counters().handed_off, decode.counters().placed);
+        assert_eq!(told, (u64::from(crosses), u64::from(crosses)));
+        assert_eq!(dropped(), u64::from(crosses));
+    }
+    let place = decode.last_place().unwrap();
+    assert_eq!(place.stage(), v1::Stage::Decode);
+    // Nobody is to resume what nobody wants.
+    assert!(place.resume_state.is_empty());
+}
+
+#[tokio::test]
 async fn a_request_of_one_token_stays_on_one_worker() {
     let (prefill, decode) = (worker(Role::Prefill), worker(Role::Decode));
     let mesh = mesh_of(&[&prefill, &decode]).await;
