@@ -202,6 +202,7 @@ Reason = Literal[
     "mismatch",
     "finished",
     "failed",
+    "untrusted",
     "lost",
 ]
 """Why a transfer ended without success (AbortReason in transfer.proto).
@@ -461,7 +462,7 @@ class ClusterToken:
 
 @final
 class PeerTls:
-    """A worker's TLS: of its port, and of its calls to other workers.
+    """A worker's TLS: of its ports, and of its calls to other workers.
 
     The port that it is given to reads the files again when they change.
     """
@@ -502,6 +503,7 @@ class TransferNode:
         max_connections: int = 1024,
         copy_threads: int = 0,
         token: ClusterToken | None = None,
+        tls: PeerTls | None = None,
     ) -> TransferNode:
         """Binds `listen` and, with `shared_memory`, an abstract unix socket.
 
@@ -622,7 +624,7 @@ class TransferNode:
         """Totals since the start: `sent_blocks`, `sent_bytes`, `sent_tcp_bytes`,
         `received_blocks`, `received_bytes`, `copied_bytes` (shared memory),
         `mismatches`, `sends_released`, `sends_aborted`, `receives_committed`,
-        `receives_failed`."""
+        `receives_failed`, `untrusted` (connections)."""
 
     def close(self) -> None:
         """Ends all transfers, connections and threads. No event follows. Idempotent."""

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! files ─▶ Followed (looks every second, keeps what can be used) ─┬▶ ClusterToken
-//!                                                                 ├▶ PeerTls (a worker's port)
+//!                                                                 ├▶ PeerTls (a worker's ports)
 //!                                                                 └▶ WorkerTls (calls to workers)
 //! Dialer (token, TLS) ─▶ Connection: shows the token with every call, and knows by its
 //!                        certificate which worker it is with
