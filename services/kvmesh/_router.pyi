@@ -658,9 +658,9 @@ class WorkerRegistration:
         ttl_s: float = 10.0,
         *,
         wait_s: float = 5.0,
-        ca_pem: bytes | None = None,
-        certificate_pem: bytes | None = None,
-        key_pem: bytes | None = None,
+        ca_file: str | None = None,
+        certificate_file: str | None = None,
+        key_file: str | None = None,
         server_name: str = "",
         user: str = "",
         password: str = "",
@@ -669,7 +669,8 @@ class WorkerRegistration:
     ) -> WorkerRegistration:
         """Registers `record`, a serialised kvmesh.v1.WorkerRecord.
 
-        Waits up to `wait_s` for the outcome; where etcd is away by then it goes
+        The PEM files are those of etcd_ca, etcd_cert and etcd_key, and are read again when
+        they change. Waits up to `wait_s` for the outcome; where etcd is away by then it goes
         on in the background. Raises WorkerIdTakenError, ValueError.
         """
 
@@ -698,9 +699,9 @@ def list_workers(
     endpoints: Sequence[str],
     cluster: str,
     *,
-    ca_pem: bytes | None = None,
-    certificate_pem: bytes | None = None,
-    key_pem: bytes | None = None,
+    ca_file: str | None = None,
+    certificate_file: str | None = None,
+    key_file: str | None = None,
     server_name: str = "",
     user: str = "",
     password: str = "",
@@ -711,9 +712,9 @@ def list_routers(
     endpoints: Sequence[str],
     cluster: str,
     *,
-    ca_pem: bytes | None = None,
-    certificate_pem: bytes | None = None,
-    key_pem: bytes | None = None,
+    ca_file: str | None = None,
+    certificate_file: str | None = None,
+    key_file: str | None = None,
     server_name: str = "",
     user: str = "",
     password: str = "",

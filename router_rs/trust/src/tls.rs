@@ -27,7 +27,7 @@ use crate::{
     identity::{Identity, IdentityError, Role},
 };
 
-const HTTP2: &[u8] = b"h2";
+pub(crate) const HTTP2: &[u8] = b"h2";
 /// What is spoken on transfer ports: a connection cannot be led to the other port.
 const TRANSFER: &[u8] = b"kvmesh-transfer";
 const NO_CERTIFICATE: &str = "it has no certificate that can be read; allowed is PEM";
@@ -35,13 +35,13 @@ const NO_CERTIFICATE: &str = "it has no certificate that can be read; allowed is
 /// A setting, and the file that it names.
 pub type File = (&'static str, PathBuf);
 
-fn provider() -> Arc<CryptoProvider> {
+pub(crate) fn provider() -> Arc<CryptoProvider> {
     static PROVIDER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();
     Arc::clone(PROVIDER.get_or_init(|| Arc::new(rustls::crypto::ring::default_provider())))
 }
 
 /// A chain and its key. The files are those at `at` and after it.
-fn certified(said: &[Vec<u8>], at: usize) -> Result<CertifiedKey, Wrong> {
+pub(crate) fn certified(said: &[Vec<u8>], at: usize) -> Result<CertifiedKey, Wrong> {
     let text = |file: usize| said.get(file).map(Vec::as_slice).unwrap_or_default();
     let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(text(at))
         .collect::<Result<_, _>>()
@@ -90,7 +90,7 @@ fn own(
     ))
 }
 
-fn authorities(said: &[Vec<u8>], at: usize) -> Result<Arc<RootCertStore>, Wrong> {
+pub(crate) fn authorities(said: &[Vec<u8>], at: usize) -> Result<Arc<RootCertStore>, Wrong> {
     let text = said.get(at).map(Vec::as_slice).unwrap_or_default();
     let mut roots = RootCertStore::empty();
     for certificate in CertificateDer::pem_slice_iter(text) {

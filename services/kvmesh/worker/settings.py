@@ -75,7 +75,7 @@ class WorkerSettings:
     """etcd endpoints, "host:port". Empty: not registered; routers must be told."""
     etcd_ca: str = ""
     """PEM file of the authorities that etcd's certificate must come from. Given: etcd is
-    spoken to over TLS."""
+    spoken to over TLS. Read again when it changes, as etcd_cert and etcd_key are."""
     etcd_cert: str = ""
     """PEM file of this worker's certificate for etcd. Needs etcd_key and etcd_ca."""
     etcd_key: str = ""
