@@ -274,7 +274,7 @@ impl Parts {
             ..settings.mesh(router_id.clone(), incarnation)
         };
         let mesh = Mesh::start(mesh, watch);
-        let (spans, exporter) = Spans::start(settings, &router_id, &telemetry).unzip();
+        let (spans, exporter) = Spans::start(settings, &router_id, &telemetry)?.unzip();
         let shared = Arc::new(Shared {
             door: Door::new(settings, Arc::clone(&mesh), Arc::clone(&telemetry)),
             access,
