@@ -5,10 +5,11 @@ Two processes, each with a pool of blocks and a transfer node, on one host:
 - shared memory beside a memcpy between two mappings of the same page sizes,
   one thread each, block by block in the same order (shm_over_memcpy);
 - TCP beside a plain loopback socket that sends from and receives into the same
-  kind of memory (tcp_over_socket).
+  kind of memory (tcp_over_socket);
+- TCP under TLS with certificates on both sides beside TCP without (tls_over_tcp).
 
 The transfer's time is from the pull to the commit's verification: slot versions,
-checksum at the sender and checksum at the receiver are all in it. All four move
+checksum at the sender and checksum at the receiver are all in it. All five move
 the same number of bytes between mappings of the same kind, touched before: all
 are pools, so that they lie in huge pages where the kernel gives them and in
 small ones where not (--small-pages: in small ones at any rate). The table says
@@ -25,7 +26,9 @@ import multiprocessing as mp
 import os
 import socket
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -45,7 +48,35 @@ WARM_UPS = 3
 """Runs of each case before any counts: connections, page tables, windows of the sockets."""
 
 
-def node(pool: _router.KvPool, name: str, shared_memory: bool) -> _router.TransferNode:
+def certificates(folder: Path) -> None:
+    """An authority, and a certificate of it for each worker, PEM files by their names."""
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    openssl(
+        "req", "-x509", *new_key, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ca"
+    )  # fmt: skip
+    for name in (WORKER, "decode"):
+        (folder / "names").write_text(f"subjectAltName=URI:kvmesh://default/worker/{name}\n")
+        openssl(
+            "req", *new_key, "-keyout", f"{name}.key", "-out", "request", "-subj", f"/CN={name}"
+        )  # fmt: skip
+        openssl(
+            "x509", "-req", "-in", "request", "-CA", "ca.pem", "-CAkey", "ca.key",
+            "-CAcreateserial", "-extfile", "names", "-out", f"{name}.pem",
+        )  # fmt: skip
+
+
+def peer_tls(folder: Path, name: str) -> _router.PeerTls:
+    files = (folder / f"{name}.pem", folder / f"{name}.key", folder / "ca.pem")
+    return _router.PeerTls(*map(str, files), "default", name)
+
+
+def node(
+    pool: _router.KvPool, name: str, shared_memory: bool, tls: _router.PeerTls | None = None
+) -> _router.TransferNode:
     return _router.TransferNode(
         pool,
         worker_id=name,
@@ -54,6 +85,7 @@ def node(pool: _router.KvPool, name: str, shared_memory: bool) -> _router.Transf
         block_tokens=BLOCK_TOKENS,
         shared_memory=shared_memory,
         copy_threads=1,
+        tls=tls,
     )
 
 
@@ -67,14 +99,19 @@ def wait_for(at: _router.TransferNode, kind: type, failure: type) -> Any:
                 return event
 
 
-def sender_process(pipe: Connection, blocks: int, huge: bool) -> None:
+def sender_process(pipe: Connection, blocks: int, huge: bool, folder: Path) -> None:
     """The worker that has the blocks: offers what it is told to, until told to end."""
     pool = _router.KvPool(blocks, BLOCK_BYTES, populate=True, huge_pages=huge)
     content = np.frombuffer(pool, dtype=np.uint64)
     content[:] = np.arange(content.size, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     slots = list(range(blocks))
-    with node(pool, WORKER, True) as near, node(pool, WORKER, False) as far:
-        pipe.send((near.address, far.address, huge_share(pool)))
+    with (
+        node(pool, WORKER, True) as near,
+        node(pool, WORKER, False) as far,
+        node(pool, WORKER, False, peer_tls(folder, WORKER)) as secured,
+    ):
+        ways = {"shm": near, "tcp": far, "tls": secured}
+        pipe.send(({way: at.address for way, at in ways.items()}, huge_share(pool)))
         while True:
             command = pipe.recv()
             if command is None:
@@ -82,8 +119,7 @@ def sender_process(pipe: Connection, blocks: int, huge: bool) -> None:
             if command[0] == "socket":
                 send_plain(command[1], memoryview(pool))
                 continue
-            at = near if command[0] == "shm" else far
-            transfer_id = command[1]
+            at, transfer_id = ways[command[0]], command[1]
             at.offer(transfer_id, blocks)
             at.ready(transfer_id, 0, slots)
             at.commit(transfer_id, blocks * BLOCK_TOKENS)
@@ -108,20 +144,22 @@ def send_plain(port: int, content: memoryview) -> None:
 class Receiver:
     """The worker that wants the blocks, and the two things it is compared with."""
 
-    def __init__(self, blocks: int, pipe: Connection, huge: bool) -> None:
+    def __init__(self, blocks: int, pipe: Connection, huge: bool, folder: Path) -> None:
         self.blocks, self.pipe = blocks, pipe
         self.pool, self.source = (
             _router.KvPool(blocks, BLOCK_BYTES, populate=True, huge_pages=huge) for _ in range(2)
         )
         self.slots = list(range(blocks))
         self.nbytes = blocks * BLOCK_BYTES
-        near, far, sender_huge = pipe.recv()
+        addresses, sender_huge = pipe.recv()
         self.huge = (sender_huge, huge_share(self.pool, self.source))
         """Share in huge pages, of the sender's pool and of those here."""
-        self.ways = {
-            "shm": (node(self.pool, "decode", True), near),
-            "tcp": (node(self.pool, "decode", False), far),
+        ends = {
+            "shm": node(self.pool, "decode", True),
+            "tcp": node(self.pool, "decode", False),
+            "tls": node(self.pool, "decode", False, peer_tls(folder, "decode")),
         }
+        self.ways = {way: (at, addresses[way]) for way, at in ends.items()}
 
     def close(self) -> None:
         for at, _ in self.ways.values():
@@ -165,17 +203,27 @@ class Receiver:
 
 def bytes_moved(blocks: int, rounds: int, huge: bool) -> tuple[list[Figure], dict[str, int]]:
     """Part one: the transfer beside what it is made of."""
+    with tempfile.TemporaryDirectory() as folder:
+        certificates(Path(folder))
+        return _bytes_moved(blocks, rounds, huge, Path(folder))
+
+
+def _bytes_moved(
+    blocks: int, rounds: int, huge: bool, folder: Path
+) -> tuple[list[Figure], dict[str, int]]:
     context = mp.get_context("spawn")
     pipe, theirs = context.Pipe()
-    process = context.Process(target=sender_process, args=(theirs, blocks, huge), daemon=True)
+    arguments = (theirs, blocks, huge, folder)
+    process = context.Process(target=sender_process, args=arguments, daemon=True)
     process.start()
     assert process.pid is not None
-    receiver = Receiver(blocks, pipe, huge)
+    receiver = Receiver(blocks, pipe, huge, folder)
     runs: dict[str, Callable[[], float]] = {
         "memcpy": receiver.memcpy,
         "shm": lambda: receiver.transfer("shm"),
         "socket": receiver.plain_socket,
         "tcp": lambda: receiver.transfer("tcp"),
+        "tls": lambda: receiver.transfer("tls"),
     }
     try:
         for case in runs.values():
@@ -210,6 +258,7 @@ def show(took: Blocks[float], blocks: int, nbytes: int) -> tuple[list[Figure], d
     ratios = {
         "shm_over_memcpy": ratio(took, "shm", "memcpy"),
         "tcp_over_socket": ratio(took, "tcp", "socket"),
+        "tls_over_tcp": ratio(took, "tls", "tcp"),
     }
     figures = [Figure(name, value, "ratio", "higher") for name, value in ratios.items()]
     figures += [Figure(f"{name}_gb_s", value, "GB/s", "higher") for name, value in rate.items()]

@@ -202,6 +202,7 @@ Reason = Literal[
     "mismatch",
     "finished",
     "failed",
+    "untrusted",
     "lost",
 ]
 """Why a transfer ended without success (AbortReason in transfer.proto).
@@ -461,7 +462,7 @@ class ClusterToken:
 
 @final
 class PeerTls:
-    """A worker's TLS: of its port, and of its calls to other workers.
+    """A worker's TLS: of its ports, and of its calls to other workers.
 
     The port that it is given to reads the files again when they change.
     """
@@ -502,6 +503,7 @@ class TransferNode:
         max_connections: int = 1024,
         copy_threads: int = 0,
         token: ClusterToken | None = None,
+        tls: PeerTls | None = None,
     ) -> TransferNode:
         """Binds `listen` and, with `shared_memory`, an abstract unix socket.
 
@@ -622,7 +624,7 @@ class TransferNode:
         """Totals since the start: `sent_blocks`, `sent_bytes`, `sent_tcp_bytes`,
         `received_blocks`, `received_bytes`, `copied_bytes` (shared memory),
         `mismatches`, `sends_released`, `sends_aborted`, `receives_committed`,
-        `receives_failed`."""
+        `receives_failed`, `untrusted` (connections)."""
 
     def close(self) -> None:
         """Ends all transfers, connections and threads. No event follows. Idempotent."""
@@ -656,9 +658,9 @@ class WorkerRegistration:
         ttl_s: float = 10.0,
         *,
         wait_s: float = 5.0,
-        ca_pem: bytes | None = None,
-        certificate_pem: bytes | None = None,
-        key_pem: bytes | None = None,
+        ca_file: str | None = None,
+        certificate_file: str | None = None,
+        key_file: str | None = None,
         server_name: str = "",
         user: str = "",
         password: str = "",
@@ -667,7 +669,8 @@ class WorkerRegistration:
     ) -> WorkerRegistration:
         """Registers `record`, a serialised kvmesh.v1.WorkerRecord.
 
-        Waits up to `wait_s` for the outcome; where etcd is away by then it goes
+        The PEM files are those of etcd_ca, etcd_cert and etcd_key, and are read again when
+        they change. Waits up to `wait_s` for the outcome; where etcd is away by then it goes
         on in the background. Raises WorkerIdTakenError, ValueError.
         """
 
@@ -696,9 +699,9 @@ def list_workers(
     endpoints: Sequence[str],
     cluster: str,
     *,
-    ca_pem: bytes | None = None,
-    certificate_pem: bytes | None = None,
-    key_pem: bytes | None = None,
+    ca_file: str | None = None,
+    certificate_file: str | None = None,
+    key_file: str | None = None,
     server_name: str = "",
     user: str = "",
     password: str = "",
@@ -709,9 +712,9 @@ def list_routers(
     endpoints: Sequence[str],
     cluster: str,
     *,
-    ca_pem: bytes | None = None,
-    certificate_pem: bytes | None = None,
-    key_pem: bytes | None = None,
+    ca_file: str | None = None,
+    certificate_file: str | None = None,
+    key_file: str | None = None,
     server_name: str = "",
     user: str = "",
     password: str = "",

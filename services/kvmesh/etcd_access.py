@@ -11,9 +11,9 @@ from typing import TypedDict
 class EtcdArguments(TypedDict, total=False):
     """Arguments of the native registry."""
 
-    ca_pem: bytes
-    certificate_pem: bytes
-    key_pem: bytes
+    ca_file: str
+    certificate_file: str
+    key_file: str
     server_name: str
     user: str
     password: str
@@ -21,7 +21,7 @@ class EtcdArguments(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class EtcdAccess:
-    """How etcd is reached. Files are read when they are needed."""
+    """How etcd is reached. Files are read when they are needed, and again when they change."""
 
     etcd_ca: str = ""
     etcd_cert: str = ""
@@ -45,11 +45,11 @@ class EtcdAccess:
         """Of `WorkerRegistration` and `list_workers`. Raises ValueError naming a file."""
         found = EtcdArguments()
         if self.etcd_ca:
-            found["ca_pem"] = _read("etcd_ca", self.etcd_ca)
+            found["ca_file"] = _readable("etcd_ca", self.etcd_ca)
             found["server_name"] = self.etcd_server_name
         if self.etcd_cert:
-            found["certificate_pem"] = _read("etcd_cert", self.etcd_cert)
-            found["key_pem"] = _read("etcd_key", self.etcd_key)
+            found["certificate_file"] = _readable("etcd_cert", self.etcd_cert)
+            found["key_file"] = _readable("etcd_key", self.etcd_key)
         if self.etcd_user:
             found["user"], found["password"] = self.etcd_user, self.etcd_password
         return found
@@ -59,8 +59,10 @@ ETCD_ACCESS = tuple(each.name for each in dataclasses.fields(EtcdAccess))
 """Names of the settings."""
 
 
-def _read(name: str, file: str) -> bytes:
+def _readable(name: str, file: str) -> str:
+    path = Path(file).expanduser()
     try:
-        return Path(file).expanduser().read_bytes()
+        path.read_bytes()
     except OSError as error:
         raise ValueError(f"{name} is {file!r}, which cannot be read: {error.strerror}") from error
+    return str(path)

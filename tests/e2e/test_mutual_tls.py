@@ -1,8 +1,11 @@
 """TLS between routers and workers: each is known by what its certificate says of it."""
 
+import socket
+
 import grpc
 import pytest
 from authority import Authority, Issued
+from figures import figures
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import kvmesh
@@ -146,6 +149,26 @@ def test_each_call_is_for_those_whose_certificate_says_so(secured, tmp_path) -> 
             assert refusal(channel, call) is None, call
     secured.cluster.wait_table(endpoint, lambda table: table["d"].load.role == worker_pb2.ROLE_BOTH)
     assert main(["drain", "d", "--endpoint", endpoint, "--force"]) == 0
+
+
+def test_kv_goes_over_tls_between_workers(secured) -> None:
+    endpoint = secured.router()
+    secured.worker("p", "prefill", "--transfer-tcp")
+    secured.worker("d", "decode", "--transfer-tcp")
+    secured.cluster.wait_live(endpoint, "p", "d")
+    with kvmesh.Client(endpoint) as client:
+        done = client.complete(prompt="A longer one, over TLS " * 40, max_tokens=24)
+    assert len(done.token_ids) == 24
+    assert done.usage.attempts == 1
+    counted = figures(endpoint)
+    assert counted["transferred_bytes_total"] > 0
+    assert counted["transfers_failed_total"] == 0
+    # Who speaks no TLS there is told so, and closed.
+    address = secured.cluster.table(endpoint)["p"].record.transfer_address
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=20) as plain:
+        plain.sendall(b"\x04\x00\x00\x00" + bytes(4))
+        assert b"tls_cert, tls_key and tls_ca" in b"".join(iter(lambda: plain.recv(1024), b""))
 
 
 def test_a_router_attaches_to_no_other_worker_than_the_record_names(secured) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-# The harness beside these tests; tests here are no package.
-sys.path.insert(0, str(Path(__file__).parent))
+# The harness beside these tests, and the authority of the end-to-end tests; tests are no package.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "e2e")]
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ import pytest
 
 from kvmesh import _router
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "e2e"))
+
 BLOCKS, BLOCK_BYTES = 16, 64 * 1024
 PEER = Path(__file__).with_name("peer.py")
 

@@ -3,13 +3,12 @@
 use std::{
     io,
     net::SocketAddr,
-    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use kvmesh_registry::{Registration, Registry, RouterRecord};
-use kvmesh_trust::{ClusterToken, Dialer, Followed, Role, WorkerTls};
+use kvmesh_trust::{ClusterToken, Dialer, Followed, Role, ServerTls, WorkerTls};
 use rustls::ServerConfig;
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::{
@@ -43,14 +42,9 @@ pub enum StartError {
         /// What the system says.
         error: io::Error,
     },
-    /// A file for TLS to etcd cannot be read.
-    #[error("etcd: {file}: {error}")]
-    EtcdFile {
-        /// The file.
-        file: String,
-        /// What the system says.
-        error: io::Error,
-    },
+    /// TLS to a server, such as etcd, that cannot be had.
+    #[error(transparent)]
+    ServerTls(#[from] kvmesh_trust::ServerTlsError),
     /// A file that says who is trusted cannot be used.
     #[error(transparent)]
     File(#[from] kvmesh_trust::FileError),
@@ -185,25 +179,20 @@ fn tls_of(settings: &Settings) -> Result<Option<Arc<Followed<ServerConfig>>>, St
 
 /// How etcd is reached.
 fn etcd_of(settings: &Settings) -> Result<kvmesh_registry::Settings, StartError> {
-    let read = |file: &Path| {
-        std::fs::read(file).map_err(|error| StartError::EtcdFile {
-            file: file.display().to_string(),
-            error,
-        })
-    };
     let mut to = kvmesh_registry::Settings::new(settings.etcd.clone(), settings.cluster.clone());
     to.ttl = settings.etcd_ttl;
     if let Some(authorities) = &settings.etcd_ca {
-        let identity_pem = match (&settings.etcd_cert, &settings.etcd_key) {
-            (Some(certificate), Some(key)) => Some((read(certificate)?, read(key)?)),
+        let identity = match (&settings.etcd_cert, &settings.etcd_key) {
+            (Some(certificate), Some(key)) => Some((
+                ("etcd_cert", certificate.clone()),
+                ("etcd_key", key.clone()),
+            )),
             _ => None,
         };
         let name = settings.etcd_server_name.as_str();
-        to.tls = Some(kvmesh_registry::Tls {
-            ca_pem: read(authorities)?,
-            identity_pem,
-            server_name: (!name.is_empty()).then(|| name.to_owned()),
-        });
+        let name = (!name.is_empty()).then_some(("etcd_server_name", name));
+        let authorities = ("etcd_ca", authorities.clone());
+        to.tls = Some(ServerTls::open(authorities, identity, name)?);
     }
     if !settings.etcd_user.is_empty() {
         to.credentials = Some(kvmesh_registry::Credentials {
@@ -285,7 +274,7 @@ impl Parts {
             ..settings.mesh(router_id.clone(), incarnation)
         };
         let mesh = Mesh::start(mesh, watch);
-        let (spans, exporter) = Spans::start(settings, &router_id, &telemetry).unzip();
+        let (spans, exporter) = Spans::start(settings, &router_id, &telemetry)?.unzip();
         let shared = Arc::new(Shared {
             door: Door::new(settings, Arc::clone(&mesh), Arc::clone(&telemetry)),
             access,

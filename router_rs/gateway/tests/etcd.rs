@@ -10,13 +10,14 @@ use std::{
 
 use common::{Mesh, read, request};
 use kvmesh_registry::{
-    Credentials, GetInfoProbe, Registration, RegistrationState, Registry, Settings, Tls,
+    Credentials, GetInfoProbe, Registration, RegistrationState, Registry, Settings,
 };
 use kvmesh_rpc::v1::admin_client::AdminClient;
 use kvmesh_testkit::{
     etcd::Etcd,
     mock::{MockConfig, MockWorker},
 };
+use kvmesh_trust::ServerTls;
 use kvmesh_wire::v1;
 use serde_json::json;
 
@@ -234,17 +235,14 @@ async fn tls_user_and_password_come_from_the_settings() {
     etcd.ctl(&["user", "grant-role", "root", "root"]);
     etcd.ctl(&["auth", "enable"]);
     let files = etcd.tls().unwrap();
-    let read_file = |path: &std::path::Path| std::fs::read(path).unwrap();
     let mut settings = Settings::new([etcd.endpoint()], "default");
     settings.ttl = TTL;
-    settings.tls = Some(Tls {
-        ca_pem: read_file(&files.authority),
-        identity_pem: Some((
-            read_file(&files.client.certificate),
-            read_file(&files.client.key),
-        )),
-        server_name: None,
-    });
+    let client = (
+        ("etcd_cert", files.client.certificate.clone()),
+        ("etcd_key", files.client.key.clone()),
+    );
+    let authority = ("etcd_ca", files.authority.clone());
+    settings.tls = Some(ServerTls::open(authority, Some(client), None).unwrap());
     settings.credentials = Some(Credentials {
         user: "root".to_owned(),
         password: "secret".to_owned(),

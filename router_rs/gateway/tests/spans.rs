@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use collector::{Away, Collector, int, text};
 use common::{Mesh, call, h2_connection, read, request, with_key};
-use kvmesh_testkit::mock::MockConfig;
+use kvmesh_testkit::{certificates::Authority, mock::MockConfig};
 use kvmesh_wire::v1::{self, Role, Stage, generate_request::Input};
 use opentelemetry_proto::tonic::trace::v1::{Span, span::SpanKind, status::StatusCode};
 use serde_json::json;
@@ -377,4 +377,40 @@ async fn a_call_whose_deadline_passes_before_its_message_is_there_is_told() {
     assert_eq!(int(told, "rpc.grpc.status_code"), i64::from(code));
     assert_eq!(text(told, "error.type"), "DEADLINE_EXCEEDED");
     assert_eq!(told.status.as_ref().unwrap().code(), StatusCode::Error);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn spans_go_over_tls_to_a_collector_that_its_authority_knows() {
+    let folder = std::env::temp_dir().join(format!("kvmesh-otlp-{:x}", rand::random::<u64>()));
+    std::fs::create_dir(&folder).unwrap();
+    let ours = Authority::new("ours").unwrap();
+    let mut collector = Collector::start_secured(&ours.issue(&["127.0.0.1"]).unwrap()).await;
+    let ca = folder.join("ca.pem");
+    std::fs::write(&ca, Authority::new("another").unwrap().pem()).unwrap();
+    let settings = json!({
+        "otlp_endpoint": format!("https://{}", collector.address()),
+        "otlp_ca": ca,
+        "otlp_headers": "authorization=Bearer%20of-this-test,x-scope=one",
+    });
+    let mesh = Mesh::start(vec![MockConfig::default()], settings).await;
+    let mut client = mesh.client().await;
+    // Of another authority: nothing is told.
+    let stream = client.generate(request(3)).await.unwrap();
+    read(stream.into_inner()).await.1.unwrap();
+    while mesh.figure("kvmesh_otlp_spans_dropped_total").await == 0 {
+        tokio::task::yield_now().await;
+    }
+    assert!(collector.all().is_empty());
+    assert_eq!(collector.header("authorization"), None);
+    // The file changes, and the next batch but some is told.
+    std::fs::write(&ca, ours.pem()).unwrap();
+    while mesh.figure("kvmesh_otlp_spans_exported_total").await == 0 {
+        let stream = client.generate(request(3)).await.unwrap();
+        read(stream.into_inner()).await.1.unwrap();
+    }
+    assert!(!collector.all().is_empty());
+    let shown = collector.header("authorization");
+    assert_eq!(shown.as_deref(), Some("Bearer of-this-test"));
+    assert_eq!(collector.header("x-scope").as_deref(), Some("one"));
+    std::fs::remove_dir_all(&folder).unwrap();
 }

@@ -1,14 +1,15 @@
 //! `WorkerRegistration` and the lists: the registry as Python sees it.
 
 use std::{
+    path::PathBuf,
     sync::{Arc, OnceLock},
     time::Duration,
 };
 
 use kvmesh_registry::{
     Credentials, GetInfoProbe, Registration, RegistrationState, Registry, RegistryError, Settings,
-    Tls,
 };
+use kvmesh_trust::ServerTls;
 use kvmesh_wire::v1::WorkerRecord;
 use prost::Message;
 use pyo3::{
@@ -78,24 +79,25 @@ fn decode(record: &[u8]) -> PyResult<WorkerRecord> {
 
 /// How etcd is reached; shared by all that is here.
 struct Reach<'a> {
-    ca_pem: Option<&'a [u8]>,
-    certificate_pem: Option<&'a [u8]>,
-    key_pem: Option<&'a [u8]>,
+    ca_file: Option<PathBuf>,
+    certificate_file: Option<PathBuf>,
+    key_file: Option<PathBuf>,
     server_name: &'a str,
     user: &'a str,
     password: &'a str,
 }
 
 impl Reach<'_> {
-    fn settings(self, endpoints: Vec<String>, cluster: String) -> Settings {
+    fn settings(self, endpoints: Vec<String>, cluster: String) -> PyResult<Settings> {
         let mut settings = Settings::new(endpoints, cluster);
-        if let Some(ca_pem) = self.ca_pem {
-            let identity = self.certificate_pem.zip(self.key_pem);
-            settings.tls = Some(Tls {
-                ca_pem: ca_pem.to_vec(),
-                identity_pem: identity.map(|(chain, key)| (chain.to_vec(), key.to_vec())),
-                server_name: Some(self.server_name.to_owned()).filter(|name| !name.is_empty()),
-            });
+        if let Some(ca) = self.ca_file {
+            let identity = self.certificate_file.zip(self.key_file);
+            let identity = identity.map(|(chain, key)| (("etcd_cert", chain), ("etcd_key", key)));
+            let name = Some(self.server_name).filter(|name| !name.is_empty());
+            let name = name.map(|name| ("etcd_server_name", name));
+            let tls = ServerTls::open(("etcd_ca", ca), identity, name);
+            let tls = tls.map_err(|error| PyValueError::new_err(error.to_string()))?;
+            settings.tls = Some(tls);
         }
         if !self.user.is_empty() {
             settings.credentials = Some(Credentials {
@@ -103,7 +105,7 @@ impl Reach<'_> {
                 password: self.password.to_owned(),
             });
         }
-        settings
+        Ok(settings)
     }
 }
 
@@ -127,7 +129,7 @@ impl PyWorkerRegistration {
     #[new]
     #[pyo3(signature = (
         endpoints, cluster, record, ttl_s=10.0, *, wait_s=5.0,
-        ca_pem=None, certificate_pem=None, key_pem=None,
+        ca_file=None, certificate_file=None, key_file=None,
         server_name="", user="", password="", token=None, tls=None,
     ))]
     #[allow(clippy::too_many_arguments)]
@@ -138,9 +140,9 @@ impl PyWorkerRegistration {
         record: &[u8],
         ttl_s: f64,
         wait_s: f64,
-        ca_pem: Option<&[u8]>,
-        certificate_pem: Option<&[u8]>,
-        key_pem: Option<&[u8]>,
+        ca_file: Option<PathBuf>,
+        certificate_file: Option<PathBuf>,
+        key_file: Option<PathBuf>,
         server_name: &str,
         user: &str,
         password: &str,
@@ -149,14 +151,14 @@ impl PyWorkerRegistration {
     ) -> PyResult<Self> {
         let record = decode(record)?;
         let reach = Reach {
-            ca_pem,
-            certificate_pem,
-            key_pem,
+            ca_file,
+            certificate_file,
+            key_file,
             server_name,
             user,
             password,
         };
-        let mut settings = reach.settings(endpoints, cluster);
+        let mut settings = reach.settings(endpoints, cluster)?;
         settings.ttl = seconds("ttl_s", ttl_s)?;
         let wait = seconds("wait_s", wait_s)?;
         let (registry, runtime) = open(settings)?;
@@ -254,7 +256,7 @@ fn seconds(name: &str, value: f64) -> PyResult<Duration> {
 /// The workers of a cluster, each a serialised WorkerRecord.
 #[pyfunction]
 #[pyo3(signature = (
-    endpoints, cluster, *, ca_pem=None, certificate_pem=None, key_pem=None,
+    endpoints, cluster, *, ca_file=None, certificate_file=None, key_file=None,
     server_name="", user="", password="",
 ))]
 #[allow(clippy::too_many_arguments)]
@@ -262,22 +264,22 @@ fn list_workers<'py>(
     py: Python<'py>,
     endpoints: Vec<String>,
     cluster: String,
-    ca_pem: Option<&[u8]>,
-    certificate_pem: Option<&[u8]>,
-    key_pem: Option<&[u8]>,
+    ca_file: Option<PathBuf>,
+    certificate_file: Option<PathBuf>,
+    key_file: Option<PathBuf>,
     server_name: &str,
     user: &str,
     password: &str,
 ) -> PyResult<Vec<Bound<'py, PyBytes>>> {
     let reach = Reach {
-        ca_pem,
-        certificate_pem,
-        key_pem,
+        ca_file,
+        certificate_file,
+        key_file,
         server_name,
         user,
         password,
     };
-    let (registry, runtime) = open(reach.settings(endpoints, cluster))?;
+    let (registry, runtime) = open(reach.settings(endpoints, cluster)?)?;
     let table = py
         .detach(|| runtime.block_on(registry.list_workers()))
         .map_err(to_python)?;
@@ -290,7 +292,7 @@ fn list_workers<'py>(
 /// The routers of a cluster, as (id, address).
 #[pyfunction]
 #[pyo3(signature = (
-    endpoints, cluster, *, ca_pem=None, certificate_pem=None, key_pem=None,
+    endpoints, cluster, *, ca_file=None, certificate_file=None, key_file=None,
     server_name="", user="", password="",
 ))]
 #[allow(clippy::too_many_arguments)]
@@ -298,22 +300,22 @@ fn list_routers(
     py: Python<'_>,
     endpoints: Vec<String>,
     cluster: String,
-    ca_pem: Option<&[u8]>,
-    certificate_pem: Option<&[u8]>,
-    key_pem: Option<&[u8]>,
+    ca_file: Option<PathBuf>,
+    certificate_file: Option<PathBuf>,
+    key_file: Option<PathBuf>,
     server_name: &str,
     user: &str,
     password: &str,
 ) -> PyResult<Vec<(String, String)>> {
     let reach = Reach {
-        ca_pem,
-        certificate_pem,
-        key_pem,
+        ca_file,
+        certificate_file,
+        key_file,
         server_name,
         user,
         password,
     };
-    let (registry, runtime) = open(reach.settings(endpoints, cluster))?;
+    let (registry, runtime) = open(reach.settings(endpoints, cluster)?)?;
     let routers = py
         .detach(|| runtime.block_on(registry.list_routers()))
         .map_err(to_python)?;

@@ -3,9 +3,10 @@
 use std::{path::PathBuf, sync::Arc};
 
 use bytes::Bytes;
-use kvmesh_transfer::Proof;
+use kvmesh_transfer::{PeerTls as TransferTls, Proof};
 use kvmesh_trust::{ClusterToken, Dialer, Followed, PeerTls};
 use pyo3::{exceptions::PyValueError, prelude::*};
+use rustls::{ClientConfig, Error, ServerConfig, pki_types::CertificateDer};
 
 /// Adds what this module has.
 pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -79,5 +80,30 @@ impl Proof for TokenProof {
 
     fn accepts(&self, given: &[u8]) -> bool {
         self.0.now().accepts(given)
+    }
+}
+
+impl PyPeerTls {
+    /// As transfers of KV between workers use it.
+    pub(crate) fn transfers(&self) -> Arc<dyn TransferTls> {
+        Arc::new(Transfers(Arc::clone(&self.tls)))
+    }
+}
+
+#[derive(Debug)]
+struct Transfers(Arc<PeerTls>);
+
+impl TransferTls for Transfers {
+    fn accepting(&self) -> Arc<ServerConfig> {
+        self.0.transfer_port()
+    }
+
+    fn connecting(&self) -> Result<Arc<ClientConfig>, Error> {
+        self.0.transfer_calls().map(Arc::new)
+    }
+
+    fn worker(&self, certificate: &CertificateDer<'_>) -> Result<String, String> {
+        let named = self.0.worker(certificate);
+        named.map_err(|error| error.to_string())
     }
 }

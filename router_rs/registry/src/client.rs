@@ -11,6 +11,7 @@ use std::{
 
 use tokio::sync::watch::{self, Receiver};
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::{
     Code, Request, Response, Streaming,
     metadata::{Ascii, MetadataValue},
@@ -56,6 +57,8 @@ pub(crate) struct OpenWatch {
 pub(crate) struct Client {
     pub(crate) settings: Settings,
     members: Vec<Channel>,
+    /// Takes changed certificates for the connections that are made next.
+    _follows: Option<AbortOnDropHandle<()>>,
     /// The member that answered last. Only a hint: any may be asked.
     current: AtomicUsize,
     /// etcd's token for our user. A std mutex, since nothing awaits under it.
@@ -65,11 +68,8 @@ pub(crate) struct Client {
 
 impl Client {
     pub(crate) fn new(settings: Settings) -> Result<Self, SettingsError> {
-        let members = settings
-            .transport()?
-            .iter()
-            .map(tonic::transport::Endpoint::connect_lazy)
-            .collect();
+        let members = settings.channels()?;
+        let follows = settings.tls.clone().map(|tls| tokio::spawn(tls.follow()));
         let status = Status {
             connected: false,
             since: Instant::now(),
@@ -79,6 +79,7 @@ impl Client {
         Ok(Self {
             settings,
             members,
+            _follows: follows.map(AbortOnDropHandle::new),
             current: AtomicUsize::new(0),
             token: Mutex::new(None),
             status: watch::Sender::new(status),

@@ -21,9 +21,6 @@ pub enum SettingsError {
         "etcd endpoint {0:?} and the TLS settings do not agree: https needs them, http has none"
     )]
     TlsMismatch(String),
-    /// Certificates or keys that cannot be used.
-    #[error("etcd TLS settings cannot be used: {0}")]
-    Tls(String),
     /// A cluster name that cannot be part of a key.
     #[error("cluster is {0:?}; allowed are 1 to 128 characters of A-Z a-z 0-9 . _ -")]
     Cluster(String),

@@ -37,7 +37,7 @@ pub use probe::{GetInfoProbe, Probe};
 pub use record::{RecordError, RouterRecord, worker_from_json, worker_to_json};
 pub use registration::{Registration, RegistrationState};
 pub use registry::Registry;
-pub use settings::{Credentials, Settings, Tls};
+pub use settings::{Credentials, Settings};
 pub use status::Status;
 pub use table::{RegisteredWorker, WorkerTable};
 pub use watch::WorkerWatch;

@@ -2,7 +2,8 @@
 
 use std::{fmt, time::Duration};
 
-use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
+use kvmesh_trust::ServerTls;
+use tonic::transport::{Channel, Endpoint};
 
 use crate::error::SettingsError;
 
@@ -15,7 +16,7 @@ pub struct Settings {
     /// Cluster: part of the keys. 1 to 128 characters of `[A-Za-z0-9._-]`.
     pub cluster: String,
     /// TLS; needed for `https://`, and makes `host:port` mean it.
-    pub tls: Option<Tls>,
+    pub tls: Option<ServerTls>,
     /// User and password, where etcd has authentication on.
     pub credentials: Option<Credentials>,
     /// How long a record outlives the last sign of life. Default 10 s; whole
@@ -45,8 +46,8 @@ impl Settings {
         }
     }
 
-    /// The endpoints as tonic takes them.
-    pub(crate) fn transport(&self) -> Result<Vec<Endpoint>, SettingsError> {
+    /// A channel to each member, connected when it is used.
+    pub(crate) fn channels(&self) -> Result<Vec<Channel>, SettingsError> {
         if self.endpoints.is_empty() {
             return Err(SettingsError::NoEndpoint);
         }
@@ -56,25 +57,24 @@ impl Settings {
         if self.ttl < Duration::from_secs(2) || self.ttl > Duration::from_secs(3600) {
             return Err(SettingsError::Ttl(self.ttl));
         }
-        self.endpoints.iter().map(|e| self.endpoint(e)).collect()
+        self.endpoints.iter().map(|e| self.channel(e)).collect()
     }
 
-    fn endpoint(&self, given: &str) -> Result<Endpoint, SettingsError> {
-        let wrong = || SettingsError::Endpoint(given.to_owned());
-        let uri = if given.contains("://") {
-            given.to_owned()
-        } else if self.tls.is_some() {
-            format!("https://{given}")
-        } else {
-            format!("http://{given}")
+    fn channel(&self, given: &str) -> Result<Channel, SettingsError> {
+        let wrong = |_| SettingsError::Endpoint(given.to_owned());
+        let (secure, address) = match given.split_once("://") {
+            Some(("https", address)) => (true, address),
+            Some(("http", address)) => (false, address),
+            Some(_) => return Err(SettingsError::Endpoint(given.to_owned())),
+            None => (self.tls.is_some(), given),
         };
-        let secure = uri.starts_with("https://");
-        if !secure && !uri.starts_with("http://") {
-            return Err(wrong());
-        }
-        let endpoint = Endpoint::from_shared(uri).map_err(|_| wrong())?;
+        let endpoint = match secure {
+            true => ServerTls::endpoint(address),
+            false => Endpoint::from_shared(format!("http://{address}")),
+        };
+        let endpoint = endpoint.map_err(wrong)?;
         if endpoint.uri().port_u16().is_none() || endpoint.uri().host().is_none_or(str::is_empty) {
-            return Err(wrong());
+            return Err(SettingsError::Endpoint(given.to_owned()));
         }
         let endpoint = endpoint
             .tcp_nodelay(true)
@@ -85,36 +85,10 @@ impl Settings {
             .keep_alive_timeout(self.ttl / 2)
             .keep_alive_while_idle(true);
         match (&self.tls, secure) {
-            (Some(tls), true) => endpoint
-                .tls_config(tls.config())
-                .map_err(|error| SettingsError::Tls(error.to_string())),
-            (None, false) => Ok(endpoint),
+            (Some(tls), true) => Ok(tls.channel(&endpoint)),
+            (None, false) => Ok(endpoint.connect_lazy()),
             _ => Err(SettingsError::TlsMismatch(given.to_owned())),
         }
-    }
-}
-
-/// TLS to etcd.
-#[derive(Debug, Clone, Default)]
-pub struct Tls {
-    /// Roots that etcd's certificate must lead to, PEM.
-    pub ca_pem: Vec<u8>,
-    /// Our certificate and its key, PEM, where etcd asks for one.
-    pub identity_pem: Option<(Vec<u8>, Vec<u8>)>,
-    /// Name that etcd's certificate must have, where the endpoint is another.
-    pub server_name: Option<String>,
-}
-
-impl Tls {
-    fn config(&self) -> ClientTlsConfig {
-        let mut config = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(&self.ca_pem));
-        if let Some((certificate, key)) = &self.identity_pem {
-            config = config.identity(Identity::from_pem(certificate, key));
-        }
-        if let Some(name) = &self.server_name {
-            config = config.domain_name(name);
-        }
-        config
     }
 }
 

@@ -5,7 +5,6 @@ use std::{
     collections::VecDeque,
     io::{self, Write},
     net::{Shutdown, TcpStream},
-    os::fd::{AsRawFd, RawFd},
     sync::{
         Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -20,18 +19,12 @@ use crate::{
     gate::Gate,
     id::TransferId,
     pool::{KvPool, PeerPool},
+    socket::Socket,
 };
 
 /// Frames that may wait for a peer that does not read. Beyond it the
 /// connection is closed.
 const MAX_WAITING: usize = 16 * 1024;
-
-/// Bytes taken from the socket at a time: what was just received is hashed
-/// while it still lies in the second-level cache.
-const PIECE: usize = 256 * 1024;
-
-/// Bytes that wake the reader of a block, or what is left of it.
-const WAKE_BYTES: usize = 128 * 1024;
 
 /// Blocks that a receiver asked for by TCP.
 pub(crate) struct Fetched {
@@ -53,7 +46,7 @@ pub(crate) struct Connection {
     pub(crate) number: u64,
     /// The peer made it: it is the receiver.
     pub(crate) inbound: bool,
-    stream: OnceLock<TcpStream>,
+    socket: OnceLock<Socket>,
     /// What the peer said first.
     pub(crate) hello: OnceLock<TransferHello>,
     /// Why the pair does not fit, once the hello is there.
@@ -69,7 +62,7 @@ impl Connection {
         Self {
             number,
             inbound,
-            stream: OnceLock::new(),
+            socket: OnceLock::new(),
             hello: OnceLock::new(),
             misfit: OnceLock::new(),
             pool: OnceLock::new(),
@@ -83,13 +76,9 @@ impl Connection {
     }
 
     /// Takes the socket; `None`: the connection was closed meanwhile.
-    pub(crate) fn attach(&self, stream: TcpStream) -> Option<&TcpStream> {
+    pub(crate) fn attach(&self, stream: TcpStream) -> Option<&Socket> {
         let out = self.out();
-        (!out.closed).then(|| self.stream.get_or_init(|| stream))
-    }
-
-    pub(crate) fn stream(&self) -> Option<&TcpStream> {
-        self.stream.get()
+        (!out.closed).then(|| self.socket.get_or_init(|| Socket::new(stream)))
     }
 
     pub(crate) fn peer_worker(&self) -> String {
@@ -137,9 +126,8 @@ impl Connection {
         out.closed = true;
         out.control.clear();
         out.data.clear();
-        if let Some(stream) = self.stream.get() {
-            // An error means that it is down already.
-            let _ = stream.shutdown(Shutdown::Both);
+        if let Some(socket) = self.socket.get() {
+            socket.shutdown(Shutdown::Both);
         }
         drop(out);
         self.ready.notify_all();
@@ -147,7 +135,9 @@ impl Connection {
 
     /// Sends what is queued until the connection closes.
     pub(crate) fn write_loop(&self, pool: &KvPool, sent: &AtomicU64) {
-        let Some(stream) = self.stream() else { return };
+        let Some(mut socket) = self.socket.get() else {
+            return;
+        };
         loop {
             let mut out = self.out();
             while out.control.is_empty() && out.data.is_empty() && !out.closed {
@@ -163,10 +153,9 @@ impl Connection {
                 None
             };
             drop(out);
-            let mut writer = stream;
             let written = match data {
-                Some(fetched) => write_blocks(stream, pool, &fetched, sent),
-                None => writer.write_all(&control),
+                Some(fetched) => write_blocks(socket, pool, &fetched, sent),
+                None => socket.write_all(&control),
             };
             if let Err(error) = written {
                 tracing::debug!(%error, connection = self.number, "transfer connection lost");
@@ -179,7 +168,7 @@ impl Connection {
 
 /// Sends a `data` frame and the bytes of its blocks.
 fn write_blocks(
-    mut stream: &TcpStream,
+    mut socket: &Socket,
     pool: &KvPool,
     fetched: &Fetched,
     sent: &AtomicU64,
@@ -196,7 +185,7 @@ fn write_blocks(
         count,
     }));
     if count == 0 {
-        return stream.write_all(&head);
+        return socket.write_all(&head);
     }
     // In one write with the blocks: a packet of its own would wake the reader
     // for a few bytes.
@@ -214,55 +203,13 @@ fn write_blocks(
     }
     // Copied into the kernel: pages of the file given to `sendfile` were no
     // faster over loopback, and would go out torn long after they were checked.
-    send_parts(stream.as_raw_fd(), &mut parts)?;
+    // SAFETY: the head and blocks of the pool, which both live through the call.
+    unsafe { socket.send_parts(&mut parts) }?;
     sent.fetch_add(
         u64::from(count) * pool.block_bytes() as u64,
         Ordering::Relaxed,
     );
     Ok(())
-}
-
-/// Sends memory of the pool in one gathered write, as far as the socket takes.
-fn send_parts(socket: RawFd, parts: &mut [libc::iovec]) -> io::Result<()> {
-    let mut parts = parts;
-    while let Some(first) = parts.first() {
-        if first.iov_len == 0 {
-            parts = &mut parts[1..];
-            continue;
-        }
-        // SAFETY: all-zero is a valid msghdr.
-        let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
-        header.msg_iov = parts.as_mut_ptr();
-        header.msg_iovlen = parts.len().min(1024) as _;
-        // SAFETY: the parts lie in memory that the caller holds.
-        let n = unsafe { libc::sendmsg(socket, &raw const header, libc::MSG_NOSIGNAL) };
-        match usize::try_from(n) {
-            Ok(n) => consume(parts, n),
-            Err(_) => retry()?,
-        }
-    }
-    Ok(())
-}
-
-/// Takes `n` bytes off the front of the parts.
-fn consume(parts: &mut [libc::iovec], mut n: usize) {
-    for part in parts {
-        let step = n.min(part.iov_len);
-        // SAFETY: at most to the end of the part.
-        part.iov_base = unsafe { part.iov_base.cast::<u8>().add(step) }.cast();
-        part.iov_len -= step;
-        n -= step;
-    }
-}
-
-/// Passes over interruptions.
-fn retry() -> io::Result<()> {
-    let error = io::Error::last_os_error();
-    if error.kind() == io::ErrorKind::Interrupted {
-        Ok(())
-    } else {
-        Err(error)
-    }
 }
 
 /// Reads the bytes of `targets.len()` blocks from the socket straight into
@@ -271,7 +218,7 @@ fn retry() -> io::Result<()> {
 /// called when the last write behind a closed gate has ended. Returns the
 /// checksums of the blocks that were stored whole, from the first on.
 pub(crate) fn receive_blocks(
-    stream: &TcpStream,
+    socket: &Socket,
     targets: &[*mut u8],
     block_bytes: usize,
     gate: &Gate,
@@ -282,13 +229,14 @@ pub(crate) fn receive_blocks(
     let mut at = 0;
     let mut pass = Pass::new(block_bytes);
     while at < total {
-        // The kernel writes only during the call below, which does not block:
-        // so a write is under way for moments, however slow the peer is.
+        // Only the call below writes, and it does not block: so a write is under
+        // way for moments, however slow the peer is.
         if !gate.enter() {
-            discard(stream, total - at)?;
+            discard(socket, total - at)?;
             break;
         }
-        let n = receive_piece(stream, targets, block_bytes, at);
+        // SAFETY: the blocks are ours while the gate is entered.
+        let n = unsafe { socket.receive_piece(targets, block_bytes, at) };
         if let Ok(n) = n {
             for (index, target) in targets
                 .iter()
@@ -310,95 +258,16 @@ pub(crate) fn receive_blocks(
             quiet();
         }
         match n? {
-            0 => wait_readable(stream, total - at)?,
+            0 => socket.wait_readable(total - at)?,
             n => at += n,
         }
     }
     Ok(checksums)
 }
 
-/// One read of at most `PIECE` bytes, without waiting. 0: nothing there yet.
-fn receive_piece(
-    stream: &TcpStream,
-    targets: &[*mut u8],
-    block_bytes: usize,
-    at: usize,
-) -> io::Result<usize> {
-    let mut parts = [libc::iovec {
-        iov_base: std::ptr::null_mut(),
-        iov_len: 0,
-    }; 64];
-    let (mut used, mut room, mut offset) = (0, PIECE, at % block_bytes);
-    for (part, target) in parts.iter_mut().zip(&targets[at / block_bytes..]) {
-        let len = (block_bytes - offset).min(room);
-        // SAFETY: `offset` lies inside the block.
-        part.iov_base = unsafe { target.add(offset) }.cast();
-        part.iov_len = len;
-        (used, room, offset) = (used + 1, room - len, 0);
-        if room == 0 {
-            break;
-        }
-    }
-    // SAFETY: all-zero is a valid msghdr.
-    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
-    header.msg_iov = parts.as_mut_ptr();
-    header.msg_iovlen = used as _;
-    // SAFETY: the parts lie in blocks that the caller's gate keeps ours.
-    let n = unsafe { libc::recvmsg(stream.as_raw_fd(), &raw mut header, libc::MSG_DONTWAIT) };
-    match usize::try_from(n) {
-        Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
-        Ok(n) => Ok(n),
-        Err(_) => {
-            let error = io::Error::last_os_error();
-            match error.kind() {
-                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(0),
-                _ => Err(error),
-            }
-        }
-    }
-}
-
-/// Bytes that must be there before a reader is woken (socket(7), SO_RCVLOWAT).
-fn wake_at(stream: &TcpStream, bytes: usize) -> io::Result<()> {
-    let mark = bytes as libc::c_int;
-    // SAFETY: an int that lives through the call.
-    let rc = unsafe {
-        libc::setsockopt(
-            stream.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_RCVLOWAT,
-            (&raw const mark).cast(),
-            size_of_val(&mark) as _,
-        )
-    };
-    if rc < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
-}
-
-/// Waits until a good part of `left` bytes is there: a reader that wakes for
-/// each packet costs more than what it copies.
-fn wait_readable(stream: &TcpStream, left: usize) -> io::Result<()> {
-    wake_at(stream, left.min(WAKE_BYTES))?;
-    let mut wanted = libc::pollfd {
-        fd: stream.as_raw_fd(),
-        events: libc::POLLIN,
-        revents: 0,
-    };
-    loop {
-        // SAFETY: one pollfd, which is ours. A closed connection is readable.
-        if unsafe { libc::poll(&raw mut wanted, 1, -1) } > 0 {
-            // A blocking read of a short frame would sleep below the mark.
-            return wake_at(stream, 1);
-        }
-        retry()?;
-    }
-}
-
 /// Reads and drops bytes.
-pub(crate) fn discard(stream: &TcpStream, len: usize) -> io::Result<()> {
-    let mut rest = io::Read::take(stream, len as u64);
+pub(crate) fn discard(socket: &Socket, len: usize) -> io::Result<()> {
+    let mut rest = io::Read::take(socket, len as u64);
     if io::copy(&mut rest, &mut io::sink())? == len as u64 {
         Ok(())
     } else {

@@ -2,7 +2,12 @@
 
 use std::io;
 
+use rustls::InvalidMessage;
+
 use crate::id::Reason;
+
+/// Longest text of a peer that is kept, in characters.
+const WORDS: usize = 512;
 
 /// Why a pool could not be made or a peer's could not be attached.
 #[derive(Debug, thiserror::Error)]
@@ -65,5 +70,79 @@ impl Refused {
             reason,
             message: message.into(),
         }
+    }
+}
+
+/// Why a peer is nobody to exchange KV with.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Untrusted {
+    /// The peer speaks no TLS where this worker does.
+    #[error(
+        "the peer speaks no TLS for transfers of KV and this worker does; set tls_cert, \
+         tls_key and tls_ca at both workers or at neither"
+    )]
+    Plain,
+    /// The peer speaks TLS where this worker does not.
+    #[error(
+        "the peer speaks TLS for transfers of KV and this worker does not; set tls_cert, \
+         tls_key and tls_ca at both workers or at neither"
+    )]
+    Secured,
+    /// One of both refused what the other showed.
+    #[error("TLS between the transfer ports failed: {0}")]
+    Handshake(rustls::Error),
+    /// The peer's certificate is another's than a worker's.
+    #[error("the certificate on the transfer port does not do: {0}")]
+    Certificate(String),
+    /// The peer is another worker than it says.
+    #[error("worker {said:?} shows the certificate of worker {certified:?}")]
+    Name {
+        /// By its hello.
+        said: String,
+        /// By its certificate.
+        certified: String,
+    },
+    /// The peer's own words.
+    #[error("the peer refuses: {0}")]
+    Refused(String),
+}
+
+impl Untrusted {
+    /// The peer's own words, as far as they are kept.
+    pub(crate) fn refused(words: &str) -> io::Error {
+        Self::Refused(words.chars().take(WORDS).collect()).into()
+    }
+
+    /// What keeps two from shaking hands: where it is about trust, it says so.
+    pub(crate) fn while_greeting(error: io::Error) -> io::Error {
+        let tls = error.get_ref().and_then(|inner| inner.downcast_ref());
+        match tls {
+            Some(rustls::Error::InvalidMessage(InvalidMessage::InvalidContentType)) => {
+                Self::Plain.into()
+            }
+            Some(tls) => Self::Handshake(tls.clone()).into(),
+            None => error,
+        }
+    }
+
+    /// Whether an error is one of these.
+    pub(crate) fn of(error: &io::Error) -> Option<&Self> {
+        error.get_ref()?.downcast_ref()
+    }
+
+    /// What the peer is told of it.
+    pub(crate) fn to_peer(&self) -> String {
+        match self {
+            // As it looks from there.
+            Self::Plain => Self::Secured.to_string(),
+            Self::Secured => Self::Plain.to_string(),
+            other => other.to_string(),
+        }
+    }
+}
+
+impl From<Untrusted> for io::Error {
+    fn from(untrusted: Untrusted) -> Self {
+        Self::new(io::ErrorKind::PermissionDenied, untrusted)
     }
 }

@@ -9,6 +9,12 @@ use prost::Message;
 /// Longest frame, in bytes.
 pub(crate) const MAX_FRAME: usize = 1 << 20;
 
+/// Whether these are the first bytes of TLS (a record with a ClientHello) and not a
+/// frame's length: as that they would be more than 64 KiB, which no hello is.
+pub(crate) fn begins_tls(first: [u8; 4]) -> bool {
+    matches!(first, [0x16, 3, 1..=4, _])
+}
+
 /// One frame as it goes over the wire.
 pub(crate) fn encode(frame: Frame) -> Vec<u8> {
     let frame = TransferFrame { frame: Some(frame) };

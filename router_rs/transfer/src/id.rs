@@ -45,13 +45,15 @@ pub enum Reason {
     Finished,
     /// The peer failed, or broke the protocol.
     Failed,
+    /// The two do not trust each other: TLS at one of them, or another certificate.
+    Untrusted,
     /// The connection broke or could not be made. Never on the wire.
     Lost,
 }
 
 impl Reason {
     /// All, in the order of the wire's numbers.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Unknown,
         Self::Cancelled,
         Self::LeaseExpired,
@@ -59,6 +61,7 @@ impl Reason {
         Self::Mismatch,
         Self::Finished,
         Self::Failed,
+        Self::Untrusted,
         Self::Lost,
     ];
 
@@ -73,6 +76,7 @@ impl Reason {
             Self::Mismatch => "mismatch",
             Self::Finished => "finished",
             Self::Failed => "failed",
+            Self::Untrusted => "untrusted",
             Self::Lost => "lost",
         }
     }
@@ -91,6 +95,7 @@ impl Reason {
             Self::Incompatible => AbortReason::Incompatible,
             Self::Mismatch => AbortReason::Mismatch,
             Self::Finished => AbortReason::Finished,
+            Self::Untrusted => AbortReason::Untrusted,
             Self::Failed | Self::Lost => AbortReason::Failed,
         }
     }
@@ -103,6 +108,7 @@ impl Reason {
             Ok(AbortReason::Incompatible) => Self::Incompatible,
             Ok(AbortReason::Mismatch) => Self::Mismatch,
             Ok(AbortReason::Finished) => Self::Finished,
+            Ok(AbortReason::Untrusted) => Self::Untrusted,
             Ok(AbortReason::Unspecified | AbortReason::Failed) | Err(_) => Self::Failed,
         }
     }

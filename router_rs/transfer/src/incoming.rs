@@ -1,6 +1,6 @@
 //! What peers say: each frame becomes an event of a transfer.
 
-use std::{io, net::TcpStream, sync::Arc};
+use std::{io, sync::Arc};
 
 use kvmesh_wire::v1::{BlockData, BlocksReady, Commit, FetchBlocks, Pull, transfer_frame::Frame};
 use prost::Message;
@@ -14,6 +14,7 @@ use crate::{
     peers::invalid,
     receiver::{self, Copied},
     sender::{self, Announced, Tail},
+    socket::Socket,
 };
 
 impl Shared {
@@ -161,7 +162,7 @@ impl Shared {
     pub(crate) fn sender_frame(
         &self,
         connection: &Arc<Connection>,
-        stream: &TcpStream,
+        socket: &Socket,
         frame: Frame,
     ) -> io::Result<()> {
         match frame {
@@ -170,7 +171,7 @@ impl Shared {
                 let event = announced(ready)?;
                 self.on_receiver(connection, id, event);
             }
-            Frame::Data(data) => self.on_data(connection, stream, &data)?,
+            Frame::Data(data) => self.on_data(connection, socket, &data)?,
             Frame::Commit(commit) => {
                 let id = transfer(&commit.transfer_id)?;
                 self.on_receiver(connection, id, committed(commit));
@@ -226,7 +227,7 @@ impl Shared {
     fn on_data(
         &self,
         connection: &Connection,
-        stream: &TcpStream,
+        socket: &Socket,
         data: &BlockData,
     ) -> io::Result<()> {
         let id = transfer(&data.transfer_id)?;
@@ -252,10 +253,10 @@ impl Shared {
         drop(core);
         let block_bytes = self.pool.block_bytes();
         let Some((targets, gate)) = wanted else {
-            return connection::discard(stream, data.count as usize * block_bytes);
+            return connection::discard(socket, data.count as usize * block_bytes);
         };
         let quiet = || self.quiet(&mut self.lock(), id, &gate);
-        let checksums = connection::receive_blocks(stream, &targets, block_bytes, &gate, quiet)?;
+        let checksums = connection::receive_blocks(socket, &targets, block_bytes, &gate, quiet)?;
         let copied = (data.first_block..)
             .zip(checksums)
             .map(|(block, checksum)| Copied {

@@ -2,8 +2,8 @@
 //!
 //! Reading order: `pool` (where blocks lie; `mapping`, `huge_pages`), `checksum` (copy and hash in one
 //! pass), `sender` and `receiver` (the rules, pure), `node` (the face), `drive`
-//! (does what the rules say), `peers` (threads), `incoming` (what peers say),
-//! `connection` and `attach` (bytes and descriptors).
+//! (does what the rules say), `peers` (threads), `greeting` (how they meet), `incoming` (what peers say),
+//! `connection`, `socket`, `secured` and `attach` (bytes, TLS and descriptors).
 
 mod attach;
 pub mod checksum;
@@ -13,6 +13,7 @@ mod error;
 mod event;
 mod frame;
 mod gate;
+mod greeting;
 mod huge_pages;
 mod id;
 mod incoming;
@@ -22,8 +23,10 @@ mod node;
 mod peers;
 mod pool;
 pub mod receiver;
+mod secured;
 pub mod sender;
 mod settings;
+mod socket;
 mod state;
 mod timer;
 
@@ -34,5 +37,5 @@ pub use huge_pages::HugeUse;
 pub use id::{Reason, TransferId};
 pub use node::{PullRequest, TransferNode, check_logprobs};
 pub use pool::{KvPool, PeerPool, PoolId};
-pub use settings::{Proof, Settings};
+pub use settings::{PeerTls, Proof, Settings};
 pub use timer::Timer;

@@ -8,24 +8,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvmesh_wire::v1::{ProtocolVersion, TransferHello, transfer_frame::Frame};
-use socket2::{SockRef, TcpKeepalive};
+use kvmesh_wire::v1::TransferHello;
 
 use crate::{
     attach,
     connection::Connection,
+    error::Untrusted,
     frame,
     gate::Gate,
-    id::TransferId,
+    id::{Reason, TransferId},
     jobs::Job,
     node::Shared,
     receiver::{self, Copied},
     sender,
     state::Core,
 };
-
-/// Version of transfer.proto spoken here.
-const MAJOR: u32 = 1;
 
 pub(crate) fn invalid(message: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, message.to_owned())
@@ -205,69 +202,6 @@ impl Shared {
         }
     }
 
-    fn hello(&self) -> Frame {
-        Frame::Hello(TransferHello {
-            version: Some(ProtocolVersion {
-                major: MAJOR,
-                minor: 0,
-            }),
-            worker_id: self.settings.worker_id.clone(),
-            incarnation: self.settings.incarnation,
-            kv: Some(self.settings.compatibility.clone()),
-            block_tokens: self.settings.block_tokens,
-            block_bytes: self.pool.block_bytes() as u64,
-            shared_memory_name: self.unix_name.clone(),
-            pool_blocks: u64::from(self.pool.blocks()),
-            token: self
-                .settings
-                .proof
-                .as_ref()
-                .map(|p| p.shown())
-                .unwrap_or_default(),
-        })
-    }
-
-    /// Reads the peer's hello; the socket has a time limit meanwhile.
-    fn meet(&self, connection: &Connection, stream: &TcpStream) -> io::Result<()> {
-        let Some(Frame::Hello(hello)) = frame::read(stream)? else {
-            return Err(invalid("no hello"));
-        };
-        if hello.version.as_ref().map(|version| version.major) != Some(MAJOR) {
-            return Err(invalid("another major version of the transfer protocol"));
-        }
-        let proof = self.settings.proof.as_ref();
-        if proof.is_some_and(|proof| !proof.accepts(&hello.token)) {
-            return Err(invalid("the peer has not the cluster's token"));
-        }
-        if let Some(misfit) = self.misfit(&hello) {
-            let _ = connection.misfit.set(misfit);
-        }
-        let _ = connection.hello.set(hello);
-        Ok(())
-    }
-
-    /// What keeps a pair from exchanging blocks.
-    fn misfit(&self, hello: &TransferHello) -> Option<String> {
-        let own = &self.settings.compatibility;
-        if hello.kv.as_ref() != Some(own) {
-            return Some("model, number type or format of KV differ".into());
-        }
-        let geometry = (self.settings.block_tokens, self.pool.block_bytes() as u64);
-        let theirs = (hello.block_tokens, hello.block_bytes);
-        (geometry != theirs)
-            .then(|| format!("blocks of {theirs:?} beside {geometry:?} (tokens, bytes)"))
-    }
-
-    fn prepare(&self, stream: &TcpStream) -> io::Result<()> {
-        stream.set_nodelay(true)?;
-        let socket = SockRef::from(stream);
-        // Whole seconds for the kernel, and not 0.
-        let silence = self.settings.lease.max(Duration::from_secs(1));
-        socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(silence))?;
-        socket.set_tcp_user_timeout(Some(silence))?;
-        stream.set_read_timeout(Some(self.settings.connect_timeout))
-    }
-
     pub(crate) fn inbound_loop(self: Arc<Self>, connection: &Arc<Connection>, stream: TcpStream) {
         let result = self.serve(connection, stream);
         self.lost(connection, result);
@@ -275,16 +209,21 @@ impl Shared {
 
     fn serve(self: &Arc<Self>, connection: &Arc<Connection>, stream: TcpStream) -> io::Result<()> {
         self.prepare(&stream)?;
-        let Some(stream) = connection.attach(stream) else {
+        let Some(mut socket) = connection.attach(stream) else {
             return Ok(());
         };
-        self.meet(connection, stream)?;
+        if let Err(error) = self.admit(connection, socket) {
+            if let Some(untrusted) = Untrusted::of(&error) {
+                self.turn_away(socket, untrusted);
+            }
+            return Err(error);
+        }
         // Ahead of whatever is queued.
-        (&*stream).write_all(&frame::encode(self.hello()))?;
+        socket.write_all(&frame::encode(self.hello()))?;
         self.start_writer(connection)?;
-        stream.set_read_timeout(None)?;
+        socket.limit_reads(None)?;
         loop {
-            if let Some(frame) = frame::read(stream)? {
+            if let Some(frame) = frame::read(socket)? {
                 self.receiver_frame(connection, frame)?;
             }
         }
@@ -316,17 +255,18 @@ impl Shared {
         }
         let stream = reached.ok_or(last)?;
         self.prepare(&stream)?;
-        let Some(stream) = connection.attach(stream) else {
+        let Some(mut socket) = connection.attach(stream) else {
             return Ok(());
         };
+        self.secure(socket)?;
         // Ahead of whatever is queued: an abort may wait there already.
-        (&*stream).write_all(&frame::encode(self.hello()))?;
+        socket.write_all(&frame::encode(self.hello()))?;
         self.start_writer(connection)?;
-        self.meet(connection, stream)?;
+        self.meet(connection, socket, socket)?;
         if let Some(hello) = connection.hello.get() {
             self.map_peer(connection, hello);
         }
-        stream.set_read_timeout(None)?;
+        socket.limit_reads(None)?;
         let mut core = self.lock();
         if let Some(outbound) = core.outbound.get_mut(address) {
             outbound.open = true;
@@ -336,8 +276,8 @@ impl Shared {
         }
         drop(core);
         loop {
-            if let Some(frame) = frame::read(stream)? {
-                self.sender_frame(connection, stream, frame)?;
+            if let Some(frame) = frame::read(socket)? {
+                self.sender_frame(connection, socket, frame)?;
             }
         }
     }
@@ -363,17 +303,25 @@ impl Shared {
     /// The connection is over: so is what went over it.
     fn lost(&self, connection: &Arc<Connection>, result: io::Result<()>) {
         connection.close();
-        let why = result
-            .err()
-            .map(|error| error.to_string())
-            .unwrap_or_default();
+        let error = result.err();
+        let untrusted = error.as_ref().and_then(Untrusted::of).is_some();
+        let why = error.map(|error| error.to_string()).unwrap_or_default();
+        if untrusted {
+            let inbound = connection.inbound;
+            tracing::warn!(event = "transfer_untrusted", inbound, error = why);
+        }
         let mut core = self.lock();
+        core.figures.untrusted += u64::from(untrusted);
         core.connections.remove(&connection.number);
         core.outbound
             .retain(|_, outbound| outbound.connection.number != connection.number);
         for id in received_over(&core, connection) {
             core.say(id, &why);
-            self.receiver_event(&mut core, id, receiver::Event::PeerLost);
+            let event = match untrusted {
+                true => receiver::Event::Cancel(Reason::Untrusted),
+                false => receiver::Event::PeerLost,
+            };
+            self.receiver_event(&mut core, id, event);
         }
         let sent: Vec<TransferId> = core.sending.keys().copied().collect();
         for id in sent {

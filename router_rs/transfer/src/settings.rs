@@ -4,6 +4,7 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use kvmesh_wire::v1::KvCompatibility;
+use rustls::{ClientConfig, ServerConfig, pki_types::CertificateDer};
 
 use crate::timer::Timer;
 
@@ -15,6 +16,25 @@ pub trait Proof: fmt::Debug + Send + Sync {
     /// Whether what a peer has shown is enough. May take no longer for what is
     /// nearly right.
     fn accepts(&self, given: &[u8]) -> bool;
+}
+
+/// TLS between peers, with certificates on both sides. Asked for anew with each
+/// connection, so that changed ones are for the next.
+pub trait PeerTls: fmt::Debug + Send + Sync {
+    /// For a connection that a peer makes. It must ask for a certificate.
+    fn accepting(&self) -> Arc<ServerConfig>;
+    /// For a connection to a peer. What it is called there does not count.
+    ///
+    /// # Errors
+    ///
+    /// Where keys cannot be used.
+    fn connecting(&self) -> Result<Arc<ClientConfig>, rustls::Error>;
+    /// The worker whose certificate this is; who signed it was looked at.
+    ///
+    /// # Errors
+    ///
+    /// Why it is no worker's of this cluster, for people.
+    fn worker(&self, certificate: &CertificateDer<'_>) -> Result<String, String>;
 }
 
 /// What a node is told when it starts.
@@ -53,6 +73,8 @@ pub struct Settings {
     pub copy_threads: usize,
     /// Proof of belonging to the cluster. `None`: none is asked for.
     pub proof: Option<Arc<dyn Proof>>,
+    /// TLS with all peers. `None`: with none.
+    pub tls: Option<Arc<dyn PeerTls>>,
 }
 
 impl Default for Settings {
@@ -74,6 +96,7 @@ impl Default for Settings {
             max_connections: 1024,
             copy_threads: 0,
             proof: None,
+            tls: None,
         }
     }
 }

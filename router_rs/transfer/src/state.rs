@@ -61,6 +61,8 @@ pub struct Figures {
     pub receives_committed: u64,
     /// Receives that did not.
     pub receives_failed: u64,
+    /// Connections that ended since the two do not trust each other.
+    pub untrusted: u64,
 }
 
 /// A transfer that this node sends.

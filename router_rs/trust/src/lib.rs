@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! files ─▶ Followed (looks every second, keeps what can be used) ─┬▶ ClusterToken
-//!                                                                 ├▶ PeerTls (a worker's port)
-//!                                                                 └▶ WorkerTls (calls to workers)
+//!                                                                 ├▶ PeerTls (a worker's ports)
+//!                                                                 ├▶ WorkerTls (calls to workers)
+//!                                                                 └▶ ServerTls (calls to etcd)
 //! Dialer (token, TLS) ─▶ Connection: shows the token with every call, and knows by its
 //!                        certificate which worker it is with
 //! ```
@@ -14,11 +15,13 @@
 mod dial;
 mod followed;
 mod identity;
+mod outside;
 mod tls;
 mod token;
 
 pub use dial::{Connection, Dialer, Dialled, Shown};
 pub use followed::{FileError, Followed, Wrong};
 pub use identity::{Identity, IdentityError, Role};
+pub use outside::{ServerTls, ServerTlsError};
 pub use tls::{File, PeerTls, WorkerTls, public_port};
 pub use token::{ClusterToken, TOKEN_HEADER};

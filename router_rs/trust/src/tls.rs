@@ -10,12 +10,15 @@ use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, Error, OtherError, RootCertStore,
     ServerConfig, SignatureScheme,
     client::{
+        Resumption,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
         verify_server_cert_signed_by_trust_anchor,
     },
     crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature},
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject},
-    server::{ParsedCertificate, WebPkiClientVerifier},
+    server::{
+        ClientCertVerifierBuilder, NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier,
+    },
     sign::{CertifiedKey, SingleCertAndKey},
 };
 
@@ -24,19 +27,21 @@ use crate::{
     identity::{Identity, IdentityError, Role},
 };
 
-const HTTP2: &[u8] = b"h2";
+pub(crate) const HTTP2: &[u8] = b"h2";
+/// What is spoken on transfer ports: a connection cannot be led to the other port.
+const TRANSFER: &[u8] = b"kvmesh-transfer";
 const NO_CERTIFICATE: &str = "it has no certificate that can be read; allowed is PEM";
 
 /// A setting, and the file that it names.
 pub type File = (&'static str, PathBuf);
 
-fn provider() -> Arc<CryptoProvider> {
+pub(crate) fn provider() -> Arc<CryptoProvider> {
     static PROVIDER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();
     Arc::clone(PROVIDER.get_or_init(|| Arc::new(rustls::crypto::ring::default_provider())))
 }
 
 /// A chain and its key. The files are those at `at` and after it.
-fn certified(said: &[Vec<u8>], at: usize) -> Result<CertifiedKey, Wrong> {
+pub(crate) fn certified(said: &[Vec<u8>], at: usize) -> Result<CertifiedKey, Wrong> {
     let text = |file: usize| said.get(file).map(Vec::as_slice).unwrap_or_default();
     let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(text(at))
         .collect::<Result<_, _>>()
@@ -85,7 +90,7 @@ fn own(
     ))
 }
 
-fn authorities(said: &[Vec<u8>], at: usize) -> Result<Arc<RootCertStore>, Wrong> {
+pub(crate) fn authorities(said: &[Vec<u8>], at: usize) -> Result<Arc<RootCertStore>, Wrong> {
     let text = said.get(at).map(Vec::as_slice).unwrap_or_default();
     let mut roots = RootCertStore::empty();
     for certificate in CertificateDer::pem_slice_iter(text) {
@@ -118,35 +123,54 @@ pub fn public_port(certificate: File, key: File) -> Result<Followed<ServerConfig
     })
 }
 
-/// The TLS of a worker's port. Whoever calls may show a certificate that one of the
-/// authorities has signed; what it says is asked for later, call by call.
+/// The TLS of a worker's ports.
+#[derive(Debug)]
+struct WorkerPorts {
+    /// Of its calls. Whoever calls may show a certificate that one of the authorities
+    /// has signed; what it says is asked for later, call by call.
+    calls: Arc<ServerConfig>,
+    /// Of transfers of KV. Whoever comes has to show one.
+    transfers: Arc<ServerConfig>,
+}
+
+/// The TLS of a worker's ports.
 ///
 /// # Errors
 /// [`FileError`] for files that cannot be read or used, such as a certificate that
 /// is not this worker's.
-fn worker_port(
+fn worker_ports(
     certificate: File,
     key: File,
     ca: File,
     cluster: String,
     worker_id: String,
-) -> Result<Followed<ServerConfig>, FileError> {
+) -> Result<Followed<WorkerPorts>, FileError> {
     Followed::open(vec![certificate, key, ca], move |said, _| {
         let key = certified(said, 0)?;
         own(&key, 0, &cluster, Role::Worker, Some(&worker_id))?;
+        let key = Arc::new(SingleCertAndKey::from(key));
         let callers =
-            WebPkiClientVerifier::builder_with_provider(authorities(said, 2)?, provider())
-                // Health needs none.
-                .allow_unauthenticated()
-                .build()
-                .map_err(|error| Wrong::new(2, error))?;
-        let mut config = ServerConfig::builder_with_provider(provider())
-            .with_safe_default_protocol_versions()
-            .map_err(|error| Wrong::new(0, error))?
-            .with_client_cert_verifier(callers)
-            .with_cert_resolver(Arc::new(SingleCertAndKey::from(key)));
-        config.alpn_protocols = vec![HTTP2.to_vec()];
-        Ok(config)
+            WebPkiClientVerifier::builder_with_provider(authorities(said, 2)?, provider());
+        let port = |callers: ClientCertVerifierBuilder, spoken: &[u8]| -> Result<_, Wrong> {
+            let callers = callers.build().map_err(|error| Wrong::new(2, error))?;
+            let mut config = ServerConfig::builder_with_provider(provider())
+                .with_safe_default_protocol_versions()
+                .map_err(|error| Wrong::new(0, error))?
+                .with_client_cert_verifier(callers)
+                .with_cert_resolver(Arc::clone(&key) as _);
+            config.alpn_protocols = vec![spoken.to_vec()];
+            Ok(config)
+        };
+        // Health needs none.
+        let calls = port(callers.clone().allow_unauthenticated(), HTTP2)?;
+        let mut transfers = port(callers, TRANSFER)?;
+        // Each connection looks at the certificates that are in force.
+        transfers.send_tls13_tickets = 0;
+        transfers.session_storage = Arc::new(NoServerSessionStorage {});
+        Ok(WorkerPorts {
+            calls: Arc::new(calls),
+            transfers: Arc::new(transfers),
+        })
     })
 }
 
@@ -188,7 +212,12 @@ fn calls_to_workers(
 
 impl WorkerTrust {
     /// For one call: the worker of this cluster that has this id, or any.
-    fn config(&self, cluster: &str, worker_id: Option<&str>) -> Result<ClientConfig, Error> {
+    fn config(
+        &self,
+        cluster: &str,
+        worker_id: Option<&str>,
+        spoken: &[u8],
+    ) -> Result<ClientConfig, Error> {
         let verifier = NamesWorker {
             roots: Arc::clone(&self.roots),
             provider: provider(),
@@ -203,7 +232,7 @@ impl WorkerTrust {
             Some(key) => builder.with_client_cert_resolver(Arc::clone(key) as _),
             None => builder.with_no_client_auth(),
         };
-        config.alpn_protocols = vec![HTTP2.to_vec()];
+        config.alpn_protocols = vec![spoken.to_vec()];
         // A worker is known by its id, whatever its address is called.
         config.enable_sni = false;
         Ok(config)
@@ -305,7 +334,7 @@ impl WorkerTls {
     }
 
     pub(crate) fn config(&self, worker_id: Option<&str>) -> Result<ClientConfig, Error> {
-        self.trust.now().config(&self.cluster, worker_id)
+        self.trust.now().config(&self.cluster, worker_id, HTTP2)
     }
 
     /// Takes changed files, for as long as it is polled.
@@ -314,10 +343,10 @@ impl WorkerTls {
     }
 }
 
-/// A worker's TLS: of its port, and of its own calls to other workers.
+/// A worker's TLS: of its ports, and of its own calls to other workers.
 #[derive(Debug)]
 pub struct PeerTls {
-    port: Arc<Followed<ServerConfig>>,
+    ports: Arc<Followed<WorkerPorts>>,
     calls: WorkerTls,
 }
 
@@ -336,7 +365,7 @@ impl PeerTls {
     ) -> Result<Self, FileError> {
         let identity = Some((certificate.clone(), key.clone()));
         let calls = WorkerTls::open(ca.clone(), identity, cluster, Role::Worker)?;
-        let port = worker_port(
+        let ports = worker_ports(
             certificate,
             key,
             ca,
@@ -344,15 +373,40 @@ impl PeerTls {
             worker_id.to_owned(),
         )?;
         Ok(Self {
-            port: Arc::new(port),
+            ports: Arc::new(ports),
             calls,
         })
     }
 
-    /// What new connections are taken with.
+    /// What new connections with calls are taken with.
     #[must_use]
     pub fn port(&self) -> Arc<ServerConfig> {
-        self.port.now()
+        Arc::clone(&self.ports.now().calls)
+    }
+
+    /// What new connections of other workers are taken with that want KV.
+    #[must_use]
+    pub fn transfer_port(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.ports.now().transfers)
+    }
+
+    /// What it reaches other workers with that have KV: any worker of the cluster.
+    ///
+    /// # Errors
+    /// Where the key cannot be used.
+    pub fn transfer_calls(&self) -> Result<ClientConfig, Error> {
+        let trust = self.calls.trust.now();
+        let mut config = trust.config(&self.calls.cluster, None, TRANSFER)?;
+        config.resumption = Resumption::disabled();
+        Ok(config)
+    }
+
+    /// The worker whose certificate this is.
+    ///
+    /// # Errors
+    /// [`IdentityError`] for one that is no worker's of this cluster.
+    pub fn worker(&self, certificate: &CertificateDer<'_>) -> Result<String, IdentityError> {
+        Ok(self.identity(certificate)?.worker(None)?.id)
     }
 
     /// Whom a certificate is for.
@@ -371,7 +425,7 @@ impl PeerTls {
 
     /// Takes changed files, for as long as it is polled.
     pub async fn follow(self: Arc<Self>) {
-        let port = Arc::clone(&self.port).follow_and_log(|_| {});
-        tokio::join!(port, self.calls.clone().follow());
+        let ports = Arc::clone(&self.ports).follow_and_log(|_| {});
+        tokio::join!(ports, self.calls.clone().follow());
     }
 }

@@ -19,6 +19,7 @@ class AbortReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ABORT_REASON_MISMATCH: _ClassVar[AbortReason]
     ABORT_REASON_FINISHED: _ClassVar[AbortReason]
     ABORT_REASON_FAILED: _ClassVar[AbortReason]
+    ABORT_REASON_UNTRUSTED: _ClassVar[AbortReason]
 ABORT_REASON_UNSPECIFIED: AbortReason
 ABORT_REASON_UNKNOWN: AbortReason
 ABORT_REASON_CANCELLED: AbortReason
@@ -27,6 +28,7 @@ ABORT_REASON_INCOMPATIBLE: AbortReason
 ABORT_REASON_MISMATCH: AbortReason
 ABORT_REASON_FINISHED: AbortReason
 ABORT_REASON_FAILED: AbortReason
+ABORT_REASON_UNTRUSTED: AbortReason
 
 class TransferFrame(_message.Message):
     __slots__ = ("hello", "pull", "prefix_found", "ready", "fetch", "data", "commit", "released", "abort", "heartbeat", "progress")

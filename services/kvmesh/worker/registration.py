@@ -36,15 +36,18 @@ def register(
     """
     if not settings.etcd:
         return None
-    registration = WorkerRegistration(
-        list(settings.etcd),
-        settings.cluster,
-        record.SerializeToString(),
-        settings.etcd_ttl,
-        token=cluster_token(settings),
-        tls=tls,
-        **access,
-    )
+    try:
+        registration = WorkerRegistration(
+            list(settings.etcd),
+            settings.cluster,
+            record.SerializeToString(),
+            settings.etcd_ttl,
+            token=cluster_token(settings),
+            tls=tls,
+            **access,
+        )
+    except ValueError as error:
+        raise SettingError(str(error)) from error
     stack.callback(registration.close)
     return registration
 

@@ -64,8 +64,8 @@ class WorkerSettings:
     tls_cert: str = ""
     """PEM file of this worker's certificate chain, with URI:kvmesh://CLUSTER/worker/ID
     among its names. Given: the gRPC port speaks TLS and takes what moves requests from
-    certificates of role router or admin alone. Needs tls_key and tls_ca; the three are
-    read again when they change."""
+    certificates of role router or admin alone, and the transfer port speaks it with other
+    workers. Needs tls_key and tls_ca; the three are read again when they change."""
     tls_key: str = ""
     """PEM file of that certificate's key."""
     tls_ca: str = ""
@@ -75,7 +75,7 @@ class WorkerSettings:
     """etcd endpoints, "host:port". Empty: not registered; routers must be told."""
     etcd_ca: str = ""
     """PEM file of the authorities that etcd's certificate must come from. Given: etcd is
-    spoken to over TLS."""
+    spoken to over TLS. Read again when it changes, as etcd_cert and etcd_key are."""
     etcd_cert: str = ""
     """PEM file of this worker's certificate for etcd. Needs etcd_key and etcd_ca."""
     etcd_key: str = ""
@@ -186,17 +186,15 @@ class WorkerSettings:
         tls = [bool(getattr(self, name)) for name in ("tls_cert", "tls_key", "tls_ca")]
         if any(tls) and not all(tls):
             raise SettingError("tls_cert, tls_key and tls_ca go together; not all of them are set")
-        # TLS is not spoken on the transfer port.
-        for name, certified in (("listen", all(tls)), ("transfer_listen", False)):
+        for name in ("listen", "transfer_listen"):
             host, _ = split_address(name, getattr(self, name))
-            if certified or self.cluster_token_file or self.insecure or is_loopback(host):
+            if all(tls) or self.cluster_token_file or self.insecure or is_loopback(host):
                 continue
-            or_tls = ", or tls_cert, tls_key and tls_ca" if name == "listen" else ""
             raise SettingError(
                 f"{name} is {getattr(self, name)!r}, which is not loopback: anyone who reaches "
                 "it can read prompts and take over generations. Set cluster_token_file, for "
-                f"routers as well{or_tls}, or bind to 127.0.0.1, or set insecure if the network "
-                "is trusted"
+                "routers as well, or tls_cert, tls_key and tls_ca, or bind to 127.0.0.1, or "
+                "set insecure if the network is trusted"
             )
 
     def _check_etcd(self) -> None:

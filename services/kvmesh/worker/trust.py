@@ -15,20 +15,25 @@ def cluster_token(settings: WorkerSettings) -> ClusterToken | None:
 
 
 def peer_tls(settings: WorkerSettings, worker_id: str) -> PeerTls | None:
-    """The worker's TLS. Raises SettingError."""
+    """The worker's TLS, one object for both of its ports. Raises SettingError."""
     if not settings.tls_cert:
         return None
     certificate, key, ca = map(_path, (settings.tls_cert, settings.tls_key, settings.tls_ca))
-    try:
-        return PeerTls(certificate, key, ca, settings.cluster, worker_id)
-    except ValueError as error:
-        raise SettingError(str(error)) from error
+    return _tls(certificate, key, ca, settings.cluster, worker_id)
 
 
 @cache
 def _token(file: str) -> ClusterToken:
     try:
         return ClusterToken(_path(file))
+    except ValueError as error:
+        raise SettingError(str(error)) from error
+
+
+@cache
+def _tls(certificate: str, key: str, ca: str, cluster: str, worker_id: str) -> PeerTls:
+    try:
+        return PeerTls(certificate, key, ca, cluster, worker_id)
     except ValueError as error:
         raise SettingError(str(error)) from error
 

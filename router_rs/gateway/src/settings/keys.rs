@@ -373,7 +373,19 @@ const ROUTER: &[Key] = &[
         "otlp_endpoint",
         Kind::Text,
         "",
-        "Collector that takes OTLP over gRPC, host:port, without TLS: requests are told to it as spans of OpenTelemetry. Empty: to nobody.",
+        "Collector that takes OTLP over gRPC, host:port, or https://host:port for one with TLS: requests are told to it as spans of OpenTelemetry. Empty: to nobody.",
+    ),
+    key(
+        "otlp_ca",
+        Kind::Text,
+        "",
+        "PEM file of the authorities that the collector's certificate must come from, such as /etc/ssl/certs/ca-certificates.crt; read again when it changes. Needed for https.",
+    ),
+    key(
+        "otlp_headers",
+        Kind::Text,
+        "",
+        "Headers of each call to the collector, as OTEL_EXPORTER_OTLP_HEADERS has them: NAME=VALUE with commas between, values percent-encoded. Best given by its variable: flags can be read by everyone on the machine.",
     ),
     key(
         "otlp_share",

@@ -7,6 +7,7 @@
 
 mod key;
 mod keys;
+mod otlp;
 mod trust;
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
@@ -19,10 +20,7 @@ pub use key::{Key, Kind};
 pub use keys::KEYS;
 pub use trust::JwtSettings;
 
-use crate::{
-    mesh::{MeshSettings, PolicySettings},
-    telemetry::endpoint,
-};
+use crate::mesh::{MeshSettings, PolicySettings};
 
 /// A setting that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -279,6 +277,8 @@ pub struct Settings {
     pub log_level: String,
     pub otlp_endpoint: String,
     pub otlp_share: f64,
+    pub otlp_ca: Option<PathBuf>,
+    pub otlp_headers: Secret,
 }
 
 impl Settings {
@@ -362,6 +362,8 @@ impl Settings {
             log_level: layers.text("log_level"),
             otlp_endpoint: layers.text("otlp_endpoint"),
             otlp_share: layers.real("otlp_share"),
+            otlp_ca: layers.path("otlp_ca"),
+            otlp_headers: Secret(layers.text("otlp_headers")),
         };
         settings.together()?;
         Ok(settings)
@@ -381,14 +383,7 @@ impl Settings {
         if self.etcd_user.is_empty() != self.etcd_password.0.is_empty() {
             return wrong("etcd_user and etcd_password go together; one of them is not set");
         }
-        if !self.otlp_endpoint.is_empty() && endpoint(&self.otlp_endpoint).is_none() {
-            return Err(SettingsError::Value {
-                from: "otlp_endpoint".to_owned(),
-                key: "otlp_endpoint",
-                value: self.otlp_endpoint.clone(),
-                allowed: "host:port or http://host:port, or nothing".to_owned(),
-            });
-        }
+        self.otlp_together()?;
         self.trust_together()?;
         if self.request_bytes_budget < self.max_request_bytes {
             return wrong(

@@ -1,8 +1,12 @@
 //! A collector of spans that keeps what it is told.
 #![allow(clippy::unwrap_used)]
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+};
 
+use kvmesh_testkit::certificates::Issued;
 use opentelemetry_proto::tonic::{
     collector::trace::v1::{
         ExportTraceServiceRequest, ExportTraceServiceResponse,
@@ -19,7 +23,8 @@ use tokio::{
 };
 use tonic::{
     Request, Response, Status,
-    transport::{Server, server::TcpIncoming},
+    metadata::MetadataMap,
+    transport::{Identity, Server, ServerTlsConfig, server::TcpIncoming},
 };
 
 /// Batches that it keeps unread; none of these tests makes as many.
@@ -29,6 +34,7 @@ pub(crate) struct Collector {
     address: SocketAddr,
     told: mpsc::Receiver<ExportTraceServiceRequest>,
     gate: Arc<RwLock<()>>,
+    headers: Arc<Mutex<MetadataMap>>,
     bytes: Vec<u8>,
 }
 
@@ -66,13 +72,14 @@ impl Away {
     /// Now it is there.
     pub(crate) async fn come(self) -> Collector {
         self.come.send(()).unwrap();
-        Collector::serve(self.turning_away.await.unwrap())
+        Collector::serve(self.turning_away.await.unwrap(), None)
     }
 }
 
 struct Service {
     told: mpsc::Sender<ExportTraceServiceRequest>,
     gate: Arc<RwLock<()>>,
+    headers: Arc<Mutex<MetadataMap>>,
 }
 
 #[tonic::async_trait]
@@ -81,6 +88,7 @@ impl TraceService for Service {
         &self,
         request: Request<ExportTraceServiceRequest>,
     ) -> Result<Response<ExportTraceServiceResponse>, Status> {
+        *self.headers.lock().unwrap() = request.metadata().clone();
         self.told.try_send(request.into_inner()).unwrap();
         let _open = self.gate.read().await;
         Ok(Response::new(ExportTraceServiceResponse::default()))
@@ -89,24 +97,39 @@ impl TraceService for Service {
 
 impl Collector {
     pub(crate) async fn start() -> Self {
-        Self::serve(TcpListener::bind("127.0.0.1:0").await.unwrap())
+        Self::serve(TcpListener::bind("127.0.0.1:0").await.unwrap(), None)
     }
 
-    fn serve(listener: TcpListener) -> Self {
+    /// One that speaks TLS alone.
+    pub(crate) async fn start_secured(shows: &Issued) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::serve(listener, Some(shows))
+    }
+
+    fn serve(listener: TcpListener, shows: Option<&Issued>) -> Self {
         let address = listener.local_addr().unwrap();
         let (sender, told) = mpsc::channel(BATCHES);
         let gate = Arc::new(RwLock::new(()));
+        let headers = Arc::default();
         let service = TraceServiceServer::new(Service {
             told: sender,
             gate: Arc::clone(&gate),
+            headers: Arc::clone(&headers),
         });
-        let server = Server::builder().add_service(service);
+        let mut server = Server::builder();
+        if let Some(shows) = shows {
+            let identity = Identity::from_pem(&shows.certificate, &shows.key);
+            let tls = ServerTlsConfig::new().identity(identity);
+            server = server.tls_config(tls).unwrap();
+        }
+        let server = server.add_service(service);
         // Ends with the test's runtime.
         tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener)));
         Self {
             address,
             told,
             gate,
+            headers,
             bytes: Vec::new(),
         }
     }
@@ -141,6 +164,12 @@ impl Collector {
         let resources = batch.resource_spans.into_iter();
         let scopes = resources.flat_map(|resource| resource.scope_spans);
         scopes.flat_map(|scope| scope.spans).collect()
+    }
+
+    /// A header of the last call.
+    pub(crate) fn header(&self, name: &str) -> Option<String> {
+        let headers = self.headers.lock().unwrap();
+        Some(headers.get(name)?.to_str().unwrap().to_owned())
     }
 
     /// All that was looked at, as it came.

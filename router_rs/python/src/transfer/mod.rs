@@ -17,7 +17,10 @@ use pyo3::{
 };
 
 use self::events::to_python;
-use crate::{pool::PyKvPool, trust::PyClusterToken};
+use crate::{
+    pool::PyKvPool,
+    trust::{PyClusterToken, PyPeerTls},
+};
 
 pyo3::create_exception!(
     kvmesh._router,
@@ -63,7 +66,7 @@ impl PyTransferNode {
         pool, *, worker_id, incarnation, compatibility, block_tokens, listen="127.0.0.1:0",
         advertise="", shared_memory=true, lease_s=10.0, offer_timeout_s=2.0,
         aborted_memory_s=10.0, connect_timeout_s=2.0, idle_timeout_s=30.0, max_transfers=4096,
-        max_connections=1024, copy_threads=0, token=None,
+        max_connections=1024, copy_threads=0, token=None, tls=None,
     ))]
     #[allow(clippy::too_many_arguments, reason = "keyword arguments in Python")]
     fn new(
@@ -85,6 +88,7 @@ impl PyTransferNode {
         max_connections: usize,
         copy_threads: usize,
         token: Option<&PyClusterToken>,
+        tls: Option<&PyPeerTls>,
     ) -> PyResult<Self> {
         let settings = Settings {
             worker_id,
@@ -104,6 +108,7 @@ impl PyTransferNode {
             max_connections,
             copy_threads,
             proof: token.map(PyClusterToken::proof),
+            tls: tls.map(PyPeerTls::transfers),
         };
         let pool = Arc::clone(pool.open()?);
         let node = py.detach(|| TransferNode::start(pool, settings))?;
@@ -310,6 +315,7 @@ impl PyTransferNode {
             ("sends_aborted", figures.sends_aborted),
             ("receives_committed", figures.receives_committed),
             ("receives_failed", figures.receives_failed),
+            ("untrusted", figures.untrusted),
         ] {
             dict.set_item(name, value)?;
         }

@@ -2,19 +2,23 @@
 
 use std::{
     future::Future,
+    path::Path,
     pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
+use kvmesh_testkit::certificates::{Authority, IssuedFiles};
+use kvmesh_trust::ServerTls;
 use kvmesh_wire::v1::WorkerRecord;
 
 use super::{CLUSTER, Etcd, Told, register, registry, settings, worker};
 use crate::{
     Credentials, Probe, RecordError, RegistrationState, Registry, RegistryError, RouterRecord,
-    Settings, Tls, client::Client,
+    Settings, WorkerTable, client::Client,
 };
 
 #[tokio::test]
@@ -254,36 +258,92 @@ async fn user_and_password_are_used_and_a_wrong_one_is_said() {
 async fn tls_and_a_certificate_of_our_own_are_used() {
     let etcd = Etcd::start_tls();
     let files = etcd.tls().unwrap();
-    let read = |path: &std::path::Path| std::fs::read(path).unwrap();
-    let with = |authority: Vec<u8>, certified: bool| {
-        let client = &files.client;
+    let with = |authority: &Path, certified: bool| {
         let mut settings = settings(&etcd);
-        settings.tls = Some(Tls {
-            ca_pem: authority,
-            identity_pem: certified.then(|| (read(&client.certificate), read(&client.key))),
-            server_name: None,
-        });
+        settings.tls = Some(tls(authority, certified.then_some(&files.client)));
         Registry::new(settings).unwrap()
     };
-    let right = with(read(&files.authority), true);
+    let right = with(&files.authority, true);
     let registration = register(&right, worker("a", 1)).await;
     assert_eq!(right.watch_workers().listed().await.workers.len(), 1);
     registration.close().await;
     // Without a certificate of ours etcd does not talk to us, and we do not
     // talk to an etcd whose authority is another.
+    assert!(with(&files.authority, false).list_workers().await.is_err());
+    let other = files.authority.with_file_name("another.pem");
+    std::fs::write(&other, Authority::new("another").unwrap().pem()).unwrap();
+    assert!(with(&other, true).list_workers().await.is_err());
+}
+
+/// The TLS that these files say.
+fn tls(authority: &Path, client: Option<&IssuedFiles>) -> ServerTls {
+    let identity = client.map(|client| {
+        let certificate = ("etcd_cert", client.certificate.clone());
+        (certificate, ("etcd_key", client.key.clone()))
+    });
+    ServerTls::open(("etcd_ca", authority.to_owned()), identity, None).unwrap()
+}
+
+#[tokio::test]
+async fn changed_certificates_are_shown_to_etcd_and_the_lease_is_kept() {
+    let mut etcd = Etcd::start_tls();
+    let files = etcd.tls().unwrap().clone();
+    // Files of our own: etcd's change apart from them.
+    let own = files.authority.with_file_name("own-authority.pem");
+    std::fs::copy(&files.authority, &own).unwrap();
+    let stranger = Authority::new("another").unwrap();
+    let folder = files.authority.parent().unwrap();
+    let shown = stranger.issue(&["client"]).unwrap();
+    let shown = shown.write(folder, "own").unwrap();
+    let mut settings = settings(&etcd);
+    // Longer than all that follows.
+    settings.ttl = Duration::from_secs(600);
+    settings.tls = Some(tls(&own, Some(&shown)));
+    let registry = Registry::new(settings.clone()).unwrap();
+    let registration = registry
+        .register_worker(worker("a", 1), Told::dead())
+        .unwrap();
+    assert!(matches!(
+        registration.settled().await,
+        RegistrationState::Away(_)
+    ));
+    // The key first: what does not fit is not taken.
+    std::fs::copy(&files.client.key, &shown.key).unwrap();
+    std::fs::copy(&files.client.certificate, &shown.certificate).unwrap();
+    let is = |wanted: RegistrationState| move |state: &RegistrationState| *state == wanted;
+    registration
+        .wait_for(is(RegistrationState::Registered))
+        .await;
+    let client = Client::new(settings).unwrap();
+    let key = format!("kvmesh/v1/{CLUSTER}/workers/a");
+    let lease = client.get(&key).await.unwrap().unwrap().lease;
+
+    // etcd comes back and trusts another authority alone.
+    let mut states = registration.changes();
+    states.mark_unchanged();
+    etcd.kill();
+    std::fs::write(&files.authority, stranger.pem()).unwrap();
+    let renewed = stranger.issue(&["client"]).unwrap();
+    std::fs::write(&shown.key, &renewed.key).unwrap();
+    std::fs::write(&shown.certificate, &renewed.certificate).unwrap();
+    etcd.start_again();
+    let mut changed = worker("a", 1);
+    changed.version = "changed".to_owned();
+    registration.update_worker(&changed).unwrap();
+    let watch = registry.watch_workers();
+    let is_changed = |table: &WorkerTable| {
+        let found = table.workers.get("a");
+        found.is_some_and(|found| *found.record == changed)
+    };
+    watch.wait_for(is_changed).await;
+    assert_eq!(registration.state(), RegistrationState::Registered);
     assert!(
-        with(read(&files.authority), false)
-            .list_workers()
-            .await
-            .is_err()
+        !states.has_changed().unwrap(),
+        "it was registered throughout"
     );
-    let other = kvmesh_testkit::certificates::Authority::new("another").unwrap();
-    assert!(
-        with(other.pem().into_bytes(), true)
-            .list_workers()
-            .await
-            .is_err()
-    );
+    while client.get(&key).await.is_err() {}
+    assert_eq!(client.get(&key).await.unwrap().unwrap().lease, lease);
+    registration.close().await;
 }
 
 #[tokio::test]

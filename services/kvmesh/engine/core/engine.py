@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from kvmesh._router import ClusterToken, KvPool, TransferNode
+from kvmesh._router import ClusterToken, KvPool, PeerTls, TransferNode
 from kvmesh.engine.contract import AttemptId, CacheChange, EngineLoad, OutputSink, Placement
 from kvmesh.engine.core.blocks import BlockPool
 from kvmesh.engine.core.chain import Chain
@@ -51,6 +51,8 @@ class TransferSettings:
     """How long a pull waits for its offer, seconds."""
     token: ClusterToken | None = None
     """What peers show each other; None: nothing."""
+    tls: PeerTls | None = None
+    """TLS with all peers; None: with none."""
 
 
 class CoreEngine:
@@ -92,6 +94,7 @@ class CoreEngine:
                 lease_s=transfer.lease_s,
                 offer_timeout_s=transfer.offer_timeout_s,
                 token=transfer.token,
+                tls=transfer.tls,
             )
         self._clock = clock or MonotonicClock()
         self._model = wire.StepModel()

@@ -13,7 +13,7 @@ from kvmesh.v1 import worker_pb2 as wire
 from kvmesh.worker.engines import BuiltEngine
 from kvmesh.worker.settings import SettingError, WorkerSettings
 from kvmesh.worker.tokenizer_files import TokenizerFiles
-from kvmesh.worker.trust import cluster_token
+from kvmesh.worker.trust import cluster_token, peer_tls
 
 CONNECTOR = "sim"
 """Name of the on_finish hand-off of `--like vllm`."""
@@ -42,6 +42,7 @@ def build(
             lease_s=settings.transfer_lease,
             offer_timeout_s=settings.offer_timeout,
             token=cluster_token(settings),
+            tls=peer_tls(settings, worker_id),
         ),
         huge_pages=settings.huge_pages,
     )

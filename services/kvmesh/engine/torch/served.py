@@ -14,7 +14,7 @@ from kvmesh.v1 import worker_pb2 as wire
 from kvmesh.worker.engines import BuiltEngine
 from kvmesh.worker.settings import SettingError, WorkerSettings
 from kvmesh.worker.tokenizer_files import TokenizerFiles
-from kvmesh.worker.trust import cluster_token
+from kvmesh.worker.trust import cluster_token, peer_tls
 
 MAX_LOGPROBS = 20
 """Most alternatives with log-probability, as inference.proto allows."""
@@ -83,6 +83,7 @@ def build(
             lease_s=settings.transfer_lease,
             offer_timeout_s=settings.offer_timeout,
             token=cluster_token(settings),
+            tls=peer_tls(settings, worker_id),
         ),
     )
     progress(engine.describe_memory())

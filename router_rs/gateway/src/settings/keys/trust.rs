@@ -104,7 +104,7 @@ pub(super) const TRUST: &[Key] = &[
         "etcd_ca",
         Kind::Text,
         "",
-        "PEM file of the authorities that etcd's certificate must come from. Given: etcd is spoken to over TLS.",
+        "PEM file of the authorities that etcd's certificate must come from. Given: etcd is spoken to over TLS. Read again when it changes, as etcd_cert and etcd_key are.",
     ),
     key(
         "etcd_cert",

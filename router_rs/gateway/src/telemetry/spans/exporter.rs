@@ -8,21 +8,19 @@ use opentelemetry_proto::tonic::{
 };
 use prometheus_client::metrics::counter::Counter;
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
-use tonic::{
-    Status,
-    transport::{Channel, Endpoint},
-};
+use tonic::Status;
 
-use super::{otlp, queue::Queue, request::Ended};
+use super::{
+    collector::{Collector, Reached},
+    otlp,
+    queue::Queue,
+    request::Ended,
+};
 
 /// Spans of a batch, or a few more: a request is not torn apart.
 const BATCH_SPANS: usize = 512;
 /// Time that a batch has to fill.
 const GATHER: Duration = Duration::from_millis(200);
-/// A collector has to be reached within this ...
-const CONNECT: Duration = Duration::from_secs(2);
-/// ... and to take a batch within this.
-const ANSWER: Duration = Duration::from_secs(10);
 /// First and longest pause after a batch that failed.
 const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// Time to tell what is left at the end.
@@ -33,18 +31,19 @@ pub(crate) struct Exporter {
     queue: Arc<Queue>,
     stop: CancellationToken,
     task: AbortOnDropHandle<()>,
+    /// Of the collector's files.
+    _follows: AbortOnDropHandle<()>,
 }
 
 impl Exporter {
     pub(super) fn start(
-        collector: &Endpoint,
+        collector: Collector,
         queue: Arc<Queue>,
         resource: Resource,
         exported: Counter,
     ) -> Self {
-        let collector = collector.clone().connect_timeout(CONNECT).timeout(ANSWER);
         let telling = Telling {
-            client: TraceServiceClient::new(collector.connect_lazy()),
+            client: TraceServiceClient::new(collector.reach()),
             queue: Arc::clone(&queue),
             resource,
             exported,
@@ -52,7 +51,13 @@ impl Exporter {
         };
         let stop = CancellationToken::new();
         let task = AbortOnDropHandle::new(tokio::spawn(telling.run(stop.clone())));
-        Self { queue, stop, task }
+        let follows = tokio::spawn(collector.follow());
+        Self {
+            queue,
+            stop,
+            task,
+            _follows: AbortOnDropHandle::new(follows),
+        }
     }
 
     /// Tells what is left, within [`FLUSH`], and ends.
@@ -70,7 +75,7 @@ impl Exporter {
 }
 
 struct Telling {
-    client: TraceServiceClient<Channel>,
+    client: TraceServiceClient<Reached>,
     queue: Arc<Queue>,
     resource: Resource,
     exported: Counter,
@@ -167,7 +172,10 @@ mod tests {
     };
     use tracing::Level;
 
-    use super::{super::endpoint, *};
+    use super::{
+        super::collector::{Address, Headers},
+        *,
+    };
     use crate::telemetry::log_lines::LogLines;
 
     /// Refuses one span of each batch.
@@ -206,9 +214,10 @@ mod tests {
         });
         let (exported, dropped) = (Counter::default(), Counter::default());
         let queue = Arc::new(Queue::new(100, dropped.clone()));
-        let to = endpoint(&address.to_string()).unwrap();
+        let to = Address::read(&address.to_string()).unwrap();
+        let to = Collector::new(to, None, Headers::default()).unwrap();
         let mut telling = Telling {
-            client: TraceServiceClient::new(to.connect_lazy()),
+            client: TraceServiceClient::new(to.reach()),
             queue: Arc::clone(&queue),
             resource: Resource::default(),
             exported: exported.clone(),

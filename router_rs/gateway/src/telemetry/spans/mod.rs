@@ -9,6 +9,7 @@
 //! The wall clock is read once a request, at its beginning; all else is counted from
 //! there.
 
+mod collector;
 mod context;
 mod exporter;
 mod otlp;
@@ -17,12 +18,13 @@ mod request;
 
 use std::sync::Arc;
 
-use tonic::transport::Endpoint;
+use kvmesh_trust::ServerTlsError;
 
+pub(crate) use collector::{Address, Headers};
 pub(crate) use exporter::Exporter;
 pub(crate) use request::RequestSpan;
 
-use self::{context::Context, queue::Queue};
+use self::{collector::Collector, context::Context, queue::Queue};
 use super::Telemetry;
 use crate::{door::CallMetadata, settings::Settings};
 
@@ -39,18 +41,26 @@ pub(crate) struct Spans {
 impl Spans {
     /// `None` where the settings name no collector. Must be called within a tokio
     /// runtime.
+    ///
+    /// # Errors
+    /// [`ServerTlsError`] for a file that cannot be used.
     pub(crate) fn start(
         settings: &Settings,
         router_id: &str,
         telemetry: &Telemetry,
-    ) -> Option<(Self, Exporter)> {
-        let collector = endpoint(&settings.otlp_endpoint)?;
+    ) -> Result<Option<(Self, Exporter)>, ServerTlsError> {
+        let Some(address) = Address::read(&settings.otlp_endpoint) else {
+            return Ok(None);
+        };
+        // Settings that are wrong were refused before.
+        let headers = Headers::read(&settings.otlp_headers.0).unwrap_or_default();
+        let collector = Collector::new(address, settings.otlp_ca.as_deref(), headers)?;
         let queue = Arc::new(Queue::new(QUEUED_SPANS, telemetry.spans_dropped.clone()));
         let resource = otlp::resource(router_id, &settings.cluster);
         let exported = telemetry.spans_exported.clone();
-        let exporter = Exporter::start(&collector, Arc::clone(&queue), resource, exported);
+        let exporter = Exporter::start(collector, Arc::clone(&queue), resource, exported);
         let below = context::below(settings.otlp_share);
-        Some((Self { queue, below }, exporter))
+        Ok(Some((Self { queue, below }, exporter)))
     }
 
     /// Begins the span of a call, which goes on as the parent of what workers do.
@@ -63,35 +73,5 @@ impl Spans {
         call.traceparent = context.traceparent();
         call.traced = true;
         Some(RequestSpan::new(Arc::clone(&self.queue), context, call))
-    }
-}
-
-/// Where a collector is, by `host:port` or `http://host:port`. `None` where the text
-/// is neither, or empty.
-pub(crate) fn endpoint(text: &str) -> Option<Endpoint> {
-    let authority = text.strip_prefix("http://").unwrap_or(text);
-    let authority: http::uri::Authority = authority.trim_end_matches('/').parse().ok()?;
-    authority.port_u16()?;
-    Endpoint::from_shared(format!("http://{authority}")).ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_collector_is_named_by_host_and_port() {
-        for good in ["127.0.0.1:4317", "http://collector:4317", "http://[::1]:1/"] {
-            assert!(endpoint(good).is_some(), "{good}");
-        }
-        for bad in [
-            "",
-            "collector",
-            "https://collector:4317",
-            "http://a:1/v1/traces",
-            "a b:1",
-        ] {
-            assert!(endpoint(bad).is_none(), "{bad}");
-        }
     }
 }
