@@ -302,6 +302,7 @@ impl Parts {
                 etcd,
             },
             sse_keep_alive: settings.sse_keep_alive,
+            parsers: settings.parsers.clone(),
             vllm: Vllm::default(),
             mesh,
         });

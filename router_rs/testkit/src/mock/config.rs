@@ -43,6 +43,9 @@ pub struct MockConfig {
     pub penalties_over_continuation: bool,
     /// Most alternatives with log-probability; 0: none, not even the token's.
     pub max_logprobs: u32,
+    /// Whether it tells that grammars are followed. It follows none: what it says is
+    /// set with [`super::MockWorker::say`].
+    pub grammars: bool,
     /// Whether the direct case is served over HTTP/1.1, too, at a port of its own.
     pub http: bool,
     /// Output index at which an end-of-text token comes. `None`: never.
@@ -80,6 +83,7 @@ impl Default for MockConfig {
             engine_connector: String::new(),
             penalties_over_continuation: true,
             max_logprobs: 0,
+            grammars: false,
             http: false,
             end_of_text_at: None,
             cache_events: false,
