@@ -5,6 +5,9 @@
 #![no_main]
 
 use kvmesh_fuzz::messages;
+use kvmesh_output_parser::{
+    Calls, Events, Expected, OutputParser, ReasoningFormat, ToolFormat,
+};
 use kvmesh_text::{Chat, Limits, Message, ModelText, TextFile, TextSettings, UnixSeconds};
 use libfuzzer_sys::fuzz_target;
 use std::sync::atomic::AtomicBool;
@@ -68,6 +71,7 @@ fuzz_target!(|data: &[u8]| {
     ids.extend(data.iter().take(64).map(|byte| u32::from(*byte) * 3));
     let settings = TextSettings {
         special_tokens: data.len() % 2 == 0,
+        kept_special_tokens: vec!["<s>".to_owned(), "stop".to_owned()],
         stops: vec!["stop".to_owned(), "é".to_owned()],
         include_stop: data.len() % 3 == 0,
         min_tokens: 0,
@@ -84,4 +88,31 @@ fuzz_target!(|data: &[u8]| {
         (out, None)
     };
     assert_eq!(read(1), read(7));
+    read_output(&text, data.len());
 });
+
+/// What is found in an output does not depend on how it is cut.
+fn read_output(text: &str, which: usize) {
+    let native = ToolFormat::ALL.map(|format| Calls::Native {
+        format,
+        names: vec!["f".to_owned()],
+    });
+    let others = [Calls::None, Calls::List, Calls::One("f".to_owned())];
+    let calls: Vec<Calls> = native.into_iter().chain(others).collect();
+    let expected = Expected {
+        reasoning: ReasoningFormat::ALL.get(which % 4).copied(),
+        calls: calls[which % calls.len()].clone(),
+        constrained: which % 2 == 0,
+    };
+    let parsed = |pieces: &[&str]| {
+        let mut parser = OutputParser::new(&expected, if which % 3 == 0 { "<think>" } else { "" });
+        let mut out = Events::default();
+        for piece in pieces {
+            parser.push(piece, &mut out);
+        }
+        parser.finish(&mut out);
+        out
+    };
+    let letters: Vec<&str> = text.split("").collect();
+    assert_eq!(parsed(&[text]), parsed(&letters));
+}

@@ -126,6 +126,10 @@ def test_special_tokens_are_text_only_where_that_was_asked(client) -> None:
     assert hidden.token_ids == shown.token_ids == (END_OF_TURN,) * 3
     assert hidden.text == ""
     assert shown.text == "<|im_end|>" * 3
+    kept = ask(client, kept_special_tokens=["<|im_end|>", "<none>"], **forced)
+    assert kept.text == shown.text
+    other = ask(client, kept_special_tokens=["<|im_start|>"], **forced)
+    assert other.text == ""
 
 
 def test_tools_reach_the_template(client) -> None:

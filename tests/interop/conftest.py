@@ -41,7 +41,7 @@ def endpoint(request, tmp_path_factory) -> Iterator[Endpoint]:
     cluster = Cluster(tmp_path_factory.mktemp(request.param))
     try:
         if request.param == "worker":
-            with mock_worker() as target:
+            with mock_worker() as (target, _):
                 register(cluster.etcd, target)
                 yield Endpoint(cluster.etcd, "default", target, "mock")
         else:
@@ -55,14 +55,34 @@ def endpoint(request, tmp_path_factory) -> Iterator[Endpoint]:
 
 
 @contextmanager
-def mock_worker() -> Iterator[str]:
-    """A mock worker; it ends with its standard input."""
+def mock_worker(*options: str) -> Iterator[tuple[str, str]]:
+    """Address and name of a mock worker; it ends with its standard input."""
     from built import testkit
 
-    command = [testkit(), "mock-worker", "--until-stdin-closes"]
+    command = [testkit(), "mock-worker", "--until-stdin-closes", *options]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        yield json.loads(process.stdout.readline())["address"]
+        ready = json.loads(process.stdout.readline())
+        yield ready["address"], ready["worker_id"]
+
+
+@pytest.fixture
+def caller(tmp_path) -> Iterator[str]:
+    """A router whose model, "caller", answers with a tool call."""
+    from cluster import Cluster
+
+    call = '{"name": "weather", "arguments": {"city": "Paris"}}'
+    template = "{{ tools }}{{ messages }}{# <tool_call> #}"
+    says = ["--model", "caller", "--chat-template", template]
+    says += ["--say", f"<tool_call>{call}</tool_call>"]
+    cluster = Cluster(tmp_path)
+    try:
+        with mock_worker(*says) as (address, name):
+            target = cluster.start_router("--workers", address)
+            cluster.wait_live(target, name)
+            yield target
+    finally:
+        cluster.close()
 
 
 def register(etcd: str, target: str) -> None:

@@ -75,3 +75,9 @@ def test_node_speaks_openais_http_to_a_router(endpoint, node_openai):
     assert endpoint.model in answer["models"]
     refused = {"status": 400, "param": "tools", "kind": "BadRequestError"}
     assert refused.items() <= answer["refused"].items()
+
+
+def test_nodes_openai_package_reads_tool_calls(caller, node_openai):
+    answer = node_openai(target=caller, model="caller", caller="caller")
+    expected = {"reason": "tool_calls", "calls": [["weather", '{"city": "Paris"}']]}
+    assert answer["called"] == {"whole": expected, "streamed": expected}

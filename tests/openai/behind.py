@@ -1,4 +1,5 @@
 """The models behind the router of these tests."""
 
-SIM, MOCK = "sim", "mock"
-"""A worker with the simulated engine, and one that can be told what to do wrong."""
+SIM, MOCK, CALLER = "sim", "mock", "caller"
+"""A worker with the simulated engine, one that can be told what to do wrong, and one that can be
+told what to say and whose model can call tools."""

@@ -13,6 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "e2e"))
 
+from behind import CALLER
 from cluster import Cluster
 
 
@@ -24,6 +25,8 @@ class Served:
     target: str
     tell: Callable[[str], None]
     """Says a line of control to the mock worker."""
+    say: Callable[[str], None]
+    """Sets what the model answers that can call tools."""
 
     @property
     def url(self) -> str:
@@ -36,13 +39,23 @@ class Served:
         wait_figures(self.cluster, self.target, wanted)
 
 
+# Tells of tools, and has what Hermes's models have for calls.
+_CALLER = """\
+{% if tools %}{% for tool in tools %}<tool>{{ tool | tojson }}</tool>{% endfor %}{% endif %}\
+{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>{{ call | tojson }}\
+</tool_call>{% endfor %}<|im_end|>
+{% endfor %}<|im_start|>assistant
+{# <think> #}"""
+
+
 @contextmanager
-def mock_worker() -> Iterator[tuple[dict[str, Any], Callable[[str], None]]]:
+def mock_worker(*options: str) -> Iterator[tuple[dict[str, Any], Callable[[str], None]]]:
     """What it says of itself, and how it is told something."""
     from built import testkit
 
     command = [testkit(), "mock-worker", "--until-stdin-closes", "--max-logprobs", "20"]
-    command += ["--step-ms", "2"]
+    command += ["--step-ms", "2", *options]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as process:
         assert process.stdin is not None
@@ -63,12 +76,18 @@ def mock_worker() -> Iterator[tuple[dict[str, Any], Callable[[str], None]]]:
 def cluster_and_mock(tmp_path_factory) -> Iterator[Served]:
     cluster = Cluster(tmp_path_factory.mktemp("openai"))
     try:
-        with mock_worker() as (ready, tell):
-            options = ["--workers", ready["address"], "--sse-keep-alive", "50ms"]
+        caller = ["--model", CALLER, "--grammars", "--chat-template", _CALLER]
+        with mock_worker() as (ready, tell), mock_worker(*caller) as (calls, tell_caller):
+            workers = f"{ready['address']},{calls['address']}"
+            options = ["--workers", workers, "--sse-keep-alive", "50ms"]
             target = cluster.start_router(*options)
             cluster.start_worker("w", "both")
-            cluster.wait_live(target, "w", ready["worker_id"])
-            yield Served(cluster, target, tell)
+            cluster.wait_live(target, "w", ready["worker_id"], calls["worker_id"])
+
+            def say(text: str) -> None:
+                tell_caller(f"say {json.dumps(text)}")
+
+            yield Served(cluster, target, tell, say)
     finally:
         cluster.close()
 

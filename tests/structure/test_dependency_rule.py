@@ -9,6 +9,7 @@ import pytest
 MAY_KNOW = {
     "wire": set(),
     "text": set(),
+    "output-parser": set(),
     "attention": set(),
     "sim-content": set(),
     "kv-index": set(),
@@ -23,6 +24,7 @@ MAY_KNOW = {
     "testkit": {"wire", "rpc", "session", "registry", "kv-index", "text"},
     "gateway": {
         "wire", "rpc", "kv-index", "scheduler", "session", "text", "registry", "trust",
+        "output-parser",
     },
     "router": {"gateway", "rpc"},
     "python": {
@@ -31,7 +33,7 @@ MAY_KNOW = {
     },
 }  # fmt: skip
 
-PURE = ("kv-index", "scheduler", "session", "text", "simulator")
+PURE = ("kv-index", "scheduler", "session", "text", "output-parser", "simulator")
 
 FORBIDDEN_IN_PURE = {"tokio", "rand", "getrandom", "mio", "socket2", "chrono", "time"}
 

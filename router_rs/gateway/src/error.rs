@@ -49,6 +49,10 @@ pub enum RequestError {
     /// Fields that are malformed or out of range.
     #[error("{0}")]
     Invalid(Violations),
+    /// Fields that ask for more tokens than the context has. To gRPC they are fields
+    /// out of range as others; clients of other APIs look for this one.
+    #[error("{0}")]
+    OverContext(Violations),
     /// The call's bytes are not what the protocol asks for.
     #[error("malformed message: {0}")]
     Malformed(String),
@@ -200,6 +204,15 @@ impl RequestError {
         Self::Invalid(Violations(vec![violation]))
     }
 
+    /// One field that asks for more tokens than the context has.
+    pub fn over_context(field: impl Into<String>, description: impl Into<String>) -> Self {
+        let violation = Violation {
+            field: field.into(),
+            description: description.into(),
+        };
+        Self::OverContext(Violations(vec![violation]))
+    }
+
     /// A field or call that is not supported.
     pub fn unsupported(field: impl Into<String>) -> Self {
         Self::Unsupported {
@@ -212,7 +225,7 @@ impl RequestError {
     #[must_use]
     pub fn code_and_reason(&self) -> (Code, &str) {
         match self {
-            Self::Invalid(_) => (Code::InvalidArgument, "INVALID_FIELD"),
+            Self::Invalid(_) | Self::OverContext(_) => (Code::InvalidArgument, "INVALID_FIELD"),
             Self::Malformed(_) => (Code::InvalidArgument, "MALFORMED_MESSAGE"),
             Self::PromptTooLong { .. } => (Code::InvalidArgument, "PROMPT_TOO_LONG"),
             Self::MessageTooLarge { .. } => (Code::ResourceExhausted, "MESSAGE_TOO_LARGE"),
@@ -265,7 +278,7 @@ impl RequestError {
         let (code, reason) = self.code_and_reason();
         let mut details = ErrorDetails::with_error_info(reason, DOMAIN, self.metadata());
         match self {
-            Self::Invalid(Violations(all)) => {
+            Self::Invalid(Violations(all)) | Self::OverContext(Violations(all)) => {
                 for violation in all.iter().take(MAX_VIOLATIONS) {
                     let description = cut(violation.description.clone());
                     details.add_bad_request_violation(violation.field.as_str(), description);

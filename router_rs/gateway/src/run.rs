@@ -291,6 +291,7 @@ impl Parts {
                 etcd,
             },
             sse_keep_alive: settings.sse_keep_alive,
+            parsers: settings.parsers.clone(),
             vllm: Vllm::default(),
             mesh,
         });

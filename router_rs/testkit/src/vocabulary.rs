@@ -49,6 +49,8 @@ pub struct Vocabulary {
     texts: Vec<String>,
     text_ids: Vec<u32>,
     end_of_text_ids: Vec<u32>,
+    /// Special tokens of a vocabulary that this crate makes.
+    special: Vec<(String, u32)>,
 }
 
 impl Vocabulary {
@@ -56,6 +58,12 @@ impl Vocabulary {
     /// some hundred merges.
     #[must_use]
     pub fn built_in() -> Self {
+        Self::built_in_for(CHAT_TEMPLATE, &[])
+    }
+
+    /// The same with another chat template and more special tokens.
+    #[must_use]
+    pub fn built_in_for(template: &str, marks: &[&str]) -> Self {
         let mut entries: Vec<String> = SPECIAL.iter().map(ToString::to_string).collect();
         entries.extend((0..=u8::MAX).map(|byte| byte_char(byte).to_string()));
         let mut known: HashSet<String> = entries.iter().cloned().collect();
@@ -76,15 +84,20 @@ impl Vocabulary {
                 prefix = longer;
             }
         }
+        let first_mark = entries.len();
+        entries.extend(marks.iter().map(ToString::to_string));
+        let special: Vec<(String, u32)> = (0..SPECIAL.len())
+            .chain(first_mark..entries.len())
+            .map(|id| (entries[id].clone(), id as u32))
+            .collect();
         let vocab: serde_json::Map<String, Value> = entries
             .iter()
             .enumerate()
             .map(|(id, entry)| (entry.clone(), json!(id)))
             .collect();
-        let added: Vec<Value> = SPECIAL
+        let added: Vec<Value> = special
             .iter()
-            .enumerate()
-            .map(|(id, content)| {
+            .map(|(content, id)| {
                 json!({"id": id, "content": content, "single_word": false, "lstrip": false,
                     "rstrip": false, "normalized": false, "special": true})
             })
@@ -101,13 +114,44 @@ impl Vocabulary {
         });
         let config = json!({"tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": SPECIAL[1], "eos_token": SPECIAL[2], "unk_token": SPECIAL[0],
-            "model_max_length": 131_072, "chat_template": CHAT_TEMPLATE});
+            "model_max_length": 131_072, "chat_template": template});
         let files = vec![
             file("tokenizer.json", tokenizer.to_string().into_bytes()),
             file("tokenizer_config.json", config.to_string().into_bytes()),
-            file("chat_template.jinja", CHAT_TEMPLATE.as_bytes().to_vec()),
+            file("chat_template.jinja", template.as_bytes().to_vec()),
         ];
-        Self::from_files(files, vec![END_OF_TURN, END_OF_TEXT], &tokenizer)
+        Self {
+            special,
+            ..Self::from_files(files, vec![END_OF_TURN, END_OF_TEXT], &tokenizer)
+        }
+    }
+
+    /// Ids of a text: special tokens for themselves, an id a byte else.
+    ///
+    /// # Panics
+    /// Where this is not a vocabulary that this crate makes.
+    #[must_use]
+    pub fn spell(&self, mut text: &str) -> Vec<u32> {
+        assert!(!self.special.is_empty(), "it is read from files");
+        let mut ids = Vec::new();
+        while let Some(first) = text.chars().next() {
+            let special = self
+                .special
+                .iter()
+                .find(|(mark, _)| text.starts_with(mark.as_str()));
+            let (part, rest) = match special {
+                Some((mark, id)) => {
+                    ids.push(*id);
+                    text.split_at(mark.len())
+                }
+                None => text.split_at(first.len_utf8()),
+            };
+            if special.is_none() {
+                ids.extend(Self::byte_ids(part));
+            }
+            text = rest;
+        }
+        ids
     }
 
     /// What the vocabulary that this crate makes has for a text without spaces:
@@ -195,6 +239,7 @@ impl Vocabulary {
         }
         text_ids.sort_unstable();
         Self {
+            special: Vec::new(),
             digest: digest(&files),
             files,
             texts,

@@ -14,6 +14,8 @@ use std::sync::Arc;
 pub struct Detokenizer {
     pieces: Arc<Pieces>,
     special_tokens: bool,
+    /// Special tokens that are shown in any case; a few.
+    kept: Arc<[u32]>,
     /// Bytes of a character that is not complete.
     partial: Vec<u8>,
     /// Nothing but skipped tokens so far.
@@ -23,11 +25,12 @@ pub struct Detokenizer {
 }
 
 impl Detokenizer {
-    pub(crate) fn new(pieces: Arc<Pieces>, special_tokens: bool) -> Self {
+    pub(crate) fn new(pieces: Arc<Pieces>, special_tokens: bool, kept: Arc<[u32]>) -> Self {
         let strip = pieces.strip_start;
         Self {
             pieces,
             special_tokens,
+            kept,
             partial: Vec::new(),
             at_start: true,
             strip,
@@ -40,12 +43,13 @@ impl Detokenizer {
         let Self {
             pieces,
             special_tokens,
+            kept,
             partial,
             at_start,
             strip,
         } = self;
         let Some(piece) = pieces.get(id) else { return };
-        if piece.special && !*special_tokens {
+        if piece.special && !*special_tokens && !kept.contains(&id) {
             return;
         }
         let mut bytes = piece.bytes;

@@ -154,6 +154,11 @@ impl ModelText {
         self.template.is_some()
     }
 
+    /// The sources of the chat templates; none where messages cannot be rendered.
+    pub fn chat_templates(&self) -> impl Iterator<Item = &str> {
+        self.template.iter().flat_map(ChatTemplate::sources)
+    }
+
     /// Token ids of plain text, with the special tokens that the tokeniser
     /// adds (a beginning-of-text token, say).
     ///
@@ -196,7 +201,7 @@ impl ModelText {
 
     /// A detokeniser at the beginning of an output.
     pub fn detokenizer(&self, special_tokens: bool) -> Detokenizer {
-        Detokenizer::new(Arc::clone(&self.pieces), special_tokens)
+        Detokenizer::new(Arc::clone(&self.pieces), special_tokens, [].into())
     }
 
     /// The text side of one generation, at the beginning of its output.
@@ -204,7 +209,11 @@ impl ModelText {
     /// # Errors
     /// [`StopError`] for stop strings out of their bounds.
     pub fn stream(&self, settings: &TextSettings) -> Result<TextStream, StopError> {
-        TextStream::new(self.detokenizer(settings.special_tokens), settings)
+        let id = |text: &String| self.tokenizer.token_to_id(text);
+        let kept = settings.kept_special_tokens.iter().filter_map(id).collect();
+        let pieces = Arc::clone(&self.pieces);
+        let detokenizer = Detokenizer::new(pieces, settings.special_tokens, kept);
+        TextStream::new(detokenizer, settings)
     }
 
     /// As the tokeniser's own `encode`, taken apart so that it can be ended

@@ -9,6 +9,9 @@ use crate::stop::StopMatcher;
 pub struct TextSettings {
     /// Special tokens stay in the text.
     pub special_tokens: bool,
+    /// These stay in any case, by their text; others than special tokens of the model
+    /// are without effect.
+    pub kept_special_tokens: Vec<String>,
     /// Stop strings: at most 64, each 1 to 1,024 bytes.
     pub stops: Vec<String>,
     /// The stop string stays in the text.

@@ -21,6 +21,7 @@ const TOOL_USE: &str = "tool_use";
 pub(crate) struct ChatTemplate {
     environment: Environment<'static>,
     has_tool_use: bool,
+    sources: Vec<String>,
     /// `bos_token`, `eos_token` and so on, as the template's variables.
     special_tokens: Vec<(String, Value)>,
     rendered_limit: usize,
@@ -67,9 +68,14 @@ impl ChatTemplate {
         Ok(Self {
             environment,
             has_tool_use,
+            sources: sources.iter().map(|(_, source)| source.clone()).collect(),
             special_tokens,
             rendered_limit,
         })
+    }
+
+    pub(crate) fn sources(&self) -> impl Iterator<Item = &str> {
+        self.sources.iter().map(String::as_str)
     }
 
     pub(crate) fn render(&self, chat: &Chat, now: UnixSeconds) -> Result<String, TemplateError> {

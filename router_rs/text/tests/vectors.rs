@@ -244,3 +244,27 @@ fn tokenisers_that_would_outgrow_their_files_are_refused() {
     let unknown = |json: &mut Value| json["decoder"] = serde_json::json!({"type": "CTC"});
     assert!(load(&unknown).is_err());
 }
+
+#[test]
+fn special_tokens_that_are_to_be_kept_stay_in_the_text() {
+    let model = model("byte_level", None);
+    let ids = model
+        .encode_rendered("<|im_start|>hi<|im_end|>", &GO_ON)
+        .unwrap();
+    let read = |kept: &[&str], special_tokens| {
+        let settings = TextSettings {
+            special_tokens,
+            kept_special_tokens: kept.iter().map(ToString::to_string).collect(),
+            ..TextSettings::default()
+        };
+        let mut stream = model.stream(&settings).unwrap();
+        let mut out = String::new();
+        assert_eq!(stream.push(&ids, &mut out), None);
+        stream.finish(&mut out);
+        out
+    };
+    assert_eq!(read(&[], false), "hi");
+    // What no special token is changes nothing, also where it is a token.
+    assert_eq!(read(&["<|im_end|>", "hi", "none"], false), "hi<|im_end|>");
+    assert_eq!(read(&["<|im_end|>"], true), "<|im_start|>hi<|im_end|>");
+}

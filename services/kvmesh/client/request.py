@@ -48,6 +48,7 @@ class GenerateOptions(TypedDict, total=False):
     text: bool
     logprobs: int
     special_tokens: bool
+    kept_special_tokens: Sequence[str]
     placements: bool
     trace: bool
     # Hints
@@ -72,7 +73,9 @@ _SAMPLING = (
     "presence_penalty", "seed",
 )  # fmt: skip
 _STOPPING = ("max_tokens", "min_tokens", "stop_token_ids", "ignore_end_of_text", "include_stop")
-_OUTPUT = ("text", "logprobs", "special_tokens", "placements", "trace")
+_OUTPUT = (
+    "text", "logprobs", "special_tokens", "kept_special_tokens", "placements", "trace",
+)  # fmt: skip
 _HINTS = (
     "conversation_id", "cache_salt", "ttft_target_ms", "itl_target_ms", "resumable",
     "expected_output_tokens",

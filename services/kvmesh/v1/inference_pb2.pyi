@@ -134,18 +134,20 @@ class Stopping(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_end_of_text: bool = ..., include_stop: bool = ...) -> None: ...
 
 class Output(_message.Message):
-    __slots__ = ("text", "logprobs", "special_tokens", "placements", "trace")
+    __slots__ = ("text", "logprobs", "special_tokens", "placements", "trace", "kept_special_tokens")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PLACEMENTS_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
+    KEPT_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     text: bool
     logprobs: int
     special_tokens: bool
     placements: bool
     trace: bool
-    def __init__(self, text: bool = ..., logprobs: _Optional[int] = ..., special_tokens: bool = ..., placements: bool = ..., trace: bool = ...) -> None: ...
+    kept_special_tokens: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, text: bool = ..., logprobs: _Optional[int] = ..., special_tokens: bool = ..., placements: bool = ..., trace: bool = ..., kept_special_tokens: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Hints(_message.Message):
     __slots__ = ("request_class", "conversation_id", "cache_salt", "ttft_target_ms", "itl_target_ms", "resumable", "expected_output_tokens")

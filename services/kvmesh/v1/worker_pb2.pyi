@@ -212,14 +212,16 @@ class ResumeState(_message.Message):
     def __init__(self, continuation: _Optional[_Union[Continuation, _Mapping]] = ..., text: _Optional[_Union[ResumeText, _Mapping]] = ..., request_id: _Optional[str] = ..., ttft_target_ms: _Optional[float] = ..., expected_output_tokens: _Optional[int] = ..., placements: bool = ..., trace: bool = ...) -> None: ...
 
 class ResumeText(_message.Message):
-    __slots__ = ("special_tokens", "stop", "include_stop")
+    __slots__ = ("special_tokens", "stop", "include_stop", "kept_special_tokens")
     SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     INCLUDE_STOP_FIELD_NUMBER: _ClassVar[int]
+    KEPT_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     special_tokens: bool
     stop: _containers.RepeatedScalarFieldContainer[str]
     include_stop: bool
-    def __init__(self, special_tokens: bool = ..., stop: _Optional[_Iterable[str]] = ..., include_stop: bool = ...) -> None: ...
+    kept_special_tokens: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, special_tokens: bool = ..., stop: _Optional[_Iterable[str]] = ..., include_stop: bool = ..., kept_special_tokens: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ResolvedSampling(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias", "seed")

@@ -1,5 +1,6 @@
 // The npm package `openai` against a router: a chat streamed and whole, an
-// error, and a stream that is given up. Prints what it got as one JSON object.
+// error, a stream that is given up, and tool calls of the model `--caller`. Prints what it
+// got as one JSON object.
 //
 //   node openai.js --target 127.0.0.1:7440 --model sim --max 16
 "use strict";
@@ -12,6 +13,7 @@ const { values: options } = parseArgs({
     target: { type: "string" },
     model: { type: "string" },
     max: { type: "string", default: "16" },
+    caller: { type: "string" },
   },
 });
 
@@ -51,9 +53,26 @@ async function main() {
   for await (const chunk of endless) {
     if (chunk.choices[0].delta.content) break; // leaving the loop ends the request
   }
+  const called = options.caller ? await calls(client, options.caller) : null;
   const { content } = whole.choices[0].message;
   const reason = whole.choices[0].finish_reason;
-  console.log(JSON.stringify({ content, reason, streamed, usage, models, refused }));
+  console.log(JSON.stringify({ content, reason, streamed, usage, models, refused, called }));
+}
+
+// What a model calls that says it will: whole, and put together by the package from a stream.
+async function calls(client, model) {
+  const asked = {
+    model,
+    messages: [{ role: "user", content: "hello" }],
+    tools: [{ type: "function", function: { name: "weather", parameters: { type: "object" } } }],
+  };
+  const told = (choice) => ({
+    reason: choice.finish_reason,
+    calls: choice.message.tool_calls.map((call) => [call.function.name, call.function.arguments]),
+  });
+  const whole = await client.chat.completions.create(asked);
+  const streamed = await client.chat.completions.stream(asked).finalChatCompletion();
+  return { whole: told(whole.choices[0]), streamed: told(streamed.choices[0]) };
 }
 
 main().catch((error) => {

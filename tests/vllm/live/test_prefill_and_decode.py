@@ -5,10 +5,12 @@ import asyncio
 import json
 from contextlib import aclosing
 
+import openai
 import pytest
 from attached import attached
 from seeded_prompts import seeded_prompts
 from streams import MARGIN, ask_all, first_difference
+from workers import MODEL
 
 import kvmesh
 from kvmesh.client.events import ResultBuilder
@@ -59,6 +61,32 @@ async def test_the_next_turn_finds_the_last_one_cached(pair, endpoint) -> None:
     assert guessed >= 64
     assert second.usage.cached_tokens == guessed
     assert second.usage.computed_tokens < second.usage.prompt_tokens - 64 + 32
+    pair.wait_empty("p", "d", seconds=RELEASE_S)
+
+
+async def test_structured_answers_and_forced_calls_follow_their_grammar(pair, endpoint) -> None:
+    city = {"type": "string", "enum": ["Paris", "Rome"]}
+    schema = {"type": "object", "properties": {"city": city}, "required": ["city"],
+              "additionalProperties": False}  # fmt: skip
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": schema}}
+        for name in ("weather", "time")
+    ]
+    format = {"type": "json_schema", "json_schema": {"name": "city", "schema": schema}}
+    asked = {"model": MODEL, "messages": [{"role": "user", "content": "Where is the Louvre?"}]}
+    async with openai.AsyncOpenAI(base_url=f"http://{endpoint}/v1", api_key="none") as client:
+        answer = await client.chat.completions.create(
+            **asked, response_format=format, max_tokens=60, temperature=0
+        )
+        assert json.loads(answer.choices[0].message.content)["city"] in city["enum"]
+        called = await client.chat.completions.create(
+            **asked, tools=tools, tool_choice="required", parallel_tool_calls=False,
+            max_tokens=120, temperature=0,
+        )  # fmt: skip
+    (call,) = called.choices[0].message.tool_calls
+    assert called.choices[0].finish_reason == "tool_calls"
+    assert call.function.name in ("weather", "time")
+    assert json.loads(call.function.arguments)["city"] in city["enum"]
     pair.wait_empty("p", "d", seconds=RELEASE_S)
 
 

@@ -237,11 +237,10 @@ impl Door {
             &model,
             &self.classes,
             (call, caller),
-            ids,
+            (ids, chat),
             tokenize_ms,
         )
         .map_err(invalid)?;
-        let admitted = AdmittedRequest { chat, ..admitted };
         let class = admitted.class;
         let mesh = Arc::clone(&self.mesh);
         let like_text = admitted.prompt_ids.len() / HASHED_PER_TEXT_BYTE;

@@ -137,7 +137,7 @@ fn fits(model: &ServedModel, bytes: usize, field: &str) -> Result<(), RequestErr
         return Ok(());
     }
     let allowed = format!("{bytes} bytes are {fewest} tokens or more; the context is {context}");
-    Err(RequestError::invalid(field, allowed))
+    Err(RequestError::over_context(field, allowed))
 }
 
 fn encode_error(error: EncodeError) -> RequestError {

@@ -16,6 +16,8 @@ use crate::{
 
 const MAX_LOGIT_BIAS: usize = 1_024;
 const MAX_STOP_IDS: usize = 64;
+const MAX_KEPT: usize = 64;
+const MAX_KEPT_BYTES: usize = 256;
 const MAX_TOOLS: usize = 128;
 const MAX_LOGPROBS: u32 = 20;
 const MAX_HINT_BYTES: usize = 256;
@@ -110,6 +112,18 @@ pub(super) fn values(
             known.sort_unstable();
             format!("one of: {}", known.join(", "))
         },
+    );
+    let kept = request
+        .output
+        .iter()
+        .flat_map(|output| &output.kept_special_tokens);
+    check.that(
+        kept.clone().count() <= MAX_KEPT
+            && kept
+                .clone()
+                .all(|text| (1..=MAX_KEPT_BYTES).contains(&text.len())),
+        "output.kept_special_tokens",
+        || format!("at most {MAX_KEPT} texts, each 1 to {MAX_KEPT_BYTES} bytes"),
     );
     let logprobs = request.output.as_ref().and_then(|output| output.logprobs);
     check.that(
@@ -283,12 +297,13 @@ pub(super) fn token_ids(ids: &[u32], model: &ServedModel) -> Result<(), RequestE
         "at least 1 id".to_owned()
     });
     let context = model.record.context_length;
-    check.that(ids.len() < context as usize, "token_ids.ids", || {
-        format!(
+    if ids.len() >= context as usize {
+        let allowed = format!(
             "{} ids; the context of {context} must leave room for 1 more",
             ids.len()
-        )
-    });
+        );
+        return Err(RequestError::over_context("token_ids.ids", allowed));
+    }
     check_ids(ids, "token_ids.ids", model, &mut check);
     check.done()
 }
@@ -352,13 +367,14 @@ pub(super) fn admit(
     model: &ServedModel,
     classes: &DefaultClass,
     (call, caller): (&CallMetadata, &Caller),
-    ids: Vec<u32>,
+    (ids, chat): (Vec<u32>, bool),
     tokenize_ms: f64,
 ) -> Result<AdmittedRequest, RequestError> {
     let stopping = request.stopping.unwrap_or_default();
     let output = request.output.unwrap_or_default();
     let hints = request.hints.unwrap_or_default();
-    let max_tokens = room(&stopping, ids.len(), model)?;
+    let field = if chat { "chat" } else { "prompt" };
+    let max_tokens = room(&stopping, (ids.len(), field), model)?;
     let mut sampling = request.sampling.unwrap_or_default();
     if let Some(from) = &request.continue_from {
         sampling.seed = Some(from.seed);
@@ -383,6 +399,7 @@ pub(super) fn admit(
     stop_token_ids.dedup();
     let text = output.text.unwrap_or(true).then_some(TextSettings {
         special_tokens: output.special_tokens,
+        kept_special_tokens: output.kept_special_tokens,
         stops: stopping.stop,
         include_stop: stopping.include_stop,
         min_tokens: stopping.min_tokens,
@@ -405,7 +422,7 @@ pub(super) fn admit(
         placements: output.placements,
         trace: output.trace,
         traced: call.traced,
-        chat: false,
+        chat,
         admin: caller.operates,
         tenant: caller.tenant,
         resumable: hints.resumable,
@@ -428,17 +445,21 @@ pub(super) fn admit(
 }
 
 /// Most output tokens, within what the context leaves.
-fn room(stopping: &v1::Stopping, prompt: usize, model: &ServedModel) -> Result<u32, RequestError> {
+fn room(
+    stopping: &v1::Stopping,
+    (prompt, field): (usize, &str),
+    model: &ServedModel,
+) -> Result<u32, RequestError> {
     let context = model.record.context_length;
     let prompt = u32::try_from(prompt).unwrap_or(u32::MAX);
     let left = context.saturating_sub(prompt);
     if prompt == 0 {
-        return Err(RequestError::invalid("prompt", "at least 1 token"));
+        return Err(RequestError::invalid(field, "at least 1 token"));
     }
     if left == 0 {
         let allowed =
             format!("{prompt} tokens; the context of {context} must leave room for 1 more");
-        return Err(RequestError::invalid("prompt", allowed));
+        return Err(RequestError::over_context(field, allowed));
     }
     let mut check = Check::default();
     check.that(stopping.max_tokens <= left, "stopping.max_tokens", || {
@@ -447,7 +468,10 @@ fn room(stopping: &v1::Stopping, prompt: usize, model: &ServedModel) -> Result<u
     check.that(stopping.min_tokens <= left, "stopping.min_tokens", || {
         format!("at most {left}")
     });
-    check.done()?;
+    check.done().map_err(|error| match error {
+        RequestError::Invalid(all) => RequestError::OverContext(all),
+        error => error,
+    })?;
     Ok(if stopping.max_tokens == 0 {
         left
     } else {

@@ -34,6 +34,7 @@ pub(super) fn resume_state(request: &AdmittedRequest, placed: &v1::Continuation)
             special_tokens: text.special_tokens,
             stop: text.stops.clone(),
             include_stop: text.include_stop,
+            kept_special_tokens: text.kept_special_tokens.clone(),
         }),
         request_id: request.request_id.clone(),
         ttft_target_ms: request.ttft_target_ms,

@@ -6,6 +6,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use kvmesh_output_parser::{ReasoningFormat, ToolFormat};
 use kvmesh_text::ModelText;
 use kvmesh_wire::v1;
 
@@ -20,6 +21,10 @@ pub struct ServedModel {
     pub capabilities: v1::Capabilities,
     /// Template, tokeniser, detokeniser.
     pub text: Arc<ModelText>,
+    /// How its templates have tool calls written.
+    pub tool_format: Option<ToolFormat>,
+    /// How its templates have reasoning marked.
+    pub reasoning_format: Option<ReasoningFormat>,
 }
 
 /// All models.
@@ -125,6 +130,10 @@ impl Inner {
                         record: record.clone(),
                         capabilities: capabilities.clone(),
                         text: Arc::clone(text),
+                        tool_format: text.chat_templates().find_map(ToolFormat::of_template),
+                        reasoning_format: text
+                            .chat_templates()
+                            .find_map(ReasoningFormat::of_template),
                     };
                     self.served.insert(name.clone(), Arc::new(model));
                 }

@@ -100,6 +100,11 @@ impl GenerationStream {
         self.open.id.to_string()
     }
 
+    /// The ids that it goes on from.
+    pub(crate) fn prompt_ids(&self) -> &[u32] {
+        &self.open.request.prompt_ids
+    }
+
     /// When the tokens of the last message were taken from the generation.
     #[must_use]
     pub fn taken(&self) -> Instant {

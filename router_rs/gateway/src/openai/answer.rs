@@ -95,6 +95,18 @@ pub(super) enum StopReason {
 }
 
 impl End {
+    /// The same of an answer that called a tool, or not. One that was cut off says that,
+    /// whatever it was about to call.
+    pub(super) fn of_calls(self, called: bool) -> Self {
+        match self.finish_reason {
+            "stop" if called => Self {
+                finish_reason: "tool_calls",
+                ..self
+            },
+            _ => self,
+        }
+    }
+
     pub(super) fn of(finished: &v1::Finished) -> Self {
         let text = Some(&finished.stop_string).filter(|text| !text.is_empty());
         Self {

@@ -7,8 +7,9 @@ use serde_json::{Map, Value};
 
 use super::{
     Face,
-    fields::{CONSTRAIN, Fields, Logprobs, Prompt, ResponseFormat, Stop},
+    fields::{Fields, Logprobs, Prompt, ResponseFormat, Stop},
     message,
+    tools::Tools,
 };
 use crate::error::RequestError;
 
@@ -29,6 +30,8 @@ pub(super) struct Asked {
     /// Answers to each.
     pub(super) n: u32,
     pub(super) shape: Shape,
+    /// Where any may be called.
+    pub(super) tools: Option<Tools>,
 }
 
 /// What the answer looks like.
@@ -54,8 +57,9 @@ fn unsupported<T>(field: &str, words: &str) -> Result<T, RequestError> {
 /// # Errors
 /// For fields that are out of their range, and for those that cannot be done.
 pub(super) fn ask(face: Face, mut fields: Fields) -> Result<Asked, RequestError> {
-    possible(&fields)?;
-    let inputs = inputs(face, &mut fields)?;
+    possible(face, &fields)?;
+    let tools = Tools::take(&mut fields)?;
+    let inputs = inputs(face, &mut fields, tools.as_ref())?;
     let n = fields.n.unwrap_or(1);
     let choices = inputs.len().saturating_mul(n as usize);
     if !(1..=MAX_CHOICES).contains(&choices) {
@@ -87,7 +91,10 @@ pub(super) fn ask(face: Face, mut fields: Fields) -> Result<Asked, RequestError>
             cache_salt: fields.cache_salt.take().unwrap_or_default(),
             ..v1::Hints::default()
         }),
-        grammar: grammar(fields.response_format.take())?,
+        grammar: match tools.as_ref().map(Tools::grammar).transpose()?.flatten() {
+            Some(forced) => Some(forced),
+            None => grammar(fields.response_format.take())?,
+        },
         ..v1::GenerateRequest::default()
     };
     Ok(Asked {
@@ -95,21 +102,18 @@ pub(super) fn ask(face: Face, mut fields: Fields) -> Result<Asked, RequestError>
         inputs,
         n,
         shape,
+        tools,
     })
 }
 
 /// Refuses what would be another answer than the one that was asked for.
-fn possible(fields: &Fields) -> Result<(), RequestError> {
+fn possible(face: Face, fields: &Fields) -> Result<(), RequestError> {
     if let Some((field, words)) = fields.refused {
         return unsupported(field, words);
     }
-    let choice = fields.tool_choice.as_ref().and_then(Value::as_str);
     let tools = fields.tools.as_ref().is_some_and(|tools| !tools.is_empty());
-    if tools && choice != Some("none") {
-        return unsupported("tools", CONSTRAIN);
-    }
-    if !tools && fields.tool_choice.is_some() && !matches!(choice, Some("none" | "auto")) {
-        return unsupported("tool_choice", CONSTRAIN);
+    if tools && face == Face::Completion {
+        return unsupported("tools", "only in chats");
     }
     let modalities = fields.modalities.as_deref().unwrap_or_default();
     if modalities.iter().any(|kind| kind != "text") {
@@ -118,9 +122,13 @@ fn possible(fields: &Fields) -> Result<(), RequestError> {
     Ok(())
 }
 
-fn inputs(face: Face, fields: &mut Fields) -> Result<Vec<Input>, RequestError> {
+fn inputs(
+    face: Face,
+    fields: &mut Fields,
+    tools: Option<&Tools>,
+) -> Result<Vec<Input>, RequestError> {
     match face {
-        Face::Chat => Ok(vec![Input::Chat(chat(fields)?)]),
+        Face::Chat => Ok(vec![Input::Chat(chat(fields, tools)?)]),
         Face::Completion => {
             added_tokens(fields, true)?;
             let prompt = fields.prompt.take();
@@ -141,7 +149,7 @@ fn prompts(prompt: Prompt) -> Vec<Input> {
 }
 
 /// The conversation, and what its template is told besides.
-pub(super) fn chat(fields: &mut Fields) -> Result<v1::Chat, RequestError> {
+pub(super) fn chat(fields: &mut Fields, tools: Option<&Tools>) -> Result<v1::Chat, RequestError> {
     added_tokens(fields, false)?;
     let messages = fields.messages.take();
     let messages = messages.ok_or_else(|| RequestError::invalid("messages", "required"))?;
@@ -154,6 +162,7 @@ pub(super) fn chat(fields: &mut Fields) -> Result<v1::Chat, RequestError> {
     Ok(v1::Chat {
         add_generation_prompt: fields.add_generation_prompt,
         template_arguments_json: text_of(arguments),
+        tools_json: tools.map(Tools::offered).unwrap_or_default(),
         ..message::chat(messages)?
     })
 }
@@ -487,8 +496,8 @@ mod tests {
                 "top_logprobs",
             ),
             (
-                Face::Chat,
-                json!({"messages": message, "tools": tool}),
+                Face::Completion,
+                json!({"prompt": "p", "tools": tool}),
                 "tools",
             ),
             (
@@ -517,6 +526,6 @@ mod tests {
         }
         // Tools that are offered and not to be used change nothing.
         let none = json!({"messages": message, "tools": tool, "tool_choice": "none"});
-        assert!(asked(Face::Chat, &none).is_ok());
+        assert!(asked(Face::Chat, &none).unwrap().tools.is_none());
     }
 }

@@ -9,6 +9,7 @@ use super::{
     Face,
     answer::{End, Head, Usage},
     logprobs::Logprobs,
+    parsed::{Delta, Other},
 };
 
 /// What each event begins with (WHATWG HTML, "Server-sent events").
@@ -22,6 +23,8 @@ pub(super) struct ChoiceChunks {
     face: Face,
     /// From `data:` to the text.
     begin: Vec<u8>,
+    /// How much of it is before an object in the place of the text's.
+    delta: usize,
     /// Behind the last choice.
     close: &'static [u8],
     /// Behind the text, where there are no log-probabilities: to the end.
@@ -49,11 +52,13 @@ impl StreamChunks {
     /// Those of a choice.
     pub(super) fn choice(&self, face: Face, index: usize) -> ChoiceChunks {
         let mut begin = self.head.clone();
-        let key = match face {
-            Face::Chat => "\"delta\":{\"content\":",
-            Face::Completion => "\"text\":",
+        let (key, text) = match face {
+            Face::Chat => ("\"delta\":", "{\"content\":"),
+            Face::Completion => ("\"text\":", ""),
         };
         begin.extend_from_slice(format!("{{\"index\":{index},{key}").as_bytes());
+        let delta = begin.len();
+        begin.extend_from_slice(text.as_bytes());
         let close: &[u8] = match self.usage {
             true => b"}],\"usage\":null}\n\n",
             false => b"}]}\n\n",
@@ -64,6 +69,7 @@ impl StreamChunks {
         ChoiceChunks {
             face,
             begin,
+            delta,
             close,
             tail,
         }
@@ -97,6 +103,23 @@ impl ChoiceChunks {
             out.extend_from_slice(b"\"\",\"role\":\"assistant\"");
             out.extend_from_slice(&self.tail);
         }
+    }
+
+    /// A part of a chat's answer.
+    pub(super) fn part(&self, part: &Delta<'_>, logprobs: Option<&Logprobs>, out: &mut BytesMut) {
+        match part {
+            Delta::Content(text) => self.text(text, logprobs, out),
+            Delta::Other(other) => self.other(other, logprobs, out),
+        }
+    }
+
+    fn other(&self, part: &Other<'_>, logprobs: Option<&Logprobs>, out: &mut BytesMut) {
+        out.extend_from_slice(&self.begin[..self.delta]);
+        append(part, out.writer());
+        out.extend_from_slice(b",\"logprobs\":");
+        append(&logprobs, out.writer());
+        out.extend_from_slice(b",\"finish_reason\":null");
+        out.extend_from_slice(self.close);
     }
 
     /// Text as it comes.

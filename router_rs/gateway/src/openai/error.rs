@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Says of a grammar what the worker's capabilities say.
-const CANNOT_CONSTRAIN: &str = "the engine of this model cannot constrain its output";
+pub(super) const CANNOT_CONSTRAIN: &str = "the engine of this model cannot constrain its output";
 
 /// Why an HTTP call fails.
 #[derive(Debug)]
@@ -168,7 +168,9 @@ fn code_of(error: &RequestError) -> Cow<'static, str> {
     Cow::Borrowed(match error {
         RequestError::Unauthenticated => "invalid_api_key",
         RequestError::UnknownModel { .. } => "model_not_found",
-        RequestError::PromptTooLong { .. } => "context_length_exceeded",
+        RequestError::PromptTooLong { .. } | RequestError::OverContext(_) => {
+            "context_length_exceeded"
+        }
         RequestError::TenantLimit { .. } => "rate_limit_exceeded",
         RequestError::Unsupported { .. } => "unsupported_parameter",
         error => return error.code_and_reason().1.to_ascii_lowercase().into(),
@@ -178,7 +180,7 @@ fn code_of(error: &RequestError) -> Cow<'static, str> {
 /// The message, and the field that it is about, by the names of this face.
 fn words(error: &RequestError) -> (String, Option<String>) {
     match error {
-        RequestError::Invalid(Violations(all)) => {
+        RequestError::Invalid(Violations(all)) | RequestError::OverContext(Violations(all)) => {
             let said: Vec<String> = all
                 .iter()
                 .take(MAX_VIOLATIONS)

@@ -17,7 +17,9 @@ use super::{
     Face, Failure,
     answer::{End, Usage},
     chunk::{self, ChoiceChunks, StreamChunks},
+    generate::Answered,
     logprobs::Scribe,
+    parsed::Parsed,
 };
 use crate::{error::RequestError, mesh::GivenUp, serve::generation::Generation};
 
@@ -33,6 +35,8 @@ struct Choice {
     chunks: ChoiceChunks,
     /// Where log-probabilities are wanted.
     scribe: Option<Scribe>,
+    /// Where reasoning and calls are looked for.
+    parsed: Option<Parsed>,
     begun: bool,
     first_of_prompt: bool,
 }
@@ -75,19 +79,20 @@ impl Events {
     /// an event it says that it lives; zero: never.
     pub(super) fn new(
         face: Face,
-        generations: Vec<(Generation, Option<Scribe>)>,
+        answers: Vec<Answered>,
         n: usize,
         chunks: StreamChunks,
         keep_alive: Duration,
     ) -> Self {
-        let choice = |(index, (generation, scribe))| Choice {
-            generation: Some(generation),
+        let choice = |(index, answer): (usize, Answered)| Choice {
+            generation: Some(answer.generation),
             chunks: chunks.choice(face, index),
-            scribe,
+            scribe: answer.scribe,
+            parsed: answer.parsed,
             begun: false,
             first_of_prompt: index % n == 0,
         };
-        let choices: Vec<Choice> = generations.into_iter().enumerate().map(choice).collect();
+        let choices: Vec<Choice> = answers.into_iter().enumerate().map(choice).collect();
         Self {
             open: choices.len(),
             next: 0,
@@ -225,6 +230,7 @@ impl Choice {
             generation,
             chunks,
             scribe,
+            parsed,
             begun,
             ..
         } = self;
@@ -240,18 +246,34 @@ impl Choice {
             match &message.event {
                 Some(Event::Tokens(tokens)) => {
                     begin(begun, out);
-                    if let Some(scribe) = scribe {
+                    let mut logprobs = scribe.as_mut().map(|scribe| {
                         let mut told = scribe.empty();
                         scribe.add(tokens, &mut told);
-                        chunks.text(&tokens.text, Some(&told), out);
-                    } else if !tokens.text.is_empty() {
-                        chunks.text(&tokens.text, None, out);
+                        told
+                    });
+                    let mut rest = tokens.text.as_str();
+                    if let Some(parsed) = parsed {
+                        // The first part has those of all.
+                        parsed.push(rest, false, |part| {
+                            chunks.part(&part, logprobs.take().as_ref(), out);
+                        });
+                        rest = "";
+                    }
+                    if logprobs.is_some() || !rest.is_empty() {
+                        chunks.text(rest, logprobs.as_ref(), out);
                     }
                     Wrote::Tokens
                 }
                 Some(Event::Finished(finished)) => {
                     begin(begun, out);
-                    chunks.end(&finished.text, &End::of(finished), out);
+                    let mut rest = finished.text.as_str();
+                    let mut end = End::of(finished);
+                    if let Some(parsed) = parsed {
+                        parsed.push(rest, true, |part| chunks.part(&part, None, out));
+                        rest = "";
+                        end = end.of_calls(parsed.called());
+                    }
+                    chunks.end(rest, &end, out);
                     Wrote::End(finished.usage.unwrap_or_default())
                 }
                 _ => Wrote::Nothing,

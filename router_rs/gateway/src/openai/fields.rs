@@ -24,8 +24,8 @@ const REFUSED: &[(&str, &str)] = &[
     ("continue_final_message", ""),
     ("documents", ""),
     ("echo", "the prompt is not part of the answer"),
-    ("function_call", CONSTRAIN),
-    ("functions", CONSTRAIN),
+    ("function_call", "tool_choice has its place"),
+    ("functions", "tools have their place"),
     ("guided_choice", CONSTRAIN),
     ("guided_grammar", CONSTRAIN),
     ("guided_json", CONSTRAIN),
@@ -39,8 +39,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("use_beam_search", ""),
     ("web_search_options", ""),
 ];
-pub(super) const CONSTRAIN: &str =
-    "the engine cannot constrain its output to it; response_format is asked for where one can";
+const CONSTRAIN: &str = "response_format is how JSON is asked for, where the engine can";
 
 /// A body. What is absent and what is `null` are the same.
 #[derive(Debug, Default)]
@@ -77,6 +76,7 @@ pub(super) struct Fields {
     pub(super) response_format: Option<ResponseFormat>,
     pub(super) tools: Option<Vec<Value>>,
     pub(super) tool_choice: Option<Value>,
+    pub(super) parallel_tool_calls: Option<bool>,
     pub(super) modalities: Option<Vec<String>>,
     pub(super) reasoning_effort: Option<String>,
     pub(super) add_generation_prompt: Option<bool>,
@@ -198,6 +198,7 @@ impl Fields {
             "response_format" => self.response_format = map.next_value()?,
             "tools" => self.tools = map.next_value()?,
             "tool_choice" => self.tool_choice = map.next_value()?,
+            "parallel_tool_calls" => self.parallel_tool_calls = map.next_value()?,
             "modalities" => self.modalities = map.next_value()?,
             "reasoning_effort" => self.reasoning_effort = map.next_value()?,
             "add_generation_prompt" => self.add_generation_prompt = map.next_value()?,

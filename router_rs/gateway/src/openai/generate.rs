@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+use kvmesh_output_parser::{Calls, Expected};
 use kvmesh_wire::v1;
 
 use super::{
@@ -14,6 +15,7 @@ use super::{
     fields::Fields,
     json,
     logprobs::Scribe,
+    parsed::{Parsed, Parsing},
     whole, with_headers,
 };
 use crate::{
@@ -29,6 +31,9 @@ use crate::{
     telemetry::{RequestSpan, Step},
 };
 
+/// Tokens that are looked at for what a template opened: a mark and a line break, where
+/// the vocabulary has no token for the mark.
+const PROMPT_END_TOKENS: usize = 24;
 const EVENTS: HeaderValue = HeaderValue::from_static("text/event-stream; charset=utf-8");
 
 /// Generations that were admitted.
@@ -37,9 +42,20 @@ struct Opened {
     /// Answers to each prompt.
     n: usize,
     shape: Shape,
+    /// Where reasoning and calls are looked for.
+    parsing: Option<Parsing>,
     /// The name that was asked for.
     asked_for: String,
     model: Arc<ServedModel>,
+}
+
+/// An answer that comes, and what is made of it.
+pub(super) struct Answered {
+    pub(super) generation: Generation,
+    /// Where log-probabilities are wanted.
+    pub(super) scribe: Option<Scribe>,
+    /// Where reasoning and calls are looked for.
+    pub(super) parsed: Option<Parsed>,
 }
 
 /// Answers a call.
@@ -99,10 +115,14 @@ async fn open(
     (caller, visit): (Caller, Visit),
 ) -> Result<Opened, Refused> {
     let invalid = |error| (Step::Validate, error);
-    let asked = ask::ask(face, fields).map_err(invalid)?;
+    let mut asked = ask::ask(face, fields).map_err(invalid)?;
     let asked_for = asked.request.model.clone();
     let named = door::named(&shared.mesh, &asked_for).map_err(invalid)?;
     let model = shared.mesh.model(&named.model).map_err(invalid)?;
+    let expected = match face {
+        Face::Chat => expected(shared, &model, &mut asked).map_err(invalid)?,
+        Face::Completion => None,
+    };
     // Each answer is one of its tenant's; the call's own is the first.
     let answers = u32::try_from(asked.inputs.len()).unwrap_or(u32::MAX);
     let answers = answers.saturating_mul(asked.n);
@@ -112,7 +132,7 @@ async fn open(
         .enter_all(&caller, visit, answers, field, metadata.arrived)
         .map_err(|error| (Step::Tenant, error))?;
     let mut visits = visits.into_iter();
-    let mut streams = Vec::new();
+    let mut streams: Vec<(GenerationStream, Visit)> = Vec::new();
     for input in asked.inputs {
         let request = v1::GenerateRequest {
             model: named.model.clone(),
@@ -127,6 +147,11 @@ async fn open(
         streams.extend(opened.into_iter().zip(visits.by_ref()));
     }
     Ok(Opened {
+        parsing: expected.map(|expected| Parsing {
+            expected: Arc::new(expected),
+            prompt_end: prompt_end(&model, streams.first().map(|(stream, _)| stream)),
+            parallel: asked.tools.is_none_or(|tools| tools.parallel),
+        }),
         streams,
         n: asked.n as usize,
         shape: asked.shape,
@@ -138,6 +163,42 @@ async fn open(
     })
 }
 
+/// What is to be found in the answers, where anything is; its marks are kept in their text.
+fn expected(
+    shared: &Shared,
+    model: &ServedModel,
+    asked: &mut ask::Asked,
+) -> Result<Option<Expected>, RequestError> {
+    let name = &model.record.name;
+    let parsers = &shared.parsers;
+    let format = parsers.tools(name, model.tool_format);
+    let calls = asked.tools.as_ref().map(|tools| tools.calls(model, format));
+    let expected = Expected {
+        reasoning: parsers.reasoning(name, model.reasoning_format),
+        calls: calls.transpose()?.unwrap_or(Calls::None),
+        constrained: asked.request.grammar.is_some(),
+    };
+    if expected.is_plain() {
+        return Ok(None);
+    }
+    if let Some(output) = &mut asked.request.output {
+        let marks = expected.marks().into_iter();
+        output.kept_special_tokens = marks.map(str::to_owned).collect();
+    }
+    Ok(Some(expected))
+}
+
+/// The last characters of a prompt: its template may have opened the reasoning.
+fn prompt_end(model: &ServedModel, stream: Option<&GenerationStream>) -> String {
+    let ids = stream.map_or(&[][..], GenerationStream::prompt_ids);
+    let mut detokenizer = model.text.detokenizer(true);
+    let mut text = String::new();
+    for id in &ids[ids.len().saturating_sub(PROMPT_END_TOKENS)..] {
+        detokenizer.push(*id, &mut text);
+    }
+    text
+}
+
 /// A call whose generations run.
 struct Answering<'a> {
     shared: &'a Arc<Shared>,
@@ -145,7 +206,7 @@ struct Answering<'a> {
     metadata: &'a CallMetadata,
 }
 
-type Generations = Vec<(Generation, Option<Scribe>)>;
+type Generations = Vec<Answered>;
 
 impl Answering<'_> {
     /// The first generation carries the span of the call.
@@ -158,6 +219,7 @@ impl Answering<'_> {
             streams,
             n,
             shape,
+            parsing,
             asked_for,
             model,
         } = opened;
@@ -170,10 +232,16 @@ impl Answering<'_> {
             let telemetry = Arc::clone(&self.shared.telemetry);
             let generation = Generation::new(stream, telemetry, asked, (visit, span.take()));
             let scribe = || Scribe::new(shape.face, Arc::clone(&model.text));
-            (generation, shape.logprobs.then(scribe))
+            Answered {
+                generation,
+                scribe: shape.logprobs.then(scribe),
+                parsed: parsing.as_ref().map(Parsed::new),
+            }
         };
         let generations: Generations = streams.into_iter().map(generation).collect();
-        let first = generations.first().map_or("", |(first, _)| first.id());
+        let first = generations
+            .first()
+            .map_or("", |first| first.generation.id());
         let head = Head::new(shape.face, shape.stream, first, asked_for, &model);
         (generations, head, shape, n)
     }

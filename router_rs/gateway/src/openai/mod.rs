@@ -4,7 +4,7 @@
 //! ```text
 //! request:  fields (what a body says) ─▶ ask (the requests that gRPC would send) ─▶ door
 //! answer:   chunk ◀─ events (server-sent events)  ◀─┐
-//!                    whole (one JSON object)      ◀─┴─ serve::Generation
+//!                    whole (one JSON object)      ◀─┴─ parsed ◀─ serve::Generation
 //! ```
 //!
 //! Nothing behind the door knows of it. What each field does is in
@@ -21,7 +21,9 @@ mod generate;
 mod logprobs;
 mod message;
 mod models;
+mod parsed;
 mod tokens;
+mod tools;
 mod whole;
 
 use std::sync::Arc;

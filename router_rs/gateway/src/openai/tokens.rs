@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::{
     ask,
     fields::{Fields, Prompt},
+    tools::Tools,
 };
 use crate::{
     door::{self, Refused},
@@ -46,7 +47,10 @@ pub(super) async fn tokenize(shared: &Arc<Shared>, call: Call) -> Result<Tokeniz
     let model = door::named(&shared.mesh, &name).map_err(invalid)?.model;
     let strings = fields.return_token_strs.unwrap_or(false);
     let input = match (fields.prompt.take(), fields.messages.is_some()) {
-        (None, true) => Input::Chat(ask::chat(&mut fields).map_err(invalid)?),
+        (None, true) => {
+            let tools = Tools::take(&mut fields).map_err(invalid)?;
+            Input::Chat(ask::chat(&mut fields, tools.as_ref()).map_err(invalid)?)
+        }
         (Some(Prompt::Text(text)), false) => {
             ask::added_tokens(&fields, true).map_err(invalid)?;
             Input::Prompt(text)

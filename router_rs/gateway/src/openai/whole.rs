@@ -8,7 +8,9 @@ use serde::Serialize;
 use super::{
     Face,
     answer::{End, Head, StopReason, Usage},
+    generate::Answered,
     logprobs::{Logprobs, Scribe},
+    parsed::{Parsed, Parts, ToolCall},
 };
 use crate::{error::RequestError, serve::generation::Generation};
 
@@ -41,8 +43,15 @@ enum Said {
 #[derive(Debug, Serialize)]
 struct Message {
     role: &'static str,
-    content: String,
+    content: Option<String>,
     refusal: Option<()>,
+    /// By the two names that it has in streams.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    reasoning_content: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    reasoning: String,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<ToolCall>,
 }
 
 /// A choice as it comes.
@@ -52,6 +61,8 @@ struct Coming {
     scribe: Option<Scribe>,
     logprobs: Option<Logprobs>,
     text: String,
+    /// Where reasoning and calls are looked for.
+    parsed: Option<Parsed>,
     end: Option<End>,
 }
 
@@ -61,18 +72,19 @@ struct Coming {
 /// The first that fails ends the call, and with it the others.
 pub(super) async fn gather(
     face: Face,
-    generations: Vec<(Generation, Option<Scribe>)>,
+    answers: Vec<Answered>,
     n: usize,
     head: Head,
 ) -> Result<Whole, RequestError> {
-    let coming = |(generation, scribe): (Generation, Option<Scribe>)| Coming {
-        generation: Some(generation),
-        logprobs: scribe.as_ref().map(Scribe::empty),
-        scribe,
+    let coming = |answer: Answered| Coming {
+        generation: Some(answer.generation),
+        logprobs: answer.scribe.as_ref().map(Scribe::empty),
+        scribe: answer.scribe,
         text: String::new(),
+        parsed: answer.parsed,
         end: None,
     };
-    let mut all: Vec<Coming> = generations.into_iter().map(coming).collect();
+    let mut all: Vec<Coming> = answers.into_iter().map(coming).collect();
     let mut usage = Usage::default();
     poll_fn(|cx| {
         let mut open = false;
@@ -113,6 +125,7 @@ impl Coming {
             logprobs,
             text,
             end,
+            ..
         } = self;
         while let Some(generation) = coming {
             let polled = generation.poll(cx, |message| match &message.event {
@@ -141,25 +154,48 @@ impl Coming {
 
     fn choice(self, face: Face, index: usize) -> Choice {
         let text = self.text;
+        let mut called = false;
         let said = match face {
-            Face::Chat => Said::Chat {
-                message: Message {
-                    role: "assistant",
-                    content: text,
-                    refusal: None,
-                },
-            },
+            Face::Chat => {
+                let parts = match self.parsed {
+                    Some(parsed) => parsed.whole(&text),
+                    None => Parts {
+                        content: text,
+                        ..Parts::default()
+                    },
+                };
+                called = !parts.calls.is_empty();
+                Said::Chat {
+                    message: Message::of(parts),
+                }
+            }
             Face::Completion => Said::Completion { text },
         };
-        let (finish_reason, stop_reason) = self
-            .end
-            .map_or(("stop", None), |end| (end.finish_reason, end.stop_reason));
+        let end = self.end.map(|end| end.of_calls(called));
+        let (finish_reason, stop_reason) =
+            end.map_or(("stop", None), |end| (end.finish_reason, end.stop_reason));
         Choice {
             index,
             said,
             logprobs: self.logprobs,
             finish_reason,
             stop_reason,
+        }
+    }
+}
+
+impl Message {
+    fn of(parts: Parts) -> Self {
+        // Without words of its own an answer that thought or called has none, not empty ones.
+        let silent =
+            parts.content.is_empty() && !(parts.reasoning.is_empty() && parts.calls.is_empty());
+        Self {
+            role: "assistant",
+            content: (!silent).then_some(parts.content),
+            refusal: None,
+            reasoning_content: parts.reasoning.clone(),
+            reasoning: parts.reasoning,
+            tool_calls: parts.calls,
         }
     }
 }

@@ -21,6 +21,7 @@ use crate::{
     door::{CallMetadata, Door, Refused},
     error::RequestError,
     mesh::{Mesh, text_of},
+    settings::ParserSettings,
     telemetry::{Exposition, RequestSpan, Spans, Step, Telemetry},
     vllm::{self, Vllm},
 };
@@ -48,6 +49,8 @@ pub(crate) struct Shared {
     pub(crate) facts: RouterFacts,
     /// A stream of events says that it lives after so long without one.
     pub(crate) sse_keep_alive: Duration,
+    /// What is looked for in outputs.
+    pub(crate) parsers: ParserSettings,
     /// What vLLM's services keep between calls.
     pub(crate) vllm: Vllm,
 }

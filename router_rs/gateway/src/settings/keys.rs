@@ -184,6 +184,18 @@ const ROUTER: &[Key] = &[
         "A stream of the OpenAI face that has nothing to say for so long sends a comment, which keeps proxies from closing it. 0: never.",
     ),
     key(
+        "tool_parser",
+        Kind::List,
+        "auto",
+        "How models write tool calls, for the OpenAI face: auto (as the chat template has it), none, hermes, llama3, mistral, deepseek or harmony; MODEL=FORMAT for one model.",
+    ),
+    key(
+        "reasoning_parser",
+        Kind::List,
+        "auto",
+        "How models mark reasoning, for the OpenAI face: auto (as the chat template has it), none, think, mistral or harmony; MODEL=FORMAT for one model.",
+    ),
+    key(
         "undelivered_ids",
         Kind::Number(1_024, 1 << 32),
         "16777216",

@@ -8,6 +8,7 @@
 mod key;
 mod keys;
 mod otlp;
+mod parsers;
 mod trust;
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
@@ -18,6 +19,7 @@ use serde_json::Value;
 
 pub use key::{Key, Kind};
 pub use keys::KEYS;
+pub use parsers::ParserSettings;
 pub use trust::JwtSettings;
 
 use crate::mesh::{MeshSettings, PolicySettings};
@@ -258,6 +260,7 @@ pub struct Settings {
     pub default_class: String,
     pub slow_client_timeout: Duration,
     pub sse_keep_alive: Duration,
+    pub parsers: ParserSettings,
     pub undelivered_ids: u64,
     pub queue_length: usize,
     pub queue_timeout: Duration,
@@ -343,6 +346,7 @@ impl Settings {
             default_class: layers.text("default_class"),
             slow_client_timeout: layers.duration("slow_client_timeout"),
             sse_keep_alive: layers.duration("sse_keep_alive"),
+            parsers: ParserSettings::of(layers)?,
             undelivered_ids: layers.number("undelivered_ids"),
             queue_length: size("queue_length"),
             queue_timeout: layers.duration("queue_timeout"),

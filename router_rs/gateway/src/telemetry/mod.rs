@@ -211,7 +211,7 @@ impl Telemetry {
 /// A reason as a label: a worker's own words would make labels without bound.
 fn reason_label(error: &RequestError) -> &'static str {
     match error {
-        RequestError::Invalid(_) => "INVALID_FIELD",
+        RequestError::Invalid(_) | RequestError::OverContext(_) => "INVALID_FIELD",
         RequestError::Malformed(_) => "MALFORMED_MESSAGE",
         RequestError::MessageTooLarge { .. } => "MESSAGE_TOO_LARGE",
         RequestError::Text(_) => "TEXT_FAILED",

@@ -10,13 +10,15 @@ pub(super) type Names = &'static [(&'static str, &'static str)];
 
 /// An error that names fields as its client knows them.
 pub(super) fn renamed(error: RequestError, names: Names) -> RequestError {
-    match error {
-        RequestError::Invalid(Violations(mut all)) => {
-            for violation in &mut all {
-                violation.field = name(&violation.field, names);
-            }
-            RequestError::Invalid(Violations(all))
+    let all = |Violations(mut all): Violations| {
+        for violation in &mut all {
+            violation.field = name(&violation.field, names);
         }
+        Violations(all)
+    };
+    match error {
+        RequestError::Invalid(violations) => RequestError::Invalid(all(violations)),
+        RequestError::OverContext(violations) => RequestError::OverContext(all(violations)),
         RequestError::Unsupported { field, words } => RequestError::Unsupported {
             words: match words.as_str() {
                 "" if field.starts_with("grammar") => CANNOT_CONSTRAIN.to_owned(),

@@ -30,6 +30,8 @@ async fn each_refusal_has_its_status_its_code_and_its_field() {
     let tool = json!([{"type": "function", "function": {"name": "f"}}]);
     let invalid = "invalid_field";
     let lacks = "unsupported_parameter";
+    let too_long = "context_length_exceeded";
+    let long = json!([{"role": "user", "content": "x ".repeat(70)}]);
     for (path, body, code, param) in [
         (
             COMPLETIONS,
@@ -53,13 +55,13 @@ async fn each_refusal_has_its_status_its_code_and_its_field() {
         (
             COMPLETIONS,
             json!({"prompt": vec![5; 64]}),
-            invalid,
+            too_long,
             "prompt",
         ),
         (
             COMPLETIONS,
             json!({"prompt": "x", "max_tokens": 64}),
-            invalid,
+            too_long,
             "max_tokens",
         ),
         (
@@ -92,6 +94,13 @@ async fn each_refusal_has_its_status_its_code_and_its_field() {
             json!({"messages": messages, "response_format": {"type": "json_object"}}),
             lacks,
             "response_format",
+        ),
+        (CHAT, json!({"messages": long}), too_long, "messages"),
+        (
+            COMPLETIONS,
+            json!({"prompt": "x ".repeat(70)}),
+            too_long,
+            "prompt",
         ),
         ("/tokenize", json!({}), invalid, "prompt"),
         ("/detokenize", json!({}), invalid, "tokens"),

@@ -8,3 +8,4 @@ mod answers;
 mod errors;
 mod http1;
 mod sockets;
+mod tools;

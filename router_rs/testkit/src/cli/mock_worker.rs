@@ -21,7 +21,8 @@ const DIED: u8 = 137;
 /// sessions), `drain`, `undrain`, `role prefill|decode|both`, `counters`
 /// (prints them), `refuse N`, `skip-openings N`, `delay-first-token MS`,
 /// `die-after TOKENS`, `stale on|off`, `hole INDEX`, `fail INDEX N`,
-/// `return INDEX N`, `stuck on|off`, `heal` (no faults), `quit`.
+/// `return INDEX N`, `stuck on|off`, `heal` (no faults), `say JSON` (each output is this
+/// text; null: as before), `quit`.
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
     /// Address to serve on. Port 0: a free one.
@@ -39,6 +40,18 @@ pub(crate) struct Arguments {
     /// Folder with a tokenizer.json. Default: a small one made in code.
     #[arg(long)]
     tokenizer: Option<PathBuf>,
+    /// Chat template of the tokeniser that is made in code.
+    #[arg(long, conflicts_with = "tokenizer")]
+    chat_template: Option<String>,
+    /// More special tokens of it.
+    #[arg(long, conflicts_with = "tokenizer")]
+    mark: Vec<String>,
+    /// What each output is; see the control `say`.
+    #[arg(long, conflicts_with = "tokenizer")]
+    say: Option<String>,
+    /// Tell that grammars are followed.
+    #[arg(long)]
+    grammars: bool,
     /// Pause between steps, ms. 0: none.
     #[arg(long, default_value_t = 10.0)]
     step_ms: f64,
@@ -102,9 +115,11 @@ impl From<RoleName> for Role {
 
 pub(crate) async fn run(arguments: Arguments) -> Outcome {
     let ms = |ms: f64| Duration::try_from_secs_f64(ms / 1e3);
-    let vocabulary = match &arguments.tokenizer {
-        Some(folder) => Vocabulary::from_folder(folder)?,
-        None => Vocabulary::built_in(),
+    let marks: Vec<&str> = arguments.mark.iter().map(String::as_str).collect();
+    let vocabulary = match (&arguments.tokenizer, &arguments.chat_template) {
+        (Some(folder), _) => Vocabulary::from_folder(folder)?,
+        (None, Some(template)) => Vocabulary::built_in_for(template, &marks),
+        (None, None) => Vocabulary::built_in(),
     };
     let worker = MockWorker::start(MockConfig {
         listen: arguments.listen,
@@ -116,11 +131,13 @@ pub(crate) async fn run(arguments: Arguments) -> Outcome {
         prefill: ms(arguments.prefill_ms)?,
         pool_blocks: arguments.pool_blocks,
         max_logprobs: arguments.max_logprobs,
+        grammars: arguments.grammars,
         http: arguments.http,
         prefill_emits_first_token: !arguments.first_token_from_decode,
         engine_connector: arguments.engine_connector,
         ..MockConfig::default()
     })?;
+    worker.say(arguments.say.as_deref());
     let delay = ms(arguments.delay_first_token_ms)?;
     worker.faults().set(|plan| {
         plan.refuse_next = arguments.refuse;
@@ -218,6 +235,11 @@ fn control(worker: &MockWorker, line: &str) -> Result<Option<String>, String> {
         "return" => {
             let (index, count) = (number(1)?, number(2)?);
             faults.set(|plan| (plan.return_at, plan.return_next) = (Some(index), count));
+        }
+        "say" => {
+            let text: Option<String> =
+                serde_json::from_str(line.trim_start_matches("say")).map_err(|e| e.to_string())?;
+            worker.say(text.as_deref());
         }
         "heal" => faults.set(|plan| *plan = FaultPlan::default()),
         _ => return Err(wrong()),

@@ -45,6 +45,9 @@ pub struct MockConfig {
     pub max_logprobs: u32,
     /// Whether it refuses prompts with a cache salt, and says so.
     pub no_cache_salt: bool,
+    /// Whether it tells that grammars are followed. It follows none: what it says is
+    /// set with [`super::MockWorker::say`].
+    pub grammars: bool,
     /// Whether the direct case is served over HTTP/1.1, too, at a port of its own.
     pub http: bool,
     /// Output index at which an end-of-text token comes. `None`: never.
@@ -83,6 +86,7 @@ impl Default for MockConfig {
             penalties_over_continuation: true,
             max_logprobs: 0,
             no_cache_salt: false,
+            grammars: false,
             http: false,
             end_of_text_at: None,
             cache_events: false,

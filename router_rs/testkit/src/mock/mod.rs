@@ -150,6 +150,16 @@ impl MockWorker {
         self.state.set_role(role);
     }
 
+    /// What placements from now on put out, up to an end-of-text token; `None`: what the
+    /// function of its tokens names.
+    ///
+    /// # Panics
+    /// Where the vocabulary is not one that this crate makes.
+    pub fn say(&self, text: Option<&str>) {
+        let vocabulary = self.state.tokens.vocabulary();
+        self.state.say(text.map(|text| vocabulary.spell(text)));
+    }
+
     /// Takes no new work, or takes it again.
     pub fn set_draining(&self, draining: bool) {
         self.state.set_draining(draining);

@@ -52,6 +52,8 @@ pub(super) struct Running {
     min_tokens: u32,
     stop_ids: Vec<u32>,
     logprobs: Option<u32>,
+    /// Its output, where that was set.
+    said: Option<Arc<[u32]>>,
     pub(super) class: RequestClass,
     pub(super) blocks: u64,
     placed: Instant,
@@ -125,6 +127,7 @@ impl Running {
             min_tokens: continuation.min_tokens,
             stop_ids: continuation.stop_token_ids,
             logprobs: continuation.logprobs,
+            said: state.said(),
             blocks,
             placed: now,
             trace: place.trace,
@@ -209,7 +212,10 @@ impl Running {
     }
 
     fn token(&self, index: u32) -> u32 {
-        let ends = self.state.config.end_of_text_at == Some(index);
+        if let Some(id) = self.said.as_ref().and_then(|said| said.get(index as usize)) {
+            return *id;
+        }
+        let ends = self.said.is_some() || self.state.config.end_of_text_at == Some(index);
         let end = self.state.tokens.vocabulary().end_of_text_ids().first();
         match end {
             Some(end) if ends => *end,

@@ -45,6 +45,8 @@ pub(super) struct State {
     step_began_us: AtomicU64,
     sessions: Mutex<BTreeMap<String, Session>>,
     placed: Mutex<Option<Place>>,
+    /// What every output is, in place of what the function names.
+    said: Mutex<Option<Arc<[u32]>>>,
 }
 
 /// One open Attach stream.
@@ -73,7 +75,19 @@ impl State {
             step_began_us: AtomicU64::new(0),
             sessions: Mutex::default(),
             placed: Mutex::default(),
+            said: Mutex::default(),
         }
+    }
+
+    pub(super) fn say(&self, ids: Option<Vec<u32>>) {
+        *self.said.lock().unwrap_or_else(PoisonError::into_inner) = ids.map(Arc::from);
+    }
+
+    pub(super) fn said(&self) -> Option<Arc<[u32]>> {
+        self.said
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Keeps what a placement is called, whose it and its prefix are, where it came
@@ -86,6 +100,7 @@ impl State {
             min_tokens: from.min_tokens,
             request_class: from.request_class,
             cache_salt: from.cache_salt.clone(),
+            grammar: from.grammar.clone(),
             virtual_deadline_ms: from.virtual_deadline_ms,
             ..Continuation::default()
         });
@@ -381,6 +396,7 @@ fn record(config: &MockConfig, address: String, transfer_address: String) -> Wor
             penalties_over_continuation: config.penalties_over_continuation,
             max_logprobs: config.max_logprobs,
             no_cache_salt: config.no_cache_salt,
+            grammars: config.grammars,
             block_tokens: config.block_tokens,
             pool_blocks: config.pool_blocks,
             block_bytes: 1024,

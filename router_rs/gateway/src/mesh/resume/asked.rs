@@ -67,6 +67,7 @@ pub(super) fn request(
     let sampling = from.sampling.filter(|_| valid).ok_or_else(unknown)?;
     let text = state.text.map(|text| TextSettings {
         special_tokens: text.special_tokens,
+        kept_special_tokens: text.kept_special_tokens,
         stops: text.stop,
         include_stop: text.include_stop,
         min_tokens: from.min_tokens,
@@ -140,6 +141,7 @@ pub(super) mod tests {
             ..admitted(&[1, 2], 9)
         };
         was.text = was.text.map(|text| TextSettings {
+            kept_special_tokens: vec!["<mark>".to_owned()],
             stops: vec!["never".to_owned()],
             min_tokens: 2,
             ..text

@@ -1,0 +1,361 @@
+//! Tools that a model is offered, and which of them it may or has to call.
+
+use std::collections::BTreeMap;
+
+use kvmesh_output_parser::Calls;
+use kvmesh_wire::v1::{self, grammar::Kind};
+use serde_json::{Map, Value, json};
+
+use super::{error::CANNOT_CONSTRAIN, fields::Fields};
+use crate::{error::RequestError, mesh::ServedModel};
+
+/// Longest name of a tool, bytes.
+const MAX_NAME: usize = 256;
+/// Where the schemas of tools keep parts that they refer to.
+const DEFINITIONS: [&str; 2] = ["$defs", "definitions"];
+
+/// What a call says of tools, where it offers any.
+#[derive(Debug)]
+pub(super) struct Tools {
+    tools: Vec<Tool>,
+    choice: Choice,
+    /// More than one call is told of.
+    pub(super) parallel: bool,
+}
+
+#[derive(Debug)]
+struct Tool {
+    name: String,
+    /// JSON Schema of its arguments.
+    parameters: Value,
+    /// As the client wrote it.
+    whole: Value,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Choice {
+    /// The model decides.
+    Auto,
+    /// One or more.
+    Required,
+    /// This one.
+    Named(String),
+}
+
+fn unsupported<T>(field: &str, words: &str) -> Result<T, RequestError> {
+    Err(RequestError::Unsupported {
+        field: field.to_owned(),
+        words: words.to_owned(),
+    })
+}
+
+impl Tools {
+    /// What a body says of them. `None`: nothing is offered, or nothing may be called.
+    pub(super) fn take(fields: &mut Fields) -> Result<Option<Self>, RequestError> {
+        let choice = fields.tool_choice.take().map(choice).transpose()?;
+        let offered = fields.tools.take().unwrap_or_default();
+        if matches!(choice, Some(None)) {
+            return Ok(None);
+        }
+        let choice = choice.flatten().unwrap_or(Choice::Auto);
+        if offered.is_empty() {
+            return match choice {
+                Choice::Auto => Ok(None),
+                _ => Err(RequestError::invalid("tool_choice", "needs tools")),
+            };
+        }
+        let tools = offered.into_iter().enumerate();
+        let tools: Vec<Tool> = tools.map(tool).collect::<Result<_, _>>()?;
+        if let Choice::Named(name) = &choice
+            && !tools.iter().any(|tool| tool.name == *name)
+        {
+            let known: Vec<&str> = tools.iter().map(|tool| tool.name.as_str()).collect();
+            let allowed = format!("a function of tools: {}", known.join(", "));
+            return Err(RequestError::invalid("tool_choice", allowed));
+        }
+        let forced = choice != Choice::Auto;
+        if forced && fields.response_format.is_some() {
+            let words = "a forced call has its own format: leave one of the two out";
+            return unsupported("response_format", words);
+        }
+        Ok(Some(Self {
+            tools,
+            choice,
+            parallel: fields.parallel_tool_calls.unwrap_or(true),
+        }))
+    }
+
+    /// As the template is told of them.
+    pub(super) fn offered(&self) -> Vec<String> {
+        self.tools
+            .iter()
+            .map(|tool| tool.whole.to_string())
+            .collect()
+    }
+
+    /// What holds the output to a call, where one is forced.
+    pub(super) fn grammar(&self) -> Result<Option<v1::Grammar>, RequestError> {
+        let schema = match &self.choice {
+            Choice::Auto => return Ok(None),
+            Choice::Named(name) => {
+                let named = self.tools.iter().find(|tool| tool.name == *name);
+                named.map_or(json!({}), |tool| tool.parameters.clone())
+            }
+            Choice::Required => self.any_call()?,
+        };
+        Ok(Some(v1::Grammar {
+            kind: Some(Kind::JsonSchema(schema.to_string())),
+            ..v1::Grammar::default()
+        }))
+    }
+
+    /// The schema of a list of calls.
+    fn any_call(&self) -> Result<Value, RequestError> {
+        let mut shared: BTreeMap<&str, Map<String, Value>> = BTreeMap::new();
+        let mut calls = Vec::with_capacity(self.tools.len());
+        for (at, tool) in self.tools.iter().enumerate() {
+            let mut parameters = tool.parameters.clone();
+            // References count from the root of a schema: what they name moves there.
+            for place in DEFINITIONS {
+                let own = parameters
+                    .as_object_mut()
+                    .and_then(|all| all.shift_remove(place));
+                let Some(Value::Object(own)) = own else {
+                    continue;
+                };
+                let all = shared.entry(place).or_default();
+                for (name, schema) in own {
+                    if all.get(&name).is_some_and(|other| *other != schema) {
+                        let field = format!("tools[{at}].function.parameters.{place}.{name}");
+                        let allowed = "with tool_choice required, the same in all tools";
+                        return Err(RequestError::invalid(field, allowed));
+                    }
+                    all.insert(name, schema);
+                }
+            }
+            calls.push(json!({
+                "type": "object",
+                "properties": {
+                    "name": {"type": "string", "enum": [tool.name]},
+                    "parameters": parameters,
+                },
+                "required": ["name", "parameters"],
+                "additionalProperties": false,
+            }));
+        }
+        let mut schema = json!({"type": "array", "minItems": 1, "items": {"anyOf": calls}});
+        if !self.parallel {
+            schema["maxItems"] = json!(1);
+        }
+        for (place, all) in shared {
+            schema[place] = Value::Object(all);
+        }
+        Ok(schema)
+    }
+
+    /// How calls will be written, by what the model and its engine can do.
+    pub(super) fn calls(
+        &self,
+        model: &ServedModel,
+        format: Option<kvmesh_output_parser::ToolFormat>,
+    ) -> Result<Calls, RequestError> {
+        if self.choice != Choice::Auto && !model.capabilities.grammars {
+            let words = format!("only auto and none: {CANNOT_CONSTRAIN}");
+            return unsupported("tool_choice", &words);
+        }
+        Ok(match &self.choice {
+            Choice::Required => Calls::List,
+            Choice::Named(name) => Calls::One(name.clone()),
+            Choice::Auto => {
+                let Some(format) = format else {
+                    let words = "how this model writes calls is not known; \
+                        the router's setting tool_parser says it";
+                    return unsupported("tools", words);
+                };
+                let names = self.tools.iter().map(|tool| tool.name.clone());
+                Calls::Native {
+                    format,
+                    names: names.collect(),
+                }
+            }
+        })
+    }
+}
+
+fn tool((at, whole): (usize, Value)) -> Result<Tool, RequestError> {
+    let field = |name: &str| format!("tools[{at}]{name}");
+    match whole.get("type").and_then(Value::as_str) {
+        Some("function") => {}
+        Some(_) => return unsupported(&field(".type"), "only \"function\""),
+        None => return Err(RequestError::invalid(field(".type"), "\"function\"")),
+    }
+    let function = whole.get("function").and_then(Value::as_object);
+    let name = function.and_then(|function| function.get("name"));
+    let name = name.and_then(Value::as_str).unwrap_or_default();
+    if !(1..=MAX_NAME).contains(&name.len()) {
+        let allowed = format!("a text of 1 to {MAX_NAME} bytes");
+        return Err(RequestError::invalid(field(".function.name"), allowed));
+    }
+    let parameters = match function.and_then(|function| function.get("parameters")) {
+        None | Some(Value::Null) => json!({"type": "object", "properties": {}}),
+        Some(schema @ Value::Object(_)) => schema.clone(),
+        Some(_) => {
+            let field = field(".function.parameters");
+            return Err(RequestError::invalid(field, "a JSON Schema"));
+        }
+    };
+    Ok(Tool {
+        name: name.to_owned(),
+        parameters,
+        whole,
+    })
+}
+
+/// `Some`: one may be called.
+fn choice(given: Value) -> Result<Option<Choice>, RequestError> {
+    let invalid = || {
+        let allowed = "none, auto, required, or a function: \
+            {\"type\": \"function\", \"function\": {\"name\": …}}";
+        Err(RequestError::invalid("tool_choice", allowed))
+    };
+    match given {
+        Value::String(word) => match word.as_str() {
+            "none" => Ok(None),
+            "auto" => Ok(Some(Choice::Auto)),
+            "required" => Ok(Some(Choice::Required)),
+            _ => invalid(),
+        },
+        Value::Object(object) => {
+            let named = object.get("function").and_then(|named| named.get("name"));
+            match (object.get("type").and_then(Value::as_str), named) {
+                (Some("function"), Some(Value::String(name))) => {
+                    Ok(Some(Choice::Named(name.clone())))
+                }
+                (Some("allowed_tools" | "custom"), _) => unsupported(
+                    "tool_choice",
+                    "only functions; offer those that are allowed",
+                ),
+                _ => invalid(),
+            }
+        }
+        _ => invalid(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn tools(body: &Value) -> Result<Option<Tools>, RequestError> {
+        Tools::take(&mut Fields::read(body.to_string().as_bytes()).unwrap())
+    }
+
+    fn function(name: &str, parameters: &Value) -> Value {
+        json!({"type": "function", "function": {"name": name, "parameters": parameters}})
+    }
+
+    fn schema(body: &Value) -> Result<Value, RequestError> {
+        let grammar = tools(body)?.unwrap().grammar()?;
+        match grammar.unwrap().kind.unwrap() {
+            Kind::JsonSchema(text) => Ok(serde_json::from_str(&text).unwrap()),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_forced_call_becomes_a_grammar() {
+        let own = json!({"type": "object", "$defs": {"City": {"type": "string"}},
+            "properties": {"city": {"$ref": "#/$defs/City"}}});
+        let offered = json!([function("f", &own), {"type": "function", "function": {"name": "g"}}]);
+        let named = json!({"type": "function", "function": {"name": "f"}});
+        let one = schema(&json!({"tools": offered, "tool_choice": named})).unwrap();
+        assert_eq!(one, own);
+        let body =
+            json!({"tools": offered, "tool_choice": "required", "parallel_tool_calls": false});
+        let any = schema(&body).unwrap();
+        assert_eq!(any["$defs"], own["$defs"]);
+        assert_eq!((&any["minItems"], &any["maxItems"]), (&json!(1), &json!(1)));
+        let calls = any["items"]["anyOf"].as_array().unwrap();
+        assert_eq!(
+            calls[0]["properties"]["name"],
+            json!({"type": "string", "enum": ["f"]})
+        );
+        assert_eq!(
+            calls[0]["properties"]["parameters"]["properties"],
+            own["properties"]
+        );
+        assert!(calls[0]["properties"]["parameters"].get("$defs").is_none());
+        let parameters = &calls[1]["properties"]["parameters"];
+        assert_eq!(*parameters, json!({"type": "object", "properties": {}}));
+        let other = json!({"$defs": {"City": {"type": "number"}}});
+        let offered = json!([function("f", &own), function("g", &other)]);
+        let refused = schema(&json!({"tools": offered, "tool_choice": "required"})).unwrap_err();
+        assert!(
+            refused
+                .to_string()
+                .contains("tools[1].function.parameters.$defs.City")
+        );
+    }
+
+    #[test]
+    fn what_is_not_to_be_called_is_not_offered() {
+        let offered = json!([function("f", &json!({}))]);
+        for body in [
+            json!({}),
+            json!({"tools": []}),
+            json!({"tool_choice": "auto"}),
+            json!({"tool_choice": "none"}),
+            json!({"tools": offered, "tool_choice": "none"}),
+        ] {
+            assert!(tools(&body).unwrap().is_none(), "{body}");
+        }
+        let auto = tools(&json!({"tools": offered})).unwrap().unwrap();
+        assert!(auto.parallel && auto.grammar().unwrap().is_none());
+        assert_eq!(auto.offered(), [offered[0].to_string()]);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let offered = json!([function("f", &json!({}))]);
+        let other = json!({"type": "function", "function": {"name": "g"}});
+        for (body, field) in [
+            (json!({"tool_choice": "required"}), "tool_choice"),
+            (
+                json!({"tools": offered, "tool_choice": "must"}),
+                "tool_choice",
+            ),
+            (
+                json!({"tools": offered, "tool_choice": other}),
+                "tool_choice",
+            ),
+            (
+                json!({"tools": offered, "tool_choice": {"type": "allowed_tools"}}),
+                "tool_choice",
+            ),
+            (json!({"tools": [{"type": "web_search"}]}), "tools[0].type"),
+            (json!({"tools": [{}]}), "tools[0].type"),
+            (
+                json!({"tools": [offered[0], function("", &json!({}))]}),
+                "tools[1].function.name",
+            ),
+            (
+                json!({"tools": [function("f", &json!(7))]}),
+                "tools[0].function.parameters",
+            ),
+            (
+                json!({"tools": offered, "tool_choice": "required",
+                    "response_format": {"type": "json_object"}}),
+                "response_format",
+            ),
+        ] {
+            let error = tools(&body).unwrap_err();
+            let named = match &error {
+                RequestError::Invalid(all) => &all.0[0].field,
+                RequestError::Unsupported { field, .. } => field,
+                other => panic!("{body}: {other}"),
+            };
+            assert_eq!(named, field, "{body}");
+        }
+    }
+}
