@@ -154,6 +154,14 @@ peers: ## Build the Rust programs that benchmarks compare with (some minutes, on
 	cargo build --release --locked --manifest-path benchmarks/peers/index/Cargo.toml \
 		--target-dir benchmarks/peers/index/target
 
+INDEX_WORKLOAD := target/index-workload
+
+.PHONY: bench-index
+bench-index: $(STAMPS)/test-$(ENV_KEY) $(NATIVE) ## Time the index alone, by Criterion
+	$(BIN)/python benchmarks/kv_index.py --write $(INDEX_WORKLOAD)
+	INDEX_WORKLOAD=$(CURDIR)/$(INDEX_WORKLOAD) cargo bench --locked --manifest-path benchmarks/peers/index/Cargo.toml \
+		--target-dir benchmarks/peers/index/target
+
 ifeq ($(shell uname -m),x86_64)
 test: sanitize-address
 test-long: sanitize

@@ -11,7 +11,7 @@ Every answer is checked. Where benchmarks/peers/index is built (make peers), tha
 the Rust index with the concurrent one of NVIDIA's crate dynamo-kv-router, in blocks in turn too. A
 second table has 1,024 workers and 10 M blocks.
 
-    python benchmarks/kv_index.py [--quick] [--json FILE]
+    python benchmarks/kv_index.py [--quick] [--json FILE] [--write FOLDER]
 """
 
 from __future__ import annotations
@@ -459,10 +459,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="under a minute; no evidence")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--write", type=Path, metavar="FOLDER", help="write the workload there, and measure nothing"
+    )
     given = parser.parse_args()
     sys.setswitchinterval(0.0005)
     workload = Workload(prefixes=200) if given.quick else Workload()
     rounds, count = (1, 500) if given.quick else (5, 2000)
+    if given.write:
+        given.write.mkdir(parents=True, exist_ok=True)
+        write_events(workload, given.write / "events")
+        write_queries(workload, given.write / "queries", count)
+        return
     figures = compare_python(workload, rounds, count)
     if PEER.exists():
         title = f"{workload.workers} workers, {workload.blocks:,} blocks"

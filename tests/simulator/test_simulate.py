@@ -54,9 +54,21 @@ def test_the_report_needs_no_network_and_shows_every_run(trace, tmp_path):
     command = ["simulate", "--trace", str(trace), "--workers", "2", "--html", str(html)]
     assert main([*command, "--policy", "cost", "--policy", "overlap-load:overlap-weight=4"]) == 0
     text = html.read_text()
-    assert text.count("<svg") == 10
+    assert text.count("<figure>") == 12
     assert "overlap-load" in text
     assert not re.search(r"https?://|<script|<link|src=", text)
+
+
+def test_a_report_of_a_sweep_tells_its_lines_apart_in_plot_and_legend(trace, tmp_path):
+    html = tmp_path / "sweep.html"
+    command = ["simulate", "--trace", str(trace), "--sweep", "1P5D..5P1D", "--html", str(html)]
+    assert main(command) == 0
+    (busy,) = re.findall(r"<figure><figcaption>workers busy.*?</figure>", html.read_text())
+    looks = re.compile(r" (stroke='.*?)(?: points=.*?)?/>")
+    drawn = looks.findall("".join(re.findall(r"<polyline .*?/>", busy)))
+    named = looks.findall(busy.split("<br>")[1])
+    assert len(drawn) == len(set(drawn)) == 10
+    assert drawn == named
 
 
 def test_without_noise_waits_are_as_predicted(trace, tmp_path):

@@ -10,6 +10,10 @@ from html import escape
 # Told apart also by those who see few colours (Okabe and Ito, 2008).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c8c00")
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 520, 240, 58, 34, 10
+_LETTER, _ROW = 6.5, 20
+"""Width of a letter as a rule, and height of a bar that lies, in pixels."""
+_DASHES = ("", "5 3", "1 3")
+"""Tell apart lines that have the same colour."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +40,18 @@ def lines(caption: str, span_s: float, drawn: Sequence[Line]) -> str:
             f"{_LEFT + (_WIDTH - _LEFT - 10) * (i + 0.5) / count:.1f},{_y(value, top):.1f}"
             for i, value in enumerate(line.values)
         )
-        colour = COLOURS[at % len(COLOURS)]
-        dash = " stroke-dasharray='5 3'" if at >= len(COLOURS) else ""
-        parts.append(
-            f"<polyline fill='none' stroke='{colour}' stroke-width='1.5'{dash} points='{points}'/>"
-        )
+        parts.append(f"<polyline fill='none' {_stroke(at)} points='{points}'/>")
     return _figure(caption, parts, [line.name for line in drawn])
 
 
 def bars(caption: str, names: Sequence[str], values: Sequence[float]) -> str:
-    """One bar a name, its value above it."""
+    """One bar a name, its value at its end; where names are too long to stand side by side, bars
+    lie below each other."""
     top = _round_up(max(values, default=0.0))
-    parts = _frame(top)
     step = (_WIDTH - _LEFT - 10) / max(1, len(values))
+    if max(map(len, names), default=0) * _LETTER > step:
+        return _lying(caption, names, values, top)
+    parts = _frame(top)
     for at, (name, value) in enumerate(zip(names, values, strict=True)):
         x, y = _LEFT + step * (at + 0.15), _y(value, top)
         middle = x + step * 0.35
@@ -59,6 +62,27 @@ def bars(caption: str, names: Sequence[str], values: Sequence[float]) -> str:
             f"<text x='{middle:.1f}' y='{_HEIGHT - 18}' text-anchor='middle'>{escape(name)}</text>"
         )
     return _figure(caption, parts, [])
+
+
+def _lying(caption: str, names: Sequence[str], values: Sequence[float], top: float) -> str:
+    left = min(_WIDTH / 2, max(map(len, names)) * _LETTER + 8)
+    room = _WIDTH - left - 60
+    parts = []
+    for at, (name, value) in enumerate(zip(names, values, strict=True)):
+        y, width = at * _ROW, max(0.0, min(1.0, value / top)) * room
+        parts.append(
+            f"<text x='{left - 6:.0f}' y='{y + 14}' text-anchor='end'>{escape(name)}</text>"
+            f"<rect x='{left:.0f}' y='{y + 2}' width='{width:.1f}' height='{_ROW - 5}' "
+            f"fill='{COLOURS[at % len(COLOURS)]}'/>"
+            f"<text x='{left + width + 4:.1f}' y='{y + 14}'>{_short(value)}</text>"
+        )
+    return _figure(caption, parts, [], height=len(names) * _ROW + 4)
+
+
+def _stroke(at: int) -> str:
+    colour = COLOURS[at % len(COLOURS)]
+    dash = _DASHES[at // len(COLOURS) % len(_DASHES)]
+    return f"stroke='{colour}' stroke-width='1.5'" + (f" stroke-dasharray='{dash}'" if dash else "")
 
 
 def _frame(top: float) -> list[str]:
@@ -73,14 +97,18 @@ def _frame(top: float) -> list[str]:
     return parts
 
 
-def _figure(caption: str, parts: Sequence[str], legend: Sequence[str]) -> str:
+def _figure(
+    caption: str, parts: Sequence[str], legend: Sequence[str], height: int = _HEIGHT
+) -> str:
+    # Drawn as the line itself: by its colour alone the ninth would be the first.
     keys = "".join(
-        f"<span style='color:{COLOURS[at % len(COLOURS)]}'>&#9632;</span> {escape(name)} &nbsp;"
+        f"<svg width='26' height='8' viewBox='0 0 26 8'><line x1='0' x2='26' y1='4' y2='4' "
+        f"{_stroke(at)}/></svg> {escape(name)} &nbsp;"
         for at, name in enumerate(legend)
     )
     return (
         f"<figure><figcaption>{escape(caption)}</figcaption>"
-        f"<svg width='{_WIDTH}' height='{_HEIGHT}' viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img' "
+        f"<svg width='{_WIDTH}' height='{height}' viewBox='0 0 {_WIDTH} {height}' role='img' "
         f"aria-label='{escape(caption, quote=True)}'>{''.join(parts)}</svg>"
         f"<br><small>{keys}</small></figure>"
     )

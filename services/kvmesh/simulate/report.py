@@ -66,6 +66,8 @@ def _compared(runs: Sequence[tuple[str, Run]]) -> list[str]:
     return [
         bars("mean TTFT, ms", names, [s["ttft_ms"]["mean"] for s in of]),
         bars("TTFT p99, ms", names, [s["ttft_ms"]["p99"] for s in of]),
+        bars("slowdown p99", names, [s["slowdown"]["p99"] for s in of]),
+        bars("ITL p99, ms", names, [s["itl_ms"]["p99"] for s in of]),
         bars("end to end, mean, s", names, [s["end_to_end_ms"]["mean"] / 1e3 for s in of]),
         bars("goodput, %", names, [100 * s["goodput_share"] for s in of]),
         bars("goodput a second and GPU", names, [s["goodput_per_gpu_s"] for s in of]),

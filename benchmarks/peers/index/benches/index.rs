@@ -1,46 +1,34 @@
-//! How fast the index is on one core: `cargo bench` here. 500
-//! prompts of 512 blocks over 64 workers, every twentieth on 8 of them, stored
-//! in events of 32 blocks. `benchmarks/kv_index.py` has the whole workload.
+//! How fast the index is on one core, on the workload of `benchmarks/kv_index.py`: `make bench-index`
+//! writes it to the folder that INDEX_WORKLOAD names, and runs this.
 #![allow(clippy::unwrap_used, missing_docs)]
+
+#[path = "../src/workload.rs"]
+mod workload;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use kvmesh_kv_index::{
     CacheChange, IndexSettings, Knowledge, KvIndex, Matches, Tier, WorkerSlot, chain_values,
 };
+use std::path::PathBuf;
+use workload::{Event, Query};
 
-const PROMPTS: u64 = 500;
+/// As the workload has it.
+const WORKERS: u32 = 64;
 const DEPTH: usize = 512;
-const WORKERS: u64 = 64;
 
-/// splitmix64.
-fn mix(seed: u64) -> u64 {
-    let mut z = seed.wrapping_add(0x9E37_79B9_7F4A_7C15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
-}
-
-fn prompt(number: u64) -> Vec<u64> {
-    (0..DEPTH as u64).map(|at| mix(number << 20 | at)).collect()
-}
-
-/// (worker, parent, values), the events of all prompts mixed.
-fn events() -> Vec<(WorkerSlot, u64, Vec<u64>)> {
-    let mut events = Vec::new();
-    for number in 0..PROMPTS {
-        let chain = prompt(number);
-        for copy in 0..if number % 20 == 0 { 8 } else { 1 } {
-            let worker = WorkerSlot(((mix(number) + copy * 7) % WORKERS) as u32);
-            for (at, part) in chain.chunks(32).enumerate() {
-                let parent = if at == 0 { 0 } else { chain[32 * at - 1] };
-                // In order within a prompt, prompts mixed.
-                let order = (at as u64) << 32 | mix(number * 31 + at as u64) >> 32;
-                events.push((order, (worker, parent, part.to_vec())));
-            }
-        }
+fn folder() -> PathBuf {
+    match std::env::var_os("INDEX_WORKLOAD") {
+        Some(folder) => folder.into(),
+        None => panic!("INDEX_WORKLOAD names no folder with the workload: run make bench-index"),
     }
-    events.sort_by_key(|(order, _)| *order);
-    events.into_iter().map(|(_, event)| event).collect()
+}
+
+fn events() -> Vec<Event> {
+    workload::events(&folder().join("events")).unwrap()
+}
+
+fn queries() -> Vec<Query> {
+    workload::queries(&folder().join("queries")).unwrap()
 }
 
 fn empty() -> KvIndex {
@@ -51,19 +39,23 @@ fn empty() -> KvIndex {
     index
 }
 
-fn store(index: &KvIndex, events: &[(WorkerSlot, u64, Vec<u64>)]) {
-    for (worker, parent, chain) in events {
-        let change = CacheChange::StoredAfter {
-            parent: *parent,
-            chain,
-            tier: Tier::Device,
+fn store(index: &KvIndex, events: &[Event]) {
+    for event in events {
+        let (chain, tier) = (event.chain.as_slice(), Tier::Device);
+        let change = match event.parent {
+            Some(parent) => CacheChange::StoredAfter {
+                parent,
+                chain,
+                tier,
+            },
+            None => CacheChange::Stored { chain, tier },
         };
-        index.apply(*worker, &[change]).unwrap();
+        index.apply(WorkerSlot(event.worker as u32), &[change]).unwrap();
     }
 }
 
 fn hashing(c: &mut Criterion) {
-    let ids: Vec<u32> = (0..8_192).map(|at| mix(at) as u32 % 32_000).collect();
+    let ids: Vec<u32> = (0..8_192u32).map(|at| at.wrapping_mul(0x9E37_79B9) % 32_000).collect();
     let mut group = c.benchmark_group("hash");
     group.throughput(Throughput::Elements(ids.len() as u64));
     group.bench_function("8,192 token ids", |b| b.iter(|| chain_values(7, &ids)));
@@ -72,7 +64,7 @@ fn hashing(c: &mut Criterion) {
 
 fn applying(c: &mut Criterion) {
     let events = events();
-    let blocks: usize = events.iter().map(|(.., chain)| chain.len()).sum();
+    let blocks: usize = events.iter().map(|event| event.chain.len()).sum();
     let mut group = c.benchmark_group("apply");
     group
         .throughput(Throughput::Elements(blocks as u64))
@@ -87,22 +79,16 @@ fn looking_up(c: &mut Criterion) {
     let index = empty();
     store(&index, &events());
     let mut group = c.benchmark_group("look-up of 512 blocks");
+    let queries = queries();
     for hit in [0, 64, DEPTH] {
-        let prompts: Vec<Vec<u64>> = (0..PROMPTS)
-            .map(|number| {
-                let mut chain = prompt(number);
-                for (at, value) in chain.iter_mut().enumerate().skip(hit) {
-                    *value = mix((number + 1) << 40 | at as u64);
-                }
-                chain
-            })
-            .collect();
+        let prompts: Vec<&Query> = queries.iter().filter(|query| query.hit == hit).collect();
+        assert!(!prompts.is_empty(), "no prompt of which {hit} blocks are held");
         let mut found = Matches::default();
         let mut next = prompts.iter().cycle();
         group.bench_function(BenchmarkId::new("hit", hit), |b| {
             b.iter(|| {
                 next.next()
-                    .map(|chain| index.lookup_into(chain, &mut found))
+                    .map(|query| index.lookup_into(&query.chain, &mut found))
             });
         });
     }
