@@ -63,8 +63,10 @@ impl<'a> Look<'a> {
     /// it. `None`: the mark is not there.
     pub(crate) fn until(&mut self, mark: &str, most: usize) -> Result<Option<&'a str>, More> {
         let rest = self.rest();
-        match rest.find(mark) {
-            Some(at) if at <= most => {
+        // No further than it may be: what is behind that is looked at again and again.
+        let end = rest.floor_char_boundary(most + mark.len());
+        match rest[..end].find(mark) {
+            Some(at) => {
                 self.at += at + mark.len();
                 Ok(Some(&rest[..at]))
             }

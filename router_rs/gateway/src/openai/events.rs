@@ -162,6 +162,7 @@ impl Events {
             for at in (first..first + count).map(|at| at % count) {
                 let choice = &mut self.choices[at];
                 while choice.generation.is_some() && self.buffer.len() < FRAME_BYTES {
+                    let before = self.buffer.len();
                     match choice.poll(cx, &mut self.buffer) {
                         // Its message held all that was pending: nothing is to be
                         // waited for behind it.
@@ -169,8 +170,11 @@ impl Events {
                             more = true;
                             // Where a frame holds not all of them, the others are in the next.
                             self.next = (at + 1) % count;
-                            if let (Some(silence), Some(taken)) =
-                                (&mut self.silence, choice.taken())
+                            // Text may be held until it is known what it becomes: to who
+                            // waits that is silence.
+                            if self.buffer.len() > before
+                                && let (Some(silence), Some(taken)) =
+                                    (&mut self.silence, choice.taken())
                             {
                                 silence.since = taken;
                             }

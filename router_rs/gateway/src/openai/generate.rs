@@ -15,7 +15,7 @@ use super::{
     fields::Fields,
     json,
     logprobs::Scribe,
-    parsed::{Parsed, Parsing},
+    parsed::{Ids, Parsed, Parsing},
     whole, with_headers,
 };
 use crate::{
@@ -151,6 +151,7 @@ async fn open(
             expected: Arc::new(expected),
             prompt_end: prompt_end(&model, streams.first().map(|(stream, _)| stream)),
             parallel: asked.tools.is_none_or(|tools| tools.parallel),
+            ids: Ids::of(shared.parsers.tools(&model.record.name, model.tool_format)),
         }),
         streams,
         n: asked.n as usize,

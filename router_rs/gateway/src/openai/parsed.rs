@@ -2,9 +2,12 @@
 
 use std::sync::Arc;
 
-use kvmesh_output_parser::{Calls, Event, Events, Expected, OutputParser, ToolFormat};
+use kvmesh_output_parser::{Event, Events, Expected, OutputParser, ToolFormat};
 use rand::RngExt;
 use serde::Serialize;
+
+/// Bytes of a whole answer that are read at once.
+const PIECE: usize = 4 << 10;
 
 /// What is looked for in the answers of a call.
 #[derive(Clone, Debug)]
@@ -14,6 +17,8 @@ pub(super) struct Parsing {
     pub(super) prompt_end: String,
     /// Of several calls more than the first are told.
     pub(super) parallel: bool,
+    /// How ids of calls look.
+    pub(super) ids: Ids,
 }
 
 /// A part of an answer, as a chunk of a stream has it.
@@ -92,7 +97,7 @@ impl Parsed {
             parser: OutputParser::new(&parsing.expected, &parsing.prompt_end),
             events: Events::default(),
             parallel: parsing.parallel,
-            ids: Ids::of(&parsing.expected.calls),
+            ids: parsing.ids,
             calls: 0,
         }
     }
@@ -148,7 +153,13 @@ impl Parsed {
 
     /// All of an answer at once.
     pub(super) fn whole(mut self, text: &str) -> Parts {
-        self.parser.push(text, &mut self.events);
+        // In pieces, as a stream has it: what is not told yet is looked at with each mark.
+        let mut rest = text;
+        while !rest.is_empty() {
+            let (piece, behind) = rest.split_at(rest.ceil_char_boundary(PIECE));
+            self.parser.push(piece, &mut self.events);
+            rest = behind;
+        }
         self.parser.finish(&mut self.events);
         let mut parts = Parts::default();
         let mut calls = Vec::new();
@@ -188,7 +199,7 @@ fn call(delta: CallDelta<'_>) -> Delta<'_> {
 
 /// How ids of calls look.
 #[derive(Clone, Copy, Debug)]
-enum Ids {
+pub(super) enum Ids {
     /// As OpenAI's.
     Usual,
     /// Templates of Mistral take nine letters and digits, nothing else.
@@ -196,12 +207,10 @@ enum Ids {
 }
 
 impl Ids {
-    fn of(calls: &Calls) -> Self {
-        match calls {
-            Calls::Native {
-                format: ToolFormat::Mistral,
-                ..
-            } => Self::Nine,
+    /// As a model's template takes them, also where a grammar held the call.
+    pub(super) fn of(format: Option<ToolFormat>) -> Self {
+        match format {
+            Some(ToolFormat::Mistral) => Self::Nine,
             _ => Self::Usual,
         }
     }

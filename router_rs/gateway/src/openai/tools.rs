@@ -73,9 +73,11 @@ impl Tools {
             let allowed = format!("a function of tools: {}", known.join(", "));
             return Err(RequestError::invalid("tool_choice", allowed));
         }
-        let forced = choice != Choice::Auto;
-        if forced && fields.response_format.is_some() {
-            let words = "a forced call has its own format: leave one of the two out";
+        let format = fields.response_format.as_ref();
+        if format.is_some_and(|format| format.r#type != "text") {
+            // It holds from the first token: with it a model can never call anything.
+            let words =
+                "a call has its own format: leave one of the two out, or set tool_choice to none";
             return unsupported("response_format", words);
         }
         Ok(Some(Self {
@@ -346,6 +348,10 @@ mod tests {
             (
                 json!({"tools": offered, "tool_choice": "required",
                     "response_format": {"type": "json_object"}}),
+                "response_format",
+            ),
+            (
+                json!({"tools": offered, "response_format": {"type": "json_object"}}),
                 "response_format",
             ),
         ] {

@@ -42,6 +42,16 @@ pub struct Key {
     pub help: &'static str,
 }
 
+impl Key {
+    /// Whether no value of it may be told to anyone.
+    pub(super) fn is_secret(&self) -> bool {
+        SECRET.contains(&self.name)
+    }
+}
+
+/// Settings that are secrets by themselves; others name files.
+const SECRET: &[&str] = &["otlp_headers"];
+
 pub(super) const HOUR: u64 = 3_600_000;
 pub(super) const GIB: u64 = 1 << 30;
 

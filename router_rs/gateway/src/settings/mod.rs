@@ -91,7 +91,11 @@ impl Layers {
             let value = key.check(&value).map_err(|allowed| SettingsError::Value {
                 from: from.to_owned(),
                 key: key.name,
-                value: value.to_string(),
+                value: match key.is_secret() {
+                    // Of a wrong kind it may be right in all else.
+                    true => "not shown".to_owned(),
+                    false => value.to_string(),
+                },
                 allowed,
             })?;
             self.values.insert(key.name, value);

@@ -77,5 +77,15 @@ mod tests {
         layers.add_toml("test.toml", file).unwrap();
         let settings = Settings::resolve(&layers).unwrap();
         assert!(!format!("{settings:?}").contains("a-secret"));
+        for wrong in [
+            "{ authorization = 'a-secret' }",
+            "['authorization=a-secret']",
+        ] {
+            let file = format!("otlp_headers = {wrong}");
+            let why = Layers::default().add_toml("test.toml", &file).unwrap_err();
+            let why = why.to_string();
+            assert!(why.contains("otlp_headers"), "{why}");
+            assert!(!why.contains("a-secret"), "{why}");
+        }
     }
 }

@@ -192,7 +192,10 @@ class OpenAiServer:
                 if (part := reader.rest()) is not None:
                     yield part
         except httpx.HTTPError as error:
-            raise _unreachable(error) from error
+            # An answer that has ended is whole, though its usage never came.
+            if (part := reader.rest()) is None:
+                raise _unreachable(error) from error
+            yield part
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Where the server has no call for it, dropping its stream has to do: see `dialects`."""

@@ -15,6 +15,9 @@ use tonic::{
 const CONNECT: Duration = Duration::from_secs(2);
 /// ... and to take a batch within this.
 const ANSWER: Duration = Duration::from_secs(10);
+/// How often one that says nothing is asked whether it is there, and how long it may take
+/// to say so.
+const ALIVE: Duration = Duration::from_secs(10);
 
 /// Headers that are gRPC's own.
 const RESERVED: &[&str] = &["te", "content-type", "user-agent", "host", "connection"];
@@ -70,7 +73,13 @@ impl Collector {
     ) -> Result<Self, ServerTlsError> {
         let ca = ca.map(|ca| ("otlp_ca", ca.to_owned()));
         let tls = ca.map(|ca| ServerTls::open(ca, None, None)).transpose()?;
-        let endpoint = address.endpoint.connect_timeout(CONNECT).timeout(ANSWER);
+        // One that vanished without a word is missed, and reached anew.
+        let endpoint = address
+            .endpoint
+            .connect_timeout(CONNECT)
+            .timeout(ANSWER)
+            .http2_keep_alive_interval(ALIVE)
+            .keep_alive_timeout(ALIVE);
         Ok(Self {
             endpoint,
             tls,
