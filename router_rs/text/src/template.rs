@@ -216,23 +216,48 @@ fn without_generation_tags(source: &str) -> Cow<'_, str> {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(begin) = rest.find("{%") {
-        let Some(length) = rest[begin..].find("%}") else {
+        // Behind its beginning: `{%}` has one percent sign for both.
+        let (before, behind) = rest.split_at(begin + 2);
+        let Some(length) = behind.find("%}") else {
             break;
         };
-        let body = &rest[begin + 2..begin + length];
+        let body = &behind[..length];
         let word = body
             .trim_start_matches(['-', '+'])
             .trim_end_matches(['-', '+'])
             .trim();
-        out.push_str(&rest[..begin + 2]);
+        out.push_str(before);
         match word {
             "generation" => out.push_str(&body.replace(word, "if true")),
             "endgeneration" => out.push_str(&body.replace(word, "endif")),
             _ => out.push_str(body),
         }
         out.push_str("%}");
-        rest = &rest[begin + length + 2..];
+        rest = &behind[length + 2..];
     }
     out.push_str(rest);
     Cow::Owned(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::without_generation_tags;
+
+    #[test]
+    fn a_tag_of_one_percent_sign_is_left_as_it_is() {
+        for (source, wanted) in [
+            ("generation {%}", "generation {%}"),
+            (
+                "{%}x{% generation %}y{% endgeneration %}",
+                "{%}x{% generation %}y{% endif %}",
+            ),
+            (
+                "{%- generation -%}é{% endgeneration %}",
+                "{%- if true -%}é{% endif %}",
+            ),
+            ("{% generation", "{% generation"),
+        ] {
+            assert_eq!(without_generation_tags(source), wanted);
+        }
+    }
 }
