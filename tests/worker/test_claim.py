@@ -320,13 +320,18 @@ async def goes_on(rig, session, *had: int) -> None:
     assert rig.engine.cancelled.empty()
 
 
+async def leaves_more_than_is_kept(rig, old, session) -> None:
+    """Its router goes, and what is made then passes what is kept for it."""
+    old.cancel()
+    while (await rig.stub.GetInfo(wire.GetInfoRequest())).routers:
+        pass
+    rig.engine.emit(session, step=2, tokens=tokens(2, *range(42, 60)))
+
+
 async def test_what_waits_for_a_router_that_is_gone_costs_nobody_what_can_be_resumed() -> None:
     async with running(replay_bytes=1, load_interval_ms=10.0) as rig:
         old, session = await begin_beside(rig)
-        old.cancel()
-        while (await rig.stub.GetInfo(wire.GetInfoRequest())).routers:
-            pass
-        rig.engine.emit(session, step=2, tokens=tokens(2, *range(42, 60)))
+        await leaves_more_than_is_kept(rig, old, session)
         # The other is of no use any more: its router lacks what was forgotten.
         assert await rig.engine.cancelled.get() == AttemptId(OTHER, 1, 1)
         await goes_on(rig, session, 40, 41, *range(42, 60))
@@ -335,10 +340,7 @@ async def test_what_waits_for_a_router_that_is_gone_costs_nobody_what_can_be_res
 async def test_a_router_that_comes_back_lacks_what_was_forgotten() -> None:
     async with running(replay_bytes=1, load_interval_ms=10.0) as rig:
         old, session = await begin_beside(rig)
-        old.cancel()
-        while (await rig.stub.GetInfo(wire.GetInfoRequest())).routers:
-            pass
-        rig.engine.emit(session, step=2, tokens=tokens(2, *range(42, 60)))
+        await leaves_more_than_is_kept(rig, old, session)
         assert await rig.engine.cancelled.get() == AttemptId(OTHER, 1, 1)
         # It has two tokens, and nothing after these is known: it has to begin anew there.
         named = wire.Reattach(generation=GENERATION, owner=1, attempt=1, next_index=2)

@@ -7,7 +7,7 @@ use crate::{
     deepseek,
     event::Events,
     hermes, llama,
-    look::{Look, More, first, is_space, partial, space_before},
+    look::{Look, More, consume, first, is_space, partial, space_before},
     mistral,
     object::{CallObject, Progress, Rules},
 };
@@ -203,13 +203,9 @@ impl CallParser {
     }
 
     fn read(&mut self, ended: bool, out: &mut Events) {
-        let held = std::mem::take(&mut self.held);
-        let mut at = 0;
-        while let Some(took) = self.step(&held[at..], ended, out) {
-            at += took;
-        }
+        let mut held = std::mem::take(&mut self.held);
+        consume(&mut held, |text| self.step(text, ended, out));
         self.held = held;
-        self.held.drain(..at);
     }
 
     /// Takes some bytes, or goes on to another state; `None`: more have to come.

@@ -64,7 +64,7 @@ impl ToolFormat {
     #[must_use]
     pub fn of_template(template: &str) -> Option<Self> {
         let has = |part: &str| template.contains(part);
-        if has("<|channel|>") && has("<|message|>") {
+        if harmony::is_in(template) {
             Some(Self::Harmony)
         } else if has("<｜tool▁call▁begin｜>") {
             Some(Self::DeepSeek)
@@ -111,7 +111,7 @@ impl ReasoningFormat {
     #[must_use]
     pub fn of_template(template: &str) -> Option<Self> {
         let has = |part: &str| template.contains(part);
-        if has("<|channel|>") && has("<|message|>") {
+        if harmony::is_in(template) {
             Some(Self::Harmony)
         } else if has("[THINK]") {
             Some(Self::Mistral)
@@ -128,6 +128,14 @@ impl ReasoningFormat {
             Self::Think => &["<think>", "</think>"],
             Self::Mistral => &["[THINK]", "[/THINK]"],
             Self::Harmony => harmony::MARKS,
+        }
+    }
+
+    /// The marks before reasoning and behind it; `None`: it lies otherwise.
+    pub(crate) fn around(self) -> Option<(&'static str, &'static str)> {
+        match *self.marks() {
+            [open, close] => Some((open, close)),
+            _ => None,
         }
     }
 }

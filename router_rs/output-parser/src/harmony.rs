@@ -3,7 +3,7 @@
 
 use crate::{
     event::Events,
-    look::{Look, More, first, is_space, partial},
+    look::{Look, More, consume, first, is_space, partial},
 };
 
 const START: &str = "<|start|>";
@@ -77,13 +77,9 @@ impl Harmony {
     }
 
     fn read(&mut self, ended: bool, out: &mut Events) {
-        let held = std::mem::take(&mut self.held);
-        let mut at = 0;
-        while let Some(took) = self.step(&held[at..], ended, out) {
-            at += took;
-        }
+        let mut held = std::mem::take(&mut self.held);
+        consume(&mut held, |text| self.step(text, ended, out));
         self.held = held;
-        self.held.drain(..at);
     }
 
     /// Takes some bytes, or goes on to another state; `None`: more have to come.
@@ -187,6 +183,11 @@ impl Harmony {
         }
         self.state = State::Between;
     }
+}
+
+/// Whether a chat template is written for these messages.
+pub(crate) fn is_in(template: &str) -> bool {
+    template.contains(CHANNEL) && template.contains(MESSAGE)
 }
 
 /// Whether a text begins with one of these.

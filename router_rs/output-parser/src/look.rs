@@ -76,6 +76,15 @@ impl<'a> Look<'a> {
     }
 }
 
+/// Has `step` take bytes from the beginning of a text, until it asks for more.
+pub(crate) fn consume(held: &mut String, mut step: impl FnMut(&str) -> Option<usize>) {
+    let mut at = 0;
+    while let Some(took) = step(&held[at..]) {
+        at += took;
+    }
+    held.drain(..at);
+}
+
 /// The first of these marks in a text.
 pub(crate) fn first<'m>(text: &str, marks: &[&'m str]) -> Option<(usize, &'m str)> {
     let found = marks

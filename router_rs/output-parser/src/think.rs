@@ -3,7 +3,7 @@
 use crate::{
     event::Events,
     format::ReasoningFormat,
-    look::{Look, is_space, partial, space_before},
+    look::{Look, consume, is_space, partial, space_before},
 };
 
 /// Finds reasoning before the content.
@@ -37,11 +37,7 @@ impl Think {
         prompt_end: &str,
         constrained: bool,
     ) -> Option<Self> {
-        let (open, close) = match format {
-            ReasoningFormat::Think => ("<think>", "</think>"),
-            ReasoningFormat::Mistral => ("[THINK]", "[/THINK]"),
-            ReasoningFormat::Harmony => return None,
-        };
+        let (open, close) = format.around()?;
         let opened = prompt_end.trim_end().ends_with(open);
         let state = State::Begin {
             opened,
@@ -69,13 +65,9 @@ impl Think {
     }
 
     fn read(&mut self, ended: bool, out: &mut Events) {
-        let held = std::mem::take(&mut self.held);
-        let mut at = 0;
-        while let Some(took) = self.step(&held[at..], ended, out) {
-            at += took;
-        }
+        let mut held = std::mem::take(&mut self.held);
+        consume(&mut held, |text| self.step(text, ended, out));
         self.held = held;
-        self.held.drain(..at);
     }
 
     /// Takes some bytes; `None`: more have to come, or none are left.
