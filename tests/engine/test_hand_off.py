@@ -161,11 +161,15 @@ async def test_a_cancelled_decode_stops_its_prefill() -> None:
         await d.idle()
 
 
-async def test_a_cancelled_prefill_fails_the_transfer() -> None:
-    async with pair(profile="step-10ms") as (p, d):
+async def test_a_cancelled_prefill_fails_the_transfer(tmp_path) -> None:
+    stuck = tmp_path / "stuck"
+    stuck.touch()
+    async with pair(stuck_while=str(stuck)) as (p, d):
         prefill, decode = await request(p, d, prompt(6000), max_tokens=8)
         await prefill.opened()
         p.engine.cancel([prefill.id])
+        # Its first layer ends only now.
+        stuck.unlink()
         assert await prefill.ended() == "cancelled"
         assert await decode.ended() == "transfer_failed"
         await p.idle()

@@ -103,6 +103,8 @@ pub enum Action {
 pub struct Take {
     /// The attempt as it is named now.
     pub fence: Fence,
+    /// The owner number of new attempts. What was claimed has the one below it.
+    pub owner: u32,
     /// Highest number of an attempt that is known of: new ones have higher ones.
     pub last_attempt: u32,
     /// Who goes on with it, and which stage; `None`: it needs a new attempt.
@@ -262,7 +264,7 @@ impl Takeover {
             return self.end(why, actions);
         };
         let highest = holders.values().map(|holder| holder.held.fence.owner).max();
-        let Some(owner) = highest.and_then(|owner| owner.checked_add(1)) else {
+        let Some(owner) = highest.and_then(number_of_claim) else {
             return self.end(Refused::Unknown, actions);
         };
         let claims = self.workers.iter();
@@ -391,6 +393,7 @@ impl Takeover {
         actions: &mut Actions,
     ) {
         let State::Claiming {
+            owner,
             given,
             last_attempt,
             ..
@@ -412,6 +415,7 @@ impl Takeover {
         }
         actions.push(Action::Take(Box::new(Take {
             fence: held.fence,
+            owner: owner + 1,
             last_attempt,
             runs: goes_on.then_some((from, held.stage)),
             left: *left,
@@ -423,6 +427,13 @@ impl Takeover {
         actions.push(Action::End(why));
         self.state = State::Ended;
     }
+}
+
+/// Claims have even numbers; what is placed after a claim, and what nobody claimed yet, has
+/// odd ones. Else one name could stand for two attempts: for what the router before placed
+/// on its last way, which a claim gives, and for what is placed behind that claim.
+fn number_of_claim(highest: u32) -> Option<u32> {
+    (highest | 1).checked_add(1)
 }
 
 #[cfg(test)]

@@ -245,13 +245,13 @@ fn what_was_claimed_in_vain_is_left_where_it_runs() {
 #[test]
 fn a_claim_that_is_refused_is_made_again_under_a_higher_number() {
     let (mut takeover, _) = Takeover::start(0, [A]);
-    for owner in 1..=3 {
+    for owner in [1, 3, 5] {
         let this = this(held(fence(owner, 1), 2, Stage::Whole));
         let actions = says(&mut takeover, A, this);
         assert_eq!(claims(&actions), [(A, owner + 1)]);
         let actions = says(&mut takeover, A, Holds::Refused { owner: owner + 1 });
         match owner {
-            3 => assert_eq!(ends(&actions), Some(Refused::Contested)),
+            5 => assert_eq!(ends(&actions), Some(Refused::Contested)),
             _ => assert!(actions.contains(&Action::Find { to: A })),
         }
     }
@@ -260,6 +260,7 @@ fn a_claim_that_is_refused_is_made_again_under_a_higher_number() {
 fn take(runs: bool, ids: u32) -> Take {
     Take {
         fence: fence(2, 3),
+        owner: 3,
         last_attempt: 3,
         runs: runs.then_some((A, Stage::Decode)),
         left: Left {
@@ -310,6 +311,18 @@ fn what_no_worker_goes_on_with_is_planned_from_its_output() {
     assert_eq!((generation.next_index(), generation.next_attempt()), (4, 4));
     let (_, actions) = Generation::claimed(&take(false, 9), 9, false, Policy::default());
     assert!(matches!(&actions[..], [Do::End(Outcome::Finished { .. })]));
+}
+
+#[test]
+fn what_is_placed_after_a_claim_has_a_number_that_no_claim_has() {
+    let (mut generation, _) = Generation::claimed(&take(false, 4), 9, false, Policy::default());
+    let planned = Told::Planned(crate::generation::Plan::Whole { on: A });
+    let actions = generation.apply(planned).expect("a plan was asked for");
+    let placed = |action: &Do| matches!(action, Do::Place { fence: of, .. } if *of == fence(3, 4));
+    assert!(actions.iter().any(placed), "{actions:?}");
+    let numbers = [1, 2, 3, 4].map(number_of_claim);
+    assert_eq!(numbers, [2, 4, 4, 6].map(Some));
+    assert_eq!(number_of_claim(u32::MAX - 1), None);
 }
 
 #[test]

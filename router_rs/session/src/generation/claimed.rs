@@ -17,6 +17,7 @@ impl Generation {
         let next_index = u32::try_from(take.left.output_ids.len()).unwrap_or(u32::MAX);
         let (mut generation, mut actions) =
             Self::planning(take.fence, next_index, max_tokens, deadline, policy);
+        generation.owner = take.owner;
         generation.last_attempt = take.last_attempt;
         if let Some((worker, stage)) = take.runs {
             generation.state = State::Running(Attempt::claimed(worker, stage, next_index));

@@ -59,6 +59,8 @@ pub struct Generation {
     policy: Policy,
     /// Of the attempt in force.
     fence: Fence,
+    /// Owner number under which attempts are placed.
+    owner: u32,
     /// Highest number that an attempt was given.
     last_attempt: u32,
     next_index: u32,
@@ -123,6 +125,7 @@ impl Generation {
         let generation = Self {
             policy,
             fence,
+            owner: fence.owner,
             last_attempt: fence.attempt,
             next_index,
             max_tokens,
@@ -336,8 +339,8 @@ impl Generation {
     /// The highest fence that was given.
     fn highest(&self) -> Fence {
         Fence {
+            owner: self.owner,
             attempt: self.last_attempt,
-            ..self.fence
         }
     }
 
@@ -363,7 +366,7 @@ impl Generation {
             return;
         }
         self.last_attempt += 1;
-        self.fence.attempt = self.last_attempt;
+        self.fence = self.highest();
         self.alone = self.deaths >= self.policy.deaths;
         let mut attempt = Attempt::new(plan, self.next_index);
         let first = attempt.first_side();

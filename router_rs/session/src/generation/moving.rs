@@ -121,10 +121,7 @@ impl Generation {
         }
         self.last_attempt += 1;
         let moving = Move {
-            fence: Fence {
-                attempt: self.last_attempt,
-                ..self.fence
-            },
+            fence: self.highest(),
             transfer,
             border: self.next_index,
             receiver: Part::placed(to, Stage::Decode, self.next_index),

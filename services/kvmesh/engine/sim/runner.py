@@ -144,8 +144,10 @@ class SimRunner:
             for piece in batch:
                 self._count(load, piece)
             yield from self._take_time(load)
-        elif batch:
-            yield
+        else:
+            self._hang()
+            if batch:
+                yield
         return [self._compute(piece) for piece in batch], self._decode(rows)
 
     def decode_columns(self, rows: DecodeRows) -> bytes:
@@ -156,8 +158,7 @@ class SimRunner:
         if not self._settings.instant:
             seconds = joined.base_s + joined.context_s * rows.context
             self._clock.sleep_until(self._clock.now() + seconds)
-        if self._settings.stuck_while:
-            self._hang()
+        self._hang()
         return joined.streams.step(rows.ids, rows.tables)
 
     def paced(self, rows: DecodeRows) -> PacedSteps | None:
@@ -180,6 +181,7 @@ class SimRunner:
 
     def _take_time(self, load: StepLoad) -> Generator[None, None, None]:
         if self._settings.instant:
+            self._hang()
             yield
             return
         layers = self._profile.layers
@@ -189,12 +191,12 @@ class SimRunner:
             layer_s, layers = layer_s * layers, 1
         for _ in range(layers):
             self._clock.sleep_until(self._clock.now() + layer_s)
-            yield
-        if self._settings.stuck_while:
             self._hang()
+            yield
 
     def _hang(self) -> None:
-        while os.path.exists(self._settings.stuck_while):
+        stuck = self._settings.stuck_while
+        while stuck and os.path.exists(stuck):
             time.sleep(_LOOK_S)
 
     # -- contents ----------------------------------------------------------
