@@ -9,7 +9,7 @@ from slo_sweep import quantile
 from trace_rows import Arrival, json_lines
 
 from kvmesh.simulate.profiles import load_profile
-from kvmesh.simulate.replay import Cluster, Policy, TraceFile, replay
+from kvmesh.simulate.replay import FIFO, Cluster, Policy, TraceFile, replay
 
 TARGETS_MS = {"interactive": (1_000.0, 50.0), "standard": (5_000.0, 100.0)}
 """First token, and between tokens."""
@@ -28,11 +28,13 @@ def workers_of(roles: Sequence[str], speed: float, pool_tokens: int) -> Cluster:
 
 
 def simulate(
-    cluster: Cluster, policy: str, arrivals: Sequence[Arrival], block_tokens: int, warm_up: float
-) -> Mapping[str, Any]:
+    cluster: Cluster, policy: str, first_come: bool, arrivals: Sequence[Arrival],
+    block_tokens: int, warm_up: float,
+) -> Mapping[str, Any]:  # fmt: skip
     """One run, in the figures of the load client. `warm_up`: share that does not count."""
+    chosen = Policy(policy, queue=FIFO if first_come else {})
     trace = TraceFile(json_lines(arrivals), {"format": "simple", "block_tokens": block_tokens})
-    run = replay(trace, cluster, Policy(policy), rows=True, warm_up=warm_up, noise=NOISE)
+    run = replay(trace, cluster, chosen, rows=True, warm_up=warm_up, noise=NOISE)
     classes = []
     for name, (ttft_ms, itl_ms) in TARGETS_MS.items():
         rows = [row for row in run["rows"] if arrivals[row["request"]].request_class == name]

@@ -5,16 +5,17 @@ interactive) are replayed together, with arrivals scaled to a rate, live: etcd, 
 workers with the step times of an 8B model on an H100 at half its speed, and the compiled load
 client of the testkit. Each policy has a cluster of its own and gets the same arrivals at rising
 rates until too few interactive requests are within their targets: first token within 1 s, 50 ms
-between tokens in the mean. The baselines are the router's fixed policies (`--policy`); they wait
-in the same queue, in the same order.
+between tokens in the mean. The baselines are the router's fixed policies (`--policy`), each twice:
+in our queue, with its order (what placement alone is worth), and first come, first served, sent on
+at once (`:arrival`; what routers with that policy do, so this is the whole).
 
 The traces have no prefixes; made-up ones are as in the simulator (docs/simulator.md), other ones
 at each rate. The first part of each run warms up and does not count. A run is void, and made
 again, where the client used over half a core or sent a request over 5 ms late.
 
     python benchmarks/mixed_trace.py [--quick] [--json FILE] [--traces DIR] [--cluster 2P2D|4]
-        [--policies cost,round-robin,…] [--rates 14,16,…] [--window S] [--no-prefixes]
-        [--simulated]
+        [--policies cost,round-robin,round-robin:arrival,…] [--rates 14,16,…] [--window S]
+        [--no-prefixes] [--simulated]
 
 The figures compare the rate up to which 90 % of the interactive requests are within their targets.
 """
@@ -24,6 +25,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -48,6 +50,8 @@ from cluster import Cluster
 
 OURS = "cost"
 BASELINES = (*FIXED, "overlap-load")
+FIRST_COME = ":arrival"
+"""Ends the name of a baseline that is first come, first served."""
 TRACES = {"interactive": "azure_conv_2023_part1.csv", "standard": "azure_code_2023_part1.csv"}
 """Files by the class that their requests get."""
 BLOCK_TOKENS = 64
@@ -61,7 +65,7 @@ CPU_LIMIT = 0.5
 LATE_LIMIT_MS = 5.0
 MOST_REPEATS = 2
 GRACE_S = 30.0
-FIRST_RATE, RATE_STEP, MOST_RATES = 14.0, 1.12, 14
+FIRST_RATE, FIRST_COME_RATE, RATE_STEP, MOST_RATE = 14.0, 5.0, 1.12, 60.0
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,16 @@ class Plan:
 
     policies: Sequence[str]
     rates: Sequence[float]
+    """Rising; empty: as the policy needs."""
     warm_up_s: float
     window_s: float
     prefixes: bool = True
+
+    def rates_of(self, policy: str) -> Sequence[float]:
+        """Of a policy: those that are first come, first served fail at much lower ones."""
+        first = FIRST_COME_RATE if policy.endswith(FIRST_COME) else FIRST_RATE
+        steps = range(1 + int(math.log(MOST_RATE / first) / math.log(RATE_STEP)))
+        return self.rates or [round(first * RATE_STEP**at, 1) for at in steps]
 
 
 @dataclass(frozen=True)
@@ -187,7 +198,10 @@ def serving(policy: str, workers: Sequence[str]) -> Iterator[Cluster]:
     with tempfile.TemporaryDirectory() as folder:
         cluster = Cluster(Path(folder))
         try:
-            endpoint = cluster.start_router("--local-prefill", "by-cost", "--policy", policy)
+            name, first_come, _ = policy.partition(FIRST_COME)
+            queue = ("--queue-order", "arrival", "--dispatch-ahead", "1h") if first_come else ()
+            settings = ("--local-prefill", "by-cost", "--policy", name, *queue)
+            endpoint = cluster.start_router(*settings)
             names = [f"{role}-{number}" for number, role in enumerate(workers)]
             pool = ("--kv-pool-tokens", str(POOL_TOKENS), "--engine-arguments", PROFILE)
             for name, role in zip(names, workers, strict=True):
@@ -242,7 +256,7 @@ def walk(
 ) -> Walk:  # fmt: skip
     """A policy at rising rates, until too few are within their targets."""
     found = Walk(policy)
-    for rate in plan.rates:
+    for rate in plan.rates_of(policy):
         run = run_at(rate, at_rate(arrivals, rate, plan.warm_up_s + plan.window_s))
         found.runs.append(run)
         say(f"{policy} at {rate:g}/s: {run.share('interactive'):.1%} interactive in time")
@@ -270,7 +284,8 @@ def simulated(policy: str, workers: Sequence[str], arrivals: Sequence[Arrival], 
     warm_up = plan.warm_up_s / (plan.warm_up_s + plan.window_s)
 
     def run_at(rate: float, scaled: Sequence[Arrival]) -> Run:
-        figures = simulate(cluster, policy, scaled, BLOCK_TOKENS, warm_up)
+        name, first_come, _ = policy.partition(FIRST_COME)
+        figures = simulate(cluster, name, bool(first_come), scaled, BLOCK_TOKENS, warm_up)
         return Run(policy, rate, figures, 0.0, 0)
 
     return walk(policy, arrivals, plan, run_at)
@@ -285,17 +300,23 @@ def say(text: str) -> None:
 
 
 def figures_of(walks: Sequence[Walk]) -> list[Figure]:
-    """Ours over the others, where both were seen."""
+    """Ours over the others, where both were seen: the whole, and placement alone."""
     knees = {walk.policy: walk.knee()[0] for walk in walks}
-    ours = knees.get(OURS, 0.0)
-    others = {name: knee for name, knee in knees.items() if name != OURS and knee}
+    ours = knees.pop(OURS, 0.0)
     found = []
-    if ours and "round-robin" in others:
-        over = ours / others["round-robin"]
-        found.append(Figure("goodput_over_round_robin", over, "ratio", "higher"))
-    if ours and others:
-        over = ours / max(others.values())
-        found.append(Figure("goodput_over_best_baseline", over, "ratio", "higher"))
+    for title, end in (("goodput", FIRST_COME), ("placement", "")):
+        others = {
+            name: knee
+            for name, knee in knees.items()
+            if knee and name.endswith(FIRST_COME) == bool(end)
+        }
+        round_robin = f"round-robin{end}"
+        if ours and round_robin in others:
+            over = ours / others[round_robin]
+            found.append(Figure(f"{title}_over_round_robin", over, "ratio", "higher"))
+        if ours and others:
+            over = ours / max(others.values())
+            found.append(Figure(f"{title}_over_best_baseline", over, "ratio", "higher"))
     return found
 
 
@@ -343,10 +364,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def plan_of(args: argparse.Namespace) -> Plan:
     """How much is measured, as asked for."""
-    policies, warm_up, window = (OURS, *BASELINES), 15.0, 60.0
-    rates = [round(FIRST_RATE * RATE_STEP**at, 1) for at in range(MOST_RATES)]
+    policies: Sequence[str] = (
+        OURS,
+        *(name + end for end in (FIRST_COME, "") for name in BASELINES),
+    )
+    warm_up, window, rates = 15.0, 60.0, list[float]()
     if args.quick:
-        policies, warm_up, window, rates = (OURS, "round-robin"), 2.0, 6.0, [16.0, 22.0]
+        policies = (OURS, f"round-robin{FIRST_COME}", "round-robin")
+        warm_up, window, rates = 2.0, 6.0, [16.0, 22.0]
     return Plan(
         args.policies or policies,
         sorted(args.rates or rates),

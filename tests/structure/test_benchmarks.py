@@ -136,14 +136,17 @@ def test_a_policys_rate_is_read_between_two_runs_and_void_ones_do_not_count(root
         for walk in (ours, theirs, others, beyond):
             rate, seen = walk.knee()
             print(round(rate, 6), seen)
-        for figure in figures_of([ours, theirs, others]):
+        waits = "round-robin:arrival"
+        first_come = Walk(waits, [run(waits, 5, 95), run(waits, 10, 85)])
+        for figure in figures_of([ours, theirs, others, first_come]):
             print(figure.name, round(figure.value, 6))
     """
     done = run(root, "-c", dedent(code))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "25.0 True", "0.0 True", "15.0 True", "10 False",
-        "goodput_over_best_baseline 1.666667",
+        "goodput_over_round_robin 3.333333", "goodput_over_best_baseline 3.333333",
+        "placement_over_best_baseline 1.666667",
     ]  # fmt: skip
 
 
@@ -157,8 +160,10 @@ def test_a_mixed_load_is_compared_in_the_simulator_too(root, tmp_path):
     assert "Not evidence: a quick run. In the simulator" in done.stdout
     runs = json.loads(out.read_text())["runs"]
     assert [(run["policy"], run["rate"]) for run in runs] == [
-        ("cost", 10), ("cost", 60), ("round-robin", 10), ("round-robin", 60),
-    ]  # fmt: skip
+        (policy, rate)
+        for policy in ("cost", "round-robin:arrival", "round-robin")
+        for rate in (10, 60)
+    ]
     for one in runs:
         classes = {of["class"]: of for of in one["figures"]["classes"]}
         assert set(classes) == {"interactive", "standard"}

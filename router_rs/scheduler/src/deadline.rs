@@ -50,6 +50,20 @@ impl Default for ClassTargets {
 }
 
 impl ClassTargets {
+    /// The same, where nothing but the arrival orders what waits: first come, first served.
+    pub fn by_arrival(self) -> Self {
+        let plain = |targets: Targets| Targets {
+            allowance_ms: 0.0,
+            ..targets
+        };
+        Self {
+            interactive: plain(self.interactive),
+            standard: plain(self.standard),
+            batch: plain(self.batch),
+            work_weight: 0.0,
+        }
+    }
+
     /// Targets of a class.
     pub fn of(&self, class: Class) -> &Targets {
         match class {

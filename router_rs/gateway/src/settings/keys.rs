@@ -280,6 +280,12 @@ const ROUTER: &[Key] = &[
         "How workers are chosen. cost: the least added delay, summed over everyone.",
     ),
     key(
+        "queue_order",
+        Kind::OneOf(&["deadline", "arrival"]),
+        "deadline",
+        "What waits is served by its virtual deadline (class, and predicted work), here and in the engines; or by its arrival: first come, first served, for comparison.",
+    ),
+    key(
         "stretch_weight",
         Kind::Real(0.0, 100.0),
         "0.07",

@@ -9,12 +9,11 @@ mod key;
 mod keys;
 mod otlp;
 mod parsers;
+mod policy;
 mod trust;
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
 
-use kvmesh_kv_index::IndexSettings;
-use kvmesh_scheduler::{CostSettings, LocalPrefill, QueueSettings};
 use serde_json::Value;
 
 pub use key::{Key, Kind};
@@ -363,7 +362,7 @@ impl Settings {
             quarantine_time: layers.duration("quarantine_time"),
             worker_keep_alive: layers.duration("worker_keep_alive"),
             decisions_kept: size("decisions_kept"),
-            policy: policy(layers),
+            policy: policy::of(layers),
             drain_delay: layers.duration("drain_delay"),
             grace: layers.duration("grace"),
             log_format: layers.text("log_format"),
@@ -428,55 +427,10 @@ impl Settings {
     }
 }
 
-/// How workers are chosen.
-fn policy(layers: &Layers) -> PolicySettings {
-    let shipped = PolicySettings::default();
-    let size = |name| usize::try_from(layers.number(name)).unwrap_or(usize::MAX);
-    let small = |name| u32::try_from(layers.number(name)).unwrap_or(u32::MAX);
-    let kept = layers.number("decisions_kept") > 0;
-    PolicySettings {
-        name: layers.text("policy"),
-        overlap_weight: layers.real("overlap_weight"),
-        temperature: layers.real("overlap_temperature"),
-        cost: CostSettings {
-            local_prefill: match layers.text("local_prefill").as_str() {
-                "without-prefill-workers" => LocalPrefill::WithoutPrefillWorkers,
-                _ => LocalPrefill::ByCost,
-            },
-            best_of_side: size("best_of_side"),
-            pull_from_tokens: small("pull_from_tokens"),
-            stretch: layers.real("stretch_weight"),
-            beyond_target: layers.real("beyond_target_weight"),
-            plans_kept: if kept { size("plans_kept") } else { 0 },
-            ..shipped.cost
-        },
-        queue: QueueSettings {
-            quantum_ms: layers.number("fair_quantum") as f64,
-            batch_strict: layers.flag("batch_strict"),
-            ..shipped.queue
-        },
-        expected_output: small("expected_output_tokens"),
-        index: IndexSettings {
-            max_bytes: size("index_bytes"),
-            max_workers: size("index_workers"),
-        },
-        approximate_ttl: layers.duration("approximate_ttl"),
-        scorer: None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-
-    /// The figures of docs/benchmarks.md rest on the defaults of the types; what
-    /// ships are the texts of the keys.
-    #[test]
-    fn what_ships_is_what_was_measured() {
-        let shipped = format!("{:?}", policy(&Layers::default()));
-        assert_eq!(shipped, format!("{:?}", PolicySettings::default()));
-    }
 
     fn listen(file: &str) -> Result<SocketAddr, SettingsError> {
         let mut layers = Layers::default();

@@ -18,7 +18,7 @@ use kvmesh_scheduler::{
     Booking, Bookings, Class, ClassTargets, Considered, Decision, Dispatch, DispatchSettings,
     Entry, Hold, Lane, Learner, Load, Look, Next, NoPlan, Outcome, OutputLengths, Pass, Path,
     Phase, Place, Policy, Rejected, Reported, RequestView, Role, Roster, ScoreError, StepModel,
-    StepSample, Targets, TransferRates, Verdict,
+    StepSample, TransferRates, Verdict,
 };
 use refusals::Refusals;
 use std::collections::BTreeMap;
@@ -466,19 +466,9 @@ impl Router {
 
 fn dispatch_settings(queue: &QueueSettings) -> DispatchSettings {
     let shipped = DispatchSettings::default();
-    // First come, first served: nothing but the arrival counts.
-    let plain = |targets: Targets| Targets {
-        allowance_ms: 0.0,
-        ..targets
-    };
     let targets = match queue.order {
         Order::Deadline => shipped.targets,
-        Order::Arrival => ClassTargets {
-            interactive: plain(shipped.targets.interactive),
-            standard: plain(shipped.targets.standard),
-            batch: plain(shipped.targets.batch),
-            work_weight: 0.0,
-        },
+        Order::Arrival => shipped.targets.by_arrival(),
     };
     DispatchSettings {
         queue: kvmesh_scheduler::QueueSettings {
