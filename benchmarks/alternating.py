@@ -42,7 +42,8 @@ class MachineWatch:
     """How much of the machine processes other than ours have used since the start."""
 
     def __init__(self, own_pids: Iterable[int]) -> None:
-        self._pids = list(own_pids)
+        # This process is counted by its own usage below.
+        self._pids = [pid for pid in own_pids if pid != os.getpid()]
         self._busy, self._own, self._time = self._read()
 
     def _read(self) -> tuple[float, float, float]:

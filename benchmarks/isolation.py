@@ -2,7 +2,8 @@
 
 A real model, real processes, two cores that each arrangement has in turn:
 
-    (a) one worker for both stages, two threads, prompts unchunked
+    (a) one worker for both stages, two threads, prompts unchunked: a prompt that is begun beside a
+        stream is one step; one begun while nobody decodes still gives way between two layers
     (b) the same with chunks mixed into decode steps, the best of some fixed sizes
     (c) two workers for both stages, one thread and core each, least-loaded
     (d) one prefill and one decode worker, one thread and core each, as shipped
@@ -106,8 +107,8 @@ class Core:
     prefill_tokens_per_s: float
 
 
-def core_alone(plan: Plan) -> Core:
-    """Measures R."""
+def core_alone(plan: Plan) -> tuple[Core, bool]:
+    """Measures R, again while others use the machine; and whether they did to the end."""
 
     async def measure(cluster: Cluster) -> Core:
         async with AsyncClient(cluster.endpoints[0]) as client:
@@ -121,7 +122,12 @@ def core_alone(plan: Plan) -> Core:
         return Core(len(took) / sum(took), statistics.median(took), statistics.median(rates))
 
     with serving(ALONE) as cluster:
-        return asyncio.run(measure(cluster))
+        for _ in range(MAX_REPEATS + 1):
+            watch = MachineWatch(descendants(os.getpid()))
+            core = asyncio.run(measure(cluster))
+            if watch.share_of_others() <= BUSY_LIMIT:
+                return core, False
+        return core, True
 
 
 def run_phase(cluster: Cluster, plan: Plan, seconds: float, seed: str, documents: int) -> Phase:
@@ -250,10 +256,10 @@ def main() -> None:
         keys.remove("e")
     note = f"{plan.rounds} x ({plan.alone_s:.0f} s alone, {plan.storm_s:.0f} s storm), "
     note += f"documents of {plan.document_tokens} tokens; {os.cpu_count()} cores"
-    if plan != FULL:
-        note += "; not evidence: shorter than it has to be"
+    if plan != FULL or options.only or options.chunk:
+        note += "; not evidence: less than the whole"
 
-    core = core_alone(plan)
+    core, busy = core_alone(plan)
     say(f"R = {60 * core.documents_per_s:.2f} documents a minute")
     chunk, sweep = options.chunk or 64, []
     if "b" in keys and not options.chunk:
@@ -286,14 +292,20 @@ def main() -> None:
         of = ratios["d"]
         tables["(d): to reach"] = (("", "bound", "measured", "reached"), judge(of, core))
         figures = [
-            Figure("chat_itl_p95_ratio", of.itl_p95, "ratio", "lower"),
-            Figure("chat_itl_p99_ratio", of.itl_p99, "ratio", "lower"),
-            Figure("chat_ttft_p95_s", of.ttft_p95_s, "s", "lower"),
-            Figure("document_share_of_R", of.share_of_rate, "ratio", "higher"),
+            Figure(name, value, unit, better)
+            for name, value, unit, better in (
+                ("chat_itl_p95_ratio", of.itl_p95, "ratio", "lower"),
+                ("chat_itl_p99_ratio", of.itl_p99, "ratio", "lower"),
+                ("chat_ttft_p95_s", of.ttft_p95_s, "s", "lower"),
+                ("document_share_of_R", of.share_of_rate, "ratio", "higher"),
+            )
+            if value == value
         ]
     two: list[Measured] = []
     if options.second_table:
         two = [measure(known[key], plan, documents=2) for key in "de" if key in keys]
+        for one in two:
+            one.title += ", two documents in flight"
         tables["Two documents in flight: chat, ms"] = (
             CHAT_HEAD, [row for one in two for row in chat_rows(one)]
         )  # fmt: skip
@@ -301,15 +313,19 @@ def main() -> None:
             DOCUMENT_HEAD, [document_row(one, core.documents_per_s) for one in two]
         )  # fmt: skip
 
+    phases = [phase for one in found + two for phase in one.phases]
+    if busy or any(phase.others_share > BUSY_LIMIT for phase in phases):
+        note += "; not evidence: others used the machine"
     print(note)
     for caption, (head, lines) in tables.items():
         print_table(caption, head, lines)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        if not write_png(options.out / "isolation.png", found):
+        if not write_png(options.out / "isolation.png", found + two):
             say("no PNG: matplotlib is not installed (requirements/bench.txt)")
-        write_html(options.out / "isolation.html", note, found, tables)
-        write_raw(options.out / "isolation.json", note, found + two, core=vars(core))
+        write_html(options.out / "isolation.html", note, found + two, tables)
+        raw = {one.key: one for one in found} | {f"{one.key}, two documents": one for one in two}
+        write_raw(options.out / "isolation.json", note, raw, core=vars(core))
     if options.json:
         write_json(options.json, figures, quick=options.quick, note=note)
 

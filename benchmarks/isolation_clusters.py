@@ -87,7 +87,7 @@ def serving(arrangement: Arrangement, extra_router: tuple[str, ...] = ()) -> Ite
         # Children have the cores that we have when they start.
         stack.callback(os.sched_setaffinity, 0, cores)
         os.sched_setaffinity(0, two)
-        cluster = Cluster(Path(folder))
+        cluster = Cluster(Path(folder), as_shipped=True)
         stack.callback(cluster.close)
         endpoint = cluster.start_router(*arrangement.router, *extra_router)
         names = []

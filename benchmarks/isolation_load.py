@@ -96,6 +96,13 @@ class Phase:
         return [document for document in self.documents if document.ended is not None]
 
     @property
+    def document_s(self) -> list[float]:
+        """How long each took; of one that was cut off, how long it had by then."""
+        ends = ((one, one.ended if one.ended is not None else self.took_s)
+                for one in self.documents)  # fmt: skip
+        return [ended - one.sent for one, ended in ends]
+
+    @property
     def documents_per_s(self) -> float:
         """Up to the end of the last one that was answered: no part of one counts."""
         ends = [document.ended for document in self.read if document.ended is not None]
@@ -246,7 +253,7 @@ class PhaseRun:
     async def _read_documents(self, reader: int) -> None:
         words = random.Random(f"{self._words}/document/{reader}")
         while True:
-            ids = words.choices(VOCABULARY, k=self._document_tokens)
+            ids = words.sample(VOCABULARY, k=self._document_tokens)
             document = Answer(self._now())
             self.phase.documents.append(document)
             await self._ask(document, ids, DOCUMENT_ANSWER_TOKENS, "standard", "")
@@ -305,7 +312,7 @@ async def documents_alone(client: AsyncClient, tokens: int, count: int) -> list[
     for _ in range(count):
         document = Answer(run._now())
         run.phase.documents.append(document)
-        ids = words.choices(VOCABULARY, k=tokens)
+        ids = words.sample(VOCABULARY, k=tokens)
         await run._ask(document, ids, DOCUMENT_ANSWER_TOKENS, "standard", "")
         if document.ended is None:
             raise SystemExit(f"a document alone was not answered: {document.error}")

@@ -129,8 +129,8 @@ def document_row(measured: Measured, rate_alone: float) -> list[object]:
     read = measured.documents
     return [
         measured.key, measured.title, len(read),
-        quantile([one.ttft_ms / 1e3 for one in read], 0.5),
-        max((one.ended - one.sent for one in read if one.ended is not None), default=None),
+        quantile(document_ttft(measured), 0.5),
+        max(document_s(measured), default=None),
         60 * measured.documents_per_s, measured.documents_per_s / rate_alone,
         measured.tokens_per_s(), sum(phase.repeats for phase in measured.phases),
         100 * max((phase.others_share for phase in measured.phases), default=0.0),
@@ -161,10 +161,7 @@ class Ratios:
                 return float("nan")
             return quantile(storm, part) / quantile(alone, part)
 
-        slowest = max(
-            (one.ended - one.sent for one in measured.documents if one.ended is not None),
-            default=float("nan"),
-        )
+        slowest = max(document_s(measured), default=float("nan"))
         return cls(
             ratio(itl, 0.95),
             ratio(itl, 0.99),
@@ -176,13 +173,26 @@ class Ratios:
         )
 
 
+def document_ttft(measured: Measured) -> list[float]:
+    """Of documents, s."""
+    return [one.ttft_ms / 1e3 for one in measured.documents]
+
+
+def document_s(measured: Measured) -> list[float]:
+    """How long documents took, those that were cut off too."""
+    return [took for phase in measured.storm for took in phase.document_s]
+
+
 def winners(all_measured: Sequence[Measured]) -> list[list[object]]:
     """Which arrangement is best by each column, in the storm."""
     columns: list[tuple[str, Callable[[Measured], float], bool]] = [
         ("chat TTFT p95, ms", lambda one: quantile(ttft(one.storm), 0.95), False),
         ("chat ITL p50, ms", lambda one: quantile(itl(one.storm), 0.5), False),
         ("chat ITL p95, ms", lambda one: quantile(itl(one.storm), 0.95), False),
+        ("chat ITL p99, ms", lambda one: quantile(itl(one.storm), 0.99), False),
         ("second token p95, ms", lambda one: quantile(second(one.storm), 0.95), False),
+        ("document TTFT p50, s", lambda one: quantile(document_ttft(one), 0.5), False),
+        ("slowest document, s", lambda one: max(document_s(one), default=float("nan")), False),
         ("documents a minute", lambda one: 60 * one.documents_per_s, True),
         ("tokens/s", Measured.tokens_per_s, True),
     ]
@@ -311,10 +321,10 @@ def write_html(
     )
 
 
-def write_raw(path: Path, note: str, all_measured: Sequence[Measured], **more: object) -> None:
+def write_raw(path: Path, note: str, all_measured: Mapping[str, Measured], **more: object) -> None:
     """Every token's time, as JSON."""
     raw = {
-        one.key: {"title": one.title, "phases": [phase.plain() for phase in one.phases]}
-        for one in all_measured
+        name: {"title": one.title, "phases": [phase.plain() for phase in one.phases]}
+        for name, one in all_measured.items()
     }
     path.write_text(json.dumps({"note": note, **more, "arrangements": raw}) + "\n")

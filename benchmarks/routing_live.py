@@ -200,9 +200,9 @@ def serving(
 ) -> Iterator[Cluster]:
     """A cluster with a worker for each role, live at each router."""
     with tempfile.TemporaryDirectory() as folder:
-        cluster = Cluster(Path(folder))
+        cluster = Cluster(Path(folder), as_shipped=True)
         try:
-            endpoints = [cluster.start_router("--local-prefill", "by-cost") for _ in range(routers)]
+            endpoints = [cluster.start_router() for _ in range(routers)]
             names = [f"{role}-{number}" for number, role in enumerate(roles)]
             for name, role in zip(names, roles, strict=True):
                 cluster.start_worker(name, role, *arguments, engine=engine)

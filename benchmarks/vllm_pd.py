@@ -88,7 +88,7 @@ def serving(setting: Setting) -> Iterator[Cluster]:
         # Children have the cores that we have when they start.
         stack.callback(os.sched_setaffinity, 0, cores)
         os.sched_setaffinity(0, set(cores[:2]))
-        cluster = Cluster(Path(folder))
+        cluster = Cluster(Path(folder), as_shipped=True)
         stack.callback(cluster.close)
         endpoint = cluster.start_router()
         names = []

@@ -33,12 +33,20 @@ START_S = 120.0
 
 
 class Cluster:
-    def __init__(self, folder: Path, *, ttl_s: int = 10, etcd_nodes: bool = False) -> None:
-        """Over one etcd, or over three nodes of one."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        ttl_s: int = 10,
+        etcd_nodes: bool = False,
+        as_shipped: bool = False,
+    ) -> None:
+        """Over one etcd, or over three nodes of one. `as_shipped`: see `start_router`."""
         logs = folder / "logs"
         logs.mkdir(parents=True)
         self.folder = folder
         self.ttl_s = ttl_s
+        self._as_shipped = as_shipped
         self.children = Children(logs, lambda *_: None)
         if etcd_nodes:
             self.nodes = EtcdNodes(self.children, folder)
@@ -56,10 +64,10 @@ class Cluster:
     def start_router(self, *arguments: str) -> str:
         """Starts a router; returns its endpoint.
 
-        A prompt goes to a prefill worker where one is there, however short it is, unless the
-        arguments say otherwise: tests of hand-offs have short prompts.
+        Unless it is as shipped, or the arguments say otherwise, a prompt goes to a prefill worker
+        where one is there, however short it is: tests of hand-offs have short prompts.
         """
-        if "--local-prefill" not in arguments:
+        if not self._as_shipped and "--local-prefill" not in arguments:
             arguments = ("--local-prefill", "without-prefill-workers", *arguments)
         child = self.children.spawn(
             f"router-{len(self.endpoints)}",

@@ -158,6 +158,25 @@ class Driver:
         assert sum_of(self.engine.load().kv) == self.engine.capabilities().pool_blocks
 
 
+class StepClock:
+    """Time that passes in steps of the engine alone: the simulated one's.
+
+    `passes`: what is called at the end of the next layers, the last one first.
+    """
+
+    def __init__(self) -> None:
+        self.time = 1.0
+        self.passes = []
+
+    def now(self) -> float:
+        return self.time
+
+    def sleep_until(self, moment: float) -> None:
+        self.time = moment
+        if self.passes:
+            self.passes.pop()()
+
+
 async def until(holds) -> None:
     """Until something holds of which nothing tells."""
     async with asyncio.timeout(30):

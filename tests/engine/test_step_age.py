@@ -1,24 +1,8 @@
 """How old a step is, as routers hear it: by that they know a stuck engine."""
 
-from engine_harness import Driver, prompt, sim
+from engine_harness import Driver, StepClock, prompt, sim
 
 from kvmesh.engine.contract import EngineLoad
-
-
-class StepClock:
-    """Time that passes in steps of the engine alone."""
-
-    def __init__(self) -> None:
-        self.time = 1.0
-        self.passes = []
-
-    def now(self) -> float:
-        return self.time
-
-    def sleep_until(self, moment: float) -> None:
-        self.time = moment
-        if self.passes:
-            self.passes.pop()()
 
 
 class SlowClock(StepClock):

@@ -140,13 +140,14 @@ def test_a_policys_rate_is_read_between_two_runs_and_void_ones_do_not_count(root
         first_come = Walk(waits, [run(waits, 5, 95), run(waits, 10, 85)])
         for figure in figures_of([ours, theirs, others, first_come]):
             print(figure.name, round(figure.value, 6))
+        print(len(figures_of([ours, others, beyond])))
     """
     done = run(root, "-c", dedent(code))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "25.0 True", "0.0 True", "15.0 True", "10 False",
         "goodput_over_round_robin 3.333333", "goodput_over_best_baseline 3.333333",
-        "placement_over_best_baseline 1.666667",
+        "placement_over_best_baseline 1.666667", "0",
     ]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ struct Case {
     coefficients: [f64; 5],
     saturating_chunk: u32,
     block_tokens: u32,
+    /// 0: none.
     itl_target_ms: f64,
     layer_preemption: bool,
     start: u64,
@@ -42,7 +43,10 @@ impl Case {
 
     fn bounds(&self) -> ChunkBounds {
         ChunkBounds {
-            itl_target_ms: self.itl_target_ms,
+            itl_target_ms: match self.itl_target_ms {
+                0.0 => f64::INFINITY,
+                target => target,
+            },
             preemption_ms: if self.layer_preemption {
                 f64::INFINITY
             } else {

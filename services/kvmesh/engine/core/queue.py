@@ -15,7 +15,7 @@ from kvmesh.engine.contract import Stage
 from kvmesh.engine.core.blocks import BlockPool, Hold
 from kvmesh.engine.core.sequence import Sequence, State
 from kvmesh.engine.core.settings import CoreSettings
-from kvmesh.engine.core.step_model import StepLoad, predict_ms, tokens_within
+from kvmesh.engine.core.step_model import StepLoad, gap_target_ms, predict_ms, tokens_within
 from kvmesh.v1 import worker_pb2 as wire
 
 Priority = tuple[float, int]
@@ -194,8 +194,7 @@ class PromptQueue:
             budget_ms = self._settings.preemption_target_ms
         if decode.decode_batch:
             step_ms = predict_ms(model, decode)
-            target = max(itl_ms or self._settings.default_itl_target_ms, 1.5 * step_ms)
-            budget_ms = min(budget_ms, target - step_ms)
+            budget_ms = min(budget_ms, gap_target_ms(itl_ms, step_ms) - step_ms)
         return _Budget(model, budget_ms, saturating, self._pool.block_tokens)
 
 

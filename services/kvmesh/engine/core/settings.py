@@ -34,8 +34,6 @@ class CoreSettings:
     targets in milliseconds."""
     preemption_target_ms: float = 100.0
     """Longest chunk of an engine that stops only between chunks, milliseconds."""
-    default_itl_target_ms: float = 100.0
-    """Target between tokens of streams that name none, milliseconds."""
     alone_tokens: int = ALONE_TOKENS
     """New tokens after which a suspect shares its steps again (DESIGN 5)."""
     huge_pages: bool = True

@@ -50,6 +50,12 @@ class StepLoad:
         )
 
 
+def gap_target_ms(itl_ms: float, step_ms: float) -> float:
+    """Longest time between tokens that streams are held to, milliseconds: their strictest target
+    (0: none has one), but never less than one and a half of their own steps."""
+    return max(itl_ms or math.inf, 1.5 * step_ms)
+
+
 def chunk_context(start: int, tokens: int) -> int:
     """Sum of the context lengths of `tokens` tokens from `start` on."""
     return tokens * start + tokens * (tokens + 1) // 2

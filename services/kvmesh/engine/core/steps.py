@@ -22,7 +22,7 @@ from kvmesh.engine.core.queue import Plan, Priority
 from kvmesh.engine.core.runner import ColumnRunner, Runner, Sampled, Slice
 from kvmesh.engine.core.sequence import Sequence, State
 from kvmesh.engine.core.settings import CoreSettings
-from kvmesh.engine.core.step_model import Pace, StepLoad, predict_ms
+from kvmesh.engine.core.step_model import Pace, StepLoad, gap_target_ms, predict_ms
 from kvmesh.engine.core.trace import StepLog
 from kvmesh.v1 import worker_pb2 as wire
 
@@ -377,9 +377,12 @@ class Steps:
         """Whether streams would miss their target if another layer ran first."""
         if not len(self._loop.streams.batch) or plan.chunks[0].sequence.alone:
             return False
-        layer_s = self.running.predicted_ms / 1000 / max(1, self._runner.layers)
-        target_ms = self._loop.streams.batch.itl_target_ms or self._settings.default_itl_target_ms
-        return self._clock.now() + layer_s - self._loop.streams.decoded_at >= target_ms / 1000
+        batch = self._loop.streams.batch
+        decode = StepLoad(decode_batch=len(batch), decode_context=batch.rows.context)
+        step_ms = predict_ms(self._model, decode)
+        layer_ms = self.running.predicted_ms / max(1, self._runner.layers)
+        since_ms = 1000 * (self._clock.now() - self._loop.streams.decoded_at)
+        return since_ms + layer_ms + step_ms >= gap_target_ms(batch.itl_target_ms, step_ms)
 
     # -- what a step brought -----------------------------------------------
 
