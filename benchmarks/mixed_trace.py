@@ -3,18 +3,20 @@
 The Azure traces of code (long prompts, short answers; class standard) and of conversations (class
 interactive) are replayed together, with arrivals scaled to a rate, live: etcd, a router, sim
 workers with the step times of an 8B model on an H100 at half its speed, and the compiled load
-client of the testkit. Each policy has a cluster of its own and gets the same arrivals at rising
-rates until too few interactive requests are within their targets: first token within 1 s, 50 ms
-between tokens in the mean. The baselines are the router's fixed policies (`--policy`), each twice:
-in our queue, with its order (what placement alone is worth), and first come, first served, sent on
-at once (`:arrival`; what routers with that policy do, so this is the whole).
+client of the testkit. Each policy has a cluster of its own and gets the same requests (900 from
+where both traces flow, four in ten of them code) at rising rates, until too few interactive ones
+are within their targets: first token within 1 s, 50 ms between tokens in the mean. The walk begins
+below the rate that the simulator predicts for the policy. The baselines are the router's fixed
+policies (`--policy`), each twice: in our queue, with its order (what placement alone is worth), and
+first come, first served, sent on at once (`:arrival`; what routers with that policy do, so this is
+the whole).
 
 The traces have no prefixes; made-up ones are as in the simulator (docs/simulator.md), other ones
-at each rate. The first part of each run warms up and does not count. A run is void, and made
+at each rate. The first fifth of each run warms up and does not count. A run is void, and made
 again, where the client used over half a core or sent a request over 5 ms late.
 
     python benchmarks/mixed_trace.py [--quick] [--json FILE] [--traces DIR] [--cluster 2P2D|4]
-        [--policies cost,round-robin,round-robin:arrival,…] [--rates 14,16,…] [--window S]
+        [--policies cost,round-robin,round-robin:arrival,…] [--rates 14,16,…] [--requests N]
         [--no-prefixes] [--simulated]
 
 The figures compare the rate up to which 90 % of the interactive requests are within their targets.
@@ -65,7 +67,12 @@ CPU_LIMIT = 0.5
 LATE_LIMIT_MS = 5.0
 MOST_REPEATS = 2
 GRACE_S = 30.0
-FIRST_RATE, FIRST_COME_RATE, RATE_STEP, MOST_RATE = 14.0, 5.0, 1.12, 60.0
+LEAST_RATE, RATE_STEP, MOST_RATE = 1.0, 1.12, 60.0
+BEFORE = 0.75
+"""Where a live walk begins: this share of the rate that the simulator predicts."""
+SKIPPED = 1_650
+"""Requests before those that are replayed: code comes sparsely there."""
+WARM_UP = 0.2
 
 
 @dataclass(frozen=True)
@@ -75,15 +82,13 @@ class Plan:
     policies: Sequence[str]
     rates: Sequence[float]
     """Rising; empty: as the policy needs."""
-    warm_up_s: float
-    window_s: float
+    requests: int
     prefixes: bool = True
 
-    def rates_of(self, policy: str) -> Sequence[float]:
-        """Of a policy: those that are first come, first served fail at much lower ones."""
-        first = FIRST_COME_RATE if policy.endswith(FIRST_COME) else FIRST_RATE
+    def rates_from(self, first: float) -> Sequence[float]:
+        """Those to try, from one on."""
         steps = range(1 + int(math.log(MOST_RATE / first) / math.log(RATE_STEP)))
-        return self.rates or [round(first * RATE_STEP**at, 1) for at in steps]
+        return self.rates or [round(first * RATE_STEP**at, 2) for at in steps]
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class Run:
         """Of a class, within its targets."""
         for one in self.figures["classes"]:
             if one["class"] == name:
-                good: float = one["good"] / one["requests"]
+                good: float = one["good"] / one["requests"] if one["requests"] else float("nan")
                 return good
         return float("nan")
 
@@ -173,14 +178,15 @@ class Walk:
 
 
 def merged(traces: Path, prefixes: bool) -> list[Arrival]:
-    """Both traces from their first row on, in the order of their arrival."""
+    """Both traces from where both flow, in the order of their arrival."""
     found: list[Arrival] = []
     for request_class, name in TRACES.items():
         rows = azure((traces / name).read_text(encoding="utf-8"))
         if prefixes:
             rows = with_prefixes(rows, BLOCK_TOKENS, name)
         found += [replace(one, request_class=request_class) for one in rows]
-    return sorted(found, key=lambda one: one.at_ms)
+    found = sorted(found, key=lambda one: one.at_ms)[SKIPPED:]
+    return [replace(one, at_ms=one.at_ms - found[0].at_ms) for one in found]
 
 
 def roles(text: str) -> list[str]:
@@ -225,7 +231,7 @@ def bring(
                 *("--arrivals", file.name, "--block-tokens", str(BLOCK_TOKENS)),
                 # Nothing of another run is in a cache.
                 *("--seed", str(round(1e3 * rate) * (MOST_REPEATS + 1) + repeats)),
-                *("--warm-up", str(plan.warm_up_s), "--grace", str(GRACE_S)),
+                *("--warm-up", str(WARM_UP * len(arrivals) / rate), "--grace", str(GRACE_S)),
             ]
             busy, began = machine_busy_seconds(), time.monotonic()
             done = subprocess.run(
@@ -250,13 +256,13 @@ def go_first() -> None:
 
 
 def walk(
-    policy: str, arrivals: Sequence[Arrival], plan: Plan,
+    policy: str, arrivals: Sequence[Arrival], plan: Plan, first: float,
     run_at: Callable[[float, Sequence[Arrival]], Run],
 ) -> Walk:  # fmt: skip
     """A policy at rising rates, until too few are within their targets."""
     found = Walk(policy)
-    for rate in plan.rates_of(policy):
-        run = run_at(rate, at_rate(arrivals, rate, plan.warm_up_s + plan.window_s))
+    for rate in plan.rates_from(first):
+        run = run_at(rate, at_rate(arrivals, rate, plan.requests))
         found.runs.append(run)
         say(f"{policy} at {rate:g}/s: {run.share('interactive'):.1%} interactive in time")
         if not run.void and run.share("interactive") < STOP_BELOW:
@@ -268,11 +274,16 @@ def live(
     testkit: Path, policy: str, workers: Sequence[str], arrivals: Sequence[Arrival], plan: Plan
 ) -> Walk:
     """A policy on a cluster of its own."""
+    first = LEAST_RATE
+    if not plan.rates:
+        predicted, _ = simulated(policy, workers, arrivals, plan).knee()
+        first = max(LEAST_RATE, BEFORE * predicted)
     with serving(policy, workers) as cluster:
         return walk(
             policy,
             arrivals,
             plan,
+            first,
             lambda rate, scaled: bring(testkit, cluster, policy, rate, scaled, plan),
         )
 
@@ -280,14 +291,13 @@ def live(
 def simulated(policy: str, workers: Sequence[str], arrivals: Sequence[Arrival], plan: Plan) -> Walk:
     """The same in the simulator: what is to be expected, in a minute."""
     cluster = workers_of(workers, SPEED, POOL_TOKENS)
-    warm_up = plan.warm_up_s / (plan.warm_up_s + plan.window_s)
 
     def run_at(rate: float, scaled: Sequence[Arrival]) -> Run:
         name, first_come, _ = policy.partition(FIRST_COME)
-        figures = simulate(cluster, name, bool(first_come), scaled, BLOCK_TOKENS, warm_up)
+        figures = simulate(cluster, name, bool(first_come), scaled, BLOCK_TOKENS, WARM_UP)
         return Run(policy, rate, figures, 0.0, 0)
 
-    return walk(policy, arrivals, plan, run_at)
+    return walk(policy, arrivals, plan, LEAST_RATE, run_at)
 
 
 def say(text: str) -> None:
@@ -351,8 +361,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cluster", default="2P2D", help="workers: as 2P2D, or 4 for both")
     parser.add_argument("--policies", type=lambda text: text.split(","))
     parser.add_argument("--rates", type=lambda text: [float(part) for part in text.split(",")])
-    parser.add_argument("--warm-up", type=float, help="seconds before anything counts")
-    parser.add_argument("--window", type=float, help="seconds that count")
+    parser.add_argument("--requests", type=int, help="how many")
     parser.add_argument("--no-prefixes", action="store_true", help="prompts share nothing")
     parser.add_argument("--simulated", action="store_true", help="in the simulator, not live")
     parser.add_argument("--testkit", type=Path, help="binary; default: built from here")
@@ -365,15 +374,14 @@ def plan_of(args: argparse.Namespace) -> Plan:
         OURS,
         *(name + end for end in (FIRST_COME, "") for name in BASELINES),
     )
-    warm_up, window, rates = 15.0, 60.0, list[float]()
+    requests, rates = 900, list[float]()
     if args.quick:
         policies = (OURS, f"round-robin{FIRST_COME}", "round-robin")
-        warm_up, window, rates = 2.0, 6.0, [16.0, 22.0]
+        requests, rates = 120, [16.0, 22.0]
     return Plan(
         args.policies or policies,
         sorted(args.rates or rates),
-        warm_up if args.warm_up is None else args.warm_up,
-        args.window or window,
+        args.requests or requests,
         not args.no_prefixes,
     )
 
@@ -384,7 +392,7 @@ def main() -> int:
     need_traces(args.traces, TRACES.values())
     plan, workers = plan_of(args), roles(args.cluster)
     arrivals = merged(args.traces, plan.prefixes)
-    title = f"{args.cluster} sim workers, {plan.window_s:g} s at each rate"
+    title = f"{args.cluster} sim workers, the same {plan.requests:,} requests at each rate"
     if not plan.prefixes:
         title += ", no prefixes"
     if args.quick:

@@ -101,13 +101,11 @@ def with_prefixes(arrivals: Sequence[Arrival], block_tokens: int, seed: str) -> 
     return found
 
 
-def at_rate(arrivals: Sequence[Arrival], rate: float, seconds: float) -> list[Arrival]:
-    """The first of them, so many that they make this rate over this time."""
-    count = round(rate * seconds)
+def at_rate(arrivals: Sequence[Arrival], rate: float, count: int) -> list[Arrival]:
+    """The first of them, in as much time as makes this rate."""
     if count >= len(arrivals):
         raise SystemExit(
-            f"{count:,} arrivals are needed for {rate:g} a second, the traces have "
-            f"{len(arrivals):,}: a shorter --window, or lower --rates"
+            f"{count:,} arrivals are asked for, the traces have {len(arrivals):,}: fewer --requests"
         )
-    scale = 1e3 * seconds / arrivals[count].at_ms
+    scale = 1e3 * count / rate / arrivals[count].at_ms
     return [replace(one, at_ms=one.at_ms * scale) for one in arrivals[:count]]

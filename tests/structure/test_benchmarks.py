@@ -153,7 +153,7 @@ def test_a_policys_rate_is_read_between_two_runs_and_void_ones_do_not_count(root
 
 def test_a_mixed_load_is_compared_in_the_simulator_too(root, tmp_path):
     for name, prompt in (("conv", 300), ("code", 1_500)):
-        azure_rows(tmp_path / f"azure_{name}_2023_part1.csv", 600, prompt)
+        azure_rows(tmp_path / f"azure_{name}_2023_part1.csv", 1_200, prompt)
     out = tmp_path / "mixed.json"
     arguments = ["--quick", "--simulated", "--rates", "10,60", "--json", str(out)]
     done = run(root, "mixed_trace.py", *arguments, KVMESH_TRACES=str(tmp_path))
@@ -179,7 +179,7 @@ def test_a_mixed_load_has_its_rate_and_prefixes_that_repeat(root):
         from mixed_trace import at_rate
         from trace_rows import Arrival, with_prefixes
         rows = [Arrival(n * n, 100 + 40 * (n % 60), 5) for n in range(2_000)]
-        scaled = at_rate(rows, 20, 30.0)
+        scaled = at_rate(rows, 20, 600)
         print(len(scaled), scaled[0].at_ms, 29_000 < scaled[-1].at_ms < 30_000)
         given = with_prefixes(rows, 16, "seed")
         assert given == with_prefixes(rows, 16, "seed") != with_prefixes(rows, 16, "other")
