@@ -230,3 +230,57 @@ def test_one_that_fails_or_lacks_its_input_stops_no_other(root, tmp_path):
 
     done = run(root, "run_all.py", "--results", str(tmp_path / "results"), *files[1:])
     assert done.returncode == 0, done.stderr
+
+
+def test_people_who_chat_take_turns_as_the_load_says(root):
+    code = """
+        from isolation_load import Answer, _Chat, arrivals
+        chat = _Chat("seed")
+        talking = [chat.take() for _ in range(5)]
+        print(chat.extra, len({one.name for one in talking}))
+        for at, one in enumerate(talking[::-1]):
+            chat.answered(one, Answer(0.0, ended=1.0, ids=[7] * 64), float(at))
+        # The longest idle one speaks next; the one that was opened beside them is gone.
+        print(chat.take() is talking[3])
+        seen = {}
+        chat = _Chat("other")
+        for turn in range(200):
+            one = chat.take()
+            seen[one.name] = seen.get(one.name, 0) + 1
+            chat.answered(one, Answer(0.0, ended=1.0), float(turn))
+        print(chat.extra, max(seen.values()), sum(seen.values()))
+        alone, storm = arrivals(60.0, "a", 60.0), arrivals(120.0, "a", 60.0)
+        print(storm == alone + [60.0 + at for at in alone], arrivals(60.0, "b", 60.0) != alone)
+    """
+    done = run(root, "-c", dedent(code))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["1 5", "True", "0 5 200", "True True"]
+
+
+def test_what_a_storm_costs_is_read_from_all_that_was_asked(root, tmp_path):
+    code = f"""
+        import json
+        from math import isnan
+        from pathlib import Path
+        from isolation_load import Answer, Phase
+        from isolation_report import Measured, Ratios, write_raw
+        def phase(documents, gaps, *read):
+            turn = Answer(0.0, [1.0 + gap for gap in gaps], 2.0)
+            return Phase(0.0, 120.0, documents, [turn], list(read), took_s=120.0)
+        def of(count):
+            alone = phase(0, [0.1 * n for n in range(count)])
+            storm = phase(1, [0.12 * n for n in range(count)],
+                          Answer(0.0, [20.0], 30.0), Answer(30.0, [], None))
+            return Measured("d", "", [alone], [storm])
+        few, enough = (Ratios.of(of(count), 1 / 30, 30.0) for count in (300, 302))
+        print(isnan(few.itl_p99), round(enough.itl_p99, 3), round(enough.itl_p95, 3))
+        # The second document was cut off after 90 s, and is the slowest.
+        print(enough.slowest, round(enough.share_of_rate, 3))
+        out = Path({str(tmp_path / "raw.json")!r})
+        write_raw(out, "", {{"d": of(2), "d, two documents": of(3)}})
+        raw = json.loads(out.read_text())["arrangements"]
+        print(*(len(one["phases"][0]["turns"][0]["tokens"]) for one in raw.values()))
+    """
+    done = run(root, "-c", dedent(code))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["True 1.2 1.2", "3.0 1.0", "2 3"]
