@@ -26,6 +26,13 @@ class FakeOpenAi:
         self.key = key
         self.can_abort = can_abort
         self.paths: list[str] = []
+        self.kept_back: dict[int, tuple[int, str]] = {}
+        """By the place of a token that is told alone of its character: how many before it are
+        kept back, and the character."""
+        self.ends: tuple[int, ...] = (END,)
+        """Ids at which llama.cpp ends by itself."""
+        self.spelling: dict[str, list[int]] = {}
+        """What /tokenize says of a text."""
 
     async def connected(self, reader, writer) -> None:
         try:
@@ -53,7 +60,10 @@ class FakeOpenAi:
                 model["max_model_len"] = CONTEXT
             self._send(writer, 200, {"data": [model]})
         elif path == "/props" and self.kind == "llamacpp":
-            self._send(writer, 200, {"default_generation_settings": {"n_ctx": CONTEXT}})
+            settings = {"n_ctx": CONTEXT}
+            self._send(writer, 200, {"default_generation_settings": settings, "total_slots": 4})
+        elif path == "/tokenize" and self.kind == "llamacpp":
+            self._send(writer, 200, {"tokens": self.spelling[json.loads(body)["content"]]})
         elif path == "/metrics" and self.kind != "other":
             self._send(writer, 200, self._metrics())
         elif path == "/inference/v1/abort_requests" and self.kind == "vllm" and self.can_abort:
@@ -101,7 +111,7 @@ class FakeOpenAi:
             asked["prompt"],
             asked["max_tokens"],
             asked.get("min_tokens", 0),
-            tuple(asked["stop_token_ids"]) if ends else (END,),
+            tuple(asked["stop_token_ids"]) if ends else self.ends,
         )
         writer.write(
             b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
@@ -118,19 +128,16 @@ class FakeOpenAi:
                     raise ConnectionError("the client has gone")
                 if (told := step.result()) is None:
                     break
-                event = self._choice(asked, told)
-                if told.finish is None:
-                    self._event(writer, event)
-                    await writer.drain()
-                    continue
                 if self.kind == "llamacpp":
-                    # With the end, others behind it.
-                    event["usage"] = self._usage(asked)
-                self._event(writer, event)
-                if self.kind != "llamacpp":
-                    self._event(writer, {"choices": [], "usage": self._usage(asked)})
+                    for event in self._as_llama_cpp(asked, told, len(running.output)):
+                        self._event(writer, event)
+                else:
+                    self._event(writer, self._choice(asked, told))
+                    if told.finish is not None:
+                        self._event(writer, {"choices": [], "usage": self._usage(asked)})
                 await writer.drain()
-                break
+                if told.finish is not None:
+                    break
             self._event(writer, None)
             writer.write(b"0\r\n\r\n")
         finally:
@@ -145,6 +152,26 @@ class FakeOpenAi:
         text = "[DONE]" if content is None else json.dumps(content)
         data = f"data: {text}\n\n".encode()
         writer.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+
+    def _as_llama_cpp(self, asked, told, made) -> list[dict]:
+        """A token's event where its text is whole; the end by itself, with the usage."""
+        timings = {"predicted_n": made} if asked.get("timings_per_token") else {}
+        hidden = {
+            place - back
+            for place, (many, _) in self.kept_back.items()
+            for back in range(1, many + 1)
+        }
+        events = []
+        if told.ids and made - 1 not in hidden:
+            event = self._choice(asked, told)
+            event["choices"][0] |= {
+                "finish_reason": None, "text": self.kept_back.get(made - 1, (0, ""))[1],
+            }  # fmt: skip
+            events.append({**event, "timings": timings})
+        if told.finish is not None:
+            choice = {"index": 0, "text": "", "logprobs": None, "finish_reason": told.finish}
+            events.append({"choices": [choice], "usage": self._usage(asked), "timings": timings})
+        return events
 
     def _usage(self, asked) -> dict:
         usage = {"prompt_tokens": len(asked["prompt"]), "prompt_tokens_details": None}
@@ -179,8 +206,8 @@ class FakeOpenAi:
         return {"choices": [choice]}
 
 
-async def serve(service, port=0):
-    server = await asyncio.start_server(service.connected, "127.0.0.1", port)
+async def serve(service, port=0, tls=None):
+    server = await asyncio.start_server(service.connected, "127.0.0.1", port, ssl=tls)
     return server, server.sockets[0].getsockname()[1]
 
 

@@ -73,6 +73,8 @@ async def test_the_record_says_what_can_be_known(folder, kind) -> None:
         # Nothing tells of its cache: routers go by what they sent there.
         assert not can.cache_events
         assert can.block_tokens == BLOCK
+        # Slots, of those that say so.
+        assert can.max_batch == (4 if kind == "llamacpp" else 0)
         # llama.cpp does not say: by kv_pool_tokens.
         assert can.pool_blocks == (BLOCKS if kind != "llamacpp" else 2048)
         assert can.max_logprobs == {"vllm": 20, "sglang": 0, "llamacpp": 20}[kind]
@@ -132,6 +134,75 @@ async def test_a_stop_id_ends_the_output_also_where_the_server_does_not(folder, 
         assert attempt.end.finished.stop_token_id == said[6]
         await driver.idle()
         await until(lambda: driver.model.running == {})
+
+
+@pytest.mark.parametrize("ends_itself", [True, False])
+async def test_where_llama_cpp_ends_by_itself_its_usage_is_waited_for(folder, ends_itself) -> None:
+    said = tokens_after(prompt(40), 10)
+    async with served(folder, "llamacpp") as driver:
+        driver.model.cached = 32
+        if ends_itself:
+            driver.service.ends = (said[6],)
+        attempt = place(driver, prompt(40), stop_token_ids=[said[6], END], max_tokens=16)
+        assert await attempt.ended() == "finished"
+        assert attempt.tokens == said[:7]
+        assert attempt.end.finished.stop_token_id == said[6]
+        # Where it goes on, nothing tells of it before its own end.
+        assert attempt.end.timings.cached_tokens == (32 if ends_itself else 0)
+        await driver.idle()
+
+
+def kept_back(service, place, many, text, ids) -> None:
+    """llama.cpp tells the token at a place alone of a character that it ends, and its ids."""
+    service.kept_back = {place: (many, text)}
+    service.spelling = {text: ids}
+
+
+async def test_what_llama_cpp_keeps_back_of_a_character_is_found_by_its_text(folder) -> None:
+    said = tokens_after(prompt(40), 8)
+    async with served(folder, "llamacpp") as driver:
+        # The same tokens; fewer of the same text; bytes that are no character.
+        for text, ids, whole in (
+            ("🙂", said[1:4], said),
+            ("é", [700, 701], [said[0], 700, 701, *said[4:]]),
+            ("\ufffd\ufffd", [700, 701, 702, 703], [said[0], *said[3:]]),
+        ):
+            kept_back(driver.service, 3, 2, text, ids)
+            attempt = place(driver, prompt(40), max_tokens=8)
+            assert await attempt.ended() == "finished"
+            assert attempt.tokens == whole
+            assert attempt.end.finished.reason == inference.FINISH_REASON_LENGTH
+        assert driver.service.paths.count("/tokenize") == 3
+        await driver.idle()
+
+
+@pytest.mark.parametrize(
+    ("given", "ids", "text", "retryable"),
+    [
+        ({}, [700, 701, 702, 703], "kept back 2 tokens, of a text that is 4", True),
+        ({"logprobs": 1}, [700, 701, 702], "no log-probabilities of characters", False),
+    ],
+)
+async def test_what_llama_cpp_keeps_back_and_cannot_be_found_fails_the_request(
+    folder, given, ids, text, retryable
+) -> None:
+    async with served(folder, "llamacpp") as driver:
+        kept_back(driver.service, 3, 2, "🙂", ids)
+        attempt = place(driver, prompt(40), max_tokens=8, **given)
+        assert await attempt.ended() == "failed"
+        assert text in attempt.end.failed.message
+        assert attempt.end.failed.retryable == retryable
+        await driver.idle()
+
+
+async def test_a_character_that_the_end_cut_off_is_left_out(folder) -> None:
+    said = tokens_after(prompt(40), 8)
+    async with served(folder, "llamacpp") as driver:
+        kept_back(driver.service, 9, 3, "never whole", [])
+        attempt = place(driver, prompt(40), max_tokens=8)
+        assert await attempt.ended() == "finished"
+        assert attempt.tokens == said[:6]
+        assert "/tokenize" not in driver.service.paths
 
 
 async def test_a_request_to_vllm_says_what_was_asked(folder) -> None:

@@ -68,6 +68,31 @@ def test_a_prompt_that_did_not_come_with_the_others_spoils_the_first_step() -> N
     assert held(steps.told(tokens("a"), 1.1, 1, 2)) is None
 
 
+def test_what_may_have_been_several_steps_makes_the_next_one_no_longer() -> None:
+    steps = Steps()
+    steps.added(0.0, idle=True)
+    steps.told([first("a", 10)], 1.0, 0, 1)
+    # Another prompt, which takes long, while the end of the first stream is not known here.
+    steps.added(1.0, idle=False)
+    steps.told([first("b", 500)], 5.0, 0, 2)
+    assert held(steps.told(tokens("b"), 5.1, 0, 1)) is None
+    assert held(steps.told(tokens("b"), 5.2, 0, 1)) == (0, 1, 100, 5.1)
+
+
+def test_a_stream_that_left_does_not_show_where_its_last_step_ended() -> None:
+    steps = Steps()
+    steps.added(0.0, idle=True)
+    steps.added(0.0, idle=False)
+    steps.told([first("a", 10), first("b", 20)], 1.0, 0, 2)
+    steps.told(tokens("a", "b"), 1.1, 0, 2)
+    assert held(steps.told(tokens("a"), 1.2, 0, 2)) == (0, 2, 100, 1.1)
+    steps.left("a")
+    # The next step, which alone would not show.
+    assert not steps.told(tokens("b"), 1.3, 0, 1).over
+    assert held(steps.told(tokens("b"), 1.4, 0, 1)) is None
+    assert held(steps.told(tokens("b"), 1.5, 0, 1)) == (0, 1, 100, 1.4)
+
+
 def test_the_last_stream_closes_the_last_step() -> None:
     steps = Steps()
     steps.added(0.0, idle=True)

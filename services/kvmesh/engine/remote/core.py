@@ -110,6 +110,8 @@ class _Run:
     made: int = 0
     cached: int | None = None
     """Of the prompt, found in the server's cache, as far as it has said."""
+    over: bool = False
+    """Its end was told; the stream may still have to be closed."""
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
 
@@ -163,7 +165,7 @@ class RemoteCore:
         if not isinstance(request, Request):
             raise TypeError("the request was made for another core")
         now = time.monotonic()
-        self._steps.added(now, idle=not self._runs)
+        self._steps.added(now, idle=all(run.over for run in self._runs.values()))
         run = self._runs[request.request_id] = _Run(request, now)
         if request.abort_immediately:
             run.aborted.set()
@@ -255,6 +257,8 @@ class RemoteCore:
                 task.cancel()
             await asyncio.gather(stream, told, return_exceptions=True)
             del self._runs[request.request_id]
+            if self._runs:
+                self._steps.left(request.request_id)
             # Its end may be the end of a step.
             self._arrived.set()
             async with self._idle:
@@ -319,6 +323,7 @@ class RemoteCore:
             computed = stats.num_computed_tokens if known else None
             self._told.append(Told(request.request_id, first, computed))
         run.made += len(part.ids)
+        run.over = part.finish_reason is not None
         self._outputs.append(output)
         self._arrived.set()
 

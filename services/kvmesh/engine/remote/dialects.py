@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvmesh.engine.remote.server import FINISHED, FailedError, Logprobs, Part, Request
+from kvmesh.engine.remote.server import (
+    FINISHED,
+    FailedError,
+    Logprobs,
+    Part,
+    RejectedError,
+    Request,
+)
 from kvmesh.engine.vllm import border
 
 _SEED_MASK = (1 << 31) - 1
 _ID = "token_id:"
+_UNREADABLE = "\ufffd"
+"""Stands in a text for bytes that are no character."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +103,8 @@ class Dialect:
                 "top_k": given.top_k,
                 "min_p": given.min_p,
                 "cache_prompt": not request.uncached,
+                # How many tokens it has made comes with each that it tells.
+                "timings_per_token": True,
             }
         return {}
 
@@ -148,15 +159,24 @@ class Reader:
 
     dialect: Dialect
     request: Request
+    spelt: str = ""
+    """Text of the part that was taken last, where ids before its own were kept back: llama.cpp
+    tells of a character that is several tokens the last one alone."""
     _over: bool = field(default=False)
+    _made: int = 0
+    """Tokens that the server says it has made."""
+    _missing: int = 0
+    """Those of them that were kept back before the part that was taken last."""
     _last: Part | None = None
     """The end, of which the usage is still to come."""
 
     def take(self, event: Mapping[str, Any]) -> Part | None:
         """What an event brought; None: nothing. Raises FailedError."""
         choices = event.get("choices") or ()
-        if self._last is not None and event.get("usage"):
-            self._last.cached_tokens = _cached(event)
+        if self._last is not None and (event.get("usage") or choices):
+            if event.get("usage"):
+                self._last.cached_tokens = _cached(event)
+            # Else it goes on behind a token that ends the output for us alone.
             return self.rest()
         if not choices or self._over:
             return None
@@ -164,6 +184,7 @@ class Reader:
         given = self.request.sampling_params
         ids, logprobs = _tokens(choice, given.logprobs)
         part = Part(ids, logprobs, _cached(event))
+        self._count(event, choice, part)
         finish = choice.get("finish_reason")
         if finish is not None:
             part.finish_reason = FINISHED.get(finish, border.ERROR)
@@ -175,10 +196,40 @@ class Reader:
         if not self.dialect.stops:
             self._stop(part, given.stop_token_ids or [])
         self._over = part.finish_reason is not None
-        if said and not event.get("usage"):
+        # Of a token that ends the output the server may think the same: its usage comes next.
+        if not event.get("usage") and (said or (self._over and not self.spelt)):
             self._last = part
             return None
         return part if part.ids or self._over else None
+
+    def _count(self, event: Mapping[str, Any], choice: Mapping[str, Any], part: Part) -> None:
+        made = (event.get("timings") or {}).get("predicted_n")
+        self.spelt, self._missing = "", 0
+        if made is None:
+            return
+        missing, self._made = int(made) - self._made - len(part.ids), int(made)
+        # Of a character that the end cut off nothing is told, and nothing can be shown.
+        if missing > 0 and part.ids:
+            self.spelt, self._missing = str(choice.get("text") or ""), missing
+
+    def complete(self, part: Part, ids: Sequence[int]) -> None:
+        """Puts in what was kept back: `ids` are those of its text, `spelt`. The model may have
+        made it of others; what they spell is the same. Raises ServerError."""
+        if part.stop_token_id is not None and part.stop_token_id not in ids[-1:]:
+            # What it ends with has to stay.
+            raise FailedError("the server kept back tokens before the one that ended the output")
+        if len(ids) > len(part.ids) + self._missing:
+            if _UNREADABLE in self.spelt:
+                # Bytes that are no character: nothing of them could be shown.
+                return
+            raise FailedError(
+                f"the server kept back {self._missing} tokens, of a text that is {len(ids)}"
+            )
+        if part.logprobs is not None:
+            raise RejectedError(
+                "llama.cpp tells no log-probabilities of characters that are several tokens"
+            )
+        part.ids = [*ids]
 
     def rest(self) -> Part | None:
         """The end, where it is to come without a usage."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import ssl
 from collections.abc import AsyncGenerator, AsyncIterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,6 +57,8 @@ class Access:
     """Sent as a bearer token."""
     priorities: bool = False
     """It orders its queue by the priorities that requests have."""
+    ca: bytes = b""
+    """Authorities that vouch for it, PEM; empty: the usual ones."""
 
 
 class OpenAiServer:
@@ -71,6 +74,7 @@ class OpenAiServer:
             headers=headers,
             timeout=httpx.Timeout(_FIRST_S, connect=_CONNECT_S, pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
+            verify=ssl.create_default_context(cadata=access.ca.decode()) if access.ca else True,
             # A proxy of the environment is for other things.
             trust_env=False,
         )
@@ -84,11 +88,14 @@ class OpenAiServer:
         """Raises UnreachableError, UnusableError."""
         self._model = model = await self._chosen()
         self._dialect = dialect = dialects.of(str(model.get("owned_by", "")))
+        props = await self._json("/props") if dialect is dialects.LLAMA_CPP else {}
         found = Description(
             engine=dialect.name,
             model=str(model["id"]),
             path=str(model.get("root") or model["id"]),
-            context_length=await self._context_length(model),
+            context_length=_context_length(model, props),
+            # Its slots.
+            max_batch=int(props.get("total_slots") or 0),
             max_logprobs=dialect.max_logprobs,
             lacks=dialect.lacks
             | (frozenset() if self._access.priorities else frozenset({"priority"})),
@@ -107,14 +114,6 @@ class OpenAiServer:
                 return model
         known = ", ".join(str(model.get("id")) for model in models) or "none"
         raise UnusableError(f"model is {wanted!r}; the server's are {known}")
-
-    async def _context_length(self, model: Mapping[str, Any]) -> int:
-        if model.get("max_model_len"):
-            return int(model["max_model_len"])
-        if self._dialect is not dialects.LLAMA_CPP:
-            return 0
-        told = await self._json("/props")
-        return int((told.get("default_generation_settings") or {}).get("n_ctx") or 0)
 
     async def _json(self, path: str) -> dict[str, Any]:
         try:
@@ -187,8 +186,11 @@ class OpenAiServer:
                     if data == "[DONE]":
                         break
                     part = reader.take(_event(data))
-                    if part is not None:
-                        yield part
+                    if part is None:
+                        continue
+                    if reader.spelt:
+                        reader.complete(part, await self._tokens(reader.spelt))
+                    yield part
                 if (part := reader.rest()) is not None:
                     yield part
         except httpx.HTTPError as error:
@@ -196,6 +198,19 @@ class OpenAiServer:
             if (part := reader.rest()) is None:
                 raise _unreachable(error) from error
             yield part
+
+    async def _tokens(self, text: str) -> list[int]:
+        """Ids of a text, by llama.cpp's own call. Raises FailedError."""
+        asked = {"content": text, "add_special": False, "parse_special": False}
+        answer = await self._http.post("/tokenize", json=asked, timeout=_CALL_S)
+        try:
+            if answer.status_code != 200:
+                raise ValueError(f"status {answer.status_code}")
+            return [int(id) for id in answer.json()["tokens"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise FailedError(
+                f"the server's answer of /tokenize cannot be read: {error}"
+            ) from error
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Where the server has no call for it, dropping its stream has to do: see `dialects`."""
@@ -229,6 +244,12 @@ class OpenAiServer:
     async def close(self) -> None:
         """Drops the connections."""
         await self._http.aclose()
+
+
+def _context_length(model: Mapping[str, Any], props: Mapping[str, Any]) -> int:
+    if model.get("max_model_len"):
+        return int(model["max_model_len"])
+    return int((props.get("default_generation_settings") or {}).get("n_ctx") or 0)
 
 
 async def _lines(parts: AsyncIterable[bytes]) -> AsyncGenerator[str, None]:

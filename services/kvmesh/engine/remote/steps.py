@@ -40,11 +40,14 @@ class _Open:
     fresh: bool
     """Nothing ran when it began."""
     told_at: float = 0.0
+    """When its first message came, and the last one: those of one step come together."""
+    last_at: float = 0.0
     names: set[str] = field(default_factory=set)
     prompt_tokens: int = 0
     prompts: int = 0
     mixed: bool = False
-    """A prompt was waiting meanwhile, or it is not known how much was computed of one."""
+    """A prompt was waiting meanwhile, or it is not known how much was computed of one, or it may
+    be more than one step."""
 
 
 class Steps:
@@ -71,9 +74,12 @@ class Steps:
             if message.name in step.names:
                 step.mixed = step.mixed or waiting > 0
                 closed = self._close(step)
-                step = self._open = _Open(step.told_at, fresh=False, mixed=waiting > 0)
+                # What is not known to be one step may have been several: the last one of them.
+                began = step.last_at if closed.step is None else step.told_at
+                step = self._open = _Open(began, fresh=False, mixed=waiting > 0)
             if not step.names:
                 step.told_at = now
+            step.last_at = now
             step.names.add(message.name)
             if message.first:
                 step.prompts += 1
@@ -83,6 +89,12 @@ class Steps:
             closed = self._close(self._open)
             self._open = None
         return closed
+
+    def left(self, name: str) -> None:
+        """A stream has ended, and others run on: it will not show where the step ends that it
+        spoke in."""
+        if self._open is not None and name in self._open.names:
+            self._open.mixed = True
 
     @staticmethod
     def _close(step: _Open) -> _Closed:
