@@ -179,10 +179,32 @@ def _complete(made, cached):
     )
 
 
-async def serve(service, port=0):
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+class NeedsKey(grpc.aio.ServerInterceptor):
+    """Refuses calls without it."""
+
+    def __init__(self, key) -> None:
+        self.key = key
+
+    async def intercept_service(self, continuation, details):
+        if ("authorization", f"Bearer {self.key}") in details.invocation_metadata:
+            return await continuation(details)
+
+        async def refuse(request, context):
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no such key")
+
+        return grpc.unary_unary_rpc_method_handler(refuse)
+
+
+async def serve(service, port=0, credentials=None, key=""):
+    server = grpc.aio.server(
+        options=[("grpc.so_reuseport", 0)], interceptors=[NeedsKey(key)] if key else []
+    )
     rpc.add_VllmEngineServicer_to_server(service, server)
-    bound = server.add_insecure_port(f"127.0.0.1:{port}")
+    address = f"127.0.0.1:{port}"
+    if credentials is None:
+        bound = server.add_insecure_port(address)
+    else:
+        bound = server.add_secure_port(address, credentials)
     await server.start()
     return server, bound
 

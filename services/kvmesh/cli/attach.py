@@ -38,16 +38,19 @@ _NOT_A_SERVERS = frozenset(
 """Settings of a worker that are of its own engine."""
 
 _OWN = (
-    Setting("server", "Address of the server: vllm://host:port for its gRPC, http://host:port or "
-            "https:// for one that speaks OpenAI's HTTP alone. The command's argument as well."),
+    Setting("server", "Address of the server: vllm://host:port for its gRPC, vllms:// for the same "
+            "with TLS, http://host:port or https:// for one that speaks OpenAI's HTTP alone. The "
+            "command's argument as well."),
     Setting("model", "Which of the server's models, where it has several. Empty: its first."),
     Setting("tokenizer", "Folder with the model's tokenizer.json, in Hugging Face's form, where "
             "the server does not send it. config.json and generation_config.json are read, too."),
     Setting("model_digest", "Digest of the model, 64 hexadecimal digits, where other workers "
             "serve it by the same name. Empty: made of the server's name for it."),
     Setting("context_length", "In tokens, where the server does not tell it."),
-    Setting("server_key", "Sent to a server that speaks HTTP as its bearer token. Best given by "
-            "its variable: flags can be read by everyone on the machine."),
+    Setting("server_key", "Sent to the server as a bearer token; over gRPC with TLS alone. Best "
+            "given by its variable: flags can be read by everyone on the machine."),
+    Setting("server_ca", "File with the certificates, PEM, of the authorities that vouch for a "
+            "server with TLS. Empty: the usual ones."),
     Setting("data_parallel_rank", "Rank to use, of a server that has several. Empty: it chooses, "
             "and its cache is not followed."),
     Setting("seeded", "Requests carry their seeds. Off for vLLM on a CPU, which dies of them.",

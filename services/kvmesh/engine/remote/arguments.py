@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from kvmesh.worker.settings import SettingError
 SCHEMES = {
     "vllm": "grpc",
     "grpc": "grpc",
+    "vllms": "grpcs",
+    "grpcs": "grpcs",
     "http": "http",
     "https": "https",
     "openai+http": "http",
@@ -30,7 +33,7 @@ class Address:
     """Where a server is, and what it speaks."""
 
     wire: str
-    """grpc, http or https."""
+    """grpc, grpcs, http or https."""
     host: str
     port: int
 
@@ -47,6 +50,16 @@ class Address:
             allowed = ", ".join(f"{scheme}://host:port" for scheme in SCHEMES)
             raise SettingError(f"server is {text!r}; allowed are {allowed}")
         return cls(wire, parts.hostname, port)
+
+    @property
+    def speaks_grpc(self) -> bool:
+        """Else HTTP."""
+        return self.wire.startswith("grpc")
+
+    @property
+    def has_tls(self) -> bool:
+        """Whether nobody between can read, or answer in its place."""
+        return self.wire.endswith("s")
 
     def __str__(self) -> str:
         return f"{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
@@ -66,7 +79,9 @@ class Arguments:
     context_length: int = 0
     """In tokens, where the server does not say it."""
     server_key: str = ""
-    """Sent to a server that speaks HTTP, as a bearer token."""
+    """Sent as a bearer token."""
+    server_ca: bytes = b""
+    """Certificates of the authorities that vouch for the server, PEM. Empty: the usual ones."""
     data_parallel_rank: int | None = None
     """Rank to use of a server that has several."""
     seeded: bool = True
@@ -93,13 +108,20 @@ class Arguments:
             raise SettingError(f"model_digest is {digest!r}; allowed are 64 hexadecimal digits")
         folder = given.get("tokenizer", "")
         rank = given.get("data_parallel_rank", "")
+        server, key = Address.of(given["server"]), given.get("server_key", "")
+        if key and server.wire == "grpc":
+            raise SettingError(
+                "server_key is given, which gRPC sends with TLS alone; allowed with it are "
+                "vllms://host:port, https:// and http://"
+            )
         return cls(
-            Address.of(given["server"]),
+            server,
             model=given.get("model", ""),
             tokenizer=Path(folder).expanduser() if folder else None,
             model_digest=digest,
             context_length=_count("context_length", given.get("context_length") or "0"),
-            server_key=given.get("server_key", ""),
+            server_key=key,
+            server_ca=_authorities(given.get("server_ca", ""), server),
             data_parallel_rank=_count("data_parallel_rank", rank) if rank else None,
             seeded=_switch("seeded", given.get("seeded", "true")),
             priorities=_switch("priorities", given.get("priorities", "false")),
@@ -111,6 +133,26 @@ def _count(name: str, text: str) -> int:
     if not text.isdigit():
         raise SettingError(f"{name} is {text!r}; allowed is a number from 0")
     return int(text)
+
+
+def _authorities(name: str, server: Address) -> bytes:
+    if not name:
+        return b""
+    if not server.has_tls:
+        raise SettingError(
+            "server_ca is given, and the server has no TLS; allowed with it are vllms://host:port "
+            "and https://host:port"
+        )
+    try:
+        found = Path(name).expanduser().read_bytes()
+        ssl.create_default_context(cadata=found.decode())
+    except (OSError, ValueError) as error:
+        # One of ssl is an OSError, too.
+        raise SettingError(
+            f"server_ca is {name!r}, where no certificate can be read ({error}); allowed is a file "
+            "of them, PEM"
+        ) from error
+    return found
 
 
 def _salted_prompts(text: str) -> SaltedPrompts:

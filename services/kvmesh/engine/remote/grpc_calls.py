@@ -35,6 +35,7 @@ _REFUSED = (
     grpc.StatusCode.OUT_OF_RANGE,
     grpc.StatusCode.FAILED_PRECONDITION,
 )
+_UNKNOWN = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 _MOST_TEXT = 300
 
 T = TypeVar("T")
@@ -46,6 +47,8 @@ def told(error: grpc.aio.AioRpcError) -> ServerError:
     message = f"the server answers {code.name}: {text}"
     if code in _GONE:
         return UnreachableError(message)
+    if code in _UNKNOWN:
+        return RejectedError(f"{message}; set server_key to a key of it", code.value[0])
     if code in _REFUSED:
         return RejectedError(message, code.value[0])
     if code is grpc.StatusCode.UNIMPLEMENTED:

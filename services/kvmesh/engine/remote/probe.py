@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 
+import grpc
 import grpc.aio
 
 from kvmesh.engine.remote.arguments import Arguments
@@ -28,7 +29,7 @@ from kvmesh.vllm_wire import engine_pb2_grpc as engine_rpc
 def connect(arguments: Arguments) -> Server:
     """A client of the server, in the running event loop. Nothing is sent yet."""
     address = arguments.server
-    if address.wire == "grpc":
+    if address.speaks_grpc:
         return GrpcServer(arguments)
     from kvmesh.engine.remote.openai_http import Access, OpenAiServer
 
@@ -38,8 +39,21 @@ def connect(arguments: Arguments) -> Server:
             arguments.model,
             arguments.server_key,
             arguments.priorities,
+            arguments.server_ca,
         )
     )
+
+
+def channel(arguments: Arguments) -> grpc.aio.Channel:
+    """To a server that speaks gRPC. Nothing is sent yet."""
+    target = str(arguments.server)
+    if not arguments.server.has_tls:
+        return grpc.aio.insecure_channel(target, options=OPTIONS)
+    credentials = grpc.ssl_channel_credentials(arguments.server_ca or None)
+    if arguments.server_key:
+        token = grpc.access_token_call_credentials(arguments.server_key)
+        credentials = grpc.composite_channel_credentials(credentials, token)
+    return grpc.aio.secure_channel(target, credentials, options=OPTIONS)
 
 
 class GrpcServer:
@@ -49,7 +63,7 @@ class GrpcServer:
 
     def __init__(self, arguments: Arguments) -> None:
         self._arguments = arguments
-        self._channel = grpc.aio.insecure_channel(str(arguments.server), options=OPTIONS)
+        self._channel = channel(arguments)
         self._found: SmgServer | FirstPartyServer | None = None
 
     async def describe(self) -> Description:

@@ -45,7 +45,7 @@ def build(
 ) -> BuiltEngine:
     """Asks a server who it is. Raises SettingError, LostError."""
     arguments = Arguments.of(settings.engine_arguments)
-    if arguments.server.wire != "grpc" and importlib.util.find_spec("httpx") is None:
+    if not arguments.server.speaks_grpc and importlib.util.find_spec("httpx") is None:
         raise SettingError(
             f"server is {arguments.server.wire}://…, which needs the package httpx: "
             "pip install 'kvmesh[attach]'"
