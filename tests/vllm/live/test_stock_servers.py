@@ -19,6 +19,7 @@ from workers import MODEL
 
 import kvmesh
 from kvmesh.engine.remote.served import build
+from kvmesh.engine.remote.server import LostError
 from kvmesh.v1 import inference_pb2 as inference
 from kvmesh.worker.settings import WorkerSettings
 
@@ -39,6 +40,8 @@ def prompts(folder):
 def arguments(server, folder):
     # vLLM dies of seeds on a CPU.
     given = {"server": server.address, "seeded": "false"}
+    if server.wire == "first_party":
+        given["server_ca"] = str(server.ca_file)
     return given if server.wire == "smg" else {**given, "tokenizer": str(folder)}
 
 
@@ -71,6 +74,15 @@ async def test_streams_are_those_of_transformers(server, folder, prompts, refere
             assert abs(first.logprob - first.top_logprobs[0]) < 1e-4
             assert len(first.top_ids) == 2
         await driver.idle()
+
+
+async def test_a_server_that_nobody_vouches_for_is_not_attached(server, folder) -> None:
+    if server.wire != "first_party":
+        pytest.skip("the server has no TLS")
+    given = {**arguments(server, folder), "server_ca": ""}
+    settings = WorkerSettings(engine="remote", engine_arguments=given)
+    with pytest.raises(LostError, match="CERTIFICATE_VERIFY_FAILED"):
+        await asyncio.to_thread(build, settings, "w", 1, lambda line: None)
 
 
 async def test_a_continuation_goes_on_where_it_was(server, folder, prompts) -> None:
@@ -130,7 +142,7 @@ def test_a_router_serves_text_by_it(server, folder, tmp_path) -> None:
 
 
 def _flag(name, value):
-    return ["--no-seeded"] if name == "seeded" else [f"--{name}", value]
+    return ["--no-seeded"] if name == "seeded" else [f"--{name.replace('_', '-')}", value]
 
 
 async def test_with_the_server_the_engine_ends(server, folder, prompts) -> None:
