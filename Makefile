@@ -214,6 +214,8 @@ $(LLAMA_CPP_STAMP): requirements/llama_cpp/cpu.txt $(STAMPS)/test-$(ENV_KEY)
 	$(call on-top,$(LLAMA_CPP_VENV),$<)
 	@mkdir -p $(@D) && touch $@
 
+test-long: test-llama-cpp
+
 # How long and by which schedule: make chaos MINUTES=10 SEED=3.
 MINUTES ?= 60
 SEED ?= 7
