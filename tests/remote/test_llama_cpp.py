@@ -154,10 +154,9 @@ async def test_what_it_tells_of_itself(one, driver) -> None:
     assert [*record.end_of_text_ids] == [2]
     assert (can.engine, can.max_batch, can.max_logprobs) == ("llama.cpp", SLOTS, 20)
     assert not can.cache_events
-    assert not can.grammars
     assert can.no_cache_salt
-    # A prompt's tokens take time, and decoding takes less than a prompt of hundreds.
-    assert steps.a_ms + 200 * steps.b_ms > 2 * (steps.d_ms + 200 * steps.e_ms) > 0
+    # It was seen what a prompt takes: decoding has no part in these.
+    assert steps.a_ms + steps.b_ms + steps.c_ms > 0
 
 
 async def test_streams_are_what_the_server_says_by_its_own_api(server, driver, text) -> None:
@@ -261,6 +260,23 @@ async def test_more_streams_than_slots_are_all_served(driver) -> None:
     await driver.idle()
 
 
+def follow_a_grammar(client) -> None:
+    city = {"type": "string", "enum": ["Paris", "Rome"]}
+    schema = {"type": "object", "properties": {"city": city}, "required": ["city"],
+              "additionalProperties": False}  # fmt: skip
+    asked = {"model": MODEL, "temperature": 0, "max_tokens": 100,
+             "messages": [{"role": "user", "content": "Where is the Louvre?"}]}  # fmt: skip
+    format = {"type": "json_schema", "json_schema": {"name": "city", "schema": schema}}
+    answer = client.chat.completions.create(**asked, response_format=format)
+    assert json.loads(answer.choices[0].message.content)["city"] in city["enum"]
+    tool = {"type": "function", "function": {"name": "weather", "parameters": schema}}
+    called = client.chat.completions.create(**asked, tools=[tool], tool_choice="required",
+                                            parallel_tool_calls=False)  # fmt: skip
+    (call,) = called.choices[0].message.tool_calls
+    assert call.function.name == "weather"
+    assert json.loads(call.function.arguments)["city"] in city["enum"]
+
+
 def test_a_router_chats_by_it(server, folder, text) -> None:
     cluster = server.cluster
     endpoint = cluster.start_router()
@@ -287,6 +303,7 @@ def test_a_router_chats_by_it(server, folder, text) -> None:
     faces = client.completions.create(model=MODEL, prompt=FACES, max_tokens=24, temperature=0)
     ids = text.encode(FACES).ids
     assert faces.choices[0].text == server.complete(ids, 24)["content"]
+    follow_a_grammar(client)
     with kvmesh.Client(endpoint) as mesh:
         for event in mesh.generate(prompt="Count to a thousand: 1, 2, 3,", max_tokens=900):
             if isinstance(event, kvmesh.Tokens):

@@ -78,7 +78,7 @@ async def test_the_record_says_what_can_be_known(folder, kind) -> None:
         # llama.cpp does not say: by kv_pool_tokens.
         assert can.pool_blocks == (BLOCKS if kind != "llamacpp" else 2048)
         assert can.max_logprobs == {"vllm": 20, "sglang": 0, "llamacpp": 20}[kind]
-        assert can.grammars == (kind != "llamacpp")
+        assert can.grammars
         assert can.engine_connector == ""
 
 
@@ -242,6 +242,20 @@ async def test_a_request_to_sglang_has_its_own_names(folder) -> None:
         (asked,) = driver.model.requests
         assert asked["rid"]
         assert (asked["top_k"], asked["ebnf"]) == (-1, "root")
+
+
+async def test_llama_cpp_is_sent_json_schemas(folder) -> None:
+    async with served(folder, "llamacpp") as driver:
+        for grammar, schema in (
+            (inference.Grammar(json_schema='{"type": "string"}'), {"type": "string"}),
+            (inference.Grammar(json_object=True), {"type": "object"}),
+        ):
+            assert await place(driver, prompt(5), max_tokens=1, grammar=grammar).ended()
+            assert driver.model.requests.pop()["json_schema"] == schema
+        bad = place(driver, prompt(5), grammar=inference.Grammar(json_schema="{"))
+        assert await bad.ended() == "failed"
+        assert not bad.end.failed.retryable
+        assert "the schema is no JSON" in bad.end.failed.message
 
 
 @pytest.mark.parametrize(

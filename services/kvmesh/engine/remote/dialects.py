@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,13 +78,14 @@ class Dialect:
     def _own(self, request: Request) -> dict[str, Any]:
         given = request.sampling_params
         kind, text = given.grammar or ("", "")
+        own: dict[str, Any]
         if self is VLLM:
             if not kind:
                 return {"request_id": request.request_id}
             content: Any = True if kind == "json_object" else text
             return {"request_id": request.request_id, "structured_outputs": {kind: content}}
         if self is SGLANG:
-            own: dict[str, Any] = {"rid": request.request_id, "no_stop_trim": True}
+            own = {"rid": request.request_id, "no_stop_trim": True}
             # 0 would keep none.
             own["top_k"] = given.top_k or -1
             match kind:
@@ -98,7 +100,7 @@ class Dialect:
             return own
         if self is LLAMA_CPP:
             # Ids come with log-probabilities only.
-            return {
+            own = {
                 "logprobs": max(1, given.logprobs or 0),
                 "top_k": given.top_k,
                 "min_p": given.min_p,
@@ -106,6 +108,9 @@ class Dialect:
                 # How many tokens it has made comes with each that it tells.
                 "timings_per_token": True,
             }
+            if kind:
+                own["json_schema"] = {"type": "object"} if kind == "json_object" else _schema(text)
+            return own
         return {}
 
     def abort(self, name: str) -> tuple[str, dict[str, Any]] | None:
@@ -126,8 +131,8 @@ LLAMA_CPP = Dialect(
         {
             # Its penalties count the prompt, too.
             "repetition_penalty", "frequency_penalty", "presence_penalty",
-            "min_tokens", "cache_salt", "grammar.json", "grammar.json_object", "grammar.regex",
-            "grammar.grammar", "ignore_eos",
+            # Of grammars it takes JSON schemas, and others in a form of its own.
+            "min_tokens", "cache_salt", "grammar.regex", "grammar.grammar", "ignore_eos",
         }
     ),
     max_logprobs=20,
@@ -246,6 +251,13 @@ class Reader:
                     del part.logprobs.logprobs[at + 1 :]
                 part.finish_reason, part.stop_token_id = border.STOP, id
                 return
+
+
+def _schema(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise RejectedError(f"grammar: the schema is no JSON: {error}") from error
 
 
 def _cached(event: Mapping[str, Any]) -> int | None:
