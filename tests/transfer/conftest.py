@@ -100,12 +100,16 @@ class Peer:
 
     def __init__(self, name: str, *, prefix: tuple[str, ...] = (), **settings: Any) -> None:
         self.name = name
-        settings = {
-            "worker_id": name,
-            "incarnation": 1,
-            "blocks": BLOCKS,
-            "block_bytes": BLOCK_BYTES,
-        } | PATIENCE | settings
+        settings = (
+            {
+                "worker_id": name,
+                "incarnation": 1,
+                "blocks": BLOCKS,
+                "block_bytes": BLOCK_BYTES,
+            }
+            | PATIENCE
+            | settings
+        )
         self.process = subprocess.Popen(
             [*prefix, sys.executable, str(PEER), json.dumps(settings)],
             stdin=subprocess.PIPE,

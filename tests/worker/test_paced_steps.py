@@ -185,7 +185,9 @@ async def test_streams_that_fill_their_blocks_at_different_steps_seldom_need_a_l
         try:
             asked = {await router.place(prompt, 1000): prompt for prompt in prompts}
             async with asyncio.timeout(60):
-                while len(loop._inbox) < len(prompts):
+                while True:
+                    if len(loop._inbox) == len(prompts):
+                        break
                     # Nothing tells of what the service has passed on.
                     await asyncio.sleep(0.001)
         finally:
