@@ -45,6 +45,7 @@ class Cluster:
         logs = folder / "logs"
         logs.mkdir(parents=True)
         self.folder = folder
+        self.slow_file = folder / "slow"
         self.ttl_s = ttl_s
         self._as_shipped = as_shipped
         self.children = Children(logs, lambda *_: None)
@@ -109,6 +110,19 @@ class Cluster:
         self.workers[name] = child
         return child
 
+    def steps(self, *more: str, profile: str = "step-10ms") -> tuple[str, str]:
+        """Arguments of a simulated worker whose steps `slow_down` makes ten times as long."""
+        settings = (f"profile={profile}", f"slow_while={self.slow_file}", *more)
+        return "--engine-arguments", ",".join(settings)
+
+    def slow_down(self) -> None:
+        """From now on what a test does to streams finds them running, however long it takes."""
+        self.slow_file.touch()
+
+    def speed_up(self) -> None:
+        """What was to be done to them is done."""
+        self.slow_file.unlink()
+
     def _address(self, child: Child) -> str:
         while True:
             for line in child.said:
@@ -131,14 +145,14 @@ class Cluster:
     def table(self, endpoint: str) -> dict[str, admin_pb2.WorkerStatus]:
         """The workers as a router sees them."""
         stub = admin_pb2_grpc.AdminStub(self.channel(endpoint))
-        answer = stub.ListWorkers(admin_pb2.ListWorkersRequest(), timeout=10, wait_for_ready=True)
+        answer = stub.ListWorkers(admin_pb2.ListWorkersRequest(), timeout=60, wait_for_ready=True)
         return {worker.record.worker_id: worker for worker in answer.workers}
 
     def wait_table(
         self,
         endpoint: str,
         holds: Callable[[dict[str, admin_pb2.WorkerStatus]], bool],
-        seconds: float = 60,
+        seconds: float = START_S,
     ) -> dict[str, admin_pb2.WorkerStatus]:
         """Looks until something holds of the table; fails with the last one seen."""
         deadline = time.monotonic() + seconds
@@ -156,7 +170,7 @@ class Cluster:
         wanted = {table[name].record.model.name for name in names}
         stub = inference_pb2_grpc.InferenceStub(self.channel(endpoint))
         for _ in range(3_000):
-            models = stub.ListModels(inference_pb2.ListModelsRequest(), timeout=10).models
+            models = stub.ListModels(inference_pb2.ListModelsRequest(), timeout=60).models
             if wanted <= {model.name for model in models if model.ready}:
                 return
             self.children.wait(0.02)
@@ -166,26 +180,26 @@ class Cluster:
         self,
         endpoint: str,
         holds: Callable[[admin_pb2.GetRouterInfoResponse], bool],
-        seconds: float = 60,
+        seconds: float = START_S,
     ) -> None:
         """Asks a router about itself until something holds."""
         stub = admin_pb2_grpc.AdminStub(self.channel(endpoint))
         deadline = time.monotonic() + seconds
-        while not holds(info := stub.GetRouterInfo(admin_pb2.GetRouterInfoRequest(), timeout=10)):
+        while not holds(info := stub.GetRouterInfo(admin_pb2.GetRouterInfoRequest(), timeout=60)):
             assert time.monotonic() < deadline, f"never held of {info}"
             self.children.wait(0.02)
 
     def info(self, name: str) -> worker_pb2.GetInfoResponse:
         stub = worker_pb2_grpc.WorkerStub(self.channel(self.worker_address(name)))
-        return stub.GetInfo(worker_pb2.GetInfoRequest(), timeout=10)
+        return stub.GetInfo(worker_pb2.GetInfoRequest(), timeout=60)
 
     def healthy(self, name: str) -> bool:
         """Whether a worker's health says that it serves."""
         stub = health_pb2_grpc.HealthStub(self.channel(self.worker_address(name)))
-        answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
+        answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=60)
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
-    def wait_empty(self, *names: str, seconds: float = 30) -> None:
+    def wait_empty(self, *names: str, seconds: float = START_S) -> None:
         """Waits until workers hold nothing: requests, transfers, blocks, orphans."""
         deadline = time.monotonic() + seconds
         for name in names:

@@ -30,7 +30,7 @@ class Figures(dict[str, float]):
 
 def figures(endpoint: str) -> Figures:
     """All series of a router now."""
-    with urllib.request.urlopen(f"http://{endpoint}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://{endpoint}/metrics", timeout=60) as answer:
         text = answer.read().decode()
     found = Figures()
     for name, labels, value in _SERIES.findall(text):
@@ -40,7 +40,7 @@ def figures(endpoint: str) -> Figures:
 
 
 def wait_figures(
-    cluster: Cluster, endpoint: str, wanted: Mapping[str, float], seconds: float = 30
+    cluster: Cluster, endpoint: str, wanted: Mapping[str, float], seconds: float = 120
 ) -> Figures:
     """Looks until metrics have these values, summed over their labels."""
     deadline = time.monotonic() + seconds

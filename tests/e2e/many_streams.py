@@ -76,7 +76,7 @@ class Streams:
         """Waits until each stream has so many tokens."""
         with self._news:
             came = self._news.wait_for(
-                lambda: self._done.done() or all(len(d) >= tokens for d in self.delivered), 60
+                lambda: self._done.done() or all(len(d) >= tokens for d in self.delivered), 120
             )
         assert came, f"tokens so far: {[len(d) for d in self.delivered]}"
         assert not self._done.done() or self._done.exception() is None, self._done.exception()
@@ -88,7 +88,7 @@ class Streams:
 
     def join(self) -> list[list[int]]:
         """Waits for all to end well; their outputs."""
-        self._done.result(120)
+        self._done.result(300)
         return self.delivered
 
     def assert_undisturbed(self) -> None:

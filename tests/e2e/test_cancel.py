@@ -32,13 +32,13 @@ def leave(request) -> Callable[[RawHttp2, int], None]:
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory) -> Iterator[Cluster]:
     """A pair in which every state lasts: 0.3 s for 128 tokens of a prompt, and
-    half a second for a token of the output. Requests go to their workers well
+    two seconds for a token of the output. Requests go to their workers well
     before these would start them."""
     cluster = Cluster(tmp_path_factory.mktemp("slow"))
     try:
         endpoint = cluster.start_router("--dispatch-ahead", "1m")
         cluster.start_worker("p", "prefill", "--engine-arguments", "profile=cpu-135m")
-        cluster.start_worker("d", "decode", "--engine-arguments", "profile=cpu-135m,speed=0.1")
+        cluster.start_worker("d", "decode", "--engine-arguments", "profile=cpu-135m,speed=0.025")
         cluster.wait_live(endpoint, "p", "d")
         yield cluster
     finally:
@@ -60,7 +60,7 @@ def wait_load(
     cluster: Cluster, name: str, holds: Callable[[worker_pb2.LoadShare, worker_pb2.KvRoom], bool]
 ) -> worker_pb2.Load:
     """Looks until something holds of a worker's whole load and its pool."""
-    for _ in range(1_500):
+    for _ in range(6_000):
         load = cluster.info(name).load
         whole = worker_pb2.LoadShare()
         for field in whole.DESCRIPTOR.fields:
@@ -87,17 +87,19 @@ def assert_one_left(cluster: Cluster, before: Figures) -> None:
 
 def test_while_it_is_queued_at_the_router(fresh, leave) -> None:
     endpoint = fresh.start_router()
-    slowly = ("--engine-arguments", "profile=cpu-135m")
-    fresh.start_worker("a", "both", "--kv-pool-tokens", "512", *slowly)
+    steps = fresh.steps("speed=10", profile="cpu-135m")
+    fresh.start_worker("a", "both", "--kv-pool-tokens", "512", *steps)
     fresh.wait_live(endpoint, "a")
+    fresh.slow_down()
     before = figures(endpoint)
     with RawHttp2(endpoint) as first, RawHttp2(endpoint) as second:
-        running = first.call(ask(300, output=60))
+        running = first.call(ask(300, output=180))
         wait_load(fresh, "a", lambda share, _: share.decoding == 1)
         waiting = second.call(ask(300))
         wait_figures(fresh, endpoint, {"queued_requests": 1})
         leave(second, waiting)
         wait_figures(fresh, endpoint, {"queued_requests": 0, "open_streams": 1})
+        fresh.speed_up()
         # The first never noticed.
         assert first.status(running) == 0
     assert_one_left(fresh, before)
@@ -107,7 +109,8 @@ def test_while_decode_has_reserved_and_prefill_has_not_begun(slow, leave) -> Non
     endpoint = slow.endpoints[0]
     before = figures(endpoint)
     with RawHttp2(endpoint) as first, RawHttp2(endpoint) as second:
-        blocker = first.call(ask(2_000))
+        # It is not done before it is left.
+        blocker = first.call(ask(6_000))
         wait_load(slow, "p", lambda share, _: share.running_prefill_tokens > 0)
         waiting = second.call(ask(2_000))
         wait_load(slow, "d", lambda share, _: share.receiving == 2)
@@ -126,8 +129,8 @@ def test_while_prefill_computes_and_blocks_flow(slow, leave) -> None:
     before = figures(endpoint)
     kept = slow.info("d").load.kv.evictable
     with RawHttp2(endpoint) as raw:
-        stream = raw.call(ask(2_000))
-        wait_load(slow, "p", lambda share, _: 0 < share.running_prefill_tokens < 1_600)
+        stream = raw.call(ask(6_000))
+        wait_load(slow, "p", lambda share, _: 0 < share.running_prefill_tokens < 5_600)
         leave(raw, stream)
         assert_one_left(slow, before)
     # Blocks had come and were checked: they stay as a prefix.
@@ -178,7 +181,7 @@ def test_before_its_message_is_whole(slow, leave) -> None:
 
 
 def test_a_client_that_does_not_read_costs_ids_and_is_given_up(fresh) -> None:
-    endpoint = fresh.start_router("--slow-client-timeout", "1s")
+    endpoint = fresh.start_router("--slow-client-timeout", "10s")
     fresh.start_worker("a", "both", "--engine-arguments", "profile=step-10ms,speed=10")
     fresh.wait_live(endpoint, "a")
     with RawHttp2(endpoint, window=256) as raw, kvmesh.Client(endpoint) as other:

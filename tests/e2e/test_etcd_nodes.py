@@ -12,7 +12,7 @@ from etcd_nodes import EtcdNodes
 import kvmesh
 
 LONG = {"max_tokens": 3_000, "ignore_end_of_text": True}
-MARGIN_S = 5
+MARGIN_S = 30
 """etcd looks for leases that have ended every half a second, and a machine may be busy."""
 
 

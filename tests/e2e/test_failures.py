@@ -7,15 +7,18 @@ import pytest
 from figures import figures
 
 import kvmesh
+from kvmesh.v1 import admin_pb2
 
 LONG = {"max_tokens": 2_000, "ignore_end_of_text": True}
-MARGIN_S = 5
-"""etcd looks for leases that have ended every half a second."""
+TOKENS = 500
+"""Of a stream of slow steps."""
+MARGIN_S = 30
+"""etcd looks for leases that have ended every half a second, and a machine may be busy."""
 
 
-def start_stream(client: kvmesh.Client, prompt: str):
+def start_stream(client: kvmesh.Client, prompt: str, **options):
     """A stream that has begun to speak."""
-    stream = client.generate(prompt=prompt, **LONG)
+    stream = client.generate(prompt=prompt, **{**LONG, **options})
     for event in stream:
         if isinstance(event, kvmesh.Tokens):
             return stream, event
@@ -24,15 +27,28 @@ def start_stream(client: kvmesh.Client, prompt: str):
 
 def test_a_killed_worker_loses_its_streams_to_others_and_gets_no_new_ones(fresh) -> None:
     endpoint = fresh.start_router()
-    fresh.start_worker("a", "both")
-    fresh.wait_live(endpoint, "a")
+    for name in ("a", "b"):
+        fresh.start_worker(name, "both", *fresh.steps())
+    fresh.wait_live(endpoint, "a", "b")
+    fresh.slow_down()
     with kvmesh.Client(endpoint) as client:
-        stream, first = start_stream(client, "One stream")
-        fresh.start_worker("b", "both")
-        fresh.wait_live(endpoint, "a", "b")
+        stream, first = start_stream(client, "One stream", max_tokens=TOKENS)
+        table = fresh.wait_table(
+            endpoint, lambda table: any(row.load.own.decoding for row in table.values())
+        )
+        (killed_one,) = (name for name, row in table.items() if row.load.own.decoding)
+        (left_one,) = {"a", "b"} - {killed_one}
         before = figures(endpoint)["placements_total"]
-        fresh.kill("a")
+        fresh.kill(killed_one)
         killed = time.monotonic()
+        # From when it is seen to be gone nothing is tried there.
+        fresh.wait_table(
+            endpoint,
+            lambda table: (
+                killed_one not in table or table[killed_one].state != admin_pb2.SESSION_STATE_LIVE
+            ),
+        )
+        fresh.speed_up()
         for number in range(20):
             answer = client.complete(prompt=f"After it, {number}", max_tokens=3)
             assert answer.token_ids
@@ -44,14 +60,14 @@ def test_a_killed_worker_loses_its_streams_to_others_and_gets_no_new_ones(fresh)
             if isinstance(event, kvmesh.Tokens):
                 assert event.first_index == delivered
                 delivered += len(event.ids)
-        assert delivered == LONG["max_tokens"]
+        assert delivered == TOKENS
         # It alone was placed anew, and nothing else was placed but what was asked.
         moved = event.usage.attempts - 1
         assert moved >= 1
         assert figures(endpoint)["placements_total"] == before + 20 + moved
         left = killed + fresh.ttl_s + MARGIN_S - time.monotonic()
-        fresh.wait_table(endpoint, lambda table: "a" not in table, seconds=left)
-        fresh.wait_empty("b")
+        fresh.wait_table(endpoint, lambda table: killed_one not in table, seconds=left)
+        fresh.wait_empty(left_one)
 
 
 def test_without_another_worker_a_stream_ends_with_the_next_index(fresh) -> None:

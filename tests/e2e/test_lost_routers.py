@@ -9,7 +9,6 @@ from many_streams import Streams, prompts, undisturbed
 
 import kvmesh
 
-STEPS = ("--engine-arguments", "profile=step-10ms")
 COUNT = 8
 
 
@@ -17,8 +16,8 @@ COUNT = 8
 def two_routers(fresh) -> Cluster:
     """Two routers, a prefill and a decode worker."""
     endpoints = [fresh.start_router() for _ in range(2)]
-    fresh.start_worker("p", "prefill", *STEPS)
-    fresh.start_worker("d", "decode", "--orphan-ttl", "500ms", *STEPS)
+    fresh.start_worker("p", "prefill", *fresh.steps())
+    fresh.start_worker("d", "decode", "--orphan-ttl", "500ms", *fresh.steps())
     for endpoint in endpoints:
         fresh.wait_live(endpoint, "p", "d")
     return fresh
@@ -31,10 +30,12 @@ def either(cluster: Cluster) -> str:
 
 def test_a_killed_router_ends_no_stream(two_routers) -> None:
     first, second = two_routers.endpoints
+    two_routers.slow_down()
     streams = Streams(either(two_routers), prompts(COUNT), 250)
     streams.wait(20)
     used = first if figures(first)["open_streams"] else second
     two_routers.kill_router(used)
+    two_routers.speed_up()
     streams.assert_undisturbed()
     left = two_routers.endpoints[0]
     assert figures(left)["finished_total"] == COUNT
@@ -43,15 +44,17 @@ def test_a_killed_router_ends_no_stream(two_routers) -> None:
 
 
 def test_router_and_worker_killed_at_once_end_no_stream(two_routers) -> None:
-    two_routers.start_worker("d2", "decode", *STEPS)
+    two_routers.start_worker("d2", "decode", *two_routers.steps())
     for endpoint in two_routers.endpoints:
         two_routers.wait_live(endpoint, "d2")
     first, second = two_routers.endpoints
+    two_routers.slow_down()
     streams = Streams(either(two_routers), prompts(COUNT), 250)
     streams.wait(20)
     used = first if figures(first)["open_streams"] else second
     two_routers.kill_router(used)
     two_routers.kill("d")
+    two_routers.speed_up()
     streams.assert_undisturbed()
     two_routers.wait_empty("p", "d2")
 
@@ -61,11 +64,15 @@ def test_the_blocking_client_goes_on_too_and_its_text_is_whole(two_routers) -> N
     with kvmesh.Client(either(two_routers)) as client:
         whole = client.complete(**asked)
         events = []
+        two_routers.slow_down()
         for event in client.generate(**asked):
             events.append(event)
-            if isinstance(event, kvmesh.Tokens) and event.first_index == 30:
+            running = len(two_routers.endpoints) == 2
+            if running and isinstance(event, kvmesh.Tokens) and event.first_index >= 30:
                 first, second = two_routers.endpoints
                 two_routers.kill_router(first if figures(first)["open_streams"] else second)
+                two_routers.speed_up()
+    assert len(two_routers.endpoints) == 1
     tokens = [event for event in events if isinstance(event, kvmesh.Tokens)]
     assert [
         index for t in tokens for index in range(t.first_index, t.first_index + len(t.ids))

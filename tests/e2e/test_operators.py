@@ -67,20 +67,22 @@ def test_without_a_router_the_way_out_is_told(capsys) -> None:
 
 def test_a_drain_gives_back_what_outlives_its_grace_and_says_which(fresh) -> None:
     endpoint = fresh.start_router()
-    fresh.start_worker("a", "both")
+    fresh.start_worker("a", "both", *fresh.steps())
     fresh.wait_live(endpoint, "a")
+    fresh.slow_down()
     with kvmesh.Client(endpoint) as client:
-        stream = client.generate(prompt="A long one", max_tokens=1_000, ignore_end_of_text=True)
+        stream = client.generate(prompt="A long one", max_tokens=400, ignore_end_of_text=True)
         accepted = next(stream)
         assert isinstance(next(stream), kvmesh.Tokens)
         # Nobody is there to take it over.
         assert main(["drain", "a", "--grace", "50ms", "--force", "--endpoint", endpoint]) == 0
         fresh.wait_empty("a")
-        fresh.start_worker("b", "both")
+        fresh.start_worker("b", "both", *fresh.steps())
         fresh.wait_live(endpoint, "b")
+        fresh.speed_up()
         # Its client sees nothing of it: another worker goes on.
         *_, last = stream
-        assert last.usage.output_tokens == 1_000
+        assert last.usage.output_tokens == 400
     fresh.wait_empty("a", "b")
     log = fresh.workers["a"].log.read_text()
     (line,) = [line for line in log.splitlines() if "attempt ended" in line]

@@ -18,20 +18,24 @@ from kvmesh.client.errors import error_from_rpc
 from kvmesh.v1 import inference_pb2 as wire
 from kvmesh.v1 import inference_pb2_grpc as rpc
 
-STEPS = ("--engine-arguments", "profile=step-10ms")
-BY_ATTEMPT = ("--engine-arguments", "profile=step-10ms,attempt_tokens=true")
+BY_ATTEMPT = "attempt_tokens=true"
 FIRST_ATTEMPT = 1 << 32 | 1
 COUNT = 8
 
 
 def start(
-    fresh: Cluster, *decode: str, engine: Sequence[str] = STEPS, router: Sequence[str] = ()
+    fresh: Cluster,
+    *decode: str,
+    engine: str = "",
+    router: Sequence[str] = (),
+    worker: Sequence[str] = (),
 ) -> Cluster:
     """Two routers, a prefill worker, and these decode workers."""
+    arguments = (*fresh.steps(*filter(None, [engine])), *worker)
     endpoints = [fresh.start_router(*router) for _ in range(2)]
-    fresh.start_worker("p", "prefill", *engine)
+    fresh.start_worker("p", "prefill", *arguments)
     for name in decode:
-        fresh.start_worker(name, "decode", *engine)
+        fresh.start_worker(name, "decode", *arguments)
     for endpoint in endpoints:
         fresh.wait_live(endpoint, "p", *decode)
     return fresh
@@ -110,9 +114,11 @@ def busy(cluster: Cluster) -> str:
 def test_a_killed_router_costs_no_token_twice(fresh) -> None:
     # Tokens depend on the attempt: one of another attempt would show.
     two = start(fresh, "d", engine=BY_ATTEMPT)
+    two.slow_down()
     streams = Streams("ipv4:" + ",".join(two.endpoints), prompts(COUNT), 250)
     streams.wait(20)
     two.kill_router(busy(two))
+    two.speed_up()
     outputs = streams.join()
     assert outputs == [undisturbed(p, 250, FIRST_ATTEMPT) for p in streams.asked]
     assert streams.attempts() == [1] * COUNT
@@ -125,11 +131,13 @@ def test_a_killed_router_costs_no_token_twice(fresh) -> None:
 
 def test_a_router_that_stops_leaves_its_streams_to_others(fresh) -> None:
     two = start(fresh, "d", engine=BY_ATTEMPT, router=("--grace", "0s"))
+    two.slow_down()
     streams = Streams("ipv4:" + ",".join(two.endpoints), prompts(COUNT), 400)
     streams.wait(20)
     used = busy(two)
     two.endpoints.remove(used)
     two.children.stop(two.routers.pop(used), 60)
+    two.speed_up()
     assert streams.join() == [undisturbed(p, 400, FIRST_ATTEMPT) for p in streams.asked]
     assert streams.attempts() == [1] * COUNT
     (left,) = two.endpoints
@@ -138,18 +146,18 @@ def test_a_router_that_stops_leaves_its_streams_to_others(fresh) -> None:
 
 def test_a_resumed_stream_moves_on_as_any_other(fresh) -> None:
     two = start(fresh, "d", "d2")
+    two.slow_down()
     streams = Streams("ipv4:" + ",".join(two.endpoints), prompts(COUNT), 300)
     streams.wait(20)
     two.kill_router(busy(two))
-    streams.wait(60)
     (left,) = two.endpoints
-    assert sum(resumed(left).values()) == COUNT
+    wait_figures(two, left, {"resumed_total": COUNT})
     # One is killed, one drained: the attempts go up from those that were found.
     two.kill("d")
-    two.start_worker("d3", "decode", *STEPS)
+    two.start_worker("d3", "decode", *two.steps())
     two.wait_live(left, "d3")
-    streams.wait(100)
     two.stop("d2")
+    two.speed_up()
     streams.assert_undisturbed()
     assert max(streams.attempts()) >= 2
     wait_quiet(two, left, "p", "d3")
@@ -159,10 +167,12 @@ def test_a_client_that_moves_takes_its_stream_along(fresh) -> None:
     two = start(fresh, "d", engine=BY_ATTEMPT)
     (prompt,) = prompts(1)
     whole = undisturbed(prompt, 400, FIRST_ATTEMPT)
+    two.slow_down()
     old = Read(stub(two, 0).Generate(request(prompt, 400), timeout=60)).until(20)
     had = list(old.ids)
-    new = resume(stub(two, 1), old.accepted.generation_id, had).until(40)
+    new = resume(stub(two, 1), old.accepted.generation_id, had).until(20)
     old.until()
+    two.speed_up()
     # What the worker made from then on went to one of the two alone.
     assert old.error is not None
     assert (old.error.code, old.error.reason) == (grpc.StatusCode.ABORTED, "TAKEN_OVER")
@@ -180,9 +190,12 @@ def test_a_client_that_moves_takes_its_stream_along(fresh) -> None:
 def test_the_same_router_gives_it_to_whoever_asks_last(fresh) -> None:
     two = start(fresh, "d")
     (prompt,) = prompts(1)
+    two.slow_down()
     old = Read(stub(two, 0).Generate(request(prompt, 300), timeout=60)).until(10)
     had = list(old.ids)
-    new = resume(stub(two, 0), old.accepted.generation_id, had).until()
+    new = resume(stub(two, 0), old.accepted.generation_id, had).until(1)
+    two.speed_up()
+    new.until()
     assert had + new.ids == undisturbed(prompt, 300)
     old.until()
     assert (old.error.code, old.error.reason) == (grpc.StatusCode.ABORTED, "TAKEN_OVER")
@@ -191,7 +204,8 @@ def test_the_same_router_gives_it_to_whoever_asks_last(fresh) -> None:
 
 
 def test_text_is_the_same_at_every_split(fresh) -> None:
-    two = start(fresh, "d")
+    kept = ("--orphan-ttl", "10m")
+    two = start(fresh, "d", router=kept, worker=kept)
     (prompt,) = prompts(1, seed=5)
     asked = request(prompt, 48)
     # Held back at its beginnings, and never whole.
@@ -238,6 +252,7 @@ def test_a_stream_without_its_connection_makes_room_for_the_call_that_resumes_it
     two = start(fresh, "d", router=limits)
     endpoint = two.endpoints[0]
     first, other = prompts(2)
+    two.slow_down()
     with RawHttp2(endpoint) as raw:
         events = raw.events(raw.call(message(request(first, 300))))
         generation = next(events).accepted.generation_id
@@ -253,7 +268,8 @@ def test_a_stream_without_its_connection_makes_room_for_the_call_that_resumes_it
     for read in refused:
         assert read.error is not None
         assert read.error.reason == "TENANT_LIMIT"
-    again = resume(stub(two, 0), generation, had)
+    again = resume(stub(two, 0), generation, had).until(1)
+    two.speed_up()
     assert had + again.until().ids == undisturbed(first, 300)
     assert resumed(endpoint) == {"here": 1}
     # And that gives its place back.
@@ -298,7 +314,7 @@ def test_nobody_has_what_is_not_theirs(fresh, tmp_path, capsys) -> None:
     file = tmp_path / "keys.toml"
     file.write_text(lines)
     endpoints = [fresh.start_router("--api-keys", str(file)) for _ in range(2)]
-    fresh.start_worker("w", "both", "--orphan-ttl", "500ms", *STEPS)
+    fresh.start_worker("w", "both", "--orphan-ttl", "500ms", *fresh.steps())
     for endpoint in endpoints:
         models = rpc.InferenceStub(fresh.channel(endpoint))
         asked = wire.ListModelsRequest()
@@ -306,6 +322,7 @@ def test_nobody_has_what_is_not_theirs(fresh, tmp_path, capsys) -> None:
             fresh.children.wait(0.02)
 
     (prompt,) = prompts(1)
+    fresh.slow_down()
     call = stub(fresh, 0).Generate(request(prompt, 500), timeout=60, metadata=keys["shop"])
     own = Read(call).until(5)
     generation = own.accepted.generation_id
@@ -327,9 +344,10 @@ def test_nobody_has_what_is_not_theirs(fresh, tmp_path, capsys) -> None:
         grpc.StatusCode.UNAUTHENTICATED
     )
     # None of that has disturbed it.
-    own.until(50)
+    own.until(len(own.ids) + 5)
     assert own.error is None
-    again = resume(stub(fresh, 1), generation, own.ids, metadata=keys["shop"])
+    again = resume(stub(fresh, 1), generation, own.ids, metadata=keys["shop"]).until(1)
+    fresh.speed_up()
     assert own.ids + again.until().ids == undisturbed(prompt, 500)
     # When its time is over it is as if it had never been.
     while (gone := resume(stub(fresh, 0), generation, [], metadata=keys["shop"])).until().ids:
@@ -357,7 +375,7 @@ def test_another_output_than_the_clients_is_not_gone_on_with(fresh) -> None:
 
 
 def test_a_client_that_moves_during_its_prompt_gets_all_of_it(fresh) -> None:
-    two = start(fresh, "d", engine=("--engine-arguments", "profile=step-10ms,speed=0.2"))
+    two = start(fresh, "d", engine="speed=0.2")
     (prompt,) = prompts(1, tokens=2_000)
     old = Read(stub(two, 0).Generate(request(prompt, 30), timeout=60))
     old.accepted = next(old.call).accepted

@@ -45,7 +45,13 @@ def etcdctl(endpoint: str, *arguments: str) -> None:
     """Waits for etcd, and does one thing there."""
     binary = Path(find_etcd() or "etcd").with_name("etcdctl")
     subprocess.run(
-        [binary, f"--endpoints={endpoint}", "--dial-timeout=60s", *arguments],
+        [
+            binary,
+            f"--endpoints={endpoint}",
+            "--dial-timeout=60s",
+            "--command-timeout=60s",
+            *arguments,
+        ],
         check=True,
         capture_output=True,
         env={**os.environ, "ETCDCTL_API": "3"},

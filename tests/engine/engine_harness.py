@@ -3,8 +3,9 @@
 import asyncio
 import copy
 import itertools
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -15,6 +16,8 @@ from kvmesh.engine.sim.settings import SimSettings
 from kvmesh.v1 import worker_pb2 as wire
 
 VOCABULARY = range(3, 2000)
+LIMIT_S = 60
+"""A bound that only a failure reaches, on however busy a machine."""
 _numbers = itertools.count(1)
 
 
@@ -32,7 +35,7 @@ class Attempt:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def until(self, condition):
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(LIMIT_S):
             while not condition(self):
                 self.changed.clear()
                 await self.changed.wait()
@@ -64,12 +67,55 @@ class Driver:
         self.over = asyncio.Event()
         self.failure: BaseException | None = None
         self._loop = asyncio.get_running_loop()
+        self._halts: Callable[[], bool] | None = None
+        self._go_on: threading.Event | None = None
+        self._stands = asyncio.Event()
 
     # Called by the engine's thread; what it is given may change afterwards.
     def begin_step(self, predicted_ms) -> None: ...
 
     def step(self, output) -> None:
         self._loop.call_soon_threadsafe(self._take, copy.deepcopy(output))
+        if self._halts is not None:
+            looked = threading.Event()
+            self._loop.call_soon_threadsafe(self._look, looked)
+            looked.wait()
+
+    def _look(self, looked: threading.Event) -> None:
+        try:
+            halts = self._halts is not None and self._halts()
+        except BaseException:
+            looked.set()
+            raise
+        if halts:
+            self._go_on = looked
+            self._stands.set()
+        else:
+            looked.set()
+
+    def halt_when(self, holds: Callable[[], bool]) -> None:
+        """From when this holds of what was said the engine stands still, until `go_on`.
+
+        It is looked at after whatever the engine says, before it does anything else.
+        """
+        self._halts = holds
+        self._stands.clear()
+        self._release()
+
+    async def halted(self) -> None:
+        """Until it stands still. It takes commands, and does nothing for them."""
+        async with asyncio.timeout(LIMIT_S):
+            await self._stands.wait()
+
+    def go_on(self) -> None:
+        """Lets the engine run."""
+        self._halts = None
+        self._release()
+
+    def _release(self) -> None:
+        if self._go_on is not None:
+            self._go_on.set()
+            self._go_on = None
 
     def ended(self) -> None:
         self._loop.call_soon_threadsafe(self.over.set)
@@ -141,7 +187,7 @@ class Driver:
 
     async def room_for(self, tokens) -> None:
         """Until load shows room, as a router waits for it."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(LIMIT_S):
             while True:
                 room = self.engine.load().kv
                 if (room.free + room.evictable) * 16 >= tokens:
@@ -150,7 +196,7 @@ class Driver:
 
     async def idle(self) -> None:
         """Until the engine holds nothing, which it has to reach."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(LIMIT_S):
             while (residue := self.engine.residue()) != wire.Residue():
                 assert residue.held_blocks >= 0
                 # Transfers end by events of other threads that nothing tells of here.
@@ -179,7 +225,7 @@ class StepClock:
 
 async def until(holds) -> None:
     """Until something holds of which nothing tells."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(LIMIT_S):
         while True:
             if holds():
                 return
@@ -197,8 +243,9 @@ async def running(engine) -> AsyncIterator[Driver]:
     try:
         yield driver
     finally:
+        driver.go_on()
         await engine.close()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(LIMIT_S):
             await driver.over.wait()
         if driver.failure is not None:
             raise driver.failure
@@ -221,10 +268,15 @@ def sim(
         pool_blocks=blocks,
         worker_id=worker_id,
         incarnation=incarnation,
-        transfer=TransferSettings(**(node or {})) if transfer else None,
+        transfer=transfer_settings(**(node or {})) if transfer else None,
         clock=clock,
         adapters=adapters,
     )
+
+
+def transfer_settings(**node) -> TransferSettings:
+    """Whoever asks waits for the other side for as long as a busy machine takes."""
+    return TransferSettings(**{"offer_timeout_s": LIMIT_S, "lease_s": LIMIT_S, **node})
 
 
 def mesh_from(engine, worker_id="w", incarnation=1, transfer_id=None) -> wire.HandOff:

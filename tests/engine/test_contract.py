@@ -189,10 +189,13 @@ async def test_an_attempt_can_be_told_apart_by_its_tokens(like) -> None:
 async def test_cancel_ends_a_queued_and_a_running_request(kind) -> None:
     async with running(kind.engine(blocks=100, pace="step-10ms", speed=10)) as driver:
         running_one = kind.place(driver, prompt(40), max_tokens=5000)
-        await running_one.until(lambda a: len(a.tokens) > 3)
+        driver.halt_when(lambda: len(running_one.tokens) > 3)
+        await driver.halted()
         waiting = kind.place(driver, prompt(1500), max_tokens=2)
-        await waiting.opened()
+        driver.halt_when(lambda: waiting.opening is not None)
+        await driver.halted()
         driver.engine.cancel([running_one.id, waiting.id])
+        driver.go_on()
         assert await running_one.ended() == "cancelled"
         assert await waiting.ended() == "cancelled"
         await driver.idle()
@@ -211,9 +214,12 @@ async def test_a_full_pool_returns_streams_and_finishes_the_others(kind) -> None
         done = {}
         returned = 0
         while work:
+            # They come together.
+            driver.halt_when(lambda: True)
             placed = [
                 (p, out, i, kind.place(driver, p, output=out, max_tokens=150)) for p, out, i in work
             ]
+            driver.go_on()
             work = []
             for p, out, i, attempt in placed:
                 end = await attempt.ended()
@@ -232,6 +238,7 @@ async def test_a_full_pool_returns_streams_and_finishes_the_others(kind) -> None
 
 async def test_the_lowest_class_gives_way(kind) -> None:
     async with running(kind.engine(blocks=30)) as driver:
+        driver.halt_when(lambda: True)
         fast = [
             kind.place(
                 driver,
@@ -244,18 +251,23 @@ async def test_the_lowest_class_gives_way(kind) -> None:
         slow = kind.place(
             driver, prompt(60, 9), max_tokens=200, request_class=inference.REQUEST_CLASS_BATCH
         )
+        driver.go_on()
         assert await slow.ended() == "returned"
         assert await fast[0].ended() == "finished"
 
 
-async def test_an_urgent_prompt_does_not_wait_for_a_long_one(like) -> None:
-    async with running(sim(like, blocks=2000, profile="cpu-135m", speed=200)) as driver:
+async def test_an_urgent_prompt_does_not_wait_for_a_long_one(like, tmp_path) -> None:
+    slow = tmp_path / "slow"
+    slow.touch()
+    settings = {"profile": "cpu-135m", "speed": 200, "slow_while": str(slow)}
+    async with running(sim(like, blocks=2000, **settings)) as driver:
         long = driver.place(prompt(20_000), deadline_ms=1e9, max_tokens=1)
         await asyncio.to_thread(_until_busy, driver.engine)
         urgent = driver.place(prompt(30), deadline_ms=0, max_tokens=1)
         await urgent.ended()
         assert long.end is None
         assert long.tokens == []
+        slow.unlink()
         await long.ended()
         assert long.tokens == reference_tokens(prompt(20_000), 1, VOCABULARY)
 
@@ -267,9 +279,11 @@ def _until_busy(engine) -> None:
 
 async def test_streams_go_on_beside_a_long_prompt(like) -> None:
     async with running(sim(like, blocks=2000, profile="cpu-135m", speed=200)) as driver:
-        stream = driver.place(prompt(30), max_tokens=400, itl_target_ms=1)
-        await stream.until(lambda a: len(a.tokens) > 2)
+        stream = driver.place(prompt(30), max_tokens=4000, itl_target_ms=1)
+        driver.halt_when(lambda: len(stream.tokens) > 2)
+        await driver.halted()
         long = driver.place(prompt(8_000, 5), max_tokens=1)
+        driver.go_on()
         await long.ended()
         assert len(stream.tokens) > 5
         mixed = [s for s in driver.samples if s.prefill_tokens and s.decode_batch]
@@ -319,18 +333,22 @@ async def test_events_and_snapshot_tell_the_same_cache(kind) -> None:
 async def test_load_counts_what_runs(kind) -> None:
     async with running(kind.engine(pace="step-10ms", speed=5)) as driver:
         attempt = kind.place(driver, prompt(100), max_tokens=1000)
-        await attempt.until(lambda a: len(a.tokens) >= 5)
+        driver.halt_when(lambda: len(attempt.tokens) >= 5)
+        await driver.halted()
         share = driver.engine.load().shares["router"]
         assert share.decoding == 1
         assert 104 <= share.decode_context <= 1100
         driver.engine.cancel([attempt.id])
+        driver.go_on()
         await attempt.ended()
         await driver.idle()
         assert "router" not in driver.engine.load().shares
 
 
 async def test_unsupported_features_are_refused(like) -> None:
-    async with running(sim(like, blocks=400, transfer=True, profile="step-10ms")) as driver:
+    # Slow enough that no prompt is done before it is cancelled.
+    slow = {"profile": "step-10ms", "speed": 0.02}
+    async with running(sim(like, blocks=400, transfer=True, **slow)) as driver:
         grammar = driver.place(prompt(9), grammar=wire.Continuation().grammar.__class__())
         assert await grammar.ended() == "refused"
         assert grammar.opening.refused.field == "grammar"
@@ -366,7 +384,9 @@ async def test_streams_that_grow_take_no_room_from_a_prompt_within_its_step(kind
     # Prompts are computed beside streams that fill the pool: who gives way is
     # given back, and nobody's chunk is counted in blocks that went to others.
     async with running(kind.engine(blocks=120)) as driver:
+        driver.halt_when(lambda: True)
         attempts = [kind.place(driver, prompt(64 + i, i), max_tokens=300) for i in range(60)]
+        driver.go_on()
         ends = [await attempt.ended() for attempt in attempts]
         assert set(ends) <= {"finished", "returned"}
         assert "returned" in ends

@@ -76,7 +76,7 @@ async def test_an_engine_thread_that_fails_says_so(monkeypatch) -> None:
     await asyncio.to_thread(engine.start, driver)
     monkeypatch.setattr(engine._loop.steps, "plan", broken)
     engine.cancel([(bytes(16), 1, 1)])
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         await driver.over.wait()
     assert driver.samples == driver.batches == []
     await engine.close()

@@ -37,7 +37,7 @@ class Decoder:
         self._process.stdin.write(json.dumps(asked).encode() + b"\n")
 
     async def said(self) -> tuple[str, list[int]]:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             word, tokens = json.loads(await self._process.stdout.readline())
         return word, tokens
 

@@ -16,31 +16,37 @@ STEPS = {"profile": "step-10ms", "speed": 5}
 
 
 @asynccontextmanager
-async def pair(like="kvmesh", blocks=512, **settings):
+async def pair(like="kvmesh", blocks=512, target_speed=None, **settings):
     """A worker that has streams and one that gets them."""
     settings = {**STEPS, **settings}
     source = sim(like, blocks=blocks, transfer=True, worker_id="s", incarnation=11, **settings)
+    settings["speed"] = target_speed or settings["speed"]
     target = sim(like, blocks=blocks, transfer=True, worker_id="t", incarnation=22, **settings)
     async with running(source) as s, running(target) as t:
         yield s, t
 
 
 async def begin(source, ids, tokens=3, **continuation):
-    """A stream that has made some tokens."""
-    stream = source.place(ids, **continuation)
-    await stream.until(lambda a: len(a.tokens) >= tokens)
-    return stream
+    """A stream that has made some tokens. Its engine stands still then, until `go_on`: it has
+    room for some more alone, and a target may need any time for its answer."""
+    begun = []
+    source.halt_when(lambda: begun and len(begun[0].tokens) >= tokens)
+    begun.append(source.place(ids, **continuation))
+    await source.halted()
+    return begun[0]
 
 
 async def reserve(target, source, ids, stream, attempt=2, hand_off=None, **continuation):
     """Room for a stream at its target, as a router asks for it; with the border."""
     hand_off = hand_off or mesh_from(source.engine, "s", 11)
     given = list(stream.tokens)
+    before = source.engine._node.residue()["awaited"]
     id = AttemptId(stream.id.generation, 1, attempt)
     receiver = target.place(
         ids, Stage.DECODE, id=id, output=given, hand_off=hand_off, **continuation
     )
     assert (await receiver.opened()).HasField("reserved")
+    await until(lambda: source.engine._node.residue()["awaited"] > before)
     return receiver, hand_off, len(given)
 
 
@@ -60,6 +66,7 @@ async def test_a_stream_goes_on_elsewhere_with_the_tokens_of_one_engine(length) 
         stream = await begin(s, ids, max_tokens=200)
         receiver, hand_off, border = await reserve(t, s, ids, stream, max_tokens=200)
         s.engine.hand_over(stream.id, 2, hand_off, border)
+        s.go_on()
         assert await stream.ended() == "handed_off"
         assert await receiver.ended() == "finished"
         assert whole(stream, receiver) == reference_tokens(ids, 200, VOCABULARY)
@@ -75,16 +82,14 @@ async def test_blocks_that_fill_while_it_copies_come_too() -> None:
     async with pair(speed=20) as (s, t):
         ids = prompt(4000)
         stream = await begin(s, ids, max_tokens=400)
-        for attempt in range(2, 5):
-            receiver, hand_off, border = await reserve(
-                t, s, ids, stream, attempt=attempt, max_tokens=400
-            )
-            # The router's command is late: there is room for 64 tokens.
-            await stream.until(lambda a, border=border: len(a.tokens) >= border + 40)
-            s.engine.hand_over(stream.id, attempt, hand_off, border)
-            if await receiver.ended() == "finished":
-                break
+        receiver, hand_off, border = await reserve(t, s, ids, stream, max_tokens=400)
+        # The router's command is late: there is room for 64 tokens.
+        s.halt_when(lambda: len(stream.tokens) >= border + 40)
+        await s.halted()
+        s.engine.hand_over(stream.id, 2, hand_off, border)
+        s.go_on()
         assert await stream.ended() == "handed_off"
+        assert await receiver.ended() == "finished"
         assert whole(stream, receiver) == reference_tokens(ids, 400, VOCABULARY)
         await s.idle()
         await t.idle()
@@ -99,6 +104,7 @@ async def test_streams_beside_it_decode_on_and_all_go_at_last() -> None:
             receiver, hand_off, border = await reserve(t, s, ids, stream, max_tokens=300)
             s.engine.hand_over(stream.id, 2, hand_off, border)
             receivers.append(receiver)
+        s.go_on()
         for ids, stream, receiver in zip(prompts, streams, receivers, strict=True):
             assert await stream.ended() == "handed_off"
             assert await receiver.ended() == "finished"
@@ -120,8 +126,10 @@ async def test_a_real_model_goes_on_with_its_tokens_and_their_log_probabilities(
         assert await alone.ended() == "finished"
         stream = await begin(s, ids, **asked)
         receiver, hand_off, border = await reserve(t, s, ids, stream, **asked)
-        await stream.until(lambda a: len(a.tokens) >= border + 5)
+        s.halt_when(lambda: len(stream.tokens) >= border + 5)
+        await s.halted()
         s.engine.hand_over(stream.id, 2, hand_off, border)
+        s.go_on()
         assert await stream.ended() == "handed_off"
         assert await receiver.ended() == "finished"
         assert whole(stream, receiver) == alone.tokens
@@ -144,6 +152,7 @@ async def test_a_transfer_that_fails_before_the_commit_changes_nothing() -> None
         t.engine.cancel([receiver.id])
         assert await receiver.ended() == "cancelled"
         s.engine.hand_over(stream.id, 2, hand_off, border)
+        s.go_on()
         assert await stream.ended() == "finished"
         assert stream.tokens == reference_tokens(ids, 150, VOCABULARY)
         await s.idle()
@@ -155,6 +164,7 @@ async def test_a_receiver_that_never_comes_is_not_waited_for() -> None:
         ids = prompt(60)
         stream = await begin(s, ids, max_tokens=200)
         s.engine.hand_over(stream.id, 2, mesh_from(s.engine, "s", 11), len(stream.tokens))
+        s.go_on()
         assert await stream.ended() == "finished"
         assert stream.tokens == reference_tokens(ids, 200, VOCABULARY)
         await s.idle()
@@ -170,6 +180,7 @@ async def test_a_second_command_takes_the_place_of_the_first() -> None:
         for _ in range(2):
             # Said again, where a session broke: it is one command.
             s.engine.hand_over(stream.id, 3, hand_off, border)
+        s.go_on()
         assert await stream.ended() == "handed_off"
         assert await receiver.ended() == "finished"
         assert whole(stream, receiver) == reference_tokens(ids, 200, VOCABULARY)
@@ -184,6 +195,7 @@ async def test_a_cancel_in_the_middle_frees_both_sides(side) -> None:
         stream = await begin(s, ids, max_tokens=400)
         receiver, hand_off, border = await reserve(t, s, ids, stream, max_tokens=400)
         s.engine.hand_over(stream.id, 2, hand_off, border)
+        s.go_on()
         if side in ("source", "both"):
             s.engine.cancel([stream.id])
         if side in ("receiver", "both"):
@@ -202,6 +214,7 @@ async def test_a_stream_that_ends_while_it_copies_ends_the_hand_over() -> None:
         # One that waits for the receiver, which has not asked yet.
         hand_off = mesh_from(s.engine, "s", 11)
         s.engine.hand_over(stream.id, 2, hand_off, len(stream.tokens))
+        s.go_on()
         assert await stream.ended() == "finished"
         late = t.place(
             ids, Stage.DECODE, id=AttemptId(stream.id.generation, 1, 2),
@@ -218,11 +231,16 @@ async def test_who_is_not_there_is_told_at_once(what) -> None:
     # An offer that never came would be waited for much longer than this test.
     async with pair(node={"offer_timeout_s": 600.0}, speed=1) as (s, t):
         ids = prompt(2000 if what == "prefilling" else 20)
+        if what == "prefilling":
+            s.halt_when(lambda: any(a.opening is not None for a in s.attempts.values()))
         stream = s.place(ids, max_tokens=4)
         if what == "unknown":
             assert await stream.ended() == "finished"
+        else:
+            await s.halted()
         receiver, hand_off, border = await reserve(t, s, ids, stream, max_tokens=30)
         s.engine.hand_over(stream.id, 2, hand_off, border)
+        s.go_on()
         assert await receiver.ended() == "transfer_failed"
         assert "no such stream" in receiver.end.transfer_failed.message
         assert await stream.ended() == "finished"
@@ -234,6 +252,7 @@ async def test_an_engine_whose_hand_offs_are_its_own_keeps_its_streams() -> None
     async with pair("vllm") as (s, t):
         stream = await begin(s, prompt(50), max_tokens=100)
         s.engine.hand_over(stream.id, 2, mesh_from(s.engine, "s", 11), 3)
+        s.go_on()
         assert await stream.ended() == "finished"
         assert stream.tokens == reference_tokens(prompt(50), 100, VOCABULARY)
         await s.idle()
@@ -245,9 +264,11 @@ async def test_a_stream_passes_on_and_on() -> None:
         ids = prompt(90)
         stream = await begin(s, ids, max_tokens=300)
         first, hand_off, border = await reserve(t, s, ids, stream, max_tokens=300)
+        t.halt_when(lambda: len(first.tokens) >= 40)
         s.engine.hand_over(stream.id, 2, hand_off, border)
+        s.go_on()
         assert await stream.ended() == "handed_off"
-        await first.until(lambda a: len(a.tokens) >= 40)
+        await t.halted()
         so_far = whole(stream, first)
         id = AttemptId(stream.id.generation, 1, 3)
         back = mesh_from(t.engine, "t", 22)
@@ -255,7 +276,9 @@ async def test_a_stream_passes_on_and_on() -> None:
         opening = await second.opened()
         # What it had itself is still there.
         assert opening.reserved.tokens_held >= len(ids) // 16 * 16
+        await until(lambda: t.engine._node.residue()["awaited"])
         t.engine.hand_over(first.id, 3, back, len(so_far))
+        t.go_on()
         assert await first.ended() == "handed_off"
         assert await second.ended() == "finished"
         assert so_far + second.tokens == reference_tokens(ids, 300, VOCABULARY)
@@ -288,6 +311,7 @@ async def test_what_came_wrong_would_show() -> None:
         del memory
         receiver, hand_off, border = await reserve(t, s, ids, stream, max_tokens=60)
         s.engine.hand_over(stream.id, 2, hand_off, border)
+        s.go_on()
         assert await stream.ended() == "handed_off"
         assert await receiver.ended() == "finished"
         assert whole(stream, receiver) != reference_tokens(ids, 60, VOCABULARY)
@@ -296,9 +320,10 @@ async def test_what_came_wrong_would_show() -> None:
 
 
 async def test_a_full_target_refuses_and_the_stream_stays() -> None:
-    async with pair(blocks=40) as (s, t):
+    async with pair(blocks=40, target_speed=0.1) as (s, t):
         ids = prompt(200)
-        other = await begin(t, prompt(400, seed=3), max_tokens=200)
+        other = t.place(prompt(400, seed=3), max_tokens=200)
+        await other.until(lambda a: a.tokens)
         stream = await begin(s, ids, max_tokens=60)
         hand_off = mesh_from(s.engine, "s", 11)
         receiver = t.place(
@@ -307,6 +332,7 @@ async def test_a_full_target_refuses_and_the_stream_stays() -> None:
         )  # fmt: skip
         assert await receiver.ended() == "refused"
         assert receiver.opening.refused.reason == wire.REFUSAL_REASON_NO_ROOM
+        s.go_on()
         assert await stream.ended() == "finished"
         assert stream.tokens == reference_tokens(ids, 60, VOCABULARY)
         t.engine.cancel([other.id])
@@ -320,6 +346,7 @@ async def test_pins_go_when_the_receiver_has_everything() -> None:
         stream = await begin(s, ids, max_tokens=200)
         receiver, hand_off, border = await reserve(t, s, ids, stream, max_tokens=200)
         s.engine.hand_over(stream.id, 2, hand_off, border)
+        s.go_on()
         assert await stream.ended() == "handed_off"
         await until(lambda: s.engine.load().kv.pinned == 0)
         assert s.engine.load().kv.running == 0

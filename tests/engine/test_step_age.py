@@ -82,3 +82,24 @@ async def test_a_machine_that_has_become_slower_tells_how_long_steps_take_now() 
     assert len(late) > 12
     assert late[0] > 2.5
     assert max(late[10:]) < 1.3
+
+
+async def test_steps_take_ten_times_as_long_while_a_file_says_so(tmp_path) -> None:
+    slow = tmp_path / "slow"
+    engine = sim(profile="step-10ms", speed=1, clock=StepClock(), slow_while=str(slow))
+    driver = Driver(engine)
+    engine.start(driver)
+    try:
+        took_ms = {}
+        for is_slow in (False, True, False):
+            if is_slow:
+                slow.touch()
+            before = len(driver.samples)
+            assert await driver.place(prompt(40), max_tokens=4).ended() == "finished"
+            slow.unlink(missing_ok=True)
+            steps = driver.samples[before:]
+            assert len(steps) == 4
+            took_ms[is_slow] = {round(step.duration_us / 1000) for step in steps}
+    finally:
+        await engine.close()
+    assert took_ms == {False: {10}, True: {100}}

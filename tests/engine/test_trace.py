@@ -1,6 +1,6 @@
 """What a request is told of its way through an engine."""
 
-from engine_harness import mesh_from, prompt, running, sim
+from engine_harness import mesh_from, prompt, running, sim, until
 
 from kvmesh.engine.contract import Stage
 from kvmesh.engine.core.trace import MAX_SPANS, StepLog, Trace
@@ -100,11 +100,16 @@ def test_the_longest_gap_of_a_stream_has_its_cause() -> None:
     assert log.longest_gap(30.0, 40.0) is None
 
 
-async def test_only_the_most_urgent_prompt_is_timed_to_its_first_layer() -> None:
-    async with running(sim()) as driver:
+async def test_only_the_most_urgent_prompt_is_timed_to_its_first_layer(tmp_path) -> None:
+    stuck = tmp_path / "stuck"
+    stuck.touch()
+    async with running(sim(stuck_while=str(stuck))) as driver:
         first = driver.place(prompt(2_000), deadline_ms=1_000.0)
+        # The others come while it is in its first layer.
+        await until(lambda: driver.engine.load().step_age_ms)
         behind = driver.place(prompt(100), deadline_ms=5_000.0)
         before = driver.place(prompt(64), deadline_ms=10.0)
+        stuck.unlink()
         for attempt in (first, behind, before):
             await attempt.ended()
         timings = {name: attempt.end.timings for name, attempt in

@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-from engine_harness import running
+from engine_harness import running, transfer_settings
 
-from kvmesh.engine.core.engine import CoreEngine, TransferSettings
+from kvmesh.engine.core.engine import CoreEngine
 from kvmesh.engine.core.settings import CoreSettings
 from kvmesh.engine.sim.vocabulary import tokenizer_files
 from kvmesh.v1 import worker_pb2 as wire
@@ -55,7 +55,7 @@ def engine_of(
             incarnation=incarnation, vocabulary_size=2000, **settings,
         ),
         wire.Capabilities(engine="torch", reproducible=True, max_logprobs=20),
-        TransferSettings() if transfer else None,
+        transfer_settings() if transfer else None,
     )  # fmt: skip
 
 

@@ -120,7 +120,7 @@ async def serve(model: FakeModel, port=0):
 
 
 async def _main() -> None:
-    model = FakeModel(float(sys.argv[2]) / 1000)
+    model = FakeModel(float(sys.argv[2]) / 1000, slow_while=sys.argv[3])
     server, bound, _ = await serve(model, int(sys.argv[1]))
     print(f"listening on 127.0.0.1:{bound}", flush=True)
     await server.wait_for_termination()

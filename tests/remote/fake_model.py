@@ -8,6 +8,7 @@ The next token is a function of the tokens before it (`fake_core.next_token`).
 import asyncio
 import io
 import json
+import os
 import zipfile
 from dataclasses import dataclass, field
 
@@ -66,8 +67,10 @@ class Made:
 class FakeModel:
     """What runs."""
 
-    def __init__(self, step_s=0.0, connector="") -> None:
+    def __init__(self, step_s=0.0, connector="", slow_while="") -> None:
+        """`slow_while`: while a file of this name exists a step takes ten times as long."""
         self.step_s = step_s
+        self.slow_while = slow_while
         self.connector = connector
         self.running: dict[str, Running] = {}
         self.seen: list[tuple[str, str]] = []
@@ -107,7 +110,7 @@ class FakeModel:
         over = False
         try:
             while not over:
-                await asyncio.sleep(self.step_s)
+                await asyncio.sleep(self._step_takes_s())
                 await self.hold.wait()
                 made = self._step(name, request)
                 over = made.finish is not None
@@ -117,6 +120,10 @@ class FakeModel:
         finally:
             if request.aborted:
                 self.running.pop(name, None)
+
+    def _step_takes_s(self) -> float:
+        slow = self.slow_while and os.path.exists(self.slow_while)
+        return self.step_s * (10 if slow else 1)
 
     def _step(self, name, request) -> Made:
         transfer = request.transfer or {}

@@ -1,6 +1,6 @@
 """A server that speaks OpenAI's HTTP alone, over a real socket.
 
-    python fake_openai.py PORT STEP_MS
+    python fake_openai.py PORT STEP_MS SLOW_WHILE
 
 As vLLM, SGLang or llama.cpp, which differ in what they tell besides; or as one that tells
 no token ids. A request ends with its connection.
@@ -212,7 +212,8 @@ async def serve(service, port=0, tls=None):
 
 
 async def _main() -> None:
-    server, bound = await serve(FakeOpenAi(FakeModel(float(sys.argv[2]) / 1000)), int(sys.argv[1]))
+    model = FakeModel(float(sys.argv[2]) / 1000, slow_while=sys.argv[3])
+    server, bound = await serve(FakeOpenAi(model), int(sys.argv[1]))
     print(f"listening on 127.0.0.1:{bound}", flush=True)
     await server.serve_forever()
 

@@ -211,7 +211,8 @@ async def serve(service, port=0, credentials=None, key=""):
 
 async def _main() -> None:
     port, step_ms = int(sys.argv[1]), float(sys.argv[2])
-    server, bound = await serve(FakeSmg(FakeModel(step_ms / 1000)), port)
+    model = FakeModel(step_ms / 1000, slow_while=sys.argv[3])
+    server, bound = await serve(FakeSmg(model), port)
     print(f"listening on 127.0.0.1:{bound}", flush=True)
     await server.wait_for_termination()
 

@@ -255,11 +255,12 @@ async def test_a_cancelled_decode_is_aborted_after_the_server_has_it() -> None:
         await first.ended()
         (name,) = prefill.model.kept
         decode.model.kept = {name: 7}
-        decode.model.step_s = 0.01
+        do(decode.model.hold.clear)
         hand_off = wire.HandOff(engine=first.end.handed_off.engine)
         attempt = place(decode, prompt(100), Stage.DECODE, hand_off=hand_off)
         decode.engine.cancel([attempt.id])
         assert await attempt.ended() == "cancelled"
+        do(decode.model.hold.set)
         # Else its connector would never tell the sender that the blocks can go.
         await until(lambda: decode.model.kept == {})
         await decode.idle()
@@ -404,7 +405,7 @@ async def test_a_server_without_cache_events_has_an_approximate_index() -> None:
 async def test_a_request_that_fails_leaves_the_others(code, retryable, told) -> None:
     async with served() as driver:
         driver.model.step_s = 0.002
-        other = place(driver, prompt(30), max_tokens=200)
+        other = place(driver, prompt(30), max_tokens=10_000)
         await other.until(lambda a: a.tokens)
         driver.model.fail = Exception(code, "as the test wants")
         attempt = place(driver, prompt(5))

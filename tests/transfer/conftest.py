@@ -20,6 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "e2e"))
 
 BLOCKS, BLOCK_BYTES = 16, 64 * 1024
 PEER = Path(__file__).with_name("peer.py")
+LIMIT_S = 60.0
+"""A bound that only a failure reaches, on however busy a machine."""
+PATIENCE = {"lease_s": LIMIT_S, "offer_timeout_s": LIMIT_S, "connect_timeout_s": LIMIT_S}
 
 
 class Node:
@@ -32,14 +35,15 @@ class Node:
         self.pool = _router.KvPool(blocks, block_bytes)
         self.content = np.frombuffer(self.pool, dtype=np.uint8).reshape(blocks, block_bytes)
         defaults = {"incarnation": 1, "compatibility": b"", "block_tokens": 16}
-        self.node = _router.TransferNode(self.pool, worker_id=name, **(defaults | settings))
+        settings = defaults | PATIENCE | settings
+        self.node = _router.TransferNode(self.pool, worker_id=name, **settings)
         self.pending: list[Any] = []
 
     def fill(self, seed: int = 1) -> None:
         rng = np.random.default_rng(seed)
         self.content[:] = rng.integers(0, 256, self.content.shape, dtype=np.uint8)
 
-    def expect(self, kind: type, transfer_id: bytes | None = None, limit_s: float = 20.0) -> Any:
+    def expect(self, kind: type, transfer_id: bytes | None = None, limit_s: float = LIMIT_S) -> Any:
         """The next event of a kind; the others before it are kept in `pending`."""
         deadline = time.monotonic() + limit_s
         seen = 0
@@ -73,13 +77,13 @@ class Node:
     def address(self) -> str:
         return self.node.address
 
-    def until(self, key: str, limit_s: float = 20.0) -> None:
+    def until(self, key: str, limit_s: float = LIMIT_S) -> None:
         """Until a count of the residue is not 0."""
         deadline = time.monotonic() + limit_s
         while not self.node.residue()[key]:
             assert time.monotonic() < deadline, f"no {key}: {self.node.residue()}"
 
-    def idle(self, limit_s: float = 20.0) -> bool:
+    def idle(self, limit_s: float = LIMIT_S) -> bool:
         """Whether nothing is held. Jobs of a transfer that is over are dropped when taken."""
         held = self.node.residue()
         if any(held[key] for key in ("sending", "receiving", "awaited", "pins")):
@@ -96,12 +100,16 @@ class Peer:
 
     def __init__(self, name: str, *, prefix: tuple[str, ...] = (), **settings: Any) -> None:
         self.name = name
-        settings = {
-            "worker_id": name,
-            "incarnation": 1,
-            "blocks": BLOCKS,
-            "block_bytes": BLOCK_BYTES,
-        } | settings
+        settings = (
+            {
+                "worker_id": name,
+                "incarnation": 1,
+                "blocks": BLOCKS,
+                "block_bytes": BLOCK_BYTES,
+            }
+            | PATIENCE
+            | settings
+        )
         self.process = subprocess.Popen(
             [*prefix, sys.executable, str(PEER), json.dumps(settings)],
             stdin=subprocess.PIPE,

@@ -128,7 +128,7 @@ def test_blocks_that_a_killed_receiver_was_to_read(nodes, peers, shared_memory, 
 @pytest.mark.parametrize("state", ["reserved", "flowing", "sending"])
 def test_blocks_that_a_frozen_sender_was_to_fill(nodes, peers, shared_memory, state):
     """Given up after the lease, used anew, and the sender thawed: nothing late arrives."""
-    b = nodes("b", lease_s=1.0)
+    b = nodes("b", lease_s=3.0)
     a = peers("a", shared_memory=shared_memory, seed=1)
     c = peers("c", shared_memory=shared_memory, seed=2)
     transfer_id = bring_to("reserved" if state == "sending" else state, b, a)
@@ -154,8 +154,8 @@ def test_blocks_that_a_frozen_sender_was_to_fill(nodes, peers, shared_memory, st
 @pytest.mark.parametrize("state", ["reserved", "flowing", "committing"])
 def test_blocks_that_a_frozen_receiver_was_to_read(nodes, peers, shared_memory, state):
     """Used anew after the lease, and the reader thawed: it never has the new content."""
-    a = nodes("a", shared_memory=shared_memory, lease_s=1.0, offer_timeout_s=60)
-    b, c = peers("b", lease_s=30.0, seed=3), nodes("c")
+    a = nodes("a", shared_memory=shared_memory, lease_s=3.0)
+    b, c = peers("b", seed=3), nodes("c")
     a.fill()
     before = a.content[SLOTS].copy()
     transfer_id = os.urandom(16)

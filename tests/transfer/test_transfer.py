@@ -277,7 +277,7 @@ def test_a_prefix_is_pulled_from_any_holder(nodes, shared_memory):
 
 
 def test_the_lease_ends_without_a_word_and_lives_by_heartbeats(nodes):
-    a, b = nodes("a", lease_s=0.8, offer_timeout_s=60), nodes("b", lease_s=0.8)
+    a, b = nodes("a", lease_s=2.0), nodes("b", lease_s=2.0)
     kept, left = os.urandom(16), os.urandom(16)
     b.pull(kept, a, 0, [0])
     a.until("awaited")
@@ -324,7 +324,7 @@ def test_wrong_calls_are_refused_by_name(nodes):
 
 
 def test_garbage_on_the_port_changes_nothing(nodes):
-    a, b = nodes("a", connect_timeout_s=0.3), nodes("b")
+    a, b = nodes("a", connect_timeout_s=2.0), nodes("b")
     host, port = a.address.rsplit(":", 1)
     rng = np.random.default_rng(5)
     for data in [

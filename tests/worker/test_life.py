@@ -190,7 +190,7 @@ class Relay:
 
 
 async def test_a_router_that_vanished_without_a_word_leaves_nothing_running() -> None:
-    async with running(keep_alive_interval_s=0.2, keep_alive_timeout_s=0.5) as rig:
+    async with running(keep_alive_interval_s=1, keep_alive_timeout_s=5) as rig:
         relay = Relay()
         async with (
             relay.before(rig.port.port) as through,

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import threading
 from contextlib import asynccontextmanager
 
 import grpc
@@ -178,8 +179,20 @@ async def test_streams_that_fill_their_blocks_at_different_steps_seldom_need_a_l
     async with worker(SimSettings(profile="step-10ms", speed=20)) as (engine, stub):
         router = await Router(stub, "a").attach()
         prompts = [range(300, 301 + i) for i in range(32)]
-        asked = {await router.place(prompt, 1000): prompt for prompt in prompts}
-        streams, steps, looks = engine._loop.streams, engine._loop.steps, []
+        # They begin together, however long it takes to ask for them.
+        all_came, loop = threading.Event(), engine._loop
+        loop.post(lambda _: all_came.wait())
+        try:
+            asked = {await router.place(prompt, 1000): prompt for prompt in prompts}
+            async with asyncio.timeout(60):
+                while True:
+                    if len(loop._inbox) == len(prompts):
+                        break
+                    # Nothing tells of what the service has passed on.
+                    await asyncio.sleep(0.001)
+        finally:
+            all_came.set()
+        streams, steps, looks = loop.streams, loop.steps, []
         look = streams.take_due
         streams.take_due = lambda *a: (looks.append(steps.running.number), look(*a))[1]
         await router.until(lambda: len(router.ends) == len(asked))

@@ -199,12 +199,12 @@ async fn a_changed_certificate_is_for_new_connections_and_a_broken_one_for_none(
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_aged_connection_takes_no_call_and_finishes_what_runs() {
-    let aging = json!({"max_connection_age": "100ms", "max_connection_age_grace": "1m"});
+    let aging = json!({"max_connection_age": "2s", "max_connection_age_grace": "1m"});
     let mesh = Mesh::start(vec![steps_of(10)], aging).await;
     let mut sender = h2_connection(&mesh).await.ready().await.unwrap();
     let (response, mut body) = sender.send_request(call(), false).unwrap();
-    // Ten times as long as the connection may live.
-    body.send_data(framed(&request(100)), true).unwrap();
+    // Twice as long as the connection may live.
+    body.send_data(framed(&request(400)), true).unwrap();
     let mut body = response.await.unwrap().into_body();
     while let Some(data) = body.data().await {
         let length = data.unwrap().len();
@@ -224,7 +224,7 @@ async fn an_aged_connection_takes_no_call_and_finishes_what_runs() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn calls_that_outlive_an_aged_connections_grace_end_with_it() {
-    let aging = json!({"max_connection_age": "50ms", "max_connection_age_grace": "50ms"});
+    let aging = json!({"max_connection_age": "2s", "max_connection_age_grace": "50ms"});
     let mesh = Mesh::start(vec![steps_of(5)], aging).await;
     let mut sender = h2_connection(&mesh).await.ready().await.unwrap();
     let (response, mut body) = sender.send_request(call(), false).unwrap();
@@ -281,7 +281,8 @@ async fn survives_a_silent_prefill(silent: Duration, ping: Duration, settings: V
     let channel = Endpoint::from_shared(format!("http://{}", mesh.address()))
         .unwrap()
         .http2_keep_alive_interval(ping)
-        .keep_alive_timeout(ping)
+        // Shorter than the silence: a ping without an answer would end it.
+        .keep_alive_timeout(silent / 2)
         .keep_alive_while_idle(true)
         .connect()
         .await
@@ -295,14 +296,13 @@ async fn survives_a_silent_prefill(silent: Duration, ping: Duration, settings: V
     assert_eq!(ids.len(), 5);
 }
 
-// Ten times as long as the interval of any of its pings.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_silent_prefill_of_many_pings_is_waited_for() {
     let every = json!({
-        "keep_alive_interval": "1s", "keep_alive_timeout": "1s", "worker_keep_alive": "1s",
+        "keep_alive_interval": "1s", "keep_alive_timeout": "4s", "worker_keep_alive": "1s",
     });
     let second = Duration::from_secs(1);
-    survives_a_silent_prefill(5 * second, second / 5, every).await;
+    survives_a_silent_prefill(8 * second, second / 5, every).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -331,7 +331,8 @@ async fn a_connection_that_answers_no_ping_is_closed() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_that_never_reads_is_reset_and_the_others_of_its_connection_go_on() {
-    let slow = json!({"slow_client_timeout": "300ms"});
+    // Long enough for who reads on a busy machine.
+    let slow = json!({"slow_client_timeout": "3s"});
     let mesh = Mesh::start(vec![steps_of(1)], slow).await;
     let socket = TcpStream::connect(mesh.address()).await.unwrap();
     let (sender, connection) = h2::client::Builder::new()

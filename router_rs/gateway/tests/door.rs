@@ -231,7 +231,7 @@ async fn no_worker_its_failure_a_takeover_and_the_deadline_have_their_statuses()
 
     let mut late = tonic::Request::new(request(100_000));
     late.metadata_mut()
-        .insert("grpc-timeout", "200m".parse().unwrap());
+        .insert("grpc-timeout", "2S".parse().unwrap());
     let (ids, end) = read(client.generate(late).await.unwrap().into_inner()).await;
     let status = end.unwrap_err();
     assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
@@ -240,6 +240,11 @@ async fn no_worker_its_failure_a_takeover_and_the_deadline_have_their_statuses()
     }
 
     // Given back after tokens, and then another router's.
+    mesh.workers[0].faults().set(|plan| {
+        plan.hold_at = Some(50);
+        plan.return_at = Some(50);
+        plan.return_next = 1;
+    });
     let mut stream = client.generate(request(2_000)).await.unwrap().into_inner();
     let mut next = 0;
     let status = loop {
@@ -250,10 +255,10 @@ async fn no_worker_its_failure_a_takeover_and_the_deadline_have_their_statuses()
         if let Some(Event::Tokens(tokens)) = message.event {
             next = tokens.first_index + u32::try_from(tokens.ids.len()).unwrap();
             mesh.workers[0].faults().set(|plan| {
-                plan.return_at = plan.return_at.or(Some(next + 50));
-                plan.return_next = 1;
-                plan.refuse_next = 1;
-                plan.refuse_reason = v1::RefusalReason::TakenOver;
+                if plan.hold_at.take().is_some() {
+                    plan.refuse_next = 1;
+                    plan.refuse_reason = v1::RefusalReason::TakenOver;
+                }
             });
         }
     };

@@ -126,6 +126,12 @@ async fn a_stream_that_no_other_engine_can_go_on_with_is_lost_with_its_next_inde
     )
     .await;
     let mut client = mesh.client().await;
+    // It gets no further than that before nobody takes it any more.
+    mesh.workers[0].faults().set(|plan| {
+        plan.hold_at = Some(50);
+        plan.return_at = Some(50);
+        plan.return_next = 1;
+    });
     let mut stream = client.generate(request(2_000)).await.unwrap().into_inner();
     let mut next = 0;
     let status = loop {
@@ -136,10 +142,9 @@ async fn a_stream_that_no_other_engine_can_go_on_with_is_lost_with_its_next_inde
         if let Some(Event::Tokens(tokens)) = message.event {
             next = tokens.first_index + u32::try_from(tokens.ids.len()).unwrap();
             mesh.workers[0].faults().set(|plan| {
-                plan.return_at = plan.return_at.or(Some(next + 50));
-                plan.return_next = 1;
                 plan.refuse_next = u32::MAX;
                 plan.refuse_reason = RefusalReason::Unsupported;
+                plan.hold_at = None;
             });
         }
     };

@@ -38,16 +38,32 @@ fn binary() -> PathBuf {
     std::env::var_os("KVMESH_ETCD_BIN").map_or_else(|| PathBuf::from("etcd"), PathBuf::from)
 }
 
+/// Two ports that nobody gets by chance: they lie below those that the system gives, so that
+/// they are still free when etcd is down and to come back.
 fn free_ports() -> (u16, u16) {
     // Both are held at once, so that they differ.
-    let (a, b) = (
-        TcpListener::bind("127.0.0.1:0").unwrap(),
-        TcpListener::bind("127.0.0.1:0").unwrap(),
-    );
+    let (a, b) = (listener(), listener());
     (
         a.local_addr().unwrap().port(),
         b.local_addr().unwrap().port(),
     )
+}
+
+fn listener() -> TcpListener {
+    const LEAST: u16 = 10_000;
+    let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    let given_from = range.split_whitespace().next();
+    let given_from = given_from.and_then(|port| port.parse().ok());
+    let below = given_from.unwrap_or(32_768);
+    for _ in 0..1_000 {
+        if below <= LEAST {
+            break;
+        }
+        if let Ok(listener) = TcpListener::bind(("127.0.0.1", rand::random_range(LEAST..below))) {
+            return listener;
+        }
+    }
+    TcpListener::bind("127.0.0.1:0").unwrap()
 }
 
 /// A folder that no other test has.

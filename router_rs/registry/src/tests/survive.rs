@@ -13,9 +13,9 @@ use tokio::sync::watch;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::transport::Server;
 
-use super::{CLUSTER, Etcd, register, registry, settings, worker};
+use super::{CLUSTER, Etcd, Told, hasty, register, registry, settings, worker};
 use crate::{
-    RegistrationState, RegistryError, Settings, Status, WatchBreak, WorkerTable,
+    RegistrationState, Registry, RegistryError, Settings, Status, WatchBreak, WorkerTable,
     client::Client,
     etcd::etcdserverpb::{
         PutRequest, RequestOp, TxnRequest, WatchRequest, WatchResponse,
@@ -89,7 +89,7 @@ async fn a_worker_that_says_nothing_is_gone_with_its_lease() {
     let etcd = Etcd::start();
     let watch = registry(&etcd).watch_workers();
     watch.listed().await;
-    let client = Client::new(settings(&etcd)).unwrap();
+    let client = Client::new(hasty(&etcd)).unwrap();
     let lease = client.grant(client.settings.ttl).await.unwrap();
     put_with_lease(&client, &[entry("silent", 1)], lease).await;
     watch.wait_for(|table| has(table, "silent")).await;
@@ -99,7 +99,7 @@ async fn a_worker_that_says_nothing_is_gone_with_its_lease() {
 #[tokio::test]
 async fn a_lost_lease_is_replaced_under_the_same_key() {
     let etcd = Etcd::start();
-    let registry = registry(&etcd);
+    let registry = Registry::new(hasty(&etcd)).unwrap();
     let watch = registry.watch_workers();
     let registration = register(&registry, worker("a", 1)).await;
     watch.wait_for(|table| has(table, "a")).await;
@@ -123,7 +123,7 @@ async fn a_lost_lease_is_replaced_under_the_same_key() {
 #[tokio::test]
 async fn etcd_stopped_and_back_with_its_data_takes_nobody_away() {
     let mut etcd = Etcd::start();
-    let registry = registry(&etcd);
+    let registry = Registry::new(hasty(&etcd)).unwrap();
     let watch = registry.watch_workers();
     let _a = register(&registry, worker("a", 1)).await;
     // No lease: what a restart alone would take away is not muddled with it.
@@ -154,7 +154,7 @@ async fn etcd_stopped_and_back_with_its_data_takes_nobody_away() {
 #[tokio::test]
 async fn etcd_back_without_its_data_is_filled_again() {
     let mut etcd = Etcd::start();
-    let registry = registry(&etcd);
+    let registry = Registry::new(hasty(&etcd)).unwrap();
     let watch = registry.watch_workers();
     let client = Client::new(settings(&etcd)).unwrap();
     // Revisions well above those that the new life will have.
@@ -184,9 +184,18 @@ async fn etcd_back_without_its_data_is_filled_again() {
 #[tokio::test]
 async fn a_frozen_etcd_takes_nobody_away_and_is_noticed() {
     let etcd = Etcd::start();
-    let registry = registry(&etcd);
+    let registry = Registry::new(Settings {
+        call_timeout: Duration::from_millis(500),
+        ..hasty(&etcd)
+    })
+    .unwrap();
     let watch = registry.watch_workers();
-    let registration = register(&registry, worker("a", 1)).await;
+    let registration = registry
+        .register_worker(worker("a", 1), Told::dead())
+        .unwrap();
+    registration
+        .wait_for(|state| *state == RegistrationState::Registered)
+        .await;
     watch.wait_for(|table| has(table, "a")).await;
     let mut status = registry.status();
 

@@ -30,6 +30,10 @@ pub struct FaultPlan {
     pub die_after_tokens: Option<u64>,
     /// Each row is followed by one of the attempt before, with other tokens.
     pub stale_rows: bool,
+    /// No request goes on from this output index until this is unset, 0: no prompt ends.
+    /// Others are in steps as before, and no step is longer for it: what a test does to
+    /// streams finds them running, however long it takes.
+    pub hold_at: Option<u32>,
     /// Output index that is left out.
     pub hole_at: Option<u32>,
     /// Requests fail when they reach this output index.
@@ -70,6 +74,7 @@ impl Default for FaultPlan {
             delay_first_token: Duration::ZERO,
             die_after_tokens: None,
             stale_rows: false,
+            hold_at: None,
             hole_at: None,
             fail_at: None,
             fail_next: 0,

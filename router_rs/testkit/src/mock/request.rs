@@ -154,6 +154,11 @@ impl Running {
         self.prompt_tokens
     }
 
+    /// Whether it is not to go on for now.
+    pub(super) fn held(&self, plan: &FaultPlan) -> bool {
+        plan.hold_at.is_some_and(|at| self.next >= at)
+    }
+
     /// From waiting or receiving to decoding.
     pub(super) fn start(&mut self, now: Instant) {
         self.leave();

@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 
 use super::{
+    faults::FaultPlan,
     hand_off,
     request::{Phase, Rows, Running},
     state::{BLOCK_TOKENS, State, protocol_version, step_model},
@@ -176,7 +177,9 @@ impl Session {
     }
 
     fn decoding(&self) -> usize {
-        let decodes = |request: &&Running| request.phase() == Phase::Decoding;
+        let plan = self.state.faults.plan();
+        let decodes =
+            |request: &&Running| request.phase() == Phase::Decoding && !request.held(&plan);
         self.running.iter().filter(decodes).count()
     }
 
@@ -184,7 +187,9 @@ impl Session {
     fn wake(&self) -> Instant {
         let mut due = self.load_due();
         if !self.stuck() {
-            for request in &self.running {
+            // What is held is looked at with each load.
+            let plan = self.state.faults.plan();
+            for request in self.running.iter().filter(|request| !request.held(&plan)) {
                 match request.phase() {
                     Phase::Waiting(ready) => due = due.min(ready),
                     Phase::Decoding => due = due.min(self.next_step),
@@ -355,11 +360,18 @@ impl Session {
             return;
         }
         let now = Instant::now();
-        while let Some(at) = self
-            .running
-            .iter()
-            .position(|request| matches!(request.phase(), Phase::Waiting(ready) if ready <= now))
-        {
+        let ready = |request: &Running, plan: &FaultPlan| {
+            matches!(request.phase(), Phase::Waiting(ready) if ready <= now) && !request.held(plan)
+        };
+        loop {
+            let plan = self.state.faults.get();
+            let Some(at) = self
+                .running
+                .iter()
+                .position(|request| ready(request, &plan))
+            else {
+                break;
+            };
             self.begin(at);
         }
     }
@@ -399,13 +411,16 @@ impl Session {
         let mut at = 0;
         while at < self.running.len() && sample.decode_batch < self.state.config.max_batch {
             let request = &mut self.running[at];
-            if request.phase() != Phase::Decoding {
-                at += 1;
-                continue;
-            }
-            sample.decode_batch += 1;
-            sample.decode_context += request.context();
-            let end = request.advance(&mut self.rows, &mut self.state.faults.plan());
+            let end = {
+                let mut plan = self.state.faults.plan();
+                if request.phase() != Phase::Decoding || request.held(&plan) {
+                    at += 1;
+                    continue;
+                }
+                sample.decode_batch += 1;
+                sample.decode_context += request.context();
+                request.advance(&mut self.rows, &mut plan)
+            };
             if let Some(end) = end {
                 let request = self.running.swap_remove(at);
                 self.ends.push(request.end(end));

@@ -28,6 +28,9 @@ _REMEMBERED = 4096
 _LOOK_S = 0.01
 """How often a stuck engine looks whether it still is."""
 
+_SLOW = 10
+"""How many times as long steps take while they are told to be slow."""
+
 
 class SimClock(Protocol):
     """Time that steps take; tests put another one in."""
@@ -157,7 +160,7 @@ class SimRunner:
             joined = self._join(rows)
         if not self._settings.instant:
             seconds = joined.base_s + joined.context_s * rows.context
-            self._clock.sleep_until(self._clock.now() + seconds)
+            self._sleep(seconds)
         self._hang()
         return joined.streams.step(rows.ids, rows.tables)
 
@@ -168,6 +171,9 @@ class SimRunner:
             joined = self._join(rows)
         settings = self._settings
         if settings.instant or settings.stuck_while or not isinstance(self._clock, WallClock):
+            return None
+        if self._is_slow():
+            # Nobody would tell those steps when that is over.
             return None
         return PacedSteps(joined.streams, (joined.base_s, joined.context_s))
 
@@ -190,9 +196,18 @@ class SimRunner:
             # Nothing can stop it, so its layers are one.
             layer_s, layers = layer_s * layers, 1
         for _ in range(layers):
-            self._clock.sleep_until(self._clock.now() + layer_s)
+            self._sleep(layer_s)
             self._hang()
             yield
+
+    def _sleep(self, seconds: float) -> None:
+        if self._is_slow():
+            seconds *= _SLOW
+        self._clock.sleep_until(self._clock.now() + seconds)
+
+    def _is_slow(self) -> bool:
+        slow = self._settings.slow_while
+        return bool(slow) and os.path.exists(slow)
 
     def _hang(self) -> None:
         stuck = self._settings.stuck_while

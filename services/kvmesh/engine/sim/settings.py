@@ -79,6 +79,9 @@ class SimSettings:
     stuck_while: str = ""
     """No step ends while a file of this name exists: shows what becomes of the
     streams of a stuck engine."""
+    slow_while: str = ""
+    """Steps take ten times as long while a file of this name exists: what is done
+    to streams meanwhile finds them running."""
     dies_of: int = 0
     """A step that computes this token id ends the process at once: shows what
     becomes of a request of which workers die. 0: none does."""

@@ -99,10 +99,9 @@ async fn the_old_view_stays_until_a_snapshot_is_whole() {
     assert!(until(|| indexed(&mesh, &worker) == 320).await);
     worker.send_cache(part(&new[..200], true, false));
     worker.send_cache(part(&new[200..300], false, false));
-    // An answer comes after these frames: the lane is one.
+    assert!(until(|| mesh.counters().cache_frames.get() == 3).await);
     let answer = collect(mesh.generate(request(&prompt(1), 2)).unwrap()).await;
     assert!(answer.placed[0].cached_tokens >= 5_104);
-    assert_eq!(mesh.counters().cache_frames.get(), 3);
     assert_eq!(indexed(&mesh, &worker), 320);
     worker.send_cache(part(&new[300..310], false, true));
     assert!(until(|| indexed(&mesh, &worker) == 310).await);

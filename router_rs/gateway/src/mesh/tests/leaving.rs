@@ -11,6 +11,9 @@ fn stepping(role: Role, step_ms: u64) -> MockWorker {
     .unwrap()
 }
 
+/// Where streams stand until they have been left.
+const HELD: Option<u32> = Some(10);
+
 /// A stream of which the worker that decodes has made some tokens.
 async fn begun(mesh: &Mesh, prompt: &[u32]) -> (GenerationStream, Answer) {
     let mut stream = mesh.generate(request(prompt, 400)).unwrap();
@@ -33,12 +36,14 @@ async fn a_drained_workers_streams_go_on_elsewhere_and_nothing_is_computed_again
         let prefill = stepping(Role::Prefill, 2);
         let (a, b) = (stepping(role, 2), stepping(role, 2));
         let mesh = mesh_of(&[&prefill, &a, &b]).await;
+        hold(&[&a, &b], HELD);
         let mut streams = Vec::new();
         for n in 0..8 {
             streams.push((n, begun(&mesh, &[n, 7]).await));
         }
         a.set_draining(true);
         assert!(until(|| a.counters().running == 0).await);
+        hold(&[&a, &b], None);
         for (n, (stream, mut answer)) in streams {
             answer.rest(stream).await;
             assert_eq!(answer.error, None);
@@ -63,12 +68,14 @@ async fn a_role_that_flips_away_from_decode_is_left_too() {
     let prefill = stepping(Role::Prefill, 2);
     let (a, b) = (stepping(Role::Decode, 2), stepping(Role::Decode, 2));
     let mesh = mesh_of(&[&prefill, &a, &b]).await;
+    hold(&[&a, &b], HELD);
     let mut streams = Vec::new();
     for n in 0..4 {
         streams.push((n, begun(&mesh, &[n, 1]).await));
     }
     a.set_role(Role::Prefill);
     assert!(until(|| a.counters().running == 0).await);
+    hold(&[&a, &b], None);
     for (n, (stream, mut answer)) in streams {
         answer.rest(stream).await;
         assert_eq!(answer.ids, b.tokens().expected(&[n, 1], 400));
@@ -81,8 +88,15 @@ async fn a_role_that_flips_away_from_decode_is_left_too() {
 async fn without_a_target_a_stream_finishes_where_it_is() {
     let (prefill, decode) = (stepping(Role::Prefill, 1), stepping(Role::Decode, 1));
     let mesh = mesh_of(&[&prefill, &decode]).await;
+    hold(&[&decode], HELD);
     let (stream, mut answer) = begun(&mesh, &[3, 3]).await;
     decode.set_draining(true);
+    let told = || {
+        let loads = mesh.workers().into_iter().filter_map(|row| row.load);
+        loads.filter(|load| load.draining).count() == 1
+    };
+    assert!(until(told).await);
+    hold(&[&decode], None);
     answer.rest(stream).await;
     assert_eq!(answer.error, None);
     assert_eq!(answer.ids, decode.tokens().expected(&[3, 3], 400));
@@ -95,6 +109,7 @@ async fn a_drain_says_which_streams_stay_and_why() {
     let prefill = stepping(Role::Prefill, 1);
     let (a, b) = (stepping(Role::Decode, 3), stepping(Role::Decode, 3));
     let mesh = mesh_of(&[&prefill, &a]).await;
+    hold(&[&a, &b], HELD);
     let (stream, mut answer) = begun(&mesh, &[8, 3]).await;
     let drain = |worker: &MockWorker| v1::DrainWorkerRequest {
         worker_id: worker.worker_id().to_owned(),
@@ -111,11 +126,13 @@ async fn a_drain_says_which_streams_stay_and_why() {
         .spawn_session(mesh.core.table.add_static(&b.addr().to_string()));
     assert!(until(|| a.counters().running == 0).await);
     let c = stepping(Role::Decode, 3);
+    hold(&[&c], HELD);
     mesh.core
         .spawn_session(mesh.core.table.add_static(&c.addr().to_string()));
     assert!(until(|| mesh.sessions().live == 4).await);
     let told = mesh.drain(&drain(&b)).await.unwrap();
     assert_eq!(told.staying, []);
+    hold(&[&a, &b, &c], None);
     answer.rest(stream).await;
     assert_eq!(answer.ids, c.tokens().expected(&[8, 3], 400));
     assert!(until(|| nothing_left(&mesh, &[&prefill, &a, &b, &c])).await);
@@ -128,6 +145,7 @@ async fn a_target_that_refuses_and_a_transfer_that_fails_leave_the_stream_where_
         let a = stepping(Role::Decode, 5);
         let b = stepping(Role::Decode, 5);
         let mesh = mesh_of(&[&prefill, &a]).await;
+        hold(&[&a], HELD);
         let (stream, mut answer) = begun(&mesh, &[5, 3]).await;
         // Now somebody is there who takes nothing, or gets nothing.
         a.faults().set(|plan| plan.keep_streams = fails);
@@ -139,6 +157,8 @@ async fn a_target_that_refuses_and_a_transfer_that_fails_leave_the_stream_where_
             .spawn_session(mesh_of_both.core.table.add_static(&b.addr().to_string()));
         assert!(until(|| mesh_of_both.sessions().live == 3).await);
         a.set_draining(true);
+        assert!(until(|| outcomes(&mesh_of_both).2 > 1).await);
+        hold(&[&a], None);
         answer.rest(stream).await;
         assert_eq!(answer.error, None);
         assert_eq!(answer.ids, a.tokens().expected(&[5, 3], 400));
@@ -178,6 +198,7 @@ async fn a_worker_that_is_left_and_dies_costs_a_pause() {
         let (mut a, mut b) = (stepping(Role::Decode, 3), stepping(Role::Decode, 3));
         let c = stepping(Role::Decode, 3);
         let mesh = mesh_of(&[&prefill, &a, &b, &c]).await;
+        hold(&[&a, &b, &c], HELD);
         let mut streams = Vec::new();
         for n in 0..12 {
             streams.push((n, begun(&mesh, &[n, 4]).await));
@@ -189,6 +210,7 @@ async fn a_worker_that_is_left_and_dies_costs_a_pause() {
             "source" => a.kill(),
             _ => b.kill(),
         }
+        hold(&[&a, &b, &c], None);
         for (n, (stream, mut answer)) in streams {
             answer.rest(stream).await;
             assert_eq!(answer.error, None, "{dies}");
@@ -204,6 +226,7 @@ async fn a_session_that_breaks_in_the_middle_loses_nothing() {
     let prefill = stepping(Role::Prefill, 1);
     let (a, b) = (stepping(Role::Decode, 3), stepping(Role::Decode, 3));
     let mesh = mesh_of(&[&prefill, &a, &b]).await;
+    hold(&[&a, &b], HELD);
     let mut streams = Vec::new();
     for n in 0..8 {
         streams.push((n, begun(&mesh, &[n, 6]).await));
@@ -212,6 +235,7 @@ async fn a_session_that_breaks_in_the_middle_loses_nothing() {
     assert!(until(|| mesh.counters().hand_overs.begun.get() > 0).await);
     a.break_sessions();
     b.break_sessions();
+    hold(&[&a, &b], None);
     for (n, (stream, mut answer)) in streams {
         answer.rest(stream).await;
         assert_eq!(answer.error, None);

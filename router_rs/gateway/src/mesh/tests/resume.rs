@@ -45,6 +45,7 @@ async fn after(had: &[u32], stream: GenerationStream) -> Answer {
 #[tokio::test]
 async fn the_stream_that_asked_last_has_it() {
     let both = slow(Role::Both);
+    hold(&[&both], Some(5));
     let mesh = mesh_of(&[&both]).await;
     let mut first = mesh.generate(resumable(&[1, 2], 200)).unwrap();
     let begun = first_tokens(&mut first).await;
@@ -52,6 +53,7 @@ async fn the_stream_that_asked_last_has_it() {
         .resume(asked(&first, &begun.ids), || true)
         .await
         .unwrap();
+    hold(&[&both], None);
     let (old, new) = tokio::join!(after(&begun.ids, first), after(&begun.ids, second));
     let taken_over = matches!(old.error, Some(RequestError::TakenOver { next_index })
         if next_index as usize == old.ids.len());

@@ -176,7 +176,7 @@ async fn a_deadline_ends_the_stream_and_its_worker() {
     };
     let both = MockWorker::start(config).unwrap();
     let mesh = mesh_of(&[&both]).await;
-    let deadline = Some(Instant::now() + Duration::from_millis(100));
+    let deadline = Some(Instant::now() + Duration::from_secs(1));
     let asked = AdmittedRequest {
         deadline,
         ..request(&[3], 100_000)
@@ -227,16 +227,16 @@ async fn a_stop_string_ends_the_output_across_tokens() {
 
 #[tokio::test]
 async fn attempts_and_transfers_are_counted_by_state() {
-    let slow = |role, prefill_ms, step_ms| {
+    let slow = |role| {
         MockWorker::start(MockConfig {
             role,
-            prefill: Duration::from_millis(prefill_ms),
-            step: Duration::from_millis(step_ms),
+            step: Duration::from_millis(5),
             ..MockConfig::default()
         })
         .unwrap()
     };
-    let (prefill, decode) = (slow(Role::Prefill, 300, 0), slow(Role::Decode, 0, 5));
+    let (prefill, decode) = (slow(Role::Prefill), slow(Role::Decode));
+    hold(&[&prefill], Some(0));
     let mesh = mesh_of(&[&prefill, &decode]).await;
     assert_eq!(mesh.attempts(), AttemptCounts::default());
     let mut stream = mesh.generate(request(&[1, 2], 100_000)).unwrap();
@@ -250,6 +250,7 @@ async fn attempts_and_transfers_are_counted_by_state() {
         "{:?}",
         mesh.attempts()
     );
+    hold(&[&prefill], None);
     let first = first_tokens(&mut stream).await;
     assert!(!first.ids.is_empty());
     // Decode has brought tokens of its own: the transfer is over.
