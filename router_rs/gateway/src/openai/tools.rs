@@ -132,10 +132,13 @@ impl Tools {
                         the router's setting tool_parser says it";
                     return unsupported("tools", words);
                 };
-                let names = self.tools.iter().map(|tool| tool.name.clone());
+                let tools = self.tools.iter();
+                let known = |tool: &Tool| {
+                    kvmesh_output_parser::Tool::new(tool.name.clone(), &tool.parameters)
+                };
                 Calls::Native {
                     format,
-                    names: names.collect(),
+                    tools: tools.map(known).collect(),
                 }
             }
         })

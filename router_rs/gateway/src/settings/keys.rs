@@ -193,7 +193,7 @@ const ROUTER: &[Key] = &[
         "tool_parser",
         Kind::List,
         "auto",
-        "How models write tool calls, for the OpenAI face: auto (as the chat template has it), none, hermes, llama3, mistral, deepseek or harmony; MODEL=FORMAT for one model.",
+        "How models write tool calls, for the OpenAI face: auto (as the chat template has it), none, hermes, llama3, mistral, deepseek, qwen3_coder, glm45, pythonic or harmony; MODEL=FORMAT for one model.",
     ),
     key(
         "reasoning_parser",
