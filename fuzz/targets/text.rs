@@ -6,11 +6,12 @@
 
 use kvmesh_fuzz::messages;
 use kvmesh_output_parser::{
-    Calls, Events, Expected, OutputParser, ReasoningFormat, ToolFormat,
+    Calls, Events, Expected, OutputParser, ReasoningFormat, Tool, ToolFormat,
 };
 use kvmesh_text::{Chat, Limits, Message, ModelText, TextFile, TextSettings, UnixSeconds};
 use libfuzzer_sys::fuzz_target;
-use std::sync::atomic::AtomicBool;
+use serde_json::json;
+use std::sync::{Arc, atomic::AtomicBool};
 
 const NAMES: [&str; 3] = [
     "tokenizer.json",
@@ -93,9 +94,11 @@ fuzz_target!(|data: &[u8]| {
 
 /// What is found in an output does not depend on how it is cut.
 fn read_output(text: &str, which: usize) {
+    let schema = json!({"properties": {"a": {"type": "string"}, "b": {"type": "array"}}});
+    let tools: Arc<[Tool]> = [Tool::new("f", &schema)].into();
     let native = ToolFormat::ALL.map(|format| Calls::Native {
         format,
-        names: vec!["f".to_owned()],
+        tools: Arc::clone(&tools),
     });
     let others = [Calls::None, Calls::List, Calls::One("f".to_owned())];
     let calls: Vec<Calls> = native.into_iter().chain(others).collect();

@@ -37,6 +37,22 @@ def test_every_argument_reaches_its_field() -> None:
     assert request.hints.resumable
 
 
+def test_what_a_message_says_reaches_its_field() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "Hi", "name": "n"},
+        {"role": "assistant", "content": None, "reasoning_content": "So.", "tool_calls": [call]},
+        {"role": "tool", "content": "1", "tool_call_id": "c"},
+    ]
+    user, assistant, tool = build_request({"messages": messages}).chat.messages
+    assert (user.content, user.name) == ("Hi", "n")
+    assert (assistant.content, assistant.reasoning_content) == ("", "So.")
+    assert '"name": "f"' in assistant.tool_calls_json[0]
+    assert tool.tool_call_id == "c"
+    with pytest.raises(ValueError, match="allowed are"):
+        build_request({"messages": [{"role": "user", "contents": "Hi"}]})
+
+
 @pytest.mark.parametrize("options", [{}, {"prompt": "a", "token_ids": [1]}])
 def test_exactly_one_input_is_needed(options) -> None:
     with pytest.raises(TypeError, match="exactly one of prompt, messages and token_ids"):

@@ -4,7 +4,10 @@
 mod collector;
 mod common;
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use collector::{Away, Collector, int, text};
 use common::{Mesh, call, h2_connection, read, request, with_key};
@@ -13,6 +16,10 @@ use kvmesh_wire::v1::{self, Role, Stage, generate_request::Input};
 use opentelemetry_proto::tonic::trace::v1::{Span, span::SpanKind, status::StatusCode};
 use serde_json::json;
 use sha2::{Digest, Sha256};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 use tonic::Code;
 
 const SAMPLED: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
@@ -127,6 +134,71 @@ async fn a_request_is_a_tree_of_spans_below_its_clients() {
     mesh.wait_figure("kvmesh_otlp_spans_exported_total", spans.len() as u64)
         .await;
     assert_eq!(mesh.figure("kvmesh_otlp_spans_dropped_total").await, 0);
+}
+
+/// Asks for a chat by HTTP; gives the answer with its head.
+async fn chat(mesh: &Mesh, n: u32) -> String {
+    let messages = json!([{"role": "user", "content": "Hello"}]);
+    let body = json!({"messages": messages, "max_tokens": 4, "n": n}).to_string();
+    let head = format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: router\r\nconnection: close\r\n\
+         traceparent: {SAMPLED}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    let mut socket = TcpStream::connect(mesh.address()).await.unwrap();
+    socket.write_all((head + &body).as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).await.unwrap();
+    answer
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_answer_of_a_call_has_a_span_below_the_calls() {
+    let mut collector = Collector::start().await;
+    let settings = json!({"otlp_endpoint": collector.address()});
+    let mut mesh = Mesh::start(vec![MockConfig::default()], settings).await;
+    let answer = chat(&mesh, 3).await;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    mesh.stop().await;
+    let spans = collector.all();
+    let root = root(&spans);
+    assert_eq!(int(root, "kvmesh.answers"), 3);
+    assert_eq!(int(root, "rpc.grpc.status_code"), 0);
+    assert_eq!(hex(&root.parent_span_id), &SAMPLED[36..52]);
+    let mut ids = BTreeSet::new();
+    for answer in spans.iter().filter(|span| span.name == "answer") {
+        assert_eq!(answer.parent_span_id, root.span_id);
+        assert_eq!(answer.kind(), SpanKind::Internal);
+        assert!(answer.end_time_unix_nano <= root.end_time_unix_nano);
+        assert_eq!(int(answer, "gen_ai.usage.output_tokens"), 4);
+        let below = spans
+            .iter()
+            .filter(|span| span.parent_span_id == answer.span_id);
+        assert_eq!(below.filter(|span| span.name == "decode").count(), 1);
+        ids.insert(text(answer, "gen_ai.response.id"));
+    }
+    assert_eq!(ids.len(), 3, "{spans:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_call_with_several_answers_fails_with_the_first_that_does() {
+    let mut collector = Collector::start().await;
+    let settings = json!({"otlp_endpoint": collector.address()});
+    let mut mesh = Mesh::start(vec![MockConfig::default()], settings).await;
+    mesh.workers[0].faults().set(|plan| {
+        plan.fail_at = Some(0);
+        plan.fail_next = 1;
+        plan.fail_code = Code::Internal as u32;
+    });
+    let answer = chat(&mesh, 2).await;
+    assert!(answer.starts_with("HTTP/1.1 500"), "{answer}");
+    mesh.stop().await;
+    let spans = collector.all();
+    let root = root(&spans);
+    assert_eq!(text(root, "error.type"), "WORKER_FAILED");
+    assert_eq!(root.status.as_ref().unwrap().code(), StatusCode::Error);
+    let answers = spans.iter().filter(|span| span.name == "answer");
+    assert_eq!(answers.count(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,6 +1,8 @@
 //! Calls in content: where they begin, what is behind them, and what of it is content
 //! after all.
 
+use std::sync::Arc;
+
 use crate::{
     Calls, ToolFormat,
     arguments::Arguments,
@@ -10,6 +12,9 @@ use crate::{
     look::{Look, More, consume, first, is_space, partial, space_before},
     mistral,
     object::{CallObject, Progress, Rules},
+    pythonic::{self, PythonArguments},
+    tool::Tool,
+    xml::{self, Parameters, Step},
 };
 
 /// What is behind the mark of a call.
@@ -22,6 +27,10 @@ pub(crate) enum Opening {
     List(usize),
     /// Arguments of this tool.
     Arguments(usize, String),
+    /// Parameters with tags of their own.
+    Parameters(usize, Parameters),
+    /// Arguments of this tool in Python, behind their bracket.
+    Python(usize, String),
 }
 
 /// What is behind a call.
@@ -30,14 +39,18 @@ pub(crate) enum After {
     Content(usize),
     /// An object that may be one more, so many bytes on.
     Object(usize),
+    /// Arguments of one more in Python.
+    Python(usize, String),
 }
 
 /// How a model writes calls.
 #[derive(Clone, Debug)]
 pub(crate) struct Dialect {
     kind: Kind,
-    /// Names of the tools; of a forced call its own alone.
-    names: Vec<String>,
+    /// The tools that there are.
+    tools: Arc<[Tool]>,
+    /// The tool of a forced call.
+    forced: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +59,9 @@ enum Kind {
     Llama,
     Mistral,
     DeepSeek,
+    Qwen,
+    Glm,
+    Pythonic,
     List,
     One,
 }
@@ -53,22 +69,33 @@ enum Kind {
 impl Dialect {
     /// `None`: nothing in content is a call.
     pub(crate) fn of(calls: &Calls) -> Option<Self> {
-        let (kind, names) = match calls {
+        let (mut tools, mut forced) = (Arc::default(), None);
+        let kind = match calls {
             Calls::None => return None,
-            Calls::List => (Kind::List, Vec::new()),
-            Calls::One(name) => (Kind::One, vec![name.clone()]),
-            Calls::Native { format, names } => {
-                let kind = match format {
+            Calls::List => Kind::List,
+            Calls::One(name) => {
+                forced = Some(name.clone());
+                Kind::One
+            }
+            Calls::Native { format, tools: all } => {
+                tools = Arc::clone(all);
+                match format {
                     ToolFormat::Hermes => Kind::Hermes,
                     ToolFormat::Llama3 => Kind::Llama,
                     ToolFormat::Mistral => Kind::Mistral,
                     ToolFormat::DeepSeek => Kind::DeepSeek,
+                    ToolFormat::Qwen3Coder => Kind::Qwen,
+                    ToolFormat::Glm45 => Kind::Glm,
+                    ToolFormat::Pythonic => Kind::Pythonic,
                     ToolFormat::Harmony => return None,
-                };
-                (kind, names.clone())
+                }
             }
         };
-        Some(Self { kind, names })
+        Some(Self {
+            kind,
+            tools,
+            forced,
+        })
     }
 
     /// Marks that a call begins with.
@@ -78,6 +105,9 @@ impl Dialect {
             Kind::Llama => &[llama::OPEN],
             Kind::Mistral => &[mistral::OPEN],
             Kind::DeepSeek => deepseek::OPENING,
+            Kind::Qwen => xml::QWEN_OPENING,
+            Kind::Glm => xml::GLM_OPENING,
+            Kind::Pythonic => pythonic::OPENING,
             Kind::List | Kind::One => &[],
         }
     }
@@ -87,6 +117,7 @@ impl Dialect {
         match self.kind {
             Kind::Mistral => mistral::CLOSING,
             Kind::DeepSeek => deepseek::CLOSING,
+            Kind::Qwen => xml::QWEN_CLOSING,
             _ => &[],
         }
     }
@@ -94,7 +125,7 @@ impl Dialect {
     fn rules(&self) -> Rules<'_> {
         let llama = self.kind == Kind::Llama;
         Rules {
-            names: llama.then_some(&self.names),
+            tools: llama.then_some(&self.tools),
             bare: !llama,
             closing: match self.kind {
                 Kind::Hermes => hermes::CLOSE,
@@ -103,22 +134,28 @@ impl Dialect {
         }
     }
 
-    fn open(&self, look: Look<'_>) -> Result<Opening, More> {
+    /// Behind one of its marks.
+    fn open(&self, look: Look<'_>, mark: &str) -> Result<Opening, More> {
         match self.kind {
             Kind::Hermes => hermes::open(look),
             Kind::Llama => llama::open(look),
             Kind::Mistral => mistral::open(look),
             Kind::DeepSeek => deepseek::open(look),
+            Kind::Qwen => xml::open_qwen(look, mark, &self.tools),
+            Kind::Glm => xml::open_glm(look, &self.tools),
+            Kind::Pythonic => pythonic::open(look, &self.tools),
             Kind::List | Kind::One => Ok(Opening::None),
         }
     }
 
     fn after(&self, look: Look<'_>, list: bool) -> Result<After, More> {
         match self.kind {
+            Kind::Hermes => hermes::after(look, list),
             _ if list => mistral::after(look),
-            Kind::Hermes => hermes::after(look),
             Kind::Llama => llama::after(look),
             Kind::DeepSeek => deepseek::after(look),
+            Kind::Qwen | Kind::Glm => xml::after(look),
+            Kind::Pythonic => pythonic::after(look, &self.tools),
             Kind::Mistral | Kind::List | Kind::One => Ok(After::Content(0)),
         }
     }
@@ -127,6 +164,7 @@ impl Dialect {
     fn begin(&self, mut look: Look<'_>) -> Result<Opening, More> {
         match self.kind {
             Kind::Llama => llama::open(look),
+            Kind::Pythonic => pythonic::open(look, &self.tools),
             Kind::List => {
                 look.space();
                 let list = look.literal("[")?;
@@ -139,12 +177,14 @@ impl Dialect {
             }
             Kind::One => {
                 look.space();
-                Ok(match (look.peek()?, self.names.first()) {
+                Ok(match (look.peek()?, &self.forced) {
                     (Some(_), Some(name)) => Opening::Arguments(look.at, name.clone()),
                     _ => Opening::None,
                 })
             }
-            Kind::Hermes | Kind::Mistral | Kind::DeepSeek => Ok(Opening::None),
+            Kind::Hermes | Kind::Mistral | Kind::DeepSeek | Kind::Qwen | Kind::Glm => {
+                Ok(Opening::None)
+            }
         }
     }
 }
@@ -158,8 +198,8 @@ enum State {
     /// Nothing was told.
     Begin,
     Content,
-    /// So many bytes of white space and a mark, and what is behind them.
-    Open(usize),
+    /// So many bytes of white space before this mark, and what is behind it.
+    Open(usize, &'static str),
     /// Behind so many bytes an object that may be a call, of a list or alone.
     Object {
         before: usize,
@@ -167,6 +207,8 @@ enum State {
         list: bool,
     },
     Arguments(Arguments),
+    Parameters(Parameters),
+    Python(PythonArguments),
     /// A call has ended.
     After {
         list: bool,
@@ -216,11 +258,11 @@ impl CallParser {
                 Some(self.opened(opening, text, 0, out))
             }
             State::Content => self.content(text, ended, out),
-            State::Open(mark) => {
-                let mark = *mark;
-                let look = Look::new(&text[mark..], ended);
-                let opening = self.dialect.open(look).ok()?;
-                Some(self.opened(opening, text, mark, out))
+            State::Open(space, mark) => {
+                let behind = *space + mark.len();
+                let look = Look::new(&text[behind..], ended);
+                let opening = self.dialect.open(look, mark).ok()?;
+                Some(self.opened(opening, text, behind, out))
             }
             State::Object { .. } => self.object(text, ended, out),
             State::Arguments(arguments) => match arguments.read(text, ended, out) {
@@ -230,6 +272,14 @@ impl CallParser {
                 }
                 Progress::More | Progress::None => Some(arguments.cut()).filter(|cut| *cut > 0),
             },
+            State::Parameters(parameters) => {
+                let step = parameters.step(text, ended, out);
+                self.stepped(step)
+            }
+            State::Python(arguments) => {
+                let step = arguments.step(text, ended, out);
+                self.stepped(step)
+            }
             State::After { list } => {
                 let list = *list;
                 match self.dialect.after(Look::new(text, ended), list).ok()? {
@@ -241,6 +291,9 @@ impl CallParser {
                         self.state = object(before, list);
                         Some(0)
                     }
+                    After::Python(at, name) => {
+                        Some(self.opened(Opening::Python(at, name), text, 0, out))
+                    }
                 }
             }
             State::Gap => {
@@ -250,6 +303,17 @@ impl CallParser {
                     return Some(space);
                 }
                 (space > 0).then_some(space)
+            }
+        }
+    }
+
+    fn stepped(&mut self, step: Step) -> Option<usize> {
+        match step {
+            Step::More => None,
+            Step::Took(took) => Some(took),
+            Step::Ended(took) => {
+                self.state = State::After { list: false };
+                Some(took)
             }
         }
     }
@@ -275,6 +339,16 @@ impl CallParser {
                 self.state = State::Arguments(Arguments::new(self.dialect.closing()));
                 mark + at
             }
+            Opening::Parameters(at, parameters) => {
+                out.call(parameters.name().to_owned());
+                self.state = State::Parameters(parameters);
+                mark + at
+            }
+            Opening::Python(at, name) => {
+                out.call(name);
+                self.state = State::Python(PythonArguments::default());
+                mark + at
+            }
         }
     }
 
@@ -283,7 +357,7 @@ impl CallParser {
         if let Some((at, mark)) = first(text, marks) {
             let told = space_before(text, at);
             out.content(&text[..told]);
-            self.state = State::Open(at - told + mark.len());
+            self.state = State::Open(at - told, mark);
             return Some(told);
         }
         let told = match ended || marks.is_empty() {

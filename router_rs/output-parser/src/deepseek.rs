@@ -3,7 +3,7 @@
 
 use crate::{
     calls::{After, Opening},
-    look::{Look, More},
+    look::{Look, MOST_NAME, More},
 };
 
 const CALLS: &str = "<｜tool▁calls▁begin｜>";
@@ -16,9 +16,6 @@ pub(crate) const MARKS: &[&str] = &[CALLS, CALLS_END, CALL, CALL_END, SEPARATOR]
 pub(crate) const OPENING: &[&str] = &[CALLS, CALL];
 /// What may be behind arguments.
 pub(crate) const CLOSING: &[&str] = &[CALL_END, CALLS_END, FENCE];
-
-/// Longest name of a tool, bytes.
-const MOST_NAME: usize = 256;
 
 /// Behind one of [`OPENING`].
 pub(crate) fn open(mut look: Look<'_>) -> Result<Opening, More> {

@@ -1,5 +1,10 @@
 //! What is found in an output.
 
+use crate::{
+    json::{Nested, Within},
+    look::is_space,
+};
+
 /// A part of an output, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
@@ -18,34 +23,75 @@ pub enum Event {
 
 /// Events in order; texts of one kind that follow each other are one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Events(Vec<Event>);
+pub struct Events {
+    told: Vec<Event>,
+    /// The call that began last, also of events that were taken out.
+    call: Extent,
+}
+
+/// How far the arguments of a call have come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Extent {
+    /// There is no call, or all of them are told.
+    #[default]
+    Whole,
+    /// Nothing of them.
+    Begun,
+    /// Some of them, which are JSON.
+    Json(Nested),
+    /// Some of them, of which nobody knows where they end.
+    Bare,
+}
+
+impl Extent {
+    fn take(&mut self, text: &str) {
+        for byte in text.bytes() {
+            match self {
+                Self::Begun if is_space(byte) => continue,
+                Self::Begun if !matches!(byte, b'{' | b'[' | b'"') => *self = Self::Bare,
+                Self::Begun => *self = Self::Json(Nested::default()),
+                _ => {}
+            }
+            let Self::Json(nested) = self else { return };
+            if nested.take(byte) == Within::Last {
+                *self = Self::Whole;
+                return;
+            }
+        }
+    }
+}
 
 impl Events {
     pub(crate) fn content(&mut self, text: &str) {
-        match self.0.last_mut() {
-            _ if text.is_empty() => {}
+        if text.is_empty() {
+            return;
+        }
+        self.call = Extent::Whole;
+        match self.told.last_mut() {
             Some(Event::Content(before)) => before.push_str(text),
-            _ => self.0.push(Event::Content(text.to_owned())),
+            _ => self.told.push(Event::Content(text.to_owned())),
         }
     }
 
     pub(crate) fn reasoning(&mut self, text: &str) {
-        match self.0.last_mut() {
+        match self.told.last_mut() {
             _ if text.is_empty() => {}
             Some(Event::Reasoning(before)) => before.push_str(text),
-            _ => self.0.push(Event::Reasoning(text.to_owned())),
+            _ => self.told.push(Event::Reasoning(text.to_owned())),
         }
     }
 
     pub(crate) fn call(&mut self, name: String) {
-        self.0.push(Event::Call { name });
+        self.call = Extent::Begun;
+        self.told.push(Event::Call { name });
     }
 
     pub(crate) fn arguments(&mut self, text: &str) {
-        match self.0.last_mut() {
+        self.call.take(text);
+        match self.told.last_mut() {
             _ if text.is_empty() => {}
             Some(Event::Arguments(before)) => before.push_str(text),
-            _ => self.0.push(Event::Arguments(text.to_owned())),
+            _ => self.told.push(Event::Arguments(text.to_owned())),
         }
     }
 
@@ -58,15 +104,21 @@ impl Events {
         }
     }
 
+    /// Whether the arguments of the last call have not come to their end.
+    #[must_use]
+    pub fn within_call(&self) -> bool {
+        self.call != Extent::Whole
+    }
+
     /// Takes them out, in order.
     pub fn drain(&mut self) -> std::vec::Drain<'_, Event> {
-        self.0.drain(..)
+        self.told.drain(..)
     }
 
     /// The events.
     #[must_use]
     pub fn as_slice(&self) -> &[Event] {
-        &self.0
+        &self.told
     }
 }
 
@@ -75,6 +127,6 @@ impl IntoIterator for Events {
     type IntoIter = std::vec::IntoIter<Event>;
 
     fn into_iter(self) -> Self::IntoIter {
-        self.0.into_iter()
+        self.told.into_iter()
     }
 }

@@ -2,19 +2,30 @@
 
 use std::{fmt, str::FromStr};
 
-use crate::{deepseek, harmony, hermes, llama, mistral};
+use crate::{deepseek, harmony, hermes, llama, mistral, pythonic, xml};
+
+/// The example in templates that have calls written as Python has them.
+const PYTHONIC_EXAMPLE: &str = "func_name1(params_name1=";
 
 /// How a model writes tool calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ToolFormat {
     /// An object between `<tool_call>` and `</tool_call>`: Hermes, Qwen 2.5 and 3.
     Hermes,
-    /// The answer is an object with `name` and `parameters`: Llama 3.1 and later.
+    /// The answer is an object with `name` and `parameters`: Llama 3.1 and later, as their own
+    /// templates have it.
     Llama3,
     /// `[TOOL_CALLS]` before a list, or before each name.
     Mistral,
     /// `<｜tool▁call▁begin｜>` and its like: DeepSeek V3, R1, V3.1.
     DeepSeek,
+    /// `<function=…>` and `<parameter=…>`: Qwen3-Coder.
+    Qwen3Coder,
+    /// A name, `<arg_key>` and `<arg_value>` between `<tool_call>` and `</tool_call>`: GLM 4.5
+    /// and later.
+    Glm45,
+    /// The answer is a list of calls as Python has them: Llama 3.2 and 4.
+    Pythonic,
     /// Messages with a recipient: gpt-oss.
     Harmony,
 }
@@ -40,11 +51,14 @@ pub struct UnknownFormat {
 
 impl ToolFormat {
     /// All of them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 8] = [
         Self::Hermes,
         Self::Llama3,
         Self::Mistral,
         Self::DeepSeek,
+        Self::Qwen3Coder,
+        Self::Glm45,
+        Self::Pythonic,
         Self::Harmony,
     ];
 
@@ -56,6 +70,9 @@ impl ToolFormat {
             Self::Llama3 => "llama3",
             Self::Mistral => "mistral",
             Self::DeepSeek => "deepseek",
+            Self::Qwen3Coder => "qwen3_coder",
+            Self::Glm45 => "glm45",
+            Self::Pythonic => "pythonic",
             Self::Harmony => "harmony",
         }
     }
@@ -64,17 +81,23 @@ impl ToolFormat {
     #[must_use]
     pub fn of_template(template: &str) -> Option<Self> {
         let has = |part: &str| template.contains(part);
+        let is_llama = has("<|start_header_id|>") || has("<|header_start|>");
         if harmony::is_in(template) {
             Some(Self::Harmony)
         } else if has("<｜tool▁call▁begin｜>") {
             Some(Self::DeepSeek)
         } else if has(mistral::OPEN) {
             Some(Self::Mistral)
+        } else if has(hermes::OPEN) && has("<parameter=") {
+            Some(Self::Qwen3Coder)
+        } else if has(hermes::OPEN) && has("<arg_key>") {
+            Some(Self::Glm45)
         } else if has(hermes::OPEN) {
-            // Others put XML between the same marks: Qwen3-Coder, GLM.
-            let xml = has("<function=") || has("<arg_key>");
-            (!xml).then_some(Self::Hermes)
-        } else if has(llama::OPEN) || has("<|start_header_id|>") && has("\"parameters\"") {
+            Some(Self::Hermes)
+        } else if has(PYTHONIC_EXAMPLE) && !has("<TOOLCALL>") {
+            // Nemotron has the same words, and other marks.
+            Some(Self::Pythonic)
+        } else if has(llama::OPEN) || is_llama && has("\"parameters\"") {
             Some(Self::Llama3)
         } else {
             None
@@ -88,6 +111,9 @@ impl ToolFormat {
             Self::Llama3 => &[llama::OPEN],
             Self::Mistral => mistral::MARKS,
             Self::DeepSeek => deepseek::MARKS,
+            Self::Qwen3Coder => xml::QWEN_MARKS,
+            Self::Glm45 => xml::GLM_MARKS,
+            Self::Pythonic => pythonic::MARKS,
             Self::Harmony => harmony::MARKS,
         }
     }

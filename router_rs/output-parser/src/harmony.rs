@@ -1,9 +1,12 @@
 //! The messages of gpt-oss (<https://github.com/openai/harmony>): a header with channel and
 //! recipient, a body, a mark behind it.
 
+use std::sync::Arc;
+
 use crate::{
     event::Events,
     look::{Look, More, consume, first, is_space, partial},
+    tool::{Tool, named},
 };
 
 const START: &str = "<|start|>";
@@ -46,8 +49,9 @@ enum Body {
 /// Reads messages.
 #[derive(Debug)]
 pub(crate) struct Harmony {
-    /// Whether calls are to be found, and reasoning.
-    calls: bool,
+    /// Where calls are to be found: the tools that there are.
+    calls: Option<Arc<[Tool]>>,
+    /// Whether reasoning is to be found.
     reasoning: bool,
     state: State,
     /// Output that is not told.
@@ -55,7 +59,7 @@ pub(crate) struct Harmony {
 }
 
 impl Harmony {
-    pub(crate) fn new(calls: bool, reasoning: bool) -> Self {
+    pub(crate) fn new(calls: Option<Arc<[Tool]>>, reasoning: bool) -> Self {
         Self {
             calls,
             reasoning,
@@ -124,6 +128,10 @@ impl Harmony {
     fn header(&mut self, text: &str, ended: bool, out: &mut Events) -> Option<usize> {
         let mut look = Look::new(text, ended);
         let header = look.until(MESSAGE, MOST_HEADER).ok()?;
+        if header.is_none() && ended && is_cut_off(text) {
+            self.state = State::Between;
+            return Some(text.len());
+        }
         let broken = |header: &str| first(header, &[END, CALL, RETURN]).is_some();
         let Some(header) = header.filter(|header| !broken(header)) else {
             // No header: what it began with is content, and there may be one behind it.
@@ -134,13 +142,14 @@ impl Harmony {
             self.state = State::Plain;
             return Some(told);
         };
-        let body = match recipient(header) {
-            Some(name) if self.calls => {
+        let called = self.calls.as_ref().and_then(|tools| called(header, tools));
+        let body = match called {
+            Some(name) => {
                 out.call(name.to_owned());
                 Body::Call(false)
             }
-            _ if channel(header) == "analysis" && self.reasoning => Body::Reasoning,
-            _ => Body::Content,
+            None if channel(header) == "analysis" && self.reasoning => Body::Reasoning,
+            None => Body::Content,
         };
         self.state = State::Body(body);
         Some(look.at)
@@ -214,8 +223,20 @@ fn channel(header: &str) -> &str {
     word_behind(header, CHANNEL).unwrap_or_default()
 }
 
-/// The function that a message is for.
-fn recipient(header: &str) -> Option<&str> {
-    let name = word_behind(header, "to=")?.strip_prefix("functions.")?;
-    Some(name).filter(|name| !name.is_empty())
+/// The function that a message is for. Where a model leaves out that it is one, it is that of
+/// a tool that there is.
+fn called<'a>(header: &'a str, tools: &[Tool]) -> Option<&'a str> {
+    let recipient = word_behind(header, "to=")?;
+    match recipient.strip_prefix("functions.") {
+        Some(name) => Some(name).filter(|name| !name.is_empty()),
+        None => Some(recipient).filter(|name| named(tools, name).is_some()),
+    }
+}
+
+/// Whether an output that ends without the body of this message ends within its header,
+/// which is nothing to tell. A mark has to be there: words alone may be anything.
+fn is_cut_off(header: &str) -> bool {
+    let marked = header.starts_with(START) || header.contains(CHANNEL);
+    let within = first(header, &[END, CALL, RETURN]).is_none();
+    marked && within && header.len() <= MOST_HEADER
 }

@@ -8,7 +8,8 @@
 //! whole text alone, wherever it was cut into pieces. Text that looks like the
 //! beginning of a call and becomes none is content, and no text is lost or told
 //! twice; only the marks of a format, and white space beside them, are not
-//! told. Arguments are the bytes that the model wrote, valid JSON or not.
+//! told. Arguments are the bytes that the model wrote, valid JSON or not; of a
+//! format that is no JSON they become JSON.
 #![forbid(unsafe_code)]
 
 mod arguments;
@@ -23,10 +24,18 @@ mod llama;
 mod look;
 mod mistral;
 mod object;
+mod python;
+mod pythonic;
 mod think;
+mod tool;
+mod value;
+mod xml;
 
 pub use event::{Event, Events};
 pub use format::{ReasoningFormat, ToolFormat, UnknownFormat};
+pub use tool::Tool;
+
+use std::sync::Arc;
 
 use calls::{CallParser, Dialect};
 use harmony::Harmony;
@@ -41,9 +50,9 @@ pub enum Calls {
     Native {
         /// The model's format.
         format: ToolFormat,
-        /// Names of the tools that were offered. A format without marks of its own
-        /// needs them to tell a call from an answer in JSON.
-        names: Vec<String>,
+        /// The tools that were offered. A format without marks of its own needs their names
+        /// to tell a call from an answer, and one with values as text their types.
+        tools: Arc<[Tool]>,
     },
     /// A grammar made the output a list of objects with `name` and `parameters`.
     List,
@@ -105,17 +114,15 @@ impl OutputParser {
     /// characters of it are enough. A template may have opened the reasoning there.
     #[must_use]
     pub fn new(expected: &Expected, prompt_end: &str) -> Self {
-        let native = match &expected.calls {
-            Calls::Native { format, .. } => Some(*format),
+        let calls = match &expected.calls {
+            Calls::Native { format, tools } if *format == ToolFormat::Harmony => {
+                Some(Arc::clone(tools))
+            }
             _ => None,
         };
-        let harmony = native == Some(ToolFormat::Harmony)
-            || expected.reasoning == Some(ReasoningFormat::Harmony);
+        let harmony = calls.is_some() || expected.reasoning == Some(ReasoningFormat::Harmony);
         let reasoning = match expected.reasoning {
-            _ if harmony => Reasoning::Harmony(Harmony::new(
-                native == Some(ToolFormat::Harmony),
-                expected.reasoning.is_some(),
-            )),
+            _ if harmony => Reasoning::Harmony(Harmony::new(calls, expected.reasoning.is_some())),
             Some(format) => match Think::new(format, prompt_end, expected.constrained) {
                 Some(think) => Reasoning::Think(think),
                 None => Reasoning::None,

@@ -4,6 +4,9 @@
 /// back before a mark, bytes. More of it is content.
 pub(crate) const MOST_SPACE: usize = 64;
 
+/// Longest name of a tool or a parameter, bytes.
+pub(crate) const MOST_NAME: usize = 256;
+
 /// White space of JSON, and of the formats here.
 pub(crate) fn is_space(byte: u8) -> bool {
     matches!(byte, b' ' | b'\n' | b'\r' | b'\t')
@@ -56,6 +59,35 @@ impl<'a> Look<'a> {
         match !self.ended && wanted.starts_with(rest) {
             true => Err(More),
             false => Ok(false),
+        }
+    }
+
+    /// Passes what names are made of.
+    pub(crate) fn word(&mut self) -> Result<&'a str, More> {
+        let part = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.');
+        let rest = self.rest();
+        let length = rest.bytes().take(MOST_NAME).take_while(part).count();
+        self.at += length;
+        self.peek()?;
+        Ok(&rest[..length])
+    }
+
+    /// Passes all before the first of these letters, at most so many bytes. `None`: none of
+    /// them is there.
+    pub(crate) fn before(
+        &mut self,
+        letters: &[char],
+        most: usize,
+    ) -> Result<Option<&'a str>, More> {
+        let rest = self.rest();
+        let end = rest.floor_char_boundary(most + 1);
+        match rest[..end].find(letters) {
+            Some(at) => {
+                self.at += at;
+                Ok(Some(&rest[..at]))
+            }
+            None if !self.ended && rest.len() <= most => Err(More),
+            _ => Ok(None),
         }
     }
 

@@ -13,9 +13,6 @@ pub(crate) const MARKS: &[&str] = &[OPEN, ARGUMENTS, CALL_ID];
 /// What may be behind the arguments of a call with a name of its own.
 pub(crate) const CLOSING: &[&str] = &[OPEN];
 
-/// Longest name of a tool, or id of a call, bytes.
-const MOST_NAME: usize = 256;
-
 pub(crate) fn open(mut look: Look<'_>) -> Result<Opening, More> {
     look.space();
     if look.literal("[")? {
@@ -25,12 +22,12 @@ pub(crate) fn open(mut look: Look<'_>) -> Result<Opening, More> {
             _ => Opening::None,
         });
     }
-    let name = word(&mut look)?;
+    let name = look.word()?;
     if name.is_empty() {
         return Ok(Opening::None);
     }
     if look.literal(CALL_ID)? {
-        word(&mut look)?;
+        look.word()?;
     }
     let marked = look.literal(ARGUMENTS)?;
     look.space();
@@ -38,16 +35,6 @@ pub(crate) fn open(mut look: Look<'_>) -> Result<Opening, More> {
         true => Opening::Arguments(look.at, name.to_owned()),
         false => Opening::None,
     })
-}
-
-/// What names are made of.
-fn word<'a>(look: &mut Look<'a>) -> Result<&'a str, More> {
-    let part = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.');
-    let rest = look.rest();
-    let length = rest.bytes().take(MOST_NAME).take_while(part).count();
-    look.at += length;
-    look.peek()?;
-    Ok(&rest[..length])
 }
 
 /// Behind an object of a list.

@@ -3,6 +3,7 @@
 use crate::{
     event::Events,
     json::{ObjectScan, Seen},
+    tool::{Tool, named},
 };
 
 /// Longest text that may be a call and is not known to be one, bytes: until then nothing
@@ -12,8 +13,8 @@ pub(crate) const MOST_HELD: usize = 16 << 10;
 /// What makes an object a call.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rules<'a> {
-    /// Names that there are; `None`: any.
-    pub(crate) names: Option<&'a [String]>,
+    /// Its name has to be that of one of these; `None`: any will do.
+    pub(crate) tools: Option<&'a [Tool]>,
     /// Without arguments it is one as well.
     pub(crate) bare: bool,
     /// Ends the call wherever it is no part of a string; may be empty.
@@ -171,7 +172,9 @@ impl CallObject {
                 let Ok(name) = serde_json::from_str::<String>(&text[self.begin..end]) else {
                     return false;
                 };
-                let known = rules.names.is_none_or(|names| names.contains(&name));
+                let known = rules
+                    .tools
+                    .is_none_or(|tools| named(tools, &name).is_some());
                 if name.is_empty() || !known {
                     return false;
                 }

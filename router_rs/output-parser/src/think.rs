@@ -4,7 +4,11 @@ use crate::{
     event::Events,
     format::ReasoningFormat,
     look::{Look, consume, is_space, partial, space_before},
+    value::is_json,
 };
+
+/// Longest number that may be all of an output, bytes.
+const MOST_SCALAR: usize = 1 << 10;
 
 /// Finds reasoning before the content.
 #[derive(Debug)]
@@ -123,7 +127,7 @@ impl Think {
             self.state = State::Reasoning;
             return Some(look.at);
         }
-        let json = constrained && matches!(first, Some(b'{' | b'[' | b'"'));
+        let json = constrained && opened && begins_json(look)?;
         if opened && !json && first.is_some() {
             self.state = State::Reasoning;
             return Some(look.at);
@@ -131,4 +135,25 @@ impl Think {
         self.state = State::Content;
         Some(0)
     }
+}
+
+/// Whether an output that a grammar holds begins with JSON. A number or a word is the whole
+/// of it: a thought may begin with one, too. `None`: more has to come.
+fn begins_json(mut look: Look<'_>) -> Option<bool> {
+    let first = look.peek().ok()?;
+    if matches!(first, Some(b'{' | b'[' | b'"')) {
+        return Some(true);
+    }
+    let part = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'+' | b'.');
+    let length = look
+        .rest()
+        .bytes()
+        .take(MOST_SCALAR)
+        .take_while(part)
+        .count();
+    let scalar = &look.rest()[..length];
+    look.at += length;
+    look.space();
+    let alone = look.peek().ok()?.is_none();
+    Some(alone && is_json(scalar))
 }

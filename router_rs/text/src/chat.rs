@@ -31,6 +31,8 @@ pub struct Message {
     pub tool_calls: Vec<Map<String, Value>>,
     /// Which call this answers.
     pub tool_call_id: Option<String>,
+    /// What the assistant thought before it said this.
+    pub reasoning_content: Option<String>,
 }
 
 impl Chat {

@@ -142,6 +142,9 @@ fn message_value(message: &Message) -> Value {
     if let Some(id) = &message.tool_call_id {
         fields.push(("tool_call_id", Value::from(id.as_str())));
     }
+    if let Some(thoughts) = &message.reasoning_content {
+        fields.push(("reasoning_content", Value::from(thoughts.as_str())));
+    }
     mapping(fields)
 }
 

@@ -123,6 +123,17 @@ fn render(template: &str) -> Result<String, TemplateError> {
 }
 
 #[test]
+fn thoughts_of_an_assistant_reach_its_template() {
+    let mut answer = Message::new("assistant", "Paris.");
+    answer.reasoning_content = Some("So.".to_owned());
+    let chat = Chat::new(vec![Message::new("user", "hi"), answer]);
+    let template = "{% for m in messages %}{{ m.role }}:{% if m.reasoning_content is defined %}\
+        ({{ m.reasoning_content }}){% endif %}{{ m.content }} {% endfor %}";
+    let rendered = model("byte_level", Some(template)).render_chat(&chat, UnixSeconds(0));
+    assert_eq!(rendered.as_deref(), Ok("user:hi assistant:(So.)Paris. "));
+}
+
+#[test]
 fn a_template_that_raises_says_so_in_at_most_a_kibibyte() {
     assert_eq!(
         render("{{ raise_exception('no such role') }}"),

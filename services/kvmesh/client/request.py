@@ -80,7 +80,9 @@ _HINTS = (
     "conversation_id", "cache_salt", "ttft_target_ms", "itl_target_ms", "resumable",
     "expected_output_tokens",
 )  # fmt: skip
-_MESSAGE_KEYS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id"})
+_MESSAGE_KEYS = frozenset(
+    {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"}
+)
 
 
 def build_request(options: GenerateOptions) -> wire.GenerateRequest:
@@ -129,6 +131,7 @@ def build_chat(messages: Sequence[Message], options: GenerateOptions) -> wire.Ch
             name=message.get("name", ""),
             tool_calls_json=[json.dumps(call) for call in message.get("tool_calls", ())],
             tool_call_id=message.get("tool_call_id", ""),
+            reasoning_content=message.get("reasoning_content") or "",
         )
     chat.tools_json.extend(json.dumps(tool) for tool in options.get("tools", ()))
     if "template_arguments" in options:

@@ -342,6 +342,7 @@ pub(super) fn chat(chat: v1::Chat) -> Result<Chat, RequestError> {
         let mut message = Message::new(from.role, from.content);
         message.name = given(from.name);
         message.tool_call_id = given(from.tool_call_id);
+        message.reasoning_content = given(from.reasoning_content);
         for (call, text) in from.tool_calls_json.iter().enumerate() {
             let field = format!("chat.messages[{at}].tool_calls_json[{call}]");
             message.add_tool_call(text).map_err(json(field))?;

@@ -94,10 +94,27 @@ pub(super) enum StopReason {
     Token(u32),
 }
 
+/// What an answer called.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Called {
+    #[default]
+    Nothing,
+    /// Tools, with all of their arguments.
+    Whole,
+    /// Tools, and the arguments of the last one have not come to their end.
+    Within,
+}
+
 impl End {
-    /// The same of an answer that called a tool, or not. One that was cut off says that,
-    /// whatever it was about to call.
-    pub(super) fn of_calls(self, called: bool) -> Self {
+    /// The same of an answer that called tools, or not. One that was cut off says that,
+    /// whatever it was about to call: by its length, or by a stop string among arguments.
+    pub(super) fn of_calls(self, called: Called) -> Self {
+        let by_text = matches!(self.stop_reason, Some(StopReason::Text(_)));
+        let called = match called {
+            Called::Nothing => false,
+            Called::Whole => true,
+            Called::Within => !by_text,
+        };
         match self.finish_reason {
             "stop" if called => Self {
                 finish_reason: "tool_calls",

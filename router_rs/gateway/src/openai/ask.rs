@@ -1,23 +1,18 @@
 //! From what a body says to the requests that gRPC would send.
 
-use std::collections::BTreeMap;
-
-use kvmesh_wire::v1::{self, RequestClass, generate_request::Input, grammar::Kind};
+use kvmesh_wire::v1::{self, generate_request::Input};
 use serde_json::{Map, Value};
 
 use super::{
     Face,
-    fields::{Fields, Logprobs, Prompt, ResponseFormat, Stop},
-    message,
+    fields::{Fields, Prompt},
+    message, terms,
     tools::Tools,
 };
 use crate::error::RequestError;
 
 /// Most answers that one call may ask for, over all its prompts.
 const MAX_CHOICES: usize = 128;
-/// Output length of a completion that gives none: what OpenAI's legacy API and
-/// vLLM take. A chat without one may use what the context leaves.
-const COMPLETION_TOKENS: u32 = 16;
 
 /// What a call asks for.
 #[derive(Debug)]
@@ -69,7 +64,7 @@ pub(super) fn ask(face: Face, mut fields: Fields) -> Result<Asked, RequestError>
     if fields.best_of.is_some_and(|best| best != n) {
         return unsupported("best_of", "all answers are given: ask for them with n");
     }
-    let logprobs = logprobs(face, &fields)?;
+    let logprobs = terms::logprobs(face, &fields)?;
     let stream = fields.stream.unwrap_or(false);
     let shape = Shape {
         face,
@@ -79,21 +74,21 @@ pub(super) fn ask(face: Face, mut fields: Fields) -> Result<Asked, RequestError>
     };
     let request = v1::GenerateRequest {
         model: fields.model.take().unwrap_or_default(),
-        sampling: Some(sampling(&mut fields)?),
-        stopping: Some(stopping(face, &mut fields)?),
+        sampling: Some(terms::sampling(&mut fields)?),
+        stopping: Some(terms::stopping(face, &mut fields)?),
         output: Some(v1::Output {
             logprobs,
             special_tokens: !fields.skip_special_tokens.unwrap_or(true),
             ..v1::Output::default()
         }),
         hints: Some(v1::Hints {
-            request_class: class(&fields)?.into(),
+            request_class: terms::class(&fields)?.into(),
             cache_salt: fields.cache_salt.take().unwrap_or_default(),
             ..v1::Hints::default()
         }),
         grammar: match tools.as_ref().map(Tools::grammar).transpose()?.flatten() {
             Some(forced) => Some(forced),
-            None => grammar(fields.response_format.take())?,
+            None => terms::grammar(fields.response_format.take())?,
         },
         ..v1::GenerateRequest::default()
     };
@@ -200,134 +195,10 @@ fn usage(fields: &Fields) -> Result<bool, RequestError> {
     Ok(options.include_usage.unwrap_or(false))
 }
 
-/// Alternatives to report.
-fn logprobs(face: Face, fields: &Fields) -> Result<Option<u32>, RequestError> {
-    match (face, fields.logprobs) {
-        (Face::Chat, Some(Logprobs::Flag(true))) => Ok(Some(fields.top_logprobs.unwrap_or(0))),
-        (Face::Chat, None | Some(Logprobs::Flag(false))) => match fields.top_logprobs {
-            None | Some(0) => Ok(None),
-            Some(_) => Err(RequestError::invalid(
-                "top_logprobs",
-                "needs logprobs: true",
-            )),
-        },
-        (Face::Completion, None | Some(Logprobs::Flag(false))) => Ok(None),
-        (Face::Completion, Some(Logprobs::Count(count))) => Ok(Some(count)),
-        (Face::Chat, Some(Logprobs::Count(_))) => {
-            Err(RequestError::invalid("logprobs", "true or false in a chat"))
-        }
-        (Face::Completion, Some(Logprobs::Flag(true))) => Err(RequestError::invalid(
-            "logprobs",
-            "a number in a completion",
-        )),
-    }
-}
-
-fn sampling(fields: &mut Fields) -> Result<v1::Sampling, RequestError> {
-    let top_k = match fields.top_k {
-        // vLLM's word for "all".
-        None | Some(-1) => 0,
-        Some(k) => u32::try_from(k)
-            .map_err(|_| RequestError::invalid("top_k", format!("-1, 0 or above, not {k}")))?,
-    };
-    Ok(v1::Sampling {
-        temperature: fields.temperature,
-        top_k,
-        top_p: fields.top_p,
-        min_p: fields.min_p.unwrap_or(0.0),
-        repetition_penalty: fields.repetition_penalty,
-        frequency_penalty: fields.frequency_penalty.unwrap_or(0.0),
-        presence_penalty: fields.presence_penalty.unwrap_or(0.0),
-        logit_bias: biases(fields.logit_bias.take().unwrap_or_default())?,
-        seed: fields.seed.map(i64::cast_unsigned),
-    })
-}
-
-fn biases(given: BTreeMap<String, f32>) -> Result<Vec<v1::LogitBias>, RequestError> {
-    let bias = |(id, bias): (String, f32)| match id.parse() {
-        Ok(token_id) => Ok(v1::LogitBias { token_id, bias }),
-        Err(_) => {
-            let allowed = "keys are token ids, as text";
-            Err(RequestError::invalid(format!("logit_bias[{id}]"), allowed))
-        }
-    };
-    given.into_iter().map(bias).collect()
-}
-
-fn stopping(face: Face, fields: &mut Fields) -> Result<v1::Stopping, RequestError> {
-    let (name, asked) = match (fields.max_completion_tokens, face) {
-        (Some(most), Face::Chat) => ("max_completion_tokens", Some(most)),
-        _ => ("max_tokens", fields.max_tokens),
-    };
-    if asked == Some(0) {
-        return Err(RequestError::invalid(name, "at least 1"));
-    }
-    let max_tokens = match face {
-        Face::Chat => asked.unwrap_or(0),
-        Face::Completion => asked.unwrap_or(COMPLETION_TOKENS),
-    };
-    let stop = match fields.stop.take() {
-        None => Vec::new(),
-        Some(Stop::One(text)) => vec![text],
-        Some(Stop::Several(texts)) => texts,
-    };
-    Ok(v1::Stopping {
-        max_tokens,
-        min_tokens: fields.min_tokens.unwrap_or(0),
-        stop,
-        stop_token_ids: fields.stop_token_ids.take().unwrap_or_default(),
-        ignore_end_of_text: fields.ignore_eos.unwrap_or(false),
-        include_stop: fields.include_stop_str_in_output.unwrap_or(false),
-    })
-}
-
-/// `priority` as vLLM has it (less is sooner, 0 is usual), else OpenAI's tier.
-fn class(fields: &Fields) -> Result<RequestClass, RequestError> {
-    if let Some(priority) = fields.priority {
-        return Ok(match priority.signum() {
-            -1 => RequestClass::Interactive,
-            0 => RequestClass::Unspecified,
-            _ => RequestClass::Batch,
-        });
-    }
-    match fields.service_tier.as_deref() {
-        None | Some("auto" | "default") => Ok(RequestClass::Unspecified),
-        Some("priority") => Ok(RequestClass::Interactive),
-        Some("flex") => Ok(RequestClass::Batch),
-        Some(_) => {
-            let allowed = "auto, default, priority or flex";
-            Err(RequestError::invalid("service_tier", allowed))
-        }
-    }
-}
-
-fn grammar(format: Option<ResponseFormat>) -> Result<Option<v1::Grammar>, RequestError> {
-    let Some(format) = format else {
-        return Ok(None);
-    };
-    let kind = match format.r#type.as_str() {
-        "text" => return Ok(None),
-        "json_object" => Kind::JsonObject(true),
-        "json_schema" => {
-            let schema = format.json_schema.and_then(|given| given.schema);
-            let field = "response_format.json_schema.schema";
-            let schema = schema.ok_or_else(|| RequestError::invalid(field, "required"))?;
-            Kind::JsonSchema(schema.to_string())
-        }
-        _ => {
-            let allowed = "text, json_object or json_schema";
-            return Err(RequestError::invalid("response_format.type", allowed));
-        }
-    };
-    Ok(Some(v1::Grammar {
-        kind: Some(kind),
-        ..v1::Grammar::default()
-    }))
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use kvmesh_wire::v1::{RequestClass, grammar::Kind};
     use serde_json::json;
 
     use super::*;

@@ -210,11 +210,11 @@ struct Answering<'a> {
 type Generations = Vec<Answered>;
 
 impl Answering<'_> {
-    /// The first generation carries the span of the call.
+    /// Each generation carries a span: the call's, or where there are several one below it.
     fn begin(
         &self,
         opened: Opened,
-        mut span: Option<RequestSpan>,
+        span: Option<RequestSpan>,
     ) -> (Generations, Head, Shape, usize) {
         let Opened {
             streams,
@@ -224,6 +224,8 @@ impl Answering<'_> {
             asked_for,
             model,
         } = opened;
+        let spans = span.map(|span| span.answers(streams.len()));
+        let mut spans = spans.unwrap_or_default().into_iter();
         let generation = |(stream, visit)| {
             let asked = Asked {
                 method: self.name,
@@ -231,7 +233,7 @@ impl Answering<'_> {
                 arrived: self.metadata.arrived,
             };
             let telemetry = Arc::clone(&self.shared.telemetry);
-            let generation = Generation::new(stream, telemetry, asked, (visit, span.take()));
+            let generation = Generation::new(stream, telemetry, asked, (visit, spans.next()));
             let scribe = || Scribe::new(shape.face, Arc::clone(&model.text));
             Answered {
                 generation,

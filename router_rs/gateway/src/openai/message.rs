@@ -14,6 +14,9 @@ pub(super) struct Message {
     name: Option<String>,
     tool_calls: Option<Vec<Map<String, Value>>>,
     tool_call_id: Option<String>,
+    /// By the two names that answers have it under; the first wins.
+    reasoning_content: Option<String>,
+    reasoning: Option<String>,
 }
 
 /// What was said: text, or parts of which each is one.
@@ -47,6 +50,10 @@ impl Message {
                 .map(|call| Value::Object(call).to_string())
                 .collect(),
             tool_call_id: self.tool_call_id.unwrap_or_default(),
+            reasoning_content: self
+                .reasoning_content
+                .or(self.reasoning)
+                .unwrap_or_default(),
         })
     }
 }

@@ -6,6 +6,8 @@ use kvmesh_output_parser::{Event, Events, Expected, OutputParser, ToolFormat};
 use rand::RngExt;
 use serde::Serialize;
 
+use super::answer::Called;
+
 /// Bytes of a whole answer that are read at once.
 const PIECE: usize = 4 << 10;
 
@@ -78,6 +80,7 @@ pub(super) struct Parts {
     pub(super) content: String,
     pub(super) reasoning: String,
     pub(super) calls: Vec<ToolCall>,
+    pub(super) called: Called,
 }
 
 /// One answer on its way to its client.
@@ -102,9 +105,14 @@ impl Parsed {
         }
     }
 
-    /// Whether it called a tool.
-    pub(super) fn called(&self) -> bool {
-        self.calls > 0
+    /// What it called, of which the last is told of or not.
+    pub(super) fn called(&self) -> Called {
+        let told = self.calls == 1 || self.parallel;
+        match self.calls {
+            0 => Called::Nothing,
+            _ if told && self.events.within_call() => Called::Within,
+            _ => Called::Whole,
+        }
     }
 
     /// Takes text, and lends what is known of it then. `ended`: there is no more.
@@ -167,14 +175,17 @@ impl Parsed {
             match event {
                 Event::Content(text) => parts.content.push_str(&text),
                 Event::Reasoning(text) => parts.reasoning.push_str(&text),
-                Event::Call { name } => calls.push(ToolCall {
-                    id: self.ids.draw(),
-                    r#type: "function",
-                    function: Function {
-                        name,
-                        arguments: String::new(),
-                    },
-                }),
+                Event::Call { name } => {
+                    self.calls += 1;
+                    calls.push(ToolCall {
+                        id: self.ids.draw(),
+                        r#type: "function",
+                        function: Function {
+                            name,
+                            arguments: String::new(),
+                        },
+                    });
+                }
                 Event::Arguments(text) => {
                     if let Some(call) = calls.last_mut() {
                         call.function.arguments.push_str(&text);
@@ -186,6 +197,7 @@ impl Parsed {
             calls.truncate(1);
         }
         parts.calls = calls;
+        parts.called = self.called();
         parts
     }
 }

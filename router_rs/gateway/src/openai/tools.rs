@@ -1,18 +1,14 @@
 //! Tools that a model is offered, and which of them it may or has to call.
 
-use std::collections::BTreeMap;
-
 use kvmesh_output_parser::Calls;
 use kvmesh_wire::v1::{self, grammar::Kind};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
-use super::{error::CANNOT_CONSTRAIN, fields::Fields};
+use super::{error::CANNOT_CONSTRAIN, fields::Fields, schema};
 use crate::{error::RequestError, mesh::ServedModel};
 
 /// Longest name of a tool, bytes.
 const MAX_NAME: usize = 256;
-/// Where the schemas of tools keep parts that they refer to.
-const DEFINITIONS: [&str; 2] = ["$defs", "definitions"];
 
 /// What a call says of tools, where it offers any.
 #[derive(Debug)]
@@ -101,58 +97,20 @@ impl Tools {
             Choice::Auto => return Ok(None),
             Choice::Named(name) => {
                 let named = self.tools.iter().find(|tool| tool.name == *name);
-                named.map_or(json!({}), |tool| tool.parameters.clone())
+                schema::arguments(named.map_or(&json!({}), |tool| &tool.parameters))
             }
-            Choice::Required => self.any_call()?,
+            Choice::Required => {
+                let tools = self.tools.iter();
+                let tools: Vec<(&str, &Value)> = tools
+                    .map(|tool| (tool.name.as_str(), &tool.parameters))
+                    .collect();
+                schema::any_call(&tools, self.parallel)?
+            }
         };
         Ok(Some(v1::Grammar {
             kind: Some(Kind::JsonSchema(schema.to_string())),
             ..v1::Grammar::default()
         }))
-    }
-
-    /// The schema of a list of calls.
-    fn any_call(&self) -> Result<Value, RequestError> {
-        let mut shared: BTreeMap<&str, Map<String, Value>> = BTreeMap::new();
-        let mut calls = Vec::with_capacity(self.tools.len());
-        for (at, tool) in self.tools.iter().enumerate() {
-            let mut parameters = tool.parameters.clone();
-            // References count from the root of a schema: what they name moves there.
-            for place in DEFINITIONS {
-                let own = parameters
-                    .as_object_mut()
-                    .and_then(|all| all.shift_remove(place));
-                let Some(Value::Object(own)) = own else {
-                    continue;
-                };
-                let all = shared.entry(place).or_default();
-                for (name, schema) in own {
-                    if all.get(&name).is_some_and(|other| *other != schema) {
-                        let field = format!("tools[{at}].function.parameters.{place}.{name}");
-                        let allowed = "with tool_choice required, the same in all tools";
-                        return Err(RequestError::invalid(field, allowed));
-                    }
-                    all.insert(name, schema);
-                }
-            }
-            calls.push(json!({
-                "type": "object",
-                "properties": {
-                    "name": {"type": "string", "enum": [tool.name]},
-                    "parameters": parameters,
-                },
-                "required": ["name", "parameters"],
-                "additionalProperties": false,
-            }));
-        }
-        let mut schema = json!({"type": "array", "minItems": 1, "items": {"anyOf": calls}});
-        if !self.parallel {
-            schema["maxItems"] = json!(1);
-        }
-        for (place, all) in shared {
-            schema[place] = Value::Object(all);
-        }
-        Ok(schema)
     }
 
     /// How calls will be written, by what the model and its engine can do.
@@ -174,10 +132,13 @@ impl Tools {
                         the router's setting tool_parser says it";
                     return unsupported("tools", words);
                 };
-                let names = self.tools.iter().map(|tool| tool.name.clone());
+                let tools = self.tools.iter();
+                let known = |tool: &Tool| {
+                    kvmesh_output_parser::Tool::new(tool.name.clone(), &tool.parameters)
+                };
                 Calls::Native {
                     format,
-                    names: names.collect(),
+                    tools: tools.map(known).collect(),
                 }
             }
         })

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::{
     Face,
-    answer::{End, Head, StopReason, Usage},
+    answer::{Called, End, Head, StopReason, Usage},
     generate::Answered,
     logprobs::{Logprobs, Scribe},
     parsed::{Parsed, Parts, ToolCall},
@@ -154,7 +154,7 @@ impl Coming {
 
     fn choice(self, face: Face, index: usize) -> Choice {
         let text = self.text;
-        let mut called = false;
+        let mut called = Called::Nothing;
         let said = match face {
             Face::Chat => {
                 let parts = match self.parsed {
@@ -164,7 +164,7 @@ impl Coming {
                         ..Parts::default()
                     },
                 };
-                called = !parts.calls.is_empty();
+                called = parts.called;
                 Said::Chat {
                     message: Message::of(parts),
                 }

@@ -26,7 +26,7 @@ use super::{
     calls::{CallEnd, Carrier},
     io::Prefixed,
     lazily::Lazily,
-    one_call::OneCall,
+    one_call::{OneCall, Running},
     port::Port,
     resets::Resets,
     service::Shared,
@@ -56,6 +56,8 @@ pub(crate) fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 #[derive(Clone, Debug)]
 struct Limits {
     handshake: Duration,
+    /// Between two calls over HTTP/1.1.
+    idle: Duration,
     keep_alive: (Duration, Duration),
     age: Duration,
     age_grace: Duration,
@@ -82,6 +84,7 @@ impl Acceptor {
     ) -> Self {
         let limits = Limits {
             handshake: settings.handshake_timeout,
+            idle: settings.http1_idle_timeout,
             keep_alive: (settings.keep_alive_interval, settings.keep_alive_timeout),
             age: settings.max_connection_age,
             age_grace: settings.max_connection_age_grace,
@@ -249,17 +252,30 @@ impl Connection {
         let mut builder = http1::Builder::new();
         builder
             .timer(TokioTimer::new())
-            .header_read_timeout(self.limits.handshake);
+            // hyper's clock runs from the end of a call to the last header of the next one.
+            .header_read_timeout(self.limits.idle);
         let mut connection = OneCall::new(|call| {
             let service = service_fn(self.service(move || call.begin()));
             builder.serve_connection(socket, service)
         });
+        let call = connection.call();
         tokio::select! {
             biased;
             ended = &mut connection => return ended,
             () = Lazily::new(self.time_to_go()) => connection.connection().graceful_shutdown(),
+            () = Lazily::new(self.silent(&call)) => {
+                return Err("no call came with the connection".into());
+            }
         }
         self.last_calls(connection).await
+    }
+
+    /// The time that a new connection has for its first call has passed without one.
+    async fn silent(&self, call: &Running) {
+        tokio::time::sleep(self.limits.handshake).await;
+        if call.has_begun() {
+            std::future::pending::<()>().await;
+        }
     }
 
     /// Shutdown, or age: jittered, so that clients do not come back at once.

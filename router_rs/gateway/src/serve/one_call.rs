@@ -3,22 +3,31 @@
 use std::{
     future::Future,
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
 };
 
 use super::{accept::BoxError, calls::CallEnd};
 
-/// The call that runs, as its connection knows it.
+/// The call that runs, as its connection knows it; `None` before the first one.
 #[derive(Clone, Default)]
-pub(super) struct Running(Arc<Mutex<CallEnd>>);
+pub(super) struct Running(Arc<Mutex<Option<CallEnd>>>);
 
 impl Running {
     /// A call begins; the one before has ended.
     pub(super) fn begin(&self) -> CallEnd {
         let end = CallEnd::default();
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = end.clone();
+        *self.lock() = Some(end.clone());
         end
+    }
+
+    /// Whether there was any.
+    pub(super) fn has_begun(&self) -> bool {
+        self.lock().is_some()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<CallEnd>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -42,6 +51,11 @@ impl<C> OneCall<C> {
         }
     }
 
+    /// The call that runs.
+    pub(super) fn call(&self) -> Running {
+        self.call.clone()
+    }
+
     /// The connection itself.
     pub(super) fn connection(&mut self) -> Pin<&mut C> {
         self.connection.as_mut()
@@ -59,8 +73,11 @@ where
         if let Poll::Ready(ended) = self.connection.as_mut().poll(cx) {
             return Poll::Ready(ended.map_err(BoxError::from));
         }
-        let call = self.call.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match call.given_up(cx.waker()) {
+        let given_up = match &*self.call.lock() {
+            Some(call) => call.given_up(cx.waker()),
+            None => false,
+        };
+        match given_up {
             true => Poll::Ready(Err("the client read nothing for too long".into())),
             false => Poll::Pending,
         }

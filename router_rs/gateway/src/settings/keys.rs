@@ -121,7 +121,13 @@ const ROUTER: &[Key] = &[
         "handshake_timeout",
         Kind::Time(100, HOUR),
         "10s",
-        "TLS and the first bytes of a connection have to be there within this.",
+        "TLS and the first bytes of a connection have to be there within this, over HTTP/1.1 all headers of its first call.",
+    ),
+    key(
+        "http1_idle_timeout",
+        Kind::Time(100, 24 * HOUR),
+        "2m",
+        "A connection of HTTP/1.1 that waits so long for its next call is closed. Let it be longer than clients keep idle ones in their pools.",
     ),
     key(
         "keep_alive_interval",
@@ -187,7 +193,7 @@ const ROUTER: &[Key] = &[
         "tool_parser",
         Kind::List,
         "auto",
-        "How models write tool calls, for the OpenAI face: auto (as the chat template has it), none, hermes, llama3, mistral, deepseek or harmony; MODEL=FORMAT for one model.",
+        "How models write tool calls, for the OpenAI face: auto (as the chat template has it), none, hermes, llama3, mistral, deepseek, qwen3_coder, glm45, pythonic or harmony; MODEL=FORMAT for one model.",
     ),
     key(
         "reasoning_parser",

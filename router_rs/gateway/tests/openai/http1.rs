@@ -125,6 +125,11 @@ impl Http1 {
         self.socket.read_buf(&mut self.read).await.unwrap_or(0) > 0
     }
 
+    /// Waits until the other side closes; nothing is to come before.
+    pub(crate) async fn closed(&mut self) {
+        assert!(!self.more().await, "{:?}", self.read);
+    }
+
     /// Takes up to and with `end`; `None` where the connection ends before.
     async fn until(&mut self, end: &[u8]) -> Option<Vec<u8>> {
         loop {

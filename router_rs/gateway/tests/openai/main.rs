@@ -6,6 +6,7 @@ mod common;
 
 mod answers;
 mod errors;
+mod formats;
 mod http1;
 mod sockets;
 mod tools;

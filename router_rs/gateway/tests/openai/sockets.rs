@@ -170,3 +170,28 @@ async fn a_connection_is_kept_for_the_next_call() {
         assert_eq!(connection.answer().await.head.status, 200);
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_may_pause_for_longer_than_its_first_call_may_take() {
+    let worker = || vec![MockConfig::default()];
+    let mesh = Mesh::start(worker(), json!({"handshake_timeout": "100ms"})).await;
+    let body = json!({"prompt": [5, 6], "max_tokens": 3});
+    let mut kept = Http1::connect(&mesh).await;
+    kept.post(COMPLETIONS, &[], &body).await;
+    assert_eq!(kept.answer().await.head.status, 200);
+    // Once these are closed, that time has passed for the other one, too.
+    for half in ["", "POST /v1/completions HTTP/1.1\r\nhost: ro"] {
+        let mut silent = Http1::connect(&mesh).await;
+        silent.send(half, b"").await;
+        silent.closed().await;
+    }
+    kept.post(COMPLETIONS, &[], &body).await;
+    assert_eq!(kept.answer().await.head.status, 200);
+    // And a pause has an end of its own.
+    let settings = json!({"handshake_timeout": "1h", "http1_idle_timeout": "500ms"});
+    let mesh = Mesh::start(worker(), settings).await;
+    let mut idle = Http1::connect(&mesh).await;
+    idle.post(COMPLETIONS, &[], &body).await;
+    assert_eq!(idle.answer().await.head.status, 200);
+    idle.closed().await;
+}

@@ -15,13 +15,14 @@ use crate::{
 /// ChatML with tools, their calls and what they answered; it speaks of Hermes's marks.
 const TEMPLATE: &str = "{% if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}\
     {% endfor %}</tools>{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}\n\
+    {% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}\
     {{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>\
     {{ call.function | tojson }}</tool_call>{% endfor %}{% if message.tool_call_id %} for \
     {{ message.tool_call_id }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}\
     <|im_start|>assistant\n{% if thinking %}<think>\n{% endif %}{% endif %}{# </think> #}";
 const MARKS: [&str; 4] = ["<tool_call>", "</tool_call>", "<think>", "</think>"];
 
-fn worker(template: &str, marks: &[&str]) -> MockConfig {
+pub(crate) fn worker(template: &str, marks: &[&str]) -> MockConfig {
     MockConfig {
         vocabulary: Arc::new(Vocabulary::built_in_for(template, marks)),
         grammars: true,
@@ -107,12 +108,12 @@ fn without_ids(mut message: Value) -> Value {
     message
 }
 
-fn call(name: &str, arguments: &str) -> Value {
+pub(crate) fn call(name: &str, arguments: &str) -> Value {
     json!({"type": "function", "function": {"name": name, "arguments": arguments}})
 }
 
 /// What a model that says this answers to this question, streamed and whole.
-async fn answered(mesh: &Mesh, says: &str, more: &Value) -> (Value, String) {
+pub(crate) async fn answered(mesh: &Mesh, says: &str, more: &Value) -> (Value, String) {
     for worker in &mesh.workers {
         worker.say(Some(says));
     }
@@ -165,14 +166,16 @@ async fn calls_are_told_streamed_and_whole() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_template_is_told_of_tools_of_calls_and_of_what_they_answered() {
+async fn a_template_is_told_of_tools_of_calls_of_thoughts_and_of_what_was_answered() {
     let mesh = mesh().await;
     let called = json!({"id": "call_1", "type": "function",
         "function": {"name": "weather", "arguments": "{\"city\": \"Paris\"}"}});
     let body = json!({"tools": tools(), "messages": [
         {"role": "user", "content": "And now?"},
-        {"role": "assistant", "content": null, "tool_calls": [called]},
-        {"role": "tool", "tool_call_id": "call_1", "content": "rain"}]});
+        {"role": "assistant", "content": null, "reasoning_content": "I ask.", "tool_calls": [called]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "rain"},
+        {"role": "assistant", "content": "It rains.", "reasoning": "So it does."},
+        {"role": "user", "content": "Why?"}]});
     let ids = post(&mesh, "/tokenize", &body).await.json()["tokens"].clone();
     let prompt = post(&mesh, "/detokenize", &json!({"tokens": ids}))
         .await
@@ -181,7 +184,10 @@ async fn a_template_is_told_of_tools_of_calls_and_of_what_they_answered() {
     let prompt = prompt.as_str().unwrap();
     for part in [
         "<tools>{\"type\": \"function\", \"function\": {\"name\": \"weather\"",
-        "<tool_call>{\"name\": \"weather\", \"arguments\": {\"city\": \"Paris\"}}</tool_call>",
+        "<|im_start|>assistant\n<think>I ask.</think><tool_call>{\"name\": \"weather\", \
+         \"arguments\": {\"city\": \"Paris\"}}</tool_call>",
+        "<|im_start|>assistant\n<think>So it does.</think>It rains.<|im_end|>",
+        "<|im_start|>user\nWhy?<|im_end|>",
         "<|im_start|>tool\nrain for call_1<|im_end|>",
     ] {
         assert!(prompt.contains(part), "{part} is not in {prompt}");
@@ -264,18 +270,20 @@ async fn a_response_format_reaches_the_worker_as_its_grammar() {
         // A prompt that opened reasoning cannot have it with a grammar from the first token on.
         let mut opened = more.clone();
         opened["chat_template_kwargs"] = json!({"thinking": true});
-        let says = "{\"z\": 1}";
-        let (message, _) = answered(&mesh, says, &more).await;
-        assert_eq!(message["content"], says);
-        let told = mesh.workers[0].last_place().unwrap().continuation.unwrap();
-        assert_eq!(told.grammar.and_then(|grammar| grammar.kind), expected);
-        let (message, _) = answered(&mesh, says, &opened).await;
         let place = if expected.is_some() {
             "content"
         } else {
             "reasoning"
         };
-        assert_eq!(message[place], says);
+        for says in ["12", "true", "{\"z\": 1}"] {
+            let (message, _) = answered(&mesh, says, &opened).await;
+            assert_eq!(message[place], says);
+        }
+        let says = "{\"z\": 1}";
+        let (message, _) = answered(&mesh, says, &more).await;
+        assert_eq!(message["content"], says);
+        let told = mesh.workers[0].last_place().unwrap().continuation.unwrap();
+        assert_eq!(told.grammar.and_then(|grammar| grammar.kind), expected);
         let completion = json!({"prompt": "p", "response_format": format, "max_tokens": 30});
         assert_eq!(
             post(&mesh, COMPLETIONS, &completion).await.json()["choices"][0]["text"],

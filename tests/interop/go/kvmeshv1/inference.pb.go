@@ -472,9 +472,12 @@ type ChatMessage struct {
 	// `tool_calls` form. Default: none.
 	ToolCallsJson []string `protobuf:"bytes,4,rep,name=tool_calls_json,json=toolCallsJson,proto3" json:"tool_calls_json,omitempty"`
 	// For role "tool": which call this answers. Default: empty.
-	ToolCallId    string `protobuf:"bytes,5,opt,name=tool_call_id,json=toolCallId,proto3" json:"tool_call_id,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	ToolCallId string `protobuf:"bytes,5,opt,name=tool_call_id,json=toolCallId,proto3" json:"tool_call_id,omitempty"`
+	// What an assistant thought before its answer, for templates that have it
+	// repeated. Default: empty, not given.
+	ReasoningContent string `protobuf:"bytes,6,opt,name=reasoning_content,json=reasoningContent,proto3" json:"reasoning_content,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *ChatMessage) Reset() {
@@ -538,6 +541,13 @@ func (x *ChatMessage) GetToolCallsJson() []string {
 func (x *ChatMessage) GetToolCallId() string {
 	if x != nil {
 		return x.ToolCallId
+	}
+	return ""
+}
+
+func (x *ChatMessage) GetReasoningContent() string {
+	if x != nil {
+		return x.ReasoningContent
 	}
 	return ""
 }
@@ -2543,14 +2553,15 @@ const file_kvmesh_v1_inference_proto_rawDesc = "" +
 	"\n" +
 	"tools_json\x18\x03 \x03(\tR\ttoolsJson\x126\n" +
 	"\x17template_arguments_json\x18\x04 \x01(\tR\x15templateArgumentsJsonB\x18\n" +
-	"\x16_add_generation_prompt\"\x99\x01\n" +
+	"\x16_add_generation_prompt\"\xc6\x01\n" +
 	"\vChatMessage\x12\x12\n" +
 	"\x04role\x18\x01 \x01(\tR\x04role\x12\x18\n" +
 	"\acontent\x18\x02 \x01(\tR\acontent\x12\x12\n" +
 	"\x04name\x18\x03 \x01(\tR\x04name\x12&\n" +
 	"\x0ftool_calls_json\x18\x04 \x03(\tR\rtoolCallsJson\x12 \n" +
 	"\ftool_call_id\x18\x05 \x01(\tR\n" +
-	"toolCallId\"\x89\x03\n" +
+	"toolCallId\x12+\n" +
+	"\x11reasoning_content\x18\x06 \x01(\tR\x10reasoningContent\"\x89\x03\n" +
 	"\bSampling\x12%\n" +
 	"\vtemperature\x18\x01 \x01(\x02H\x00R\vtemperature\x88\x01\x01\x12\x13\n" +
 	"\x05top_k\x18\x02 \x01(\rR\x04topK\x12\x18\n" +

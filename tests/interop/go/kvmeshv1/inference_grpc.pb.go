@@ -51,7 +51,8 @@ type InferenceClient interface {
 	// Goes on with a running generation, at this or any other router of the
 	// cluster, from a given index. Ends with NOT_FOUND, in one and the same
 	// text, for an id that is unknown, expired, belongs to another tenant or was
-	// not resumable. The first message is `accepted` again. Whoever had the stream
+	// not resumable, and with UNAVAILABLE, reason NOT_YET, where that cannot be said
+	// yet. The first message is `accepted` again. Whoever had the stream
 	// before gets ABORTED with reason TAKEN_OVER.
 	Resume(ctx context.Context, in *ResumeRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[GenerateResponse], error)
 	// Turns text or chat messages into the token ids that Generate would use.
@@ -139,7 +140,8 @@ type InferenceServer interface {
 	// Goes on with a running generation, at this or any other router of the
 	// cluster, from a given index. Ends with NOT_FOUND, in one and the same
 	// text, for an id that is unknown, expired, belongs to another tenant or was
-	// not resumable. The first message is `accepted` again. Whoever had the stream
+	// not resumable, and with UNAVAILABLE, reason NOT_YET, where that cannot be said
+	// yet. The first message is `accepted` again. Whoever had the stream
 	// before gets ABORTED with reason TAKEN_OVER.
 	Resume(*ResumeRequest, grpc.ServerStreamingServer[GenerateResponse]) error
 	// Turns text or chat messages into the token ids that Generate would use.

@@ -47,6 +47,15 @@ impl Context {
         (self.parent != 0 && self.flags & SAMPLED != 0) || low < below
     }
 
+    /// The place of a span below this router's.
+    pub(super) fn below(&self) -> Self {
+        Self {
+            parent: self.own,
+            own: span_id(),
+            ..*self
+        }
+    }
+
     /// What is passed on: this router's span as the parent, exported.
     pub(super) fn traceparent(&self) -> String {
         let flags = (self.flags & RANDOM) | SAMPLED;

@@ -84,13 +84,22 @@ pub(super) fn spans(ended: &Ended, into: &mut Vec<Span>) {
 
 fn own(ended: &Ended, context: Context, clock: Clock) -> Span {
     let mut attributes = vec![
-        text("rpc.system", "grpc"),
-        text("rpc.service", "kvmesh.v1.Inference"),
-        text("rpc.method", "Generate"),
-        int("rpc.grpc.status_code", ended.code),
         text("gen_ai.provider.name", "kvmesh"),
         text("kvmesh.request_id", &ended.request_id),
     ];
+    let (name, kind) = match ended.is_answer {
+        true => ("answer", SpanKind::Internal),
+        false => ("kvmesh.v1.Inference/Generate", SpanKind::Server),
+    };
+    if !ended.is_answer {
+        attributes.extend([
+            text("rpc.system", "grpc"),
+            text("rpc.service", "kvmesh.v1.Inference"),
+            text("rpc.method", "Generate"),
+            int("rpc.grpc.status_code", ended.code),
+        ]);
+    }
+    attributes.extend((ended.answers > 0).then(|| int("kvmesh.answers", ended.answers)));
     let reason = ended.reason.map(|reason| text("error.type", reason));
     let step = ended.refused_at.map(|at| text("kvmesh.refused_at", at));
     attributes.extend(reason.into_iter().chain(step));
@@ -118,8 +127,8 @@ fn own(ended: &Ended, context: Context, clock: Clock) -> Span {
             parent => parent.to_be_bytes().to_vec(),
         },
         trace_state: ended.tracestate.clone(),
-        name: "kvmesh.v1.Inference/Generate".to_owned(),
-        kind: SpanKind::Server.into(),
+        name: name.to_owned(),
+        kind: kind.into(),
         start_time_unix_nano: clock.0,
         end_time_unix_nano: clock.at(ended.took_ms),
         attributes,

@@ -1,7 +1,7 @@
 //! The span of one request, from its arrival to its end.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Instant, SystemTime},
 };
 
@@ -22,6 +22,22 @@ pub(crate) struct RequestSpan {
     arrived: Instant,
     deadline: Option<Instant>,
     ended: Option<Ended>,
+    /// The call that it is an answer of, where that has several.
+    call: Option<Arc<SeveralAnswers>>,
+}
+
+/// A call with several answers: its span ends with the last of theirs.
+struct SeveralAnswers {
+    span: RequestSpan,
+    /// How the first answer that failed did.
+    failed: OnceLock<(Code, Option<&'static str>)>,
+}
+
+impl Drop for SeveralAnswers {
+    fn drop(&mut self) {
+        let (code, reason) = self.failed.get().copied().unwrap_or((Code::Ok, None));
+        self.span.end(code, reason, None);
+    }
 }
 
 /// What is told of a request that ended.
@@ -44,6 +60,10 @@ pub(super) struct Ended {
     pub(super) finish: v1::FinishReason,
     /// Its generation, where it got as far.
     pub(super) traced: Option<Traced>,
+    /// Answers below it, where they have spans of their own.
+    pub(super) answers: u32,
+    /// It is such an answer, and no request.
+    pub(super) is_answer: bool,
 }
 
 impl Ended {
@@ -68,7 +88,38 @@ impl RequestSpan {
                 began,
                 ..Ended::default()
             }),
+            call: None,
         }
+    }
+
+    /// A span for each of its answers. Where there are several, they are below this one.
+    pub(crate) fn answers(mut self, count: usize) -> Vec<Self> {
+        let Some(ended) = self.ended.as_mut().filter(|_| count > 1) else {
+            return vec![self];
+        };
+        ended.answers = u32::try_from(count).unwrap_or(u32::MAX);
+        let (context, began) = (ended.context, ended.began);
+        let (tracestate, request_id) = (ended.tracestate.clone(), ended.request_id.clone());
+        let (queue, arrived, deadline) = (Arc::clone(&self.queue), self.arrived, self.deadline);
+        let call = Arc::new(SeveralAnswers {
+            span: self,
+            failed: OnceLock::new(),
+        });
+        let answer = || Self {
+            queue: Arc::clone(&queue),
+            arrived,
+            deadline,
+            ended: Some(Ended {
+                context: context.below(),
+                tracestate: tracestate.clone(),
+                request_id: request_id.clone(),
+                began,
+                is_answer: true,
+                ..Ended::default()
+            }),
+            call: Some(Arc::clone(&call)),
+        };
+        std::iter::repeat_with(answer).take(count).collect()
     }
 
     /// Its stream says that it ended well.
@@ -103,6 +154,12 @@ impl RequestSpan {
             traced,
             ..ended
         });
+        if let Some(call) = self.call.take()
+            && code != Code::Ok
+        {
+            // Others are cancelled for its sake.
+            let _ = call.failed.set((code, reason));
+        }
     }
 }
 
