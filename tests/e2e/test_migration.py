@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
+from collections.abc import Sequence
 
 import pytest
 from cluster import Cluster
@@ -18,12 +18,12 @@ OWNER = 1 << 32
 """What the first router adds to an attempt's number, where tokens depend on it."""
 
 
-def start(cluster: Cluster, *workers: str, arguments: str = "") -> str:
+def start(cluster: Cluster, *workers: str, arguments: Sequence[str] = ()) -> str:
     """A router and workers, named for their roles: p1, d2, b1. Prompts are prefill's."""
     endpoint = cluster.start_router("--local-prefill", "without-prefill-workers")
     roles = {"p": "prefill", "d": "decode", "b": "both"}
     for name in workers:
-        cluster.begin_worker(name, roles[name[0]], STEPS[0], STEPS[1] + arguments)
+        cluster.begin_worker(name, roles[name[0]], *cluster.steps(*arguments))
     cluster.wait_live(endpoint, *workers)
     return endpoint
 
@@ -41,10 +41,12 @@ def busiest(cluster: Cluster, endpoint: str, *names: str) -> str:
 
 def test_a_killed_decode_worker_ends_no_stream(fresh) -> None:
     endpoint = start(fresh, "p1", "d1", "d2")
+    fresh.slow_down()
     streams = Streams(endpoint, prompts(COUNT), 250)
     streams.wait(20)
     killed = busiest(fresh, endpoint, "d1", "d2")
     fresh.kill(killed)
+    fresh.speed_up()
     streams.assert_undisturbed()
     now = figures(endpoint)
     moved = now['migrations_total{cause="died"}']
@@ -57,13 +59,15 @@ def test_a_killed_decode_worker_ends_no_stream(fresh) -> None:
 
 
 def test_a_prefill_worker_killed_while_it_computes_ends_no_stream(fresh) -> None:
-    endpoint = start(fresh, "p1", "p2", "d1", arguments=",speed=0.1")
+    endpoint = start(fresh, "p1", "p2", "d1", arguments=["speed=0.1"])
+    fresh.slow_down()
     streams = Streams(endpoint, prompts(COUNT, tokens=3_000), 10)
     table = fresh.wait_table(
         endpoint, lambda table: any(table[p].load.own.running_prefill_tokens for p in ("p1", "p2"))
     )
     computing = max(("p1", "p2"), key=lambda p: table[p].load.own.running_prefill_tokens)
     fresh.kill(computing)
+    fresh.speed_up()
     streams.assert_undisturbed()
     assert max(streams.attempts()) > 1
     assert figures(endpoint)["failed_total"] == 0
@@ -86,8 +90,9 @@ def test_all_workers_killed_one_after_the_other_end_no_stream(fresh) -> None:
 
 def test_a_frozen_worker_loses_its_streams_and_its_late_tokens_change_nothing(fresh) -> None:
     # Tokens depend on the attempt: one that was mixed in would show.
-    endpoint = start(fresh, "b1", "b2", arguments=",attempt_tokens=true")
-    streams = Streams(endpoint, prompts(COUNT), 700)
+    endpoint = start(fresh, "b1", "b2", arguments=["attempt_tokens=true"])
+    fresh.slow_down()
+    streams = Streams(endpoint, prompts(COUNT), 400)
     streams.wait(20)
     frozen = busiest(fresh, endpoint, "b1", "b2")
     held = fresh.table(endpoint)[frozen].load.own.decoding
@@ -95,6 +100,7 @@ def test_a_frozen_worker_loses_its_streams_and_its_late_tokens_change_nothing(fr
     stop_process(fresh, frozen, signal.SIGSTOP)
     wait_figures(fresh, endpoint, {"moved_gaps_total": held})
     stop_process(fresh, frozen, signal.SIGCONT)
+    fresh.speed_up()
     outputs = streams.join()
     now = figures(endpoint)
     assert now['migrations_total{cause="silent"}'] == held
@@ -122,17 +128,18 @@ def assert_attempts(prompt: list[int], output: list[int], attempts: int) -> None
 def test_a_stuck_engine_under_a_beating_port_loses_its_streams(fresh, tmp_path) -> None:
     stuck = tmp_path / "stuck"
     endpoint = fresh.start_router()
-    profile = STEPS[1]
-    fresh.start_worker("b1", "both", "--engine-arguments", f"{profile},stuck_while={stuck}")
+    fresh.start_worker("b1", "both", *fresh.steps(f"stuck_while={stuck}"))
     fresh.wait_live(endpoint, "b1")
+    fresh.slow_down()
     streams = Streams(endpoint, prompts(COUNT), 600)
     streams.wait(20)
-    fresh.start_worker("b2", "both", *STEPS)
+    fresh.start_worker("b2", "both", *fresh.steps())
     fresh.wait_live(endpoint, "b2")
-    Path(stuck).touch()
+    stuck.touch()
     wait_figures(fresh, endpoint, {"moved_gaps_total": COUNT})
     assert "step takes far longer" in fresh.table(endpoint)["b1"].state_detail
-    Path(stuck).unlink()
+    stuck.unlink()
+    fresh.speed_up()
     streams.assert_undisturbed()
     wait_quiet(fresh, endpoint, "b1", "b2")
     fresh.assert_alive()

@@ -9,7 +9,6 @@ from many_streams import Streams, prompts
 import kvmesh
 from kvmesh.v1 import admin_pb2, admin_pb2_grpc, worker_pb2
 
-STEPS = ("--engine-arguments", "profile=step-10ms")
 COUNT = 24
 ROLES = {"p1": "prefill", "p2": "prefill", "d1": "decode", "d2": "decode"}
 
@@ -17,15 +16,21 @@ ROLES = {"p1": "prefill", "p2": "prefill", "d1": "decode", "d2": "decode"}
 def begin(cluster: Cluster, *arguments: str) -> str:
     endpoint = cluster.start_router()
     for name, role in ROLES.items():
-        cluster.begin_worker(name, role, *STEPS, *arguments)
+        cluster.begin_worker(name, role, *steps(cluster), *arguments)
     cluster.wait_live(endpoint, *ROLES)
+    cluster.slow_down()
     return endpoint
+
+
+def steps(cluster: Cluster) -> tuple[str, str]:
+    """Of 5 ms, and of 50 until all that is to happen has happened."""
+    return cluster.steps("speed=2")
 
 
 def replace_all(cluster: Cluster, endpoint: str, *arguments: str) -> None:
     """As rolling updates do it: the new one first, then the old one goes."""
     for name, role in ROLES.items():
-        cluster.start_worker(f"{name}-new", role, *STEPS, *arguments)
+        cluster.start_worker(f"{name}-new", role, *steps(cluster), *arguments)
         cluster.wait_live(endpoint, f"{name}-new")
         cluster.stop(name)
 
@@ -33,12 +38,13 @@ def replace_all(cluster: Cluster, endpoint: str, *arguments: str) -> None:
 def test_every_worker_is_replaced_and_nothing_is_computed_again(fresh) -> None:
     # Room for all of them on any worker: steps take the same time with many streams as with few
     # here, so that nothing spreads them.
-    chosen = ("--grace", "60s", "--kv-pool-tokens", "40960")
+    chosen = ("--grace", "60s", "--kv-pool-tokens", "65536")
     endpoint = begin(fresh, *chosen)
-    streams = Streams(endpoint, prompts(COUNT), 1_500)
+    streams = Streams(endpoint, prompts(COUNT), 2_000)
     streams.wait(10)
     replace_all(fresh, endpoint, *chosen)
     assert streams.running, "they ran all the time"
+    fresh.speed_up()
     streams.assert_undisturbed()
     now = figures(endpoint)
     assert now["finished_total"] == COUNT
@@ -57,9 +63,10 @@ def test_every_worker_is_replaced_and_nothing_is_computed_again(fresh) -> None:
 
 def test_workers_without_time_give_back_and_no_stream_fails(fresh) -> None:
     endpoint = begin(fresh, "--grace", "1ms")
-    streams = Streams(endpoint, prompts(COUNT), 1_000)
+    streams = Streams(endpoint, prompts(COUNT), 1_500)
     streams.wait(10)
     replace_all(fresh, endpoint, "--grace", "1ms")
+    fresh.speed_up()
     streams.assert_undisturbed()
     now = figures(endpoint)
     assert now["finished_total"] == COUNT
@@ -80,6 +87,7 @@ def test_a_worker_that_is_to_do_prompts_alone_hands_its_streams_over(fresh) -> N
     )
     fresh.wait_table(endpoint, lambda table: table["d1"].load.own.decoding == 0)
     assert streams.running
+    fresh.speed_up()
     streams.assert_undisturbed()
     now = figures(endpoint)
     assert now['hand_overs_total{outcome="done"}'] > 0
@@ -92,10 +100,11 @@ def test_a_second_drain_finds_streams_where_the_first_has_put_them(fresh) -> Non
     streams = Streams(endpoint, prompts(COUNT), 1_000)
     streams.wait(10)
     fresh.stop("d1")
-    fresh.start_worker("d3", "decode", *STEPS)
+    fresh.start_worker("d3", "decode", *steps(fresh))
     fresh.wait_live(endpoint, "d3")
     fresh.stop("d2")
     assert streams.running
+    fresh.speed_up()
     streams.assert_undisturbed()
     now = figures(endpoint)
     assert now['hand_overs_total{outcome="done"}'] > COUNT
@@ -108,9 +117,10 @@ def test_a_full_cluster_lets_streams_finish_where_they_are(fresh) -> None:
     room = ("--kv-pool-tokens", "4096")
     for name, role in ROLES.items():
         if name != "p2":
-            fresh.begin_worker(name, role, *STEPS, *room, "--grace", "60s")
+            fresh.begin_worker(name, role, *steps(fresh), *room, "--grace", "60s")
     fresh.wait_live(endpoint, "p1", "d1", "d2")
     # Three fill the room of each that decodes.
+    fresh.slow_down()
     streams = Streams(endpoint, prompts(6, tokens=1_000), 150)
     streams.wait(5)
     fresh.stop("d1")

@@ -41,6 +41,8 @@ pub struct MeshSettings {
     pub dispatch_interval: Duration,
     /// A worker has to answer a placement within this.
     pub answer_timeout: Duration,
+    /// What workers have for their answers to Find, and again to Claim.
+    pub takeover_timeout: Duration,
     /// Decode has to bring a token within this after prefill's session broke, and
     /// a resumable generation whose client's connection is gone is kept for so long.
     pub orphan_timeout: Duration,
@@ -75,6 +77,7 @@ impl Default for MeshSettings {
             dispatch_tries: 32,
             dispatch_interval: Duration::from_millis(5),
             answer_timeout: Duration::from_secs(10),
+            takeover_timeout: Duration::from_secs(1),
             orphan_timeout: Duration::from_secs(10),
             reattach_grace: Duration::from_millis(250),
             quarantine_time: Duration::from_secs(300),

@@ -44,6 +44,7 @@ fn settings(workers: &[&MockWorker]) -> MeshSettings {
             cost,
             ..shipped.policy
         },
+        takeover_timeout: LIMIT,
         ..shipped
     }
 }

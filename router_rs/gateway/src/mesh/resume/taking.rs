@@ -32,8 +32,8 @@ use super::{
 };
 use crate::error::RequestError;
 
-/// Longest wait for what workers answer to Find, and again to Claim.
-const ANSWER: Duration = Duration::from_secs(1);
+/// What was heard so soon after all were asked may have been on its way before.
+const UNDER_WAY: Duration = Duration::from_millis(250);
 /// How long a worker that cannot be asked may have it all the same: as long as one that is
 /// silent is not given up.
 const AWAY: Duration = Duration::from_millis(LOST_MS);
@@ -163,7 +163,7 @@ impl Taking {
                 claims: BTreeMap::new(),
                 answered: BTreeSet::new(),
                 asked: Instant::now(),
-                until: Instant::now() + ANSWER,
+                until: Instant::now() + core.settings.takeover_timeout,
                 ended: None,
                 left: None,
             }),
@@ -327,7 +327,9 @@ impl Taking {
                             self.core.leave_running(session, self.asked.id, fence);
                         }
                     }
-                    Action::Arm => state.until = Instant::now() + ANSWER,
+                    Action::Arm => {
+                        state.until = Instant::now() + self.core.settings.takeover_timeout;
+                    }
                     Action::Disarm => {}
                     Action::Take(take) => taken = Some(take),
                     Action::End(why) => {
@@ -424,8 +426,7 @@ impl Core {
     /// Whether somebody may have a generation that nobody who was asked has.
     fn may_be_elsewhere(&self, asked: &State) -> bool {
         let now = Instant::now();
-        // What came in so soon may have been on its way before.
-        let asked_at = asked.asked + ANSWER / 4;
+        let asked_at = asked.asked + UNDER_WAY;
         let may = |worker: &Arc<WorkerEntry>| {
             !asked.answered.contains(&worker.index) && worker.may_answer(asked_at, now, AWAY)
         };
