@@ -10,18 +10,20 @@ from fault_proxy import FaultProxy
 from figures import figures, wait_figures, wait_quiet
 from many_streams import Streams, prompts
 
-STEPS = ("--engine-arguments", "profile=step-10ms")
 COUNT = 12
 
 
 @pytest.fixture
-def behind(fresh) -> Iterator[tuple[Cluster, FaultProxy, str]]:
-    """A prefill worker, and a decode worker whose sessions go by a fault proxy."""
-    fresh.start_worker("d", "decode", "--etcd", "", *STEPS)
+def behind(fresh, request) -> Iterator[tuple[Cluster, FaultProxy, str]]:
+    """A prefill worker, and a decode worker whose sessions go by a fault proxy.
+
+    The parameter is for how long a session may be away.
+    """
+    grace = getattr(request, "param", "60s")
+    fresh.start_worker("d", "decode", "--etcd", "", *fresh.steps())
     with FaultProxy(fresh.worker_address("d")) as proxy:
-        # Long enough for a loaded machine: what is shown is that nothing is lost.
-        endpoint = fresh.start_router("--workers", proxy.address, "--reattach-grace", "5s")
-        fresh.start_worker("p", "prefill", *STEPS)
+        endpoint = fresh.start_router("--workers", proxy.address, "--reattach-grace", grace)
+        fresh.start_worker("p", "prefill", *fresh.steps())
         fresh.wait_live(endpoint, "p", "d")
         yield fresh, proxy, endpoint
 
@@ -36,8 +38,9 @@ def behind(fresh) -> Iterator[tuple[Cluster, FaultProxy, str]]:
 )
 def test_streams_go_on_where_they_are(behind, breaks) -> None:
     cluster, proxy, endpoint = behind
+    cluster.slow_down()
     streams = Streams(endpoint, prompts(COUNT), 250)
-    for count in (20, 80):
+    for count in (10, 25):
         streams.wait(count)
         before = figures(endpoint)["reattached_total"]
         proxy.tell(breaks)
@@ -49,6 +52,7 @@ def test_streams_go_on_where_they_are(behind, breaks) -> None:
         while figures(endpoint)["reattached_total"] < before + COUNT:
             assert streams.running, "they ended and were not taken up again"
             cluster.children.wait(0.01)
+    cluster.speed_up()
     streams.assert_undisturbed()
     assert streams.attempts() == [1] * COUNT
     now = figures(endpoint)
@@ -58,12 +62,15 @@ def test_streams_go_on_where_they_are(behind, breaks) -> None:
     cluster.assert_alive()
 
 
+@pytest.mark.parametrize("behind", ["1s"], indirect=True)
 def test_a_session_that_stays_away_is_a_loss(behind) -> None:
     cluster, proxy, endpoint = behind
-    cluster.start_worker("d2", "decode", *STEPS)
+    cluster.start_worker("d2", "decode", *cluster.steps())
+    cluster.slow_down()
     streams = Streams(endpoint, prompts(COUNT), 300)
     streams.wait(20)
     proxy.tell("refuse on", "reset")
+    cluster.speed_up()
     cluster.wait_live(endpoint, "d2")
     streams.assert_undisturbed()
     now = figures(endpoint)
