@@ -1,6 +1,6 @@
 """A server with vLLM's own `vllm.Inference` and `vllm.Control`, over a real socket.
 
-python fake_first_party.py PORT STEP_MS
+python fake_first_party.py PORT STEP_MS SLOW_WHILE
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """A server with `vllm.grpc.engine.VllmEngine`, over a real socket.
 
-    python fake_smg.py PORT STEP_MS
+    python fake_smg.py PORT STEP_MS SLOW_WHILE
 
 As SMG's servicer in Python: a chunk a step, then a last message that repeats the last
 chunk's tokens; log-probabilities of the token that was drawn and the likeliest, as many as
