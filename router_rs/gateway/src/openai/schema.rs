@@ -106,23 +106,30 @@ fn free_name(at: usize, tools: &[(&str, &Value)]) -> String {
 fn moved(schema: &mut Value, place: &str) -> bool {
     match schema {
         Value::Array(all) => all_moved(all.iter_mut(), place),
-        Value::Object(object) => object.iter_mut().fold(false, |any, (key, value)| {
-            let here = match value {
-                Value::String(to) if key == "$ref" => points(to, place),
-                Value::Object(all) if NAMED.contains(&key.as_str()) => {
-                    all_moved(all.values_mut(), place)
-                }
-                _ if VALUES.contains(&key.as_str()) => false,
-                value => moved(value, place),
-            };
-            here || any
-        }),
+        Value::Object(object) => {
+            let mut any = false;
+            for (key, value) in object {
+                any |= match value {
+                    Value::String(to) if key == "$ref" => points(to, place),
+                    Value::Object(all) if NAMED.contains(&key.as_str()) => {
+                        all_moved(all.values_mut(), place)
+                    }
+                    _ if VALUES.contains(&key.as_str()) => false,
+                    value => moved(value, place),
+                };
+            }
+            any
+        }
         _ => false,
     }
 }
 
 fn all_moved<'a>(all: impl Iterator<Item = &'a mut Value>, place: &str) -> bool {
-    all.fold(false, |any, schema| moved(schema, place) || any)
+    let mut any = false;
+    for schema in all {
+        any |= moved(schema, place);
+    }
+    any
 }
 
 fn points(to: &mut String, place: &str) -> bool {

@@ -259,14 +259,18 @@ impl Connection {
             builder.serve_connection(socket, service)
         });
         let call = connection.call();
+        let ends = async {
+            tokio::select! {
+                () = self.time_to_go() => Ok(()),
+                () = self.silent(&call) => Err("no call came with the connection"),
+            }
+        };
         tokio::select! {
             biased;
             ended = &mut connection => return ended,
-            () = Lazily::new(self.time_to_go()) => connection.connection().graceful_shutdown(),
-            () = Lazily::new(self.silent(&call)) => {
-                return Err("no call came with the connection".into());
-            }
+            ends = Lazily::new(ends) => ends?,
         }
+        connection.connection().graceful_shutdown();
         self.last_calls(connection).await
     }
 
