@@ -94,6 +94,7 @@ pub(super) fn request(prompt: &[u32], max_tokens: u32) -> AdmittedRequest {
     AdmittedRequest {
         request_id: "test".to_owned(),
         traceparent: String::new(),
+        resumes: String::new(),
         tracestate: String::new(),
         baggage: String::new(),
         model: "mock".to_owned(),
