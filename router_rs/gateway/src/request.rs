@@ -13,6 +13,8 @@ pub struct AdmittedRequest {
     pub request_id: String,
     /// W3C trace context; may be empty.
     pub traceparent: String,
+    /// W3C trace context of a request of another router that this is; empty: of none.
+    pub resumes: String,
     /// W3C trace state; may be empty.
     pub tracestate: String,
     /// W3C baggage; may be empty.

@@ -14,7 +14,9 @@
 //! claim goes to every session: who holds nothing then refuses what the old owner still
 //! places. The winner's word decides at once, for its tokens follow it. Where the winner is
 //! lost before it says anything the next one that was claimed is gone on from, by a new
-//! attempt. What was claimed in vain is left where it runs, for another try.
+//! attempt. What was claimed in vain is left where it runs, for another try. Where a claim
+//! is refused the next one goes to everybody under a higher number: who gave it already gives
+//! it anew, and where none comes of that it is left as well.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -133,6 +135,10 @@ pub struct Takeover {
     wanted: u32,
     workers: BTreeSet<WorkerIndex>,
     tries: u8,
+    /// Highest owner number that was heard of, or that a claim of this had.
+    highest: u32,
+    /// What earlier claims gave, and the one under way has not given anew.
+    earlier: BTreeMap<WorkerIndex, Fence>,
     state: State,
 }
 
@@ -183,6 +189,8 @@ impl Takeover {
             wanted,
             workers: workers.into_iter().collect(),
             tries: 0,
+            highest: 0,
+            earlier: BTreeMap::new(),
             state: State::Ended,
         };
         let mut actions = Actions::new();
@@ -208,10 +216,11 @@ impl Takeover {
                 Holds::Claimed(held, left) => {
                     self.given(from, (Holder { held, fit }, left), &mut actions);
                 }
-                Holds::Refused { .. } => self.refused(from, &mut actions),
+                Holds::Refused { owner } => self.refused(from, owner, &mut actions),
             },
             Event::SessionLost(worker) => {
                 self.workers.remove(&worker);
+                self.earlier.remove(&worker);
                 self.answered(worker, None, &mut actions);
                 self.out(worker, &mut actions);
             }
@@ -220,6 +229,17 @@ impl Takeover {
                 State::Claiming { winner, .. } => self.out(*winner, &mut actions),
                 State::Taken | State::Ended => {}
             },
+        }
+        actions
+    }
+
+    /// Gives it up, wherever it is: what it has been given is left.
+    #[must_use]
+    pub fn give_up(&mut self) -> Actions {
+        let mut actions = Actions::new();
+        if !self.is_done() {
+            self.keep_given();
+            self.end(Refused::NotYet, &mut actions);
         }
         actions
     }
@@ -263,10 +283,13 @@ impl Takeover {
             };
             return self.end(why, actions);
         };
-        let highest = holders.values().map(|holder| holder.held.fence.owner).max();
-        let Some(owner) = highest.and_then(number_of_claim) else {
+        let owners = holders.values().map(|holder| holder.held.fence.owner);
+        // Not all who have a higher one need have answered this time.
+        let highest = owners.max().unwrap_or(0).max(self.highest);
+        let Some(owner) = number_of_claim(highest) else {
             return self.end(Refused::Unknown, actions);
         };
+        self.highest = owner;
         let claims = self.workers.iter();
         actions.extend(claims.map(|&to| Action::Claim { to, owner }));
         actions.push(Action::Arm);
@@ -304,16 +327,22 @@ impl Takeover {
             last_attempt,
         } = &mut self.state
         else {
-            return actions.push(match self.state {
+            match self.state {
+                State::Finding { .. } => {
+                    self.earlier.insert(from, fence);
+                }
                 // Beside the one that is gone on with.
-                State::Taken => Action::Cancel { to: from, fence },
-                _ => Action::Leave { to: from, fence },
-            });
+                State::Taken => actions.push(Action::Cancel { to: from, fence }),
+                _ => actions.push(Action::Leave { to: from, fence }),
+            }
+            return;
         };
         if fence.owner != *owner {
             // By an earlier claim of ours: the one under way gives it anew.
+            self.earlier.insert(from, fence);
             return;
         }
+        self.earlier.remove(&from);
         holders.remove(&from);
         *last_attempt = fence.attempt.max(*last_attempt);
         if *winner != from {
@@ -327,7 +356,8 @@ impl Takeover {
     }
 
     /// Another router claims as well, or did, with no lower number.
-    fn refused(&mut self, from: WorkerIndex, actions: &mut Actions) {
+    fn refused(&mut self, from: WorkerIndex, owner: u32, actions: &mut Actions) {
+        self.highest = self.highest.max(owner);
         let State::Claiming {
             winner, holders, ..
         } = &mut self.state
@@ -335,9 +365,12 @@ impl Takeover {
             return;
         };
         holders.remove(&from);
+        // The other router's by now.
+        self.earlier.remove(&from);
         if *winner != from {
             return;
         }
+        self.keep_given();
         self.tries += 1;
         if self.tries < TRIES {
             self.find(actions);
@@ -367,15 +400,12 @@ impl Takeover {
         let mut left = holders.clone();
         left.extend(given.iter().map(|(&worker, (holder, _))| (worker, *holder)));
         let next = self.best(&left);
+        let Some(next) = next else {
+            self.keep_given();
+            return self.end(Refused::NotYet, actions);
+        };
         let State::Claiming { winner, given, .. } = &mut self.state else {
             return;
-        };
-        let Some(next) = next else {
-            for (to, (holder, _)) in std::mem::take(given) {
-                let fence = holder.held.fence;
-                actions.push(Action::Leave { to, fence });
-            }
-            return self.end(Refused::NotYet, actions);
         };
         *winner = next;
         match given.remove(&next) {
@@ -401,6 +431,8 @@ impl Takeover {
         else {
             return;
         };
+        // Who gave it to an earlier claim answers this one, too.
+        self.earlier.clear();
         let held = holder.held;
         let goes_on = heard && held.stage != Stage::Prefill;
         let cancel = |(to, held): (WorkerIndex, Held)| Action::Cancel {
@@ -422,7 +454,18 @@ impl Takeover {
         })));
     }
 
+    /// The claim under way comes to nothing: what it gave is an earlier one's.
+    fn keep_given(&mut self) {
+        if let State::Claiming { given, .. } = &mut self.state {
+            let given = std::mem::take(given).into_iter();
+            let fences = given.map(|(worker, (holder, _))| (worker, holder.held.fence));
+            self.earlier.extend(fences);
+        }
+    }
+
     fn end(&mut self, why: Refused, actions: &mut Actions) {
+        let earlier = std::mem::take(&mut self.earlier).into_iter();
+        actions.extend(earlier.map(|(to, fence)| Action::Leave { to, fence }));
         actions.push(Action::Disarm);
         actions.push(Action::End(why));
         self.state = State::Ended;

@@ -257,6 +257,98 @@ fn a_claim_that_is_refused_is_made_again_under_a_higher_number() {
     }
 }
 
+/// The other of two has given it; the one that is wanted refuses, for another router was
+/// there first.
+fn refused_after(given: Held) -> (Takeover, Actions) {
+    let held = |fence| held(fence, 3, Stage::Whole);
+    let mut takeover = claiming(2, held(fence(1, 1)), held(fence(1, 2)));
+    assert!(gives(&mut takeover, A, given).is_empty());
+    let actions = says(&mut takeover, B, Holds::Refused { owner: 2 });
+    assert!(actions.contains(&Action::Find { to: A }));
+    assert!(left(&actions).is_empty(), "the next claim may give it");
+    (takeover, actions)
+}
+
+#[test]
+fn what_an_earlier_claim_gave_is_left_where_no_other_gives_it() {
+    let given = held(fence(2, 1), 3, Stage::Whole);
+    // Nobody has what is wanted any more.
+    let (mut takeover, _) = refused_after(given);
+    for from in [A, B] {
+        says(&mut takeover, from, Holds::Nothing);
+    }
+    let actions = says(&mut takeover, C, Holds::Nothing);
+    assert_eq!(ends(&actions), Some(Refused::Unknown));
+    assert_eq!(left(&actions), [(A, fence(2, 1))]);
+
+    // Others claim it again and again.
+    let (mut takeover, _) = refused_after(given);
+    for owner in [4, 6] {
+        says(
+            &mut takeover,
+            A,
+            this(held(fence(owner - 2, 1), 3, Stage::Whole)),
+        );
+        says(
+            &mut takeover,
+            B,
+            this(held(fence(owner - 2, 2), 3, Stage::Whole)),
+        );
+        let actions = says(&mut takeover, C, Holds::Nothing);
+        assert_eq!(claims(&actions)[0], (A, owner));
+        gives(&mut takeover, A, held(fence(owner, 1), 3, Stage::Whole));
+        let actions = says(&mut takeover, B, Holds::Refused { owner });
+        match owner {
+            4 => assert!(left(&actions).is_empty()),
+            _ => {
+                assert_eq!(ends(&actions), Some(Refused::Contested));
+                assert_eq!(left(&actions), [(A, fence(6, 1))]);
+            }
+        }
+    }
+
+    // One that the next claim found to be another router's is not left by this one.
+    let (mut takeover, _) = refused_after(given);
+    says(&mut takeover, A, this(given));
+    says(&mut takeover, B, this(held(fence(2, 2), 3, Stage::Whole)));
+    says(&mut takeover, C, Holds::Nothing);
+    says(&mut takeover, A, Holds::Refused { owner: 4 });
+    let actions = takeover.apply(Event::SessionLost(B));
+    assert_eq!(ends(&actions), Some(Refused::NotYet));
+    assert!(left(&actions).is_empty());
+
+    // And what is given when the next one is under way is given by that again.
+    let (mut takeover, _) = refused_after(given);
+    assert!(gives(&mut takeover, C, held(fence(2, 7), 9, Stage::Whole)).is_empty());
+    for (from, what) in [(A, given), (C, held(fence(2, 7), 9, Stage::Whole))] {
+        says(&mut takeover, from, this(what));
+    }
+    let actions = says(&mut takeover, B, this(held(fence(2, 2), 3, Stage::Whole)));
+    assert_eq!(claims(&actions), [(A, 4), (B, 4), (C, 4)]);
+    let actions = gives(&mut takeover, C, held(fence(4, 7), 9, Stage::Whole));
+    assert!(taken(&actions).is_some() && left(&actions).is_empty());
+    let late = gives(&mut takeover, A, held(fence(4, 1), 3, Stage::Whole));
+    assert_eq!(cancels(&late), [(A, fence(4, 1))]);
+}
+
+#[test]
+fn a_claim_has_a_higher_number_than_all_before_it_though_nobody_says_so() {
+    let (mut takeover, _) = refused_after(held(fence(2, 1), 3, Stage::Whole));
+    // Who was claimed does not answer, and another has it under the first number.
+    says(&mut takeover, C, this(held(fence(1, 1), 3, Stage::Whole)));
+    let actions = takeover.apply(Event::Fired);
+    assert_eq!(claims(&actions), [(A, 4), (B, 4), (C, 4)]);
+}
+
+#[test]
+fn a_takeover_that_is_given_up_leaves_what_it_has() {
+    let (mut takeover, _) = refused_after(held(fence(2, 1), 3, Stage::Whole));
+    let actions = takeover.give_up();
+    assert_eq!(left(&actions), [(A, fence(2, 1))]);
+    assert!(ends(&actions).is_some() && takeover.is_done());
+    assert!(takeover.give_up().is_empty());
+}
+
 fn take(runs: bool, ids: u32) -> Take {
     Take {
         fence: fence(2, 3),

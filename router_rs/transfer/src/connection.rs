@@ -81,6 +81,11 @@ impl Connection {
         (!out.closed).then(|| self.socket.get_or_init(|| Socket::new(stream)))
     }
 
+    /// Whether the peer has said who it is.
+    pub(crate) fn greeted(&self) -> bool {
+        self.hello.get().is_some()
+    }
+
     pub(crate) fn peer_worker(&self) -> String {
         self.hello
             .get()

@@ -130,6 +130,11 @@ impl Untrusted {
         error.get_ref()?.downcast_ref()
     }
 
+    /// Whether it has shown nothing by which it could be of this cluster.
+    pub(crate) fn is_of_a_stranger(&self) -> bool {
+        matches!(self, Self::Plain | Self::Secured | Self::Handshake(_))
+    }
+
     /// What the peer is told of it.
     pub(crate) fn to_peer(&self) -> String {
         match self {

@@ -47,6 +47,7 @@ impl Shared {
             if core.inbound() >= self.settings.max_connections {
                 continue;
             }
+            core.make_room(self.settings.max_greeting);
             let connection = core.new_connection(true);
             drop(core);
             let made = Arc::clone(&connection);
@@ -218,6 +219,10 @@ impl Shared {
             }
             return Err(error);
         }
+        // Those that greet do not count before.
+        if self.lock().inbound() > self.settings.max_connections {
+            return Err(invalid("too many connections"));
+        }
         // Ahead of whatever is queued.
         socket.write_all(&frame::encode(self.hello()))?;
         self.start_writer(connection)?;
@@ -259,10 +264,10 @@ impl Shared {
             return Ok(());
         };
         self.secure(socket)?;
-        // Ahead of whatever is queued: an abort may wait there already.
         socket.write_all(&frame::encode(self.hello()))?;
-        self.start_writer(connection)?;
+        // What is queued waits until the peer has said who it is: an abort may be there.
         self.meet(connection, socket, socket)?;
+        self.start_writer(connection)?;
         if let Some(hello) = connection.hello.get() {
             self.map_peer(connection, hello);
         }
@@ -304,11 +309,20 @@ impl Shared {
     fn lost(&self, connection: &Arc<Connection>, result: io::Result<()>) {
         connection.close();
         let error = result.err();
-        let untrusted = error.as_ref().and_then(Untrusted::of).is_some();
+        let untrusted = error.as_ref().and_then(Untrusted::of);
+        let stranger = connection.inbound && untrusted.is_some_and(Untrusted::is_of_a_stranger);
+        let untrusted = untrusted.is_some();
         let why = error.map(|error| error.to_string()).unwrap_or_default();
-        if untrusted {
-            let inbound = connection.inbound;
-            tracing::warn!(event = "transfer_untrusted", inbound, error = why);
+        let untold = stranger.then(|| self.lock().strangers.came(Instant::now()));
+        match (untrusted, untold) {
+            (_, Some(Some(untold))) => {
+                tracing::warn!(event = "transfer_stranger", untold, error = why);
+            }
+            (true, None) => {
+                let inbound = connection.inbound;
+                tracing::warn!(event = "transfer_untrusted", inbound, error = why);
+            }
+            (_, Some(None)) | (false, None) => {}
         }
         let mut core = self.lock();
         core.figures.untrusted += u64::from(untrusted);

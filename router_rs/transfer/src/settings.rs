@@ -67,8 +67,11 @@ pub struct Settings {
     pub idle_timeout: Duration,
     /// Transfers at a time, each direction.
     pub max_transfers: usize,
-    /// Connections from peers at a time.
+    /// Connections from peers at a time that have said who they are.
     pub max_connections: usize,
+    /// Connections at a time that have yet to say so, for which they have
+    /// `connect_timeout`: the one that has taken the longest makes room for a new one.
+    pub max_greeting: usize,
     /// Threads that copy and hash. 0: half of the cores, 1 to 4.
     pub copy_threads: usize,
     /// Proof of belonging to the cluster. `None`: none is asked for.
@@ -94,6 +97,7 @@ impl Default for Settings {
             idle_timeout: Duration::from_secs(30),
             max_transfers: 4096,
             max_connections: 1024,
+            max_greeting: 128,
             copy_threads: 0,
             proof: None,
             tls: None,

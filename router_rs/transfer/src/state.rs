@@ -135,6 +135,31 @@ impl Timers {
     }
 }
 
+/// Shortest time between two lines of the log about strangers.
+const STRANGERS_TOLD: Duration = Duration::from_secs(10);
+
+/// Those that came and never showed that they are of this cluster: whoever reaches the port
+/// can be as many of them as it likes, so that not each is worth a line.
+#[derive(Debug, Default)]
+pub(crate) struct Strangers {
+    told: Option<Instant>,
+    since: u64,
+}
+
+impl Strangers {
+    /// One more. Where it is time for a line: how many came since the last one, and were
+    /// not told of.
+    pub(crate) fn came(&mut self, now: Instant) -> Option<u64> {
+        let early = |told: Instant| now.saturating_duration_since(told) < STRANGERS_TOLD;
+        if self.told.is_some_and(early) {
+            self.since += 1;
+            return None;
+        }
+        self.told = Some(now);
+        Some(std::mem::take(&mut self.since))
+    }
+}
+
 /// All of it.
 #[derive(Default)]
 pub(crate) struct Core {
@@ -145,6 +170,7 @@ pub(crate) struct Core {
     pub(crate) outbound: HashMap<String, Outbound>,
     pub(crate) timers: Timers,
     pub(crate) figures: Figures,
+    pub(crate) strangers: Strangers,
     events: VecDeque<Event>,
     woken: bool,
     next_connection: u64,
@@ -163,11 +189,26 @@ impl Core {
         connection
     }
 
+    /// Connections of peers that have said who they are.
     pub(crate) fn inbound(&self) -> usize {
-        self.connections
-            .values()
-            .filter(|connection| connection.inbound)
+        let all = self.connections.values();
+        all.filter(|connection| connection.inbound && connection.greeted())
             .count()
+    }
+
+    /// Makes room for a peer that has yet to say who it is: beside as many as may be, that
+    /// one is closed which has taken the longest. Its thread ends by itself.
+    pub(crate) fn make_room(&mut self, most: usize) {
+        let all = self.connections.values();
+        let greeting = all.filter(|connection| connection.inbound && !connection.greeted());
+        let numbers: Vec<u64> = greeting.map(|connection| connection.number).collect();
+        if numbers.len() < most {
+            return;
+        }
+        let oldest = numbers.into_iter().min();
+        if let Some(oldest) = oldest.and_then(|oldest| self.connections.remove(&oldest)) {
+            oldest.close();
+        }
     }
 
     /// Queues an event. One that tells of progress replaces the one before it
@@ -285,5 +326,22 @@ impl Core {
             }
         }
         residue
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strangers_have_one_line_in_a_while() {
+        let (mut strangers, now) = (Strangers::default(), Instant::now());
+        let after = |s| now + Duration::from_secs(s);
+        assert_eq!(strangers.came(now), Some(0), "the first one at once");
+        assert_eq!(strangers.came(after(1)), None);
+        assert_eq!(strangers.came(after(9)), None);
+        assert_eq!(strangers.came(after(10)), Some(2));
+        assert_eq!(strangers.came(after(19)), None);
+        assert_eq!(strangers.came(after(60)), Some(1));
     }
 }

@@ -125,6 +125,18 @@ fn node(
     shared_memory: bool,
     tls: Option<Arc<dyn PeerTls>>,
 ) -> (Arc<KvPool>, TransferNode) {
+    let shipped = Settings::default();
+    let bounds = (shipped.max_connections, shipped.max_greeting);
+    bounded_node(name, shared_memory, tls, bounds)
+}
+
+/// One with so many connections of peers, and of those that have yet to greet.
+fn bounded_node(
+    name: &str,
+    shared_memory: bool,
+    tls: Option<Arc<dyn PeerTls>>,
+    (max_connections, max_greeting): (usize, usize),
+) -> (Arc<KvPool>, TransferNode) {
     let pool = Arc::new(KvPool::new(BLOCKS, BLOCK_BYTES as u64, false).unwrap());
     let settings = Settings {
         worker_id: name.into(),
@@ -136,6 +148,8 @@ fn node(
         copy_threads: 2,
         proof: Some(Arc::new(OneToken)),
         tls,
+        max_connections,
+        max_greeting,
         ..Settings::default()
     };
     let node = TransferNode::start(Arc::clone(&pool), settings).unwrap();
@@ -370,4 +384,49 @@ fn a_close_while_hands_are_shaken_ends_all_threads() {
     }
     b.close();
     assert_eq!(b.residue().connections, 0);
+}
+
+#[test]
+fn who_has_not_greeted_takes_no_place_of_those_who_have() {
+    let authority = Authority::new();
+    let tls = |name| Some(authority.worker(name));
+    let a = bounded_node("a", false, tls("a"), (1, 2));
+    let (b, c) = (node("b", false, tls("b")), node("c", false, tls("c")));
+    let stranger = |_| TcpStream::connect(a.1.address()).unwrap();
+    let mut strangers: Vec<TcpStream> = (0..4).map(stranger).collect();
+    // Of four that say nothing those that came first make room.
+    for gone in &mut strangers[..2] {
+        assert_eq!(gone.read(&mut [0]).unwrap_or(0), 0);
+    }
+    assert!(!hand_off(&a, &b, a.1.address(), TransferId([4; 16])));
+    // The place of those who have greeted is taken.
+    pull(&c.1, TransferId([5; 16]), a.1.address(), "a", &[0]);
+    failure(&c.1);
+    assert!(!hand_off(&a, &b, a.1.address(), TransferId([6; 16])));
+    assert!(a.1.residue().connections <= 3);
+    a.1.close();
+    for gone in &mut strangers[2..] {
+        assert_eq!(gone.read(&mut [0]).unwrap_or(0), 0);
+    }
+}
+
+#[test]
+fn what_waits_for_a_connection_does_not_go_to_who_has_not_said_who_it_is() {
+    let somebody = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = somebody.local_addr().unwrap().to_string();
+    let (_, b) = node("b", false, None);
+    let id = TransferId([7; 16]);
+    pull(&b, id, &address, "a", &[0]);
+    let (mut peer, _) = somebody.accept().unwrap();
+    let mut len = [0; 4];
+    peer.read_exact(&mut len).unwrap();
+    let mut hello = vec![0; u32::from_le_bytes(len) as usize];
+    peer.read_exact(&mut hello).unwrap();
+    assert!(b.abort(id, Reason::Cancelled, "the name of somebody's request"));
+    failure(&b);
+    // It never says it.
+    peer.shutdown(Shutdown::Write).unwrap();
+    let mut heard = Vec::new();
+    peer.read_to_end(&mut heard).unwrap();
+    assert!(heard.is_empty(), "{heard:?}");
 }

@@ -194,7 +194,7 @@ class Continuation(_message.Message):
     def __init__(self, model: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., output_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[int] = ..., grammar: _Optional[_Union[_inference_pb2.Grammar, _Mapping]] = ..., request_class: _Optional[_Union[_inference_pb2.RequestClass, str]] = ..., virtual_deadline_ms: _Optional[float] = ..., deadline_ms: _Optional[float] = ..., waited_ms: _Optional[float] = ..., cache_salt: _Optional[str] = ..., adapter: _Optional[str] = ..., itl_target_ms: _Optional[float] = ...) -> None: ...
 
 class ResumeState(_message.Message):
-    __slots__ = ("continuation", "text", "request_id", "ttft_target_ms", "expected_output_tokens", "placements", "trace")
+    __slots__ = ("continuation", "text", "request_id", "ttft_target_ms", "expected_output_tokens", "placements", "trace", "traceparent")
     CONTINUATION_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -202,6 +202,7 @@ class ResumeState(_message.Message):
     EXPECTED_OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PLACEMENTS_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     continuation: Continuation
     text: ResumeText
     request_id: str
@@ -209,7 +210,8 @@ class ResumeState(_message.Message):
     expected_output_tokens: int
     placements: bool
     trace: bool
-    def __init__(self, continuation: _Optional[_Union[Continuation, _Mapping]] = ..., text: _Optional[_Union[ResumeText, _Mapping]] = ..., request_id: _Optional[str] = ..., ttft_target_ms: _Optional[float] = ..., expected_output_tokens: _Optional[int] = ..., placements: bool = ..., trace: bool = ...) -> None: ...
+    traceparent: str
+    def __init__(self, continuation: _Optional[_Union[Continuation, _Mapping]] = ..., text: _Optional[_Union[ResumeText, _Mapping]] = ..., request_id: _Optional[str] = ..., ttft_target_ms: _Optional[float] = ..., expected_output_tokens: _Optional[int] = ..., placements: bool = ..., trace: bool = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class ResumeText(_message.Message):
     __slots__ = ("special_tokens", "stop", "include_stop", "kept_special_tokens")

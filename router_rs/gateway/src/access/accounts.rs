@@ -87,18 +87,26 @@ impl Accounts {
         // No more than may ever be owed at the new one.
         (account.owed, account.at, account.rate) = (owed.min(most), now, rate);
         if rate > 0.0 {
-            let over = account.owed + f64::from(count) - most;
-            // Sums of such parts are not exact.
-            if over > 1e-9 {
-                return Err(OverLimit {
-                    what: "too many requests a second",
-                    wait: retry_after(over / rate * 1e3),
-                });
+            let owes = account.owed + f64::from(count);
+            if let Some(over) = over_rate(owes, most, rate) {
+                return Err(over);
             }
-            account.owed += f64::from(count);
+            account.owed = owes;
         }
         account.open += count;
         Ok(())
+    }
+
+    /// Whether the rate alone would refuse one more request. Nothing is counted.
+    pub(super) fn over_rate(
+        &self,
+        tenant: u128,
+        limits: &TenantLimits,
+        now: Instant,
+    ) -> Option<OverLimit> {
+        let most = limits.burst()?;
+        let owed = self.of.get(&tenant)?.owed_at(now).min(most);
+        over_rate(owed + 1.0, most, limits.requests_per_second)
     }
 
     /// A request that came was none, as part of a call that was refused.
@@ -131,6 +139,16 @@ impl Accounts {
             .retain(|_, account| account.open > 0 || account.owed_at(now) > 0.0);
         self.sweep_at = 2 * self.of.len();
     }
+}
+
+/// That so many requests are more than may stand there at this rate.
+fn over_rate(owed: f64, most: f64, rate: f64) -> Option<OverLimit> {
+    let over = owed - most;
+    // Sums of such parts are not exact.
+    (over > 1e-9).then(|| OverLimit {
+        what: "too many requests a second",
+        wait: retry_after(over / rate * 1e3),
+    })
 }
 
 #[cfg(test)]
@@ -269,5 +287,23 @@ mod tests {
         }
         assert!(accounts.of.len() <= FEW, "{}", accounts.of.len());
         assert_eq!(accounts.of[&0].open, 1);
+    }
+
+    #[test]
+    fn a_rate_can_be_looked_at_and_costs_nothing() {
+        let (mut accounts, now) = (Accounts::default(), Instant::now());
+        let both = limits(2.0, 1);
+        let over = |accounts: &Accounts, now| accounts.over_rate(1, &both, now);
+        assert_eq!(over(&accounts, now), None);
+        accounts.enter(1, &both, 1, now).expect("there is room");
+        for _ in 0..9 {
+            assert_eq!(over(&accounts, now), None, "places do not count");
+        }
+        let in_place = limits(2.0, 0);
+        accounts.enter(1, &in_place, 1, now).expect("there is room");
+        let told = over(&accounts, now).expect("two are a second's");
+        assert_eq!(told.what, "too many requests a second");
+        assert_eq!(over(&accounts, now + ms(500)), None);
+        assert_eq!(accounts.over_rate(1, &limits(0.0, 1), now), None);
     }
 }

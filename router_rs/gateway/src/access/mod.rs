@@ -247,6 +247,16 @@ impl Access {
         Ok(self.visit(caller, now))
     }
 
+    /// Whether the tenant's rate leaves room for one more request, whatever it has open.
+    /// Counts nothing.
+    ///
+    /// # Errors
+    /// [`RequestError::TenantLimit`].
+    pub(crate) fn has_rate(&self, caller: &Caller, now: Instant) -> Result<(), RequestError> {
+        let over = lock(&self.accounts).over_rate(caller.tenant, &caller.limits, now);
+        over.map_or(Ok(()), |over| Err(over.into()))
+    }
+
     /// Counts all answers of a call that has entered with the first, so many in
     /// all. They enter together: where they cannot, the first has cost nothing
     /// either. `field` is what to blame where there are too many for any time.
@@ -288,10 +298,7 @@ impl Access {
             return Ok(());
         }
         let entered = lock(&self.accounts).enter(caller.tenant, limits, requests, now);
-        entered.map_err(|OverLimit { what, wait }| RequestError::TenantLimit {
-            what,
-            retry_after: wait,
-        })
+        entered.map_err(RequestError::from)
     }
 
     /// What ends a request that was counted.
@@ -331,6 +338,15 @@ impl Access {
             }
         };
         tokio::join!(keys, signers);
+    }
+}
+
+impl From<OverLimit> for RequestError {
+    fn from(OverLimit { what, wait }: OverLimit) -> Self {
+        Self::TenantLimit {
+            what,
+            retry_after: wait,
+        }
     }
 }
 

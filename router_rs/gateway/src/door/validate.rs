@@ -408,6 +408,7 @@ pub(super) fn admit(
     Ok(AdmittedRequest {
         request_id: call.request_id.clone(),
         traceparent: call.traceparent.clone(),
+        resumes: String::new(),
         tracestate: call.tracestate.clone(),
         baggage: call.baggage.clone(),
         model: model.record.name.clone(),

@@ -41,6 +41,7 @@ pub(super) fn resume_state(request: &AdmittedRequest, placed: &v1::Continuation)
         expected_output_tokens: request.expected_output_tokens,
         placements: request.placements,
         trace: request.trace,
+        traceparent: request.traceparent.clone(),
     };
     match state.encoded_len() {
         ..=MAX_RESUME_STATE => state.encode_to_vec().into(),

@@ -63,7 +63,7 @@ pub(crate) use open::Traced;
 pub use operate::MeshError;
 pub use policy::{COST, POLICIES, PolicySettings, SCORED};
 pub(crate) use session::text_of;
-pub use settings::MeshSettings;
+pub use settings::{MeshSettings, StreamSettings};
 pub use stream::GenerationStream;
 
 use crate::{error::RequestError, request::AdmittedRequest, telemetry::Histogram};
@@ -383,6 +383,7 @@ impl Mesh {
     pub fn explain(&self, id: &str) -> Option<v1::ExplainResponse> {
         let (core, id) = (&self.core, GenerationId::from_hex(id)?);
         let waits = core.dispatcher.waits.explain(id);
+        let waits = waits.or_else(|| core.opened(id)?.put_off());
         let known = core.decisions.explain(id, |worker| core.table.name(worker));
         let Some((waiting, predicted_wait_ms)) = waits else {
             return known;

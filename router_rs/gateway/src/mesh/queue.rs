@@ -62,7 +62,7 @@ impl Waiting {
         Self {
             open: Arc::clone(open),
             request,
-            since: Instant::now(),
+            since: open.asks_since(),
             stayed: (0, ""),
         }
     }

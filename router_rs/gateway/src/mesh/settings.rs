@@ -41,8 +41,6 @@ pub struct MeshSettings {
     pub dispatch_interval: Duration,
     /// A worker has to answer a placement within this.
     pub answer_timeout: Duration,
-    /// What workers have for their answers to Find, and again to Claim.
-    pub takeover_timeout: Duration,
     /// Decode has to bring a token within this after prefill's session broke, and
     /// a resumable generation whose client's connection is gone is kept for so long.
     pub orphan_timeout: Duration,
@@ -57,6 +55,36 @@ pub struct MeshSettings {
     pub decisions_kept: usize,
     /// Which policy chooses, and how what waits is served.
     pub policy: PolicySettings,
+    /// How streams go on elsewhere.
+    pub streams: StreamSettings,
+}
+
+/// Bounds of streams that go on at another worker or router.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StreamSettings {
+    /// Streams of a worker that is left that are on their way at once. Each then has
+    /// little left to move soon, so that few tokens are made meanwhile.
+    pub hand_overs_at_once: usize,
+    /// Hand-overs of one stream that may fail in a row before it stays where it is.
+    pub hand_over_tries: u32,
+    /// Calls of Resume that a tenant may make a second, as many as a second's at once: a
+    /// frame to each worker for each. 0: any.
+    pub tenant_resumes_per_s: f64,
+    /// Longest wait for what workers answer to Find, and again to Claim.
+    pub resume_timeout: Duration,
+}
+
+impl Default for StreamSettings {
+    fn default() -> Self {
+        Self {
+            hand_overs_at_once: 4,
+            hand_over_tries: 6,
+            // A router that is lost with a thousand streams of one tenant has them all
+            // resumed at once.
+            tenant_resumes_per_s: 1_000.0,
+            resume_timeout: Duration::from_secs(1),
+        }
+    }
 }
 
 impl Default for MeshSettings {
@@ -77,13 +105,13 @@ impl Default for MeshSettings {
             dispatch_tries: 32,
             dispatch_interval: Duration::from_millis(5),
             answer_timeout: Duration::from_secs(10),
-            takeover_timeout: Duration::from_secs(1),
             orphan_timeout: Duration::from_secs(10),
             reattach_grace: Duration::from_millis(250),
             quarantine_time: Duration::from_secs(300),
             tokenizer_retry: (Duration::from_millis(250), Duration::from_secs(30)),
             decisions_kept: 4_096,
             policy: PolicySettings::default(),
+            streams: StreamSettings::default(),
         }
     }
 }

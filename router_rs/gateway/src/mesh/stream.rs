@@ -32,6 +32,8 @@ pub struct GenerationStream {
     /// Its connection is gone: the generation goes on for a while, with what its tenant's
     /// limit counts of it.
     left: Option<Option<Visit>>,
+    /// When the call came that goes on with another one's generation.
+    resumed: Option<Instant>,
     accepted: Option<v1::Accepted>,
     /// `None` where the request wants no text.
     text: Option<TextStream>,
@@ -63,7 +65,9 @@ impl GenerationStream {
         asked: &ResumeAsked,
     ) -> Self {
         let had = open.output_until(asked.next_index);
-        Self::after(open, reader, text, &had)
+        let mut stream = Self::after(open, reader, text, &had);
+        stream.resumed = Some(asked.arrived);
+        stream
     }
 
     fn after(open: Arc<Open>, reader: u32, text: Option<TextStream>, had: &[u32]) -> Self {
@@ -83,6 +87,7 @@ impl GenerationStream {
             open,
             reader,
             left: None,
+            resumed: None,
             accepted: Some(accepted),
             text,
             pending: Batch::default(),
@@ -146,7 +151,24 @@ impl GenerationStream {
 
     /// What it was until now, for its spans.
     pub(crate) fn traced(&self) -> Traced {
-        self.open.traced(self.delivered)
+        let traced = self.open.traced(self.delivered);
+        match self.resumed {
+            // What was before is told by the call that it was then.
+            Some(since) => traced.since(self.open.request.arrived, since),
+            None => traced,
+        }
+    }
+
+    /// W3C trace context of the request that its call goes on with.
+    pub(crate) fn goes_on_with(&self) -> Option<&str> {
+        self.resumed?;
+        let request = &self.open.request;
+        let of = match self.reader {
+            // It was another router's.
+            0 => &request.resumes,
+            _ => &request.traceparent,
+        };
+        (!of.is_empty()).then_some(of)
     }
 
     /// What it is held to, by its class or its own hints.

@@ -54,6 +54,9 @@ struct View {
     away: Instant,
     /// Nobody listened at its address when it was dialled last.
     refused: bool,
+    /// Since when it owes an answer to Find over this session: the first that was sent
+    /// after its last answer. It answers them in order.
+    owes: Option<Instant>,
 }
 
 impl WorkerEntry {
@@ -73,6 +76,7 @@ impl WorkerEntry {
             session: None,
             away: Instant::now(),
             refused: false,
+            owes: None,
         };
         Self {
             index,
@@ -128,7 +132,7 @@ impl WorkerEntry {
     pub(super) fn attach(&self, session: Arc<SessionHandle>) {
         let mut view = self.view();
         view.session = Some(session);
-        view.refused = false;
+        (view.refused, view.owes) = (false, None);
     }
 
     pub(super) fn detach(&self) {
@@ -138,21 +142,35 @@ impl WorkerEntry {
         }
     }
 
-    /// Nobody listens at its address: its process has died.
-    pub(super) fn refused(&self) {
-        self.view().refused = true;
+    /// It was dialled in vain, or its session is over. `refused`: nobody listens at its
+    /// address, so that its process has died.
+    pub(super) fn unreached(&self, refused: bool) {
+        self.view().refused = refused;
+    }
+
+    /// It is asked for a generation.
+    pub(super) fn asked(&self, now: Instant) {
+        self.view().owes.get_or_insert(now);
+    }
+
+    /// It said whether it has one.
+    pub(super) fn answered(&self) {
+        self.view().owes = None;
     }
 
     /// Whether a worker that was asked something at `asked`, and has not answered, may do
-    /// so yet: it is not known to have died, has been away for less than `within`, and was
-    /// not heard of since.
+    /// so yet: it is not known to have died, and has been away for less than `within`; or
+    /// it was not heard of since, or has owed an answer for less than that. What it says
+    /// meanwhile may have waited before its answer.
     pub(super) fn may_answer(&self, asked: Instant, now: Instant, within: Duration) -> bool {
         let view = self.view();
-        let away = |since: Instant| now.saturating_duration_since(since) < within;
+        let lately = |since: Instant| now.saturating_duration_since(since) < within;
         match (&view.session, &view.state) {
-            (None, _) => !view.refused && away(view.away),
+            (None, _) => !view.refused && lately(view.away),
             (Some(_), State::Lost(_)) => false,
-            (Some(_), _) => view.heard.is_none_or(|heard| heard <= asked),
+            (Some(_), _) => {
+                view.heard.is_none_or(|heard| heard <= asked) || view.owes.is_none_or(lately)
+            }
         }
     }
 
@@ -455,108 +473,5 @@ impl Table {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn list(workers: &[(&str, &str)]) -> BTreeMap<String, String> {
-        let owned = |(id, at): &(&str, &str)| ((*id).to_owned(), (*at).to_owned());
-        workers.iter().map(owned).collect()
-    }
-
-    #[test]
-    fn a_worker_named_twice_has_one_entry() {
-        let table = Table::default();
-        let fixed = table.add_static("127.0.0.1:1");
-        let added = table
-            .sync(&list(&[("a", "127.0.0.1:1"), ("b", "127.0.0.1:2")]))
-            .added;
-        assert_eq!(added.len(), 1);
-        assert_eq!(added[0].name(), "b");
-        assert!(fixed.status().registered);
-        // Its key goes; its address was given, so it stays.
-        let gone = table.sync(&list(&[])).removed;
-        assert_eq!((gone.len(), gone[0].index), (1, added[0].index));
-        assert!(!fixed.status().registered);
-        assert_eq!(table.all().len(), 1);
-    }
-
-    #[test]
-    fn a_key_that_went_under_a_session_takes_the_entry_with_the_session() {
-        let table = Table::default();
-        let added = table.sync(&list(&[("a", "127.0.0.1:1")])).added;
-        let (session, _commands) = SessionHandle::new();
-        added[0].attach(session);
-        assert!(table.sync(&list(&[])).removed.is_empty());
-        assert!(!table.drop_gone(&added[0]), "its session lives");
-        added[0].detach();
-        assert!(table.drop_gone(&added[0]));
-        assert!(table.all().is_empty());
-        // One that has its key keeps its place without a session.
-        let again = table.sync(&list(&[("a", "127.0.0.1:1")])).added;
-        assert!(!table.drop_gone(&again[0]));
-    }
-
-    #[test]
-    fn a_fixed_address_that_is_a_registered_worker_goes() {
-        let table = Table::default();
-        let fixed = table.add_static("localhost:1");
-        assert!(!table.drop_double(&fixed, "a"));
-        let added = table.sync(&list(&[("a", "127.0.0.1:1")])).added;
-        assert!(!table.drop_double(&added[0], "a"));
-        assert!(table.drop_double(&fixed, "a"));
-        assert_eq!(table.all().len(), 1);
-    }
-
-    #[test]
-    fn who_has_not_answered_is_waited_for_while_it_may_be_alive() {
-        let within = Duration::from_secs(3);
-        let table = Table::default();
-        let entry = table.sync(&list(&[("a", "127.0.0.1:1")])).added.remove(0);
-        let asked = Instant::now();
-        let may = |after: Duration| entry.may_answer(asked, asked + after, within);
-        // It is known of, and was not reached yet.
-        assert!(may(Duration::ZERO) && may(within / 2));
-        assert!(!may(within));
-        entry.refused();
-        assert!(!may(Duration::ZERO));
-        // Somebody came at another address.
-        table.sync(&list(&[("a", "127.0.0.1:2")]));
-        assert!(may(Duration::ZERO));
-        // One that is there, and silent since it was asked.
-        let (session, _commands) = SessionHandle::new();
-        entry.refused();
-        entry.attach(session);
-        entry.heard(asked);
-        assert!(may(within * 9));
-        entry.set_state(State::Lost(Suspicion::Silent));
-        assert!(!may(Duration::ZERO));
-        // One that says other things leaves this unanswered for good.
-        entry.set_state(State::Live);
-        entry.heard(asked + within / 2);
-        assert!(!may(within));
-        // Its session broke: from then on it is away.
-        entry.detach();
-        assert!(may(within));
-        assert!(!may(within + within / 2));
-    }
-
-    #[test]
-    fn a_list_is_waited_for_while_it_may_come() {
-        let (table, within) = (Table::default(), Duration::from_secs(3));
-        assert!(!table.is_unlisted(Instant::now(), within));
-        table.expects_list();
-        assert!(table.is_unlisted(Instant::now(), within));
-        assert!(!table.is_unlisted(Instant::now() + within, within));
-        table.sync(&list(&[]));
-        assert!(!table.is_unlisted(Instant::now(), within));
-    }
-
-    #[test]
-    fn a_new_address_is_taken_over() {
-        let table = Table::default();
-        let added = table.sync(&list(&[("a", "127.0.0.1:1")])).added;
-        let again = table.sync(&list(&[("a", "127.0.0.1:2")]));
-        assert!(again.added.is_empty() && again.removed.is_empty());
-        assert_eq!(added[0].address(), "127.0.0.1:2");
-    }
-}
+#[path = "table_tests.rs"]
+mod tests;

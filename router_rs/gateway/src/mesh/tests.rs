@@ -44,7 +44,10 @@ fn settings(workers: &[&MockWorker]) -> MeshSettings {
             cost,
             ..shipped.policy
         },
-        takeover_timeout: LIMIT,
+        streams: StreamSettings {
+            resume_timeout: LIMIT,
+            ..shipped.streams
+        },
         ..shipped
     }
 }
@@ -95,6 +98,7 @@ pub(super) fn request(prompt: &[u32], max_tokens: u32) -> AdmittedRequest {
     AdmittedRequest {
         request_id: "test".to_owned(),
         traceparent: String::new(),
+        resumes: String::new(),
         tracestate: String::new(),
         baggage: String::new(),
         model: "mock".to_owned(),

@@ -2,10 +2,12 @@
 //! panic of ours, and a peer that is another machine.
 #![allow(clippy::unwrap_used)]
 
-use std::{convert::Infallible, net::SocketAddr, sync::Arc};
+use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
-use http_body_util::{BodyExt, Full};
-use hyper::{server::conn::http2, service::service_fn};
+use bytes::Bytes;
+use futures_util::stream;
+use http_body_util::{BodyExt, Full, StreamBody};
+use hyper::{body::Frame, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use kvmesh_rpc::v1::{admin_client::AdminClient, inference_client::InferenceClient};
 use kvmesh_testkit::mock::{MockConfig, MockWorker};
@@ -45,6 +47,11 @@ struct Served {
 
 impl Served {
     async fn for_peer(peer: SocketAddr) -> Self {
+        Self::with(peer, &json!({})).await
+    }
+
+    /// With more settings.
+    async fn with(peer: SocketAddr, more: &serde_json::Value) -> Self {
         let worker = MockWorker::start(MockConfig {
             step: std::time::Duration::from_millis(1),
             ..MockConfig::default()
@@ -53,6 +60,7 @@ impl Served {
         let mut layers = Layers::default();
         let settings = json!({"workers": [worker.addr().to_string()]});
         layers.add_json("test", &settings.to_string()).unwrap();
+        layers.add_json("test", &more.to_string()).unwrap();
         let settings = Settings::resolve(&layers).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -186,6 +194,39 @@ async fn a_panic_behind_plain_http_ends_one_call_with_an_id_that_the_log_has() {
         assert_eq!(panic_of(&lines, id).as_deref(), Some("planted"));
     }
     assert_eq!(complete(&served, "other", false).await.0, 200);
+}
+
+/// A call of Resume of which nothing comes after its headers; its gRPC status.
+async fn resume_without_a_word(served: &Served) -> String {
+    let nothing = stream::pending::<Result<Frame<Bytes>, Infallible>>();
+    let asked = http::Request::post("http://router/kvmesh.v1.Inference/Resume")
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .body(tonic::body::Body::new(StreamBody::new(nothing)))
+        .unwrap();
+    let answer = served.channel.clone().oneshot(asked);
+    let answer = tokio::time::timeout(Duration::from_secs(20), answer).await;
+    let answer = answer.expect("it is answered unread").unwrap();
+    let status = answer.headers().get("grpc-status").unwrap();
+    status.to_str().unwrap().to_owned()
+}
+
+#[tokio::test]
+async fn a_call_of_resume_over_a_rate_of_its_tenant_is_refused_unread() {
+    for rate in ["tenant_resumes_per_s", "tenant_requests_per_s"] {
+        let peer = SocketAddr::from(([127, 0, 0, 1], 1));
+        // One, and no more for a quarter of an hour.
+        let served = Served::with(peer, &json!({rate: 0.001})).await;
+        let mut client = InferenceClient::new(served.channel.clone());
+        let first = client.resume(v1::ResumeRequest {
+            generation_id: "07".repeat(16),
+            ..v1::ResumeRequest::default()
+        });
+        let unknown = first.await.map(|_| ()).unwrap_err();
+        assert_eq!(unknown.code(), Code::NotFound, "{unknown}");
+        let exhausted = (Code::ResourceExhausted as i32).to_string();
+        assert_eq!(resume_without_a_word(&served).await, exhausted, "{rate}");
+    }
 }
 
 #[tokio::test]

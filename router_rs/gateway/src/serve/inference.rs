@@ -14,14 +14,14 @@ use super::{
     generation::{Asked, Generation},
     grpc,
     resume::resumed,
-    service::{Call, Shared},
+    service::{Call, GENERATE, RESUME, Shared},
 };
 use crate::{
     access::{Caller, Visit},
     door::{CallMetadata, Refused},
     error::RequestError,
     mesh::GenerationStream,
-    telemetry::Step,
+    telemetry::{RequestSpan, Step},
 };
 
 /// Answers a call of `kvmesh.v1.Inference`; `None` for an unknown method.
@@ -59,7 +59,9 @@ pub(super) async fn call(
 }
 
 async fn generate(shared: &Arc<Shared>, call: Call) -> Response<ResponseBody> {
-    streamed(shared, "Generate", call, async |call, caller| {
+    let back = call.metadata.headers();
+    let begun = shared.begin(call);
+    streamed(shared, GENERATE, (begun, back), async |call, caller| {
         let visit = shared.visit(&caller, call.metadata)?;
         let Reading {
             headers,
@@ -75,8 +77,10 @@ async fn generate(shared: &Arc<Shared>, call: Call) -> Response<ResponseBody> {
 }
 
 async fn resume(shared: &Arc<Shared>, call: Call) -> Response<ResponseBody> {
-    streamed(shared, "Resume", call, async |call, caller| {
-        let visit = shared.visit(&caller, call.metadata);
+    let back = call.metadata.headers();
+    let begun = shared.begin_resume(call);
+    streamed(shared, RESUME, (begun, back), async |call, caller| {
+        let visit = may_resume(shared, &caller, call.metadata)?;
         let Reading {
             headers,
             body,
@@ -84,7 +88,7 @@ async fn resume(shared: &Arc<Shared>, call: Call) -> Response<ResponseBody> {
             end,
         } = call;
         let request = shared.door.read(headers, body).await?;
-        let (asked, _permit) = resumed(request, metadata, &caller)?;
+        let (asked, _permit) = resumed(request, metadata, &caller, shared.share())?;
         let visit = match visit {
             // What it goes on with here goes: that makes room for it.
             Err(_) if shared.mesh.has(&asked) => {
@@ -100,6 +104,24 @@ async fn resume(shared: &Arc<Shared>, call: Call) -> Response<ResponseBody> {
     .await
 }
 
+/// Refuses a call of Resume by its tenant's rates before anything of it is read. Gives its
+/// place among its tenant's requests, or why it has none: what it goes on with may be one of
+/// them, which only the call itself says.
+fn may_resume(
+    shared: &Shared,
+    caller: &Caller,
+    call: &CallMetadata,
+) -> Result<Result<Visit, Refused>, Refused> {
+    let tenant = |error| (Step::Tenant, error);
+    let visit = shared.visit(caller, call);
+    if visit.is_err() {
+        let rate = shared.access.has_rate(caller, call.arrived);
+        rate.map_err(tenant)?;
+    }
+    shared.mesh.may_resume(caller.tenant).map_err(tenant)?;
+    Ok(visit)
+}
+
 /// What is left to be read of a call.
 struct Reading<'a> {
     headers: &'a HeaderMap,
@@ -108,20 +130,19 @@ struct Reading<'a> {
     end: &'a CallEnd,
 }
 
-/// A call that is answered by a generation, which `open` gives.
+/// A call that is answered by a generation, which `open` gives; `back`: what is told to its
+/// client beside that.
 async fn streamed(
     shared: &Arc<Shared>,
     method: &'static str,
-    call: Call,
+    ((call, mut span), mut back): ((Call, Option<RequestSpan>), HeaderMap),
     open: impl AsyncFnOnce(Reading<'_>, Caller) -> Result<(GenerationStream, Visit), Refused>,
 ) -> Response<ResponseBody> {
-    let back = call.metadata.headers();
     let caller = shared.caller(&call);
-    let (call, span) = shared.begin(call);
     let Call {
         headers,
         body,
-        metadata,
+        mut metadata,
         end,
         ..
     } = call;
@@ -135,8 +156,14 @@ async fn streamed(
         };
         open(reading, caller).await
     };
-    match opened.await {
+    let opened = opened.await;
+    match opened {
         Ok((stream, visit)) => {
+            if let Some(of) = stream.goes_on_with()
+                && shared.goes_on(of, &mut metadata, span.as_mut())
+            {
+                back = metadata.headers();
+            }
             let telemetry = Arc::clone(&shared.telemetry);
             let asked = Asked {
                 method,

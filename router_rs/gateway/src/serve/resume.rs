@@ -8,10 +8,11 @@ use crate::{
     door::{Admitted, CallMetadata, Permit, Refused},
     error::RequestError,
     mesh::ResumeAsked,
-    telemetry::Step,
+    telemetry::{Share, Step},
 };
 
 /// The call, and the permit for its bytes: its ids live as long as it waits for workers.
+/// `share`: of the traces that this router exports.
 ///
 /// # Errors
 /// What is wrong with it. An id that cannot be one is unknown like any other.
@@ -19,6 +20,7 @@ pub(super) fn resumed(
     request: Admitted<v1::ResumeRequest>,
     call: &CallMetadata,
     caller: &Caller,
+    share: Option<Share>,
 ) -> Result<(ResumeAsked, Permit), Refused> {
     let (request, permit) = request.split();
     let given = request.token_ids.len();
@@ -38,10 +40,13 @@ pub(super) fn resumed(
         token_ids: request.token_ids.into(),
         tenant: caller.tenant,
         admin: caller.operates,
+        request_id: call.request_id.clone(),
         traceparent: call.traceparent.clone(),
         tracestate: call.tracestate.clone(),
         baggage: call.baggage.clone(),
+        has_parent: call.has_parent,
         traced: call.traced,
+        share,
         arrived: call.arrived,
         deadline: call.deadline,
     };

@@ -22,9 +22,13 @@ use crate::{
     error::RequestError,
     mesh::{Mesh, text_of},
     settings::ParserSettings,
-    telemetry::{Exposition, RequestSpan, Spans, Step, Telemetry},
+    telemetry::{Exposition, RequestSpan, Share, Spans, Step, Telemetry, goes_on_below},
     vllm::{self, Vllm},
 };
+
+/// Calls that open a generation, or go on with one.
+pub(super) const GENERATE: &str = "Generate";
+pub(super) const RESUME: &str = "Resume";
 
 /// What is told of this router.
 pub(crate) struct RouterFacts {
@@ -114,11 +118,48 @@ impl Shared {
         Ok((caller, visit))
     }
 
-    /// A call that begins, with its span where spans are exported.
+    /// A call for a generation that begins, with its span where spans are exported.
     pub(crate) fn begin(&self, mut call: Call) -> (Call, Option<RequestSpan>) {
         let spans = self.spans.as_ref();
-        let span = spans.and_then(|spans| spans.begin(&mut call.metadata));
+        let span = spans.and_then(|spans| spans.begin(&mut call.metadata, GENERATE, false));
         (call, span)
+    }
+
+    /// The same of a call of Resume.
+    pub(super) fn begin_resume(&self, mut call: Call) -> (Call, Option<RequestSpan>) {
+        let spans = self.spans.as_ref();
+        let span = spans.and_then(|spans| spans.begin(&mut call.metadata, RESUME, true));
+        (call, span)
+    }
+
+    /// Which traces are exported; `None`: none.
+    pub(super) fn share(&self) -> Option<Share> {
+        self.spans.as_ref().map(Spans::share)
+    }
+
+    /// A call goes on with a request whose span is `of`: it is part of that one's trace, or
+    /// linked to it where its client gave it another one. Whether its trace changed.
+    pub(super) fn goes_on(
+        &self,
+        of: &str,
+        call: &mut CallMetadata,
+        span: Option<&mut RequestSpan>,
+    ) -> bool {
+        if call.has_parent {
+            if let Some(span) = span {
+                span.links(of);
+            }
+            return false;
+        }
+        let Some((traceparent, exported)) = goes_on_below(of, &call.traceparent, self.share())
+        else {
+            return false;
+        };
+        if let Some(span) = span {
+            span.goes_on_below(of, call, exported);
+        }
+        (call.traceparent, call.traced) = (traceparent, exported);
+        true
     }
 
     /// A call's place among its tenant's requests.

@@ -1,13 +1,16 @@
 //! Every setting of a router: name, kind, default, bounds, meaning.
 
+mod streams;
 mod trust;
 
 use super::key::{GIB, HOUR, Key, Kind, key};
 use crate::mesh::POLICIES;
+use streams::STREAMS;
 use trust::TRUST;
 
 /// All settings of a router.
-pub const KEYS: &[Key] = &joined::<{ ROUTER.len() + TRUST.len() }>(&[ROUTER, TRUST]);
+pub const KEYS: &[Key] =
+    &joined::<{ ROUTER.len() + STREAMS.len() + TRUST.len() }>(&[ROUTER, STREAMS, TRUST]);
 
 /// Tables as one.
 const fn joined<const N: usize>(tables: &[&[Key]]) -> [Key; N] {

@@ -10,6 +10,7 @@ mod keys;
 mod otlp;
 mod parsers;
 mod policy;
+mod streams;
 mod trust;
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
@@ -21,7 +22,7 @@ pub use keys::KEYS;
 pub use parsers::ParserSettings;
 pub use trust::JwtSettings;
 
-use crate::mesh::{MeshSettings, PolicySettings};
+use crate::mesh::{MeshSettings, PolicySettings, StreamSettings};
 
 /// A setting that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -278,6 +279,7 @@ pub struct Settings {
     pub worker_keep_alive: Duration,
     pub decisions_kept: usize,
     pub policy: PolicySettings,
+    pub streams: StreamSettings,
     pub drain_delay: Duration,
     pub grace: Duration,
     pub log_format: String,
@@ -365,6 +367,7 @@ impl Settings {
             worker_keep_alive: layers.duration("worker_keep_alive"),
             decisions_kept: size("decisions_kept"),
             policy: policy::of(layers),
+            streams: StreamSettings::of(layers),
             drain_delay: layers.duration("drain_delay"),
             grace: layers.duration("grace"),
             log_format: layers.text("log_format"),
@@ -424,6 +427,7 @@ impl Settings {
             quarantine_time: self.quarantine_time,
             decisions_kept: self.decisions_kept,
             policy: self.policy.clone(),
+            streams: self.streams,
             ..MeshSettings::default()
         }
     }

@@ -14,7 +14,7 @@ pub(crate) use collector::Exposition;
 pub(crate) use goodput::{ClassEnd, HeldTo, Took};
 pub(crate) use histogram::Histogram;
 pub use log::init_logging;
-pub(crate) use spans::{Address, Exporter, Headers, RequestSpan, Spans};
+pub(crate) use spans::{Address, Exporter, Headers, RequestSpan, Share, Spans, goes_on_below};
 
 use std::{
     sync::{

@@ -109,6 +109,7 @@ impl PyTransferNode {
             copy_threads,
             proof: token.map(PyClusterToken::proof),
             tls: tls.map(PyPeerTls::transfers),
+            ..Settings::default()
         };
         let pool = Arc::clone(pool.open()?);
         let node = py.detach(|| TransferNode::start(pool, settings))?;

@@ -75,10 +75,17 @@ impl Generation {
     /// nothing of its attempt is still to come from elsewhere.
     #[must_use]
     pub fn can_move(&self, from: WorkerIndex) -> bool {
+        self.moving.is_none() && !self.alone && self.streams_on(from)
+    }
+
+    /// Whether it decodes on this worker, and nothing of its attempt is still to come from
+    /// elsewhere.
+    #[must_use]
+    pub fn streams_on(&self, worker: WorkerIndex) -> bool {
         let State::Running(attempt) = &self.state else {
             return false;
         };
-        self.moving.is_none() && !self.alone && !self.complete() && attempt.streams_on(from)
+        !self.complete() && attempt.streams_on(worker)
     }
 
     /// The attempt under which its stream goes on elsewhere, while it is on its way.

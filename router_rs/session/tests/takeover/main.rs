@@ -30,6 +30,8 @@ struct World {
     tokens: u32,
     plans: u8,
     faults: u8,
+    /// Claims of a third router, which comes between those of the new one.
+    rivals: u8,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -43,6 +45,7 @@ struct Sim {
     moved: bool,
     plans: u8,
     faults: u8,
+    rivals: u8,
     tokens: u32,
 }
 
@@ -64,6 +67,8 @@ enum Move {
     Resume,
     KillRouter,
     KillWorker(usize),
+    /// A third router claims it at a worker while the new one does, and is gone.
+    Rival(usize),
     /// A session ends for good; the worker keeps what its router has there for a while.
     Break {
         worker: usize,
@@ -100,6 +105,7 @@ impl Sim {
             moved: false,
             plans: world.plans,
             faults: world.faults,
+            rivals: world.rivals,
             tokens: world.tokens,
         };
         let sends = sim.routers[OLD].starts(world.tokens);
@@ -151,6 +157,9 @@ impl Sim {
             }
             if worker.lives && self.faults > 0 {
                 moves.push(Move::KillWorker(w));
+            }
+            if worker.lives && self.rivals > 0 && self.routers[NEW].waits {
+                moves.push(Move::Rival(w));
             }
         }
         if !self.moved {
@@ -248,6 +257,10 @@ impl Sim {
                     }
                 }
             }
+            Move::Rival(w) => {
+                spend(&mut self.rivals);
+                self.workers[w].is_claimed_by_rival();
+            }
             Move::Break { worker, router } => {
                 spend(&mut self.faults);
                 self.workers[worker].sessions[router] = down();
@@ -335,7 +348,7 @@ impl Sim {
 
     /// Goes the rest of the way from wherever it is, without new trouble.
     fn rests(&mut self) -> Result<(), &'static str> {
-        self.faults = 0;
+        (self.faults, self.rivals) = (0, 0);
         for _ in 0..1_000 {
             let Some(next) = self.moves().into_iter().next() else {
                 break;
@@ -443,6 +456,7 @@ const QUIET: World = World {
     tokens: 2,
     plans: 2,
     faults: 0,
+    rivals: 0,
 };
 
 #[test]
@@ -455,6 +469,15 @@ fn every_order_of_a_client_that_moves_with_one_fault_and_one_attempt() {
     check_what_holds(World {
         plans: 1,
         faults: 1,
+        ..QUIET
+    });
+}
+
+#[test]
+fn every_order_of_a_client_that_moves_while_a_third_router_claims_twice() {
+    check_what_holds(World {
+        plans: 1,
+        rivals: 2,
         ..QUIET
     });
 }
@@ -480,6 +503,7 @@ fn what_is_placed_behind_a_claim_is_not_what_the_claim_gives() {
         tokens: 5,
         plans: 8,
         faults: 1,
+        rivals: 0,
     });
     let moves = [
         Move::Plan(OLD, 0),
@@ -519,12 +543,78 @@ fn what_is_placed_behind_a_claim_is_not_what_the_claim_gives() {
     assert_eq!(sim.routers[NEW].output.len(), 5);
 }
 
+/// Prefill's part is given to each claim, decode's to a rival each time.
+#[test]
+fn what_a_contested_takeover_was_given_is_left() {
+    let to_worker = |worker| Move::ToWorker {
+        worker,
+        router: OLD,
+        refuse: false,
+    };
+    let to_router = |worker| Move::ToRouter {
+        worker,
+        router: OLD,
+    };
+    let (prefill, decode) = (0, 1);
+    let mut sim = Sim::new(&World { rivals: 3, ..QUIET });
+    let begun = [
+        Move::Plan(OLD, 2),
+        to_worker(decode),
+        to_router(decode),
+        to_worker(prefill),
+        Move::Resume,
+    ];
+    let made = |made: Move, sim: &mut Sim| {
+        assert!(sim.moves().contains(&made), "{made:?}");
+        sim.make(made);
+        assert_eq!(sim.wrong(), None);
+    };
+    for next in begun {
+        made(next, &mut sim);
+    }
+    let hears = |w: usize, sim: &mut Sim| {
+        let (worker, router) = (w, NEW);
+        while !sim.workers[w].sessions[NEW].inbox.is_empty() {
+            sim.make(Move::ToWorker {
+                worker,
+                router,
+                refuse: false,
+            });
+        }
+        while !sim.workers[w].sessions[NEW].outbox.is_empty() {
+            sim.make(Move::ToRouter { worker, router });
+        }
+        assert_eq!(sim.wrong(), None);
+    };
+    for owner in [2, 4, 6] {
+        // Both are asked and answer; then both are claimed.
+        hears(prefill, &mut sim);
+        hears(decode, &mut sim);
+        made(Move::Rival(decode), &mut sim);
+        hears(prefill, &mut sim);
+        let given = Fence { owner, attempt: 1 };
+        assert_eq!(sim.routers[NEW].given.get(&prefill), Some(&given));
+        hears(decode, &mut sim);
+    }
+    assert!(sim.routers[NEW].refused);
+    let left = Fence {
+        owner: 6,
+        attempt: 1,
+    };
+    assert_eq!(sim.routers[NEW].leaves, [(prefill, left)]);
+    assert_eq!(
+        sim.routers[NEW].left(),
+        Some("an attempt is left that nobody ends")
+    );
+    assert_eq!(sim.rests(), Ok(()));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2_000))]
 
     #[test]
     fn any_order_keeps_the_promise(choices in prop::collection::vec(any::<u16>(), 0..160)) {
-        let world = World { tokens: 5, plans: 8, faults: 4 };
+        let world = World { tokens: 5, plans: 8, faults: 4, rivals: 3 };
         let mut sim = Sim::new(&world);
         for choice in choices {
             let moves = sim.moves();

@@ -1,6 +1,6 @@
 //! A router's part: the machines that serve, and what they ask for.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use kvmesh_session::{
     Fence, Generation, Taken, Takeover, WorkerIndex,
@@ -29,6 +29,8 @@ pub(crate) struct Router {
     pub(crate) outcome: Option<Outcome>,
     /// Attempts that it claimed in vain: each is cancelled when nobody came for it.
     pub(crate) leaves: Vec<(usize, Fence)>,
+    /// Attempts that workers gave to its claims, and that it did not leave or cancel yet.
+    pub(crate) given: BTreeMap<usize, Fence>,
     /// It could not be had.
     pub(crate) refused: bool,
     /// The attempt that was found running was gone on with.
@@ -84,8 +86,14 @@ impl Router {
                     sends.push((to.0 as usize, Command::Find { had }));
                 }
                 Do::Claim { to, owner } => sends.push((to.0 as usize, Command::Claim { owner })),
-                Do::Cancel { to, fence } => sends.push((to.0 as usize, Command::Cancel { fence })),
-                Do::Leave { to, fence } => self.leaves.push((to.0 as usize, fence)),
+                Do::Cancel { to, fence } => {
+                    self.lets_have(to.0 as usize, fence);
+                    sends.push((to.0 as usize, Command::Cancel { fence }));
+                }
+                Do::Leave { to, fence } => {
+                    self.lets_have(to.0 as usize, fence);
+                    self.leaves.push((to.0 as usize, fence));
+                }
                 Do::Arm => self.waits = true,
                 Do::Disarm => self.waits = false,
                 Do::Take(take) => self.goes_on(&take, most, sends),
@@ -95,6 +103,11 @@ impl Router {
                 Do::End(_) => self.refused = true,
             }
         }
+    }
+
+    /// What it was given there up to this is not its own any more.
+    fn lets_have(&mut self, w: usize, fence: Fence) {
+        self.given.retain(|on, given| *on != w || *given > fence);
     }
 
     fn goes_on(&mut self, take: &Take, most: u32, sends: &mut Sends) {
@@ -108,6 +121,9 @@ impl Router {
         }
         self.output.clone_from(&take.left.output_ids);
         self.went_on = take.runs.is_some();
+        if let Some((worker, _)) = take.runs {
+            self.lets_have(worker.0 as usize, take.fence);
+        }
         self.booked = self.went_on;
         let (generation, actions) = Generation::claimed(take, most, false, policy());
         self.generation = Some(generation);
@@ -157,6 +173,7 @@ impl Router {
     /// A worker's session is over.
     pub(crate) fn loses(&mut self, w: usize, loss: Loss, most: u32) -> Sends {
         let worker = WorkerIndex(w as u32);
+        self.given.remove(&w);
         let mut sends = self.takeover(takeover::Event::SessionLost(worker), most);
         sends.extend(self.apply(Event::SessionLost { worker, loss }));
         sends
@@ -164,8 +181,22 @@ impl Router {
 
     pub(crate) fn reads(&mut self, w: usize, frame: Frame, most: u32) -> Sends {
         let from = WorkerIndex(w as u32);
+        // One that has ended is nobody's to leave.
+        if let Frame::End { fence, .. } = &frame {
+            self.lets_have(w, *fence);
+        }
         match frame {
             Frame::Found(found) => {
+                match &found.what {
+                    Holds::Claimed(held, _) => {
+                        self.given.insert(w, held.fence);
+                    }
+                    // Another router's by now.
+                    Holds::Refused { .. } => {
+                        self.given.remove(&w);
+                    }
+                    Holds::Nothing | Holds::This(..) => {}
+                }
                 let fit = self.fits(&found);
                 self.takeover(takeover::Event::Found { from, found, fit }, most)
             }
@@ -288,6 +319,9 @@ impl Router {
         }
         if !self.leaves.is_empty() {
             return Some("an attempt is left that nobody ends");
+        }
+        if !self.given.is_empty() {
+            return Some("what was claimed is neither gone on with nor left");
         }
         let ended = self.outcome.is_some() || self.refused;
         let began = self.generation.is_some() || self.takeover.is_some();

@@ -57,6 +57,9 @@ pub(crate) enum Frame {
     Found(Found),
 }
 
+/// A router that nobody looks at: what it claims it leaves.
+pub(crate) const RIVAL: usize = 2;
+
 /// What it has of the generation.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Held {
@@ -107,7 +110,8 @@ pub(crate) struct Session {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Worker {
     pub(crate) lives: bool,
-    pub(crate) sessions: [Session; 2],
+    /// With the two routers, and with the rival, which is gone already.
+    pub(crate) sessions: [Session; 3],
     pub(crate) held: Option<Held>,
     /// The highest owner that claimed.
     claimed: u32,
@@ -120,9 +124,13 @@ impl Default for Worker {
             inbox: Vec::new(),
             outbox: Vec::new(),
         };
+        let down = Session {
+            up: false,
+            ..session.clone()
+        };
         Self {
             lives: true,
-            sessions: [session.clone(), session],
+            sessions: [session.clone(), session.clone(), down],
             held: None,
             claimed: 0,
         }
@@ -200,6 +208,11 @@ impl Worker {
             }
             Command::Claim { owner } => self.claim(router, owner),
         }
+    }
+
+    /// A rival claims, under the number that it takes by what there is here.
+    pub(crate) fn is_claimed_by_rival(&mut self) {
+        self.claim(RIVAL, (self.owner() | 1) + 1);
     }
 
     fn claim(&mut self, router: usize, owner: u32) {

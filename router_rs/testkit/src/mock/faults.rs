@@ -51,6 +51,8 @@ pub struct FaultPlan {
     pub keep_streams: bool,
     /// Transfers that it pulls fail.
     pub fail_pulls: bool,
+    /// Finds are not answered until this is unset, while other frames go on.
+    pub hold_finds: bool,
     /// Claims are not answered until this is unset.
     pub hold_claims: bool,
     /// A prefill hears of no cancel before it has handed off, as where the two cross.
@@ -83,6 +85,7 @@ impl Default for FaultPlan {
             return_next: 0,
             keep_streams: false,
             fail_pulls: false,
+            hold_finds: false,
             hold_claims: false,
             late_cancels: false,
             old_loads: false,

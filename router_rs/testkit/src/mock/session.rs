@@ -7,10 +7,10 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use kvmesh_wire::v1::{
-    CacheEvents, Cancelled, Claim, EngineHandOff, Found, HandOver, HandedOff, Load, LoadShare,
-    Opening, Place, Refused, RequestClass, Reserved, RouterFrame, RouterHello, Stage, StageEnd,
-    StepOutput, StepSample, TransferFailed, WorkerFrame, WorkerHello, hand_off::Kind, opening,
-    router_frame, stage_end::End, worker_frame,
+    CacheEvents, Cancelled, Claim, EngineHandOff, Find, Found, HandOver, HandedOff, Load,
+    LoadShare, Opening, Place, Refused, RequestClass, Reserved, RouterFrame, RouterHello, Stage,
+    StageEnd, StepOutput, StepSample, TransferFailed, WorkerFrame, WorkerHello, hand_off::Kind,
+    opening, router_frame, stage_end::End, worker_frame,
 };
 use tokio::{
     sync::{broadcast, mpsc},
@@ -64,6 +64,7 @@ struct Session {
     ends: Vec<StageEnd>,
     found: Vec<Found>,
     /// Not answered yet.
+    finds: Vec<Find>,
     claims: Vec<Claim>,
     rows: Rows,
     pulls: JoinSet<Pulled>,
@@ -106,6 +107,7 @@ pub(super) async fn run(state: Arc<State>, mut inbound: Streaming<RouterFrame>, 
         openings: Vec::new(),
         ends: Vec::new(),
         found: Vec::new(),
+        finds: Vec::new(),
         claims: Vec::new(),
         rows: Rows::default(),
         pulls: JoinSet::new(),
@@ -155,6 +157,7 @@ impl Session {
                 () = tokio::task::yield_now(), if steps_now => {}
                 () = sleep_until(due), if !steps_now => {}
             }
+            self.answer_finds();
             self.answer_claims().await?;
             self.start_ready();
             // First tokens are of a step, too.
@@ -231,7 +234,7 @@ impl Session {
                     self.ends.push(request.end(End::Cancelled(Cancelled {})));
                 }
             }
-            Some(router_frame::Frame::Find(find)) => self.find(find),
+            Some(router_frame::Frame::Find(find)) => self.finds.push(find),
             Some(router_frame::Frame::Claim(claim)) => {
                 self.state.counters.claims.add(1);
                 self.claims.push(claim);

@@ -26,6 +26,10 @@ pub(in crate::mesh) enum Stays {
     NoSession,
     /// It has ended, or changed meanwhile.
     Gone,
+    /// Workers died of it: it runs with no other request in its steps.
+    Alone,
+    /// So many tries have failed.
+    Failed(u32),
 }
 
 impl fmt::Display for Stays {
@@ -34,6 +38,14 @@ impl fmt::Display for Stays {
             Self::NoTarget(why) => write!(f, "nobody can take it over: {why}"),
             Self::NoSession => f.write_str("the target's session takes nothing now"),
             Self::Gone => f.write_str("it does not run there any more"),
+            Self::Alone => f.write_str("it runs alone, since workers died of it"),
+            Self::Failed(0) => f.write_str("hand_over_tries is 0"),
+            Self::Failed(tries) => {
+                write!(
+                    f,
+                    "{tries} tries to hand it over have failed, as many as hand_over_tries allows"
+                )
+            }
         }
     }
 }
@@ -65,23 +77,29 @@ impl Core {
         }
     }
 
-    /// The streams that nobody could take over from a worker now, all of them at once.
+    /// The streams that stay on a worker as it is now: those that nobody could take over,
+    /// all of them at once, and those that are not tried (any more).
     pub(in crate::mesh) fn staying(&self, from: &WorkerEntry) -> Vec<v1::StayingStream> {
         let now = Instant::now();
         // Room that one has found is not there for the next one.
         let mut found = Vec::new();
         let mut staying = Vec::new();
         for open in self.all_open() {
-            if !matches!(open.leaves(from.index, now), Leaves::Can(..)) {
-                continue;
-            }
-            match self.target_for(&open, from) {
-                Ok(target) => found.push(target),
-                Err(why) => staying.push(v1::StayingStream {
-                    generation_id: open.id.to_string(),
-                    reason: why.to_string(),
-                }),
-            }
+            let why = match open.leaves(from.index, now) {
+                Leaves::Can(..) | Leaves::Later => match self.target_for(&open, from) {
+                    Ok(target) => {
+                        found.push(target);
+                        continue;
+                    }
+                    Err(why) => why,
+                },
+                Leaves::Stays(why) => why,
+                Leaves::UnderWay | Leaves::Waits => continue,
+            };
+            staying.push(v1::StayingStream {
+                generation_id: open.id.to_string(),
+                reason: why.to_string(),
+            });
             if staying.len() == MOST_TOLD {
                 break;
             }
@@ -103,7 +121,13 @@ impl Core {
             ..request_view(&open.request, id, made, expected, &cached, &[])
         };
         let now_ms = self.dispatcher.waits.now_ms();
-        let target = self.dispatcher.placer().target(from.index, &view, now_ms);
+        let failed = open.failed_targets();
+        let mut placer = self.dispatcher.placer();
+        let target = match placer.target(from.index, &failed, &view, now_ms) {
+            // What they lacked may be there by now.
+            Err(_) if !failed.is_empty() => placer.target(from.index, &[], &view, now_ms),
+            target => target,
+        };
         target.map_err(Stays::NoTarget)
     }
 }

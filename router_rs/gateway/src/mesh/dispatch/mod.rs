@@ -35,6 +35,7 @@ mod rows;
 mod spare;
 mod told;
 
+pub(super) use away::Stays;
 pub(crate) use request::class_of;
 use request::{affinity, plan_of, root_of, unsupported};
 pub(super) use request::{chain_of, request_view};

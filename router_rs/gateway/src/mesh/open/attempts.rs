@@ -8,7 +8,7 @@ use kvmesh_session::{
 };
 use kvmesh_wire::v1;
 
-use super::{Chosen, Open, State};
+use super::{Chosen, Open, State, Tried};
 
 impl Open {
     /// Carries a plan out.
@@ -40,6 +40,8 @@ impl Open {
             }
             self.core.counters.attempts.add(1);
             state.chosen = Some(Box::new(chosen));
+            // It is on its way from another worker than before, and waits no more.
+            (state.tried, state.put_off) = (Tried::default(), None);
             let waker = state.placed.is_some().then(|| state.waker.take()).flatten();
             let plan = match state.machine.apply(event) {
                 Ok(actions) => self.perform(&mut state, actions),

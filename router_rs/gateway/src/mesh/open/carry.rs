@@ -16,11 +16,31 @@ use smallvec::SmallVec;
 use super::{
     super::{
         continuation::{continuation, resume_state, tenant_name},
+        figures::ms,
         recover::pause,
         session::Outgoing,
     },
     Open, State,
 };
+
+/// An attempt that is put off, since those before it failed.
+#[derive(Clone, Copy)]
+pub(super) struct PutOff {
+    since: Instant,
+    until: Instant,
+    failures: u8,
+}
+
+impl PutOff {
+    fn by(pause: Duration, request: &PlanRequest) -> Self {
+        let since = Instant::now();
+        Self {
+            since,
+            until: since + pause,
+            failures: request.failures,
+        }
+    }
+}
 
 impl Open {
     pub(super) fn ask(self: &Arc<Self>, plan: Option<PlanRequest>) {
@@ -28,14 +48,38 @@ impl Open {
             if let Some(stop_token) = self.stop_token() {
                 return self.apply(Event::Complete { stop_token });
             }
-            match pause(&request, u128::from_le_bytes(self.id.0) as u64) {
-                Some(pause) => {
-                    let at = Instant::now() + pause;
-                    self.core.timers.plan_later(at, self, request);
-                }
+            let pause = pause(&request, u128::from_le_bytes(self.id.0) as u64);
+            let put_off = pause.map(|pause| PutOff::by(pause, &request));
+            self.lock().put_off = put_off;
+            match put_off {
+                Some(PutOff { until, .. }) => self.core.timers.plan_later(until, self, request),
                 None => self.core.plan(self, &request),
             }
         }
+    }
+
+    /// Since when it asks for a worker: what is put off asks from then on.
+    pub(in crate::mesh) fn asks_since(&self) -> Instant {
+        let put_off = self.lock().put_off;
+        put_off.map_or_else(Instant::now, |put_off| put_off.since)
+    }
+
+    /// How it waits where its next attempt is put off now, and what admission predicted of
+    /// its wait, ms.
+    pub(in crate::mesh) fn put_off(&self) -> Option<(v1::RouterWait, f64)> {
+        let now = Instant::now();
+        let put_off = self.lock().put_off.filter(|put_off| put_off.until > now)?;
+        let left = put_off.until - now;
+        let wait = v1::RouterWait {
+            ms: ms(now.saturating_duration_since(put_off.since)),
+            tries: 0,
+            reason: format!(
+                "put off after {} failed attempts, for {} ms more",
+                put_off.failures,
+                left.as_millis()
+            ),
+        };
+        (!self.ended()).then_some((wait, self.wait_ms))
     }
 
     /// Asks for a plan that was put off.

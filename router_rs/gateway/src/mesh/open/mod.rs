@@ -49,6 +49,7 @@ use super::{
     timers::TimerKey,
 };
 use crate::{access::Visit, request::AdmittedRequest};
+use carry::PutOff;
 use moving::{Moving, Tried};
 
 /// Owner number of a generation that began at this router. Another router that
@@ -123,6 +124,8 @@ struct State {
     /// The hand-over that is under way.
     moving: Option<Box<Moving>>,
     tried: Tried,
+    /// Its next attempt is put off, until it has its plan.
+    put_off: Option<PutOff>,
     placed: Option<Box<v1::Placed>>,
     armed: SmallVec<[(Timer, TimerKey); 3]>,
     /// When the client last took something, or had nothing to take.
@@ -212,6 +215,7 @@ impl Open {
             chosen: None,
             moving: None,
             tried: Tried::default(),
+            put_off: None,
             placed: None,
             armed: SmallVec::new(),
             progress: now,

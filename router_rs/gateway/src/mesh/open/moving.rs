@@ -9,14 +9,19 @@ use kvmesh_session::{
     Fence, TransferId, WorkerIndex,
     generation::{Event, Plan},
 };
+use smallvec::SmallVec;
 
 use super::{Open, Party, State};
-use crate::mesh::{class_of, dispatch::Booking};
+use crate::mesh::{
+    class_of,
+    dispatch::{Booking, Stays},
+};
 
-/// Hand-overs of one stream that may fail in a row before it is left where it is.
-const TRIES: u32 = 6;
-/// Pause after the first one that failed; twice as long after each further one.
+/// Pause after a hand-over that failed; twice as long after each further one to a worker
+/// that was tried before, up to 64 times as long.
 const PAUSE: Duration = Duration::from_millis(100);
+/// How often the pause doubles at most.
+const DOUBLED: u32 = 6;
 
 /// A hand-over that is under way.
 pub(super) struct Moving {
@@ -32,6 +37,8 @@ pub(super) struct Moving {
 #[derive(Default)]
 pub(super) struct Tried {
     failed: u32,
+    /// Workers to which they were.
+    targets: SmallVec<[WorkerIndex; 2]>,
     again: Option<Instant>,
 }
 
@@ -42,10 +49,12 @@ pub(in crate::mesh) enum Leaves {
     UnderWay,
     /// It can: by its class, most urgent first, and its arrival.
     Can(usize, Instant),
-    /// Not now: its prompt is not computed yet, or another try comes later.
+    /// It could, and another try comes in a moment: nobody took it the last time.
+    Later,
+    /// It does not run there, or its prompt is not computed yet.
     Waits,
-    /// It stays: too many tries have failed.
-    Stays,
+    /// It stays for good.
+    Stays(Stays),
 }
 
 impl State {
@@ -63,12 +72,18 @@ impl Open {
         if state.moving.is_some() {
             return Leaves::UnderWay;
         }
-        if state.tried.failed >= TRIES {
-            return Leaves::Stays;
-        }
-        let pauses = state.tried.again.is_some_and(|again| again > now);
-        if pauses || !state.machine.can_move(from) {
+        if !state.machine.streams_on(from) {
             return Leaves::Waits;
+        }
+        if state.machine.alone() {
+            return Leaves::Stays(Stays::Alone);
+        }
+        let failed = state.tried.failed;
+        if failed >= self.core.settings.streams.hand_over_tries {
+            return Leaves::Stays(Stays::Failed(failed));
+        }
+        if state.tried.again.is_some_and(|again| again > now) {
+            return Leaves::Later;
         }
         Leaves::Can(class_of(self.request.class).index(), self.request.arrived)
     }
@@ -105,6 +120,11 @@ impl Open {
         };
         self.ask(plan);
         true
+    }
+
+    /// Workers that could not take the stream over: others are tried before them.
+    pub(in crate::mesh) fn failed_targets(&self) -> SmallVec<[WorkerIndex; 2]> {
+        self.lock().tried.targets.clone()
     }
 
     /// Nobody could take the stream over: it is not tried again for a moment.
@@ -147,18 +167,28 @@ impl Open {
 
     /// The hand-over is over, and the stream where it was, or nowhere.
     pub(super) fn target_released(&self, state: &mut State) {
-        if state.moving.take().is_none() || !state.machine.running() {
+        let Some(moving) = state.moving.take() else {
+            return;
+        };
+        if !state.machine.running() {
             return;
         }
+        let target = moving.party.worker;
         let tried = &mut state.tried;
-        tried.again = Some(Instant::now() + PAUSE * 2_u32.pow(tried.failed.min(TRIES)));
         tried.failed += 1;
+        if !tried.targets.contains(&target) {
+            tried.targets.push(target);
+        }
+        let others = u32::try_from(tried.targets.len()).unwrap_or(u32::MAX);
+        let again = tried.failed.saturating_sub(others).min(DOUBLED);
+        tried.again = Some(Instant::now() + PAUSE * 2_u32.pow(again));
         self.core.counters.hand_overs.failed.add(1);
         let fence = state.machine.fence();
         tracing::info!(
             generation = %self.id,
             owner = fence.owner,
             attempt = fence.attempt,
+            target = %self.core.table.name(target),
             tries = state.tried.failed,
             "hand-over failed; the stream goes on where it is"
         );

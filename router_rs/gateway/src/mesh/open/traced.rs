@@ -1,9 +1,11 @@
 //! What a generation was, for its spans.
 
+use std::time::Instant;
+
 use kvmesh_wire::v1;
 
 use super::Open;
-use crate::request::class_name;
+use crate::{mesh::figures::ms, request::class_name};
 
 /// A generation as it is told to a collector of spans: counts, times and names, no
 /// text and no token.
@@ -26,6 +28,25 @@ pub(crate) struct Traced {
 }
 
 impl Traced {
+    /// What came of it since then, with times from there and not from when it `began`.
+    pub(in crate::mesh) fn since(mut self, began: Instant, since: Instant) -> Self {
+        let before = ms(since.saturating_duration_since(began));
+        self.rows
+            .retain(|row| row.start_ms + row.duration_ms >= before);
+        for row in &mut self.rows {
+            let cut = (before - row.start_ms).max(0.0);
+            row.start_ms = row.start_ms + cut - before;
+            row.duration_ms -= cut;
+        }
+        let timings = &mut self.timings;
+        timings.first_token_ms = (timings.first_token_ms - before).max(0.0);
+        match timings.longest_gap_start_ms >= before {
+            true => timings.longest_gap_start_ms -= before,
+            false => timings.longest_gap_ms = 0.0,
+        }
+        self
+    }
+
     /// Whether there was a time between two messages with tokens.
     pub(crate) fn has_gap(&self) -> bool {
         self.timings.longest_gap_ms > 0.0
@@ -57,5 +78,41 @@ impl Open {
             decode_worker: decode.map_or_else(String::new, |worker| self.core.table.name(worker)),
             ..traced
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_later_call_tells_what_was_since_then() {
+        let row = |start_ms, duration_ms| v1::TraceSpan {
+            start_ms,
+            duration_ms,
+            ..v1::TraceSpan::default()
+        };
+        let whole = |gap_at| Traced {
+            rows: vec![row(0.0, 50.0), row(60.0, 80.0), row(120.0, 5.0)],
+            timings: v1::Timings {
+                first_token_ms: 60.0,
+                longest_gap_ms: 4.0,
+                longest_gap_start_ms: gap_at,
+                ..v1::Timings::default()
+            },
+            ..Traced::default()
+        };
+        let began = Instant::now();
+        let since = began + Duration::from_millis(100);
+        let told = whole(90.0).since(began, since);
+        assert_eq!(told.rows, [row(0.0, 40.0), row(20.0, 5.0)]);
+        assert_eq!(told.timings.first_token_ms, 0.0);
+        assert!(!told.has_gap());
+        let told = whole(110.0).since(began, since);
+        assert_eq!(told.timings.longest_gap_start_ms, 10.0);
+        // A takeover begins with its call.
+        assert_eq!(whole(90.0).since(began, began).rows, whole(90.0).rows);
     }
 }

@@ -1,6 +1,7 @@
 //! Where a running stream can go on: the choice among workers for one that has its KV
 //! elsewhere.
 
+use kvmesh_kv_index::WorkerSlot;
 use kvmesh_scheduler::{
     Booking, Class, Cluster, HEADROOM, NoPlan, RequestView, Role, Work, WorkerView,
 };
@@ -16,7 +17,7 @@ pub(in crate::mesh) struct Target {
 
 impl Placer {
     /// The worker at which a stream of `source` costs the others and itself the least,
-    /// by the same policy as any placement; it is booked there.
+    /// by the same policy as any placement, but for those that `failed`; it is booked there.
     ///
     /// The policy is asked as for a request that one worker does alone: what a worker
     /// lacks counts as what computing it would take. Moving it takes less, by about as
@@ -27,6 +28,7 @@ impl Placer {
     pub(in crate::mesh) fn target(
         &mut self,
         source: WorkerIndex,
+        failed: &[WorkerIndex],
         request: &RequestView<'_>,
         now_ms: f64,
     ) -> Result<Target, NoPlan> {
@@ -36,9 +38,11 @@ impl Placer {
         if !from.abilities.streamed_hand_off {
             return Err(NoPlan::NoPair);
         }
+        let failed: Vec<WorkerSlot> = failed.iter().filter_map(|one| self.slot(*one)).collect();
         let takes = |view: &&WorkerView| {
             let (own, other) = (&from.abilities, &view.abilities);
             view.slot != slot
+                && !failed.contains(&view.slot)
                 && view.role != Role::Prefill
                 && other.streamed_hand_off
                 && other.pairing == own.pairing

@@ -8,7 +8,11 @@ use kvmesh_text::TextSettings;
 use kvmesh_wire::v1;
 use prost::Message as _;
 
-use crate::{error::RequestError, request::AdmittedRequest};
+use crate::{
+    error::RequestError,
+    request::AdmittedRequest,
+    telemetry::{Share, goes_on_below},
+};
 
 /// A call of Resume that passed the door.
 #[derive(Clone, Debug)]
@@ -23,14 +27,20 @@ pub(crate) struct ResumeAsked {
     pub(crate) tenant: u128,
     /// Whether worker names may be told.
     pub(crate) admin: bool,
+    /// Id of this call, for whoever looks for it.
+    pub(crate) request_id: String,
     /// W3C trace context of this call.
     pub(crate) traceparent: String,
     /// W3C trace state of this call.
     pub(crate) tracestate: String,
     /// W3C baggage of this call.
     pub(crate) baggage: String,
+    /// Whether its client gave that.
+    pub(crate) has_parent: bool,
     /// Whether its spans are exported.
     pub(crate) traced: bool,
+    /// Which traces are exported; `None`: none.
+    pub(crate) share: Option<Share>,
     /// When the call arrived.
     pub(crate) arrived: Instant,
     /// When its client stops waiting.
@@ -65,6 +75,13 @@ pub(super) fn request(
         && from.max_tokens > 0
         && left.output_ids.len() <= from.max_tokens as usize;
     let sampling = from.sampling.filter(|_| valid).ok_or_else(unknown)?;
+    let resumes = state.traceparent;
+    let below = match asked.has_parent {
+        true => None,
+        false => goes_on_below(&resumes, &asked.traceparent, asked.share),
+    };
+    let own = || (asked.traceparent.clone(), asked.traced);
+    let (traceparent, traced) = below.unwrap_or_else(own);
     let text = state.text.map(|text| TextSettings {
         special_tokens: text.special_tokens,
         kept_special_tokens: text.kept_special_tokens,
@@ -74,7 +91,8 @@ pub(super) fn request(
     });
     let request = AdmittedRequest {
         request_id: state.request_id,
-        traceparent: asked.traceparent.clone(),
+        traceparent,
+        resumes,
         tracestate: asked.tracestate.clone(),
         baggage: asked.baggage.clone(),
         model: from.model,
@@ -89,7 +107,7 @@ pub(super) fn request(
         grammar: from.grammar,
         placements: state.placements,
         trace: state.trace,
-        traced: asked.traced,
+        traced,
         chat: false,
         admin: asked.admin,
         tenant: asked.tenant,
@@ -122,10 +140,13 @@ pub(super) mod tests {
             token_ids: token_ids.into(),
             tenant: 0,
             admin: true,
+            request_id: String::new(),
             traceparent: String::new(),
             tracestate: String::new(),
             baggage: String::new(),
+            has_parent: false,
             traced: false,
+            share: None,
             arrived: Instant::now(),
             deadline: None,
         }
@@ -161,6 +182,34 @@ pub(super) mod tests {
         // It can be resumed once more.
         let again = continuation(&now, &[7], 2_000.0, now.arrived);
         assert_eq!(resume_state(&now, &again), left.resume_state);
+    }
+
+    #[test]
+    fn it_goes_on_in_the_trace_that_it_was_in_unless_its_client_gives_another() {
+        let of = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        let own = "00-0000000000000000000000000000000a-000000000000000b-00";
+        let was = AdmittedRequest {
+            resumable: true,
+            traceparent: of.to_owned(),
+            ..admitted(&[1, 2], 9)
+        };
+        let placed = continuation(&was, &[7], 2_000.0, was.arrived);
+        let left = Left {
+            output_ids: vec![7],
+            resume_state: resume_state(&was, &placed),
+        };
+        let below = format!("{}-000000000000000b-01", &of[..35]);
+        let own = own.to_owned();
+        for (has_parent, wanted) in [(false, below), (true, own.clone())] {
+            let asked = ResumeAsked {
+                traceparent: own.clone(),
+                has_parent,
+                ..asked(1, &[])
+            };
+            let (now, _) = request(&left, &asked).expect("it is whole");
+            assert_eq!((now.traceparent, now.resumes.as_str()), (wanted, of));
+            assert!(!now.traced, "nothing is exported here");
+        }
     }
 
     #[test]

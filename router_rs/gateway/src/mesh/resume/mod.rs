@@ -2,6 +2,7 @@
 //! here, where this router has them, else by Find and Claim from the workers.
 
 mod asked;
+mod fit;
 mod rate;
 mod taking;
 
@@ -17,6 +18,8 @@ pub(crate) use asked::ResumeAsked;
 #[cfg(test)]
 pub(super) use asked::tests::asked as asked_for;
 use rate::Rate;
+#[cfg(test)]
+pub(super) use taking::PANICS_IN_ITS_TAKEOVER;
 pub(super) use taking::Taking;
 
 use super::{GenerationStream, Mesh, open::Open, session::ById};
@@ -60,12 +63,25 @@ impl Resumes {
 }
 
 impl Mesh {
+    /// Whether a tenant may make one more call of Resume: asked before anything of it is
+    /// read.
+    ///
+    /// # Errors
+    /// That it asks too often.
+    pub(crate) fn may_resume(&self, tenant: u128) -> Result<(), RequestError> {
+        let a_second = self.core.settings.streams.tenant_resumes_per_s;
+        self.core
+            .resumes
+            .rate
+            .take(tenant, a_second, Instant::now())
+    }
+
     /// Goes on with a running generation from the index that the client names. `was_cut`
     /// says of a call that is dropped meanwhile whether its client may come back.
     ///
     /// # Errors
-    /// [`RequestError::UnknownGeneration`] for whatever cannot be had; that a tenant asks
-    /// too often; [`RequestError::NotYet`] where that cannot be said yet.
+    /// [`RequestError::UnknownGeneration`] for whatever cannot be had;
+    /// [`RequestError::NotYet`] where that cannot be said yet.
     pub(crate) async fn resume(
         &self,
         asked: ResumeAsked,
@@ -89,7 +105,6 @@ impl Mesh {
         asked: ResumeAsked,
         was_cut: impl Fn() -> bool,
     ) -> Result<GenerationStream, RequestError> {
-        self.core.resumes.rate.take(asked.tenant, Instant::now())?;
         if let Some(open) = self.core.opened(asked.id) {
             // Looked at first: whoever reads it now loses it.
             let text = self.text_of(&open)?;

@@ -8,10 +8,6 @@ use std::{
 
 use crate::error::{RequestError, retry_after};
 
-/// Calls a second on average, as many as a second's at once: a frame to each worker for
-/// each. A router that is lost with a thousand streams of one tenant has them all resumed
-/// at once.
-const A_SECOND: f64 = 1_000.0;
 /// Tenants that are kept before those that owe nothing are looked for.
 const FEW: usize = 1_024;
 
@@ -20,14 +16,24 @@ const FEW: usize = 1_024;
 pub(super) struct Rate(Mutex<HashMap<u128, (f64, Instant)>>);
 
 impl Rate {
-    /// One more call of a tenant.
+    /// One more call of a tenant that may make so many a second on average, as many as a
+    /// second's at once; 0: any.
     ///
     /// # Errors
     /// Too many, and when there is room for one.
-    pub(super) fn take(&self, tenant: u128, now: Instant) -> Result<(), RequestError> {
+    pub(super) fn take(
+        &self,
+        tenant: u128,
+        a_second: f64,
+        now: Instant,
+    ) -> Result<(), RequestError> {
+        if a_second <= 0.0 {
+            return Ok(());
+        }
+        let most = a_second.max(1.0);
         let left = |(owed, at): (f64, Instant)| {
             let passed = now.saturating_duration_since(at).as_secs_f64();
-            (owed - passed * A_SECOND).max(0.0)
+            (owed - passed * a_second).max(0.0)
         };
         // A number and an instant are whole.
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -35,8 +41,9 @@ impl Rate {
             all.retain(|_, owes| left(*owes) > 0.0);
         }
         let owed = all.get(&tenant).map_or(0.0, |owes| left(*owes)) + 1.0;
-        if owed > A_SECOND {
-            let wait_ms = (owed - A_SECOND) / A_SECOND * 1e3;
+        // Sums of such parts are not exact.
+        if owed > most + 1e-9 {
+            let wait_ms = (owed - most) / a_second * 1e3;
             return Err(RequestError::TenantLimit {
                 what: "too many calls of Resume a second",
                 retry_after: retry_after(wait_ms).max(Duration::from_millis(100)),
@@ -53,13 +60,19 @@ mod tests {
 
     #[test]
     fn a_second_of_calls_passes_at_once_and_each_tenant_has_its_own() {
-        let (rate, now) = (Rate::default(), Instant::now());
-        for _ in 0..1_000 {
-            assert!(rate.take(1, now).is_ok());
+        for (a_second, at_once, one_ms) in [(1_000.0, 1_000, 1), (0.5, 1, 2_000)] {
+            let (rate, now) = (Rate::default(), Instant::now());
+            let take = |tenant, now| rate.take(tenant, a_second, now);
+            for _ in 0..at_once {
+                assert!(take(1, now).is_ok());
+            }
+            let refused = take(1, now);
+            assert!(matches!(refused, Err(RequestError::TenantLimit { .. })));
+            assert!(take(2, now).is_ok());
+            let later = now + Duration::from_millis(one_ms);
+            assert!(take(1, later).is_ok());
+            assert!(take(1, later).is_err());
+            assert!((0..9_000).all(|_| rate.take(1, 0.0, now).is_ok()));
         }
-        let refused = rate.take(1, now);
-        assert!(matches!(refused, Err(RequestError::TenantLimit { .. })));
-        assert!(rate.take(2, now).is_ok());
-        assert!(rate.take(1, now + Duration::from_millis(2)).is_ok());
     }
 }

@@ -3,7 +3,9 @@
 //! leaves nothing half taken.
 
 use std::{
+    any::Any,
     collections::{BTreeMap, BTreeSet, VecDeque},
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -12,8 +14,8 @@ use futures_util::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use kvmesh_session::{
     Command, Fence, GenerationId, Takeover, WorkerIndex,
     link::LOST_MS,
-    parse::{Found, Holds, Left},
-    takeover::{Action, Actions, Event, Fit, Refused, Take},
+    parse::{Found, Holds},
+    takeover::{Action, Actions, Event, Refused, Take},
 };
 use kvmesh_wire::output_digest;
 use tokio_util::sync::CancellationToken;
@@ -24,7 +26,7 @@ use super::{
         continuation::tenant_name,
         dispatch,
         open::{Claimed, Open, Party},
-        session::{Outgoing, SessionHandle},
+        session::{Outgoing, SessionHandle, text_of},
         table::WorkerEntry,
     },
     ResumeAsked,
@@ -38,12 +40,16 @@ const UNDER_WAY: Duration = Duration::from_millis(250);
 /// silent is not given up.
 const AWAY: Duration = Duration::from_millis(LOST_MS);
 
+/// A call that panics where what it asked for is opened.
+#[cfg(test)]
+pub(in crate::mesh) const PANICS_IN_ITS_TAKEOVER: &str = "panics-in-its-takeover";
+
 /// A takeover under way.
 pub(in crate::mesh) struct Taking {
-    core: Arc<Core>,
+    pub(super) core: Arc<Core>,
     pub(super) asked: ResumeAsked,
     /// Digest of the ids that its client has; `None`: it does not say which.
-    had: Option<u64>,
+    pub(super) had: Option<u64>,
     state: Mutex<State>,
     over: CancellationToken,
 }
@@ -163,7 +169,7 @@ impl Taking {
                 claims: BTreeMap::new(),
                 answered: BTreeSet::new(),
                 asked: Instant::now(),
-                until: Instant::now() + core.settings.takeover_timeout,
+                until: Instant::now() + core.settings.streams.resume_timeout,
                 ended: None,
                 left: None,
             }),
@@ -209,7 +215,7 @@ impl Taking {
             if event == Event::Fired && self.lock().until > Instant::now() {
                 continue;
             }
-            self.apply(event);
+            self.guarded(|| self.happens(event));
         }
         self.is_over();
     }
@@ -232,49 +238,53 @@ impl Taking {
         from: WorkerIndex,
         found: Found,
     ) -> Option<(Arc<Open>, Fence)> {
-        let fit = self.fit(&found);
-        self.apply(Event::Found { from, found, fit })
+        self.guarded(|| {
+            let fit = self.fit(&found);
+            self.happens(Event::Found { from, found, fit })
+        })
     }
 
-    /// Whether this router can go on with what a worker has, as far as it tells.
-    fn fit(&self, found: &Found) -> Fit {
-        match &found.what {
-            Holds::Nothing | Holds::Refused { .. } => Fit::Now,
-            // It does not tell: what it has is seen when it is given.
-            Holds::This(_, told) if told.model.is_empty() => Fit::Now,
-            Holds::This(_, told) => match self.had.is_none_or(|had| had == told.output_digest) {
-                true => self.fit_of(&told.model),
-                false => Fit::Never,
-            },
-            Holds::Claimed(_, left) => self.fit_of_left(left),
+    /// A panic is a bug of ours: it ends the call, and what workers gave is left for
+    /// another one.
+    fn guarded(
+        &self,
+        run: impl FnOnce() -> Option<(Arc<Open>, Fence)>,
+    ) -> Option<(Arc<Open>, Fence)> {
+        catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
+            self.panicked(&*panic);
+            None
+        })
+    }
+
+    fn panicked(&self, panic: &(dyn Any + Send)) {
+        let (generation, what) = (self.asked.id, text_of(panic));
+        let request_id = &self.asked.request_id;
+        tracing::error!(event = "panic", %generation, request_id, what, "a takeover panicked");
+        self.core.counters.task_panics.add(1);
+        {
+            let mut state = self.lock();
+            if state.ended.is_none() {
+                state.ended = Some(Err(self.internal()));
+            }
+            for action in state.machine.give_up() {
+                if let Action::Leave { to, fence } = action
+                    && let Some(session) = state.sessions.get(&to)
+                {
+                    self.core.leave_running(session, self.asked.id, fence);
+                }
+            }
+        }
+        self.is_over();
+    }
+
+    fn internal(&self) -> RequestError {
+        RequestError::Internal {
+            id: self.asked.request_id.clone(),
+            next_index: self.asked.next_index,
         }
     }
 
-    fn fit_of(&self, model: &str) -> Fit {
-        let models = &self.core.models;
-        match models.get(model) {
-            Some(_) => Fit::Now,
-            None if models.told(model) => Fit::Later,
-            None => Fit::Never,
-        }
-    }
-
-    fn fit_of_left(&self, left: &Left) -> Fit {
-        if !self.asked.fits(&left.output_ids) {
-            return Fit::Never;
-        }
-        let Ok((request, _)) = request(left, &self.asked) else {
-            return Fit::Never;
-        };
-        let model = self.core.models.get(&request.model);
-        let stops = model.zip(request.text.as_ref());
-        match stops.map(|(model, text)| model.text.stream(text)) {
-            Some(Err(_)) => Fit::Never,
-            _ => self.fit_of(&request.model),
-        }
-    }
-
-    fn apply(&self, event: Event) -> Option<(Arc<Open>, Fence)> {
+    fn happens(&self, event: Event) -> Option<(Arc<Open>, Fence)> {
         let take = {
             let mut state = self.lock();
             if state.is_unwanted() {
@@ -294,6 +304,10 @@ impl Taking {
             for action in actions {
                 match action {
                     Action::Find { to } => {
+                        // Before its answer can be there.
+                        if let Some(worker) = self.core.table.get(to) {
+                            worker.asked(Instant::now());
+                        }
                         let command = Command::Find {
                             generation: self.asked.id,
                             tenant: tenant_name(self.asked.tenant),
@@ -328,7 +342,7 @@ impl Taking {
                         }
                     }
                     Action::Arm => {
-                        state.until = Instant::now() + self.core.settings.takeover_timeout;
+                        state.until = Instant::now() + self.core.settings.streams.resume_timeout;
                     }
                     Action::Disarm => {}
                     Action::Take(take) => taken = Some(take),
@@ -357,7 +371,7 @@ impl Taking {
             let number = state.claims.get(&worker).copied().unwrap_or(0);
             Some((Party { worker, session }, number))
         });
-        let opened = self.open(&take, party.clone());
+        let opened = self.open_guarded(&take, party.clone());
         if opened.is_err()
             && let Some((party, _)) = &party
         {
@@ -394,7 +408,22 @@ impl Taking {
         take.runs.map(|_| (open, take.fence))
     }
 
+    /// As [`Self::open`]. A panic there costs this call, no more: what runs is left.
+    fn open_guarded(
+        &self,
+        take: &Take,
+        party: Option<(Party, u64)>,
+    ) -> Result<Arc<Open>, RequestError> {
+        let open = catch_unwind(AssertUnwindSafe(|| self.open(take, party)));
+        open.unwrap_or_else(|panic| {
+            self.panicked(&*panic);
+            Err(self.internal())
+        })
+    }
+
     fn open(&self, take: &Take, party: Option<(Party, u64)>) -> Result<Arc<Open>, RequestError> {
+        #[cfg(test)]
+        assert!(self.asked.request_id != PANICS_IN_ITS_TAKEOVER, "planted");
         let (request, urgency_ms) = request(&take.left, &self.asked)?;
         let model = self.core.models.get(&request.model);
         let model = model.ok_or(RequestError::UnknownGeneration)?;
@@ -426,7 +455,7 @@ impl Core {
     /// Whether somebody may have a generation that nobody who was asked has.
     fn may_be_elsewhere(&self, asked: &State) -> bool {
         let now = Instant::now();
-        let asked_at = asked.asked + UNDER_WAY;
+        let asked_at = asked.asked + UNDER_WAY.min(self.settings.streams.resume_timeout / 4);
         let may = |worker: &Arc<WorkerEntry>| {
             !asked.answered.contains(&worker.index) && worker.may_answer(asked_at, now, AWAY)
         };

@@ -186,6 +186,9 @@ impl Session {
     /// on is for whoever goes on with it.
     fn found(&mut self, found: Found) {
         let id = found.generation;
+        if matches!(found.what, Holds::Nothing | Holds::This(..)) {
+            self.worker.answered();
+        }
         if let Some(taking) = self.core.resumes.get(&id) {
             if let Some((open, fence)) = taking.found(self.worker.index, found) {
                 self.open.insert(id, Held { fence, open });

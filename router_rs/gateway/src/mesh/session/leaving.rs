@@ -10,11 +10,14 @@ use std::{
 use kvmesh_session::{GenerationId, parse::LoadReport};
 use kvmesh_wire::v1;
 
-use super::{super::open::Leaves, Session};
+use super::{
+    super::{
+        dispatch::Stays,
+        open::{Leaves, Open},
+    },
+    Session,
+};
 
-/// Streams of a worker that are on their way at once. Each then has little left to move
-/// soon, so that few tokens are made meanwhile, and none waits long for the rest.
-const AT_ONCE: usize = 4;
 /// Streams without a target that a look tries before it gives up: one that finds no room
 /// may be a long one.
 const WITHOUT_TARGET: usize = 8;
@@ -25,8 +28,8 @@ const LOOK: Duration = Duration::from_millis(10);
 #[derive(Debug, Default)]
 pub(super) struct Leaving {
     looked: Option<Instant>,
-    /// Streams of which it was said that they stay for now.
-    stay: BTreeSet<GenerationId>,
+    /// Streams of which it was said that they stay: for now, or for good.
+    stay: BTreeSet<(GenerationId, bool)>,
 }
 
 impl Session {
@@ -47,15 +50,25 @@ impl Session {
         }
         leaving.looked = Some(now);
         let source = self.worker.index;
-        let mut room = AT_ONCE;
+        let mut room = self.core.settings.streams.hand_overs_at_once;
         let mut can = Vec::new();
+        let worker = self.worker.name();
+        let mut stays = |open: &Open, for_good: bool, why: Stays| {
+            if leaving.stay.insert((open.id, for_good)) {
+                tracing::info!(
+                    generation = %open.id, %worker, for_good, %why,
+                    "the stream stays on a worker that is left"
+                );
+            }
+        };
         for held in self.open.values() {
             match held.open.leaves(source, now) {
                 Leaves::UnderWay => room = room.saturating_sub(1),
                 Leaves::Can(class, arrived) => {
                     can.push(((class, arrived), Arc::clone(&held.open)));
                 }
-                Leaves::Waits | Leaves::Stays => {}
+                Leaves::Stays(why) => stays(&held.open, true, why),
+                Leaves::Later | Leaves::Waits => {}
             }
         }
         can.sort_by_key(|(urgency, _)| *urgency);
@@ -70,13 +83,7 @@ impl Session {
                     without += 1;
                     // The next looks try others: room for those may be there.
                     open.looks_again(now);
-                    if leaving.stay.insert(open.id) {
-                        let worker = self.worker.name();
-                        tracing::info!(
-                            generation = %open.id, %worker, %why,
-                            "the stream stays on a worker that is left"
-                        );
-                    }
+                    stays(&open, false, why);
                 }
             }
         }

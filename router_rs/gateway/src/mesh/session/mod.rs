@@ -145,12 +145,13 @@ impl Session {
                     self.worker.set_detail(violation.to_string());
                 }
             }
-            self.feed(match ended {
+            self.feed(match &ended {
                 Ended::Violation(_) => Event::Violated,
                 _ => Event::Broken,
             });
-            if matches!(ended, Ended::Refused(_)) {
-                self.worker.refused();
+            let refused = matches!(ended, Ended::Refused(_));
+            self.worker.unreached(refused);
+            if refused {
                 self.feed(Event::Refused);
             }
             if !self.link.away() && self.core.table.drop_gone(&self.worker) {

@@ -336,6 +336,32 @@ async fn the_last_worker_of_a_role_is_never_left_out() {
     assert_eq!(mesh.counters().ejections.get(), 0);
 }
 
+#[tokio::test]
+async fn an_attempt_that_is_put_off_is_explained() {
+    let both = worker(Role::Both);
+    both.faults().set(|plan| {
+        plan.fail_at = Some(0);
+        plan.fail_next = 6;
+        plan.fail_code = tonic::Code::Unavailable as u32;
+    });
+    let mesh = mesh_of(&[&both]).await;
+    let stream = mesh.generate(request(&[2], 3)).unwrap();
+    let id = stream.id();
+    let waits = || mesh.explain(&id)?.waiting;
+    let put_off = || waits().is_some_and(|now| now.reason.starts_with("put off after "));
+    assert!(until(put_off).await);
+    let answer = collect(stream).await;
+    assert_eq!((answer.error, answer.ids.len()), (None, 3));
+    assert_eq!(waits(), None);
+    // That time is part of its wait: the third attempt is put off for 12.5 ms at least,
+    // those after it for longer.
+    let told = mesh.explain(&id).unwrap();
+    let waited = |decision: &v1::Decision| decision.waited.as_ref().unwrap().ms;
+    let waited: Vec<f64> = told.decisions.iter().map(waited).collect();
+    assert_eq!(waited.len(), 7);
+    assert!(waited[2..].iter().all(|ms| *ms >= 12.5), "{waited:?}");
+}
+
 /// A waker that panics: a bug in what the task that wakes it runs. Does
 /// something before, in that task.
 struct Bomb<F>(F);

@@ -174,6 +174,164 @@ async fn a_target_that_refuses_and_a_transfer_that_fails_leave_the_stream_where_
 }
 
 #[tokio::test]
+async fn where_a_target_refuses_or_fails_another_one_is_tried() {
+    let prefill = stepping(Role::Prefill, 1);
+    let a = stepping(Role::Decode, 5);
+    let mesh = mesh_of(&[&prefill, &a]).await;
+    let mut streams = Vec::new();
+    for n in 0..8 {
+        streams.push((n, begun(&mesh, &[n, 8]).await));
+    }
+    // Of two that are the same by all that is known one takes nobody.
+    let (refuses, takes) = (stepping(Role::Decode, 5), stepping(Role::Decode, 5));
+    refuses.faults().set(|plan| plan.refuse_next = 1_000);
+    for worker in [&refuses, &takes] {
+        let entry = mesh.core.table.add_static(&worker.addr().to_string());
+        mesh.core.spawn_session(entry);
+    }
+    assert!(until(|| mesh.sessions().live == 4).await);
+    a.set_draining(true);
+    for (n, (stream, mut answer)) in streams {
+        answer.rest(stream).await;
+        assert_eq!(answer.error, None);
+        assert_eq!(answer.ids, takes.tokens().expected(&[n, 8], 400));
+    }
+    let (_, done, _) = outcomes(&mesh);
+    assert_eq!(
+        (done, a.counters().finished),
+        (8, 0),
+        "each found the other one"
+    );
+    assert_eq!(refuses.counters().finished, 0);
+    assert!(until(|| nothing_left(&mesh, &[&prefill, &a, &refuses, &takes])).await);
+}
+
+#[tokio::test]
+async fn a_drain_names_what_stays_after_all_its_tries() {
+    let prefill = stepping(Role::Prefill, 1);
+    let (a, b) = (stepping(Role::Decode, 10), stepping(Role::Decode, 10));
+    let streams = StreamSettings {
+        hand_over_tries: 2,
+        ..StreamSettings::default()
+    };
+    let mesh = mesh_with(MeshSettings {
+        streams,
+        ..settings(&[&prefill, &a, &b])
+    })
+    .await;
+    let (stream, mut answer) = begun(&mesh, &[5, 4]).await;
+    let (holds, other) = match a.counters().running {
+        0 => (&b, &a),
+        _ => (&a, &b),
+    };
+    other.faults().set(|plan| plan.refuse_next = 1_000);
+    let drain = v1::DrainWorkerRequest {
+        worker_id: holds.worker_id().to_owned(),
+        force: true,
+        ..v1::DrainWorkerRequest::default()
+    };
+    mesh.drain(&drain).await.unwrap();
+    assert!(until(|| outcomes(&mesh).2 == 2).await);
+    let told = mesh.drain(&drain).await.unwrap();
+    let reasons: Vec<_> = told.staying.iter().map(|one| one.reason.as_str()).collect();
+    assert!(
+        matches!(reasons[..], [why] if why.starts_with("2 tries") && why.contains("hand_over_tries")),
+        "{reasons:?}"
+    );
+    answer.rest(stream).await;
+    assert_eq!(answer.ids, holds.tokens().expected(&[5, 4], 400));
+    assert_eq!(outcomes(&mesh), (2, 0, 2));
+    assert!(until(|| nothing_left(&mesh, &[&prefill, &a, &b])).await);
+}
+
+#[tokio::test]
+async fn a_drain_names_what_runs_alone() {
+    let both = |dies: bool| {
+        let worker = stepping(Role::Both, 5);
+        let after = dies.then_some(3);
+        worker.faults().set(|plan| plan.die_after_tokens = after);
+        worker
+    };
+    let (a, b) = (both(true), both(true));
+    let mesh = mesh_of(&[&a, &b]).await;
+    let mut stream = mesh.generate(request(&[6, 6], 400)).unwrap();
+    let mut answer = first_tokens(&mut stream).await;
+    assert!(until(|| mesh.sessions().live == 0).await, "both died of it");
+    let (c, d) = (both(false), both(false));
+    let join = |worker: &MockWorker| {
+        let entry = mesh.core.table.add_static(&worker.addr().to_string());
+        mesh.core.spawn_session(entry);
+    };
+    join(&c);
+    assert!(until(|| c.counters().running == 1).await);
+    join(&d);
+    assert!(until(|| mesh.sessions().live == 2).await);
+    while answer.ids.len() < 8 {
+        let item = tokio::time::timeout(LIMIT, stream.next()).await.unwrap();
+        answer.take(item.expect("tokens come"));
+    }
+    let told = mesh
+        .drain(&v1::DrainWorkerRequest {
+            worker_id: c.worker_id().to_owned(),
+            force: true,
+            ..v1::DrainWorkerRequest::default()
+        })
+        .await
+        .unwrap();
+    let reasons: Vec<_> = told.staying.iter().map(|one| one.reason.as_str()).collect();
+    assert!(
+        matches!(reasons[..], [why] if why.contains("alone")),
+        "{reasons:?}"
+    );
+    answer.rest(stream).await;
+    assert_eq!(answer.ids, c.tokens().expected(&[6, 6], 400));
+    assert_eq!(outcomes(&mesh), (0, 0, 0));
+    assert!(until(|| nothing_left(&mesh, &[&c, &d])).await);
+}
+
+#[tokio::test]
+async fn as_many_streams_are_on_their_way_at_once_as_is_set() {
+    for at_once in [1, 3] {
+        let prefill = stepping(Role::Prefill, 1);
+        let a = stepping(Role::Decode, 5);
+        let streams = StreamSettings {
+            hand_overs_at_once: at_once,
+            ..StreamSettings::default()
+        };
+        let mesh = mesh_with(MeshSettings {
+            streams,
+            ..settings(&[&prefill, &a])
+        })
+        .await;
+        let mut streams = Vec::new();
+        for n in 0..5 {
+            streams.push(begun(&mesh, &[n, 2]).await);
+        }
+        // One that answers no placement for a while.
+        let b = stepping(Role::Decode, 5);
+        let entry = mesh.core.table.add_static(&b.addr().to_string());
+        mesh.core.spawn_session(entry);
+        assert!(until(|| mesh.sessions().live == 3).await);
+        b.freeze();
+        a.set_draining(true);
+        let begun = || outcomes(&mesh).0;
+        assert!(until(|| begun() == at_once as u64).await);
+        let (stream, answer) = &mut streams[0];
+        while answer.ids.len() < 40 {
+            let item = tokio::time::timeout(LIMIT, stream.next()).await.unwrap();
+            answer.take(item.expect("tokens come"));
+        }
+        assert_eq!(begun(), at_once as u64);
+        b.thaw();
+        for (stream, mut answer) in streams {
+            answer.rest(stream).await;
+            assert_eq!((answer.error, answer.ids.len()), (None, 400));
+        }
+        assert!(until(|| nothing_left(&mesh, &[&prefill, &a, &b])).await);
+    }
+}
+
+#[tokio::test]
 async fn a_client_that_leaves_in_the_middle_leaves_nothing_on_either_side() {
     let prefill = stepping(Role::Prefill, 1);
     let (a, b) = (stepping(Role::Decode, 3), stepping(Role::Decode, 3));

@@ -5,7 +5,7 @@ use kvmesh_session::GenerationId;
 use super::*;
 use crate::mesh::{
     continuation::{continuation, resume_state, tenant_name},
-    resume::ResumeAsked,
+    resume::{PANICS_IN_ITS_TAKEOVER, ResumeAsked},
 };
 
 fn resumable(prompt: &[u32], tokens: u32) -> AdmittedRequest {
@@ -328,4 +328,56 @@ async fn one_that_has_died_is_not_waited_for() {
         }
     };
     assert_eq!(refused, Err(RequestError::UnknownGeneration));
+}
+
+#[tokio::test]
+async fn a_live_worker_that_has_other_things_to_say_before_may_have_it() {
+    let (both, all) = leaves("mock");
+    both.faults().set(|plan| plan.hold_finds = true);
+    let streams = StreamSettings {
+        // Its loads come meanwhile.
+        resume_timeout: Duration::from_millis(600),
+        ..StreamSettings::default()
+    };
+    let mesh = mesh_with(MeshSettings {
+        streams,
+        ..settings(&[&both])
+    })
+    .await;
+    let asked = super::super::resume::asked_for(HAD as u32, &all[..HAD]);
+    let not_yet = mesh.resume(asked.clone(), || true).await.map(|_| ());
+    assert!(
+        matches!(not_yet, Err(RequestError::NotYet { .. })),
+        "{not_yet:?}"
+    );
+    both.faults().set(|plan| plan.hold_finds = false);
+    let stream = mesh.resume(asked, || true).await.unwrap();
+    assert_eq!(after(&all[..HAD], stream).await.ids, all);
+}
+
+#[tokio::test]
+async fn a_panic_in_a_takeover_ends_its_call_alone() {
+    let (both, all) = leaves("mock");
+    let mesh = mesh_of(&[&both]).await;
+    let asked = super::super::resume::asked_for(HAD as u32, &all[..HAD]);
+    let panics = ResumeAsked {
+        request_id: PANICS_IN_ITS_TAKEOVER.to_owned(),
+        ..asked.clone()
+    };
+    let call = tokio::time::timeout(LIMIT, mesh.resume(panics, || true));
+    let ended = call.await.expect("the call ends").map(|_| ());
+    let internal = RequestError::Internal {
+        id: PANICS_IN_ITS_TAKEOVER.to_owned(),
+        next_index: HAD as u32,
+    };
+    assert_eq!(ended, Err(internal));
+    let counters = mesh.counters();
+    assert_eq!(
+        (counters.task_panics.get(), counters.session_panics.get()),
+        (1, 0)
+    );
+    // The generation runs on, and its id is free.
+    let next = mesh.resume(asked, || true).await.unwrap();
+    assert_eq!(after(&all[..HAD], next).await.ids, all);
+    assert!(until(|| nothing_left(&mesh, &[&both])).await);
 }

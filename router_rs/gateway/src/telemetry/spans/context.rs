@@ -63,9 +63,52 @@ impl Context {
     }
 }
 
+/// The traces of which spans are exported.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Share(u64);
+
+impl Share {
+    pub(super) fn of(share: f64) -> Self {
+        Self(below(share))
+    }
+
+    pub(super) fn takes(self, context: &Context) -> bool {
+        context.exported(self.0)
+    }
+}
+
+/// A call's part of the trace of a request that it goes on with: `of` names that request's
+/// span, `own` the call's. `None`: there is no such trace.
+pub(super) fn below_span(of: &str, own: &str) -> Option<Context> {
+    let request = Context::of(of, true)?;
+    let call = Context::of(own, false)?;
+    let named = request.trace != 0 && request.parent != 0;
+    named.then_some(Context {
+        own: call.own,
+        ..request
+    })
+}
+
+/// The trace context of a call that goes on with a request, as [`below_span`], and whether
+/// its spans are exported where that `share` is. `None`: there is no such trace.
+pub(crate) fn goes_on_below(of: &str, own: &str, share: Option<Share>) -> Option<(String, bool)> {
+    let context = below_span(of, own)?;
+    let exported = share.is_some_and(|share| share.takes(&context));
+    let text = match exported {
+        true => context.traceparent(),
+        false => {
+            let Context {
+                trace, own, flags, ..
+            } = context;
+            format!("00-{trace:032x}-{own:016x}-{flags:02x}")
+        }
+    };
+    Some((text, exported))
+}
+
 /// The bound on trace ids of which this share is below it: every router takes the same.
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-pub(super) fn below(share: f64) -> u64 {
+fn below(share: f64) -> u64 {
     (share.clamp(0.0, 1.0) * (1_u64 << SHARE_BITS) as f64) as u64
 }
 
@@ -93,6 +136,27 @@ mod tests {
         // Without a client's there is no parent, and the name that was drawn is ours.
         let drawn = Context::of(GIVEN, false).unwrap();
         assert_eq!((drawn.parent, drawn.own), (0, 0x00f0_67aa_0ba9_02b7));
+    }
+
+    #[test]
+    fn a_call_that_goes_on_with_a_request_has_its_trace_and_a_span_of_its_own() {
+        let drawn = "00-0000000000000000000000000000000a-000000000000000b-00";
+        let trace = &GIVEN[3..35];
+        let none = (format!("00-{trace}-000000000000000b-00"), false);
+        assert_eq!(goes_on_below(GIVEN, drawn, None), Some(none.clone()));
+        let all = (format!("00-{trace}-000000000000000b-01"), true);
+        let share = Some(Share::of(1.0));
+        assert_eq!(goes_on_below(GIVEN, drawn, share), Some(all.clone()));
+        // What is told of the request is told of what goes on with it.
+        let share = Some(Share::of(0.0));
+        assert_eq!(goes_on_below(GIVEN, drawn, share), Some(none));
+        let sampled = format!("{}1", &GIVEN[..54]);
+        assert_eq!(goes_on_below(&sampled, drawn, share), Some(all));
+        let parent = below_span(&sampled, drawn).unwrap().parent;
+        assert_eq!(parent, 0x00f0_67aa_0ba9_02b7);
+        for nothing in ["", "00", "00-x-y-00", "00-0-1-00", "00-1-0-00"] {
+            assert_eq!(goes_on_below(nothing, drawn, share), None, "{nothing}");
+        }
     }
 
     #[test]

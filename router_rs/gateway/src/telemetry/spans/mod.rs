@@ -21,6 +21,7 @@ use std::sync::Arc;
 use kvmesh_trust::ServerTlsError;
 
 pub(crate) use collector::{Address, Headers};
+pub(crate) use context::{Share, goes_on_below};
 pub(crate) use exporter::Exporter;
 pub(crate) use request::RequestSpan;
 
@@ -34,8 +35,7 @@ const QUEUED_SPANS: usize = 16_384;
 /// Begins spans of requests.
 pub(crate) struct Spans {
     queue: Arc<Queue>,
-    /// Of trace ids, by their last 56 bits, those below it are exported.
-    below: u64,
+    share: Share,
 }
 
 impl Spans {
@@ -59,19 +59,33 @@ impl Spans {
         let resource = otlp::resource(router_id, &settings.cluster);
         let exported = telemetry.spans_exported.clone();
         let exporter = Exporter::start(collector, Arc::clone(&queue), resource, exported);
-        let below = context::below(settings.otlp_share);
-        Ok(Some((Self { queue, below }, exporter)))
+        let share = Share::of(settings.otlp_share);
+        Ok(Some((Self { queue, share }, exporter)))
     }
 
-    /// Begins the span of a call, which goes on as the parent of what workers do.
-    /// `None`: it is not among those that are exported.
-    pub(crate) fn begin(&self, call: &mut CallMetadata) -> Option<RequestSpan> {
+    /// Which traces are exported.
+    pub(crate) fn share(&self) -> Share {
+        self.share
+    }
+
+    /// Begins the span of a call, which goes on as the parent of what workers do. `resumes`:
+    /// it goes on with a request, maybe in that one's trace. `None`: it is not among those
+    /// that are exported.
+    pub(crate) fn begin(
+        &self,
+        call: &mut CallMetadata,
+        method: &'static str,
+        resumes: bool,
+    ) -> Option<RequestSpan> {
         let context = Context::of(&call.traceparent, call.has_parent)?;
-        if !context.exported(self.below) {
+        let exported = self.share.takes(&context);
+        if exported {
+            call.traceparent = context.traceparent();
+            call.traced = true;
+        } else if !resumes || call.has_parent {
             return None;
         }
-        call.traceparent = context.traceparent();
-        call.traced = true;
-        Some(RequestSpan::new(Arc::clone(&self.queue), context, call))
+        let queue = Arc::clone(&self.queue);
+        Some(RequestSpan::new(queue, (context, exported), call, method))
     }
 }

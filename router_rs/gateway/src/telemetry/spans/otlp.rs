@@ -11,7 +11,7 @@ use opentelemetry_proto::tonic::{
     resource::v1::Resource,
     trace::v1::{
         ResourceSpans, ScopeSpans, Span, Status,
-        span::{Event, SpanKind},
+        span::{Event, Link, SpanKind},
         status::StatusCode,
     },
 };
@@ -88,14 +88,17 @@ fn own(ended: &Ended, context: Context, clock: Clock) -> Span {
         text("kvmesh.request_id", &ended.request_id),
     ];
     let (name, kind) = match ended.is_answer {
-        true => ("answer", SpanKind::Internal),
-        false => ("kvmesh.v1.Inference/Generate", SpanKind::Server),
+        true => ("answer".to_owned(), SpanKind::Internal),
+        false => {
+            let name = format!("kvmesh.v1.Inference/{}", ended.method);
+            (name, SpanKind::Server)
+        }
     };
     if !ended.is_answer {
         attributes.extend([
             text("rpc.system", "grpc"),
             text("rpc.service", "kvmesh.v1.Inference"),
-            text("rpc.method", "Generate"),
+            text("rpc.method", ended.method),
             int("rpc.grpc.status_code", ended.code),
         ]);
     }
@@ -127,14 +130,24 @@ fn own(ended: &Ended, context: Context, clock: Clock) -> Span {
             parent => parent.to_be_bytes().to_vec(),
         },
         trace_state: ended.tracestate.clone(),
-        name: name.to_owned(),
+        name,
         kind: kind.into(),
         start_time_unix_nano: clock.0,
         end_time_unix_nano: clock.at(ended.took_ms),
         attributes,
         events,
+        links: ended.link.into_iter().map(link).collect(),
         status: status(ended),
         ..Span::default()
+    }
+}
+
+/// To the span of a request that a call went on with.
+fn link(of: Context) -> Link {
+    Link {
+        trace_id: of.trace.to_be_bytes().to_vec(),
+        span_id: of.parent.to_be_bytes().to_vec(),
+        ..Link::default()
     }
 }
 

@@ -8,7 +8,10 @@ use std::{
 use kvmesh_wire::v1;
 use tonic::Code;
 
-use super::{context::Context, queue::Queue};
+use super::{
+    context::{Context, below_span},
+    queue::Queue,
+};
 use crate::{
     door::CallMetadata,
     error::RequestError,
@@ -21,6 +24,8 @@ pub(crate) struct RequestSpan {
     queue: Arc<Queue>,
     arrived: Instant,
     deadline: Option<Instant>,
+    /// Else it is told only where it comes to be of another trace.
+    exported: bool,
     ended: Option<Ended>,
     /// The call that it is an answer of, where that has several.
     call: Option<Arc<SeveralAnswers>>,
@@ -44,6 +49,10 @@ impl Drop for SeveralAnswers {
 #[derive(Debug, Default)]
 pub(super) struct Ended {
     pub(super) context: Context,
+    /// The call.
+    pub(super) method: &'static str,
+    /// A request of another trace that it went on with.
+    pub(super) link: Option<Context>,
     /// The client's, of the trace.
     pub(super) tracestate: String,
     pub(super) request_id: String,
@@ -75,14 +84,21 @@ impl Ended {
 }
 
 impl RequestSpan {
-    pub(super) fn new(queue: Arc<Queue>, context: Context, call: &CallMetadata) -> Self {
+    pub(super) fn new(
+        queue: Arc<Queue>,
+        (context, exported): (Context, bool),
+        call: &CallMetadata,
+        method: &'static str,
+    ) -> Self {
         let began = SystemTime::now().checked_sub(call.arrived.elapsed());
         Self {
             queue,
             arrived: call.arrived,
             deadline: call.deadline,
+            exported,
             ended: Some(Ended {
                 context,
+                method,
                 tracestate: call.tracestate.clone(),
                 request_id: call.request_id.clone(),
                 began,
@@ -101,6 +117,7 @@ impl RequestSpan {
         let (context, began) = (ended.context, ended.began);
         let (tracestate, request_id) = (ended.tracestate.clone(), ended.request_id.clone());
         let (queue, arrived, deadline) = (Arc::clone(&self.queue), self.arrived, self.deadline);
+        let (method, exported) = (ended.method, self.exported);
         let call = Arc::new(SeveralAnswers {
             span: self,
             failed: OnceLock::new(),
@@ -109,8 +126,10 @@ impl RequestSpan {
             queue: Arc::clone(&queue),
             arrived,
             deadline,
+            exported,
             ended: Some(Ended {
                 context: context.below(),
+                method,
                 tracestate: tracestate.clone(),
                 request_id: request_id.clone(),
                 began,
@@ -120,6 +139,22 @@ impl RequestSpan {
             call: Some(Arc::clone(&call)),
         };
         std::iter::repeat_with(answer).take(count).collect()
+    }
+
+    /// It goes on with a request whose span is `of`, in that one's trace.
+    pub(crate) fn goes_on_below(&mut self, of: &str, call: &CallMetadata, exported: bool) {
+        let context = below_span(of, &call.traceparent);
+        if let (Some(ended), Some(context)) = (&mut self.ended, context) {
+            ended.context = context;
+            self.exported = exported;
+        }
+    }
+
+    /// It goes on with a request whose span is `of`, in the trace that its client gave.
+    pub(crate) fn links(&mut self, of: &str) {
+        if let Some(ended) = &mut self.ended {
+            ended.link = Context::of(of, true);
+        }
     }
 
     /// Its stream says that it ended well.
@@ -144,7 +179,7 @@ impl RequestSpan {
     }
 
     fn end(&mut self, code: Code, reason: Option<&'static str>, traced: Option<Traced>) {
-        let Some(ended) = self.ended.take() else {
+        let Some(ended) = self.ended.take().filter(|_| self.exported) else {
             return;
         };
         self.queue.offer(Ended {

@@ -8,8 +8,17 @@ use kvmesh_wire::{
 use super::{Session, Step};
 
 impl Session {
-    /// Says what is here of a generation.
-    pub(super) fn find(&mut self, find: Find) {
+    /// Says what is here of what it was asked for, unless it is told to wait.
+    pub(super) fn answer_finds(&mut self) {
+        if self.state.faults.plan().hold_finds {
+            return;
+        }
+        for find in std::mem::take(&mut self.finds) {
+            self.find(find);
+        }
+    }
+
+    fn find(&mut self, find: Find) {
         let left = self.state.config.left.as_deref();
         let left = left.filter(|left| left.generation == find.generation);
         self.found.push(match left {
