@@ -39,12 +39,12 @@ use smallvec::SmallVec;
 
 use super::{
     Core,
+    admit::Urgency,
     counters::AttemptCounts,
     dispatch::Booking,
     figures::{Figures, ms},
     given_up::GivenUp,
     placer::Tail,
-    queue::Urgency,
     recover::Retry,
     session::SessionHandle,
     timers::TimerKey,
