@@ -212,15 +212,77 @@ def test_a_trace_tells_the_whole_way_and_explain_shows_it(pair, client, capsys) 
     assert "prefill_chunk" in out
 
 
+def test_a_stop_string_ends_with_figures_that_are_true(fresh, capsys) -> None:
+    endpoint = fresh.start_router()
+    fresh.start_worker("a", "both", *PACED)
+    fresh.wait_live(endpoint, "a")
+    options = {"prompt": "Where did the time go? " * 20, "max_tokens": 400, "temperature": 0,
+               "ignore_end_of_text": True}  # fmt: skip
+    with kvmesh.Client(endpoint) as client:
+        whole = client.complete(**(options | {"max_tokens": 40}))
+        stop = whole.text[10:13]
+        cut = client.complete(**options, stop=stop, trace=True)
+    assert cut.stop_string == stop
+    usage, timings = cut.usage, cut.timings
+    assert usage.cached_tokens > 0
+    assert usage.cached_tokens + usage.computed_tokens == usage.prompt_tokens
+    assert timings.prefill_ms > 0
+    assert timings.worker_queue_ms > 0
+    names = {span.name for span in cut.trace}
+    assert {"worker_queue", "prefill_chunk", "decode"} <= names
+    assert main(["explain", cut.generation_id, "--endpoint", endpoint]) == 0
+    assert "prefill_chunk" in capsys.readouterr().out
+    fresh.wait_empty("a")
+
+
 def test_the_planner_says_why_it_holds_and_changes_nothing(pair, client, capsys) -> None:
     client.complete(prompt="Something came", max_tokens=2)
     endpoint = pair.endpoints[0]
+    # The router looks by itself: whoever asks once hears what it has seen by then.
+    pair.wait_router(endpoint, lambda info: info.uptime_s > 20)
     assert main(["planner", "--apply", "--once", "--endpoint", endpoint]) == 0
     out = capsys.readouterr().out
     assert "sim: 1 prefill, 1 decode" in out
-    assert "no flip: too little was seen yet" in out
+    assert "no flip: each pool is within its targets" in out
     roles = {name: status.load.role for name, status in pair.table(endpoint).items()}
     assert roles == {"p": worker_pb2.ROLE_PREFILL, "d": worker_pb2.ROLE_DECODE}
+
+
+async def test_long_jobs_of_one_model_do_not_delay_another_ones_chat(fresh) -> None:
+    endpoint = fresh.start_router("--queue-length", "3")
+    # Seconds for each job, on a worker that does nothing else.
+    fresh.start_worker("slow", "both", "--engine-arguments", "profile=cpu-135m")
+    fresh.start_worker("quick", "both", "--model", "chat")
+    fresh.wait_live(endpoint, "slow", "quick")
+    rng = random.Random(11)
+
+    def job() -> list[int]:
+        return rng.choices(range(300, 1_900), k=1_500)
+
+    async with kvmesh.AsyncClient(endpoint) as client:
+        options = {"max_tokens": 4, "request_class": "batch"}
+        jobs = [
+            asyncio.create_task(client.complete(model="sim", token_ids=job(), **options))
+            for _ in range(4)
+        ]
+        # One is computed; the others wait, and are as many as may.
+        await asyncio.to_thread(fresh.wait_router, endpoint, lambda info: info.queued == 3)
+        with pytest.raises(kvmesh.OverloadedError, match="the queue is full"):
+            await client.complete(model="sim", token_ids=job(), **options)
+        for turn in range(8):
+            said = await client.complete(model="chat", prompt=f"Turn {turn}", max_tokens=16,
+                                         request_class="interactive",
+                                         ignore_end_of_text=True)  # fmt: skip
+            assert len(said.token_ids) == 16
+        # Nor are those that are less urgent in the way of a chat of their own model.
+        said = await client.complete(model="sim", prompt="And you?", max_tokens=2,
+                                     request_class="interactive")  # fmt: skip
+        assert said.usage.output_tokens > 0
+        assert not any(task.done() for task in jobs[1:])
+        for task in jobs:
+            task.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+    fresh.wait_empty("slow", "quick")
 
 
 def test_a_planner_without_a_router_says_so(capsys) -> None:

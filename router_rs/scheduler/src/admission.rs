@@ -44,6 +44,8 @@ pub enum Rejected {
         wait_ms: f64,
         /// When the wait should be within the bound, ms.
         retry_after_ms: f64,
+        /// Predicted work of its prompt, ms.
+        work_ms: f64,
     },
     /// Its deadline would pass before its first token.
     #[error(
@@ -54,7 +56,20 @@ pub enum Rejected {
         ttft_ms: f64,
         /// Time left, ms.
         left_ms: f64,
+        /// Predicted work of its prompt, ms.
+        work_ms: f64,
     },
+}
+
+impl Rejected {
+    /// Predicted work of its prompt, ms: it came, though it is not taken.
+    pub fn work_ms(&self) -> f64 {
+        match self {
+            Self::WaitTooLong { work_ms, .. } | Self::DeadlineCannotBeMet { work_ms, .. } => {
+                *work_ms
+            }
+        }
+    }
 }
 
 /// Decides whether a request may wait. `ahead_ms` is the predicted work of
@@ -168,6 +183,7 @@ impl Estimate {
             return Err(Rejected::WaitTooLong {
                 wait_ms,
                 retry_after_ms: wait_ms - settings.max_wait_ms,
+                work_ms: self.work_ms,
             });
         }
         match deadline_ms {
@@ -175,6 +191,7 @@ impl Estimate {
                 Err(Rejected::DeadlineCannotBeMet {
                     ttft_ms: wait_ms + self.work_ms,
                     left_ms,
+                    work_ms: self.work_ms,
                 })
             }
             _ => Ok(Admission {

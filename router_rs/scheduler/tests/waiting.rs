@@ -253,7 +253,8 @@ fn admission_is_by_predicted_wait_and_deadline() {
         ask(&workers, 1_500.0, None),
         Err(Rejected::WaitTooLong {
             wait_ms: 1_500.0,
-            retry_after_ms: 500.0
+            retry_after_ms: 500.0,
+            work_ms: idle.work_ms,
         })
     );
     workers[0].load.others.running_prefill_tokens = 4_000;

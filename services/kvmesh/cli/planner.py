@@ -19,8 +19,9 @@ _EPILOG = """\
 Watches how long first tokens and steps are predicted to take, against what the classes
 are held to, and says which worker should change its role (docs/scheduling.md, the pool
 controller). It only recommends, unless --apply is given; no role is ever left empty.
-Run one for a cluster, at the router that has most of its load: each router knows what
-came to itself. A line is printed when the advice changes, and for each flip.
+Looking changes nothing: any number may watch, and a flip is recommended until somebody
+does it. Apply from one place, at the router that has most of the load: each router knows
+what came to itself. A line is printed when the advice changes, and for each flip.
 """
 
 
@@ -79,7 +80,7 @@ class _Planner:
             if advice.HasField("flip"):
                 self._flip(advice)
             else:
-                self._tell(advice.model, f"{_outlook(advice.now)}; no flip: {advice.hold}")
+                self._tell(advice.model, _outlook(advice.now), f"no flip: {advice.hold}")
         return True
 
     def _flip(self, advice: admin_pb2.PoolAdvice) -> None:
@@ -90,9 +91,8 @@ class _Planner:
         flip = advice.flip
         what = f"{flip.worker_id} from {role_name(flip.from_role)} to {role_name(flip.to_role)}"
         verb = "flips" if self._apply else "recommended: flip"
-        self._tell(
-            advice.model, f"{_outlook(advice.now)}; {verb} {what}; then {_outlook(flip.after)}"
-        )
+        after = f"; then {_outlook(flip.after)}"
+        self._tell(advice.model, _outlook(advice.now), f"{verb} {what}", after)
         if not self._apply:
             return
         request = admin.SetWorkerRoleRequest(worker_id=flip.worker_id, role=flip.to_role)
@@ -105,14 +105,15 @@ class _Planner:
     def _failed(self, model: str, error: Any) -> None:
         from kvmesh.client.errors import error_from_rpc
 
-        self._tell(model, explain(error_from_rpc(error), self._endpoint), sys.stderr)
+        what = explain(error_from_rpc(error), self._endpoint)
+        self._tell(model, "", what, to=sys.stderr)
 
-    def _tell(self, model: str, text: str, to: Any = None) -> None:
+    def _tell(self, model: str, now: str, advice: str, after: str = "", to: Any = None) -> None:
         # What is expected changes at each look: only another advice is news.
-        key = text.rpartition(";")[2]
-        if self._told.get(model) == key:
+        if self._told.get(model) == advice:
             return
-        self._told[model] = key
+        self._told[model] = advice
+        text = f"{now}; {advice}{after}" if now else advice
         print(f"{model}: {text}" if model else f"kvmesh planner: {text}", file=to, flush=True)
 
 

@@ -10,8 +10,10 @@ from kvmesh.cli.settings import add_settings
 from kvmesh.roles import ROLES, role_name, role_number
 
 _EPILOG = """\
-What runs goes on; new work follows the new role. Refused where that would leave a role
-empty, unless --force is given.
+New work follows the new role. Prompts that are being computed go on where they are. A worker
+that becomes prefill hands its streams to others, with their KV; those for which nobody has
+room stay until they are done. Refused where a role would be left empty, unless --force is
+given.
 """
 
 

@@ -103,8 +103,8 @@ class AdminServicer(object):
     def AdvisePools(self, request, context):
         """What a pool controller makes of the workers now: how many should compute
         prompts and how many decode. It changes nothing; SetWorkerRole does. The
-        controller remembers between calls what it saw: it wants to be asked about
-        once a second, and by one caller.
+        router looks about once a second by itself: it may be asked at any time, by
+        any number of callers. A flip is recommended to each until somebody does it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,8 +35,8 @@ pub(super) struct Figures {
     attempt: u32,
     /// Attempts that went on with the KV of another, and that one's number.
     carried: SmallVec<[(u32, u32); 2]>,
-    /// Prompt tokens that the first attempt had to compute, by the estimate.
-    expected: u32,
+    /// What was planned of the first attempt's prompt.
+    expected: Expected,
     spans: Vec<v1::TraceSpan>,
     /// Of the attempt that brings the first token, or may.
     predicted: Option<Predicted>,
@@ -85,6 +85,14 @@ struct Predicted {
     /// When it was made.
     at: Instant,
     times: v1::PhaseTimes,
+}
+
+/// Prompt tokens, by the estimate.
+#[derive(Clone, Copy, Default)]
+struct Expected {
+    cached: u32,
+    pulled: u32,
+    computed: u32,
 }
 
 #[derive(Default)]
@@ -164,11 +172,15 @@ impl Figures {
         self.last_arrival
     }
 
-    /// What the first attempt had to compute: told where it died and could not
-    /// tell.
-    pub(super) fn expects(&mut self, prompt_tokens: u32) {
+    /// What the first attempt has to do for its prompt: told where its worker could
+    /// not tell, or did not in time.
+    pub(super) fn expects(&mut self, prompt: u32, cached: u32, pulled: u32) {
         if self.dispatched.is_none() {
-            self.expected = prompt_tokens;
+            self.expected = Expected {
+                cached,
+                pulled,
+                computed: prompt.saturating_sub(cached.saturating_add(pulled)),
+            };
         }
     }
 
@@ -245,16 +257,23 @@ impl Figures {
     pub(super) fn usage(&self, prompt: u32, output: u32, attempts: u32) -> v1::Usage {
         // A worker that died told nothing: what its successors computed is
         // computed again.
+        let (sums, expected) = (&self.sums, &self.expected);
+        let (mut cached, mut pulled) = (sums.cached, sums.pulled);
         let (computed, recomputed) = match self.attempt {
-            0 | 1 => (self.sums.computed, self.recomputed),
-            _ if self.recomputed > 0 => (self.sums.computed, self.recomputed),
-            _ => (self.expected, self.sums.computed),
+            // Nobody told: its prompt was run, or there would be no token.
+            0 if attempts == 1 && self.first_arrival.is_some() => {
+                (cached, pulled) = (expected.cached, expected.pulled);
+                (expected.computed, 0)
+            }
+            0 | 1 => (sums.computed, self.recomputed),
+            _ if self.recomputed > 0 => (sums.computed, self.recomputed),
+            _ => (expected.computed, sums.computed),
         };
         v1::Usage {
             prompt_tokens: prompt,
             output_tokens: output,
-            cached_tokens: self.sums.cached,
-            pulled_tokens: self.sums.pulled,
+            cached_tokens: cached,
+            pulled_tokens: pulled,
             computed_tokens: computed,
             recomputed_tokens: recomputed,
             attempts,

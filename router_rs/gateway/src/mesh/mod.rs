@@ -13,6 +13,8 @@
 //! registry, one sweep a second, one a tokeniser download. All belong to a
 //! tracker that [`Mesh::shutdown`] waits for.
 
+mod admit;
+mod asked;
 mod backoff;
 mod cancel;
 mod continuation;
@@ -67,6 +69,7 @@ pub use settings::{MeshSettings, StreamSettings};
 pub use stream::GenerationStream;
 
 use crate::{error::RequestError, request::AdmittedRequest, telemetry::Histogram};
+use asked::Asked;
 use decisions::Decisions;
 use dispatch::Dispatcher;
 use models::Models;
@@ -89,6 +92,7 @@ struct Core {
     counters: Counters,
     decisions: Decisions,
     pools: PoolWatch,
+    asked: Asked,
     urgent_start: Histogram,
     retries: Retries,
     quarantine: Quarantine,
@@ -239,6 +243,7 @@ impl Mesh {
             counters: Counters::default(),
             decisions: Decisions::new(settings.decisions_kept),
             pools: PoolWatch::new(&settings.policy.cost.targets),
+            asked: Asked::default(),
             urgent_start: Histogram::default(),
             retries: Retries::default(),
             quarantine: Quarantine::default(),
@@ -253,6 +258,7 @@ impl Mesh {
             Arc::clone(&core.timers).run(core.stop.clone())
         });
         core.spawn_kept("sweep", Core::sweep);
+        core.spawn_kept("pools", Core::watch_pools);
         for address in &core.settings.workers {
             core.spawn_session(core.table.add_static(address));
         }

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use kvmesh_rpc::v1::worker_client::WorkerClient;
 use kvmesh_trust::Dialled;
 use kvmesh_wire::v1;
+use tonic::Code;
 
-use super::{Mesh, session, table::WorkerEntry};
+use super::{Mesh, asked::Asking, session, table::WorkerEntry};
 
 impl Mesh {
     /// Drains a worker; its streams of this router go on elsewhere, where they can.
@@ -19,14 +20,13 @@ impl Mesh {
         ask: &v1::DrainWorkerRequest,
     ) -> Result<v1::DrainWorkerResponse, MeshError> {
         let worker = self.worker(&ask.worker_id)?;
-        if !ask.force && self.core.would_empty(&worker, None) {
-            return Err(MeshError::EmptiesRole);
-        }
+        let asking = self.core.ask_of(&worker, None, ask.force)?;
         let drain = v1::DrainRequest {
             grace_ms: ask.grace_ms,
             stop: ask.stop,
         };
-        let answer = self.client(&worker).await?.drain(drain).await?;
+        let answer = async { Ok(self.client(&worker).await?.drain(drain).await?) }.await;
+        let answer = heard(answer, asking, || {})?;
         Ok(v1::DrainWorkerResponse {
             running: answer.into_inner().running,
             staying: self.core.staying(&worker),
@@ -40,17 +40,12 @@ impl Mesh {
     pub async fn set_role(&self, ask: &v1::SetWorkerRoleRequest) -> Result<v1::Role, MeshError> {
         let worker = self.worker(&ask.worker_id)?;
         let role = ask.role();
-        if !ask.force && self.core.would_empty(&worker, Some(role)) {
-            return Err(MeshError::EmptiesRole);
-        }
+        let asking = self.core.ask_of(&worker, Some(role), ask.force)?;
+        self.core.role_begins(&worker, role);
         let set = v1::SetRoleRequest { role: role.into() };
-        Ok(self
-            .client(&worker)
-            .await?
-            .set_role(set)
-            .await?
-            .into_inner()
-            .role())
+        let answer = async { Ok(self.client(&worker).await?.set_role(set).await?) }.await;
+        let answer = heard(answer, asking, || self.core.role_refused(&worker))?;
+        Ok(answer.into_inner().role())
     }
 
     fn worker(&self, id: &str) -> Result<Arc<WorkerEntry>, MeshError> {
@@ -64,6 +59,20 @@ impl Mesh {
         let connection = session::connect(&self.core.settings, worker).await?;
         Ok(WorkerClient::new(connection.calls))
     }
+}
+
+/// What a worker answered. Where that says that nothing changes, what was asked for counts
+/// no more; any other error leaves it open.
+fn heard<T>(
+    answer: Result<T, MeshError>,
+    asking: Asking,
+    refused: impl FnOnce(),
+) -> Result<T, MeshError> {
+    if answer.as_ref().is_err_and(MeshError::changes_nothing) {
+        asking.refused();
+        refused();
+    }
+    answer
 }
 
 /// Why an administrator's wish was not followed.
@@ -81,4 +90,23 @@ pub enum MeshError {
     /// The worker refused.
     #[error("{0}")]
     Worker(#[from] tonic::Status),
+}
+
+impl MeshError {
+    /// Whether the worker is as it was before: it was not reached, or said no.
+    fn changes_nothing(&self) -> bool {
+        match self {
+            Self::UnknownWorker(_) | Self::EmptiesRole | Self::Unreachable(_) => true,
+            Self::Worker(status) => matches!(
+                status.code(),
+                Code::InvalidArgument
+                    | Code::FailedPrecondition
+                    | Code::Unimplemented
+                    | Code::NotFound
+                    | Code::PermissionDenied
+                    | Code::Unauthenticated
+                    | Code::ResourceExhausted
+            ),
+        }
+    }
 }

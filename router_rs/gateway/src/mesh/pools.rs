@@ -1,9 +1,11 @@
 //! Advice about the sizes of pools: what came, what is there, and the pure
-//! controller that looks at both. Nothing here runs unless it is asked for.
+//! controller that looks at both, about once a second, so that whoever asks
+//! hears at once. Nothing follows from it unless somebody changes a role.
 
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use kvmesh_scheduler::{
@@ -12,12 +14,13 @@ use kvmesh_scheduler::{
 };
 use kvmesh_wire::v1;
 
-use super::{
-    Core,
-    dispatch::class_of,
-    queue::{Urgency, lock},
-};
+use tokio::time::MissedTickBehavior;
+
+use super::{Core, dispatch::class_of, queue::lock, table::WorkerEntry, views::role_of};
 use crate::request::AdmittedRequest;
+
+/// How often the pools are looked at.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// What came by model, and the controller.
 pub(super) struct PoolWatch {
@@ -37,38 +40,77 @@ impl PoolWatch {
         }
     }
 
-    /// A request was admitted.
-    pub(super) fn admitted(&self, request: &AdmittedRequest, admitted: &Urgency, output: u32) {
+    /// What came so far, by model.
+    pub(super) fn demands(&self) -> BTreeMap<Arc<str>, Demand> {
+        lock(&self.came).clone()
+    }
+
+    /// A request came, of so much predicted work: also one that is turned away for want
+    /// of room, which workers would have had to do.
+    pub(super) fn came(&self, request: &AdmittedRequest, work_ms: f64, output: u32) {
         let mut came = lock(&self.came);
         if !came.contains_key(request.model.as_str()) {
             came.insert(Arc::from(request.model.as_str()), Demand::default());
         }
         if let Some(demand) = came.get_mut(request.model.as_str()) {
-            let class = class_of(request.class);
-            demand.add(class, admitted.work_ms, f64::from(output));
+            demand.add(class_of(request.class), work_ms, f64::from(output));
         }
     }
 }
 
 impl Core {
+    /// Looks at the pools for as long as the router runs.
+    pub(super) async fn watch_pools(self: Arc<Self>) {
+        let mut every = tokio::time::interval(LOOK);
+        every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                _ = every.tick() => drop(self.look_at_pools()),
+            }
+        }
+    }
+
     /// What the controller makes of all pools now.
     pub(super) fn advise_pools(&self) -> Vec<v1::PoolAdvice> {
+        let advice = self.look_at_pools();
+        advice.iter().map(|advice| self.advice(advice)).collect()
+    }
+
+    fn look_at_pools(&self) -> Vec<Advice> {
         let watch = &self.pools;
         let waits = &self.dispatcher.waits;
-        let mut came = lock(&watch.came).clone();
+        let mut came = watch.demands();
         for (model, demand) in &mut came {
             demand.queued_ms = waits.queued_ms(model);
         }
-        let now_ms = waits.now_ms();
+        // The clock of a look does not go back: it is read under the lock.
         let mut planner = lock(&watch.planner);
+        let now_ms = waits.now_ms();
         let pools = {
             let targets = planner.settings().targets;
             let mut placer = self.dispatcher.placer();
             placer.pools(&came, &targets, now_ms)
         };
-        let advice = planner.look(&pools, now_ms);
-        drop(planner);
-        advice.iter().map(|advice| self.advice(advice)).collect()
+        planner.look(&pools, now_ms)
+    }
+
+    /// A worker is told to take a role.
+    pub(super) fn role_begins(&self, worker: &WorkerEntry, role: v1::Role) {
+        let slot = self.dispatcher.placer().slot(worker.index);
+        if let Some(slot) = slot {
+            let now_ms = self.dispatcher.waits.now_ms();
+            lock(&self.pools.planner).began(slot, role_of(role), now_ms);
+        }
+    }
+
+    /// It was not done.
+    pub(super) fn role_refused(&self, worker: &WorkerEntry) {
+        let slot = self.dispatcher.placer().slot(worker.index);
+        if let Some(slot) = slot {
+            let now_ms = self.dispatcher.waits.now_ms();
+            lock(&self.pools.planner).failed(slot, now_ms);
+        }
     }
 
     fn advice(&self, advice: &Advice) -> v1::PoolAdvice {

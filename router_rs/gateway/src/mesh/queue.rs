@@ -16,8 +16,8 @@ use std::{
 
 use kvmesh_kv_index::Matches;
 use kvmesh_scheduler::{
-    Admitted, Dispatch, DispatchSettings, Entry, Lane, Look, Next, Outcome, Pass, PerClass, Place,
-    Reported,
+    Admitted, Cluster, Dispatch, DispatchSettings, Entry, Lane, Look, Next, Outcome, Pass,
+    PerClass, Place, Rejected, Reported, RequestView,
 };
 use kvmesh_session::{
     GenerationId,
@@ -31,13 +31,8 @@ use super::{
     dispatch::{Tried, class_of, request_view},
     figures::ms,
     open::Open,
-    placer::Turned,
-    turned::turned,
 };
-use crate::{
-    error::{RequestError, retry_after},
-    request::AdmittedRequest,
-};
+use crate::request::AdmittedRequest;
 
 /// Why a request stays that is listed at a worker.
 const NOT_SOON: &str = "its worker would not start it soon";
@@ -145,6 +140,13 @@ impl Waits {
         self.length.load(Ordering::Relaxed)
     }
 
+    /// Requests of the same model that wait and are as urgent by class: those that are less
+    /// urgent take nobody's place.
+    pub(super) fn as_urgent(&self, request: &AdmittedRequest) -> usize {
+        let class = class_of(request.class);
+        self.lock().dispatch.as_urgent(&request.model, class)
+    }
+
     /// How a generation waits here now, and what admission predicted of that, ms.
     pub(super) fn explain(&self, id: GenerationId) -> Option<(v1::RouterWait, f64)> {
         let state = self.lock();
@@ -158,7 +160,7 @@ impl Waits {
         self.arrival_ms(&open.request) + open.urgency_ms
     }
 
-    fn arrival_ms(&self, request: &AdmittedRequest) -> f64 {
+    pub(super) fn arrival_ms(&self, request: &AdmittedRequest) -> f64 {
         ms(request.arrived.saturating_duration_since(self.started))
     }
 
@@ -204,6 +206,18 @@ impl Waits {
             .count()
     }
 
+    /// Whether a request that arrived then may wait ([`Dispatch::admit`]).
+    pub(super) fn admit(
+        &self,
+        cluster: &Cluster<'_>,
+        request: &RequestView<'_>,
+        arrival_ms: f64,
+        left_ms: Option<f64>,
+    ) -> Result<Admitted, Rejected> {
+        let line = self.lock();
+        line.dispatch.admit(cluster, request, arrival_ms, left_ms)
+    }
+
     /// Predicted work of a model's requests that wait and are seen at no worker,
     /// by class, ms.
     pub(super) fn queued_ms(&self, model: &str) -> PerClass<f64> {
@@ -236,80 +250,7 @@ impl Drop for Driven<'_> {
     }
 }
 
-/// What admission found out about a request.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Urgency {
-    /// From arrival to virtual deadline, ms.
-    pub(super) urgency_ms: f64,
-    /// Predicted work of its prompt, ms.
-    pub(super) work_ms: f64,
-    /// Predicted wait until its prompt starts, ms.
-    pub(super) wait_ms: f64,
-}
-
 impl Core {
-    /// Whether a request may be opened: what no worker will ever run, what
-    /// would wait for too long, what would miss its deadline, is refused here.
-    pub(super) fn admit(
-        &self,
-        request: &AdmittedRequest,
-        chain: &[u64],
-    ) -> Result<Urgency, RequestError> {
-        self.check_quarantine(request)?;
-        let now = Instant::now();
-        let left_ms = match request.deadline {
-            None => None,
-            Some(deadline) if deadline <= now => {
-                return Err(RequestError::DeadlineExceeded { next_index: 0 });
-            }
-            Some(deadline) => Some(ms(deadline - now)),
-        };
-        let waits = &self.dispatcher.waits;
-        let arrival_ms = waits.arrival_ms(request);
-        let had = u32::try_from(request.output_ids.len()).unwrap_or(u32::MAX);
-        let expected = self.dispatcher.expected_output(request, had);
-        let admitted = self.would_admit(request, chain, (had, expected), arrival_ms, left_ms);
-        let Admitted {
-            key_ms,
-            work_ms,
-            wait_ms,
-        } = admitted.map_err(|why| turned(request, why))?;
-        if waits.len() >= self.settings.queue_length {
-            return Err(RequestError::Overloaded {
-                reason: "the queue is full",
-                retry_after: retry_after(wait_ms),
-            });
-        }
-        let urgency = Urgency {
-            urgency_ms: key_ms - arrival_ms,
-            work_ms,
-            wait_ms,
-        };
-        self.pools.admitted(request, &urgency, expected);
-        Ok(urgency)
-    }
-
-    /// Whether a request that arrived then may wait, and for how long it would.
-    /// It had so many tokens and is expected to have so many.
-    pub(super) fn would_admit(
-        &self,
-        request: &AdmittedRequest,
-        chain: &[u64],
-        (had, expected): (u32, u32),
-        arrival_ms: f64,
-        left_ms: Option<f64>,
-    ) -> Result<Admitted, Turned> {
-        let mut cached = Matches::default();
-        self.dispatcher.index.lookup_into(chain, &mut cached);
-        let waits = &self.dispatcher.waits;
-        let view = request_view(request, 0, had, expected, &cached, &[]);
-        let mut placer = self.dispatcher.placer();
-        placer.admit(&view, waits.now_ms(), |cluster| {
-            let line = waits.lock();
-            line.dispatch.admit(cluster, &view, arrival_ms, left_ms)
-        })
-    }
-
     /// Finds a plan for a generation, or lets it wait for room.
     pub(super) fn plan(self: &Arc<Self>, open: &Arc<Open>, request: &PlanRequest) {
         let waits = &self.dispatcher.waits;

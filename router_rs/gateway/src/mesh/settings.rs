@@ -27,7 +27,7 @@ pub struct MeshSettings {
     /// Token ids kept for all clients together (4 bytes each). Above it the
     /// streams that hold more than their even share are given up.
     pub undelivered_ids: u64,
-    /// Requests that may wait for room.
+    /// Requests of a model that may wait for room and are as urgent by class.
     pub queue_length: usize,
     /// Longest wait for room; a longer one that is predicted is not begun.
     pub queue_timeout: Duration,

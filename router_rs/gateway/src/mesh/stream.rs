@@ -176,6 +176,14 @@ impl GenerationStream {
         self.open.held_to()
     }
 
+    /// Whether its last message is next, and what that tells is still to come.
+    fn ends(&self) -> bool {
+        let pending = &self.pending;
+        let more = self.accepted.is_some() || pending.placed.is_some() || !pending.ids.is_empty();
+        let well = matches!(pending.outcome, Some(Outcome::Finished { .. }));
+        !more && (well || self.stopped.is_some())
+    }
+
     /// The next message of what is at hand is in `message`. False: nothing is.
     fn next_message(&mut self) -> Result<bool, RequestError> {
         if let Some(accepted) = self.accepted.take() {
@@ -238,6 +246,9 @@ impl GenerationStream {
         loop {
             if self.done {
                 return Poll::Ready(None);
+            }
+            if self.ends() {
+                ready!(self.open.poll_settled(cx, self.reader));
             }
             match self.next_message() {
                 Ok(true) => return Poll::Ready(Some(Ok(&self.message))),

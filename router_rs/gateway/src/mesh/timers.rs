@@ -33,6 +33,7 @@ struct Armed {
 enum Due {
     Fire(Timer),
     Plan(Box<PlanRequest>),
+    Settle,
 }
 
 impl Timers {
@@ -50,6 +51,11 @@ impl Timers {
     /// Asks for a plan then, unless the generation has ended.
     pub(super) fn plan_later(&self, at: Instant, open: &Arc<Open>, request: PlanRequest) {
         self.add(at, open, Due::Plan(Box::new(request)));
+    }
+
+    /// Waits no longer than then for what workers owe a generation that has ended.
+    pub(super) fn settle_at(&self, at: Instant, open: &Arc<Open>) -> TimerKey {
+        self.add(at, open, Due::Settle)
     }
 
     fn add(&self, at: Instant, open: &Arc<Open>, due: Due) -> TimerKey {
@@ -118,6 +124,7 @@ fn fire(open: &Arc<Open>, due: Due) {
     let apply = || match due {
         Due::Fire(timer) => open.apply(Event::Fired(timer)),
         Due::Plan(request) => open.ask_now(&request),
+        Due::Settle => open.settle_now(),
     };
     if let Err(panic) = catch_unwind(AssertUnwindSafe(apply)) {
         open.abandon(None);

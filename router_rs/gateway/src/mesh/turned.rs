@@ -21,12 +21,12 @@ pub(super) fn turned(request: &AdmittedRequest, why: Turned) -> RequestError {
             reason: "the predicted wait is too long",
             retry_after: retry_after(retry_after_ms),
         },
-        Turned::Waits(Rejected::DeadlineCannotBeMet { ttft_ms, left_ms }) => {
-            RequestError::Overloaded {
-                reason: "the deadline cannot be met",
-                retry_after: retry_after(ttft_ms - left_ms),
-            }
-        }
+        Turned::Waits(Rejected::DeadlineCannotBeMet {
+            ttft_ms, left_ms, ..
+        }) => RequestError::Overloaded {
+            reason: "the deadline cannot be met",
+            retry_after: retry_after(ttft_ms - left_ms),
+        },
         Turned::Never(NoPlan::TooLong { tokens, limit }) => {
             RequestError::PromptTooLong { tokens, limit }
         }

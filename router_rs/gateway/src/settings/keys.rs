@@ -214,7 +214,7 @@ const ROUTER: &[Key] = &[
         "queue_length",
         Kind::Number(0, 1_000_000),
         "4096",
-        "Requests that may wait for room.",
+        "Requests of a model that may wait for room: one is refused where so many wait that are as urgent by class or more.",
     ),
     key(
         "queue_timeout",

@@ -17,6 +17,8 @@ const LOOKED_THROUGH: usize = 8;
 pub(super) struct Line<T> {
     pub(super) queue: Queue<T>,
     facts: BTreeMap<Ticket, Facts>,
+    /// How many of each class.
+    lengths: PerClass<usize>,
     /// Those that are listed at a worker.
     holds: BTreeMap<Ticket, Hold>,
     /// Work of those that are listed nowhere.
@@ -50,6 +52,7 @@ impl<T> Line<T> {
         Self {
             queue: Queue::with_settings(settings.queue),
             facts: BTreeMap::new(),
+            lengths: [0; 3],
             holds: BTreeMap::new(),
             unlisted: PerClass::default(),
             going_on: PerClass::default(),
@@ -72,6 +75,7 @@ impl<T> Line<T> {
             since_ms: now_ms,
         };
         self.facts.insert(ticket, facts);
+        self.lengths[lane.class.index()] += 1;
         self.unlisted[lane.class.index()].insert(ticket.key(), work_ms);
         if entry.goes_on {
             self.going_on[lane.class.index()].insert(ticket);
@@ -240,6 +244,7 @@ impl<T> Line<T> {
         let Some(facts) = self.facts.remove(&ticket) else {
             return false;
         };
+        self.lengths[facts.lane.class.index()] -= 1;
         self.holds.remove(&ticket);
         self.roomless.remove(&ticket);
         self.going_on[facts.lane.class.index()].remove(&ticket);
@@ -294,6 +299,11 @@ impl<T> Line<T> {
         let before = self.unlisted.iter().map(|of| of.before_ms(key_ms)).sum();
         let as_urgent = self.unlisted[..=class.index()].iter();
         (before, as_urgent.map(Ahead::work_ms).sum())
+    }
+
+    /// How many wait that are as urgent by class, those that are tried included.
+    pub(super) fn as_urgent(&self, class: Class) -> usize {
+        self.lengths[..=class.index()].iter().sum()
     }
 
     pub(super) fn unlisted_by_class_ms(&self) -> PerClass<f64> {

@@ -190,6 +190,13 @@ impl<T> Dispatch<T> {
         self.length
     }
 
+    /// Requests of a model that wait and are as urgent by class, those that are
+    /// tried included.
+    pub fn as_urgent(&self, model: &str, class: Class) -> usize {
+        let line = self.lines.get(model);
+        line.map_or(0, |line| line.as_urgent(class))
+    }
+
     /// Whether nobody waits.
     pub fn is_empty(&self) -> bool {
         self.length == 0

@@ -12,9 +12,14 @@
 //!     ▲  ▲          pressure gone                │ for confirm_ms, and the flip
 //!     │  └───────────────────────────────────────┤ helps, spares its pool, and
 //!     │                                          ▼ undoes none still asked for
-//!     └──────── dwelling (dwell_ms) ◀────── flipping: until the role is seen,
-//!                                           or patience_ms
+//!     │                     (again at each look) recommended
+//!     │                                          │ somebody does it
+//!     └──────── dwelling (dwell_ms) ◀────── flipping: until the role is seen;
+//!                                           after patience_ms as if never begun
 //! ```
+//!
+//! Looking changes nothing: a flip is recommended to whoever looks until
+//! somebody does it ([`Planner::began`], or the role is seen).
 //!
 //! Where a pool has nobody to spare, its worker with the least to do becomes
 //! one for both: so a pool of one worker is helped, too, and no role is ever
@@ -57,7 +62,8 @@ pub struct PlannerSettings {
     pub patience_ms: f64,
     /// Share by which what comes must have changed before a flip is undone.
     pub margin: f64,
-    /// What is measured counts by e^-1 after so many ms.
+    /// What is measured counts by e^-1 after so many ms. Between looks that are
+    /// further apart nothing is taken to have lasted.
     pub memory_ms: f64,
     /// How far ahead a growing backlog is looked at, ms.
     pub horizon_ms: f64,
@@ -141,21 +147,39 @@ pub struct Planner {
 #[derive(Debug, Clone, Default)]
 struct Model {
     watched: Watched,
+    /// When it was looked at last, ms.
+    looked_ms: Option<f64>,
     /// The role that is short, and since when, ms.
     short: Option<(Role, f64)>,
+    /// The last flip that was done.
     last: Option<Flipped>,
+    /// The flip that is being done.
+    under_way: Option<Flipped>,
+    /// What was recommended of late, or begun and not seen: whoever does it,
+    /// that is a flip. By worker.
+    advised: BTreeMap<WorkerSlot, Advised>,
     /// Workers that were made `both` here, and the roles they had.
     lent: BTreeMap<WorkerSlot, Role>,
 }
 
-/// The last flip.
+/// A flip that was recommended.
+#[derive(Debug, Clone, Copy)]
+struct Advised {
+    from: Role,
+    to: Role,
+    relieves: Role,
+    /// When at last, ms.
+    at_ms: f64,
+    /// It was begun since, and nothing came of it.
+    tried: bool,
+}
+
+/// A flip that was begun.
 #[derive(Debug, Clone, Copy)]
 struct Flipped {
     worker: WorkerSlot,
-    to: Role,
-    relieves: Role,
+    advised: Advised,
     at_ms: f64,
-    under_way: bool,
     /// What came then: prompt work, and output tokens, a ms.
     prompt_load: f64,
     token_rate: f64,
@@ -187,32 +211,52 @@ impl Planner {
         };
         pools.iter().map(look).collect()
     }
+
+    /// A worker is told to take this role. It counts where it was recommended a
+    /// short while ago; what else operators do to roles is not this controller's.
+    pub fn began(&mut self, worker: WorkerSlot, to: Role, now_ms: f64) {
+        for model in self.models.values_mut() {
+            let advised = model.advised.get(&worker);
+            if let Some(advised) = advised.filter(|advised| advised.to == to) {
+                model.under_way = Some(model.flipped(worker, *advised, now_ms));
+                model.short = None;
+            }
+        }
+    }
+
+    /// What was begun of a worker was not done: it refused, or was not reached.
+    pub fn failed(&mut self, worker: WorkerSlot, now_ms: f64) {
+        for model in self.models.values_mut() {
+            if model.under_way.is_some_and(|flip| flip.worker == worker) {
+                model.in_vain(now_ms);
+            }
+        }
+    }
 }
 
 impl Model {
     fn look(&mut self, settings: &PlannerSettings, pools: &Pools, now_ms: f64) -> Advice {
+        let before_ms = self.looked_ms.replace(now_ms);
+        if before_ms.is_some_and(|before_ms| now_ms - before_ms > settings.memory_ms) {
+            // Who did not look cannot say that it was short all the while.
+            self.short = None;
+        }
         self.watched.take(pools, settings.memory_ms, now_ms);
-        self.notice_role(settings, pools, now_ms);
-        self.notice_lent(pools);
+        self.notice(settings, pools, now_ms);
         let watched = self.watched;
         let expected = Expected::of(&watched, pools, settings);
         let split = Split::of(pools);
         let now = expected.outlook(split);
         let flip = self.decide(settings, pools, &expected, split, &now, now_ms);
         if let Ok(flip) = &flip {
-            self.short = None;
-            if flip.to == Role::Both {
-                self.lent.insert(flip.worker, flip.from);
-            }
-            self.last = Some(Flipped {
-                worker: flip.worker,
+            let advised = Advised {
+                from: flip.from,
                 to: flip.to,
                 relieves: flip.relieves,
                 at_ms: now_ms,
-                under_way: true,
-                prompt_load: self.watched.prompt_load(),
-                token_rate: self.watched.token_rate(),
-            });
+                tried: false,
+            };
+            self.advised.insert(flip.worker, advised);
         }
         Advice {
             model: Arc::clone(&pools.model),
@@ -221,28 +265,60 @@ impl Model {
         }
     }
 
-    /// Whether the last flip is done: its worker stands in the role, or is
-    /// gone, or nobody does it.
-    fn notice_role(&mut self, settings: &PlannerSettings, pools: &Pools, now_ms: f64) {
-        let Some(last) = self.last.as_mut().filter(|last| last.under_way) else {
-            return;
-        };
-        let worker = pools.workers.iter().find(|one| one.slot == last.worker);
-        let done = worker.is_none_or(|one| one.role == last.to && one.steady);
-        last.under_way = !done && now_ms - last.at_ms < settings.patience_ms;
+    fn flipped(&self, worker: WorkerSlot, advised: Advised, at_ms: f64) -> Flipped {
+        Flipped {
+            worker,
+            advised,
+            at_ms,
+            prompt_load: self.watched.prompt_load(),
+            token_rate: self.watched.token_rate(),
+        }
     }
 
-    /// Forgets that a worker was lent when somebody gave it another role, or
-    /// did not make it `both` while that was the last that was asked for.
-    fn notice_lent(&mut self, pools: &Pools) {
-        let asked = self.last.filter(|last| last.to == Role::Both);
-        self.lent.retain(|slot, home| {
-            let worker = pools.workers.iter().find(|one| one.slot == *slot);
-            worker.is_some_and(|one| {
-                let to_come = asked.is_some_and(|last| last.worker == *slot);
-                one.role == Role::Both || (one.role == *home && to_come)
-            })
-        });
+    /// What became of flips: their worker stands in the role, whoever saw to that;
+    /// or it does not for too long, which is as if it had never begun.
+    fn notice(&mut self, settings: &PlannerSettings, pools: &Pools, now_ms: f64) {
+        let worker = |slot| pools.workers.iter().find(|one| one.slot == slot);
+        let seen = |slot, to| worker(slot).is_some_and(|one| one.role == to && one.steady);
+        if let Some(flip) = self.under_way {
+            if seen(flip.worker, flip.advised.to) {
+                self.done(flip);
+            } else if worker(flip.worker).is_none() || now_ms - flip.at_ms >= settings.patience_ms {
+                self.in_vain(now_ms);
+            }
+        }
+        let fresh = |advised: &Advised| now_ms - advised.at_ms < settings.patience_ms;
+        self.advised.retain(|_, advised| fresh(advised));
+        let mut all = self.advised.iter();
+        let other = all.find(|(slot, advised)| seen(**slot, advised.to));
+        if let Some((slot, advised)) = other.map(|(slot, advised)| (*slot, *advised)) {
+            self.done(self.flipped(slot, advised, now_ms));
+        }
+        // Another role than that of one that is lent was given to it by somebody else.
+        self.lent
+            .retain(|slot, _| worker(*slot).is_some_and(|one| one.role == Role::Both));
+    }
+
+    /// What is under way counts as never begun. It may be late: where its role is seen
+    /// soon it was done after all.
+    fn in_vain(&mut self, now_ms: f64) {
+        if let Some(flip) = self.under_way.take() {
+            let advised = Advised {
+                at_ms: now_ms,
+                tried: true,
+                ..flip.advised
+            };
+            self.advised.insert(flip.worker, advised);
+        }
+    }
+
+    fn done(&mut self, flip: Flipped) {
+        if flip.advised.to == Role::Both {
+            self.lent.insert(flip.worker, flip.advised.from);
+        }
+        self.last = Some(flip);
+        (self.under_way, self.short) = (None, None);
+        self.advised.clear();
     }
 
     fn decide(
@@ -254,7 +330,7 @@ impl Model {
         now: &Outlook,
         now_ms: f64,
     ) -> Result<Flip, Hold> {
-        if self.last.is_some_and(|last| last.under_way) {
+        if self.under_way.is_some() {
             self.short = None;
             return Err(Hold::Flipping);
         }
@@ -274,7 +350,7 @@ impl Model {
             if now_ms - last.at_ms < settings.dwell_ms {
                 return Err(Hold::Dwelling);
             }
-            if last.relieves != to && last.still_asked(&self.watched, settings.margin) {
+            if last.advised.relieves != to && last.still_asked(&self.watched, settings.margin) {
                 return Err(Hold::StillAsked);
             }
         }
@@ -286,6 +362,7 @@ impl Model {
             .or_else(|| spare(pools, to, keep))
             .or_else(|| lend(pools, to))
             .ok_or(Hold::NobodyToSpare)?;
+        let change = self.said_before(pools, change);
         let after = expected.outlook(split.changed(change.from, change.to));
         if after.worst() > now.worst() * (1.0 - settings.gain) {
             return Err(Hold::NoGain);
@@ -300,12 +377,32 @@ impl Model {
     }
 }
 
+impl Model {
+    /// The same change, of the worker of which it was said before: whoever looks next is
+    /// told no other one.
+    fn said_before(&self, pools: &Pools, change: Change) -> Change {
+        let same = |slot: &WorkerSlot| {
+            let mut steady = pools.steady();
+            let there = steady.any(|one| one.slot == *slot && one.role == change.from);
+            let lent = self.lent.contains_key(slot) || change.from != Role::Both;
+            there && lent
+        };
+        let mut said = self.advised.iter();
+        let before = said.find(|(slot, advised)| {
+            let change_is = (advised.from, advised.to) == (change.from, change.to);
+            change_is && !advised.tried && same(slot)
+        });
+        let worker = before.map_or(change.worker, |(slot, _)| *slot);
+        Change { worker, ..change }
+    }
+}
+
 impl Flipped {
     /// Whether what comes is about what it was.
     fn still_asked(&self, watched: &Watched, margin: f64) -> bool {
         let (prompts, tokens) = (watched.prompt_load(), watched.token_rate());
         let (less, more) = (1.0 - margin, 1.0 + margin);
-        match self.relieves {
+        match self.advised.relieves {
             Role::Prefill => prompts >= less * self.prompt_load && tokens <= more * self.token_rate,
             _ => tokens >= less * self.token_rate && prompts <= more * self.prompt_load,
         }

@@ -43,8 +43,9 @@ pub struct PoolWorker {
     pub room_used: f64,
 }
 
-/// What came for a model since its router began: sums that only grow. Ones
-/// that fall are those of a router that began anew.
+/// What came for a model since its router began, also what admission turned
+/// away for want of room: sums that only grow. Ones that fall are those of a
+/// router that began anew.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Demand {
     /// Requests.

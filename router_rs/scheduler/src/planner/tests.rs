@@ -123,11 +123,39 @@ fn run(
         let pools = plant.second(load * swing, rate * swing);
         let advice = planner.look(&[pools], plant.now_ms).pop().unwrap();
         if let Ok(flip) = advice.flip {
+            planner.began(flip.worker, flip.to, plant.now_ms);
             plant.apply(&flip);
             flips.push(flip);
         }
     }
     flips
+}
+
+/// A second of one load, and what is said then.
+fn look(
+    plant: &mut Plant,
+    planner: &mut Planner,
+    load: f64,
+    rate: f64,
+) -> Result<(WorkerSlot, Role), Hold> {
+    let pools = plant.second(load, rate);
+    let advice = planner.look(&[pools], plant.now_ms).pop().unwrap();
+    advice.flip.map(|flip| (flip.worker, flip.to))
+}
+
+/// Looks until a flip is recommended.
+fn recommended(
+    plant: &mut Plant,
+    planner: &mut Planner,
+    load: f64,
+    rate: f64,
+) -> (WorkerSlot, Role) {
+    for _ in 0..600 {
+        if let Ok(flip) = look(plant, planner, load, rate) {
+            return flip;
+        }
+    }
+    panic!("no flip");
 }
 
 fn planner() -> Planner {
@@ -168,16 +196,24 @@ fn one_flip_at_a_time_and_none_within_the_dwell() {
     let mut at = Vec::new();
     for _ in 0..400 {
         let pools = plant.second(6.0, 0.1);
-        // Nobody does it: it is not said again before patience and dwell end.
         match planner.look(&[pools], plant.now_ms).pop().unwrap().flip {
-            Ok(_) => at.push(plant.now_ms),
+            Ok(flip) => {
+                planner.began(flip.worker, flip.to, plant.now_ms);
+                at.push((plant.now_ms, flip));
+            }
             Err(hold) => holds.push(hold),
+        }
+        // It takes a while to be seen.
+        if let Some((began_ms, flip)) = at.last()
+            && plant.now_ms == began_ms + 5.0 * LOOK_MS
+        {
+            plant.apply(&flip.clone());
         }
     }
     let settings = PlannerSettings::default();
     assert!(at.len() >= 4, "{at:?}");
     for pair in at.windows(2) {
-        assert!(pair[1] - pair[0] >= settings.dwell_ms, "{at:?}");
+        assert!(pair[1].0 - pair[0].0 >= settings.dwell_ms, "{at:?}");
     }
     for wanted in [
         Hold::Learning,
@@ -187,6 +223,100 @@ fn one_flip_at_a_time_and_none_within_the_dwell() {
     ] {
         assert!(holds.contains(&wanted), "{wanted:?}");
     }
+}
+
+#[test]
+fn a_flip_is_recommended_to_whoever_looks_until_somebody_does_it() {
+    let (mut plant, mut planner) = (Plant::new(1, 7), planner());
+    let flip = recommended(&mut plant, &mut planner, 6.0, 0.1);
+    for _ in 0..100 {
+        assert_eq!(look(&mut plant, &mut planner, 6.0, 0.1), Ok(flip));
+    }
+    // What operators do to another worker is none of it.
+    planner.began(WorkerSlot(0), Role::Both, plant.now_ms);
+    assert_eq!(look(&mut plant, &mut planner, 6.0, 0.1), Ok(flip));
+    planner.began(flip.0, flip.1, plant.now_ms);
+    assert_eq!(
+        look(&mut plant, &mut planner, 6.0, 0.1),
+        Err(Hold::Flipping)
+    );
+}
+
+#[test]
+fn a_flip_that_was_done_elsewhere_counts_from_when_it_is_seen() {
+    let (mut plant, mut planner) = (Plant::new(1, 7), planner());
+    let (worker, to) = recommended(&mut plant, &mut planner, 6.0, 0.1);
+    plant.roles[worker.0 as usize] = to;
+    assert_eq!(
+        look(&mut plant, &mut planner, 6.0, 0.1),
+        Err(Hold::Dwelling)
+    );
+}
+
+#[test]
+fn a_flip_that_is_not_done_blocks_nothing_once_patience_ends() {
+    let settings = PlannerSettings {
+        margin: 0.5,
+        ..PlannerSettings::default()
+    };
+    for refused in [false, true] {
+        let (mut plant, mut planner) = (Plant::new(4, 4), Planner::new(settings.clone()));
+        let (worker, to) = recommended(&mut plant, &mut planner, 4.4, 6.6);
+        assert_eq!(to, Role::Prefill);
+        planner.began(worker, to, plant.now_ms);
+        let began_ms = plant.now_ms;
+        if refused {
+            planner.failed(worker, plant.now_ms);
+        }
+        // It never is. What comes changes by less than would undo one that was done, and
+        // decoding is short.
+        let mut held = Vec::new();
+        loop {
+            match look(&mut plant, &mut planner, 2.4, 8.0) {
+                Ok((_, Role::Decode)) => break,
+                Ok(_) => {}
+                Err(hold) => held.push(hold),
+            }
+            assert!(plant.now_ms < began_ms + 200_000.0, "{held:?}");
+        }
+        let flipping = held.iter().filter(|hold| **hold == Hold::Flipping).count();
+        let patience = (settings.patience_ms / LOOK_MS) as usize;
+        assert_eq!(flipping, if refused { 0 } else { patience - 1 });
+        for wrong in [Hold::StillAsked, Hold::Dwelling] {
+            assert!(!held.contains(&wrong), "{held:?}");
+        }
+    }
+}
+
+#[test]
+fn a_flip_that_is_late_was_done_all_the_same() {
+    let (mut plant, mut planner) = (Plant::new(1, 7), planner());
+    let (worker, to) = recommended(&mut plant, &mut planner, 6.0, 0.1);
+    planner.began(worker, to, plant.now_ms);
+    let patience = PlannerSettings::default().patience_ms / LOOK_MS;
+    for _ in 0..=patience as usize {
+        let _ = look(&mut plant, &mut planner, 6.0, 0.1);
+    }
+    plant.roles[worker.0 as usize] = to;
+    assert_eq!(
+        look(&mut plant, &mut planner, 6.0, 0.1),
+        Err(Hold::Dwelling)
+    );
+}
+
+#[test]
+fn what_was_short_before_a_long_pause_is_confirmed_anew() {
+    let settings = PlannerSettings::default();
+    let (mut plant, mut planner) = (Plant::new(1, 7), planner());
+    while look(&mut plant, &mut planner, 6.0, 0.1) != Err(Hold::Confirming) {
+        assert!(plant.now_ms < 60_000.0, "it is not short");
+    }
+    // Nobody looks meanwhile.
+    plant.now_ms += settings.memory_ms;
+    assert_eq!(
+        look(&mut plant, &mut planner, 6.0, 0.1),
+        Err(Hold::Confirming)
+    );
 }
 
 #[test]
@@ -338,6 +468,7 @@ proptest! {
                     let pool = pool.filter(|(role, steady)| **role == flip.from && **steady);
                     prop_assert_eq!(pool.count(), 1);
                 }
+                planner.began(flip.worker, flip.to, plant.now_ms);
                 plant.apply(&flip);
                 for (stage, before) in [Role::Prefill, Role::Decode].into_iter().zip(before) {
                     prop_assert!(plant.able(stage) >= before.min(1), "{:?}", flip);

@@ -185,19 +185,25 @@ impl Router {
             .with_local_prefill(self.policy.local_prefill());
         let at = (asked, f64::INFINITY);
         let request = request_view(&self.lengths, &self.cached, trace, at, &[]);
+        let (class, output) = (request.class, f64::from(request.expected_output));
         let admitted = self
             .dispatch
-            .admit(&cluster, &request, asked.arrival_ms, None)?;
+            .admit(&cluster, &request, asked.arrival_ms, None);
+        // What is turned away came all the same.
+        let work_ms = match &admitted {
+            Ok(admitted) => admitted.work_ms,
+            Err(rejected) => rejected.work_ms(),
+        };
+        if work_ms > 0.0 {
+            self.demand.add(class, work_ms, output);
+        }
+        let admitted = admitted?;
         let keys = Keys {
             own_ms: admitted.key_ms,
             sent_ms: admitted.key_ms,
             work_ms: admitted.work_ms,
         };
         self.keys.insert(asked.request, keys);
-        if admitted.work_ms > 0.0 {
-            let output = f64::from(request.expected_output);
-            self.demand.add(request.class, admitted.work_ms, output);
-        }
         Ok(())
     }
 

@@ -25,6 +25,9 @@ impl Simulation<'_> {
             return;
         };
         let advice = planner.look(&[first.pools(demand)], self.now_ms);
+        for flip in advice.iter().filter_map(|one| one.flip.as_ref().ok()) {
+            planner.began(flip.worker, flip.to, self.now_ms);
+        }
         for one in advice {
             if let Ok(flip) = one.flip {
                 self.flip(&flip, &one.now);

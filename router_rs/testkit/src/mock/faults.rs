@@ -57,6 +57,8 @@ pub struct FaultPlan {
     pub hold_claims: bool,
     /// A prefill hears of no cancel before it has handed off, as where the two cross.
     pub late_cancels: bool,
+    /// Stages that a cancel ends are not told of.
+    pub untold_cancels: bool,
     /// Loads say again what the last one said before this was set.
     pub old_loads: bool,
     /// No step ends any more, while load frames go on: a stuck engine thread
@@ -88,6 +90,7 @@ impl Default for FaultPlan {
             hold_finds: false,
             hold_claims: false,
             late_cancels: false,
+            untold_cancels: false,
             old_loads: false,
             stuck: false,
         }

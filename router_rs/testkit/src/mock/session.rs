@@ -223,7 +223,10 @@ impl Session {
             Some(router_frame::Frame::Place(place)) => self.place(place),
             Some(router_frame::Frame::Cancel(cancel)) => {
                 let (owner, attempt) = (cancel.owner, cancel.attempt);
-                let late = self.state.faults.plan().late_cancels;
+                let (late, untold) = {
+                    let plan = self.state.faults.plan();
+                    (plan.late_cancels, plan.untold_cancels)
+                };
                 while let Some(at) = self.running.iter().position(|request| {
                     request.generation == cancel.generation
                         && (request.owner, request.attempt) <= (owner, attempt)
@@ -231,7 +234,9 @@ impl Session {
                 }) {
                     let request = self.running.swap_remove(at);
                     self.state.counters.cancelled.add(1);
-                    self.ends.push(request.end(End::Cancelled(Cancelled {})));
+                    if !untold {
+                        self.ends.push(request.end(End::Cancelled(Cancelled {})));
+                    }
                 }
             }
             Some(router_frame::Frame::Find(find)) => self.finds.push(find),

@@ -1818,7 +1818,8 @@ func (x *Finished) GetText() string {
 	return ""
 }
 
-// Counts of tokens. Each token is counted once, whatever was recomputed.
+// Counts of tokens. Each token is counted once, whatever was recomputed. Of a
+// prompt whose worker died or did not tell in time they are as planned.
 type Usage struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Prompt tokens.

@@ -1,4 +1,4 @@
-//! Whether the others can do without a worker.
+//! Whether the others can do without a worker whose answers fail.
 
 use std::sync::Arc;
 
@@ -25,35 +25,5 @@ impl Core {
             works += usize::from(entry.live());
         }
         2 * works > others
-    }
-
-    /// Whether a role that is served now would not be, were this worker gone
-    /// or of another role.
-    pub(in crate::mesh) fn would_empty(
-        &self,
-        worker: &WorkerEntry,
-        becomes: Option<v1::Role>,
-    ) -> bool {
-        let model = |entry: &WorkerEntry| entry.record().and_then(|r| r.model).map(|m| m.name);
-        let own = model(worker);
-        let (before, draining) = worker.role();
-        if draining {
-            return false;
-        }
-        let does = |role: v1::Role, stage: v1::Role| role == stage || role == v1::Role::Both;
-        [v1::Role::Prefill, v1::Role::Decode]
-            .into_iter()
-            .any(|stage| {
-                let loses = does(before, stage) && !becomes.is_some_and(|role| does(role, stage));
-                let others = self.table.all();
-                let mut rest = others.iter().filter(|entry| {
-                    entry.index != worker.index && entry.live() && model(entry) == own
-                });
-                loses
-                    && !rest.any(|entry| {
-                        let (role, draining) = entry.role();
-                        !draining && does(role, stage)
-                    })
-            })
     }
 }

@@ -25,8 +25,8 @@ impl Open {
                 .then(|| Box::new(self.placed_message(&state, &chosen)));
             let attempt = state.machine.next_attempt();
             let prompt = u32::try_from(self.request.prompt_ids.len()).unwrap_or(u32::MAX);
-            let had = chosen.cached_tokens + chosen.pulled_tokens;
-            state.figures.expects(prompt.saturating_sub(had));
+            let (cached, pulled) = (chosen.cached_tokens, chosen.pulled_tokens);
+            state.figures.expects(prompt, cached, pulled);
             state
                 .figures
                 .dispatched(Instant::now(), chosen.decide, attempt, chosen.predicted);

@@ -8,7 +8,7 @@ use std::{
 use bytes::Bytes;
 use kvmesh_session::{
     Command, Fence, HandOff, Placement, Stage, TransferId, WorkerIndex,
-    generation::{Action, Actions, Event, Loss, PlanRequest, PlannedHandOff, Timer},
+    generation::{Action, Actions, Event, Loss, Outcome, PlanRequest, PlannedHandOff, Timer},
 };
 use kvmesh_wire::v1;
 use smallvec::SmallVec;
@@ -106,6 +106,8 @@ impl Open {
         actions: Actions,
     ) -> Option<PlanRequest> {
         let mut plan = None;
+        // Parts of the attempt in force that were left just now.
+        let mut left: SmallVec<[WorkerIndex; 2]> = SmallVec::new();
         let mut queue: SmallVec<[Actions; 2]> = SmallVec::new();
         queue.push(actions);
         while let Some(actions) = queue.pop() {
@@ -120,7 +122,13 @@ impl Open {
                     Action::Moved { from } => self.moved(state, from),
                     Action::Arm(timer) => self.arm(state, timer),
                     Action::Disarm(timer) => self.disarm(state, timer),
-                    Action::End(outcome) => self.end(state, outcome),
+                    Action::End(outcome) => {
+                        let well = matches!(outcome, Outcome::Finished { .. });
+                        self.end(state, outcome);
+                        if well {
+                            self.owes(state, std::mem::take(&mut left));
+                        }
+                    }
                     Action::Place {
                         to,
                         fence,
@@ -147,7 +155,10 @@ impl Open {
                             generation: self.id,
                             fence,
                         };
-                        self.send(state, (to, fence), command);
+                        let told = self.send(state, (to, fence), command);
+                        if told && !state.stays && fence == state.machine.fence() {
+                            left.push(to);
+                        }
                     }
                     Action::DropHandOff {
                         on,

@@ -13,7 +13,7 @@ use super::{Chosen, Open, Party};
 use crate::{
     access::Visit,
     error::RequestError,
-    mesh::{Core, GivenUp, queue::Urgency, resume::ResumeAsked},
+    mesh::{Core, GivenUp, admit::Urgency, resume::ResumeAsked},
     request::AdmittedRequest,
 };
 

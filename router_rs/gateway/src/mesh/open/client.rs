@@ -98,6 +98,7 @@ impl Open {
             let pending = state.output.len() - state.taken;
             state.taken = state.output.len();
             state.visit = None;
+            self.settle(&mut state);
             pending
         };
         self.core.counters.undelivered_ids.sub(pending as u64);

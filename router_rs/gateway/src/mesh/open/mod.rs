@@ -15,6 +15,7 @@ mod client;
 mod log;
 mod moving;
 mod overload;
+mod owed;
 mod reattach;
 mod traced;
 
@@ -38,12 +39,12 @@ use smallvec::SmallVec;
 
 use super::{
     Core,
+    admit::Urgency,
     counters::AttemptCounts,
     dispatch::Booking,
     figures::{Figures, ms},
     given_up::GivenUp,
     placer::Tail,
-    queue::Urgency,
     recover::Retry,
     session::SessionHandle,
     timers::TimerKey,
@@ -51,6 +52,7 @@ use super::{
 use crate::{access::Visit, request::AdmittedRequest};
 use carry::PutOff;
 use moving::{Moving, Tried};
+use owed::Owed;
 
 /// Owner number of a generation that began at this router. Another router that
 /// takes it over raises it.
@@ -146,6 +148,8 @@ struct State {
     visit: Option<Visit>,
     /// Its workers are not told that it is over: others may resume it.
     stays: bool,
+    /// What its end waits for.
+    owed: Owed,
 }
 
 /// What a client's stream takes at once.
@@ -228,6 +232,7 @@ impl Open {
             left: None,
             visit: None,
             stays: false,
+            owed: Owed::default(),
         };
         let actions = first(&mut state);
         let open = Arc::new(Self {
@@ -264,10 +269,17 @@ impl Open {
 
     /// Feeds an event of a session.
     pub(super) fn try_apply(self: &Arc<Self>, event: Event) -> Result<(), Violation> {
+        let gone = match event {
+            Event::SessionLost { worker, .. } => Some(worker),
+            _ => None,
+        };
         let (plan, waker) = {
             let mut state = self.lock();
             let actions = state.machine.apply(event)?;
             let plan = self.perform(&mut state, actions);
+            if let Some(worker) = gone {
+                self.settled(&mut state, worker);
+            }
             (
                 plan,
                 if state.outcome.is_some() {
@@ -361,6 +373,7 @@ impl Open {
                 state
                     .figures
                     .stage_ended(end.stage, end.fence.attempt, &end.timings);
+                self.settled(&mut state, from);
             }
             let prefilled = end.stage == kvmesh_session::Stage::Prefill;
             if prefilled && matches!(end.end, End::HandedOff { .. }) {

@@ -39,9 +39,9 @@ impl Open {
         {
             // Without work nobody was there to be asked.
             Ok(admitted) => (admitted.work_ms > 0.0).then_some(admitted.wait_ms),
-            Err(Turned::Waits(Rejected::DeadlineCannotBeMet { ttft_ms, left_ms })) => {
-                Some(ttft_ms - left_ms)
-            }
+            Err(Turned::Waits(Rejected::DeadlineCannotBeMet {
+                ttft_ms, left_ms, ..
+            })) => Some(ttft_ms - left_ms),
             Err(Turned::Waits(Rejected::WaitTooLong { wait_ms, .. })) => Some(wait_ms),
             Err(Turned::Never(_)) => None,
         }

@@ -244,7 +244,7 @@ impl Session {
                     self.look();
                     alarm.as_mut().reset(self.alarms.due().into());
                 }
-                _ = sweep.tick() => self.open.retain(|_, held| !held.open.ended()),
+                _ = sweep.tick() => self.open.retain(|_, held| !held.open.is_over()),
             }
         }
     }

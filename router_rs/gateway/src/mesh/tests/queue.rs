@@ -324,6 +324,39 @@ async fn a_full_queue_refuses_new_work() {
     }
 }
 
+#[tokio::test]
+async fn what_is_turned_away_for_want_of_room_came_all_the_same() {
+    let both = slow_prompts();
+    let bound = MeshSettings {
+        queue_length: 0,
+        ..settings(&[&both])
+    };
+    let mesh = mesh_with(bound).await;
+    let at_once = AdmittedRequest {
+        deadline: Some(Instant::now() + Duration::from_millis(20)),
+        ..of_class(v1::RequestClass::Interactive, long(2, 3))
+    };
+    let never = request(&vec![1; 1 << 20], 3);
+    assert!(matches!(
+        mesh.generate(long(1, 3)).err(),
+        Some(RequestError::Overloaded { .. })
+    ));
+    assert!(matches!(
+        mesh.generate(at_once).err(),
+        Some(RequestError::Overloaded { .. })
+    ));
+    assert!(matches!(
+        mesh.generate(never).err(),
+        Some(RequestError::PromptTooLong { .. })
+    ));
+    let demand = mesh.core.pools.demands()["mock"];
+    assert_eq!(demand.requests, [1.0, 1.0, 0.0]);
+    for class in 0..2 {
+        assert!(demand.prompt_ms[class] > 100.0, "{demand:?}");
+        assert!(demand.output_tokens[class] > 0.0, "{demand:?}");
+    }
+}
+
 /// Room for one request of 64 tokens at a time.
 fn narrow(model: &str, digest: &str) -> MockWorker {
     MockWorker::start(MockConfig {
@@ -361,6 +394,54 @@ async fn a_model_does_not_wait_for_another_ones_queue() {
     assert_eq!((answer.error, answer.ids.len()), (None, 5));
     assert_eq!(mesh.queued(), 64);
     drop((first, waiting));
+    assert!(until(|| nothing_left(&mesh, &[&full, &free])).await);
+}
+
+#[tokio::test]
+async fn a_full_queue_is_one_of_a_model_and_of_those_as_urgent() {
+    let (full, free) = (narrow("mock", "0"), narrow("other", "1"));
+    let bound = MeshSettings {
+        queue_length: 2,
+        ..settings(&[&full, &free])
+    };
+    let mesh = mesh_with(bound).await;
+    let both = || mesh.models().iter().filter(|model| model.ready).count() == 2;
+    assert!(until(both).await);
+    let asks = |class, model: &str| {
+        mesh.generate(AdmittedRequest {
+            model: model.to_owned(),
+            ..of_class(class, request(&[2; 64], 5))
+        })
+    };
+    let mut running = Vec::new();
+    for model in ["mock", "other"] {
+        let asked = AdmittedRequest {
+            model: model.to_owned(),
+            ..request(&[1; 64], 100_000)
+        };
+        let mut stream = mesh.generate(asked).unwrap();
+        first_tokens(&mut stream).await;
+        running.push(stream);
+    }
+    use v1::RequestClass::{Batch, Interactive, Standard};
+    let mut waiting = Vec::new();
+    // Each class finds room whatever of less urgent ones waits; then it is full, too.
+    for (class, fits) in [(Batch, 2), (Standard, 2), (Interactive, 2)] {
+        waiting.extend((0..fits).map(|_| asks(class, "mock").unwrap()));
+        let refused = asks(class, "mock").err();
+        let Some(RequestError::Overloaded { reason, .. }) = refused else {
+            panic!("{class:?}: {refused:?}");
+        };
+        assert_eq!(reason, "the queue is full");
+    }
+    assert_eq!(mesh.queued(), 6);
+    // The backlog of one model is no other one's.
+    waiting.push(asks(Batch, "other").unwrap());
+    drop(running);
+    for stream in waiting {
+        let answer = collect(stream).await;
+        assert_eq!((answer.error, answer.ids.len()), (None, 5));
+    }
     assert!(until(|| nothing_left(&mesh, &[&full, &free])).await);
 }
 

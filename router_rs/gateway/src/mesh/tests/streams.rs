@@ -225,6 +225,91 @@ async fn a_stop_string_ends_the_output_across_tokens() {
     assert!(until(|| nothing_left(&mesh, &[&both])).await);
 }
 
+/// Asks for text with a stop string that comes soon.
+fn stopped(worker: &MockWorker, prompt: &[u32]) -> AdmittedRequest {
+    let whole = worker.tokens().expected_text(prompt, 40);
+    let text = Some(TextSettings {
+        stops: vec![whole.chars().skip(6).take(9).collect()],
+        ..TextSettings::default()
+    });
+    AdmittedRequest {
+        text,
+        trace: true,
+        ..request(prompt, 100_000)
+    }
+}
+
+#[tokio::test]
+async fn a_stop_string_ends_with_the_figures_of_its_workers() {
+    let slow = |role| {
+        MockWorker::start(MockConfig {
+            role,
+            prefill: Duration::from_millis(20),
+            step: Duration::from_millis(5),
+            ..MockConfig::default()
+        })
+        .unwrap()
+    };
+    for pool in [
+        vec![slow(Role::Both)],
+        vec![slow(Role::Prefill), slow(Role::Decode)],
+    ] {
+        let workers: Vec<_> = pool.iter().collect();
+        let mesh = mesh_of(&workers).await;
+        let prompt = [4; 48];
+        let answer = collect(mesh.generate(stopped(&pool[0], &prompt)).unwrap()).await;
+        let finished = answer.finished.unwrap();
+        assert!(!finished.stop_string.is_empty());
+        let usage = finished.usage.unwrap_or_default();
+        let timings = finished.timings.clone().unwrap_or_default();
+        assert_eq!((usage.cached_tokens, usage.computed_tokens), (0, 48));
+        assert!(timings.prefill_ms > 0.0, "{timings:?}");
+        assert_eq!(timings.transfer_ms > 0.0, pool.len() > 1, "{timings:?}");
+        let told = |name: &str| finished.trace.iter().any(|span| span.name == name);
+        assert!(told("prefill_chunk") && told("decode"), "{finished:?}");
+        // What was predicted of it is learnt from.
+        let id = answer.accepted.unwrap().generation_id;
+        let actual = mesh.explain(&id).unwrap().decisions.remove(0).actual;
+        assert!(actual.is_some_and(|actual| actual.prefill_ms > 0.0));
+        assert!(until(|| nothing_left(&mesh, &workers)).await);
+        mesh.shutdown(Duration::ZERO).await;
+    }
+}
+
+#[tokio::test]
+async fn a_stop_string_ends_where_its_worker_says_nothing_more() {
+    let config = MockConfig {
+        step: Duration::from_millis(5),
+        ..MockConfig::default()
+    };
+    let both = MockWorker::start(config).unwrap();
+    both.faults().set(|plan| plan.untold_cancels = true);
+    let mesh = mesh_of(&[&both]).await;
+    for (id, broken) in [(4, false), (5, true)] {
+        let mut stream = mesh.generate(stopped(&both, &[id; 48])).unwrap();
+        let mut answer = first_tokens(&mut stream).await;
+        if broken {
+            // The text has ended; then the session that would tell breaks.
+            let cancelled = both.counters().cancelled;
+            let rest = tokio::spawn(async move {
+                answer.rest(stream).await;
+                answer
+            });
+            assert!(until(|| both.counters().cancelled > cancelled).await);
+            both.break_sessions();
+            answer = rest.await.unwrap();
+        } else {
+            answer.rest(stream).await;
+        }
+        let finished = answer.finished.unwrap();
+        assert_eq!(finished.reason(), v1::FinishReason::Stop);
+        // As it was planned.
+        let usage = finished.usage.unwrap();
+        assert_eq!((usage.cached_tokens, usage.computed_tokens), (0, 48));
+        assert!(until(|| nothing_left(&mesh, &[&both])).await);
+    }
+}
+
 #[tokio::test]
 async fn attempts_and_transfers_are_counted_by_state() {
     let slow = |role| {

@@ -33,6 +33,69 @@ async fn a_draining_worker_gets_no_new_work() {
     ));
 }
 
+fn drain_of(worker: &MockWorker) -> v1::DrainWorkerRequest {
+    v1::DrainWorkerRequest {
+        worker_id: worker.worker_id().to_owned(),
+        ..v1::DrainWorkerRequest::default()
+    }
+}
+
+fn role_of(worker: &MockWorker, role: Role) -> v1::SetWorkerRoleRequest {
+    v1::SetWorkerRoleRequest {
+        worker_id: worker.worker_id().to_owned(),
+        role: role.into(),
+        ..v1::SetWorkerRoleRequest::default()
+    }
+}
+
+/// A pool of two that decode, whose loads say what they said before.
+async fn pool_of_two() -> ([MockWorker; 3], Arc<Mesh>) {
+    let pool = [Role::Prefill, Role::Decode, Role::Decode].map(worker);
+    let mesh = mesh_of(&pool.each_ref()).await;
+    let told = || mesh.workers().iter().all(|row| row.load.is_some());
+    assert!(until(told).await);
+    for one in &pool {
+        one.faults().set(|plan| plan.old_loads = true);
+    }
+    (pool, mesh)
+}
+
+#[tokio::test]
+async fn of_two_changes_at_once_the_second_counts_the_first() {
+    let emptied = |answer: Result<(), MeshError>| match answer {
+        Ok(()) => false,
+        Err(MeshError::EmptiesRole) => true,
+        Err(other) => panic!("{other}"),
+    };
+    for drains in [true, false] {
+        let (pool, mesh) = pool_of_two().await;
+        let leave = async |one: &MockWorker| match drains {
+            true => mesh.drain(&drain_of(one)).await.map(drop),
+            false => mesh.set_role(&role_of(one, Role::Prefill)).await.map(drop),
+        };
+        let (first, second) = tokio::join!(leave(&pool[1]), leave(&pool[2]));
+        assert_eq!((emptied(first), emptied(second)), (false, true));
+        // It counts until a load says so, and not only while it is being asked for.
+        assert!(emptied(leave(&pool[2]).await));
+        let forced = v1::DrainWorkerRequest {
+            force: true,
+            ..drain_of(&pool[2])
+        };
+        mesh.drain(&forced).await.unwrap();
+        mesh.shutdown(Duration::ZERO).await;
+    }
+}
+
+#[tokio::test]
+async fn a_change_that_its_worker_refused_counts_no_more() {
+    let (pool, mesh) = pool_of_two().await;
+    pool[1].faults().set(|plan| plan.refuse_calls_next = 1);
+    let refused = mesh.set_role(&role_of(&pool[1], Role::Prefill)).await;
+    assert!(matches!(refused, Err(MeshError::Worker(_))), "{refused:?}");
+    let role = mesh.set_role(&role_of(&pool[2], Role::Prefill)).await;
+    assert_eq!(role.unwrap(), Role::Prefill);
+}
+
 #[tokio::test]
 async fn what_outputs_taught_outlives_a_session_that_breaks_and_comes_back() {
     let both = worker(Role::Both);
