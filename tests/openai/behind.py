@@ -1,5 +1,5 @@
 """The models behind the router of these tests."""
 
-SIM, MOCK, CALLER = "sim", "mock", "caller"
-"""A worker with the simulated engine, one that can be told what to do wrong, and one that can be
-told what to say and whose model can call tools."""
+SIM, MOCK, CALLER, CODER = "sim", "mock", "caller", "coder"
+"""A worker with the simulated engine, one that can be told what to do wrong, and two that can be
+told what to say: their models can call tools, one as Hermes does and one as Qwen3-Coder."""

@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "e2e"))
 
-from behind import CALLER
+from behind import CALLER, CODER
 from cluster import Cluster
 
 
@@ -26,7 +26,7 @@ class Served:
     tell: Callable[[str], None]
     """Says a line of control to the mock worker."""
     say: Callable[[str], None]
-    """Sets what the model answers that can call tools."""
+    """Sets what the models answer that can call tools."""
 
     @property
     def url(self) -> str:
@@ -47,6 +47,8 @@ _CALLER = """\
 </tool_call>{% endfor %}<|im_end|>
 {% endfor %}<|im_start|>assistant
 {# <think> #}"""
+# And one that has what Qwen3-Coder has for them.
+_CODER = _CALLER + "{# <function=f><parameter=p> #}"
 
 
 @contextmanager
@@ -77,15 +79,22 @@ def cluster_and_mock(tmp_path_factory) -> Iterator[Served]:
     cluster = Cluster(tmp_path_factory.mktemp("openai"))
     try:
         caller = ["--model", CALLER, "--grammars", "--chat-template", _CALLER]
-        with mock_worker() as (ready, tell), mock_worker(*caller) as (calls, tell_caller):
-            workers = f"{ready['address']},{calls['address']}"
+        coder = ["--model", CODER, "--chat-template", _CODER]
+        with (
+            mock_worker() as (ready, tell),
+            mock_worker(*caller) as (calls, tell_caller),
+            mock_worker(*coder) as (codes, tell_coder),
+        ):
+            workers = ",".join(told["address"] for told in (ready, calls, codes))
             options = ["--workers", workers, "--sse-keep-alive", "50ms"]
             target = cluster.start_router(*options)
             cluster.start_worker("w", "both")
-            cluster.wait_live(target, "w", ready["worker_id"], calls["worker_id"])
+            mocks = [told["worker_id"] for told in (ready, calls, codes)]
+            cluster.wait_live(target, "w", *mocks)
 
             def say(text: str) -> None:
-                tell_caller(f"say {json.dumps(text)}")
+                for tell_one in (tell_caller, tell_coder):
+                    tell_one(f"say {json.dumps(text)}")
 
             yield Served(cluster, target, tell, say)
     finally:

@@ -4,7 +4,7 @@ import json
 
 import openai
 import pytest
-from behind import CALLER, SIM
+from behind import CALLER, CODER, SIM
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
@@ -57,6 +57,23 @@ def test_calls_are_read_whole_and_streamed(client, served):
     assert "tool_calls.function.arguments.delta" in kinds
     assert told(streamed.message) == expected
     assert (streamed.message.content, streamed.finish_reason) == ("Let me look.", "tool_calls")
+
+
+def test_calls_with_values_as_text_are_typed_by_the_tools_schema(client, served):
+    schema = {"city": {"type": "string"}, "days": {"type": "integer"}, "tags": {"type": "array"}}
+    values = {"city": "5", "days": 5, "tags": ["a", "b"]}
+    texts = {"city": "5", "days": "5", "tags": "['a', 'b']"}
+    tags = "".join(f"<parameter={key}>\n{text}\n</parameter>\n" for key, text in texts.items())
+    served.say(f"Wait.\n<tool_call>\n<function=weather>\n{tags}</function>\n</tool_call>")
+    function = {"name": "weather", "parameters": {"type": "object", "properties": schema}}
+    asked = ASKED | {"model": CODER, "tools": [{"type": "function", "function": function}]}
+    (choice,) = client.chat.completions.create(**asked).choices
+    assert told(choice.message) == [("weather", values)]
+    assert (choice.message.content, choice.finish_reason) == ("Wait.", "tool_calls")
+    with client.chat.completions.stream(**asked) as stream:
+        stream.until_done()
+        (streamed,) = stream.get_final_completion().choices
+    assert told(streamed.message) == [("weather", values)]
 
 
 def test_a_conversation_goes_on_with_what_a_tool_answered(client, served):

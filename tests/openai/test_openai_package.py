@@ -4,7 +4,7 @@ import asyncio
 
 import openai
 import pytest
-from behind import CALLER, MOCK, SIM
+from behind import CALLER, CODER, MOCK, SIM
 
 import kvmesh
 
@@ -76,7 +76,7 @@ def test_log_probabilities_are_read(client):
 
 def test_models_are_listed(client):
     models = {model.id for model in client.models.list()}
-    assert models == {SIM, MOCK, CALLER}
+    assert models == {SIM, MOCK, CALLER, CODER}
     assert client.models.retrieve(SIM).id == SIM
 
 
