@@ -261,11 +261,14 @@ async def test_long_jobs_of_one_model_do_not_delay_another_ones_chat(fresh) -> N
 
     async with kvmesh.AsyncClient(endpoint) as client:
         options = {"max_tokens": 4, "request_class": "batch"}
-        jobs = [
-            asyncio.create_task(client.complete(model="sim", token_ids=job(), **options))
-            for _ in range(4)
-        ]
+
+        def begin() -> asyncio.Task[kvmesh.Result]:
+            return asyncio.create_task(client.complete(model="sim", token_ids=job(), **options))
+
         # One is computed; the others wait, and are as many as may.
+        jobs = [begin()]
+        await asyncio.to_thread(fresh.wait_table, endpoint, lambda t: t["slow"].running == 1)
+        jobs += [begin() for _ in range(3)]
         await asyncio.to_thread(fresh.wait_router, endpoint, lambda info: info.queued == 3)
         with pytest.raises(kvmesh.OverloadedError, match="the queue is full"):
             await client.complete(model="sim", token_ids=job(), **options)
