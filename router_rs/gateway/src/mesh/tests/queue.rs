@@ -326,14 +326,20 @@ async fn a_full_queue_refuses_new_work() {
 
 #[tokio::test]
 async fn what_is_turned_away_for_want_of_room_came_all_the_same() {
-    let both = slow_prompts();
+    // Ten steps of a prompt take longer there than any deadline. None comes so far.
+    let both = MockWorker::start(MockConfig {
+        step: LIMIT / 4,
+        ..MockConfig::default()
+    })
+    .unwrap();
     let bound = MeshSettings {
         queue_length: 0,
+        queue_timeout: Duration::from_secs(3_600),
         ..settings(&[&both])
     };
     let mesh = mesh_with(bound).await;
     let at_once = AdmittedRequest {
-        deadline: Some(Instant::now() + Duration::from_millis(20)),
+        deadline: Some(Instant::now() + LIMIT),
         ..of_class(v1::RequestClass::Interactive, long(2, 3))
     };
     let never = request(&vec![1; 1 << 20], 3);
