@@ -10,7 +10,7 @@ from authority import Authority
 from engine_harness import running
 from fake_core import tokens_after
 from fake_loop import do, there
-from fake_model import FakeModel, files
+from fake_model import FakeModel
 from fake_openai import FakeOpenAi
 from fake_openai import serve as serve_http
 from fake_smg import FakeSmg
@@ -39,13 +39,6 @@ def issued(authority):
 def stranger(tmp_path_factory):
     """Whom nobody knows."""
     return Authority(tmp_path_factory.mktemp("stranger"), "stranger")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    for name, content in files().items():
-        (tmp_path / name).write_bytes(content)
-    return tmp_path
 
 
 @asynccontextmanager

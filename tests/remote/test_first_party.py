@@ -10,7 +10,7 @@ from engine_harness import running, until
 from fake_core import tokens_after
 from fake_first_party import serve
 from fake_loop import do, there
-from fake_model import BLOCK, BLOCKS, CONTEXT, MODEL, FakeModel, files
+from fake_model import BLOCK, BLOCKS, CONTEXT, MODEL, FakeModel
 
 from kvmesh.engine.remote.first_party import endpoint
 from kvmesh.engine.remote.served import build
@@ -29,13 +29,6 @@ def prompt(length, seed=0):
 def place(driver, ids, *args, **more):
     more.setdefault("sampling", GREEDY)
     return driver.place(ids, *args, **more)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    for name, content in files().items():
-        (tmp_path / name).write_bytes(content)
-    return tmp_path
 
 
 @asynccontextmanager

@@ -7,7 +7,7 @@ import pytest
 from engine_harness import running, until
 from fake_core import tokens_after
 from fake_loop import do, there
-from fake_model import BLOCK, BLOCKS, CONTEXT, END, MODEL, FakeModel, files
+from fake_model import BLOCK, BLOCKS, CONTEXT, END, MODEL, FakeModel
 from fake_openai import FakeOpenAi, serve
 
 from kvmesh.engine.contract import Stage
@@ -35,13 +35,6 @@ def place(driver, ids, *args, **more):
 def settings(port, folder, **arguments):
     given = {"server": f"http://127.0.0.1:{port}", "tokenizer": str(folder), **arguments}
     return WorkerSettings(engine="remote", engine_arguments=given)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    for name, content in files().items():
-        (tmp_path / name).write_bytes(content)
-    return tmp_path
 
 
 @asynccontextmanager

@@ -7,26 +7,13 @@ mod common;
 
 use std::time::Duration;
 
-use collector::{Collector, text};
+use collector::{Collector, SAMPLED, below, hex, text};
 use common::{Mesh, request};
 use kvmesh_testkit::mock::MockConfig;
 use kvmesh_wire::v1::{self, generate_response::Event};
 use opentelemetry_proto::tonic::trace::v1::{Span, span::SpanKind};
 use serde_json::json;
 use tonic::{Code, Status};
-
-const SAMPLED: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
-
-fn below<T>(traceparent: &str, message: T) -> tonic::Request<T> {
-    let mut call = tonic::Request::new(message);
-    let value = traceparent.parse().unwrap();
-    call.metadata_mut().insert("traceparent", value);
-    call
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
 
 /// Reads a stream until there are tokens: its id, and what it brought.
 async fn begun(stream: &mut tonic::Streaming<v1::GenerateResponse>) -> (String, Vec<u32>) {

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use collector::{Away, Collector, int, text};
+use collector::{Away, Collector, SAMPLED, below, hex, int, text};
 use common::{Mesh, call, h2_connection, read, request, with_key};
 use kvmesh_testkit::{certificates::Authority, mock::MockConfig};
 use kvmesh_wire::v1::{self, Role, Stage, generate_request::Input};
@@ -22,19 +22,7 @@ use tokio::{
 };
 use tonic::Code;
 
-const SAMPLED: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 const NOT_SAMPLED: &str = "00-4bf92f3577b34da6a3ce929d0e0e4737-00f067aa0ba902b8-00";
-
-fn below<T>(traceparent: &str, message: T) -> tonic::Request<T> {
-    let mut call = tonic::Request::new(message);
-    let value = traceparent.parse().unwrap();
-    call.metadata_mut().insert("traceparent", value);
-    call
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
 
 /// The span of the request itself.
 fn root(spans: &[Span]) -> &Span {

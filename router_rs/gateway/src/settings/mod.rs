@@ -5,6 +5,7 @@
 //! a value that is not allowed is refused with its key, its source and what
 //! is allowed.
 
+mod error;
 mod key;
 mod keys;
 mod otlp;
@@ -17,50 +18,13 @@ use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration}
 
 use serde_json::Value;
 
+pub use error::SettingsError;
 pub use key::{Key, Kind};
 pub use keys::KEYS;
 pub use parsers::ParserSettings;
 pub use trust::JwtSettings;
 
 use crate::mesh::{MeshSettings, PolicySettings, StreamSettings};
-
-/// A setting that cannot be used.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum SettingsError {
-    /// No such key.
-    #[error("{from}: no setting {key:?}; there are: {known}")]
-    Unknown {
-        /// The layer.
-        from: String,
-        /// What was given.
-        key: String,
-        /// All keys.
-        known: String,
-    },
-    /// A value that is not allowed.
-    #[error("{from}: {key} is {value}; allowed is {allowed}")]
-    Value {
-        /// The layer.
-        from: String,
-        /// The key.
-        key: &'static str,
-        /// What was given.
-        value: String,
-        /// What is allowed.
-        allowed: String,
-    },
-    /// A layer that cannot be read.
-    #[error("{from}: {reason}")]
-    Unreadable {
-        /// The layer.
-        from: String,
-        /// Why.
-        reason: String,
-    },
-    /// Settings that do not go together.
-    #[error("{0}")]
-    Together(String),
-}
 
 /// Values by key, from the weakest layer to the strongest.
 #[derive(Clone, Debug, Default)]

@@ -27,6 +27,9 @@ use tonic::{
     transport::{Identity, Server, ServerTlsConfig, server::TcpIncoming},
 };
 
+/// A trace that a client gives, of which spans are wanted.
+pub(crate) const SAMPLED: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+
 /// Batches that it keeps unread; none of these tests makes as many.
 const BATCHES: usize = 256;
 
@@ -205,4 +208,17 @@ pub(crate) fn int(span: &Span, key: &str) -> i64 {
         Value::IntValue(number) => number,
         other => panic!("{key} is {other:?}"),
     }
+}
+
+/// A call below a client's span.
+pub(crate) fn below<T>(traceparent: &str, message: T) -> tonic::Request<T> {
+    let mut call = tonic::Request::new(message);
+    let value = traceparent.parse().unwrap();
+    call.metadata_mut().insert("traceparent", value);
+    call
+}
+
+/// An id of a trace or span, as a `traceparent` has it.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -22,6 +22,7 @@ import numpy as np
 from kvmesh.engine.contract import RouterStep, TokenColumns
 from kvmesh.engine.core.runner import DecodeRows, Slice
 from kvmesh.engine.core.sequence import Sequence
+from kvmesh.engine.core.step_model import StepLoad
 
 _SPARE_BLOCKS = 8
 """Columns of a block table that are kept for growth."""
@@ -89,6 +90,10 @@ class DecodeBatch:
 
     def __len__(self) -> int:
         return len(self.sequences)
+
+    def load(self) -> StepLoad:
+        """What a step of these streams alone has to do."""
+        return StepLoad(decode_batch=len(self), decode_context=self.rows.context)
 
     def _empty(self) -> DecodeRows:
         return DecodeRows(

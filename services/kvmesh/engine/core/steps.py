@@ -104,7 +104,7 @@ class Steps:
             if self._suspect_turn:
                 return Plan(alone=self._loop.streams.suspects[0])
         batch.prepare()
-        decode = StepLoad(decode_batch=len(batch), decode_context=batch.rows.context)
+        decode = batch.load()
         chunks = self._loop.queue.chunks(self._model, decode, batch.itl_target_ms, above)
         if chunks and chunks[0].sequence.alone:
             if above is None:
@@ -271,15 +271,10 @@ class Steps:
         return output
 
     def _load_of(self, plan: Plan) -> StepLoad:
-        load = StepLoad()
+        load = self._loop.streams.batch.load() if plan.decode else StepLoad()
         for chunk in plan.chunks:
             load.add_chunk(chunk.sequence.computed, chunk.tokens)
-        if plan.decode:
-            load.decode_batch, load.decode_context = (
-                len(self._loop.streams.batch),
-                self._loop.streams.batch.rows.context,
-            )
-        elif plan.alone is not None:
+        if not plan.decode and plan.alone is not None:
             load.decode_batch, load.decode_context = 1, plan.alone.length
         return load
 
@@ -378,8 +373,7 @@ class Steps:
         if not len(self._loop.streams.batch) or plan.chunks[0].sequence.alone:
             return False
         batch = self._loop.streams.batch
-        decode = StepLoad(decode_batch=len(batch), decode_context=batch.rows.context)
-        step_ms = predict_ms(self._model, decode)
+        step_ms = predict_ms(self._model, batch.load())
         layer_ms = self.running.predicted_ms / max(1, self._runner.layers)
         since_ms = 1000 * (self._clock.now() - self._loop.streams.decoded_at)
         return since_ms + layer_ms + step_ms >= gap_target_ms(batch.itl_target_ms, step_ms)

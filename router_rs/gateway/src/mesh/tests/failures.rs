@@ -4,6 +4,17 @@ use kvmesh_session::WorkerIndex;
 
 use super::*;
 
+/// A worker whose next so many attempts fail at an index.
+fn failing(at: u32, times: u32) -> MockWorker {
+    let worker = worker(Role::Both);
+    worker.faults().set(|plan| {
+        plan.fail_at = Some(at);
+        plan.fail_next = times;
+        plan.fail_code = tonic::Code::Unavailable as u32;
+    });
+    worker
+}
+
 #[tokio::test]
 async fn a_refused_placement_is_planned_again() {
     let (prefill, decode) = (worker(Role::Prefill), worker(Role::Decode));
@@ -182,12 +193,7 @@ async fn a_hole_closes_the_session_and_the_stream_goes_on() {
 
 #[tokio::test]
 async fn attempts_that_fail_again_and_again_end_the_request() {
-    let both = worker(Role::Both);
-    both.faults().set(|plan| {
-        plan.fail_at = Some(4);
-        plan.fail_next = 1_000;
-        plan.fail_code = tonic::Code::Unavailable as u32;
-    });
+    let both = failing(4, 1_000);
     let mesh = mesh_of(&[&both]).await;
     let answer = collect(mesh.generate(request(&[1], 10)).unwrap()).await;
     let Some(RequestError::WorkerLost { next_index, .. }) = answer.error else {
@@ -294,12 +300,7 @@ async fn over_the_bound_of_all_who_holds_more_than_its_share_is_given_up() {
 
 #[tokio::test]
 async fn a_worker_whose_answers_fail_is_left_out_until_a_probe_succeeds() {
-    let (bad, good) = (worker(Role::Both), worker(Role::Both));
-    bad.faults().set(|plan| {
-        plan.fail_at = Some(0);
-        plan.fail_next = u32::MAX;
-        plan.fail_code = tonic::Code::Unavailable as u32;
-    });
+    let (bad, good) = (failing(0, u32::MAX), worker(Role::Both));
     let mesh = mesh_of(&[&bad, &good]).await;
     // As many as it takes: where one goes is the policy's choice.
     for n in 0..1_000 {
@@ -309,8 +310,8 @@ async fn a_worker_whose_answers_fail_is_left_out_until_a_probe_succeeds() {
             break;
         }
     }
-    let failing = |row: &v1::WorkerStatus| row.state_detail == "its answers fail";
-    assert!(mesh.workers().iter().any(failing), "{:?}", mesh.workers());
+    let left_out = |row: &v1::WorkerStatus| row.state_detail == "its answers fail";
+    assert!(mesh.workers().iter().any(left_out), "{:?}", mesh.workers());
     // It is well again: with the next probe it is back.
     bad.faults().set(|plan| plan.fail_next = 0);
     assert!(until(|| mesh.sessions().half_open == 1).await);
@@ -324,12 +325,7 @@ async fn a_worker_whose_answers_fail_is_left_out_until_a_probe_succeeds() {
 
 #[tokio::test]
 async fn the_last_worker_of_a_role_is_never_left_out() {
-    let both = worker(Role::Both);
-    both.faults().set(|plan| {
-        plan.fail_at = Some(0);
-        plan.fail_next = 6;
-        plan.fail_code = tonic::Code::Unavailable as u32;
-    });
+    let both = failing(0, 6);
     let mesh = mesh_of(&[&both]).await;
     let answer = collect(mesh.generate(request(&[1], 3)).unwrap()).await;
     assert_eq!((answer.error, answer.ids.len()), (None, 3));
@@ -338,12 +334,7 @@ async fn the_last_worker_of_a_role_is_never_left_out() {
 
 #[tokio::test]
 async fn an_attempt_that_is_put_off_is_explained() {
-    let both = worker(Role::Both);
-    both.faults().set(|plan| {
-        plan.fail_at = Some(0);
-        plan.fail_next = 6;
-        plan.fail_code = tonic::Code::Unavailable as u32;
-    });
+    let both = failing(0, 6);
     let mesh = mesh_of(&[&both]).await;
     let stream = mesh.generate(request(&[2], 3)).unwrap();
     let id = stream.id();

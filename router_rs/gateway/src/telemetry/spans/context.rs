@@ -58,7 +58,10 @@ impl Context {
 
     /// What is passed on: this router's span as the parent, exported.
     pub(super) fn traceparent(&self) -> String {
-        let flags = (self.flags & RANDOM) | SAMPLED;
+        self.text((self.flags & RANDOM) | SAMPLED)
+    }
+
+    fn text(&self, flags: u8) -> String {
         format!("00-{:032x}-{:016x}-{flags:02x}", self.trace, self.own)
     }
 }
@@ -96,12 +99,7 @@ pub(crate) fn goes_on_below(of: &str, own: &str, share: Option<Share>) -> Option
     let exported = share.is_some_and(|share| share.takes(&context));
     let text = match exported {
         true => context.traceparent(),
-        false => {
-            let Context {
-                trace, own, flags, ..
-            } = context;
-            format!("00-{trace:032x}-{own:016x}-{flags:02x}")
-        }
+        false => context.text(context.flags),
     };
     Some((text, exported))
 }
