@@ -18,8 +18,8 @@ use kvmesh_kv_index::{
 use kvmesh_scheduler::{
     Abilities, AdmissionSettings, Booking, Bookings, ByClass, Class, Columns, CostSettings,
     Estimate, KvCost, KvRoom, Load, Needs, Path, Phase, Policy, Reload, RequestView, Role, Roster,
-    ScoreError, ScoredPolicy, Scorer, Share, StepModel, TransferRates, Work, WorkerView, placeable,
-    virtual_deadline_ms,
+    ScoreError, ScoredPolicy, Scorer, Share, StepModel, TransferRates, UsualStreams, Work,
+    WorkerView, placeable, virtual_deadline_ms,
 };
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -63,6 +63,7 @@ fn view(slot: WorkerSlot, role: Role, abilities: &Arc<Abilities>) -> WorkerView 
         computed: Work::default(),
         prompts: Vec::new(),
         left: [200.0; 3],
+        usual: UsualStreams::default(),
         relay_ms: (mix(u64::from(slot.0)) % 100) as f64 / 100.0,
     }
 }

@@ -13,7 +13,8 @@ use kvmesh_kv_index::{Matches, WorkerSlot};
 use kvmesh_scheduler::{
     Abilities, Bookings, ByClass, Class, CostSettings, Dispatch, DispatchSettings, Entry, KvCost,
     KvRoom, Lane, Load, LocalPrefill, Look, Needs, Outcome, Phase, Policy, Reload, Reported,
-    RequestView, Role, Roster, Share, StepModel, Verdict, Work, WorkerView, virtual_deadline_ms,
+    RequestView, Role, Roster, Share, StepModel, UsualStreams, Verdict, Work, WorkerView,
+    virtual_deadline_ms,
 };
 use std::sync::Arc;
 use std::time::Instant;
@@ -108,6 +109,7 @@ fn roster(workers: u32) -> Roster {
             computed: Work::default(),
             prompts: Vec::new(),
             left: [200.0; 3],
+            usual: UsualStreams::default(),
             relay_ms: 0.0,
         });
     }

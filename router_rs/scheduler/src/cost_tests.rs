@@ -8,6 +8,7 @@ use crate::request::{Class, Needs};
 use crate::step_model::{StepModel, prefill_context};
 use crate::survey::Holder;
 use crate::transfer::{Path, TransferRates};
+use crate::usual::UsualStreams;
 use crate::worker::{Abilities, KvRoom, Load, Phase, Prompt, Reload, Role, Share, WorkerView};
 use kvmesh_kv_index::{CacheChange, IndexSettings, Knowledge, KvIndex, Matches, Tier, WorkerSlot};
 use proptest::prelude::*;
@@ -127,6 +128,7 @@ fn worker(slot: u32, role: Role, draw: &mut Draw) -> WorkerView {
         booked: Work::default(),
         computed: Work::default(),
         left: [draw.real(500.0), draw.real(500.0), draw.real(500.0)],
+        usual: UsualStreams::of([draw.real(9.0), draw.real(3.0), 0.0]),
         relay_ms: draw.real(50.0),
     }
 }

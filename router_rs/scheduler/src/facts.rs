@@ -8,6 +8,7 @@ use crate::deadline::{ClassTargets, Weights};
 use crate::floor::Floors;
 use crate::request::{Class, PerClass};
 use crate::step_model::StepModel;
+use crate::terms::newcomers::Usual;
 use crate::terms::queued::Waiting;
 use crate::worker::{Phase, Role, WorkerView};
 use std::collections::BTreeMap;
@@ -109,6 +110,8 @@ pub(crate) struct Facts {
     pub(crate) streams: PerClass<Streams>,
     /// Streams that end, and others that come in their place, a step.
     pub(crate) ending: f64,
+    /// Streams that are likely to come.
+    pub(crate) usual: Usual,
     pub(crate) line: Waiting,
     /// Tokens that a new request could get, and those of one block.
     pub(crate) room: f64,
@@ -169,6 +172,7 @@ impl Facts {
                 .filter(|(count, left)| *count > 0.0 && *left > 0.0)
                 .map(|(count, left)| count / left)
                 .sum(),
+            usual: Usual::of(worker, weights),
             line: Waiting::default(),
             room: worker.available_blocks() as f64 * block,
             block,

@@ -36,6 +36,7 @@ mod step_model;
 mod survey;
 mod terms;
 mod transfer;
+mod usual;
 mod weigh;
 mod worker;
 
@@ -61,6 +62,7 @@ pub use scored::{Columns, ScoreError, ScoredPolicy, Scorer};
 pub use step_model::{StepModel, prefill_context};
 pub use survey::{LocalPrefill, placeable};
 pub use transfer::{Path, TransferRate, TransferRates};
+pub use usual::UsualStreams;
 pub use worker::{
     Abilities, ByClass, Cluster, KvRoom, Load, Phase, Prompt, Reload, Role, Share, WorkerView,
 };

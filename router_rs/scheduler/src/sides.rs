@@ -6,7 +6,7 @@ use crate::plan::{Considered, Plan, Terms};
 use crate::request::RequestView;
 use crate::survey::Holder;
 use crate::terms::queued::{Line, line, queued_ms};
-use crate::terms::{Asked, People, first, room, stretch};
+use crate::terms::{Asked, People, first, newcomers, room, stretch};
 use crate::transfer::{Path, TransferRate};
 use crate::worker::{Cluster, WorkerView};
 use kvmesh_kv_index::WorkerSlot;
@@ -149,7 +149,9 @@ impl<'a> Question<'a, '_> {
         let (asked, people) = (&self.asked, self.people);
         let there = there as f64;
         let chunks = first::prefill(facts, asked, there);
-        let prefill_ms = chunks.ms();
+        let held_up = newcomers::held_up(facts, &chunks, people);
+        let prefill_ms = chunks.ms() + held_up.prompt_ms;
+        let held_ms = stretch::chunks_stretch_ms(facts, &chunks, line.ahead_ms, people);
         Terms {
             weight: people.weights.ttft[asked.class],
             wait_ms: first::wait_ms(facts, line, asked.now_ms),
@@ -159,7 +161,7 @@ impl<'a> Question<'a, '_> {
             relay_ms: facts.relay_ms,
             relay_least_ms: self.relay_least_ms,
             queued_ms: queued_ms(line, prefill_ms),
-            others_stretch_ms: stretch::chunks_stretch_ms(facts, &chunks, line.ahead_ms, people),
+            others_stretch_ms: held_ms + held_up.stretch_ms,
             ..Terms::default()
         }
     }

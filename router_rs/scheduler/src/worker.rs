@@ -7,6 +7,7 @@ use crate::request::{Class, PerClass};
 use crate::step_model::StepModel;
 use crate::survey::LocalPrefill;
 use crate::transfer::TransferRates;
+use crate::usual::UsualStreams;
 use kvmesh_kv_index::WorkerSlot;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -225,12 +226,20 @@ pub struct WorkerView {
     /// Output tokens that a stream there has left on average, by class
     /// ([`crate::OutputLengths::left_of_running`]).
     pub left: PerClass<f64>,
+    /// Streams that it has on average.
+    pub usual: UsualStreams,
     /// What lies between a placement there and the client's first token besides
     /// waiting, computing and moving KV, ms ([`crate::Relay`]).
     pub relay_ms: f64,
 }
 
 impl WorkerView {
+    /// Its load report of now, on the clock of [`Cluster::now_ms`].
+    pub fn report(&mut self, load: Load, now_ms: f64) {
+        self.load = load;
+        self.usual.observe(now_ms, self.by_class().decoding);
+    }
+
     /// Prompt tokens waiting or being computed, by everyone.
     pub fn prefill_backlog_tokens(&self) -> u64 {
         self.reported_backlog_tokens() + self.booked.prefill_tokens

@@ -7,7 +7,7 @@ use common::{cached, request, worker};
 use kvmesh_kv_index::{Matches, WorkerSlot};
 use kvmesh_scheduler::{
     Cluster, CostSettings, Decision, Feature, FixedPolicy, KvCost, LocalPrefill, Needs, NoPlan,
-    Path, Phase, Plan, Policy, RequestView, Role, Rule, TransferRates, WorkerView,
+    Path, Phase, Plan, Policy, RequestView, Role, Rule, TransferRates, UsualStreams, WorkerView,
 };
 use proptest::prelude::*;
 use std::sync::Arc;
@@ -257,6 +257,30 @@ fn by_cost_a_short_prompt_stays_with_decode_and_a_long_one_does_not() {
     assert!(matches!(plan(4_000), Plan::Split { .. }));
 }
 
+/// Both workers are idle but for a moment's work where prompts are computed.
+#[test]
+fn a_long_prompt_keeps_away_from_where_streams_usually_are() {
+    let none = Matches::default();
+    let mut by_cost = KvCost::new(CostSettings::default());
+    let mut workers = pd(1, 1);
+    workers[0].load.step_ends_ms = 100.0;
+    let mut whole = |workers: &[WorkerView], prompt_tokens| {
+        let request = RequestView {
+            prompt_tokens,
+            ..request(&none, 1)
+        };
+        let decision = by_cost.choose(&Cluster::new(1, workers), &request).unwrap();
+        matches!(decision.plan(), Plan::Whole { .. })
+    };
+    assert!(whole(&workers, 4_096), "nobody is expected to decode");
+    workers[1].usual = UsualStreams::of([1.0, 0.0, 0.0]);
+    assert!(!whole(&workers, 4_096));
+    assert!(whole(&workers, 64), "over before somebody comes");
+    // Where prompts and streams share all workers, every plan meets streams.
+    workers.iter_mut().for_each(|one| one.role = Role::Both);
+    assert!(whole(&workers, 4_096));
+}
+
 #[test]
 fn what_is_booked_counts_as_load() {
     let mut workers = pd(2, 2);
@@ -500,8 +524,10 @@ prop_compose! {
         free in 50u64..1_000,
         pull in any::<bool>(),
         draining in prop::bool::weighted(0.1),
+        usual in 0f64..20.0,
     ) -> WorkerView {
         let mut w = worker(slot, role);
+        w.usual = UsualStreams::of([usual, 0.5, 0.0]);
         w.load.own.queued_prefill_tokens = queued;
         w.load.others.decoding = decoding;
         w.load.others.decode_context = u64::from(decoding) * context;

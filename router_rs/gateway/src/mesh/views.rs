@@ -4,8 +4,8 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use kvmesh_kv_index::{CacheChange, KvIndex, Tier, WorkerSlot};
 use kvmesh_scheduler::{
-    Abilities, ByClass, Class, KvRoom, Load, PerClass, Phase, Reload, Role, Share, StepModel, Work,
-    WorkerView,
+    Abilities, ByClass, Class, KvRoom, Load, PerClass, Phase, Reload, Role, Share, StepModel,
+    UsualStreams, Work, WorkerView,
 };
 use kvmesh_wire::v1;
 
@@ -39,6 +39,7 @@ pub(super) fn view_of(
         computed: Work::default(),
         prompts: Vec::new(),
         left,
+        usual: UsualStreams::default(),
         relay_ms: 0.0,
     }
 }

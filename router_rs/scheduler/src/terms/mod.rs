@@ -1,10 +1,12 @@
 //! The terms of a plan's cost: one small function each, all in milliseconds.
 //!
 //! Those of the request's first token are in [`first`], what it does to those
-//! that wait in [`queued`], to streams in [`stretch`], to the pool in [`room`].
+//! that wait in [`queued`], to streams in [`stretch`] and [`newcomers`], to the
+//! pool in [`room`].
 //! What to book is in [`work`].
 
 pub(crate) mod first;
+pub(crate) mod newcomers;
 pub(crate) mod queued;
 pub(crate) mod room;
 pub(crate) mod stretch;

@@ -102,7 +102,7 @@ fn steps_there(left: f64, before: f64, most: f64) -> f64 {
 }
 
 /// exp(-x) for x >= 0 within 0.03, without a call for every worker.
-fn surviving(x: f64) -> f64 {
+pub(super) fn surviving(x: f64) -> f64 {
     1.0 / (1.0 + x * (1.0 + x * (0.5 + x / 6.0)))
 }
 

@@ -3,8 +3,8 @@
 
 use kvmesh_kv_index::{CacheChange, IndexSettings, Knowledge, KvIndex, Matches, Tier, WorkerSlot};
 use kvmesh_scheduler::{
-    Abilities, Class, KvRoom, Load, Needs, Phase, Reload, RequestView, Role, StepModel, Work,
-    WorkerView,
+    Abilities, Class, KvRoom, Load, Needs, Phase, Reload, RequestView, Role, StepModel,
+    UsualStreams, Work, WorkerView,
 };
 use std::sync::Arc;
 
@@ -58,6 +58,7 @@ pub(crate) fn worker(slot: u32, role: Role) -> WorkerView {
         computed: Work::default(),
         prompts: Vec::new(),
         left: [128.0; 3],
+        usual: UsualStreams::default(),
         relay_ms: 0.0,
     }
 }

@@ -6,7 +6,8 @@ use crate::settings::Settings;
 use crate::trace::Trace;
 use kvmesh_kv_index::{Matches, UNIT_TOKENS, WorkerSlot};
 use kvmesh_scheduler::{
-    Abilities, Load, Needs, OutputLengths, Phase, Reload, RequestView, Role, Work, WorkerView,
+    Abilities, Load, Needs, OutputLengths, Phase, Reload, RequestView, Role, UsualStreams, Work,
+    WorkerView,
 };
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -83,6 +84,7 @@ pub(super) fn view(slot: usize, role: Role, settings: &Settings) -> WorkerView {
         computed: Work::default(),
         prompts: Vec::new(),
         left: [f64::from(EXPECTED_OUTPUT); 3],
+        usual: UsualStreams::default(),
         relay_ms: 0.0,
     }
 }

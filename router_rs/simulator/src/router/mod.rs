@@ -390,7 +390,7 @@ impl Router {
     }
 
     /// A report came.
-    pub(crate) fn reported(&mut self, report: &Report) {
+    pub(crate) fn reported(&mut self, report: &Report, now_ms: f64) {
         let slot = WorkerSlot(report.worker as u32);
         self.bookings.echoed(slot, report.last_command);
         self.refusals.reported(slot, &report.load);
@@ -400,16 +400,21 @@ impl Router {
         }
         self.step_ms[report.worker] = report.step_ms;
         if let Some(view) = self.roster.get_mut(slot) {
-            view.load = report.load;
+            view.report(report.load, now_ms);
             view.step = *learner.model();
         }
     }
 
     /// A worker as it is, for who is told at once and knows: its load, step times,
     /// and what its streams have left.
-    pub(crate) fn sees(&mut self, worker: usize, load: Load, truth: (StepModel, [f64; 3])) {
+    pub(crate) fn sees(
+        &mut self,
+        worker: usize,
+        (load, now_ms): (Load, f64),
+        truth: (StepModel, [f64; 3]),
+    ) {
         if let Some(view) = self.roster.get_mut(WorkerSlot(worker as u32)) {
-            view.load = load;
+            view.report(load, now_ms);
             (view.step, view.left) = truth;
         }
     }

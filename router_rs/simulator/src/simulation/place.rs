@@ -110,7 +110,7 @@ impl Simulation<'_> {
             let left_ms = step_left_ms(worker);
             let load = worker.engine.load().of(router, now_ms, left_ms);
             let truth = (worker.engine.truth(), worker.engine.mean_left());
-            self.routers[router].sees(number, load, truth);
+            self.routers[router].sees(number, (load, now_ms), truth);
         }
         let row = &trace.requests[asked.request as usize];
         let sequence = |stage| {

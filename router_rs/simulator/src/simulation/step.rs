@@ -115,7 +115,7 @@ impl Simulation<'_> {
                 step_ms: said.step_ms,
                 sample,
             };
-            self.routers[router].reported(&report);
+            self.routers[router].reported(&report, self.now_ms);
             match self.routers[router].look(number, self.now_ms) {
                 Look::Now => self.serve_queue(router),
                 Look::At(at_ms) => self.pass_later(router, at_ms),

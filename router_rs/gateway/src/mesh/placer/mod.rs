@@ -264,7 +264,7 @@ impl Placer {
             view.role = role_of(report.role);
             view.draining = load.draining;
             view.phase = phase_of(report.phase);
-            view.load = load_of(load, now_ms);
+            view.report(load_of(load, now_ms), now_ms);
             view.relay_ms = relay_ms;
         });
         self.reported(worker)
