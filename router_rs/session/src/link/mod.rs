@@ -124,6 +124,8 @@ pub enum Event<'a> {
     Answered,
     /// A stage failed there, and the request is not to blame.
     Faulted,
+    /// A stage ended, and says neither that the worker works nor that it does not.
+    Undecided,
     /// A wait is over.
     Fired(Timer),
 }
@@ -319,6 +321,12 @@ impl Link {
                 }
             }
             Event::Faulted => self.faulted(&mut actions),
+            Event::Undecided => {
+                // The probe is over: the next request decides.
+                if self.state == (State::HalfOpen { probing: true }) {
+                    self.become_state(State::HalfOpen { probing: false }, &mut actions);
+                }
+            }
             Event::Fired(Timer::Probe) => {
                 if self.state == State::Ejected {
                     self.become_state(State::HalfOpen { probing: false }, &mut actions);

@@ -125,6 +125,18 @@ fn silence_makes_suspect_then_lost_and_a_frame_half_open() {
 }
 
 #[test]
+fn a_probe_that_says_nothing_leaves_the_decision_to_the_next() {
+    let mut link = live();
+    link.apply(Event::Undecided).unwrap();
+    assert_eq!(*link.state(), State::Live);
+    link.apply(Event::Fired(Timer::Lost)).unwrap();
+    link.apply(Event::Frame(None)).unwrap();
+    link.apply(Event::Placed).unwrap();
+    let actions = link.apply(Event::Undecided).unwrap();
+    assert!(link.placeable() && actions.contains(&Action::StateChanged));
+}
+
+#[test]
 fn a_frame_in_time_ends_the_suspicion() {
     let mut link = live();
     link.apply(Event::Fired(Timer::Suspect)).unwrap();

@@ -135,12 +135,15 @@ impl Session {
     fn judge(&mut self, end: &End) {
         match end {
             End::Failed(failure) if failure.retryable => {
-                if self.core.may_eject(&self.worker) {
-                    self.feed(Event::Faulted);
-                }
+                let faulted = self.core.may_eject(&self.worker);
+                self.feed(if faulted {
+                    Event::Faulted
+                } else {
+                    Event::Undecided
+                });
             }
             // The other worker may be to blame, or the way between them.
-            End::TransferFailed => {}
+            End::TransferFailed => self.feed(Event::Undecided),
             _ => self.feed(Event::Answered),
         }
     }

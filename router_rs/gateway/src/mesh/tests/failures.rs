@@ -170,6 +170,23 @@ async fn a_frozen_worker_is_lost_and_comes_back_on_probation() {
     assert!(until(|| mesh.sessions().live == 2).await);
 }
 
+/// Its probe says nothing: it may not be ejected, being the last of its kind, or its
+/// transfer failed.
+#[tokio::test]
+async fn the_last_worker_is_probed_again_after_a_probe_that_fails() {
+    let both = worker(Role::Both);
+    let mesh = mesh_of(&[&both]).await;
+    both.freeze();
+    assert!(until(|| mesh.sessions().lost == 1).await);
+    both.faults().set(|plan| plan.fail_next = 1);
+    both.thaw();
+    assert!(until(|| mesh.sessions().half_open == 1).await);
+    let answer = collect(mesh.generate(request(&[1], 3)).unwrap()).await;
+    assert_eq!((answer.error, answer.ids.len()), (None, 3));
+    assert_eq!(mesh.counters().ejections.get(), 0);
+    assert!(until(|| mesh.sessions().live == 1).await);
+}
+
 #[tokio::test]
 async fn a_stuck_engine_under_beating_loads_loses_its_streams() {
     let stick = |stuck| move |worker: &MockWorker| worker.faults().set(|plan| plan.stuck = stuck);
