@@ -12,6 +12,7 @@ use hyper::{
 use hyper_util::rt::{TokioIo, TokioTimer};
 use kvmesh_trust::Followed;
 use rustls::ServerConfig;
+use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite},
     net::{TcpListener, TcpStream},
@@ -38,6 +39,8 @@ use crate::settings::Settings;
 const PREFACE: &[u8] = b"PRI ";
 /// Pause after an accept that failed for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Probes of TCP that go unanswered before a peer is taken for gone.
+const PROBES: u32 = 3;
 /// Connections that wait to be accepted.
 const BACKLOG: u32 = 4_096;
 
@@ -59,6 +62,7 @@ struct Limits {
     /// Between two calls over HTTP/1.1.
     idle: Duration,
     keep_alive: (Duration, Duration),
+    slow_client: Duration,
     age: Duration,
     age_grace: Duration,
     streams: u32,
@@ -86,6 +90,7 @@ impl Acceptor {
             handshake: settings.handshake_timeout,
             idle: settings.http1_idle_timeout,
             keep_alive: (settings.keep_alive_interval, settings.keep_alive_timeout),
+            slow_client: settings.slow_client_timeout,
             age: settings.max_connection_age,
             age_grace: settings.max_connection_age_grace,
             streams: settings.max_streams_per_connection,
@@ -154,7 +159,7 @@ struct Connection {
 
 impl Connection {
     async fn run(self, stream: TcpStream, tls: Option<TlsAcceptor>) -> Result<(), BoxError> {
-        stream.set_nodelay(true)?;
+        prepare(&stream, &self.limits)?;
         match tls {
             None => self.detect(stream, None).await,
             Some(acceptor) => {
@@ -316,6 +321,54 @@ impl Connection {
     }
 }
 
+/// HTTP/2 pings its peers; of HTTP/1.1 only TCP can tell that one has vanished without a
+/// word. It asks as often and waits as long. What was sent and is not acknowledged, or what
+/// a window of zero holds back, has the time of a client that takes nothing.
+fn prepare(stream: &TcpStream, limits: &Limits) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let (interval, answer) = limits.keep_alive;
+    // Whole seconds for the kernel, and not 0.
+    let second = Duration::from_secs(1);
+    let probes = TcpKeepalive::new()
+        .with_time(interval.max(second))
+        .with_interval((answer / PROBES).max(second))
+        .with_retries(PROBES);
+    let socket = SockRef::from(stream);
+    socket.set_tcp_keepalive(&probes)?;
+    socket.set_tcp_user_timeout(Some(limits.slow_client.max(interval + answer)))
+}
+
 type Answer = std::pin::Pin<
     Box<dyn Future<Output = Result<Response<ResponseBody>, std::convert::Infallible>> + Send>,
 >;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn tcp_asks_after_peers_that_nothing_else_asks_after() -> io::Result<()> {
+        let limits = Limits {
+            handshake: Duration::ZERO,
+            idle: Duration::ZERO,
+            keep_alive: (Duration::from_secs(30), Duration::from_secs(20)),
+            slow_client: Duration::from_secs(10),
+            age: Duration::ZERO,
+            age_grace: Duration::ZERO,
+            streams: 1,
+            resets: 1,
+        };
+        let listener = bind(([127, 0, 0, 1], 0).into())?;
+        let _client = TcpStream::connect(listener.local_addr()?).await?;
+        let (stream, _) = listener.accept().await?;
+        prepare(&stream, &limits)?;
+        let socket = SockRef::from(&stream);
+        assert!(socket.keepalive()?);
+        assert_eq!(socket.tcp_keepalive_time()?, Duration::from_secs(30));
+        assert_eq!(socket.tcp_keepalive_interval()?, Duration::from_secs(6));
+        // The kernel goes by this where it is set.
+        let gone = Some(Duration::from_secs(50));
+        assert_eq!(socket.tcp_user_timeout()?, gone);
+        Ok(())
+    }
+}
