@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -12,6 +13,8 @@ from typing import Any
 from isolation_load import Answer, Phase
 
 ENOUGH_FOR_P99 = 300
+STEPS_OF_COMPANY = 5
+"""Steps after its second token that say what a step took then."""
 
 
 def quantile(values: Sequence[float], part: float) -> float:
@@ -64,6 +67,17 @@ def itl(phases: Sequence[Phase]) -> list[float]:
 def second(phases: Sequence[Phase]) -> list[float]:
     """Gaps of chat from first to second token, ms."""
     return [turn.gaps_ms[0] for phase in phases for turn in phase.answered if turn.gaps_ms]
+
+
+def second_in_company(phases: Sequence[Phase]) -> list[float]:
+    """The same in decode steps of that company: over the median of the turn's next gaps."""
+    steps = []
+    for phase in phases:
+        for turn in phase.answered:
+            gap, *then = turn.gaps_ms[: 1 + STEPS_OF_COMPANY] or [0.0]
+            if then:
+                steps.append(gap / statistics.median(then))
+    return steps
 
 
 def _cells(values: Sequence[float]) -> list[float | None]:
@@ -144,7 +158,9 @@ class Ratios:
     itl_p95: float
     itl_p99: float
     second_steps: float
-    """p95 of the gap from first to second token, in decode steps (ITL p50 alone)."""
+    """p95 of the gap from first to second token, in decode steps (ITL p50 alone), ..."""
+    second_company_steps: float
+    """... and in the steps that the same stream makes next."""
     ttft_p95: float
     ttft_p95_s: float
     share_of_rate: float
@@ -166,6 +182,7 @@ class Ratios:
             ratio(itl, 0.95),
             ratio(itl, 0.99),
             quantile(second(measured.storm), 0.95) / quantile(itl(measured.alone), 0.5),
+            quantile(second_in_company(measured.storm), 0.95),
             ratio(ttft, 0.95),
             quantile(ttft(measured.storm), 0.95) / 1e3,
             measured.documents_per_s / rate_alone,
