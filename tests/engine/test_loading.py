@@ -1,6 +1,7 @@
 """A worker that loads says how far it is."""
 
 import torch
+from tiny_torch import engine_of
 
 from kvmesh import models
 from kvmesh.engine.torch.served import _Steps
@@ -34,3 +35,22 @@ def test_a_log_gets_a_line_at_the_start_of_a_step_and_then_one_every_few_seconds
     assert lines == [
         "model: load weights", "model: load weights 50 % of 400 MB", "model: digest",
     ]  # fmt: skip
+
+
+def test_a_pool_takes_all_of_its_memory_before_it_is_used(folder):
+    engine = engine_of(folder, blocks=12_000)
+    pool = engine._memory
+    whole = pool.nbytes >> 21 << 21
+    assert whole > 3 * (32 << 20)
+
+    def known():
+        huge, refused, _ = pool.huge_use()
+        return huge + refused
+
+    told = []
+    before = known()
+    engine.take_memory(lambda done, total: told.append((done, total)))
+    assert before < whole <= known()
+    done, totals = map(list, zip(*told, strict=True))
+    assert done == sorted(done) and done[0] == 0 and set(totals) == {pool.nbytes}
+    assert len(done) > 3, "a part at a time, so that signals are seen"

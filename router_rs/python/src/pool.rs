@@ -97,8 +97,12 @@ impl PyKvPool {
     }
 
     fn raise_versions(&self, py: Python<'_>, slots: Vec<u32>) -> PyResult<()> {
-        // Without the GIL: it may take memory for the slots.
         py.detach(|| self.pool.raise(&slots)).map_err(to_python)
+    }
+
+    fn populate(&self, py: Python<'_>, first: u32, count: u32) -> PyResult<()> {
+        let slots = first..first.saturating_add(count);
+        py.detach(|| self.pool.populate(slots)).map_err(to_python)
     }
 
     fn checksum(&self, py: Python<'_>, slot: u32) -> PyResult<u64> {

@@ -9,15 +9,21 @@
 //! on a sealed file, and wants each range to have been touched.
 //!
 //! A range is collapsed when one of its blocks is first taken into use, so that
-//! a pool takes no more memory than it needs. What the kernel refuses stays in
-//! small pages and is counted; after many refusals in a row nobody asks again.
+//! a pool takes no more memory than it needs. It takes some 4 ms, and the room
+//! of a long prompt has a hundred of them: half a second during which an engine
+//! that waited would make no token. So a thread of the pool's own does it, at low
+//! priority, and nobody waits: until it is done, and while it is being done, the
+//! range is there in small pages. What the kernel refuses stays in them and is
+//! counted; after many refusals in a row nobody asks again.
 
 use std::{
     io,
     sync::{
-        Mutex, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
+        mpsc::{Receiver, SyncSender, sync_channel},
     },
+    thread::JoinHandle,
 };
 
 use crate::mapping::Mapping;
@@ -29,6 +35,12 @@ pub(crate) const HUGE: usize = 2 << 20;
 /// Refusals in a row after which the kernel is not asked again: each costs a
 /// search for free memory.
 const PATIENCE: u32 = 16;
+
+/// Times that a range is tried whose pages are in use just then.
+const TRIES: u32 = 4;
+
+/// Of the thread, as nice(2) counts: it gets a tenth of a core that others want.
+const NICE: libc::c_int = 10;
 
 /// How much of a pool lies in huge pages.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -64,16 +76,20 @@ impl HugePages {
         }
     }
 
-    /// Asks for huge pages under bytes `from` to `upto` of the file where nobody
-    /// has before. `map` is the owner's writable mapping.
+    /// Makes huge pages under bytes `from` to `upto` of the file where nobody
+    /// has asked for them before. `map` is the owner's writable mapping.
     pub(crate) fn take(&self, map: &Mapping, from: usize, upto: usize) {
-        for range in from / HUGE..upto.div_ceil(HUGE).min(self.asked.len()) {
-            let asked = &self.asked[range];
+        self.new_ranges(from, upto)
+            .for_each(|range| self.collapse(map, range));
+    }
+
+    /// Ranges under these bytes that nobody has asked for; from then on somebody has.
+    fn new_ranges(&self, from: usize, upto: usize) -> impl Iterator<Item = usize> {
+        (from / HUGE..upto.div_ceil(HUGE).min(self.asked.len())).filter(|range| {
+            let asked = &self.asked[*range];
             // The load alone, for a range is asked for once and met often.
-            if !asked.load(Ordering::Relaxed) && !asked.swap(true, Ordering::Relaxed) {
-                self.collapse(map, range);
-            }
-        }
+            !asked.load(Ordering::Relaxed) && !asked.swap(true, Ordering::Relaxed)
+        })
     }
 
     fn collapse(&self, map: &Mapping, range: usize) {
@@ -81,24 +97,41 @@ impl HugePages {
             self.refused.fetch_add(1, Ordering::Relaxed);
             return;
         }
+        let mut tried = Self::try_collapse(map, range);
+        for _ in 1..TRIES {
+            match &tried {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    std::thread::yield_now();
+                    tried = Self::try_collapse(map, range);
+                }
+                _ => break,
+            }
+        }
+        if let Err(error) = tried {
+            self.refused.fetch_add(1, Ordering::Relaxed);
+            self.in_a_row.fetch_add(1, Ordering::Relaxed);
+            *lock(&self.refusal) = error.to_string();
+            return;
+        }
+        self.made.fetch_add(1, Ordering::Relaxed);
+        self.in_a_row.store(0, Ordering::Relaxed);
+    }
+
+    fn try_collapse(map: &Mapping, range: usize) -> io::Result<()> {
         let wanted = [libc::MADV_POPULATE_WRITE, libc::MADV_COLLAPSE];
         let touched = [super::mapping::PAGE, HUGE];
         for (advice, len) in wanted.into_iter().zip(touched) {
             // SAFETY: a whole range of the writable mapping (`asked` has no
             // others). The first touches one page; the second changes what
-            // pages the content lies in, not the content, also under readers.
+            // pages the content lies in, not the content, also under readers
+            // and writers.
             let rc =
                 unsafe { libc::madvise(map.base.as_ptr().add(range * HUGE).cast(), len, advice) };
             if rc < 0 {
-                let error = io::Error::last_os_error();
-                self.refused.fetch_add(1, Ordering::Relaxed);
-                self.in_a_row.fetch_add(1, Ordering::Relaxed);
-                *self.refusal.lock().unwrap_or_else(PoisonError::into_inner) = error.to_string();
-                return;
+                return Err(io::Error::last_os_error());
             }
         }
-        self.made.fetch_add(1, Ordering::Relaxed);
-        self.in_a_row.store(0, Ordering::Relaxed);
+        Ok(())
     }
 
     /// What came of it so far.
@@ -106,11 +139,113 @@ impl HugePages {
         HugeUse {
             bytes: self.made.load(Ordering::Relaxed) * HUGE,
             refused_bytes: self.refused.load(Ordering::Relaxed) * HUGE,
-            refusal: self
-                .refusal
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .clone(),
+            refusal: lock(&self.refusal).clone(),
+        }
+    }
+}
+
+fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    // No panic leaves what these hold half changed.
+    of.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The thread that makes a pool's pages huge. Dropping it ends the thread, whatever is left.
+pub(crate) struct Pager {
+    shared: Arc<Shared>,
+    ranges: Option<SyncSender<usize>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    map: Arc<Mapping>,
+    pages: Arc<HugePages>,
+    stop: AtomicBool,
+    /// Ranges that were asked for and are not done.
+    left: Mutex<usize>,
+    done: Condvar,
+}
+
+impl Pager {
+    /// `map` is the owner's writable mapping.
+    ///
+    /// # Errors
+    ///
+    /// Where there can be no more threads.
+    pub(crate) fn start(map: Arc<Mapping>, pages: Arc<HugePages>) -> io::Result<Self> {
+        // Each range is asked for once, so that it never is full.
+        let (ranges, asked) = sync_channel(pages.asked.len());
+        let shared = Arc::new(Shared {
+            map,
+            pages,
+            stop: AtomicBool::new(false),
+            left: Mutex::new(0),
+            done: Condvar::new(),
+        });
+        let of_thread = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name("kv-pages".into())
+            .spawn(move || of_thread.run(&asked))?;
+        Ok(Self {
+            shared,
+            ranges: Some(ranges),
+            thread: Some(thread),
+        })
+    }
+
+    /// Has huge pages made under bytes `from` to `upto` of the file where nobody has asked
+    /// for them before. Waits for nothing.
+    pub(crate) fn want(&self, from: usize, upto: usize) {
+        let Some(ranges) = &self.ranges else { return };
+        for range in self.shared.pages.new_ranges(from, upto) {
+            *lock(&self.shared.left) += 1;
+            if ranges.try_send(range).is_err() {
+                self.shared.is_done();
+            }
+        }
+    }
+
+    /// Until all that was asked for is done.
+    pub(crate) fn wait(&self) {
+        let mut left = lock(&self.shared.left);
+        while *left > 0 {
+            let woken = self.shared.done.wait(left);
+            left = woken.unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+impl Drop for Pager {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        self.ranges = None;
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            // It has no way to panic; if it did, the pages stay small.
+            *lock(&self.shared.left) = 0;
+            self.shared.done.notify_all();
+        }
+    }
+}
+
+impl Shared {
+    fn run(&self, asked: &Receiver<usize>) {
+        // SAFETY: plain calls; 0 is the calling thread. Where the kernel refuses, it runs as
+        // urgently as others.
+        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
+        while let Ok(range) = asked.recv() {
+            if !self.stop.load(Ordering::Relaxed) {
+                self.pages.collapse(&self.map, range);
+            }
+            self.is_done();
+        }
+    }
+
+    fn is_done(&self) {
+        let mut left = lock(&self.left);
+        *left = left.saturating_sub(1);
+        if *left == 0 {
+            self.done.notify_all();
         }
     }
 }

@@ -18,15 +18,19 @@
 use std::{
     ffi::CStr,
     io,
+    ops::Range,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
-    sync::atomic::{Ordering, fence},
+    sync::{
+        Arc,
+        atomic::{Ordering, fence},
+    },
 };
 
 use crate::{
     checksum,
     error::PoolError,
-    huge_pages::{HugePages, HugeUse},
-    mapping::{Mapping, layout},
+    huge_pages::{HugePages, HugeUse, Pager},
+    mapping::{Mapping, PAGE, layout},
 };
 
 const MAGIC: u64 = u64::from_le_bytes(*b"kvmpool1");
@@ -49,15 +53,17 @@ struct Header {
 /// A pool that this process owns.
 pub struct KvPool {
     fd: OwnedFd,
-    map: Mapping,
+    map: Arc<Mapping>,
     id: PoolId,
-    huge: HugePages,
+    huge: Arc<HugePages>,
+    /// `None`: all of its memory is there, or none is to be huge.
+    pager: Option<Pager>,
 }
 
 impl KvPool {
     /// Makes a pool of zeroes: `blocks` slots of `block_bytes` bytes.
-    /// `populate` takes all memory now; else it is taken with `raise`, when blocks
-    /// come into use. It comes in huge pages where the kernel gives them.
+    /// `populate` takes all memory now; else it is taken when blocks come into use.
+    /// It comes in huge pages where the kernel gives them, soon after `raise`.
     ///
     /// # Errors
     ///
@@ -119,9 +125,10 @@ impl KvPool {
                 id,
             });
         }
-        let huge = HugePages::new(len, huge);
+        let map = Arc::new(map);
+        let pages = Arc::new(HugePages::new(len, huge));
         // The first range at once: it tells whether the kernel gives any.
-        huge.take(&map, 0, if populate { len } else { 1 });
+        pages.take(&map, 0, if populate { len } else { 1 });
         if populate {
             // SAFETY: our own mapping, writable.
             let rc =
@@ -135,7 +142,21 @@ impl KvPool {
         if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, SEALS) } < 0 {
             return Err(PoolError::os("F_ADD_SEALS"));
         }
-        Ok(Self { fd, map, id, huge })
+        let mut pool = Self {
+            fd,
+            map,
+            id,
+            huge: pages,
+            pager: None,
+        };
+        if huge && !populate {
+            let pager = Pager::start(Arc::clone(&pool.map), Arc::clone(&pool.huge));
+            pool.pager = Some(pager.map_err(|source| PoolError::Os {
+                what: "starting a thread",
+                source,
+            })?);
+        }
+        Ok(pool)
     }
 
     /// Slots.
@@ -197,8 +218,45 @@ impl KvPool {
         self.huge.used()
     }
 
+    /// Takes the memory of slots now, as huge as it gets: later their first use would take
+    /// it. Of slots in use it changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// Where one of the slots does not exist, or the kernel has no memory.
+    pub fn populate(&self, slots: Range<u32>) -> Result<(), PoolError> {
+        let Some(last) = slots.end.checked_sub(1).filter(|last| *last >= slots.start) else {
+            return Ok(());
+        };
+        let first = self.map.place(slots.start);
+        let last = self.map.place(last).ok_or_else(|| self.map.no_slot(last))?;
+        let from = first.map_or(last.start, |place| place.start) / PAGE * PAGE;
+        self.huge.take(&self.map, from, last.end);
+        // SAFETY: whole pages of our own mapping, which is writable: the file ends at a
+        // multiple of them.
+        let rc = unsafe {
+            libc::madvise(
+                self.map.base.as_ptr().add(from).cast(),
+                last.end.next_multiple_of(PAGE) - from,
+                libc::MADV_POPULATE_WRITE,
+            )
+        };
+        if rc < 0 {
+            return Err(PoolError::os("madvise(MADV_POPULATE_WRITE)"));
+        }
+        Ok(())
+    }
+
+    /// Waits until memory of all slots that came into use is as huge as it gets: for who
+    /// times what lies in it.
+    pub fn wait_for_pages(&self) {
+        if let Some(pager) = &self.pager {
+            pager.wait();
+        }
+    }
+
     /// Raises the version of slots before they are written anew. All or none.
-    /// Memory of slots that were never in use is taken now.
+    /// Memory of slots that were never in use is taken soon, or when they are written.
     ///
     /// # Errors
     ///
@@ -208,7 +266,9 @@ impl KvPool {
             return Err(self.map.no_slot(*slot));
         }
         for place in slots.iter().filter_map(|slot| self.map.place(*slot)) {
-            self.huge.take(&self.map, place.start, place.end);
+            if let Some(pager) = &self.pager {
+                pager.want(place.start, place.end);
+            }
         }
         for version in slots.iter().filter_map(|slot| self.map.version(*slot)) {
             version.fetch_add(1, Ordering::AcqRel);
@@ -319,7 +379,7 @@ impl PeerPool {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::{huge_pages::HUGE, mapping::PAGE};
+    use crate::huge_pages::HUGE;
 
     #[test]
     fn a_peer_reads_and_cannot_write_grow_or_shrink() {
@@ -373,6 +433,7 @@ mod tests {
     fn memory_is_taken_as_blocks_come_into_use() {
         let pool = KvPool::new(64, SLOT as u64, false).unwrap();
         let told = |pool: &KvPool| {
+            pool.wait_for_pages();
             let used = pool.huge();
             assert_eq!(used.refused_bytes == 0, used.refusal.is_empty());
             used.bytes + used.refused_bytes
@@ -415,13 +476,51 @@ mod tests {
                 pool.raise(&[*slot]).unwrap();
             }
         });
+        // Written while its pages are being changed.
+        let fresh = KvPool::new(64, SLOT as u64, false).unwrap();
+        fresh.raise(&slots).unwrap();
+        for slot in &slots {
+            // SAFETY: a slot of SLOT bytes.
+            unsafe { fresh.block(*slot).unwrap().write_bytes(*slot as u8, SLOT) };
+        }
+        fresh.wait_for_pages();
+        pool.wait_for_pages();
         for slot in slots {
             let stored = vec![slot as u8; SLOT];
             // SAFETY: SLOT bytes on both sides.
             let same = unsafe { checksum::hash(stored.as_ptr(), SLOT) };
             assert_eq!(pool.checksum(slot).unwrap(), same);
             assert_eq!(own.checksum(slot).unwrap(), same);
+            assert_eq!(fresh.checksum(slot).unwrap(), same);
         }
+    }
+
+    #[test]
+    fn memory_can_be_taken_ahead_of_use() {
+        let pool = KvPool::new(64, SLOT as u64, false).unwrap();
+        // SAFETY: a slot of SLOT bytes.
+        unsafe { pool.block(9).unwrap().write_bytes(9, SLOT) };
+        pool.populate(3..3).unwrap();
+        pool.populate(0..30).unwrap();
+        pool.populate(30..64).unwrap();
+        let used = pool.huge();
+        assert_eq!(used.bytes + used.refused_bytes, 64 * SLOT / HUGE * HUGE);
+        // SAFETY: the last byte of slots that are mapped.
+        let bytes = [9, 63].map(|slot| unsafe { *pool.block(slot).unwrap().add(SLOT - 1) });
+        assert_eq!(bytes, [9, 0]);
+        assert!(matches!(
+            pool.populate(60..65),
+            Err(PoolError::Slot { slot: 64, .. })
+        ));
+    }
+
+    #[test]
+    fn a_pool_takes_its_thread_with_it() {
+        let pool = KvPool::new(2_000, SLOT as u64, false).unwrap();
+        pool.raise(&(0..2_000).collect::<Vec<_>>()).unwrap();
+        let pages = Arc::clone(&pool.huge);
+        drop(pool);
+        assert_eq!(Arc::strong_count(&pages), 1, "nobody else has them");
     }
 
     #[test]

@@ -32,7 +32,8 @@ _CONNECT_S = 3.0
 _NOT_A_SERVERS = frozenset(
     {
         "engine", "model", "transfer_listen", "transfer_tcp", "transfer_lease", "offer_timeout",
-        "huge_pages", "threads", "dtype", "device", "like", "engine_arguments", "vllm_arg",
+        "huge_pages", "populate_kv_pool", "threads", "dtype", "device", "like", "engine_arguments",
+        "vllm_arg",
     }
 )  # fmt: skip
 """Settings of a worker that are of its own engine."""

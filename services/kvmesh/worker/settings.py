@@ -99,6 +99,9 @@ class WorkerSettings:
     huge_pages: bool = True
     """Ask the kernel for huge pages for the KV pool. It takes no privilege; what the
     kernel refuses lies in small pages, and the log says how much."""
+    populate_kv_pool: bool = True
+    """Take the memory of the KV pool at the start, as the torch engine does. Else it is taken
+    as blocks first come into use, while the machine computes: streams are slower for that time."""
     threads: int = 1
     """Threads that compute."""
     dtype: DType = "float32"

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kvmesh._router import ClusterToken, KvPool, PeerTls, TransferNode
@@ -24,6 +24,9 @@ from kvmesh.engine.core.snapshot import snapshot_parts
 from kvmesh.engine.core.steps import Clock
 from kvmesh.engine.core.warm_up import measure
 from kvmesh.v1 import worker_pb2 as wire
+
+_PART_BYTES = 32 << 20
+"""Of memory that is taken at once: under 100 ms, between which signals are seen."""
 
 _log = logging.getLogger(__name__)
 
@@ -207,11 +210,23 @@ class CoreEngine:
         """Predicted step times."""
         return self._model
 
+    def take_memory(self, progress: Callable[[int, int], None]) -> None:
+        """Takes all memory of the KV pool before it is used: it holds up no stream later.
+
+        Blocks; may be interrupted between two parts. `progress`: bytes done, bytes in all.
+        Raises OSError where the kernel has no memory.
+        """
+        memory = self._memory
+        part = max(1, _PART_BYTES // memory.block_bytes)
+        for first in range(0, memory.blocks, part):
+            progress(first * memory.block_bytes, memory.nbytes)
+            memory.populate(first, min(part, memory.blocks - first))
+
     def describe_memory(self) -> str:
         """One line on the KV pool: its size, and how much of it is in huge pages by now.
 
-        Memory is taken as blocks come into use; a first piece is at the start, so
-        that it is known then whether the kernel gives huge pages.
+        A first piece of memory is taken at the start whatever the settings say, so that it
+        is known then whether the kernel gives huge pages.
         """
         huge, refused, why = self._memory.huge_use()
         pages = f"{huge >> 20} MiB in huge pages so far"

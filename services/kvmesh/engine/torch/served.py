@@ -86,6 +86,15 @@ def build(
             tls=peer_tls(settings, worker_id),
         ),
     )
+    if settings.populate_kv_pool:
+        taking = _Steps(progress, what="KV pool")
+        try:
+            engine.take_memory(lambda done, total: taking("taking its memory,", done, total))
+        except OSError as error:
+            raise SettingError(
+                f"kv_pool_tokens: {settings.kv_pool_tokens} tokens find no memory ({error}); give "
+                "the pool fewer"
+            ) from error
     progress(engine.describe_memory())
     return BuiltEngine(engine, built.record, TokenizerFiles.read(built.folder))
 
@@ -106,9 +115,13 @@ class _Steps:
     terminal."""
 
     def __init__(
-        self, progress: Callable[[str], None], now: Callable[[], float] = time.monotonic
+        self,
+        progress: Callable[[str], None],
+        now: Callable[[], float] = time.monotonic,
+        what: str = "model",
     ) -> None:
         self._progress = progress
+        self._what = what
         self._now = now
         self._step = ""
         self._shown = 0.0
@@ -120,4 +133,4 @@ class _Steps:
             return
         self._step, self._shown = step, now
         share = f" {100 * done / total:.0f} % of {total / 1e6:.0f} MB" if total and done else ""
-        self._progress(f"model: {step}{share}")
+        self._progress(f"{self._what}: {step}{share}")
