@@ -178,13 +178,34 @@ async fn the_last_worker_is_probed_again_after_a_probe_that_fails() {
     let mesh = mesh_of(&[&both]).await;
     both.freeze();
     assert!(until(|| mesh.sessions().lost == 1).await);
-    both.faults().set(|plan| plan.fail_next = 1);
+    both.faults().set(|plan| {
+        plan.fail_at = Some(0);
+        plan.fail_next = 1;
+        plan.fail_code = tonic::Code::Unavailable as u32;
+    });
     both.thaw();
     assert!(until(|| mesh.sessions().half_open == 1).await);
     let answer = collect(mesh.generate(request(&[1], 3)).unwrap()).await;
     assert_eq!((answer.error, answer.ids.len()), (None, 3));
+    assert_eq!(both.faults().get().fail_next, 0, "the probe failed");
     assert_eq!(mesh.counters().ejections.get(), 0);
     assert!(until(|| mesh.sessions().live == 1).await);
+}
+
+#[tokio::test]
+async fn errors_of_the_clients_own_leave_nobody_out() {
+    let workers = [failing(0, u32::MAX), failing(0, u32::MAX)];
+    for worker in &workers {
+        let own = tonic::Code::InvalidArgument as u32;
+        worker.faults().set(|plan| plan.fail_code = own);
+    }
+    let mesh = mesh_of(&[&workers[0], &workers[1]]).await;
+    for n in 0..20 {
+        let answer = collect(mesh.generate(request(&[n], 3)).unwrap()).await;
+        assert!(answer.error.is_some());
+    }
+    assert_eq!(mesh.counters().ejections.get(), 0);
+    assert_eq!(mesh.sessions().live, 2);
 }
 
 #[tokio::test]
