@@ -79,21 +79,13 @@ impl Message {
         }
     }
 
-    /// Adds a tool call from its JSON text. Arguments that are a string of
-    /// JSON, as clients of the OpenAI form send them, become the object that
-    /// templates expect.
+    /// Adds a tool call from its JSON text. Its arguments may be an object, or the JSON text of
+    /// one, as clients of the OpenAI form send them: the template gets what it takes.
     ///
     /// # Errors
     /// [`JsonError`] where the text is not a JSON object.
     pub fn add_tool_call(&mut self, json: &str) -> Result<(), JsonError> {
-        let mut call = object(json)?;
-        if let Some(function) = call.get_mut("function").and_then(Value::as_object_mut)
-            && let Some(Value::String(text)) = function.get("arguments")
-            && let Ok(parsed @ Value::Object(_)) = serde_json::from_str(text)
-        {
-            function.insert("arguments".to_owned(), parsed);
-        }
-        self.tool_calls.push(call);
+        self.tool_calls.push(object(json)?);
         Ok(())
     }
 }

@@ -16,6 +16,7 @@ mod detokenize;
 mod error;
 mod files;
 mod json;
+mod messages;
 mod model_text;
 mod pieces;
 mod stop;

@@ -1,13 +1,13 @@
 //! The model's chat template, run as `transformers` runs it.
 
-use crate::chat::{Chat, Message};
+use crate::chat::Chat;
 use crate::error::{LoadError, TemplateError, cut};
 use crate::json::{Style, from_json, from_map, mapping, to_json};
+use crate::messages::Form;
 use crate::time::UnixSeconds;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Value};
 use minijinja::{Environment, Error, ErrorKind, State};
-use serde_json::Map;
 use std::borrow::Cow;
 use std::error::Error as _;
 
@@ -25,6 +25,7 @@ pub(crate) struct ChatTemplate {
     /// `bos_token`, `eos_token` and so on, as the template's variables.
     special_tokens: Vec<(String, Value)>,
     rendered_limit: usize,
+    form: Form,
 }
 
 /// What a template raised on purpose.
@@ -65,13 +66,18 @@ impl ChatTemplate {
                 .map_err(|error| malformed(&error))?;
         }
         let has_tool_use = sources.iter().any(|(name, _)| name == TOOL_USE);
-        Ok(Self {
+        let mut template = Self {
             environment,
             has_tool_use,
             sources: sources.iter().map(|(_, source)| source.clone()).collect(),
             special_tokens,
             rendered_limit,
-        })
+            form: Form::default(),
+        };
+        // A form that a template fails with is none that it takes.
+        template.form =
+            Form::found(|chat, form| template.render_as(chat, UnixSeconds(0), form).ok());
+        Ok(template)
     }
 
     pub(crate) fn sources(&self) -> impl Iterator<Item = &str> {
@@ -79,6 +85,15 @@ impl ChatTemplate {
     }
 
     pub(crate) fn render(&self, chat: &Chat, now: UnixSeconds) -> Result<String, TemplateError> {
+        self.render_as(chat, now, self.form)
+    }
+
+    fn render_as(
+        &self,
+        chat: &Chat,
+        now: UnixSeconds,
+        form: Form,
+    ) -> Result<String, TemplateError> {
         let name = if self.has_tool_use && !chat.tools.is_empty() {
             TOOL_USE
         } else {
@@ -99,10 +114,12 @@ impl ChatTemplate {
         } else {
             chat.tools.iter().map(from_map).collect()
         };
+        let messages = chat.messages.iter().map(|message| form.message(message));
+        let messages = messages.collect::<Result<Value, Error>>();
         variables.extend([
             (
                 "messages".to_owned(),
-                chat.messages.iter().map(message_value).collect(),
+                messages.map_err(|error| typed(&error))?,
             ),
             ("tools".to_owned(), tools),
             ("documents".to_owned(), Value::from(())),
@@ -125,27 +142,6 @@ impl ChatTemplate {
         }
         Ok(text)
     }
-}
-
-fn message_value(message: &Message) -> Value {
-    let mut fields: Vec<(&str, Value)> = vec![
-        ("role", Value::from(message.role.as_str())),
-        ("content", Value::from(message.content.as_str())),
-    ];
-    if let Some(name) = &message.name {
-        fields.push(("name", Value::from(name.as_str())));
-    }
-    if !message.tool_calls.is_empty() {
-        let calls: Vec<&Map<String, serde_json::Value>> = message.tool_calls.iter().collect();
-        fields.push(("tool_calls", calls.into_iter().map(from_map).collect()));
-    }
-    if let Some(id) = &message.tool_call_id {
-        fields.push(("tool_call_id", Value::from(id.as_str())));
-    }
-    if let Some(thoughts) = &message.reasoning_content {
-        fields.push(("reasoning_content", Value::from(thoughts.as_str())));
-    }
-    mapping(fields)
 }
 
 fn raise_exception(message: Value) -> Result<String, Error> {

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::{
     common::Mesh,
+    http1::{CHAT, post},
     tools::{answered, call, worker},
 };
 
@@ -148,4 +149,28 @@ async fn arguments_of_a_tool_that_says_nothing_of_them_are_held_to_an_object() {
         let schema: Value = serde_json::from_str(&schema).unwrap();
         assert_eq!(schema.pointer(place), Some(&json!({"type": "object"})));
     }
+}
+
+/// Templates of DeepSeek append arguments to other text, as OpenAI has them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_turn_after_a_call_is_rendered_also_where_arguments_are_text() {
+    let template = "{% for message in messages %}<|im_start|>{{ message.role + '\n' }}\
+        {% for call in message.tool_calls or [] %}\
+        {{ call.function.name + ': ' + call.function.arguments }}{% endfor %}\
+        {{ message.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n";
+    let mesh = Mesh::start(vec![worker(template, &[])], json!({})).await;
+    let arguments = "{\"city\":  \"Paris\"}";
+    let mut called = call("weather", arguments);
+    called["id"] = json!("call_1");
+    let body = json!({"max_tokens": 3, "messages": [
+        {"role": "user", "content": "How is it in Paris?"},
+        {"role": "assistant", "content": null, "tool_calls": [called]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "rain"}]});
+    let ids = post(&mesh, "/tokenize", &body).await.json()["tokens"].clone();
+    let told = post(&mesh, "/detokenize", &json!({"tokens": ids})).await;
+    let prompt = told.json()["prompt"].as_str().unwrap().to_owned();
+    let turn = format!("<|im_start|>assistant\nweather: {arguments}<|im_end|>");
+    assert!(prompt.contains(&turn), "{prompt}");
+    let answer = post(&mesh, CHAT, &body).await;
+    assert_eq!(answer.head.status, 200, "{}", answer.body);
 }
