@@ -50,6 +50,25 @@ def test_a_stream_has_the_same_text_and_ends_with_its_usage(client):
     assert (usage.choices, usage.usage.total_tokens) == ([], whole.usage.total_tokens)
 
 
+def test_each_chunk_has_the_usage_so_far_where_a_load_client_asks_for_it(client):
+    # GuideLLM asks for both.
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    for stream in (
+        client.chat.completions.create(
+            model=SIM, messages=MESSAGES, max_tokens=24, stream=True, stream_options=options
+        ),
+        client.completions.create(
+            model=SIM, prompt=[20, 21], max_tokens=24, stream=True, stream_options=options
+        ),
+    ):
+        *chunks, usage = stream
+        counts = [chunk.usage.completion_tokens for chunk in chunks]
+        assert counts == sorted(counts)
+        assert (counts[-1], usage.choices) == (24, [])
+        assert chunks[-1].usage.total_tokens == usage.usage.total_tokens
+        assert {chunk.usage.prompt_tokens for chunk in chunks} == {usage.usage.prompt_tokens}
+
+
 def test_several_answers_to_several_prompts_have_their_indices(client):
     prompts = [[20, 21, 22], [30, 31]]
     answer = client.completions.create(model=SIM, prompt=prompts, n=2, max_tokens=8, seed=3)

@@ -51,6 +51,39 @@ impl Head {
     }
 }
 
+/// Where a stream tells how many tokens there were.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Usages {
+    Nowhere,
+    /// In a chunk of its own behind the last choice; the others say that they have none.
+    Last,
+    /// There, and in each chunk those of its choice so far.
+    Each,
+}
+
+/// Tokens of a choice that is under way.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct UsageSoFar {
+    prompt_tokens: u32,
+    completion_tokens: u32,
+    total_tokens: u32,
+}
+
+impl UsageSoFar {
+    /// Those of its prompt.
+    pub(super) fn prompt(&mut self, tokens: u32) {
+        self.prompt_tokens = tokens;
+        self.total_tokens = tokens.saturating_add(self.completion_tokens);
+    }
+
+    /// More of its own.
+    pub(super) fn add(&mut self, tokens: usize) {
+        let tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
+        self.completion_tokens = self.completion_tokens.saturating_add(tokens);
+        self.total_tokens = self.total_tokens.saturating_add(tokens);
+    }
+}
+
 /// Tokens of a call, over all its choices.
 #[derive(Debug, Default, Serialize)]
 pub(super) struct Usage {

@@ -5,7 +5,8 @@ use serde_json::{Map, Value};
 
 use super::{
     Face,
-    fields::{Fields, Prompt},
+    answer::Usages,
+    fields::{Fields, Prompt, StreamOptions},
     message, terms,
     tools::Tools,
 };
@@ -34,8 +35,8 @@ pub(super) struct Asked {
 pub(super) struct Shape {
     pub(super) face: Face,
     pub(super) stream: bool,
-    /// A last chunk of a stream has the usage.
-    pub(super) usage: bool,
+    /// Of a stream.
+    pub(super) usage: Usages,
     pub(super) logprobs: bool,
 }
 
@@ -69,7 +70,7 @@ pub(super) fn ask(face: Face, mut fields: Fields) -> Result<Asked, RequestError>
     let shape = Shape {
         face,
         stream,
-        usage: stream && usage(&fields)?,
+        usage: usages(&fields),
         logprobs: logprobs.is_some(),
     };
     let request = v1::GenerateRequest {
@@ -184,15 +185,16 @@ pub(super) fn added_tokens(fields: &Fields, added: bool) -> Result<(), RequestEr
     }
 }
 
-fn usage(fields: &Fields) -> Result<bool, RequestError> {
-    let Some(options) = &fields.stream_options else {
-        return Ok(false);
+/// As vLLM: the usage so far is told where that of all is.
+fn usages(fields: &Fields) -> Usages {
+    let asked = |flag: fn(&StreamOptions) -> Option<bool>| {
+        fields.stream_options.as_ref().and_then(flag) == Some(true)
     };
-    if options.continuous_usage_stats == Some(true) {
-        let words = "the last chunk has the usage, with include_usage";
-        return unsupported("stream_options.continuous_usage_stats", words);
+    match asked(|options| options.include_usage) {
+        false => Usages::Nowhere,
+        true if asked(|options| options.continuous_usage_stats) => Usages::Each,
+        true => Usages::Last,
     }
-    Ok(options.include_usage.unwrap_or(false))
 }
 
 #[cfg(test)]

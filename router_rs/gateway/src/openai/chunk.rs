@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::{
     Face,
-    answer::{End, Head, Usage},
+    answer::{End, Head, Usage, UsageSoFar, Usages},
     logprobs::Logprobs,
     parsed::{Delta, Other},
 };
@@ -25,22 +25,23 @@ pub(super) struct ChoiceChunks {
     begin: Vec<u8>,
     /// How much of it is before an object in the place of the text's.
     delta: usize,
-    /// Behind the last choice.
+    /// Behind the choice: to the end, or to the usage so far.
     close: &'static [u8],
-    /// Behind the text, where there are no log-probabilities: to the end.
+    /// Behind the text, where there are no log-probabilities: as far as `close` goes.
     tail: Vec<u8>,
+    /// Where each chunk tells it.
+    so_far: Option<UsageSoFar>,
 }
 
 /// Writes what belongs to no choice.
 pub(super) struct StreamChunks {
     /// From `data:` to the choices.
     head: Vec<u8>,
-    usage: bool,
+    usage: Usages,
 }
 
 impl StreamChunks {
-    /// `usage`: each chunk says that it has none, and a last one has it.
-    pub(super) fn new(head: &Head, usage: bool) -> Self {
+    pub(super) fn new(head: &Head, usage: Usages) -> Self {
         let mut bytes = DATA.to_vec();
         append(&head, &mut bytes);
         // The object goes on.
@@ -60,8 +61,9 @@ impl StreamChunks {
         let delta = begin.len();
         begin.extend_from_slice(text.as_bytes());
         let close: &[u8] = match self.usage {
-            true => b"}],\"usage\":null}\n\n",
-            false => b"}]}\n\n",
+            Usages::Nowhere => b"}]}\n\n",
+            Usages::Last => b"}],\"usage\":null}\n\n",
+            Usages::Each => b"}],\"usage\":",
         };
         let mut tail = closed(face).to_vec();
         tail.extend_from_slice(b",\"logprobs\":null,\"finish_reason\":null");
@@ -72,12 +74,13 @@ impl StreamChunks {
             delta,
             close,
             tail,
+            so_far: (self.usage == Usages::Each).then(UsageSoFar::default),
         }
     }
 
     /// The last words of a stream that ended well.
     pub(super) fn end(&self, usage: &Usage, out: &mut BytesMut) {
-        if self.usage {
+        if self.usage != Usages::Nowhere {
             out.extend_from_slice(&self.head);
             out.extend_from_slice(b"],\"usage\":");
             append(usage, out.writer());
@@ -96,12 +99,35 @@ fn closed(face: Face) -> &'static [u8] {
 }
 
 impl ChoiceChunks {
+    /// The tokens of the prompt, told before any chunk.
+    pub(super) fn prompt(&mut self, tokens: u32) {
+        if let Some(so_far) = &mut self.so_far {
+            so_far.prompt(tokens);
+        }
+    }
+
+    /// Tokens that came: of them the next chunk tells.
+    pub(super) fn came(&mut self, tokens: usize) {
+        if let Some(so_far) = &mut self.so_far {
+            so_far.add(tokens);
+        }
+    }
+
+    /// Ends a chunk that came as far as `close` goes.
+    fn ends(&self, out: &mut BytesMut) {
+        if let Some(so_far) = &self.so_far {
+            append(so_far, out.writer());
+            out.extend_from_slice(b"}\n\n");
+        }
+    }
+
     /// Says who speaks: the first chunk of a chat's choice.
     pub(super) fn role(&self, out: &mut BytesMut) {
         if self.face == Face::Chat {
             out.extend_from_slice(&self.begin);
             out.extend_from_slice(b"\"\",\"role\":\"assistant\"");
             out.extend_from_slice(&self.tail);
+            self.ends(out);
         }
     }
 
@@ -120,6 +146,7 @@ impl ChoiceChunks {
         append(&logprobs, out.writer());
         out.extend_from_slice(b",\"finish_reason\":null");
         out.extend_from_slice(self.close);
+        self.ends(out);
     }
 
     /// Text as it comes.
@@ -129,6 +156,7 @@ impl ChoiceChunks {
         append(text, out.writer());
         let Some(logprobs) = logprobs else {
             out.extend_from_slice(&self.tail);
+            self.ends(out);
             return;
         };
         out.extend_from_slice(closed(self.face));
@@ -136,6 +164,7 @@ impl ChoiceChunks {
         append(logprobs, out.writer());
         out.extend_from_slice(b",\"finish_reason\":null");
         out.extend_from_slice(self.close);
+        self.ends(out);
     }
 
     /// Its end, with the text that was held back until then.
@@ -148,6 +177,7 @@ impl ChoiceChunks {
         out.extend_from_slice(b",\"stop_reason\":");
         append(&end.stop_reason, out.writer());
         out.extend_from_slice(self.close);
+        self.ends(out);
     }
 }
 
@@ -180,12 +210,14 @@ mod tests {
     use super::*;
     use crate::openai::answer::StopReason;
 
+    const USAGES: [Usages; 3] = [Usages::Nowhere, Usages::Last, Usages::Each];
+
     #[derive(Serialize)]
     struct Sent {
         id: &'static str,
     }
 
-    fn chunks(usage: bool) -> StreamChunks {
+    fn chunks(usage: Usages) -> StreamChunks {
         let mut head = DATA.to_vec();
         append(&Sent { id: "x" }, &mut head);
         head.pop();
@@ -205,13 +237,16 @@ mod tests {
     proptest! {
         #[test]
         fn each_chunk_is_one_line_of_json_with_the_text_as_it_was(
-            text in any::<String>(), index in 0_usize..200, usage: bool, chat: bool,
+            text in any::<String>(), index in 0_usize..200, usage in 0_usize..3, chat: bool,
         ) {
+            let usage = USAGES[usage];
             let face = if chat { Face::Chat } else { Face::Completion };
             let all = chunks(usage);
-            let choice = all.choice(face, index);
+            let mut choice = all.choice(face, index);
             let mut out = BytesMut::new();
+            choice.prompt(3);
             choice.role(&mut out);
+            choice.came(2);
             choice.text(&text, None, &mut out);
             let end = End { finish_reason: "stop", stop_reason: Some(StopReason::Token(7)) };
             choice.end("", &end, &mut out);
@@ -222,10 +257,18 @@ mod tests {
             prop_assert_eq!(texts.concat(), text);
             prop_assert_eq!(told.len(), if chat { 3 } else { 2 });
             let last = told.last().unwrap();
-            for chunk in &told {
+            for (at, chunk) in told.iter().enumerate() {
                 prop_assert_eq!(&chunk["id"], "x");
                 prop_assert_eq!(&chunk["choices"][0]["index"], &json!(index));
-                prop_assert_eq!(chunk.get("usage"), usage.then_some(&Value::Null));
+                let came = if chat && at == 0 { 0 } else { 2 };
+                let so_far = json!({"prompt_tokens": 3, "completion_tokens": came,
+                    "total_tokens": 3 + came});
+                let expected = match usage {
+                    Usages::Nowhere => None,
+                    Usages::Last => Some(&Value::Null),
+                    Usages::Each => Some(&so_far),
+                };
+                prop_assert_eq!(chunk.get("usage"), expected);
                 let reason = if chunk == last { json!("stop") } else { Value::Null };
                 prop_assert_eq!(&chunk["choices"][0]["finish_reason"], &reason);
             }
@@ -239,14 +282,17 @@ mod tests {
     #[test]
     fn a_stream_ends_with_its_usage_and_the_word() {
         let mut out = BytesMut::new();
-        chunks(true).end(&Usage::default(), &mut out);
-        let text = std::str::from_utf8(&out).unwrap();
-        let text = text.strip_suffix("data: [DONE]\n\n").unwrap();
-        let told = events(&BytesMut::from(text.as_bytes()));
-        assert_eq!(told[0]["choices"], json!([]));
-        assert_eq!(told[0]["usage"]["total_tokens"], 0);
+        for usage in [Usages::Last, Usages::Each] {
+            out.clear();
+            chunks(usage).end(&Usage::default(), &mut out);
+            let text = std::str::from_utf8(&out).unwrap();
+            let text = text.strip_suffix("data: [DONE]\n\n").unwrap();
+            let told = events(&BytesMut::from(text.as_bytes()));
+            assert_eq!(told[0]["choices"], json!([]));
+            assert_eq!(told[0]["usage"]["total_tokens"], 0);
+        }
         out.clear();
-        chunks(false).end(&Usage::default(), &mut out);
+        chunks(Usages::Nowhere).end(&Usage::default(), &mut out);
         assert_eq!(&out[..], DONE);
     }
 }

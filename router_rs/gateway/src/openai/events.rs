@@ -248,8 +248,13 @@ impl Choice {
                 }
             };
             match &message.event {
+                Some(Event::Accepted(accepted)) => {
+                    chunks.prompt(accepted.prompt_tokens);
+                    Wrote::Nothing
+                }
                 Some(Event::Tokens(tokens)) => {
                     begin(begun, out);
+                    chunks.came(tokens.ids.len());
                     let mut logprobs = scribe.as_mut().map(|scribe| {
                         let mut told = scribe.empty();
                         scribe.add(tokens, &mut told);

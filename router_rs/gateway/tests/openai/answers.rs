@@ -93,6 +93,57 @@ async fn a_completion_is_the_same_whole_and_streamed_over_both_protocols() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_chunk_has_the_usage_of_its_choice_so_far_where_that_is_asked_for() {
+    let mesh = mesh().await;
+    let options = json!({"include_usage": true, "continuous_usage_stats": true});
+    let mut body = json!({"prompt": [[5, 6, 7], [9, 10]], "n": 2, "max_tokens": 6,
+        "stream": true, "stream_options": options});
+    let mut events = post(&mesh, COMPLETIONS, &body).await.events();
+    let last = events.pop().unwrap();
+    assert_eq!(
+        (&last["choices"], &last["usage"]["total_tokens"]),
+        (&json!([]), &json!(29))
+    );
+    for index in 0..4 {
+        let own = events
+            .iter()
+            .filter(|event| event["choices"][0]["index"] == index);
+        let told: Vec<(u64, u64, u64)> = own
+            .map(|event| {
+                let count = |key: &str| event["usage"][key].as_u64().unwrap();
+                (
+                    count("prompt_tokens"),
+                    count("completion_tokens"),
+                    count("total_tokens"),
+                )
+            })
+            .collect();
+        let prompt = if index < 2 { 3 } else { 2 };
+        assert!(
+            told.iter()
+                .all(|(of, came, all)| (*of, *all) == (prompt, prompt + came))
+        );
+        assert!(told.is_sorted() && told[0].1 > 0, "{told:?}");
+        assert_eq!(told.last().unwrap().1, 6);
+    }
+    // It says nothing of its own where the usage of all is not asked for.
+    body["stream_options"] = json!({"continuous_usage_stats": true});
+    let events = post(&mesh, COMPLETIONS, &body).await.events();
+    assert!(events.iter().all(|event| event.get("usage").is_none()));
+
+    let messages = json!([{"role": "user", "content": "hi"}]);
+    let body = json!({"messages": messages, "max_tokens": 3, "stream": true,
+        "stream_options": options});
+    let mut events = post(&mesh, CHAT, &body).await.events();
+    assert_eq!(events[0]["usage"]["completion_tokens"], 0);
+    let all = events.pop().unwrap()["usage"].clone();
+    let last = &events.last().unwrap()["usage"];
+    for key in ["prompt_tokens", "completion_tokens", "total_tokens"] {
+        assert_eq!(last[key], all[key]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_chat_is_rendered_by_the_models_template_and_answered_as_its_assistant() {
     let mesh = mesh().await;
     let mut body = json!({"model": "mock", "max_completion_tokens": 12, "messages": [
