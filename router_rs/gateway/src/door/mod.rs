@@ -12,7 +12,7 @@ mod validate;
 pub(crate) use metadata::CallMetadata;
 pub(crate) use named::named;
 pub(crate) use text::TextPool;
-pub(crate) use validate::DefaultClass;
+pub(crate) use validate::{DefaultClass, MAX_TOOLS};
 
 use std::{
     sync::Arc,

@@ -18,7 +18,8 @@ const MAX_LOGIT_BIAS: usize = 1_024;
 const MAX_STOP_IDS: usize = 64;
 const MAX_KEPT: usize = 64;
 const MAX_KEPT_BYTES: usize = 256;
-const MAX_TOOLS: usize = 128;
+/// Most tools that a chat may offer.
+pub(crate) const MAX_TOOLS: usize = 128;
 const MAX_LOGPROBS: u32 = 20;
 const MAX_HINT_BYTES: usize = 256;
 const MAX_TARGET_MS: u32 = 3_600_000;

@@ -6,14 +6,16 @@ use serde_json::{Map, Value};
 use super::{
     Face,
     answer::Usages,
-    fields::{Fields, Prompt, StreamOptions},
-    message, terms,
+    fields::{Fields, StreamOptions},
+    message,
+    prompt::Prompt,
+    terms,
     tools::Tools,
 };
 use crate::error::RequestError;
 
 /// Most answers that one call may ask for, over all its prompts.
-const MAX_CHOICES: usize = 128;
+pub(super) const MAX_CHOICES: usize = 128;
 
 /// What a call asks for.
 #[derive(Debug)]
@@ -59,7 +61,12 @@ pub(super) fn ask(face: Face, mut fields: Fields) -> Result<Asked, RequestError>
     let n = fields.n.unwrap_or(1);
     let choices = inputs.len().saturating_mul(n as usize);
     if !(1..=MAX_CHOICES).contains(&choices) {
-        let allowed = format!("1 to {MAX_CHOICES} answers to all prompts, not {choices}");
+        // Of more prompts not all were counted.
+        let asked = match inputs.len() > MAX_CHOICES {
+            true => "more".to_owned(),
+            false => choices.to_string(),
+        };
+        let allowed = format!("1 to {MAX_CHOICES} answers to all prompts, not {asked}");
         return Err(RequestError::invalid("n", allowed));
     }
     if fields.best_of.is_some_and(|best| best != n) {
@@ -107,7 +114,8 @@ fn possible(face: Face, fields: &Fields) -> Result<(), RequestError> {
     if let Some((field, words)) = fields.refused {
         return unsupported(field, words);
     }
-    let tools = fields.tools.as_ref().is_some_and(|tools| !tools.is_empty());
+    let tools = fields.tools.as_ref();
+    let tools = tools.is_some_and(|tools| !tools.0.is_empty());
     if tools && face == Face::Completion {
         return unsupported("tools", "only in chats");
     }

@@ -7,39 +7,16 @@ use std::collections::BTreeMap;
 
 use serde::{
     Deserialize,
-    de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor},
+    de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
 use serde_json::{Map, Value};
 
-use super::message::Message;
-use crate::error::RequestError;
-
-/// Fields that would change the answer and that nothing here can do, with why.
-/// A request that asks for one of them is refused.
-const REFUSED: &[(&str, &str)] = &[
-    ("audio", "answers are text"),
-    ("allowed_token_ids", ""),
-    ("bad_words", ""),
-    ("chat_template", "templates come with the model"),
-    ("continue_final_message", ""),
-    ("documents", ""),
-    ("echo", "the prompt is not part of the answer"),
-    ("function_call", "tool_choice has its place"),
-    ("functions", "tools have their place"),
-    ("guided_choice", CONSTRAIN),
-    ("guided_grammar", CONSTRAIN),
-    ("guided_json", CONSTRAIN),
-    ("guided_regex", CONSTRAIN),
-    ("logits_processors", ""),
-    ("prompt_embeds", ""),
-    ("prompt_logprobs", ""),
-    ("structured_outputs", CONSTRAIN),
-    ("suffix", ""),
-    ("truncate_prompt_tokens", ""),
-    ("use_beam_search", ""),
-    ("web_search_options", ""),
-];
-const CONSTRAIN: &str = "response_format is how JSON is asked for, where the engine can";
+use super::{
+    message::Message,
+    prompt::Prompt,
+    refused::{Asks, Refused, refused},
+};
+use crate::{door::MAX_TOOLS, error::RequestError};
 
 /// A body. What is absent and what is `null` are the same.
 #[derive(Debug, Default)]
@@ -74,7 +51,7 @@ pub(super) struct Fields {
     pub(super) service_tier: Option<String>,
     pub(super) cache_salt: Option<String>,
     pub(super) response_format: Option<ResponseFormat>,
-    pub(super) tools: Option<Vec<Value>>,
+    pub(super) tools: Option<Offered>,
     pub(super) tool_choice: Option<Value>,
     pub(super) parallel_tool_calls: Option<bool>,
     pub(super) modalities: Option<Vec<String>>,
@@ -84,21 +61,8 @@ pub(super) struct Fields {
     pub(super) chat_template_kwargs: Option<Map<String, Value>>,
     pub(super) return_token_strs: Option<bool>,
     pub(super) tokens: Option<Vec<u32>>,
-    /// Of [`REFUSED`], the first that was asked for.
-    pub(super) refused: Option<&'static (&'static str, &'static str)>,
-}
-
-/// What to continue.
-#[derive(Debug, Deserialize)]
-#[serde(
-    untagged,
-    expecting = "text, token ids, or a list of either; ids are whole numbers from 0"
-)]
-pub(super) enum Prompt {
-    Text(String),
-    Ids(Vec<u32>),
-    Texts(Vec<String>),
-    IdLists(Vec<Vec<u32>>),
+    /// The first that was asked for of those that nothing here can do.
+    pub(super) refused: Option<&'static Refused>,
 }
 
 /// Where to stop.
@@ -207,11 +171,12 @@ impl Fields {
             "return_token_strs" => self.return_token_strs = map.next_value()?,
             "tokens" => self.tokens = map.next_value()?,
             field => {
-                let Some(refused) = REFUSED.iter().find(|(name, _)| *name == field) else {
+                let Some(refused) = refused(field) else {
                     map.next_value::<IgnoredAny>()?;
                     return Ok(());
                 };
-                if asks(&map.next_value()?) && self.refused.is_none() {
+                let Asks(asked) = map.next_value()?;
+                if asked && self.refused.is_none() {
                     self.refused = Some(refused);
                 }
             }
@@ -220,15 +185,36 @@ impl Fields {
     }
 }
 
-/// Whether a value asks for something; clients send defaults, too.
-fn asks(value: &Value) -> bool {
-    match value {
-        Value::Null | Value::Bool(false) => false,
-        Value::Bool(true) => true,
-        Value::Number(number) => number.as_f64() != Some(0.0),
-        Value::String(text) => !text.is_empty() && text != "none",
-        Value::Array(list) => !list.is_empty(),
-        Value::Object(object) => !object.is_empty(),
+/// Tools as they were written. One more is kept than may be offered: the call is refused for
+/// that, whatever is behind it.
+#[derive(Debug)]
+pub(super) struct Offered(pub(super) Vec<Value>);
+
+impl<'de> Deserialize<'de> for Offered {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_seq(OfferedVisitor)
+    }
+}
+
+struct OfferedVisitor;
+
+impl<'de> Visitor<'de> for OfferedVisitor {
+    type Value = Offered;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a list of tools")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Offered, A::Error> {
+        let mut tools = Vec::new();
+        while tools.len() <= MAX_TOOLS {
+            match list.next_element()? {
+                Some(tool) => tools.push(tool),
+                None => return Ok(Offered(tools)),
+            }
+        }
+        while list.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(Offered(tools))
     }
 }
 
@@ -317,6 +303,18 @@ mod tests {
             "echo": false, "suffix": null, "function_call": "none", "bad_words": []}"#;
         let fields = Fields::read(body.as_bytes()).unwrap();
         assert!(fields.n.is_none() && fields.stop.is_none() && fields.refused.is_none());
+    }
+
+    #[test]
+    fn of_more_tools_than_may_be_offered_one_is_kept() {
+        let body =
+            |count: usize| format!("{{\"tools\": [{}], \"n\": 2}}", vec!["{}"; count].join(","));
+        for (sent, kept) in [(0, 0), (MAX_TOOLS, MAX_TOOLS), (100_000, MAX_TOOLS + 1)] {
+            let fields = Fields::read(body(sent).as_bytes()).unwrap();
+            assert_eq!((fields.tools.unwrap().0.len(), fields.n), (kept, Some(2)));
+        }
+        let error = Fields::read(b"{\"tools\": {}}").unwrap_err();
+        assert!(matches!(&error, RequestError::Invalid(all) if all.0[0].field == "tools"));
     }
 
     #[test]

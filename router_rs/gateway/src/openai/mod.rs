@@ -22,6 +22,8 @@ mod logprobs;
 mod message;
 mod models;
 mod parsed;
+mod prompt;
+mod refused;
 mod schema;
 mod terms;
 mod tokens;

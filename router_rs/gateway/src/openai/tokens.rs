@@ -5,11 +5,7 @@ use std::sync::Arc;
 use kvmesh_wire::v1::{self, tokenize_request::Input};
 use serde::Serialize;
 
-use super::{
-    ask,
-    fields::{Fields, Prompt},
-    tools::Tools,
-};
+use super::{ask, fields::Fields, prompt::Prompt, tools::Tools};
 use crate::{
     door::{self, Refused},
     error::RequestError,

@@ -49,7 +49,7 @@ impl Tools {
     /// What a body says of them. `None`: nothing is offered, or nothing may be called.
     pub(super) fn take(fields: &mut Fields) -> Result<Option<Self>, RequestError> {
         let choice = fields.tool_choice.take().map(choice).transpose()?;
-        let offered = fields.tools.take().unwrap_or_default();
+        let offered = fields.tools.take().map_or_else(Vec::new, |tools| tools.0);
         if matches!(choice, Some(None)) {
             return Ok(None);
         }
