@@ -170,18 +170,31 @@ impl Fields {
             "chat_template_kwargs" => self.chat_template_kwargs = map.next_value()?,
             "return_token_strs" => self.return_token_strs = map.next_value()?,
             "tokens" => self.tokens = map.next_value()?,
-            field => {
-                let Some(refused) = refused(field) else {
-                    map.next_value::<IgnoredAny>()?;
-                    return Ok(());
-                };
+            // Of these two the default is not what is empty.
+            "include_reasoning" => {
+                let included: Option<bool> = map.next_value()?;
+                self.refuse(field, included == Some(false));
+            }
+            "thinking_token_budget" => {
+                let most: Option<i64> = map.next_value()?;
+                self.refuse(field, most.is_some_and(|most| most >= 0));
+            }
+            field if refused(field).is_some() => {
                 let Asks(asked) = map.next_value()?;
-                if asked && self.refused.is_none() {
-                    self.refused = Some(refused);
-                }
+                self.refuse(field, asked);
+            }
+            _ => {
+                map.next_value::<IgnoredAny>()?;
             }
         }
         Ok(())
+    }
+
+    /// Remembers a field that cannot be done, where it was asked for.
+    fn refuse(&mut self, field: &str, asked: bool) {
+        if asked && self.refused.is_none() {
+            self.refused = refused(field);
+        }
     }
 }
 
@@ -300,7 +313,8 @@ mod tests {
     #[test]
     fn null_is_absent_and_what_is_not_known_is_not_looked_at() {
         let body = r#"{"n": null, "stop": null, "made_up": {"deep": [1, {"x": null}]}, "user": 7,
-            "echo": false, "suffix": null, "function_call": "none", "bad_words": []}"#;
+            "echo": false, "suffix": null, "function_call": "none", "bad_words": [],
+            "kv_transfer_params": null, "include_reasoning": true, "thinking_token_budget": -1}"#;
         let fields = Fields::read(body.as_bytes()).unwrap();
         assert!(fields.n.is_none() && fields.stop.is_none() && fields.refused.is_none());
     }
@@ -324,6 +338,10 @@ mod tests {
             r#"{"suffix": "x"}"#,
             r#"{"prompt_logprobs": 3}"#,
             r#"{"guided_json": {"type": "object"}}"#,
+            r#"{"kv_transfer_params": {"do_remote_decode": true}}"#,
+            r#"{"include_reasoning": false}"#,
+            r#"{"thinking_token_budget": 0}"#,
+            r#"{"vllm_xargs": {"a": 1}}"#,
         ] {
             let fields = Fields::read(body.as_bytes()).unwrap();
             assert!(body.contains(fields.refused.unwrap().0), "{body}");

@@ -17,22 +17,36 @@ const REFUSED: &[Refused] = &[
     ("continue_final_message", ""),
     ("documents", ""),
     ("echo", "the prompt is not part of the answer"),
+    ("ec_transfer_params", MOVES),
     ("function_call", "tool_choice has its place"),
     ("functions", "tools have their place"),
     ("guided_choice", CONSTRAIN),
     ("guided_grammar", CONSTRAIN),
     ("guided_json", CONSTRAIN),
     ("guided_regex", CONSTRAIN),
+    (
+        "include_reasoning",
+        "reasoning has a field of its own, which may be left unread",
+    ),
+    ("kv_transfer_params", MOVES),
     ("logits_processors", ""),
+    ("logprob_token_ids", ""),
     ("prompt_embeds", ""),
     ("prompt_logprobs", ""),
+    ("repetition_detection", ""),
+    ("return_prompt_text", "/detokenize tells it"),
+    ("return_token_offsets", ""),
     ("structured_outputs", CONSTRAIN),
     ("suffix", ""),
+    ("thinking_token_budget", ""),
     ("truncate_prompt_tokens", ""),
     ("use_beam_search", ""),
+    ("vllm_xargs", ""),
+    ("watermarking", ""),
     ("web_search_options", ""),
 ];
 const CONSTRAIN: &str = "response_format is how JSON is asked for, where the engine can";
+const MOVES: &str = "the router says which worker takes what from which";
 
 /// A field, and why it is refused.
 pub(super) type Refused = (&'static str, &'static str);
