@@ -110,6 +110,11 @@ impl GenerationStream {
         &self.open.request.prompt_ids
     }
 
+    /// The same, to be kept.
+    pub(crate) fn shared_prompt_ids(&self) -> Arc<[u32]> {
+        Arc::clone(&self.open.request.prompt_ids)
+    }
+
     /// When the tokens of the last message were taken from the generation.
     #[must_use]
     pub fn taken(&self) -> Instant {

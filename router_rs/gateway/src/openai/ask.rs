@@ -40,6 +40,8 @@ pub(super) struct Shape {
     /// Of a stream.
     pub(super) usage: Usages,
     pub(super) logprobs: bool,
+    /// It has the ids of tokens, those of the prompt, too.
+    pub(super) token_ids: bool,
 }
 
 /// Refuses what no router of ours does.
@@ -79,6 +81,7 @@ pub(super) fn ask(face: Face, mut fields: Fields) -> Result<Asked, RequestError>
         stream,
         usage: usages(&fields),
         logprobs: logprobs.is_some(),
+        token_ids: fields.return_token_ids.unwrap_or(false),
     };
     let request = v1::GenerateRequest {
         model: fields.model.take().unwrap_or_default(),

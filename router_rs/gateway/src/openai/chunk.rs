@@ -2,6 +2,8 @@
 //! once, and a token adds its escaped text. Objects are built only where there
 //! are log-probabilities.
 
+use std::sync::Arc;
+
 use bytes::{BufMut, BytesMut};
 use serde::Serialize;
 
@@ -9,7 +11,7 @@ use super::{
     Face,
     answer::{End, Head, Usage, UsageSoFar, Usages},
     logprobs::Logprobs,
-    parsed::{Delta, Other},
+    parsed::Delta,
 };
 
 /// What each event begins with (WHATWG HTML, "Server-sent events").
@@ -18,6 +20,13 @@ const DONE: &[u8] = b"data: [DONE]\n\n";
 /// A comment: no event, and a sign of life for whoever is in between.
 const COMMENT: &[u8] = b": keep-alive\n\n";
 
+/// What a chunk has beside its text.
+pub(super) struct Beside<'a> {
+    pub(super) logprobs: Option<Logprobs>,
+    /// Of the tokens that came; told where ids are wanted.
+    pub(super) ids: &'a [u32],
+}
+
 /// Writes the chunks of one choice.
 pub(super) struct ChoiceChunks {
     face: Face,
@@ -25,12 +34,20 @@ pub(super) struct ChoiceChunks {
     begin: Vec<u8>,
     /// How much of it is before an object in the place of the text's.
     delta: usize,
-    /// Behind the choice: to the end, or to the usage so far.
+    /// Behind the choices: to the end, or to the usage so far.
     close: &'static [u8],
-    /// Behind the text, where there are no log-probabilities: as far as `close` goes.
+    /// Behind the text, where there is nothing beside it: as far as `close` goes.
     tail: Vec<u8>,
+    /// Where ids of tokens are wanted.
+    ids: Option<Ids>,
     /// Where each chunk tells it.
     so_far: Option<UsageSoFar>,
+}
+
+/// Ids of tokens, as vLLM tells them.
+struct Ids {
+    /// Of the prompt, until they are told: with the first chunk.
+    prompt: Option<Arc<[u32]>>,
 }
 
 /// Writes what belongs to no choice.
@@ -50,8 +67,13 @@ impl StreamChunks {
         Self { head: bytes, usage }
     }
 
-    /// Those of a choice.
-    pub(super) fn choice(&self, face: Face, index: usize) -> ChoiceChunks {
+    /// Those of a choice. Where ids of tokens are wanted, `prompt` has those of its prompt.
+    pub(super) fn choice(
+        &self,
+        face: Face,
+        index: usize,
+        prompt: Option<Arc<[u32]>>,
+    ) -> ChoiceChunks {
         let mut begin = self.head.clone();
         let (key, text) = match face {
             Face::Chat => ("\"delta\":", "{\"content\":"),
@@ -61,12 +83,13 @@ impl StreamChunks {
         let delta = begin.len();
         begin.extend_from_slice(text.as_bytes());
         let close: &[u8] = match self.usage {
-            Usages::Nowhere => b"}]}\n\n",
-            Usages::Last => b"}],\"usage\":null}\n\n",
-            Usages::Each => b"}],\"usage\":",
+            Usages::Nowhere => b"}\n\n",
+            Usages::Last => b",\"usage\":null}\n\n",
+            Usages::Each => b",\"usage\":",
         };
         let mut tail = closed(face).to_vec();
         tail.extend_from_slice(b",\"logprobs\":null,\"finish_reason\":null");
+        tail.extend_from_slice(CHOSEN);
         tail.extend_from_slice(close);
         ChoiceChunks {
             face,
@@ -74,6 +97,7 @@ impl StreamChunks {
             delta,
             close,
             tail,
+            ids: prompt.map(|ids| Ids { prompt: Some(ids) }),
             so_far: (self.usage == Usages::Each).then(UsageSoFar::default),
         }
     }
@@ -89,6 +113,9 @@ impl StreamChunks {
         out.extend_from_slice(DONE);
     }
 }
+
+/// Ends the choices.
+const CHOSEN: &[u8] = b"}]";
 
 /// Ends the part of a chunk that has the text.
 fn closed(face: Face) -> &'static [u8] {
@@ -113,6 +140,11 @@ impl ChoiceChunks {
         }
     }
 
+    /// Whether a chunk is wanted for tokens that have no text.
+    pub(super) fn tells_ids(&self) -> bool {
+        self.ids.is_some()
+    }
+
     /// Ends a chunk that came as far as `close` goes.
     fn ends(&self, out: &mut BytesMut) {
         if let Some(so_far) = &self.so_far {
@@ -122,53 +154,84 @@ impl ChoiceChunks {
     }
 
     /// Says who speaks: the first chunk of a chat's choice.
-    pub(super) fn role(&self, out: &mut BytesMut) {
-        if self.face == Face::Chat {
-            out.extend_from_slice(&self.begin);
-            out.extend_from_slice(b"\"\",\"role\":\"assistant\"");
-            out.extend_from_slice(&self.tail);
-            self.ends(out);
+    pub(super) fn role(&mut self, out: &mut BytesMut) {
+        if self.face != Face::Chat {
+            return;
         }
+        out.extend_from_slice(&self.begin);
+        out.extend_from_slice(b"\"\",\"role\":\"assistant\"");
+        match self.ids.as_mut().and_then(|ids| ids.prompt.take()) {
+            None => out.extend_from_slice(&self.tail),
+            Some(prompt) => {
+                out.extend_from_slice(closed(self.face));
+                out.extend_from_slice(b",\"logprobs\":null,\"finish_reason\":null");
+                out.extend_from_slice(CHOSEN);
+                out.extend_from_slice(b",\"prompt_token_ids\":");
+                append(&prompt[..], out.writer());
+                out.extend_from_slice(self.close);
+            }
+        }
+        self.ends(out);
     }
 
     /// A part of a chat's answer.
-    pub(super) fn part(&self, part: &Delta<'_>, logprobs: Option<&Logprobs>, out: &mut BytesMut) {
+    pub(super) fn part(
+        &mut self,
+        part: &Delta<'_>,
+        beside: Option<&Beside<'_>>,
+        out: &mut BytesMut,
+    ) {
         match part {
-            Delta::Content(text) => self.text(text, logprobs, out),
-            Delta::Other(other) => self.other(other, logprobs, out),
+            Delta::Content(text) => self.text(text, beside, out),
+            Delta::Other(other) => {
+                out.extend_from_slice(&self.begin[..self.delta]);
+                append(other, out.writer());
+                self.behind(beside, out);
+            }
         }
     }
 
-    fn other(&self, part: &Other<'_>, logprobs: Option<&Logprobs>, out: &mut BytesMut) {
-        out.extend_from_slice(&self.begin[..self.delta]);
-        append(part, out.writer());
-        out.extend_from_slice(b",\"logprobs\":");
-        append(&logprobs, out.writer());
-        out.extend_from_slice(b",\"finish_reason\":null");
-        out.extend_from_slice(self.close);
-        self.ends(out);
-    }
-
     /// Text as it comes.
-    pub(super) fn text(&self, text: &str, logprobs: Option<&Logprobs>, out: &mut BytesMut) {
+    pub(super) fn text(&mut self, text: &str, beside: Option<&Beside<'_>>, out: &mut BytesMut) {
         out.reserve(self.begin.len() + text.len() + 2 + self.tail.len());
         out.extend_from_slice(&self.begin);
         append(text, out.writer());
-        let Some(logprobs) = logprobs else {
+        if beside.is_none() && self.ids.is_none() {
             out.extend_from_slice(&self.tail);
             self.ends(out);
             return;
-        };
+        }
         out.extend_from_slice(closed(self.face));
+        self.behind(beside, out);
+    }
+
+    /// What stands behind a delta, or a text, to the end.
+    fn behind(&mut self, beside: Option<&Beside<'_>>, out: &mut BytesMut) {
         out.extend_from_slice(b",\"logprobs\":");
-        append(logprobs, out.writer());
+        append(&beside.map(|beside| &beside.logprobs), out.writer());
         out.extend_from_slice(b",\"finish_reason\":null");
+        self.ids(beside.map_or(&[][..], |beside| beside.ids), out);
+        out.extend_from_slice(CHOSEN);
         out.extend_from_slice(self.close);
         self.ends(out);
     }
 
+    /// Ids of the tokens of a chunk, and where it is the first one of a completion those of
+    /// its prompt.
+    fn ids(&mut self, came: &[u32], out: &mut BytesMut) {
+        let Some(ids) = &mut self.ids else {
+            return;
+        };
+        if let Some(prompt) = ids.prompt.take() {
+            out.extend_from_slice(b",\"prompt_token_ids\":");
+            append(&prompt[..], out.writer());
+        }
+        out.extend_from_slice(b",\"token_ids\":");
+        append(came, out.writer());
+    }
+
     /// Its end, with the text that was held back until then.
-    pub(super) fn end(&self, text: &str, end: &End, out: &mut BytesMut) {
+    pub(super) fn end(&mut self, text: &str, end: &End, out: &mut BytesMut) {
         out.extend_from_slice(&self.begin);
         append(text, out.writer());
         out.extend_from_slice(closed(self.face));
@@ -176,6 +239,8 @@ impl ChoiceChunks {
         append(end.finish_reason, out.writer());
         out.extend_from_slice(b",\"stop_reason\":");
         append(&end.stop_reason, out.writer());
+        self.ids(&[], out);
+        out.extend_from_slice(CHOSEN);
         out.extend_from_slice(self.close);
         self.ends(out);
     }
@@ -242,7 +307,7 @@ mod tests {
             let usage = USAGES[usage];
             let face = if chat { Face::Chat } else { Face::Completion };
             let all = chunks(usage);
-            let mut choice = all.choice(face, index);
+            let mut choice = all.choice(face, index, None);
             let mut out = BytesMut::new();
             choice.prompt(3);
             choice.role(&mut out);

@@ -16,7 +16,7 @@ use tokio::time::Sleep;
 use super::{
     Face, Failure,
     answer::{End, Usage},
-    chunk::{self, ChoiceChunks, StreamChunks},
+    chunk::{self, Beside, ChoiceChunks, StreamChunks},
     generate::Answered,
     logprobs::Scribe,
     parsed::Parsed,
@@ -86,7 +86,7 @@ impl Events {
     ) -> Self {
         let choice = |(index, answer): (usize, Answered)| Choice {
             generation: Some(answer.generation),
-            chunks: chunks.choice(face, index),
+            chunks: chunks.choice(face, index, answer.prompt_ids),
             scribe: answer.scribe,
             parsed: answer.parsed,
             begun: false,
@@ -242,7 +242,7 @@ impl Choice {
             return Poll::Ready(None);
         };
         generation.poll(cx, |message| {
-            let begin = |begun: &mut bool, out: &mut BytesMut| {
+            let mut begin = |begun: &mut bool, out: &mut BytesMut| {
                 if !std::mem::replace(begun, true) {
                     chunks.role(out);
                 }
@@ -255,21 +255,25 @@ impl Choice {
                 Some(Event::Tokens(tokens)) => {
                     begin(begun, out);
                     chunks.came(tokens.ids.len());
-                    let mut logprobs = scribe.as_mut().map(|scribe| {
+                    let logprobs = scribe.as_mut().map(|scribe| {
                         let mut told = scribe.empty();
                         scribe.add(tokens, &mut told);
                         told
                     });
+                    // To be told also where there is no text.
+                    let told = logprobs.is_some() || chunks.tells_ids();
+                    let ids = tokens.ids.as_slice();
+                    let mut beside = told.then_some(Beside { logprobs, ids });
                     let mut rest = tokens.text.as_str();
                     if let Some(parsed) = parsed {
-                        // The first part has those of all.
+                        // The first part has that of all.
                         parsed.push(rest, false, |part| {
-                            chunks.part(&part, logprobs.take().as_ref(), out);
+                            chunks.part(&part, beside.take().as_ref(), out);
                         });
                         rest = "";
                     }
-                    if logprobs.is_some() || !rest.is_empty() {
-                        chunks.text(rest, logprobs.as_ref(), out);
+                    if beside.is_some() || !rest.is_empty() {
+                        chunks.text(rest, beside.as_ref(), out);
                     }
                     Wrote::Tokens
                 }

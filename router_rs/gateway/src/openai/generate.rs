@@ -52,6 +52,8 @@ struct Opened {
 /// An answer that comes, and what is made of it.
 pub(super) struct Answered {
     pub(super) generation: Generation,
+    /// Where ids of tokens are wanted: those of its prompt.
+    pub(super) prompt_ids: Option<Arc<[u32]>>,
     /// Where log-probabilities are wanted.
     pub(super) scribe: Option<Scribe>,
     /// Where reasoning and calls are looked for.
@@ -226,17 +228,19 @@ impl Answering<'_> {
         } = opened;
         let spans = span.map(|span| span.answers(streams.len()));
         let mut spans = spans.unwrap_or_default().into_iter();
-        let generation = |(stream, visit)| {
+        let generation = |(stream, visit): (GenerationStream, Visit)| {
             let asked = Asked {
                 method: self.name,
                 request_id: self.metadata.request_id.clone(),
                 arrived: self.metadata.arrived,
             };
+            let prompt_ids = shape.token_ids.then(|| stream.shared_prompt_ids());
             let telemetry = Arc::clone(&self.shared.telemetry);
             let generation = Generation::new(stream, telemetry, asked, (visit, spans.next()));
             let scribe = || Scribe::new(shape.face, Arc::clone(&model.text));
             Answered {
                 generation,
+                prompt_ids,
                 scribe: shape.logprobs.then(scribe),
                 parsed: parsing.as_ref().map(Parsed::new),
             }

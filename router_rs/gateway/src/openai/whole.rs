@@ -1,6 +1,6 @@
 //! Generations as one JSON object, once all have ended.
 
-use std::{future::poll_fn, task::Poll};
+use std::{future::poll_fn, sync::Arc, task::Poll};
 
 use kvmesh_wire::v1::generate_response::Event;
 use serde::Serialize;
@@ -21,6 +21,9 @@ pub(super) struct Whole {
     head: Head,
     choices: Vec<Choice>,
     usage: Usage,
+    /// Of a chat; those of completions are with each choice.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<Vec<u32>>,
 }
 
 #[derive(Debug, Serialize)]
@@ -31,6 +34,11 @@ struct Choice {
     logprobs: Option<Logprobs>,
     finish_reason: &'static str,
     stop_reason: Option<StopReason>,
+    /// Where they are wanted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<u32>>,
 }
 
 #[derive(Debug, Serialize)]
@@ -58,6 +66,8 @@ struct Message {
 struct Coming {
     /// Until it has ended: what ended is not waited for, and is no longer its tenant's.
     generation: Option<Generation>,
+    /// Of its prompt and its own, where they are wanted.
+    ids: Option<(Arc<[u32]>, Vec<u32>)>,
     scribe: Option<Scribe>,
     logprobs: Option<Logprobs>,
     text: String,
@@ -78,6 +88,7 @@ pub(super) async fn gather(
 ) -> Result<Whole, RequestError> {
     let coming = |answer: Answered| Coming {
         generation: Some(answer.generation),
+        ids: answer.prompt_ids.map(|prompt| (prompt, Vec::new())),
         logprobs: answer.scribe.as_ref().map(Scribe::empty),
         scribe: answer.scribe,
         text: String::new(),
@@ -101,6 +112,11 @@ pub(super) async fn gather(
         }
     })
     .await?;
+    let asked = all.first().and_then(|one| one.ids.as_ref());
+    let prompt_token_ids = match face {
+        Face::Chat => asked.map(|(prompt, _)| prompt.to_vec()),
+        Face::Completion => None,
+    };
     let choices = all.into_iter().enumerate();
     Ok(Whole {
         head,
@@ -108,6 +124,7 @@ pub(super) async fn gather(
             .map(|(index, one)| one.choice(face, index))
             .collect(),
         usage,
+        prompt_token_ids,
     })
 }
 
@@ -121,6 +138,7 @@ impl Coming {
     ) -> Poll<Result<(), RequestError>> {
         let Self {
             generation: coming,
+            ids,
             scribe,
             logprobs,
             text,
@@ -131,6 +149,9 @@ impl Coming {
             let polled = generation.poll(cx, |message| match &message.event {
                 Some(Event::Tokens(tokens)) => {
                     text.push_str(&tokens.text);
+                    if let Some((_, ids)) = ids.as_mut() {
+                        ids.extend_from_slice(&tokens.ids);
+                    }
                     if let (Some(scribe), Some(logprobs)) = (scribe.as_mut(), logprobs.as_mut()) {
                         scribe.add(tokens, logprobs);
                     }
@@ -174,12 +195,19 @@ impl Coming {
         let end = self.end.map(|end| end.of_calls(called));
         let (finish_reason, stop_reason) =
             end.map_or(("stop", None), |end| (end.finish_reason, end.stop_reason));
+        let (prompt_token_ids, token_ids) = match (self.ids, face) {
+            (None, _) => (None, None),
+            (Some((_, ids)), Face::Chat) => (None, Some(ids)),
+            (Some((prompt, ids)), Face::Completion) => (Some(prompt.to_vec()), Some(ids)),
+        };
         Choice {
             index,
             said,
             logprobs: self.logprobs,
             finish_reason,
             stop_reason,
+            prompt_token_ids,
+            token_ids,
         }
     }
 }

@@ -9,4 +9,5 @@ mod errors;
 mod formats;
 mod http1;
 mod sockets;
+mod token_ids;
 mod tools;
