@@ -7,6 +7,7 @@ use super::{
     Face,
     answer::Usages,
     fields::{Fields, StreamOptions},
+    logprobs::Names,
     message,
     prompt::Prompt,
     terms,
@@ -39,7 +40,8 @@ pub(super) struct Shape {
     pub(super) stream: bool,
     /// Of a stream.
     pub(super) usage: Usages,
-    pub(super) logprobs: bool,
+    /// Where log-probabilities are wanted: what they call tokens.
+    pub(super) logprobs: Option<Names>,
     /// It has the ids of tokens, those of the prompt, too.
     pub(super) token_ids: bool,
 }
@@ -80,7 +82,10 @@ pub(super) fn ask(face: Face, mut fields: Fields) -> Result<Asked, RequestError>
         face,
         stream,
         usage: usages(&fields),
-        logprobs: logprobs.is_some(),
+        logprobs: logprobs.map(|_| match fields.return_tokens_as_token_ids {
+            Some(true) => Names::Ids,
+            _ => Names::Texts,
+        }),
         token_ids: fields.return_token_ids.unwrap_or(false),
     };
     let request = v1::GenerateRequest {

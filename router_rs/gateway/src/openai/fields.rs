@@ -61,6 +61,7 @@ pub(super) struct Fields {
     pub(super) chat_template_kwargs: Option<Map<String, Value>>,
     pub(super) return_token_strs: Option<bool>,
     pub(super) return_token_ids: Option<bool>,
+    pub(super) return_tokens_as_token_ids: Option<bool>,
     pub(super) tokens: Option<Vec<u32>>,
     /// The first that was asked for of those that nothing here can do.
     pub(super) refused: Option<&'static Refused>,
@@ -170,6 +171,7 @@ impl Fields {
             "add_special_tokens" => self.add_special_tokens = map.next_value()?,
             "chat_template_kwargs" => self.chat_template_kwargs = map.next_value()?,
             "return_token_strs" => self.return_token_strs = map.next_value()?,
+            "return_tokens_as_token_ids" => self.return_tokens_as_token_ids = map.next_value()?,
             "return_token_ids" => self.return_token_ids = map.next_value()?,
             "tokens" => self.tokens = map.next_value()?,
             // Of these two the default is not what is empty.

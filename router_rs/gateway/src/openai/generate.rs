@@ -237,11 +237,11 @@ impl Answering<'_> {
             let prompt_ids = shape.token_ids.then(|| stream.shared_prompt_ids());
             let telemetry = Arc::clone(&self.shared.telemetry);
             let generation = Generation::new(stream, telemetry, asked, (visit, spans.next()));
-            let scribe = || Scribe::new(shape.face, Arc::clone(&model.text));
+            let scribe = |names| Scribe::new(shape.face, names, Arc::clone(&model.text));
             Answered {
                 generation,
                 prompt_ids,
-                scribe: shape.logprobs.then(scribe),
+                scribe: shape.logprobs.map(scribe),
                 parsed: parsing.as_ref().map(Parsed::new),
             }
         };

@@ -43,18 +43,29 @@ struct Alternative {
     bytes: Vec<u8>,
 }
 
+/// What tokens are called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Names {
+    /// By their text, which several of them may share.
+    Texts,
+    /// By their ids, in vLLM's form.
+    Ids,
+}
+
 /// Makes them of what comes with tokens.
 pub(super) struct Scribe {
     face: Face,
+    names: Names,
     text: Arc<ModelText>,
     /// Characters of the tokens so far.
     offset: usize,
 }
 
 impl Scribe {
-    pub(super) fn new(face: Face, text: Arc<ModelText>) -> Self {
+    pub(super) fn new(face: Face, names: Names, text: Arc<ModelText>) -> Self {
         Self {
             face,
+            names,
             text,
             offset: 0,
         }
@@ -111,15 +122,20 @@ impl Scribe {
     fn alternative(&self, id: u32, logprob: f32) -> Alternative {
         let bytes = self.text.token_bytes(id).unwrap_or_default();
         Alternative {
-            token: String::from_utf8_lossy(bytes).into_owned(),
+            token: self.name(id),
             logprob: finite(logprob),
             bytes: bytes.to_vec(),
         }
     }
 
     fn name(&self, id: u32) -> String {
-        let bytes = self.text.token_bytes(id).unwrap_or_default();
-        String::from_utf8_lossy(bytes).into_owned()
+        match self.names {
+            Names::Ids => format!("token_id:{id}"),
+            Names::Texts => {
+                let bytes = self.text.token_bytes(id).unwrap_or_default();
+                String::from_utf8_lossy(bytes).into_owned()
+            }
+        }
     }
 }
 

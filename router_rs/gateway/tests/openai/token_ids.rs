@@ -57,6 +57,55 @@ async fn a_completion_has_the_ids_of_each_prompt_and_of_each_answer() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn log_probabilities_call_tokens_by_their_ids_where_that_is_asked_for() {
+    let config = MockConfig {
+        max_logprobs: 20,
+        ..MockConfig::default()
+    };
+    let mesh = Mesh::start(vec![config], json!({})).await;
+    let named =
+        |ids: Vec<u32>| -> Vec<String> { ids.iter().map(|id| format!("token_id:{id}")).collect() };
+    let mut body = json!({"prompt": [5, 6, 7], "max_tokens": 4, "logprobs": 2,
+        "return_tokens_as_token_ids": true});
+    let told = post(&mesh, COMPLETIONS, &body).await.json()["choices"][0]["logprobs"].clone();
+    let expected = named(mesh.workers[0].tokens().expected(&[5, 6, 7], 4));
+    assert_eq!(told["tokens"], json!(expected));
+    let length = expected[0].len();
+    assert_eq!(told["text_offset"][1], length);
+    for (name, top) in expected
+        .iter()
+        .zip(told["top_logprobs"].as_array().unwrap())
+    {
+        assert_eq!(top[name], -0.5);
+        let names = top.as_object().unwrap().keys();
+        assert!(names.clone().all(|name| name.starts_with("token_id:")));
+    }
+    // Without log-probabilities there is nothing to be called so.
+    body["logprobs"] = Value::Null;
+    let choice = post(&mesh, COMPLETIONS, &body).await.json()["choices"][0].clone();
+    assert!(choice["logprobs"].is_null());
+
+    let mut body = json!({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2,
+        "logprobs": true, "top_logprobs": 2});
+    let texts = post(&mesh, CHAT, &body).await.json();
+    body["return_tokens_as_token_ids"] = json!(true);
+    body["return_token_ids"] = json!(true);
+    let by_ids = post(&mesh, CHAT, &body).await.json();
+    let tokens = |answer: &Value, key: &str| -> Vec<Value> {
+        let content = answer["choices"][0]["logprobs"]["content"].as_array();
+        content
+            .unwrap()
+            .iter()
+            .map(|one| one[key].clone())
+            .collect()
+    };
+    let expected = named(ids(&by_ids["choices"][0]["token_ids"]));
+    assert_eq!(json!(tokens(&by_ids, "token")), json!(expected));
+    // Their bytes stay what they are.
+    assert_eq!(tokens(&by_ids, "bytes"), tokens(&texts, "bytes"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_chat_has_them_also_where_what_is_said_is_held_back_or_taken_apart() {
     let template = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>\
         {% endfor %}{# <think> </think> #}";
