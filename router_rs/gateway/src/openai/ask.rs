@@ -319,6 +319,47 @@ mod tests {
     }
 
     #[test]
+    fn what_an_assistant_refused_in_words_is_what_it_said() {
+        let refusal = json!({"type": "refusal", "refusal": "No."});
+        let text = json!({"type": "text", "text": "Well."});
+        let said = |message: Value| {
+            let body = json!({"messages": [message]});
+            asked(Face::Chat, &body).map(|mut asked| match asked.inputs.pop() {
+                Some(Input::Chat(mut chat)) => chat.messages.remove(0).content,
+                other => panic!("{other:?}"),
+            })
+        };
+        let parts = json!({"role": "assistant", "content": [text, refusal]});
+        assert_eq!(said(parts).unwrap(), "Well.\nNo.");
+        let answered = json!({"role": "assistant", "content": null, "refusal": "No."});
+        assert_eq!(said(answered).unwrap(), "No.");
+        let both = json!({"role": "assistant", "content": "Well.", "refusal": null});
+        assert_eq!(said(both).unwrap(), "Well.");
+        // Nobody else refuses.
+        let other = json!({"role": "user", "content": [refusal]});
+        let error = said(other).unwrap_err().to_string();
+        assert!(error.contains("messages[0].content[0].type"), "{error}");
+        let empty = json!({"role": "assistant", "content": [{"type": "refusal"}]});
+        let error = said(empty).unwrap_err().to_string();
+        assert!(error.contains("messages[0].content[0].refusal"), "{error}");
+    }
+
+    #[test]
+    fn each_tier_has_its_class() {
+        for (tier, class) in [
+            ("auto", RequestClass::Unspecified),
+            ("default", RequestClass::Unspecified),
+            ("scale", RequestClass::Unspecified),
+            ("priority", RequestClass::Interactive),
+            ("flex", RequestClass::Batch),
+        ] {
+            let body = json!({"prompt": "p", "service_tier": tier});
+            let hints = one(Face::Completion, &body).hints.unwrap();
+            assert_eq!(hints.request_class(), class, "{tier}");
+        }
+    }
+
+    #[test]
     fn a_language_is_asked_for_as_over_grpc() {
         let schema = json!({"type": "object"});
         let format = |format: Value| {

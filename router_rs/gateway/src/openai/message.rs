@@ -11,6 +11,8 @@ use crate::error::RequestError;
 pub(super) struct Message {
     role: String,
     content: Option<Content>,
+    /// What was said instead of it.
+    refusal: Option<String>,
     name: Option<String>,
     tool_calls: Option<Vec<Map<String, Value>>>,
     tool_call_id: Option<String>,
@@ -31,19 +33,21 @@ enum Content {
 struct Part {
     r#type: String,
     text: Option<String>,
+    refusal: Option<String>,
 }
 
 impl Message {
     /// The message as gRPC has it; `at` is its place in the conversation.
     fn into_wire(self, at: usize) -> Result<v1::ChatMessage, RequestError> {
         let calls = self.tool_calls.unwrap_or_default();
+        let content = match self.content {
+            None => self.refusal.unwrap_or_default(),
+            Some(Content::Text(text)) => text,
+            Some(Content::Parts(parts)) => joined(parts, &self.role, at)?,
+        };
         Ok(v1::ChatMessage {
             role: self.role,
-            content: match self.content {
-                None => String::new(),
-                Some(Content::Text(text)) => text,
-                Some(Content::Parts(parts)) => joined(parts, at)?,
-            },
+            content,
             name: self.name.unwrap_or_default(),
             tool_calls_json: calls
                 .into_iter()
@@ -58,19 +62,24 @@ impl Message {
     }
 }
 
-/// Parts as one text, a line break between two: templates take text.
-fn joined(parts: Vec<Part>, at: usize) -> Result<String, RequestError> {
+/// Parts as one text, a line break between two: templates take text. What an assistant refused
+/// in words is text, too.
+fn joined(parts: Vec<Part>, role: &str, at: usize) -> Result<String, RequestError> {
     let mut whole = String::new();
     for (number, part) in parts.into_iter().enumerate() {
         let field = |name| format!("messages[{at}].content[{number}].{name}");
-        if part.r#type != "text" {
-            return Err(RequestError::Unsupported {
-                field: field("type"),
-                words: "only parts of type \"text\"".to_owned(),
-            });
-        }
-        let Some(text) = part.text else {
-            return Err(RequestError::invalid(field("text"), "required"));
+        let (name, text) = match part.r#type.as_str() {
+            "text" => ("text", part.text),
+            "refusal" if role == "assistant" => ("refusal", part.refusal),
+            _ => {
+                return Err(RequestError::Unsupported {
+                    field: field("type"),
+                    words: "only parts of type \"text\"".to_owned(),
+                });
+            }
+        };
+        let Some(text) = text else {
+            return Err(RequestError::invalid(field(name), "required"));
         };
         if number > 0 {
             whole.push('\n');

@@ -105,11 +105,12 @@ pub(super) fn class(fields: &Fields) -> Result<RequestClass, RequestError> {
         });
     }
     match fields.service_tier.as_deref() {
-        None | Some("auto" | "default") => Ok(RequestClass::Unspecified),
+        // OpenAI's "scale" is a matter of contracts.
+        None | Some("auto" | "default" | "scale") => Ok(RequestClass::Unspecified),
         Some("priority") => Ok(RequestClass::Interactive),
         Some("flex") => Ok(RequestClass::Batch),
         Some(_) => {
-            let allowed = "auto, default, priority or flex";
+            let allowed = "auto, default, scale, priority or flex";
             Err(RequestError::invalid("service_tier", allowed))
         }
     }

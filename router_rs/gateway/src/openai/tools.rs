@@ -145,12 +145,13 @@ impl Tools {
     }
 }
 
-fn tool((at, whole): (usize, Value)) -> Result<Tool, RequestError> {
+fn tool((at, mut whole): (usize, Value)) -> Result<Tool, RequestError> {
     let field = |name: &str| format!("tools[{at}]{name}");
-    match whole.get("type").and_then(Value::as_str) {
-        Some("function") => {}
-        Some(_) => return unsupported(&field(".type"), "only \"function\""),
-        None => return Err(RequestError::invalid(field(".type"), "\"function\"")),
+    match whole.get("type") {
+        Some(Value::String(kind)) if kind == "function" => {}
+        Some(Value::String(_)) => return unsupported(&field(".type"), "only \"function\""),
+        Some(Value::Null) | None => whole = function(whole),
+        Some(_) => return Err(RequestError::invalid(field(".type"), "\"function\"")),
     }
     let function = whole.get("function").and_then(Value::as_object);
     let name = function.and_then(|function| function.get("name"));
@@ -172,6 +173,18 @@ fn tool((at, whole): (usize, Value)) -> Result<Tool, RequestError> {
         parameters,
         whole,
     })
+}
+
+/// A tool that names no type is a function. Templates are told so.
+fn function(tool: Value) -> Value {
+    match tool {
+        Value::Object(tool) => {
+            let kind = ("type".to_owned(), Value::from("function"));
+            let rest = tool.into_iter().filter(|(key, _)| key != "type");
+            Value::Object(std::iter::once(kind).chain(rest).collect())
+        }
+        other => other,
+    }
 }
 
 /// `Some`: one may be called.
@@ -279,6 +292,17 @@ mod tests {
     }
 
     #[test]
+    fn a_tool_without_a_type_is_a_function() {
+        let whole = function("f", &json!({"type": "object"}));
+        let bare = json!({"function": whole["function"]});
+        let null = json!({"function": whole["function"], "type": null});
+        for tool in [bare, null] {
+            let read = tools(&json!({"tools": [tool]})).unwrap().unwrap();
+            assert_eq!(read.offered(), [whole.to_string()]);
+        }
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         let offered = json!([function("f", &json!({}))]);
         let other = json!({"type": "function", "function": {"name": "g"}});
@@ -297,7 +321,9 @@ mod tests {
                 "tool_choice",
             ),
             (json!({"tools": [{"type": "web_search"}]}), "tools[0].type"),
-            (json!({"tools": [{}]}), "tools[0].type"),
+            (json!({"tools": [{"type": 7}]}), "tools[0].type"),
+            (json!({"tools": [{}]}), "tools[0].function.name"),
+            (json!({"tools": [7]}), "tools[0].function.name"),
             (
                 json!({"tools": [offered[0], function("", &json!({}))]}),
                 "tools[1].function.name",
