@@ -187,22 +187,23 @@ impl Door {
         if message.n > 1 {
             return Err((Step::Validate, RequestError::unsupported("n")));
         }
-        let (admitted, chain) = self.prepare(message, call, caller).await?;
+        let (admitted, chain) = self.prepare(message, None, call, caller).await?;
         self.open(admitted, chain)
     }
 
     /// As [`Door::generate`], for `n` answers to one prompt, which becomes tokens
     /// once. From a seed that the client gave each next answer draws with the
-    /// next number.
+    /// next number. Each has at most `most` tokens, and fewer where fewer fit: for a message
+    /// that leaves the length open.
     pub(crate) async fn generate_several(
         &self,
         message: v1::GenerateRequest,
-        n: u32,
+        (n, most): (u32, Option<u32>),
         call: &CallMetadata,
         caller: &Caller,
     ) -> Result<Vec<GenerationStream>, Refused> {
         let seed = message.sampling.as_ref().and_then(|given| given.seed);
-        let (first, chain) = self.prepare(message, call, caller).await?;
+        let (first, chain) = self.prepare(message, most, call, caller).await?;
         let other = |number: u32| {
             let mut next = first.clone();
             next.sampling.seed = match seed {
@@ -221,6 +222,7 @@ impl Door {
     async fn prepare(
         &self,
         mut message: v1::GenerateRequest,
+        most: Option<u32>,
         call: &CallMetadata,
         caller: &Caller,
     ) -> Result<(AdmittedRequest, Vec<u64>), Refused> {
@@ -232,7 +234,7 @@ impl Door {
         let began = Instant::now();
         let ids = self.prompt_ids(&model, input).await?;
         let tokenize_ms = began.elapsed().as_secs_f64() * 1e3;
-        let admitted = validate::admit(
+        let mut admitted = validate::admit(
             message,
             &model,
             &self.classes,
@@ -241,6 +243,9 @@ impl Door {
             tokenize_ms,
         )
         .map_err(invalid)?;
+        if let Some(most) = most {
+            admitted.max_tokens = admitted.max_tokens.min(most);
+        }
         let class = admitted.class;
         let mesh = Arc::clone(&self.mesh);
         let like_text = admitted.prompt_ids.len() / HASHED_PER_TEXT_BYTE;

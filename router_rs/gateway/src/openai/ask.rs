@@ -28,6 +28,8 @@ pub(super) struct Asked {
     pub(super) inputs: Vec<Input>,
     /// Answers to each.
     pub(super) n: u32,
+    /// Their length, where the body says none: at most so many tokens, and as many as fit.
+    pub(super) most: Option<u32>,
     pub(super) shape: Shape,
     /// Where any may be called.
     pub(super) tools: Option<Tools>,
@@ -77,6 +79,7 @@ pub(super) fn ask(face: Face, mut fields: Fields) -> Result<Asked, RequestError>
         return unsupported("best_of", "all answers are given: ask for them with n");
     }
     let logprobs = terms::logprobs(face, &fields)?;
+    let most = terms::most(face, &fields)?;
     let stream = fields.stream.unwrap_or(false);
     let shape = Shape {
         face,
@@ -112,6 +115,7 @@ pub(super) fn ask(face: Face, mut fields: Fields) -> Result<Asked, RequestError>
         request,
         inputs,
         n,
+        most,
         shape,
         tools,
     })
@@ -282,12 +286,20 @@ mod tests {
 
     #[test]
     fn an_absent_length_is_16_in_a_completion_and_the_rest_of_the_context_in_a_chat() {
-        let most = |face, body: Value| one(face, &body).stopping.unwrap().max_tokens;
-        assert_eq!(most(Face::Completion, json!({"prompt": "p"})), 16);
+        let most = |face, body: Value| {
+            let asked = asked(face, &body).unwrap();
+            (asked.request.stopping.unwrap().max_tokens, asked.most)
+        };
+        assert_eq!(
+            most(Face::Completion, json!({"prompt": "p"})),
+            (0, Some(16))
+        );
+        let given = json!({"prompt": "p", "max_tokens": 20, "min_tokens": 20});
+        assert_eq!(most(Face::Completion, given), (20, None));
         let messages = json!([{"role": "user", "content": "hi"}]);
-        assert_eq!(most(Face::Chat, json!({"messages": messages})), 0);
+        assert_eq!(most(Face::Chat, json!({"messages": messages})), (0, None));
         let both = json!({"messages": messages, "max_tokens": 5, "max_completion_tokens": 7});
-        assert_eq!(most(Face::Chat, both), 7);
+        assert_eq!(most(Face::Chat, both), (7, None));
     }
 
     #[test]
@@ -394,6 +406,11 @@ mod tests {
                 Face::Completion,
                 json!({"prompt": "p", "max_tokens": 0}),
                 "max_tokens",
+            ),
+            (
+                Face::Completion,
+                json!({"prompt": "p", "min_tokens": 17}),
+                "min_tokens",
             ),
             (
                 Face::Completion,

@@ -144,7 +144,7 @@ async fn open(
         };
         let opened = shared
             .door
-            .generate_several(request, asked.n, metadata, &caller)
+            .generate_several(request, (asked.n, asked.most), metadata, &caller)
             .await?;
         streams.extend(opened.into_iter().zip(visits.by_ref()));
     }

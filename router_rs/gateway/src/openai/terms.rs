@@ -10,9 +10,24 @@ use super::{
 };
 use crate::error::RequestError;
 
-/// Output length of a completion that gives none: what OpenAI's legacy API and
-/// vLLM take. A chat without one may use what the context leaves.
+/// Output length of a completion that gives none, where so many fit: what OpenAI's legacy
+/// API and vLLM take. A chat without one may use what the context leaves.
 const COMPLETION_TOKENS: u32 = 16;
+
+/// The length of an answer whose body says none.
+pub(super) fn most(face: Face, fields: &Fields) -> Result<Option<u32>, RequestError> {
+    if face == Face::Chat || fields.max_tokens.is_some() {
+        return Ok(None);
+    }
+    if fields
+        .min_tokens
+        .is_some_and(|least| least > COMPLETION_TOKENS)
+    {
+        let allowed = format!("0 to max_tokens, which is {COMPLETION_TOKENS}");
+        return Err(RequestError::invalid("min_tokens", allowed));
+    }
+    Ok(Some(COMPLETION_TOKENS))
+}
 
 /// Alternatives to report.
 pub(super) fn logprobs(face: Face, fields: &Fields) -> Result<Option<u32>, RequestError> {
@@ -76,17 +91,13 @@ pub(super) fn stopping(face: Face, fields: &mut Fields) -> Result<v1::Stopping, 
     if asked == Some(0) {
         return Err(RequestError::invalid(name, "at least 1"));
     }
-    let max_tokens = match face {
-        Face::Chat => asked.unwrap_or(0),
-        Face::Completion => asked.unwrap_or(COMPLETION_TOKENS),
-    };
     let stop = match fields.stop.take() {
         None => Vec::new(),
         Some(Stop::One(text)) => vec![text],
         Some(Stop::Several(texts)) => texts,
     };
     Ok(v1::Stopping {
-        max_tokens,
+        max_tokens: asked.unwrap_or(0),
         min_tokens: fields.min_tokens.unwrap_or(0),
         stop,
         stop_token_ids: fields.stop_token_ids.take().unwrap_or_default(),

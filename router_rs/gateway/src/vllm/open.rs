@@ -179,7 +179,7 @@ async fn open(
     end_of_text.retain(|id| !stops.contains(id));
     let opened = shared
         .door
-        .generate_several(request, n, metadata, &caller)
+        .generate_several(request, (n, None), metadata, &caller)
         .await?;
     Ok(Opened {
         streams: opened.into_iter().zip(visits).collect(),

@@ -202,6 +202,28 @@ async fn each_answer_to_each_prompt_has_its_index_and_a_prompt_counts_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_completion_without_a_length_has_16_tokens_or_as_many_as_fit() {
+    let small = MockConfig {
+        context_length: 64,
+        ..MockConfig::default()
+    };
+    let mesh = Mesh::start(vec![small], json!({})).await;
+    for (prompt, tokens) in [(8, 16), (48, 16), (49, 15), (63, 1)] {
+        let body = json!({"prompt": vec![5; prompt]});
+        let answer = post(&mesh, COMPLETIONS, &body).await;
+        assert_eq!(answer.head.status, 200, "{}", answer.body);
+        let answer = answer.json();
+        assert_eq!(answer["usage"]["completion_tokens"], tokens, "{prompt}");
+        assert_eq!(answer["choices"][0]["finish_reason"], "length");
+    }
+    // One that is given is not cut.
+    let body = json!({"prompt": vec![5; 49], "max_tokens": 16});
+    let code = "context_length_exceeded".to_owned();
+    let refused = (400, code, json!("max_tokens"));
+    assert_eq!(post(&mesh, COMPLETIONS, &body).await.error(), refused);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stop_string_ends_the_text_before_it_and_is_named() {
     let mesh = mesh().await;
     let expected = text(&mesh, &PROMPT, 40);
