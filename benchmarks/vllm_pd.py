@@ -26,14 +26,16 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import isolation
-from alternating import Figure, print_figures, print_table, write_json
+from alternating import BUSY_LIMIT, Figure, print_figures, print_table, write_json
 from isolation import Plan, run_phase, say, warm_up
 from isolation_clusters import Cluster, Worker
+from isolation_load import Phase
 from isolation_report import (
     CHAT_HEAD,
     DOCUMENT_HEAD,
@@ -137,6 +139,14 @@ def figures_of(measured: dict[str, Measured]) -> list[Figure]:
     return figures
 
 
+def is_evidence(phases: Iterable[Phase], *, quick: bool) -> bool:
+    """Whether a run is; one that is none says why."""
+    busy = any(phase.others_share > BUSY_LIMIT for phase in phases)
+    if quick or busy:
+        print("Not evidence: " + ("a quick run." if quick else "the machine was busy."))
+    return not (quick or busy)
+
+
 def main() -> int:
     """Measures and prints; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -165,10 +175,11 @@ def main() -> int:
     print_table("documents; share of the best rate here", DOCUMENT_HEAD, rows)
     figures = figures_of(measured)
     print_figures(figures)
-    if args.quick:
-        print("Not evidence: a quick run.")
+    phases = [phase for one in measured.values() for phase in one.phases]
+    evidence = is_evidence(phases, quick=args.quick)
     if args.json:
-        write_json(args.json, figures, vllm=version, quick=args.quick)
+        when = time.strftime("%Y-%m-%d")
+        write_json(args.json, figures, vllm=version, quick=args.quick, when=when, evidence=evidence)
     return 0
 
 

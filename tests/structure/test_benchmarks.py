@@ -225,6 +225,21 @@ def test_vllms_load_client_is_given_the_same_prompts_and_wrong_answers_count(roo
     assert done.stdout.split() == ["4", "2", "broke", "5.0", "9.0"]
 
 
+def test_a_run_on_vllm_is_evidence_where_the_machine_was_its_own_and_all_of_it_ran(root):
+    code = """
+        from alternating import BUSY_LIMIT
+        from isolation_load import Phase
+        from vllm_pd import is_evidence
+        calm, busy = Phase(0.0, 1.0, 0), Phase(1.0, 1.0, 0, others_share=BUSY_LIMIT + 0.01)
+        for phases, quick in (([calm], False), ([calm, busy], False), ([calm], True)):
+            print(is_evidence(phases, quick=quick))
+    """
+    done = run(root, "-c", dedent(code))
+    assert done.returncode == 0, done.stderr
+    told = ["Not evidence: the machine was busy.", "Not evidence: a quick run."]
+    assert done.stdout.splitlines() == ["True", told[0], "False", told[1], "False"]
+
+
 def test_full_load_is_that_of_the_best_baseline_and_who_is_worse_is_asked_once(root):
     code = """
         from routing_quality_cells import highest
