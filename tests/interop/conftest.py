@@ -4,8 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ class Endpoint:
     cluster: str
     target: str
     model: str
+    processes: Any
+    """The `Cluster` that it is part of."""
 
 
 @pytest.fixture(scope="session", params=["worker", "mesh"])
@@ -43,13 +45,13 @@ def endpoint(request, tmp_path_factory) -> Iterator[Endpoint]:
         if request.param == "worker":
             with mock_worker() as (target, _):
                 register(cluster.etcd, target)
-                yield Endpoint(cluster.etcd, "default", target, "mock")
+                yield Endpoint(cluster.etcd, "default", target, "mock", cluster)
         else:
             target = cluster.start_router()
             cluster.start_worker("w", "both")
             cluster.wait_live(target, "w")
             model = cluster.table(target)["w"].record.model.name
-            yield Endpoint(cluster.etcd, "default", target, model)
+            yield Endpoint(cluster.etcd, "default", target, model, cluster)
     finally:
         cluster.close()
 
@@ -106,6 +108,18 @@ def run(*command: str | Path) -> dict[str, Any]:
     return answer
 
 
+@contextmanager
+def running(*command: str | Path) -> Iterator[dict[str, Any]]:
+    """What a client printed that lives until its standard input closes."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, "it ended without a word"
+        yield json.loads(line)
+    assert process.returncode == 0
+
+
 @pytest.fixture(scope="session")
 def go_client() -> Run:
     """The Go client, built."""
@@ -124,10 +138,12 @@ def node_folder() -> Path:
     return folder
 
 
+def node_command(file: Path, options: Mapping[str, object]) -> list[str | Path]:
+    return ["node", file, *(f"--{name}={value}" for name, value in options.items())]
+
+
 def node(file: Path) -> Run:
-    return lambda **options: run(
-        "node", file, *(f"--{name}={value}" for name, value in options.items())
-    )
+    return lambda **options: run(*node_command(file, options))
 
 
 @pytest.fixture(scope="session")
@@ -140,3 +156,10 @@ def node_client(node_folder) -> Run:
 def node_openai(node_folder) -> Run:
     """The client that speaks OpenAI's HTTP."""
     return node(node_folder / "openai.js")
+
+
+@pytest.fixture(scope="session")
+def node_openai_held(node_folder) -> Callable[..., AbstractContextManager[dict[str, Any]]]:
+    """The same, alive as long as its context."""
+    file = node_folder / "openai.js"
+    return lambda **options: running(*node_command(file, options | {"hold": "yes"}))

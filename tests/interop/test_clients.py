@@ -1,6 +1,7 @@
 """Stubs that others make from proto/ get what our own client gets."""
 
 import pytest
+from figures import figures, wait_figures
 
 import kvmesh
 
@@ -68,8 +69,15 @@ def test_node_keeps_the_tokens_that_came_before_its_deadline(endpoint, node_clie
 
 
 @pytest.mark.parametrize("endpoint", ["mesh"], indirect=True)
-def test_node_speaks_openais_http_to_a_router(endpoint, node_openai):
-    answer = node_openai(target=endpoint.target, model=endpoint.model, max=24)
+def test_node_speaks_openais_http_to_a_router(endpoint, node_openai_held):
+    with node_openai_held(target=endpoint.target, model=endpoint.model, max=24) as answer:
+        # What it gave up is cancelled while it lives on: an answer for which it had no time, and
+        # a stream that it left.
+        wait_figures(endpoint.processes, endpoint.target, {"open_streams": 0})
+        told = figures(endpoint.target)
+        cancelled = {"method": "chat.completions", "outcome": "CANCELLED"}
+        assert told.total("calls_total", **cancelled) == 2
+    assert answer["late"] == "APIConnectionTimeoutError"
     assert answer["content"]
     assert answer["streamed"] == answer["content"]
     assert answer["reason"] == "length"
@@ -77,6 +85,18 @@ def test_node_speaks_openais_http_to_a_router(endpoint, node_openai):
     assert endpoint.model in answer["models"]
     refused = {"status": 400, "param": "tools", "kind": "BadRequestError"}
     assert refused.items() <= answer["refused"].items()
+
+
+@pytest.mark.parametrize("endpoint", ["mesh"], indirect=True)
+def test_nodes_openai_package_tries_again_when_it_was_told(endpoint, node_openai):
+    cluster = endpoint.processes
+    # One request may come at once, the next one when the rate allows it: five seconds later.
+    target = cluster.start_router("--tenant-requests-per-s", "0.2")
+    cluster.wait_live(target, "w")
+    answer = node_openai(target=target, model=endpoint.model, retries=8)
+    assert answer["reasons"] == ["length"] * 2
+    assert answer["sent"] > 2
+    cluster.kill_router(target)
 
 
 def test_nodes_openai_package_reads_tool_calls(caller, node_openai):

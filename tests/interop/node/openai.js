@@ -1,10 +1,13 @@
 // The npm package `openai` against a router: a chat streamed and whole, an
-// error, a stream that is given up, and tool calls of the model `--caller`. Prints what it
-// got as one JSON object.
+// error, an answer that takes too long, a stream that is given up, and tool calls of the model
+// `--caller`. Prints what it got as one JSON object. With `--hold` it then lives until its
+// standard input closes: what it left, it left alive. With `--retries` it asks a router that
+// refuses it at first.
 //
 //   node openai.js --target 127.0.0.1:7440 --model sim --max 16
 "use strict";
 
+const { once } = require("node:events");
 const { parseArgs } = require("node:util");
 const OpenAI = require("openai");
 
@@ -14,15 +17,37 @@ const { values: options } = parseArgs({
     model: { type: "string" },
     max: { type: "string", default: "16" },
     caller: { type: "string" },
+    retries: { type: "string" },
+    hold: { type: "string" },
   },
 });
+const baseURL = `http://${options.target}/v1`;
+const ENDLESS = 100000;
 
 async function main() {
-  const client = new OpenAI({
-    baseURL: `http://${options.target}/v1`,
-    apiKey: "none",
-    maxRetries: 0,
-  });
+  const told = options.retries ? await tried(Number(options.retries)) : await all();
+  console.log(JSON.stringify(told));
+  if (options.hold) await once(process.stdin.resume(), "end");
+}
+
+// Two requests, however often the package has to send them.
+async function tried(maxRetries) {
+  let sent = 0;
+  const counted = (...request) => {
+    sent += 1;
+    return fetch(...request);
+  };
+  const client = new OpenAI({ baseURL, apiKey: "none", maxRetries, fetch: counted });
+  const reasons = [];
+  for (let request = 0; request < 2; request += 1) {
+    const answer = await client.completions.create({ model: options.model, prompt: [5, 6], max_tokens: 1 });
+    reasons.push(answer.choices[0].finish_reason);
+  }
+  return { reasons, sent };
+}
+
+async function all() {
+  const client = new OpenAI({ baseURL, apiKey: "none", maxRetries: 0, timeout: 100000 });
   const asked = {
     model: options.model,
     messages: [{ role: "user", content: "hello" }],
@@ -49,14 +74,20 @@ async function main() {
   } catch (error) {
     refused = { status: error.status, param: error.param, code: error.code, kind: error.constructor.name };
   }
-  const endless = await client.chat.completions.create({ ...asked, max_tokens: 100000, stream: true });
+  let late = null;
+  try {
+    await client.chat.completions.create({ ...asked, max_tokens: ENDLESS }, { timeout: 500 });
+  } catch (error) {
+    late = error.constructor.name;
+  }
+  const endless = await client.chat.completions.create({ ...asked, max_tokens: ENDLESS, stream: true });
   for await (const chunk of endless) {
     if (chunk.choices[0].delta.content) break; // leaving the loop ends the request
   }
   const called = options.caller ? await calls(client, options.caller) : null;
   const { content } = whole.choices[0].message;
   const reason = whole.choices[0].finish_reason;
-  console.log(JSON.stringify({ content, reason, streamed, usage, models, refused, called }));
+  return { content, reason, streamed, usage, models, refused, late, called };
 }
 
 // What a model calls that says it will: whole, and put together by the package from a stream.
