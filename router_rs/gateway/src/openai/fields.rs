@@ -7,7 +7,10 @@ use std::collections::BTreeMap;
 
 use serde::{
     Deserialize,
-    de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor},
+    de::{
+        DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor,
+        value::SeqAccessDeserializer,
+    },
 };
 use serde_json::{Map, Value};
 
@@ -68,11 +71,31 @@ pub(super) struct Fields {
 }
 
 /// Where to stop.
-#[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "text, or a list of texts")]
-pub(super) enum Stop {
-    One(String),
-    Several(Vec<String>),
+#[derive(Debug)]
+pub(super) struct Stop(pub(super) Vec<String>);
+
+impl<'de> Deserialize<'de> for Stop {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_any(StopVisitor)
+    }
+}
+
+struct StopVisitor;
+
+impl<'de> Visitor<'de> for StopVisitor {
+    type Value = Stop;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("text, or a list of texts")
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<Stop, E> {
+        Ok(Stop(vec![text.to_owned()]))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Stop, A::Error> {
+        Deserialize::deserialize(SeqAccessDeserializer::new(list)).map(Stop)
+    }
 }
 
 /// A flag for chats, a number for completions.
@@ -321,6 +344,26 @@ mod tests {
             "kv_transfer_params": null, "include_reasoning": true, "thinking_token_budget": -1}"#;
         let fields = Fields::read(body.as_bytes()).unwrap();
         assert!(fields.n.is_none() && fields.stop.is_none() && fields.refused.is_none());
+    }
+
+    #[test]
+    fn stops_are_a_text_or_several() {
+        for (body, expected) in [
+            (r#"{"stop": "a"}"#, vec!["a"]),
+            (r#"{"stop": ["a", "\u00e9"]}"#, vec!["a", "é"]),
+            (r#"{"stop": []}"#, vec![]),
+        ] {
+            let fields = Fields::read(body.as_bytes()).unwrap();
+            assert_eq!(fields.stop.unwrap().0, expected, "{body}");
+        }
+        for body in [
+            r#"{"stop": [1]}"#,
+            r#"{"stop": {"a": 1}}"#,
+            r#"{"stop": [["a"]]}"#,
+        ] {
+            let error = Fields::read(body.as_bytes()).unwrap_err();
+            assert!(matches!(&error, RequestError::Invalid(all) if all.0[0].field == "stop"));
+        }
     }
 
     #[test]

@@ -1,7 +1,12 @@
 //! Messages of a conversation, as clients send them.
 
+use std::fmt;
+
 use kvmesh_wire::v1;
-use serde::Deserialize;
+use serde::{
+    Deserialize,
+    de::{Deserializer, Error, SeqAccess, Visitor, value::SeqAccessDeserializer},
+};
 use serde_json::{Map, Value};
 
 use crate::error::RequestError;
@@ -22,11 +27,39 @@ pub(super) struct Message {
 }
 
 /// What was said: text, or parts of which each is one.
-#[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "text, or a list of parts with a type each")]
+#[derive(Debug)]
 enum Content {
     Text(String),
     Parts(Vec<Part>),
+}
+
+impl<'de> Deserialize<'de> for Content {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_any(ContentVisitor)
+    }
+}
+
+/// Reads parts as they come: what nobody knows of them is skipped.
+struct ContentVisitor;
+
+impl<'de> Visitor<'de> for ContentVisitor {
+    type Value = Content;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("text, or a list of parts with a type each")
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<Content, E> {
+        Ok(Content::Text(text.to_owned()))
+    }
+
+    fn visit_string<E: Error>(self, text: String) -> Result<Content, E> {
+        Ok(Content::Text(text))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Content, A::Error> {
+        Deserialize::deserialize(SeqAccessDeserializer::new(list)).map(Content::Parts)
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -99,4 +132,48 @@ pub(super) fn chat(messages: Vec<Message>) -> Result<v1::Chat, RequestError> {
         messages: messages?,
         ..v1::Chat::default()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::cell::Cell;
+
+    use serde::de::value::SeqDeserializer;
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_was_said_is_read_part_by_part() {
+        let read = |body: &str| serde_json::from_str::<Content>(body);
+        assert!(matches!(read("\"a\\n\"").unwrap(), Content::Text(text) if text == "a\n"));
+        let parts = r#"[{"text": "b", "type": "text", "new": {"deep": [1]}}, {"type": "x"}]"#;
+        let Content::Parts(parts) = read(parts).unwrap() else {
+            panic!("parts");
+        };
+        assert_eq!(
+            (parts[0].text.as_deref(), parts[1].r#type.as_str()),
+            (Some("b"), "x")
+        );
+        for wrong in [
+            "7",
+            "{}",
+            "true",
+            "[7]",
+            "[{\"text\": \"no type\"}]",
+            "[{\"type\": 1}]",
+        ] {
+            assert!(read(wrong).unwrap_err().is_data(), "{wrong}");
+        }
+        // It ends at the first that is none, and nothing behind it was kept until then.
+        let seen = Cell::new(0);
+        let list = (0..1_000_000).map(|_| {
+            seen.set(seen.get() + 1);
+            json!({"text": "no type"})
+        });
+        let list = SeqDeserializer::<_, serde_json::Error>::new(list);
+        assert!(Content::deserialize(list).is_err());
+        assert_eq!(seen.get(), 1);
+    }
 }

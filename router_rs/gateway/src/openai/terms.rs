@@ -6,7 +6,7 @@ use kvmesh_wire::v1::{self, RequestClass, grammar::Kind};
 
 use super::{
     Face,
-    fields::{Fields, Logprobs, ResponseFormat, Stop},
+    fields::{Fields, Logprobs, ResponseFormat},
 };
 use crate::error::RequestError;
 
@@ -91,11 +91,7 @@ pub(super) fn stopping(face: Face, fields: &mut Fields) -> Result<v1::Stopping, 
     if asked == Some(0) {
         return Err(RequestError::invalid(name, "at least 1"));
     }
-    let stop = match fields.stop.take() {
-        None => Vec::new(),
-        Some(Stop::One(text)) => vec![text],
-        Some(Stop::Several(texts)) => texts,
-    };
+    let stop = fields.stop.take().map_or_else(Vec::new, |stop| stop.0);
     Ok(v1::Stopping {
         max_tokens: asked.unwrap_or(0),
         min_tokens: fields.min_tokens.unwrap_or(0),
