@@ -52,5 +52,6 @@ def test_a_pool_takes_all_of_its_memory_before_it_is_used(folder):
     engine.take_memory(lambda done, total: told.append((done, total)))
     assert before < whole <= known()
     done, totals = map(list, zip(*told, strict=True))
-    assert done == sorted(done) and done[0] == 0 and set(totals) == {pool.nbytes}
+    assert done == sorted(done)
+    assert (done[0], set(totals)) == (0, {pool.nbytes})
     assert len(done) > 3, "a part at a time, so that signals are seen"
