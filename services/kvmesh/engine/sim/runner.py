@@ -148,7 +148,7 @@ class SimRunner:
                 self._count(load, piece)
             yield from self._take_time(load)
         else:
-            self._hang()
+            self._suffer()
             if batch:
                 yield
         return [self._compute(piece) for piece in batch], self._decode(rows)
@@ -161,7 +161,7 @@ class SimRunner:
         if not self._settings.instant:
             seconds = joined.base_s + joined.context_s * rows.context
             self._sleep(seconds)
-        self._hang()
+        self._suffer()
         return joined.streams.step(rows.ids, rows.tables)
 
     def paced(self, rows: DecodeRows) -> PacedSteps | None:
@@ -170,7 +170,9 @@ class SimRunner:
         if joined.composition != rows.composition:
             joined = self._join(rows)
         settings = self._settings
-        if settings.instant or settings.stuck_while or not isinstance(self._clock, WallClock):
+        if settings.instant or not isinstance(self._clock, WallClock):
+            return None
+        if settings.stuck_while or settings.out_of_memory_while:
             return None
         if self._is_slow():
             # Nobody would tell those steps when that is over.
@@ -187,7 +189,7 @@ class SimRunner:
 
     def _take_time(self, load: StepLoad) -> Generator[None, None, None]:
         if self._settings.instant:
-            self._hang()
+            self._suffer()
             yield
             return
         layers = self._profile.layers
@@ -197,7 +199,7 @@ class SimRunner:
             layer_s, layers = layer_s * layers, 1
         for _ in range(layers):
             self._sleep(layer_s)
-            self._hang()
+            self._suffer()
             yield
 
     def _sleep(self, seconds: float) -> None:
@@ -209,10 +211,13 @@ class SimRunner:
         slow = self._settings.slow_while
         return bool(slow) and os.path.exists(slow)
 
-    def _hang(self) -> None:
-        stuck = self._settings.stuck_while
+    def _suffer(self) -> None:
+        """What a step is told to suffer."""
+        stuck, starved = self._settings.stuck_while, self._settings.out_of_memory_while
         while stuck and os.path.exists(stuck):
             time.sleep(_LOOK_S)
+        if starved and os.path.exists(starved):
+            raise MemoryError
 
     # -- contents ----------------------------------------------------------
 

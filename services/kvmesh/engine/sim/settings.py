@@ -79,6 +79,9 @@ class SimSettings:
     stuck_while: str = ""
     """No step ends while a file of this name exists: shows what becomes of the
     streams of a stuck engine."""
+    out_of_memory_while: str = ""
+    """A step raises MemoryError while a file of this name exists: shows what becomes
+    of the streams of an engine that gets no memory."""
     slow_while: str = ""
     """Steps take ten times as long while a file of this name exists: what is done
     to streams meanwhile finds them running."""
