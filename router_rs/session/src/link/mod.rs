@@ -314,12 +314,15 @@ impl Link {
             Event::Violated => self.broken(false, &mut actions),
             Event::Refused => self.give_up(Loss::Died, &mut actions),
             Event::Fired(Timer::Reattach) => self.give_up(Loss::Broken, &mut actions),
-            Event::Placed => {
-                if let State::HalfOpen { probing } = &mut self.state {
+            Event::Placed => match &mut self.state {
+                State::HalfOpen { probing } => {
                     *probing = true;
                     actions.push(Action::StateChanged);
                 }
-            }
+                // It was on its way when the worker was given up: nobody would tell it.
+                State::Lost(_) => actions.push(Action::Lose(Loss::Silent)),
+                _ => {}
+            },
             Event::Faulted => self.faulted(&mut actions),
             Event::Undecided => {
                 // The probe is over: the next request decides.

@@ -125,6 +125,14 @@ fn silence_makes_suspect_then_lost_and_a_frame_half_open() {
 }
 
 #[test]
+fn a_request_that_leaves_for_a_worker_just_given_up_is_lost_with_the_others() {
+    let mut link = live();
+    link.apply(Event::Fired(Timer::Lost)).unwrap();
+    let actions = link.apply(Event::Placed).unwrap();
+    assert!(lost(&actions, Loss::Silent));
+}
+
+#[test]
 fn a_probe_that_says_nothing_leaves_the_decision_to_the_next() {
     let mut link = live();
     link.apply(Event::Undecided).unwrap();
