@@ -16,7 +16,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -46,12 +46,17 @@ STEP_MS = 25.0
 """Length of a step, whatever it holds: long enough that two cores keep to it."""
 STEPS = {"profile": "step-10ms", "speed": str(10.0 / STEP_MS)}
 GRACE = "500ms"
-"""What a worker has to finish what runs when it is drained."""
+"""What a worker has to finish what runs when it is drained: streams are often given back."""
+PATIENT = ("d2", "b")
+"""Workers with time to hand all of their streams over."""
+PATIENCE = "5s"
+"""What they have: more than the longest stream takes."""
 POOL_TOKENS = 65_536
 LEASE = "2s"
 """How long a receiver of KV waits for a sender that has fallen silent. As shipped it is 10 s,
 and so long a stream stands still whose KV is on a path that drops it."""
-LIVE = (admin_pb2.SESSION_STATE_LIVE, admin_pb2.SESSION_STATE_HALF_OPEN)
+LIVE = frozenset({admin_pb2.SESSION_STATE_LIVE})
+PROBED = LIVE | {admin_pb2.SESSION_STATE_HALF_OPEN}
 """States of sessions that work. Half open: back from a loss, and one request decides."""
 
 
@@ -145,7 +150,7 @@ class Mesh:
             "--advertise-host", host.alias if name in PROXIED else host.address,
             "--insecure",
             "--etcd-ttl", "2s",
-            "--grace", GRACE,
+            "--grace", PATIENCE if name in PATIENT else GRACE,
             "--transfer-lease", LEASE,
             "--kv-pool-tokens", str(POOL_TOKENS),
             "--engine-arguments", ",".join(f"{key}={value}" for key, value in settings.items()),
@@ -186,10 +191,15 @@ class Mesh:
             return {}
         return {worker.record.worker_id: worker for worker in answer.workers}
 
-    def is_live(self, router: str, workers: Iterable[str]) -> bool:
+    def is_live(
+        self,
+        router: str,
+        workers: Iterable[str],
+        states: Collection[int] = PROBED,
+    ) -> bool:
         """Whether a router has sessions that work with all of these."""
         table = self.table(router)
-        return all(name in table and table[name].state in LIVE for name in workers)
+        return all(name in table and table[name].state in states for name in workers)
 
     def _etcd_answers(self) -> bool:
         try:

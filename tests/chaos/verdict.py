@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
 from checker import first_wrong, first_wrong_of_attempts
-from mesh import STEP_MS
+from faults import Fault
+from mesh import PATIENT, STEP_MS
 from player import Played
 from traffic import Stream
 
@@ -65,19 +66,30 @@ class Verdict:
             if len(self.details) < KEPT:
                 self.details.append(_describe(stream, problems, wrong))
 
-    def longest_gap_s(self, kinds: Iterable[str], played: Sequence[Played]) -> float:
-        """The longest gap between two tokens that faults of these kinds explain, and no others.
+    def longest_gap_s(
+        self, played: Sequence[Played], explains: Callable[[Fault], bool]
+    ) -> float | None:
+        """The longest gap between two tokens that such faults explain, and no others.
 
-        A fault explains a gap where it was there for half of it.
+        A fault explains a gap where it was there for half of it. None: there is no such gap.
         """
-        wanted, longest = frozenset(kinds), 0.0
-        for begin, end in self.gaps:
-            if end - begin > longest:
-                half = (end - begin) / 2
-                near = {one.fault.kind for one in played if one.overlap_s(begin, end) >= half}
-                if near and near <= wanted:
-                    longest = end - begin
-        return longest
+        return _longest(
+            gap for gap in self.gaps if (near := _near(gap, played)) and all(map(explains, near))
+        )
+
+    def longest_unexplained_gap_s(self, played: Sequence[Played]) -> float | None:
+        """The longest gap that no fault explains. None: there is no such gap."""
+        return _longest(gap for gap in self.gaps if not _near(gap, played))
+
+
+def _near(gap: tuple[float, float], played: Sequence[Played]) -> list[Fault]:
+    """The faults that were there for half of a gap."""
+    begin, end = gap
+    return [one.fault for one in played if one.overlap_s(begin, end) >= (end - begin) / 2]
+
+
+def _longest(gaps: Iterable[tuple[float, float]]) -> float | None:
+    return max((end - begin for begin, end in gaps), default=None)
 
 
 def _describe(stream: Stream, problems: Counter[str], wrong: int | None) -> str:
@@ -89,6 +101,26 @@ def _describe(stream: Stream, problems: Counter[str], wrong: int | None) -> str:
     )
 
 
+def losses(
+    logs: Mapping[str, Iterable[Mapping[str, object]]],
+) -> Iterable[tuple[str, float, str, str]]:
+    """Workers that a router gave up: (router, time.time of it, worker, why).
+
+    One that falls silent is told of by its session's state, whether it had streams or not; one
+    whose session broke, by the streams that it cost.
+    """
+    for router, lines in logs.items():
+        for line in lines:
+            if line.get("event") == "worker_lost":
+                why = line.get("why")
+            elif line.get("message") == "worker lost" and line.get("loss") != "Silent":
+                why = line.get("loss")
+            else:
+                continue
+            at = datetime.fromisoformat(str(line["timestamp"])).timestamp()
+            yield router, at, str(line["worker"]), str(why)
+
+
 def falsely_lost(
     logs: Mapping[str, Iterable[Mapping[str, object]]], played: Sequence[Played]
 ) -> list[str]:
@@ -96,30 +128,40 @@ def falsely_lost(
     # Logs have wall-clock times.
     offset = time.time() - time.monotonic()
     false = []
-    for router, lines in logs.items():
-        for line in lines:
-            if line.get("message") != "worker lost":
-                continue
-            at = datetime.fromisoformat(str(line["timestamp"])).timestamp() - offset
-            worker = str(line["worker"])
-            if not any(
-                worker in one.fault.may_lose and one.overlap_s(at - AFTER_S, at) >= 0
-                for one in played
-            ):
-                false.append(f"{router} at {at:.2f}: {worker} lost ({line.get('loss')})")
+    for router, told, worker, why in losses(logs):
+        at = told - offset
+        if not any(
+            worker in one.fault.may_lose and one.overlap_s(at - AFTER_S, at) >= 0 for one in played
+        ):
+            false.append(f"{router} at {at:.2f}: {worker} lost ({why})")
     return false
 
 
 def figures(verdict: Verdict, played: Sequence[Played], false: Sequence[str]) -> dict[str, object]:
-    """The figures that a run stands for, and what is needed to understand them."""
-    drain_gap_s = verdict.longest_gap_s(["Drained"], played)
+    """The figures that a run stands for, and what is needed to understand them.
+
+    None where no gap was seen of which a figure would tell.
+    """
+
+    def longest(explains: Callable[[Fault], bool]) -> float | None:
+        return verdict.longest_gap_s(played, explains)
+
+    def drain_gap_steps(*, handed_over: bool) -> float | None:
+        gap_s = longest(
+            lambda fault: fault.kind == "Drained" and (fault.host in PATIENT) == handed_over
+        )
+        return None if gap_s is None else gap_s * 1000 / STEP_MS
+
     return {
         "bad_streams": verdict.bad_streams,
         "faults": len(played),
         "streams": verdict.streams,
-        "longest_gap_kill_s": verdict.longest_gap_s(["Killed"], played),
-        "longest_gap_freeze_s": verdict.longest_gap_s(FROZEN, played),
-        "drain_gap_steps": drain_gap_s * 1000 / STEP_MS,
+        "longest_gap_s": _longest(verdict.gaps),
+        "longest_unexplained_gap_s": verdict.longest_unexplained_gap_s(played),
+        "longest_gap_kill_s": longest(lambda fault: fault.kind == "Killed"),
+        "longest_gap_freeze_s": longest(lambda fault: fault.kind in FROZEN),
+        "drain_gap_steps": drain_gap_steps(handed_over=True),
+        "give_back_gap_steps": drain_gap_steps(handed_over=False),
         "lost": verdict.bad["lost"],
         "repeated": verdict.bad["repeated"],
         "missing": verdict.bad["missing"],
@@ -136,7 +178,7 @@ def figures(verdict: Verdict, played: Sequence[Played], false: Sequence[str]) ->
             kind: {
                 "faults": sum(one.fault.kind == kind for one in played),
                 "dropped": sum(one.dropped for one in played if one.fault.kind == kind),
-                "longest_gap_s": verdict.longest_gap_s([kind], played),
+                "longest_gap_s": longest(lambda fault, kind=kind: fault.kind == kind),
                 "longest_until_whole_s": max(
                     one.whole - one.healed for one in played if one.fault.kind == kind
                 ),
