@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
 from cluster import Cluster
+from crowd import POINTS, Crowd
 from figures import Figures, figures, wait_figures, wait_quiet
+from held import held, wait_held
 from raw_http2 import RawHttp2, message
 
 import kvmesh
 from kvmesh.v1 import inference_pb2, worker_pb2
 
 _numbers = itertools.count()
+
+CALLS_A_CONNECTION = 250
 
 LEAVE: dict[str, Callable[[RawHttp2, int], None]] = {
     "cancels": lambda raw, stream: raw.reset(stream),
@@ -223,6 +228,63 @@ async def test_two_hundred_that_leave_at_random_leave_nothing(tmp_path) -> None:
             assert figures(endpoint)["violations_total"] == 0
             last = await client.complete(prompt="After them. " * 30, max_tokens=5, temperature=0)
             again = await client.complete(prompt="After them. " * 30, max_tokens=5, temperature=0)
+            assert last.token_ids == again.token_ids
+    finally:
+        cluster.close()
+
+
+def leave_at_random_points(endpoint: str, rng: random.Random, count: int) -> Counter[str]:
+    """Calls, some tens at a time, that are all left; by how far they had come."""
+    left: Counter[str] = Counter()
+    heads = [rng.choices(range(3, 2_000), k=512) for _ in range(8)]
+    for begun in range(0, count, CALLS_A_CONNECTION):
+        bodies = [any_prompt(rng, heads) for _ in range(min(CALLS_A_CONNECTION, count - begun))]
+        with Crowd(endpoint, rng) as crowd:
+            crowd.come_and_go(bodies)
+            crowd.leave_all(vanish=rng.random() < 0.5)
+            left += crowd.left
+    return left
+
+
+def any_prompt(rng: random.Random, heads: list[list[int]]) -> bytes:
+    """A request: one in four begins as others do, so that blocks are shared and pulled."""
+    head = rng.choice(heads) if rng.randrange(4) == 0 else []
+    own = rng.choices(range(3, 2_000), k=rng.choice([20, 100, 300, 1_000]))
+    return message(
+        inference_pb2.GenerateRequest(
+            token_ids=inference_pb2.TokenIds(ids=[*head, *own]),
+            stopping=inference_pb2.Stopping(max_tokens=1_000, ignore_end_of_text=True),
+        )
+    )
+
+
+def test_ten_thousand_that_leave_at_any_point_leave_nothing(tmp_path) -> None:
+    workers = {"p1": "prefill", "p2": "prefill", "d1": "decode", "d2": "decode"}
+    cluster = Cluster(tmp_path)
+    try:
+        endpoint = cluster.start_router()
+        for name, role in workers.items():
+            steps = ("--engine-arguments", "profile=step-10ms")
+            cluster.begin_worker(name, role, "--kv-pool-tokens", "16384", *steps)
+        cluster.wait_live(endpoint, *workers)
+        rng = random.Random(5)
+        # Workers connect to each other when they first need to, and keep that for a while.
+        leave_at_random_points(endpoint, rng, 2_000)
+        wait_quiet(cluster, endpoint, *workers)
+        before, told = held(cluster), figures(endpoint)
+
+        left = leave_at_random_points(endpoint, rng, 10_000)
+        assert left.total() == 10_000
+        assert all(left[point] > 0 for point in POINTS), left
+        wait_quiet(cluster, endpoint, *workers)
+        wait_held(cluster, before)
+        now = figures(endpoint)
+        assert now["failed_total"] == told["failed_total"]
+        assert now["violations_total"] == 0
+        cluster.assert_alive()
+        with kvmesh.Client(endpoint) as client:
+            prompt = "After them. " * 30
+            last, again = (client.complete(prompt=prompt, max_tokens=5) for _ in range(2))
             assert last.token_ids == again.token_ids
     finally:
         cluster.close()

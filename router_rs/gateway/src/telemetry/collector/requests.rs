@@ -23,6 +23,10 @@ impl Figures {
             "Open client connections",
             connections,
         )?;
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            let tasks = runtime.metrics().num_alive_tasks() as u64;
+            gauge(encoder, "tasks", "Tasks that have not ended", tasks)?;
+        }
         gauge(
             encoder,
             "open_streams",
