@@ -21,7 +21,6 @@ use std::{
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
-        mpsc::{Receiver, SyncSender, sync_channel},
     },
     thread::JoinHandle,
 };
@@ -152,16 +151,20 @@ fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
 /// The thread that makes a pool's pages huge. Dropping it ends the thread, whatever is left.
 pub(crate) struct Pager {
     shared: Arc<Shared>,
-    ranges: Option<SyncSender<usize>>,
     thread: Option<JoinHandle<()>>,
 }
 
+/// All that both sides write is atomic, so that ThreadSanitizer can follow it: it sees
+/// nothing of what mutexes of the standard library order.
 struct Shared {
     map: Arc<Mapping>,
     pages: Arc<HugePages>,
     stop: AtomicBool,
+    /// As `HugePages::asked`: those that the thread has not begun.
+    wanted: Vec<AtomicBool>,
     /// Ranges that were asked for and are not done.
-    left: Mutex<usize>,
+    left: AtomicUsize,
+    waits: Mutex<()>,
     done: Condvar,
 }
 
@@ -172,22 +175,22 @@ impl Pager {
     ///
     /// Where there can be no more threads.
     pub(crate) fn start(map: Arc<Mapping>, pages: Arc<HugePages>) -> io::Result<Self> {
-        // Each range is asked for once, so that it never is full.
-        let (ranges, asked) = sync_channel(pages.asked.len());
+        let wanted = pages.asked.iter().map(|_| AtomicBool::new(false)).collect();
         let shared = Arc::new(Shared {
             map,
             pages,
             stop: AtomicBool::new(false),
-            left: Mutex::new(0),
+            wanted,
+            left: AtomicUsize::new(0),
+            waits: Mutex::new(()),
             done: Condvar::new(),
         });
         let of_thread = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name("kv-pages".into())
-            .spawn(move || of_thread.run(&asked))?;
+            .spawn(move || of_thread.run())?;
         Ok(Self {
             shared,
-            ranges: Some(ranges),
             thread: Some(thread),
         })
     }
@@ -195,56 +198,71 @@ impl Pager {
     /// Has huge pages made under bytes `from` to `upto` of the file where nobody has asked
     /// for them before. Waits for nothing.
     pub(crate) fn want(&self, from: usize, upto: usize) {
-        let Some(ranges) = &self.ranges else { return };
+        let mut more = false;
         for range in self.shared.pages.new_ranges(from, upto) {
-            *lock(&self.shared.left) += 1;
-            if ranges.try_send(range).is_err() {
-                self.shared.is_done();
-            }
+            self.shared.left.fetch_add(1, Ordering::AcqRel);
+            self.shared.wanted[range].store(true, Ordering::Release);
+            more = true;
+        }
+        if more && let Some(thread) = &self.thread {
+            thread.thread().unpark();
         }
     }
 
     /// Until all that was asked for is done.
     pub(crate) fn wait(&self) {
-        let mut left = lock(&self.shared.left);
-        while *left > 0 {
-            let woken = self.shared.done.wait(left);
-            left = woken.unwrap_or_else(PoisonError::into_inner);
+        let mut waits = lock(&self.shared.waits);
+        while self.shared.left.load(Ordering::Acquire) > 0 {
+            let woken = self.shared.done.wait(waits);
+            waits = woken.unwrap_or_else(PoisonError::into_inner);
         }
     }
 }
 
 impl Drop for Pager {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Relaxed);
-        self.ranges = None;
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            // It has no way to panic; if it did, the pages stay small.
-            *lock(&self.shared.left) = 0;
-            self.shared.done.notify_all();
+        self.shared.stop.store(true, Ordering::Release);
+        if let Some(thread) = self.thread.take() {
+            thread.thread().unpark();
+            // It has no way to panic; if it did, the pages would stay small.
+            let _ = thread.join();
         }
     }
 }
 
 impl Shared {
-    fn run(&self, asked: &Receiver<usize>) {
+    fn run(&self) {
         // SAFETY: plain calls; 0 is the calling thread. Where the kernel refuses, it runs as
         // urgently as others.
         unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
-        while let Ok(range) = asked.recv() {
-            if !self.stop.load(Ordering::Relaxed) {
-                self.pages.collapse(&self.map, range);
+        while !self.stop.load(Ordering::Acquire) {
+            if !self.pass() {
+                // An unpark since the pass began ends it at once.
+                std::thread::park();
             }
-            self.is_done();
         }
     }
 
+    /// Does what is wanted; whether there was anything.
+    fn pass(&self) -> bool {
+        let mut some = false;
+        for (range, wanted) in self.wanted.iter().enumerate() {
+            if self.stop.load(Ordering::Acquire) {
+                break;
+            }
+            if wanted.load(Ordering::Relaxed) && wanted.swap(false, Ordering::AcqRel) {
+                self.pages.collapse(&self.map, range);
+                self.is_done();
+                some = true;
+            }
+        }
+        some
+    }
+
     fn is_done(&self) {
-        let mut left = lock(&self.left);
-        *left = left.saturating_sub(1);
-        if *left == 0 {
+        if self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+            // Whoever looks at the number does so under this.
+            drop(lock(&self.waits));
             self.done.notify_all();
         }
     }
