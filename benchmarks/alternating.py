@@ -145,6 +145,13 @@ def print_figures(figures: Sequence[Figure]) -> None:
     print_table("figures", head, [[f.name, f.value, f.unit, f.better] for f in figures])
 
 
+def is_evidence(*, quick: bool, busy: bool) -> bool:
+    """Whether a run is; one that is none says why."""
+    if quick or busy:
+        print("Not evidence: " + ("a quick run." if quick else "the machine was busy."))
+    return not (quick or busy)
+
+
 def _cell(value: object) -> str:
     if value is None:
         return "-"

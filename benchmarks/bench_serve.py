@@ -30,7 +30,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alternating import BUSY_LIMIT, Figure, MachineWatch, print_figures, print_table, write_json
+from alternating import (
+    BUSY_LIMIT,
+    Figure,
+    MachineWatch,
+    is_evidence,
+    print_figures,
+    print_table,
+    write_json,
+)
 from mixed_trace import BLOCK_TOKENS, OURS, SPEED, TRACES, go_first, roles, say, serving
 from run_all import INPUT_MISSING
 from streams import build
@@ -276,11 +284,9 @@ def main() -> int:
     figures = figures_of(runs)
     print_figures(figures)
     busy = max(run.others for run in runs) > BUSY_LIMIT
-    if args.quick or busy:
-        print("Not evidence: " + ("a quick run." if args.quick else "the machine was busy."))
+    evidence = is_evidence(quick=args.quick, busy=busy)
     if args.json:
         when = time.strftime("%Y-%m-%d")
-        evidence = not (args.quick or busy)
         write_json(
             args.json, figures, title=title, when=when, evidence=evidence,
             runs=[vars(run) for run in runs],

@@ -24,7 +24,15 @@ from typing import Any, TypeVar
 import alternating
 import numpy as np
 import torch
-from alternating import Blocks, Figure, alternate, print_figures, print_table, write_json
+from alternating import (
+    Blocks,
+    Figure,
+    alternate,
+    is_evidence,
+    print_figures,
+    print_table,
+    write_json,
+)
 
 from kvmesh import models
 from kvmesh._router import KvPool
@@ -245,9 +253,7 @@ def main() -> None:
     head = ["", "kvmesh tok/s", "transformers tok/s", "ratio", "repeated", "kept busy"]
     print_table(title + (" (quick: not evidence)" if quick else ""), head, rows)
     print_figures(figures)
-    evidence = not quick and not busy
-    if not evidence:
-        print("Not evidence: " + ("a quick run." if quick else "the machine was busy."))
+    evidence = is_evidence(quick=quick, busy=busy > 0)
     if arguments.json:
         about = {"quick": quick, "kept_busy": busy, "torch": torch.__version__}
         write_json(arguments.json, figures, evidence=evidence, **about)

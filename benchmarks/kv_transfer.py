@@ -37,7 +37,15 @@ from typing import Any
 
 import numpy as np
 import second_token
-from alternating import Blocks, Figure, alternate, print_figures, print_table, write_json
+from alternating import (
+    Blocks,
+    Figure,
+    alternate,
+    is_evidence,
+    print_figures,
+    print_table,
+    write_json,
+)
 
 from kvmesh import _router
 
@@ -284,9 +292,7 @@ def main() -> int:
         end="",
     )
     print(f"{counts['blocks_kept_busy']} were kept although they did.")
-    evidence = not arguments.quick and not counts["blocks_kept_busy"]
-    if not evidence:
-        print("Not evidence: " + ("a quick run." if arguments.quick else "the machine was busy."))
+    evidence = is_evidence(quick=arguments.quick, busy=counts["blocks_kept_busy"] > 0)
     if arguments.json:
         write_json(arguments.json, figures, evidence=evidence, **counts)
     return 0

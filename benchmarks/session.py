@@ -38,7 +38,15 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from alternating import Blocks, Figure, alternate, print_figures, print_table, write_json
+from alternating import (
+    Blocks,
+    Figure,
+    alternate,
+    is_evidence,
+    print_figures,
+    print_table,
+    write_json,
+)
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvmesh.v1 import worker_pb2 as wire
@@ -423,9 +431,7 @@ def main() -> None:
     print_figures(figures)
     print(f"\n{results.repeated} blocks were repeated because others used the machine, ", end="")
     print(f"{results.kept_busy} were kept although they did.")
-    evidence = not options.quick and results.kept_busy == 0
-    if not evidence:
-        print("Not evidence: " + ("a quick run." if options.quick else "the machine was busy."))
+    evidence = is_evidence(quick=options.quick, busy=results.kept_busy > 0)
     if options.json is not None:
         kept, again = results.kept_busy, results.repeated
         write_json(

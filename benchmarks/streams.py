@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from alternating import Blocks, Figure, alternate
+from alternating import Blocks, Figure, alternate, is_evidence
 
 ROOT = Path(__file__).resolve().parent.parent
 # Longer than any block: no stream ends while CPU a token is taken.
@@ -414,7 +414,5 @@ def say_evidence(measured: Sequence[Blocks[Any]], *, quick: bool) -> dict[str, o
     kept_busy = sum(blocks.kept_busy for blocks in measured)
     print(f"\n{repeated} blocks were repeated because others used the machine, ", end="")
     print(f"{kept_busy} were kept although they did.")
-    evidence = not quick and kept_busy == 0
-    if not evidence:
-        print("Not evidence: " + ("a quick run." if quick else "the machine was busy."))
+    evidence = is_evidence(quick=quick, busy=kept_busy > 0)
     return {"evidence": evidence, "blocks_repeated": repeated, "blocks_kept_busy": kept_busy}

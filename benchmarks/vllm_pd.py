@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import isolation
-from alternating import BUSY_LIMIT, Figure, print_figures, print_table, write_json
+from alternating import BUSY_LIMIT, Figure, is_evidence, print_figures, print_table, write_json
 from isolation import Plan, run_phase, say, warm_up
 from isolation_clusters import Cluster, Worker
 from isolation_load import Phase
@@ -139,12 +139,9 @@ def figures_of(measured: dict[str, Measured]) -> list[Figure]:
     return figures
 
 
-def is_evidence(phases: Iterable[Phase], *, quick: bool) -> bool:
-    """Whether a run is; one that is none says why."""
-    busy = any(phase.others_share > BUSY_LIMIT for phase in phases)
-    if quick or busy:
-        print("Not evidence: " + ("a quick run." if quick else "the machine was busy."))
-    return not (quick or busy)
+def was_busy(phases: Iterable[Phase]) -> bool:
+    """Whether others used the machine in one of them."""
+    return any(phase.others_share > BUSY_LIMIT for phase in phases)
 
 
 def main() -> int:
@@ -176,7 +173,7 @@ def main() -> int:
     figures = figures_of(measured)
     print_figures(figures)
     phases = [phase for one in measured.values() for phase in one.phases]
-    evidence = is_evidence(phases, quick=args.quick)
+    evidence = is_evidence(quick=args.quick, busy=was_busy(phases))
     if args.json:
         when = time.strftime("%Y-%m-%d")
         write_json(args.json, figures, vllm=version, quick=args.quick, when=when, evidence=evidence)

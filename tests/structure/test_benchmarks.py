@@ -227,12 +227,12 @@ def test_vllms_load_client_is_given_the_same_prompts_and_wrong_answers_count(roo
 
 def test_a_run_on_vllm_is_evidence_where_the_machine_was_its_own_and_all_of_it_ran(root):
     code = """
-        from alternating import BUSY_LIMIT
+        from alternating import BUSY_LIMIT, is_evidence
         from isolation_load import Phase
-        from vllm_pd import is_evidence
+        from vllm_pd import was_busy
         calm, busy = Phase(0.0, 1.0, 0), Phase(1.0, 1.0, 0, others_share=BUSY_LIMIT + 0.01)
         for phases, quick in (([calm], False), ([calm, busy], False), ([calm], True)):
-            print(is_evidence(phases, quick=quick))
+            print(is_evidence(quick=quick, busy=was_busy(phases)))
     """
     done = run(root, "-c", dedent(code))
     assert done.returncode == 0, done.stderr
