@@ -87,6 +87,15 @@ pub(crate) struct Weights {
 }
 
 impl Weights {
+    /// Strictest ITL target of the classes that are there, ms; infinite where none has one.
+    pub(crate) fn strictest_itl_ms(&self, there: impl Fn(usize) -> bool) -> f64 {
+        let targets = self.itl_target_ms.iter().enumerate();
+        let there = targets.filter(|(class, _)| there(*class));
+        there
+            .map(|(_, target)| *target)
+            .fold(f64::INFINITY, f64::min)
+    }
+
     pub(crate) fn of(targets: &ClassTargets) -> Self {
         let interactive = targets.interactive;
         let ttft = Class::ALL.map(|class| interactive.ttft_ms / targets.of(class).ttft_ms);

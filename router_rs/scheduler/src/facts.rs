@@ -267,12 +267,8 @@ fn chunk_there(
     if batch == 0 && layers {
         return (most as f64, f64::INFINITY);
     }
-    let strictest = (0..Class::ALL.len())
-        .filter(|class| decoding[*class] > 0)
-        .map(|class| weights.itl_target_ms[class])
-        .fold(f64::INFINITY, f64::min);
     let bounds = ChunkBounds {
-        itl_target_ms: strictest,
+        itl_target_ms: weights.strictest_itl_ms(|class| decoding[class] > 0),
         preemption_ms: if layers {
             f64::INFINITY
         } else {

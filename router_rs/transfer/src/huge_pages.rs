@@ -25,7 +25,10 @@ use std::{
     thread::JoinHandle,
 };
 
-use crate::mapping::Mapping;
+use crate::{
+    error::PoolError,
+    mapping::{Mapping, PAGE},
+};
 
 /// Bytes of a huge page: of a PMD on x86-64, and on Arm with 4 KiB pages. Where
 /// the kernel's are larger, it refuses.
@@ -82,6 +85,31 @@ impl HugePages {
             .for_each(|range| self.collapse(map, range));
     }
 
+    /// Takes the memory of bytes `from`, at a page's begin, to `upto` of the file: what is not
+    /// huge then is there in small pages.
+    pub(crate) fn populate(
+        &self,
+        map: &Mapping,
+        from: usize,
+        upto: usize,
+    ) -> Result<(), PoolError> {
+        self.take(map, from, upto);
+        let len = upto.next_multiple_of(PAGE) - from;
+        // SAFETY: whole pages of the owner's mapping, which is writable: the file ends at a
+        // multiple of them.
+        let rc = unsafe {
+            libc::madvise(
+                map.base.as_ptr().add(from).cast(),
+                len,
+                libc::MADV_POPULATE_WRITE,
+            )
+        };
+        if rc < 0 {
+            return Err(PoolError::os("madvise(MADV_POPULATE_WRITE)"));
+        }
+        Ok(())
+    }
+
     /// Ranges under these bytes that nobody has asked for; from then on somebody has.
     fn new_ranges(&self, from: usize, upto: usize) -> impl Iterator<Item = usize> {
         (from / HUGE..upto.div_ceil(HUGE).min(self.asked.len())).filter(|range| {
@@ -118,7 +146,7 @@ impl HugePages {
 
     fn try_collapse(map: &Mapping, range: usize) -> io::Result<()> {
         let wanted = [libc::MADV_POPULATE_WRITE, libc::MADV_COLLAPSE];
-        let touched = [super::mapping::PAGE, HUGE];
+        let touched = [PAGE, HUGE];
         for (advice, len) in wanted.into_iter().zip(touched) {
             // SAFETY: a whole range of the writable mapping (`asked` has no
             // others). The first touches one page; the second changes what

@@ -127,15 +127,11 @@ impl KvPool {
         }
         let map = Arc::new(map);
         let pages = Arc::new(HugePages::new(len, huge));
-        // The first range at once: it tells whether the kernel gives any.
-        pages.take(&map, 0, if populate { len } else { 1 });
         if populate {
-            // SAFETY: our own mapping, writable.
-            let rc =
-                unsafe { libc::madvise(map.base.as_ptr().cast(), len, libc::MADV_POPULATE_WRITE) };
-            if rc < 0 {
-                return Err(PoolError::os("madvise(MADV_POPULATE_WRITE)"));
-            }
+            pages.populate(&map, 0, len)?;
+        } else {
+            // The first range at once: it tells whether the kernel gives any.
+            pages.take(&map, 0, 1);
         }
         // SAFETY: a plain call on our own descriptor. After mapping, since
         // FUTURE_WRITE would refuse the writable mapping.
@@ -231,20 +227,7 @@ impl KvPool {
         let first = self.map.place(slots.start);
         let last = self.map.place(last).ok_or_else(|| self.map.no_slot(last))?;
         let from = first.map_or(last.start, |place| place.start) / PAGE * PAGE;
-        self.huge.take(&self.map, from, last.end);
-        // SAFETY: whole pages of our own mapping, which is writable: the file ends at a
-        // multiple of them.
-        let rc = unsafe {
-            libc::madvise(
-                self.map.base.as_ptr().add(from).cast(),
-                last.end.next_multiple_of(PAGE) - from,
-                libc::MADV_POPULATE_WRITE,
-            )
-        };
-        if rc < 0 {
-            return Err(PoolError::os("madvise(MADV_POPULATE_WRITE)"));
-        }
-        Ok(())
+        self.huge.populate(&self.map, from, last.end)
     }
 
     /// Waits until memory of all slots that came into use is as huge as it gets: for who

@@ -88,7 +88,7 @@ impl StreamChunks {
             Usages::Each => b",\"usage\":",
         };
         let mut tail = closed(face).to_vec();
-        tail.extend_from_slice(b",\"logprobs\":null,\"finish_reason\":null");
+        tail.extend_from_slice(PLAIN);
         tail.extend_from_slice(CHOSEN);
         tail.extend_from_slice(close);
         ChoiceChunks {
@@ -114,6 +114,8 @@ impl StreamChunks {
     }
 }
 
+/// Behind a part with nothing beside it.
+const PLAIN: &[u8] = b",\"logprobs\":null,\"finish_reason\":null";
 /// Ends the choices.
 const CHOSEN: &[u8] = b"}]";
 
@@ -164,7 +166,7 @@ impl ChoiceChunks {
             None => out.extend_from_slice(&self.tail),
             Some(prompt) => {
                 out.extend_from_slice(closed(self.face));
-                out.extend_from_slice(b",\"logprobs\":null,\"finish_reason\":null");
+                out.extend_from_slice(PLAIN);
                 out.extend_from_slice(CHOSEN);
                 out.extend_from_slice(b",\"prompt_token_ids\":");
                 append(&prompt[..], out.writer());

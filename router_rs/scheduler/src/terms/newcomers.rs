@@ -8,7 +8,7 @@
 
 use super::People;
 use super::stretch::surviving;
-use crate::chunk::OWN_STEP_SHARE;
+use crate::chunk::ChunkBounds;
 use crate::deadline::Weights;
 use crate::facts::{Chunks, Facts};
 use crate::request::Class;
@@ -35,27 +35,29 @@ impl Usual {
             return Self::default();
         }
         let (mut streams, mut weight, mut tokens) = (0.0, 0.0, 0.0);
-        let mut strictest = f64::INFINITY;
         for class in Class::ALL {
             let (count, at) = (worker.usual.streams(class), class.index());
             streams += count;
             weight += count * weights.itl[at];
             tokens += count * worker.left[at];
-            if count > 0.0 {
-                strictest = strictest.min(weights.itl_target_ms[at]);
-            }
         }
         let step = &worker.step;
         let step_ms = step.a_ms + step.d_ms * streams.max(1.0);
         if tokens <= 0.0 || step_ms <= 0.0 {
             return Self::default();
         }
+        let bounds = ChunkBounds {
+            itl_target_ms: weights
+                .strictest_itl_ms(|at| worker.usual.streams(Class::ALL[at]) > 0.0),
+            preemption_ms: f64::INFINITY,
+            block_tokens: worker.abilities.block_tokens,
+        };
         Self {
             streams,
             weight,
             stay_ms: tokens / streams * step_ms,
             step_ms,
-            budget_ms: strictest.max(OWN_STEP_SHARE * step_ms) - step_ms,
+            budget_ms: bounds.budget_ms(true, step_ms),
         }
     }
 }
