@@ -149,8 +149,8 @@ impl Router {
             8 => self.link(worker, link::Event::Dial),
             9 => self.link(worker, link::Event::Opened),
             10 => self.link(worker, link::Event::Broken),
-            11 => self.link(worker, link::Event::Placed),
-            12 => self.link(worker, link::Event::Faulted),
+            11 => self.link(worker, link::Event::Placed(u64::from(what >> 4))),
+            12 => self.link(worker, link::Event::Faulted(u64::from(what >> 4))),
             _ => {
                 let attempt = self.generation.fence().attempt;
                 let stage = if what & 64 != 0 {

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "e2e"))
 import network
 from fault_proxy import testkit
 from faults import KINDS, RouterKilled
-from mesh import ROLES, ROUTERS, STEP_MS, STEPS, Mesh, folder_of_run
+from mesh import LIVE, ROLES, ROUTERS, STEP_MS, STEPS, Mesh, folder_of_run
 from player import Player
 from schedule import schedule
 from traffic import Shape, Stream, Traffic
@@ -79,6 +79,13 @@ def play(options: argparse.Namespace, folder: Path) -> dict[str, object]:
             if traffic.is_over:
                 raise AssertionError("the traffic ended before the faults")
             mesh.children.wait(0.02)
+        for router in ROUTERS:
+            # Streams go on, so that there is a request for whoever is on probation. One whose
+            # probe was forgotten would stay there.
+            mesh.wait(
+                lambda router=router: mesh.is_live(router, ROLES, LIVE),
+                f"{router} has no worker on probation",
+            )
         traffic.stop()
         mesh.wait(lambda: traffic.is_over, "every stream ended")
         for name in ROLES:

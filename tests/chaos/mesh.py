@@ -16,7 +16,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -55,7 +55,8 @@ POOL_TOKENS = 65_536
 LEASE = "2s"
 """How long a receiver of KV waits for a sender that has fallen silent. As shipped it is 10 s,
 and so long a stream stands still whose KV is on a path that drops it."""
-LIVE = (admin_pb2.SESSION_STATE_LIVE, admin_pb2.SESSION_STATE_HALF_OPEN)
+LIVE = frozenset({admin_pb2.SESSION_STATE_LIVE})
+PROBED = LIVE | {admin_pb2.SESSION_STATE_HALF_OPEN}
 """States of sessions that work. Half open: back from a loss, and one request decides."""
 
 
@@ -190,10 +191,15 @@ class Mesh:
             return {}
         return {worker.record.worker_id: worker for worker in answer.workers}
 
-    def is_live(self, router: str, workers: Iterable[str]) -> bool:
+    def is_live(
+        self,
+        router: str,
+        workers: Iterable[str],
+        states: Collection[int] = PROBED,
+    ) -> bool:
         """Whether a router has sessions that work with all of these."""
         table = self.table(router)
-        return all(name in table and table[name].state in LIVE for name in workers)
+        return all(name in table and table[name].state in states for name in workers)
 
     def _etcd_answers(self) -> bool:
         try:

@@ -5,6 +5,7 @@ One that the kernel ends for want of memory is killed (-9): test_migration.py.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from cluster import Cluster
@@ -59,11 +60,11 @@ def test_streams_of_a_decode_worker_without_memory_go_on_and_it_is_let_in_again(
     assert_moved(fresh, endpoint, streams)
 
     short.unlink()
-    numbers = iter(range(2, 1_000))
+    seeds = itertools.count(2)
 
     def serves(table: dict[str, admin_pb2.WorkerStatus]) -> bool:
         # One request decides, and it has to come.
-        Streams(endpoint, prompts(COUNT, seed=next(numbers)), 3).assert_undisturbed()
+        Streams(endpoint, prompts(COUNT, seed=next(seeds)), 3).assert_undisturbed()
         return table["d1"].state == admin_pb2.SESSION_STATE_LIVE
 
     fresh.wait_table(endpoint, serves)

@@ -197,6 +197,7 @@ mod index;
 mod leaving;
 mod log;
 mod overload;
+mod probation;
 mod queue;
 mod resume;
 mod streams;

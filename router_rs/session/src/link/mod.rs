@@ -70,10 +70,10 @@ pub enum State {
     Lost(Suspicion),
     /// Its answers fail: nothing is placed there for a while.
     Ejected,
-    /// Back after being lost: one probe at a time; `true` while one runs.
+    /// Back after being lost: one probe at a time.
     HalfOpen {
-        /// Whether the probe is under way.
-        probing: bool,
+        /// Number of the command that placed the probe that is under way.
+        probe: Option<u64>,
     },
     /// The worker's hello does not fit.
     Refused(Mismatch),
@@ -118,14 +118,17 @@ pub enum Event<'a> {
     Violated,
     /// The worker's address refuses connections: nobody listens there.
     Refused,
-    /// A request was placed.
-    Placed,
+    /// A request was placed, by the command of this number.
+    Placed(u64),
     /// A worker refused a placement, brought tokens or ended a stage: it works.
     Answered,
-    /// A stage failed there, and the request is not to blame.
-    Faulted,
-    /// A stage ended, and says neither that the worker works nor that it does not.
-    Undecided,
+    /// A stage failed there, and the request is not to blame. With the number of the
+    /// command that placed it; 0 where it is not held any more.
+    Faulted(u64),
+    /// A stage ended, and says neither that the worker works nor that it does not; or
+    /// this router gave the request up, after which a worker need not say anything of
+    /// it. With the number of the command that placed it.
+    Undecided(u64),
     /// A wait is over.
     Fired(Timer),
 }
@@ -247,7 +250,14 @@ impl Link {
     /// Whether a request may be placed now.
     #[must_use]
     pub fn placeable(&self) -> bool {
-        matches!(self.state, State::Live | State::HalfOpen { probing: false })
+        matches!(self.state, State::Live | State::HalfOpen { probe: None })
+    }
+
+    /// Whether the command of this number placed the probe that is under way.
+    #[must_use]
+    pub fn is_probe(&self, number: u64) -> bool {
+        let probe = Some(number);
+        self.state == State::HalfOpen { probe }
     }
 
     /// Whether commands can be sent.
@@ -314,31 +324,32 @@ impl Link {
             Event::Violated => self.broken(false, &mut actions),
             Event::Refused => self.give_up(Loss::Died, &mut actions),
             Event::Fired(Timer::Reattach) => self.give_up(Loss::Broken, &mut actions),
-            Event::Placed => match &mut self.state {
-                State::HalfOpen { probing } => {
-                    *probing = true;
+            Event::Placed(number) => match &mut self.state {
+                // Of several that were on their way the last one decides.
+                State::HalfOpen { probe } => {
+                    *probe = Some(number);
                     actions.push(Action::StateChanged);
                 }
                 // It was on its way when the worker was given up: nobody would tell it.
                 State::Lost(_) => actions.push(Action::Lose(Loss::Silent)),
                 _ => {}
             },
-            Event::Faulted => self.faulted(&mut actions),
-            Event::Undecided => {
+            Event::Faulted(number) => self.faulted(number, &mut actions),
+            Event::Undecided(number) => {
                 // The probe is over: the next request decides.
-                if self.state == (State::HalfOpen { probing: true }) {
-                    self.become_state(State::HalfOpen { probing: false }, &mut actions);
+                if self.is_probe(number) {
+                    self.become_state(State::HalfOpen { probe: None }, &mut actions);
                 }
             }
             Event::Fired(Timer::Probe) => {
                 if self.state == State::Ejected {
-                    self.become_state(State::HalfOpen { probing: false }, &mut actions);
+                    self.become_state(State::HalfOpen { probe: None }, &mut actions);
                 }
             }
             Event::Answered => {
                 self.faults = 0;
                 self.ejections = 0;
-                if self.state == (State::HalfOpen { probing: true }) {
+                if matches!(self.state, State::HalfOpen { probe: Some(_) }) {
                     self.become_state(State::Live, &mut actions);
                 }
             }
@@ -456,19 +467,20 @@ impl Link {
                 self.become_state(State::Live, actions);
             }
             State::Lost(Suspicion::Silent) => {
-                self.become_state(State::HalfOpen { probing: false }, actions);
+                self.become_state(State::HalfOpen { probe: None }, actions);
             }
             State::Lost(Suspicion::Stuck) if step_fine => {
-                self.become_state(State::HalfOpen { probing: false }, actions);
+                self.become_state(State::HalfOpen { probe: None }, actions);
             }
             _ => {}
         }
     }
 
-    fn faulted(&mut self, actions: &mut Actions) {
+    fn faulted(&mut self, number: u64, actions: &mut Actions) {
         self.faults = self.faults.saturating_add(1);
         match self.state {
-            State::HalfOpen { .. } => {}
+            // What was placed before says nothing new.
+            State::HalfOpen { .. } if self.is_probe(number) => {}
             State::Live if self.faults >= FAULTS => {}
             _ => return,
         }

@@ -118,7 +118,7 @@ fn silence_makes_suspect_then_lost_and_a_frame_half_open() {
     assert!(actions.contains(&Action::Lose(Loss::Silent)));
     link.apply(Event::Frame(None)).unwrap();
     assert!(link.placeable());
-    link.apply(Event::Placed).unwrap();
+    link.apply(Event::Placed(1)).unwrap();
     assert!(!link.placeable(), "one probe at a time");
     link.apply(Event::Answered).unwrap();
     assert_eq!(*link.state(), State::Live);
@@ -128,20 +128,39 @@ fn silence_makes_suspect_then_lost_and_a_frame_half_open() {
 fn a_request_that_leaves_for_a_worker_just_given_up_is_lost_with_the_others() {
     let mut link = live();
     link.apply(Event::Fired(Timer::Lost)).unwrap();
-    let actions = link.apply(Event::Placed).unwrap();
+    let actions = link.apply(Event::Placed(1)).unwrap();
     assert!(lost(&actions, Loss::Silent));
 }
 
 #[test]
 fn a_probe_that_says_nothing_leaves_the_decision_to_the_next() {
     let mut link = live();
-    link.apply(Event::Undecided).unwrap();
+    link.apply(Event::Undecided(1)).unwrap();
     assert_eq!(*link.state(), State::Live);
     link.apply(Event::Fired(Timer::Lost)).unwrap();
     link.apply(Event::Frame(None)).unwrap();
-    link.apply(Event::Placed).unwrap();
-    let actions = link.apply(Event::Undecided).unwrap();
+    link.apply(Event::Placed(1)).unwrap();
+    let actions = link.apply(Event::Undecided(1)).unwrap();
     assert!(link.placeable() && actions.contains(&Action::StateChanged));
+}
+
+#[test]
+fn only_the_probe_itself_decides_against_a_worker_on_probation() {
+    let mut link = live();
+    link.apply(Event::Fired(Timer::Lost)).unwrap();
+    link.apply(Event::Frame(None)).unwrap();
+    // Ends of requests that were given up, and of one placed beside the probe.
+    link.apply(Event::Faulted(0)).unwrap();
+    assert!(link.placeable());
+    link.apply(Event::Placed(7)).unwrap();
+    link.apply(Event::Placed(8)).unwrap();
+    for other in [0, 3, 7] {
+        link.apply(Event::Undecided(other)).unwrap();
+        link.apply(Event::Faulted(other)).unwrap();
+        assert_eq!(*link.state(), State::HalfOpen { probe: Some(8) });
+    }
+    link.apply(Event::Faulted(8)).unwrap();
+    assert_eq!(*link.state(), State::Ejected);
 }
 
 #[test]
@@ -176,7 +195,7 @@ fn a_stuck_step_is_found_under_beating_loads_and_a_long_one_is_not() {
         .unwrap();
     assert_eq!(*link.state(), State::Lost(Suspicion::Stuck));
     link.apply(Event::Frame(Some(&load(0, 0.0, 0.0)))).unwrap();
-    assert_eq!(*link.state(), State::HalfOpen { probing: false });
+    assert_eq!(*link.state(), State::HalfOpen { probe: None });
 }
 
 #[test]
@@ -295,12 +314,12 @@ fn a_greeting_that_takes_too_long_is_closed() {
 #[test]
 fn answers_that_fail_in_a_row_eject_a_worker_and_one_probe_decides() {
     let mut link = live();
-    link.apply(Event::Faulted).unwrap();
-    link.apply(Event::Faulted).unwrap();
+    link.apply(Event::Faulted(1)).unwrap();
+    link.apply(Event::Faulted(1)).unwrap();
     link.apply(Event::Answered).unwrap();
     for _ in 0..FAULTS {
         assert_eq!(*link.state(), State::Live);
-        link.apply(Event::Faulted).unwrap();
+        link.apply(Event::Faulted(1)).unwrap();
     }
     assert_eq!(*link.state(), State::Ejected);
     assert!(!link.placeable() && link.open());
@@ -308,9 +327,9 @@ fn answers_that_fail_in_a_row_eject_a_worker_and_one_probe_decides() {
     for _ in 0..7 {
         link.apply(Event::Fired(Timer::Probe)).unwrap();
         assert!(link.placeable(), "one probe");
-        link.apply(Event::Placed).unwrap();
+        link.apply(Event::Placed(1)).unwrap();
         assert!(!link.placeable());
-        let actions = link.apply(Event::Faulted).unwrap();
+        let actions = link.apply(Event::Faulted(1)).unwrap();
         waits.extend(actions.iter().filter_map(|action| match action {
             Action::Arm(Timer::Probe, ms) => Some(*ms),
             _ => None,
@@ -319,7 +338,7 @@ fn answers_that_fail_in_a_row_eject_a_worker_and_one_probe_decides() {
     }
     assert_eq!(waits, [2_000, 4_000, 8_000, 16_000, 30_000, 30_000, 30_000]);
     link.apply(Event::Fired(Timer::Probe)).unwrap();
-    link.apply(Event::Placed).unwrap();
+    link.apply(Event::Placed(1)).unwrap();
     link.apply(Event::Answered).unwrap();
     assert_eq!(*link.state(), State::Live);
 }
@@ -329,7 +348,7 @@ fn an_ejected_worker_can_be_lost_and_can_come_back_from_a_blip() {
     let ejected = {
         let mut link = live();
         for _ in 0..FAULTS {
-            link.apply(Event::Faulted).unwrap();
+            link.apply(Event::Faulted(1)).unwrap();
         }
         link
     };

@@ -12,8 +12,8 @@ use kvmesh_wire::v1;
 
 use super::World;
 
-/// Requests that may run on the worker at a time.
-const MOST: u8 = 2;
+/// Requests that the router holds or sends at a time: each has one of these numbers.
+const NUMBERS: std::ops::RangeInclusive<u64> = 1..=2;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Mood {
@@ -51,7 +51,9 @@ pub(super) enum Move {
     /// The router chooses the worker for a request.
     Choose,
     /// The request leaves the router.
-    Send,
+    Send(u64),
+    /// The router gives a request up. The worker may say something of it yet, or nothing.
+    Cancel(u64),
     Opens,
     Greets,
     Beats,
@@ -59,7 +61,8 @@ pub(super) enum Move {
     Speaks,
     /// A load with a step of this age, ms.
     TellsOfAStep(u32),
-    Answers(Answer),
+    /// Of a request, or of one that was given up: 0.
+    Answers(Answer, u64),
     /// The router hears that the connection is broken.
     Hears,
     Ends(Timer),
@@ -80,14 +83,15 @@ pub(super) struct Sim {
     path: Path,
     mood: Mood,
     incarnation: u64,
-    /// A request was placed and has not left the router.
-    queued: bool,
+    /// Requests that were placed and have not left the router.
+    queued: BTreeSet<u64>,
     /// Requests on the worker that the router waits for.
-    held: u8,
+    held: BTreeSet<u64>,
     /// The worker may still end a request that was given up.
     stale: bool,
-    /// One of those that are held was placed on probation, and nothing was answered since.
-    probe: bool,
+    /// Of those that are held the last one that was sent on probation: nothing was answered of
+    /// anybody since.
+    probe: Option<u64>,
     /// A session began of which the loss was not told.
     owed: bool,
     /// What has just come about.
@@ -148,10 +152,10 @@ impl Sim {
             path: Path::Closed,
             mood: Mood::Well,
             incarnation: 1,
-            queued: false,
-            held: 0,
+            queued: BTreeSet::new(),
+            held: BTreeSet::new(),
             stale: false,
-            probe: false,
+            probe: None,
             owed: false,
             came: Came::Nothing,
             wrong: None,
@@ -165,8 +169,12 @@ impl Sim {
     /// What a router does, and a worker that is as this one is.
     pub(super) fn moves(&self) -> Vec<Move> {
         let mut moves = self.of_the_worker();
-        if self.link.placeable() && !self.queued && self.held < MOST {
+        // Before the link hears of one, another may be chosen.
+        if self.link.placeable() && self.free().is_some() {
             moves.push(Move::Choose);
+        }
+        if self.path == Path::Up {
+            moves.extend(self.held.iter().copied().map(Move::Cancel));
         }
         // A greeting that ends is a try in vain: of those there are only so many.
         let may_end = |timer: &&Timer| **timer != Timer::Greeting || self.left.vain > 0;
@@ -174,9 +182,11 @@ impl Sim {
         if self.mood != Mood::Well {
             moves.push(Move::Heals);
         }
-        if self.left.failures > 0 && self.may_answer() {
-            let bad = [Answer::Fails, Answer::SaysNothing];
-            moves.extend(bad.map(Move::Answers));
+        if self.left.failures > 0 {
+            for of in self.may_answer() {
+                let bad = [Answer::Fails, Answer::SaysNothing];
+                moves.extend(bad.map(|answer| Move::Answers(answer, of)));
+            }
         }
         if self.left.vain > 0 && self.path == Path::Dialling && self.mood == Mood::Dead {
             moves.push(Move::Refuses);
@@ -225,20 +235,29 @@ impl Sim {
                     ]),
                     Mood::Silent | Mood::Dead => {}
                 }
-                if self.queued {
-                    moves.push(Move::Send);
-                }
-                if self.may_answer() {
-                    moves.push(Move::Answers(Answer::Works));
-                }
+                moves.extend(self.queued.first().copied().map(Move::Send));
+                let works = |of| Move::Answers(Answer::Works, of);
+                moves.extend(self.may_answer().into_iter().map(works));
             }
             _ => {}
         }
         moves
     }
 
-    fn may_answer(&self) -> bool {
-        self.path == Path::Up && self.mood == Mood::Well && (self.held > 0 || self.stale)
+    /// What the worker may say something of.
+    fn may_answer(&self) -> Vec<u64> {
+        if self.path != Path::Up || self.mood != Mood::Well {
+            return Vec::new();
+        }
+        let given_up = self.stale.then_some(0);
+        self.held.iter().copied().chain(given_up).collect()
+    }
+
+    /// A number for another request.
+    fn free(&self) -> Option<u64> {
+        NUMBERS
+            .into_iter()
+            .find(|number| !self.queued.contains(number) && !self.held.contains(number))
     }
 
     /// Whether it can be placed on again once the worker is well and answers. Waits for a frame
@@ -256,7 +275,9 @@ impl Sim {
             }
             let by_itself = [Timer::Redial, Timer::Probe, Timer::Reattach].into_iter();
             let ends = by_itself.filter(|timer| sim.armed.contains(timer));
-            for step in sim.of_the_worker().into_iter().chain(ends.map(Move::Ends)) {
+            let steps = sim.of_the_worker().into_iter().chain(ends.map(Move::Ends));
+            // Of what was given up it need not say anything.
+            for step in steps.filter(|step| !matches!(step, Move::Answers(_, 0))) {
                 let mut next = sim.clone();
                 next.make(step);
                 if known.insert(next.clone()) {
@@ -272,17 +293,20 @@ impl Sim {
     pub(super) fn make(&mut self, step: Move) {
         self.came = Came::Nothing;
         match step {
-            Move::Choose => self.queued = true,
-            Move::Send => {
-                self.queued = false;
-                self.held += 1;
+            Move::Choose => self.queued.extend(self.free()),
+            Move::Send(number) => {
+                self.queued.remove(&number);
+                self.held.insert(number);
                 if matches!(self.link.state(), State::HalfOpen { .. }) {
-                    if self.probe {
-                        self.wrong = Some("two probes at once");
-                    }
-                    self.probe = true;
+                    self.probe = Some(number);
                 }
-                self.feed(Event::Placed);
+                self.feed(Event::Placed(number));
+            }
+            Move::Cancel(number) => {
+                self.held.remove(&number);
+                self.stale = true;
+                self.probe.take_if(|probe| *probe == number);
+                self.feed(Event::Undecided(number));
             }
             Move::Opens => {
                 self.path = Path::Greeting;
@@ -292,7 +316,7 @@ impl Sim {
             Move::Beats => self.feed(Event::Frame(Some(&load(0)))),
             Move::Speaks => self.feed(Event::Frame(None)),
             Move::TellsOfAStep(age) => self.feed(Event::Frame(Some(&load(age)))),
-            Move::Answers(answer) => self.answers(answer),
+            Move::Answers(answer, of) => self.answers(answer, of),
             Move::Hears => self.ends(Event::Broken),
             Move::Ends(timer) => {
                 self.armed.remove(&timer);
@@ -337,7 +361,7 @@ impl Sim {
         let died = self.link.away() && self.link.incarnation() != self.incarnation;
         self.path = Path::Up;
         // A new session is no probation.
-        self.probe = false;
+        self.probe = None;
         self.feed(Event::Hello(&hello(id, self.incarnation)));
         if died && self.link.open() {
             self.came = Came::Died;
@@ -345,21 +369,25 @@ impl Sim {
         }
     }
 
-    fn answers(&mut self, answer: Answer) {
-        // Any answer is a frame first. Of one that was given up the link cannot tell that it is
-        // not the probe's.
+    fn answers(&mut self, answer: Answer, of: u64) {
+        // Any answer is a frame first.
         self.feed(Event::Frame(None));
-        if self.held > 0 {
-            self.held -= 1;
-        } else {
+        if !self.held.remove(&of) {
             self.stale = false;
         }
-        self.probe = false;
         let probation = matches!(self.link.state(), State::HalfOpen { .. });
+        let decides = self.probe == Some(of);
+        if decides || answer == Answer::Works {
+            self.probe = None;
+        }
         match answer {
             Answer::Works => self.feed(Event::Answered),
-            Answer::Fails => self.feed(Event::Faulted),
-            Answer::SaysNothing => self.feed(Event::Undecided),
+            Answer::Fails => self.feed(Event::Faulted(of)),
+            Answer::SaysNothing => self.feed(Event::Undecided(of)),
+        }
+        if probation && answer == Answer::Fails && decides != (*self.link.state() == State::Ejected)
+        {
+            self.wrong = Some("a failure decides that is not the probe's, or the probe's does not");
         }
         self.left.failures -= u8::from(answer != Answer::Works);
         if probation && *self.link.state() == State::Live {
@@ -370,8 +398,9 @@ impl Sim {
     /// The connection has ended: what has not left the router is lost by that alone.
     fn ends(&mut self, how: Event<'_>) {
         self.path = Path::Closed;
-        self.queued = false;
+        self.queued.clear();
         self.stale = false;
+        self.probe = None;
         self.feed(how);
     }
 
@@ -427,7 +456,7 @@ impl Sim {
             Action::ForgetCache | Action::IndexOff(_) => greeted,
             Action::Lose(Loss::Silent) => {
                 let first = !matches!(before.state(), State::Lost(_));
-                let news = first || self.held > 0;
+                let news = first || !self.held.is_empty();
                 self.lose();
                 news && before.open()
             }
@@ -446,9 +475,9 @@ impl Sim {
     }
 
     fn lose(&mut self) {
-        self.stale |= self.held > 0 && self.path == Path::Up;
-        self.held = 0;
-        self.probe = false;
+        self.stale |= !self.held.is_empty() && self.path == Path::Up;
+        self.held.clear();
+        self.probe = None;
     }
 
     /// What holds between any two events.
@@ -475,9 +504,16 @@ impl Sim {
         hold(!open || lost || armed(Timer::Lost), "silence, no loss");
         hold(open || !armed(Timer::Lost), "a wait for what cannot come");
         hold(open || away || !self.owed, "a loss that is not told");
-        hold(open || away || self.held == 0, "a request that nobody has");
-        hold(!lost || self.held == 0, "a request at a lost worker");
-        hold(!self.probe || !self.link.placeable(), "a second probe");
+        hold(
+            open || away || self.held.is_empty(),
+            "a request that nobody has",
+        );
+        hold(!lost || self.held.is_empty(), "a request at a lost worker");
+        let probes = matches!(state, State::HalfOpen { .. }) && !self.link.placeable();
+        hold(
+            probes == self.probe.is_some(),
+            "a probe that is none, or a second one",
+        );
         self.wrong = self.wrong.or(wrong);
     }
 }

@@ -61,6 +61,8 @@ pub struct FaultPlan {
     pub untold_cancels: bool,
     /// Loads say again what the last one said before this was set.
     pub old_loads: bool,
+    /// What it says that each of its steps took. `None`: the truth.
+    pub say_step: Option<Duration>,
     /// No step ends any more, while load frames go on: a stuck engine thread
     /// under a beating event loop.
     pub stuck: bool,
@@ -92,6 +94,7 @@ impl Default for FaultPlan {
             late_cancels: false,
             untold_cancels: false,
             old_loads: false,
+            say_step: None,
             stuck: false,
         }
     }

@@ -440,7 +440,9 @@ impl Session {
                 self.flush(number, false, None).await?;
             }
         }
-        sample.duration_us = began.elapsed().max(self.state.config.step).as_micros() as u64;
+        let took = began.elapsed().max(self.state.config.step);
+        let said = self.state.faults.plan().say_step.unwrap_or(took);
+        sample.duration_us = said.as_micros() as u64;
         self.flush(number, true, Some(sample)).await?;
         self.die_if_due();
         Ok(())

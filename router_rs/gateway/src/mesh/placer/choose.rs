@@ -121,6 +121,11 @@ impl Placer {
         let tail = self.tail(&decision.plan(), request);
         let placed = self.place(decision, request.virtual_deadline_ms, rules);
         let placed = placed.map_err(Lacks::Worker)?;
+        if placed.hold.is_none() {
+            for worker in [placed.prefill, placed.decode] {
+                self.probes(worker);
+            }
+        }
         Ok(Placed { tail, ..placed })
     }
 

@@ -39,6 +39,8 @@ pub(super) use target::Target;
 pub(super) enum Standing {
     /// It can.
     Ready,
+    /// It was lost or ejected: one request may go there, and decides.
+    Probation,
     /// Not now: whoever wants it waits.
     Suspect,
     /// It is not there.
@@ -212,7 +214,7 @@ impl Placer {
         let Some(known) = self.workers.get_mut(&worker) else {
             return;
         };
-        known.standing = standing;
+        let before = std::mem::replace(&mut known.standing, standing);
         if standing == Standing::Absent {
             self.bookings.session_ended(known.slot);
         }
@@ -225,6 +227,34 @@ impl Placer {
             known.aside = Some(view);
         }
         self.change(worker, |view| view.suspect = standing == Standing::Suspect);
+        if standing == Standing::Probation && before != Standing::Probation {
+            self.measure_anew(worker);
+        }
+    }
+
+    /// What was learnt of a worker before it failed is no measure of what it is now. One that
+    /// was slow until then would look slow, get nothing, and never be measured again.
+    fn measure_anew(&mut self, worker: WorkerIndex) {
+        let Some(known) = self.workers.get_mut(&worker) else {
+            return;
+        };
+        known.learner = Learner::new(known.told);
+        known.relay = Relay::new();
+        let step = *known.learner.model();
+        self.transfers.forget(known.slot);
+        self.change(worker, |view| {
+            view.step = step;
+            view.relay_ms = 0.0;
+        });
+    }
+
+    /// A request goes to a worker: if it is on probation, no other does until it is decided.
+    /// The worker's session says when.
+    fn probes(&mut self, worker: WorkerIndex) {
+        let known = self.workers.get(&worker);
+        if known.is_some_and(|known| known.standing == Standing::Probation) {
+            self.change(worker, |view| view.suspect = true);
+        }
     }
 
     /// Changes a worker's view, wherever it is.

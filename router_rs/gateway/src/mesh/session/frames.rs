@@ -6,7 +6,7 @@ use kvmesh_session::{
     Fence, GenerationId, Violation,
     generation::Event as GenerationEvent,
     link::{Event, State},
-    parse::{self, Answer, End, Found, Holds, Inbound, LoadReport, StepFrame},
+    parse::{self, Answer, End, Found, Holds, Inbound, LoadReport, StageEnd, StepFrame},
 };
 use kvmesh_wire::v1;
 use prost::Message as _;
@@ -125,25 +125,28 @@ impl Session {
     }
 
     fn works(&mut self) {
-        if *self.link.state() == (State::HalfOpen { probing: true }) {
+        if matches!(self.link.state(), State::HalfOpen { probe: Some(_) }) {
             self.feed(Event::Answered);
         }
     }
 
     /// What an end says of its worker. A client's own error says nothing
     /// against it.
-    fn judge(&mut self, end: &End) {
-        match end {
+    fn judge(&mut self, of: &StageEnd) {
+        let held = self.open.get(&of.generation);
+        let placed = held.filter(|held| held.fence == of.fence);
+        let number = placed.map_or(0, |held| held.command);
+        match &of.end {
             End::Failed(failure) if failure.retryable => {
                 let faulted = self.core.may_eject(&self.worker);
                 self.feed(if faulted {
-                    Event::Faulted
+                    Event::Faulted(number)
                 } else {
-                    Event::Undecided
+                    Event::Undecided(number)
                 });
             }
             // The other worker may be to blame, or the way between them.
-            End::TransferFailed => self.feed(Event::Undecided),
+            End::TransferFailed => self.feed(Event::Undecided(number)),
             _ => self.feed(Event::Answered),
         }
     }
@@ -164,7 +167,7 @@ impl Session {
             self.found(found);
         }
         for end in step.ends {
-            self.judge(&end.end);
+            self.judge(&end);
             match self.held(&end.generation, end.fence, true) {
                 Some(open) => open.stage_end(self.worker.index, end)?,
                 None => self.core.counters.stale_frames.add(1),
@@ -194,7 +197,14 @@ impl Session {
         }
         if let Some(taking) = self.core.resumes.get(&id) {
             if let Some((open, fence)) = taking.found(self.worker.index, found) {
-                self.open.insert(id, Held { fence, open });
+                self.open.insert(
+                    id,
+                    Held {
+                        fence,
+                        command: 0,
+                        open,
+                    },
+                );
             }
         } else if let Holds::Claimed(held, _) = found.what
             && let Some(session) = self.worker.session()

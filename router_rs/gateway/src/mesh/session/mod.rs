@@ -64,6 +64,8 @@ const SWEEP: Duration = Duration::from_secs(1);
 /// A generation placed on this worker, under its newest attempt here.
 struct Held {
     fence: Fence,
+    /// Number of the command of this connection that placed it; 0 where none did.
+    command: u64,
     open: Arc<Open>,
 }
 
@@ -244,7 +246,7 @@ impl Session {
                     self.look();
                     alarm.as_mut().reset(self.alarms.due().into());
                 }
-                _ = sweep.tick() => self.open.retain(|_, held| !held.open.is_over()),
+                _ = sweep.tick() => self.sweep(),
             }
         }
     }
@@ -261,26 +263,53 @@ impl Session {
         }
     }
 
+    /// Lets go of what has ended.
+    fn sweep(&mut self) {
+        let mut probe_is_over = None;
+        self.open.retain(|_, held| {
+            let over = held.open.is_over();
+            if over && self.link.is_probe(held.command) {
+                probe_is_over = Some(held.command);
+            }
+            !over
+        });
+        if let Some(number) = probe_is_over {
+            self.feed(Event::Undecided(number));
+        }
+        // A request that was chosen as the probe and did not leave: the next one may.
+        if *self.link.state() == (State::HalfOpen { probe: None }) {
+            self.publish();
+        }
+    }
+
     fn command(&mut self, number: u64, outgoing: Outgoing) -> v1::RouterFrame {
         let Outgoing { command, open } = outgoing;
-        if let (
-            Command::Place {
-                generation, fence, ..
-            },
-            Some(open),
-        ) = (&command, open)
-        {
-            self.open.insert(
-                *generation,
-                Held {
-                    fence: *fence,
-                    open,
-                },
-            );
-            self.feed(Event::Placed);
-        }
         let counted = self.link.number();
         debug_assert_eq!(counted, number, "one queue, one count");
+        match (&command, open) {
+            (
+                Command::Place {
+                    generation, fence, ..
+                },
+                Some(open),
+            ) => {
+                let held = Held {
+                    fence: *fence,
+                    command: number,
+                    open,
+                };
+                self.open.insert(*generation, held);
+                self.feed(Event::Placed(number));
+            }
+            // Nothing more need come of it.
+            (Command::Cancel { generation, fence }, _) => {
+                let held = self.open.get(generation);
+                if let Some(held) = held.filter(|held| held.fence <= *fence) {
+                    self.feed(Event::Undecided(held.command));
+                }
+            }
+            _ => {}
+        }
         command.into_frame(number)
     }
 
@@ -336,6 +365,7 @@ impl Session {
             log_state(&self.worker.name(), &state);
         }
         let standing = match self.link.state() {
+            State::HalfOpen { probe: None } => Standing::Probation,
             _ if self.link.placeable() => Standing::Ready,
             State::Suspect(_) | State::Ejected | State::HalfOpen { .. } => Standing::Suspect,
             _ => Standing::Absent,
@@ -350,7 +380,7 @@ fn log_state(worker: &str, state: &State) {
     match state {
         State::Suspect(why) => tracing::warn!(event = "worker_suspect", worker, ?why),
         State::Lost(why) => tracing::warn!(event = "worker_lost", worker, ?why),
-        State::HalfOpen { probing: false } => tracing::info!(event = "worker_half_open", worker),
+        State::HalfOpen { probe: None } => tracing::info!(event = "worker_half_open", worker),
         State::Live => tracing::info!(event = "worker_live", worker),
         _ => {}
     }

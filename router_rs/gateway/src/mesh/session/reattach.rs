@@ -33,6 +33,8 @@ impl Session {
             let Some((fence, next_index)) = held.open.reattach(worker) else {
                 return false;
             };
+            // Of this connection no command placed it.
+            held.command = 0;
             self.named.push((*id, fence));
             wanted.push(v1::Reattach {
                 generation: Bytes::copy_from_slice(&id.0),

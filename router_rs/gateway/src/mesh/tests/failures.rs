@@ -5,7 +5,7 @@ use kvmesh_session::WorkerIndex;
 use super::*;
 
 /// A worker whose next so many attempts fail at an index.
-fn failing(at: u32, times: u32) -> MockWorker {
+pub(super) fn failing(at: u32, times: u32) -> MockWorker {
     let worker = worker(Role::Both);
     worker.faults().set(|plan| {
         plan.fail_at = Some(at);
@@ -131,7 +131,7 @@ async fn without_another_worker_a_stream_ends_with_the_next_index() {
 
 /// Runs a stream on two workers, of which the one that has it is disturbed and
 /// put right again; gives the mesh, the one that was, and the other.
-async fn survives(
+pub(super) async fn survives(
     disturb: impl Fn(&MockWorker),
     heal: impl Fn(&MockWorker),
 ) -> (Arc<Mesh>, [MockWorker; 2]) {
@@ -154,42 +154,6 @@ async fn survives(
     // What it held from before was cancelled.
     assert!(until(|| nothing_left(&mesh, &[&lost, &other])).await);
     (mesh, [lost, other])
-}
-
-#[tokio::test]
-async fn a_frozen_worker_is_lost_and_comes_back_on_probation() {
-    let (mesh, [_lost, other]) = survives(MockWorker::freeze, MockWorker::thaw).await;
-    assert!(mesh.counters().stale_frames.get() > 0);
-    assert_eq!(mesh.sessions().half_open, 1, "{:?}", mesh.sessions());
-    // Only it can take the next request, and that decides.
-    other.set_draining(true);
-    let draining = |row: &v1::WorkerStatus| row.load.as_ref().is_some_and(|load| load.draining);
-    assert!(until(|| mesh.workers().iter().any(draining)).await);
-    let answer = collect(mesh.generate(request(&[7], 5)).unwrap()).await;
-    assert_eq!(answer.error, None);
-    assert!(until(|| mesh.sessions().live == 2).await);
-}
-
-/// Its probe says nothing: it may not be ejected, being the last of its kind, or its
-/// transfer failed.
-#[tokio::test]
-async fn the_last_worker_is_probed_again_after_a_probe_that_fails() {
-    let both = worker(Role::Both);
-    let mesh = mesh_of(&[&both]).await;
-    both.freeze();
-    assert!(until(|| mesh.sessions().lost == 1).await);
-    both.faults().set(|plan| {
-        plan.fail_at = Some(0);
-        plan.fail_next = 1;
-        plan.fail_code = tonic::Code::Unavailable as u32;
-    });
-    both.thaw();
-    assert!(until(|| mesh.sessions().half_open == 1).await);
-    let answer = collect(mesh.generate(request(&[1], 3)).unwrap()).await;
-    assert_eq!((answer.error, answer.ids.len()), (None, 3));
-    assert_eq!(both.faults().get().fail_next, 0, "the probe failed");
-    assert_eq!(mesh.counters().ejections.get(), 0);
-    assert!(until(|| mesh.sessions().live == 1).await);
 }
 
 #[tokio::test]
@@ -334,40 +298,6 @@ async fn over_the_bound_of_all_who_holds_more_than_its_share_is_given_up() {
     assert_eq!(next_index as usize, answer.ids.len());
     assert_eq!(mesh.counters().slow_clients.get(), 1);
     assert!(until(|| nothing_left(&mesh, &[&both])).await);
-}
-
-#[tokio::test]
-async fn a_worker_whose_answers_fail_is_left_out_until_a_probe_succeeds() {
-    let (bad, good) = (failing(0, u32::MAX), worker(Role::Both));
-    let mesh = mesh_of(&[&bad, &good]).await;
-    // As many as it takes: where one goes is the policy's choice.
-    for n in 0..1_000 {
-        let answer = collect(mesh.generate(request(&[n], 3)).unwrap()).await;
-        assert_eq!((answer.error, answer.ids.len()), (None, 3));
-        if mesh.counters().ejections.get() > 0 {
-            break;
-        }
-    }
-    let left_out = |row: &v1::WorkerStatus| row.state_detail == "its answers fail";
-    assert!(mesh.workers().iter().any(left_out), "{:?}", mesh.workers());
-    // It is well again: with the next probe it is back.
-    bad.faults().set(|plan| plan.fail_next = 0);
-    assert!(until(|| mesh.sessions().half_open == 1).await);
-    good.set_draining(true);
-    let draining = |row: &v1::WorkerStatus| row.load.as_ref().is_some_and(|load| load.draining);
-    assert!(until(|| mesh.workers().iter().any(draining)).await);
-    let answer = collect(mesh.generate(request(&[7], 5)).unwrap()).await;
-    assert_eq!(answer.error, None);
-    assert_eq!(mesh.sessions().live, 2);
-}
-
-#[tokio::test]
-async fn the_last_worker_of_a_role_is_never_left_out() {
-    let both = failing(0, 6);
-    let mesh = mesh_of(&[&both]).await;
-    let answer = collect(mesh.generate(request(&[1], 3)).unwrap()).await;
-    assert_eq!((answer.error, answer.ids.len()), (None, 3));
-    assert_eq!(mesh.counters().ejections.get(), 0);
 }
 
 #[tokio::test]
