@@ -27,6 +27,9 @@ STREAMS_A_CLIENT = 8
 """Streams that a client asks for before another client takes its place."""
 ASK_AGAIN_S = 0.1
 """Pause of a caller whose request was not accepted."""
+_OWN_CONNECTIONS = [("grpc.use_local_subchannel_pool", 1)]
+"""As if each client were a process. Else the channels of one process share their connections, and
+a new client takes the one that is open: once a router was lost, it would get nobody any more."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Traffic:
         while not self._stopped:
             # A connection stays with the router that it found. New clients come all the time,
             # so that a router that is back gets its share.
-            async with kvmesh.AsyncClient(target) as client:
+            async with kvmesh.AsyncClient(target, options=_OWN_CONNECTIONS) as client:
                 for _ in range(STREAMS_A_CLIENT):
                     if not self._stopped:
                         await self._ask(client, rng)
