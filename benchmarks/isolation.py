@@ -17,11 +17,11 @@ documents of one core that does nothing else, measured in the same run. A phase 
 others used more than a tenth of the machine is repeated, and counted.
 
     python benchmarks/isolation.py [--quick] [--json FILE] [--out FOLDER] [--only a,d]
-                                   [--second-table] [--chunk TOKENS]
+                                   [--second-table [alone]] [--chunk TOKENS]
 
 --out gets isolation.png (needs matplotlib), isolation.html and isolation.json (every token's time).
 --quick: (a) and (d), documents of 1,000 tokens, one short phase of each kind; not evidence.
---second-table: two documents in flight, (d) and (e).
+--second-table: two documents in flight, (d) and (e); alone: nothing else.
 """
 
 from __future__ import annotations
@@ -223,7 +223,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for plots and raw data")
     parser.add_argument("--quick", action="store_true", help="a minute or two; not evidence")
     parser.add_argument("--only", default="", help="some of a,b,c,d,e")
-    parser.add_argument("--second-table", action="store_true", help="two documents in flight")
+    parser.add_argument(
+        "--second-table", nargs="?", const="too", choices=("too", "alone"),
+        help="two documents in flight; alone: without the tables of one",
+    )  # fmt: skip
     parser.add_argument("--chunk", type=int, help="chunks of (b), instead of trying some")
     parser.add_argument("--rounds", type=int, help="of two phases each")
     parser.add_argument("--alone-s", type=float, help="length of a phase alone")
@@ -259,14 +262,15 @@ def main() -> None:
     note += f"documents of {plan.document_tokens} tokens; {os.cpu_count()} cores"
     if plan != FULL or options.only or options.chunk:
         note += "; not evidence: less than the whole"
+    first = [] if options.second_table == "alone" else keys
 
     core, busy = core_alone(plan)
     say(f"R = {60 * core.documents_per_s:.2f} documents a minute")
     chunk, sweep = options.chunk or 64, []
-    if "b" in keys and not options.chunk:
+    if "b" in first and not options.chunk:
         chunk, sweep = best_chunk(plan)
     known = arrangements(chunk)
-    found = [measure(known[key], plan) for key in keys]
+    found = [measure(known[key], plan) for key in first]
 
     tables: dict[str, tuple[Sequence[str], list[list[object]]]] = {}
     if sweep:
@@ -330,6 +334,7 @@ def main() -> None:
     if busy or any(phase.others_share > BUSY_LIMIT for phase in phases):
         note += "; not evidence: others used the machine"
     print(note)
+    tables = {caption: (head, lines) for caption, (head, lines) in tables.items() if lines}
     for caption, (head, lines) in tables.items():
         print_table(caption, head, lines)
     if options.out:
