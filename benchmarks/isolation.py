@@ -19,7 +19,8 @@ others used more than a tenth of the machine is repeated, and counted.
     python benchmarks/isolation.py [--quick] [--json FILE] [--out FOLDER] [--only a,d]
                                    [--second-table [alone]] [--chunk TOKENS]
 
---out gets isolation.png (needs matplotlib), isolation.html and isolation.json (every token's time).
+--out gets isolation.png (needs matplotlib), isolation.html and isolation.json (every token's time);
+unless set it is the folder beside --json with its name.
 --quick: (a) and (d), documents of 1,000 tokens, one short phase of each kind; not evidence.
 --second-table: two documents in flight, (d) and (e); alone: nothing else.
 """
@@ -337,13 +338,13 @@ def main() -> None:
     tables = {caption: (head, lines) for caption, (head, lines) in tables.items() if lines}
     for caption, (head, lines) in tables.items():
         print_table(caption, head, lines)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        if not write_png(options.out / "isolation.png", found + two):
+    if out := options.out or (options.json and options.json.with_suffix("")):
+        out.mkdir(parents=True, exist_ok=True)
+        if not write_png(out / "isolation.png", found + two):
             say("no PNG: matplotlib is not installed (requirements/bench.txt)")
-        write_html(options.out / "isolation.html", note, found + two, tables)
+        write_html(out / "isolation.html", note, found + two, tables)
         raw = {one.key: one for one in found} | {f"{one.key}, two documents": one for one in two}
-        write_raw(options.out / "isolation.json", note, raw, core=vars(core))
+        write_raw(out / "isolation.json", note, raw, core=vars(core))
     if options.json:
         write_json(options.json, figures, quick=options.quick, note=note)
 
