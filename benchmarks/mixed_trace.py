@@ -4,9 +4,9 @@ The Azure traces of code (long prompts, short answers; class standard) and of co
 interactive) are replayed together, with arrivals scaled to a rate, live: etcd, a router, sim
 workers with the step times of an 8B model on an H100 at half its speed, and the compiled load
 client of the testkit. Each policy has a cluster of its own and gets the same requests (900 from
-where both traces flow, four in ten of them code) at rising rates, until too few interactive ones
-are within their targets: first token within 1 s, 50 ms between tokens in the mean. The walk begins
-below the rate that the simulator predicts for the policy. The baselines are the router's fixed
+where both traces flow, four in ten of them code) at one rate after the other, from that on which the
+simulator predicts for it: up while enough interactive ones are within their targets (first token
+within 1 s, 50 ms between tokens in the mean), or down until they are. The baselines are the router's fixed
 policies (`--policy`), each twice: in our queue, with its order (what placement alone is worth), and
 first come, first served, sent on at once (`:arrival`; what routers with that policy do, so this is
 the whole).
@@ -62,14 +62,12 @@ PROFILE = f"profile=h100-8b,speed={SPEED}"
 POOL_TOKENS = 200_000
 SERVED = 0.9
 STOP_BELOW = 0.8
-"""Share of the interactive requests under which no higher rate is tried."""
+"""Share of the interactive requests under which no higher rate is tried of those given."""
 CPU_LIMIT = 0.5
 LATE_LIMIT_MS = 5.0
 MOST_REPEATS = 2
 GRACE_S = 30.0
 LEAST_RATE, RATE_STEP, MOST_RATE = 1.0, 1.12, 60.0
-BEFORE = 0.75
-"""Where a live walk begins: this share of the rate that the simulator predicts."""
 SKIPPED = 1_650
 """Requests before those that are replayed: code comes sparsely there."""
 WARM_UP = 0.2
@@ -270,20 +268,38 @@ def walk(
     return found
 
 
+def bracket(
+    policy: str, arrivals: Sequence[Arrival], plan: Plan, first: float,
+    run_at: Callable[[float, Sequence[Arrival]], Run],
+) -> Walk:  # fmt: skip
+    """A policy at rates around one, until two that follow each other have its knee between."""
+    runs: dict[float, Run] = {}
+    rate, up = first, None
+    while LEAST_RATE <= rate <= MOST_RATE:
+        run = runs[rate] = run_at(rate, at_rate(arrivals, rate, plan.requests))
+        enough = run.share("interactive") >= SERVED
+        say(f"{policy} at {rate:g}/s: {run.share('interactive'):.1%} interactive in time")
+        up = enough if up is None else up
+        if enough != up or run.void:
+            break
+        rate = round(rate * (RATE_STEP if up else 1 / RATE_STEP), 2)
+    return Walk(policy, [runs[rate] for rate in sorted(runs)])
+
+
 def live(
     testkit: Path, policy: str, workers: Sequence[str], arrivals: Sequence[Arrival], plan: Plan
 ) -> Walk:
     """A policy on a cluster of its own."""
-    first = LEAST_RATE
+    predicted = LEAST_RATE
     if not plan.rates:
-        predicted, _ = simulated(policy, workers, arrivals, plan).knee()
-        first = max(LEAST_RATE, BEFORE * predicted)
+        predicted = max(LEAST_RATE, round(simulated(policy, workers, arrivals, plan).knee()[0], 2))
+    steps = walk if plan.rates else bracket
     with serving(policy, workers) as cluster:
-        return walk(
+        return steps(
             policy,
             arrivals,
             plan,
-            first,
+            predicted,
             lambda rate, scaled: bring(testkit, cluster, policy, rate, scaled, plan),
         )
 

@@ -152,6 +152,29 @@ def test_a_policys_rate_is_read_between_two_runs_and_void_ones_do_not_count(root
     ]  # fmt: skip
 
 
+def test_a_policys_rate_is_looked_for_around_the_one_predicted(root):
+    code = """
+        from mixed_trace import Plan, Run, bracket
+        from trace_rows import Arrival
+        plan = Plan([], [], 1)
+        def knee(true, first):
+            asked = []
+            def run_at(rate, arrivals):
+                asked.append(rate)
+                good = 95 if rate < true else 40
+                one = {"class": "interactive", "requests": 100, "good": good}
+                return Run("p", rate, {"classes": [one], "own_cpu": 0, "late_ms": {"max": 0}}, 0, 0)
+            found = bracket("p", [Arrival(0, 1, 1)], plan, first, run_at).knee()
+            return len(asked), min(asked) < found[0] < max(asked), asked[0] == first
+        print(knee(10.5, 10), knee(9.5, 10), knee(14, 10), knee(7, 10))
+    """
+    done = run(root, "-c", dedent(code))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[0] == (
+        "(2, True, True) (2, True, True) (4, True, True) (5, True, True)"
+    )
+
+
 def test_a_mixed_load_is_compared_in_the_simulator_too(root, tmp_path):
     for name, prompt in (("conv", 300), ("code", 1_500)):
         azure_rows(tmp_path / f"azure_{name}_2023_part1.csv", 1_200, prompt)
