@@ -4,12 +4,12 @@ The Azure traces of code (long prompts, short answers; class standard) and of co
 interactive) are replayed together, with arrivals scaled to a rate, live: etcd, a router, sim
 workers with the step times of an 8B model on an H100 at half its speed, and the compiled load
 client of the testkit. Each policy has a cluster of its own and gets the same requests (900 from
-where both traces flow, four in ten of them code) at one rate after the other, from that on which the
-simulator predicts for it: up while enough interactive ones are within their targets (first token
-within 1 s, 50 ms between tokens in the mean), or down until they are. The baselines are the router's fixed
-policies (`--policy`), each twice: in our queue, with its order (what placement alone is worth), and
-first come, first served, sent on at once (`:arrival`; what routers with that policy do, so this is
-the whole).
+where both traces flow, four in ten of them code) at one rate after the other, from that on which
+the simulator predicts for it: up while enough interactive ones are within their targets (first
+token within 1 s, 50 ms between tokens in the mean), or down until they are. The baselines are the
+router's fixed policies (`--policy`), each twice: in our queue, with its order (what placement alone
+is worth), and first come, first served, sent on at once (`:arrival`; what routers with that policy
+do, so this is the whole).
 
 The traces have no prefixes; made-up ones are as in the simulator (docs/simulator.md), other ones
 at each rate. The first fifth of each run warms up and does not count. A run is void, and made

@@ -156,7 +156,8 @@ def test_a_policys_rate_is_looked_for_around_the_one_predicted(root):
     code = """
         from mixed_trace import Plan, Run, bracket
         from trace_rows import Arrival
-        plan = Plan([], [], 1)
+        plan = Plan([], [], 2)
+        rows = [Arrival(1_000 * n, 1, 1) for n in range(9)]
         def knee(true, first):
             asked = []
             def run_at(rate, arrivals):
@@ -164,7 +165,7 @@ def test_a_policys_rate_is_looked_for_around_the_one_predicted(root):
                 good = 95 if rate < true else 40
                 one = {"class": "interactive", "requests": 100, "good": good}
                 return Run("p", rate, {"classes": [one], "own_cpu": 0, "late_ms": {"max": 0}}, 0, 0)
-            found = bracket("p", [Arrival(0, 1, 1)], plan, first, run_at).knee()
+            found = bracket("p", rows, plan, first, run_at).knee()
             return len(asked), min(asked) < found[0] < max(asked), asked[0] == first
         print(knee(10.5, 10), knee(9.5, 10), knee(14, 10), knee(7, 10))
     """

@@ -266,14 +266,13 @@ impl Parts {
             None => None,
         };
         let etcd = registry.as_ref().map(Registry::status);
-        let watch = registry.as_ref().map(Registry::watch_workers);
         let reflection = Reflection::new()?;
         let dialer = dialer(settings)?;
         let mesh = MeshSettings {
             dialer: dialer.clone(),
             ..settings.mesh(router_id.clone(), incarnation)
         };
-        let mesh = Mesh::start(mesh, watch);
+        let mesh = Mesh::start(mesh, registry.as_ref());
         let (spans, exporter) = Spans::start(settings, &router_id, &telemetry)?.unzip();
         let shared = Arc::new(Shared {
             door: Door::new(settings, Arc::clone(&mesh), Arc::clone(&telemetry)),

@@ -62,6 +62,9 @@ pub enum RegistryError {
     /// The lease ended before the key was written.
     #[error("the lease ended before the key was written")]
     LeaseLost,
+    /// Others wrote each time that this was to be written after a look.
+    #[error("others wrote {0} at the same time, again and again")]
+    Contended(&'static str),
     /// A watch ended; a new one starts with a list.
     #[error("the watch broke: {0}")]
     WatchBroken(#[from] WatchBreak),

@@ -5,6 +5,7 @@
 pub(crate) struct Keys {
     workers: String,
     routers: String,
+    changes: String,
 }
 
 impl Keys {
@@ -12,6 +13,7 @@ impl Keys {
         Self {
             workers: format!("kvmesh/v1/{cluster}/workers/"),
             routers: format!("kvmesh/v1/{cluster}/routers/"),
+            changes: format!("kvmesh/v1/{cluster}/changes/"),
         }
     }
 
@@ -25,8 +27,17 @@ impl Keys {
         &self.routers
     }
 
+    /// Prefix of all changes of workers, with its closing slash.
+    pub(crate) fn changes(&self) -> &str {
+        &self.changes
+    }
+
     pub(crate) fn worker(&self, id: &str) -> String {
         format!("{}{id}", self.workers)
+    }
+
+    pub(crate) fn change(&self, worker: &str) -> String {
+        format!("{}{worker}", self.changes)
     }
 
     pub(crate) fn router(&self, id: &str) -> String {

@@ -8,6 +8,7 @@
 //!   under a lease until they are closed.
 //! * [`Registry::watch_workers`] follows the workers of a cluster in a table
 //!   that is exact whenever etcd can be reached.
+//! * [`Registry::changes`] tells routers of each other's changes of workers.
 //! * [`Registry::status`] says whether it can, and since when.
 //!
 //! Keys are those of PROTOCOLS 4, without a leading slash, so that etcd's own
@@ -16,6 +17,7 @@
 
 mod again;
 mod backoff;
+mod changes;
 mod client;
 mod error;
 mod etcd;
@@ -32,6 +34,7 @@ mod watch;
 #[cfg(test)]
 mod tests;
 
+pub use changes::{Announced, Changes, WorkerChange};
 pub use error::{RegistryError, SettingsError, WatchBreak};
 pub use probe::{GetInfoProbe, Probe};
 pub use record::{RecordError, RouterRecord, worker_from_json, worker_to_json};

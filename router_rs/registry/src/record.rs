@@ -150,7 +150,7 @@ fn check_address(id: &str, field: &'static str, value: &str) -> Result<(), Recor
     })
 }
 
-fn unreadable(key: &str, error: serde_json::Error) -> RecordError {
+pub(crate) fn unreadable(key: &str, error: serde_json::Error) -> RecordError {
     RecordError::Unreadable {
         key: key.to_owned(),
         reason: error.to_string(),

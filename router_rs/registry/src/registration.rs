@@ -349,6 +349,7 @@ impl Holder {
             target: target.into(),
             key: self.entry.key.as_bytes().to_vec(),
             target_union: Some(value),
+            ..Compare::default()
         };
         let put = PutRequest {
             key: self.entry.key.as_bytes().to_vec(),

@@ -6,6 +6,7 @@ use kvmesh_wire::v1::WorkerRecord;
 use tokio::sync::watch::Receiver;
 
 use crate::{
+    changes::Changes,
     client::Client,
     error::{RegistryError, SettingsError},
     keys::Keys,
@@ -85,6 +86,12 @@ impl Registry {
             RouterRecord::from_json(std::str::from_utf8(id).ok()?, &kv.value).ok()
         });
         Ok(routers.collect())
+    }
+
+    /// Changes of workers that the routers of the cluster are about to ask for.
+    #[must_use]
+    pub fn changes(&self) -> Changes {
+        Changes::new(Arc::clone(&self.client), Arc::clone(&self.keys))
     }
 
     /// Whether etcd can be reached, and every change of that.

@@ -1,8 +1,8 @@
 //! Roles and drains that workers were asked for, and whose loads do not say so yet.
 //!
 //! Whether a change would leave a role empty is looked at and noted in one go, so that of
-//! two at once the second counts the first. A worker that is asked to change does a stage
-//! only where it does so before and after.
+//! two at once the second counts the first; with a registry also of two at two routers. A
+//! worker that is asked to change does a stage only where it does so before and after.
 
 use std::{
     collections::BTreeMap,
@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use kvmesh_registry::{Announced, WorkerChange};
 use kvmesh_session::WorkerIndex;
 use kvmesh_wire::v1::Role;
 
@@ -98,7 +99,7 @@ impl Core {
         changes
             .of
             .retain(|_, change| change.until.is_none_or(|until| now < until));
-        if !force && self.would_empty(worker, becomes, &changes) {
+        if !force && self.would_empty(worker, becomes, &changes, &[]) {
             return Err(MeshError::EmptiesRole);
         }
         changes.next += 1;
@@ -118,9 +119,54 @@ impl Core {
         })
     }
 
+    /// Tells the other routers of a change, and counts theirs. Without a registry, or where
+    /// it does not answer, what this router knows has to do.
+    ///
+    /// # Errors
+    /// [`MeshError::EmptiesRole`] as [`Core::ask_of`].
+    pub(super) async fn announce(
+        &self,
+        worker: &WorkerEntry,
+        becomes: Option<Role>,
+        force: bool,
+    ) -> Result<Option<Announced>, MeshError> {
+        let Some(changes) = &self.changes else {
+            return Ok(None);
+        };
+        let change = WorkerChange {
+            worker_id: worker.name(),
+            incarnation: incarnation(worker),
+            becomes,
+        };
+        let agrees = |others: &[WorkerChange]| {
+            let empties = || {
+                let asked = lock(&self.asked.changes);
+                self.would_empty(worker, becomes, &asked, others)
+            };
+            match !force && empties() {
+                true => Err(MeshError::EmptiesRole),
+                false => Ok(()),
+            }
+        };
+        match changes.announce(&change, agrees).await {
+            Ok(agreed) => agreed.map(Some),
+            Err(error) => {
+                let worker = &change.worker_id;
+                tracing::warn!(worker, %error, "a change that other routers do not know of");
+                Ok(None)
+            }
+        }
+    }
+
     /// Whether a role that is served now would not be, were this worker gone
     /// or of another role.
-    fn would_empty(&self, worker: &WorkerEntry, becomes: Option<Role>, asked: &Changes) -> bool {
+    fn would_empty(
+        &self,
+        worker: &WorkerEntry,
+        becomes: Option<Role>,
+        asked: &Changes,
+        elsewhere: &[WorkerChange],
+    ) -> bool {
         let model = |entry: &WorkerEntry| entry.record().and_then(|r| r.model).map(|m| m.name);
         let own = model(worker);
         let (before, draining) = worker.role();
@@ -134,11 +180,19 @@ impl Core {
         };
         let stays = |entry: &WorkerEntry, stage| {
             let (role, draining) = entry.role();
-            let change = asked.of.get(&entry.index);
-            let change = change.filter(|change| change.incarnation == incarnation(entry));
-            let after =
-                change.is_none_or(|change| change.becomes.is_some_and(|to| does(to, stage)));
-            !draining && does(role, stage) && after
+            let (name, process) = (entry.name(), incarnation(entry));
+            let here = asked.of.get(&entry.index);
+            let here = here.filter(|change| change.incarnation == process);
+            let there = elsewhere
+                .iter()
+                .find(|change| change.worker_id == name && change.incarnation == process);
+            let after = [
+                here.map(|change| change.becomes),
+                there.map(|change| change.becomes),
+            ];
+            let mut after = after.into_iter().flatten();
+            let does_after = after.all(|becomes| becomes.is_some_and(|to| does(to, stage)));
+            !draining && does(role, stage) && does_after
         };
         [Role::Prefill, Role::Decode].into_iter().any(|stage| {
             let loses = does(before, stage) && !becomes.is_some_and(|role| does(role, stage));

@@ -50,7 +50,7 @@ use std::{
 };
 
 use kvmesh_kv_index::IndexStats;
-use kvmesh_registry::WorkerWatch;
+use kvmesh_registry::{Changes, Registry, WorkerWatch};
 use kvmesh_session::GenerationId;
 use kvmesh_text::TextStream;
 use kvmesh_wire::v1;
@@ -93,6 +93,8 @@ struct Core {
     decisions: Decisions,
     pools: PoolWatch,
     asked: Asked,
+    /// Changes that other routers ask workers for, where there is a registry.
+    changes: Option<Changes>,
     urgent_start: Histogram,
     retries: Retries,
     quarantine: Quarantine,
@@ -234,7 +236,7 @@ impl Mesh {
     /// Starts sessions with the static workers of the settings and with those
     /// of the registry, if one is given. Must be called within a tokio runtime.
     #[must_use]
-    pub fn start(settings: MeshSettings, registry: Option<WorkerWatch>) -> Arc<Self> {
+    pub fn start(settings: MeshSettings, registry: Option<&Registry>) -> Arc<Self> {
         let core = Arc::new(Core {
             table: Table::default(),
             models: Models::default(),
@@ -244,6 +246,7 @@ impl Mesh {
             decisions: Decisions::new(settings.decisions_kept),
             pools: PoolWatch::new(&settings.policy.cost.targets),
             asked: Asked::default(),
+            changes: registry.map(Registry::changes),
             urgent_start: Histogram::default(),
             retries: Retries::default(),
             quarantine: Quarantine::default(),
@@ -262,9 +265,9 @@ impl Mesh {
         for address in &core.settings.workers {
             core.spawn_session(core.table.add_static(address));
         }
-        if let Some(watch) = registry {
+        if let Some(registry) = registry {
             core.table.expects_list();
-            let watch = Arc::new(watch);
+            let watch = Arc::new(registry.watch_workers());
             core.spawn_kept("workers", move |core| core.follow(Arc::clone(&watch)));
         }
         Arc::new(Self { core })

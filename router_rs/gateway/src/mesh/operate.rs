@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use kvmesh_registry::Announced;
 use kvmesh_rpc::v1::worker_client::WorkerClient;
 use kvmesh_trust::Dialled;
 use kvmesh_wire::v1;
@@ -20,13 +21,13 @@ impl Mesh {
         ask: &v1::DrainWorkerRequest,
     ) -> Result<v1::DrainWorkerResponse, MeshError> {
         let worker = self.worker(&ask.worker_id)?;
-        let asking = self.core.ask_of(&worker, None, ask.force)?;
+        let asking = self.asking(&worker, None, ask.force).await?;
         let drain = v1::DrainRequest {
             grace_ms: ask.grace_ms,
             stop: ask.stop,
         };
         let answer = async { Ok(self.client(&worker).await?.drain(drain).await?) }.await;
-        let answer = heard(answer, asking, || {})?;
+        let answer = heard(answer, asking, || {}).await?;
         Ok(v1::DrainWorkerResponse {
             running: answer.into_inner().running,
             staying: self.core.staying(&worker),
@@ -40,12 +41,29 @@ impl Mesh {
     pub async fn set_role(&self, ask: &v1::SetWorkerRoleRequest) -> Result<v1::Role, MeshError> {
         let worker = self.worker(&ask.worker_id)?;
         let role = ask.role();
-        let asking = self.core.ask_of(&worker, Some(role), ask.force)?;
+        let asking = self.asking(&worker, Some(role), ask.force).await?;
         self.core.role_begins(&worker, role);
         let set = v1::SetRoleRequest { role: role.into() };
         let answer = async { Ok(self.client(&worker).await?.set_role(set).await?) }.await;
-        let answer = heard(answer, asking, || self.core.role_refused(&worker))?;
+        let answer = heard(answer, asking, || self.core.role_refused(&worker)).await?;
         Ok(answer.into_inner().role())
+    }
+
+    /// Notes a change before its worker is asked for it, here and for other routers.
+    async fn asking(
+        &self,
+        worker: &WorkerEntry,
+        becomes: Option<v1::Role>,
+        force: bool,
+    ) -> Result<(Asking, Option<Announced>), MeshError> {
+        let asking = self.core.ask_of(worker, becomes, force)?;
+        match self.core.announce(worker, becomes, force).await {
+            Ok(announced) => Ok((asking, announced)),
+            Err(error) => {
+                asking.refused();
+                Err(error)
+            }
+        }
     }
 
     fn worker(&self, id: &str) -> Result<Arc<WorkerEntry>, MeshError> {
@@ -63,14 +81,19 @@ impl Mesh {
 
 /// What a worker answered. Where that says that nothing changes, what was asked for counts
 /// no more; any other error leaves it open.
-fn heard<T>(
+async fn heard<T>(
     answer: Result<T, MeshError>,
-    asking: Asking,
+    (asking, announced): (Asking, Option<Announced>),
     refused: impl FnOnce(),
 ) -> Result<T, MeshError> {
     if answer.as_ref().is_err_and(MeshError::changes_nothing) {
         asking.refused();
         refused();
+        if let Some(announced) = announced
+            && let Err(error) = announced.withdraw().await
+        {
+            tracing::info!(%error, "a change that was refused counts until it lapses");
+        }
     }
     answer
 }

@@ -2,6 +2,7 @@
 //! on a clock.
 #![allow(clippy::unwrap_used)]
 
+mod changes;
 mod register;
 mod survive;
 

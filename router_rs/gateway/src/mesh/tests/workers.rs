@@ -1,5 +1,7 @@
 //! What workers say of themselves, and what is fetched from them.
 
+use kvmesh_testkit::etcd::Etcd;
+
 use super::*;
 
 #[tokio::test]
@@ -84,6 +86,67 @@ async fn of_two_changes_at_once_the_second_counts_the_first() {
         mesh.drain(&forced).await.unwrap();
         mesh.shutdown(Duration::ZERO).await;
     }
+}
+
+/// Two routers in one cluster; each has heard of all workers.
+async fn two_routers(etcd: &Etcd, pool: &[MockWorker]) -> [Arc<Mesh>; 2] {
+    let mut etcd_settings = kvmesh_registry::Settings::new([etcd.endpoint()], "test");
+    etcd_settings.call_timeout = LIMIT;
+    let registry = kvmesh_registry::Registry::new(etcd_settings).unwrap();
+    let all: Vec<&MockWorker> = pool.iter().collect();
+    let routers = ["r1", "r2"].map(|router_id| {
+        let own = MeshSettings {
+            router_id: router_id.to_owned(),
+            ..settings(&all)
+        };
+        Mesh::start(own, Some(&registry))
+    });
+    for mesh in &routers {
+        let told = || mesh.workers().iter().all(|row| row.load.is_some());
+        let live = || mesh.sessions().live == pool.len() as u64;
+        assert!(until(|| live() && told()).await);
+    }
+    routers
+}
+
+#[tokio::test]
+async fn of_two_changes_at_two_routers_the_second_counts_the_first() {
+    let etcd = Etcd::start();
+    for refuses in [false, true] {
+        let pool = [Role::Prefill, Role::Decode, Role::Decode].map(worker);
+        let routers = two_routers(&etcd, &pool).await;
+        for one in &pool {
+            one.faults().set(|plan| plan.old_loads = true);
+        }
+        pool[1]
+            .faults()
+            .set(|plan| plan.refuse_calls_next = u32::from(refuses));
+        let first = routers[0].drain(&drain_of(&pool[1])).await;
+        let second = routers[1].drain(&drain_of(&pool[2])).await;
+        match refuses {
+            true => {
+                // What was not done is of no account.
+                assert!(matches!(first, Err(MeshError::Worker(_))), "{first:?}");
+                second.unwrap();
+            }
+            false => {
+                first.unwrap();
+                assert!(matches!(second, Err(MeshError::EmptiesRole)), "{second:?}");
+            }
+        }
+        for mesh in routers {
+            mesh.shutdown(Duration::ZERO).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_change_is_made_though_the_registry_is_away() {
+    let mut etcd = Etcd::start();
+    let pool = [Role::Prefill, Role::Decode, Role::Decode].map(worker);
+    let [mesh, _other] = two_routers(&etcd, &pool).await;
+    etcd.kill();
+    mesh.drain(&drain_of(&pool[1])).await.unwrap();
 }
 
 #[tokio::test]
