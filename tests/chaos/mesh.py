@@ -16,7 +16,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -76,10 +76,18 @@ def folder_of_run(given: Path | None = None) -> Iterator[Path]:
 class Mesh:
     """Starts and breaks processes; to be used from the main thread, and closed."""
 
-    def __init__(self, folder: Path, engine: Mapping[str, str]) -> None:
-        """`engine`: settings of every worker's simulated engine."""
+    def __init__(
+        self,
+        folder: Path,
+        engine: Mapping[str, str],
+        *,
+        router: Sequence[str] = (),
+        clients: Sequence[str] = (),
+    ) -> None:
+        """`engine`: settings of every worker's simulated engine. `router`: more arguments of every
+        router. `clients`: hosts on which nothing runs yet."""
         self.folder = folder
-        self.network = Network([ETCD, *ROUTERS, *ROLES])
+        self.network = Network([ETCD, *ROUTERS, *ROLES, *clients])
         self.children = Children(folder / "logs", lambda *_: None)
         self.running: dict[str, Child] = {}
         self.sessions: dict[str, FaultProxy] = {}
@@ -87,6 +95,7 @@ class Mesh:
         self.kv: dict[str, FaultProxy] = {}
         """Proxies before the KV ports."""
         self._engine = dict(engine)
+        self._router = tuple(router)
         self._channels: dict[str, grpc.Channel] = {}
         self._stack = ExitStack()
         self._stack.callback(self.children.__exit__, None, None, None)
@@ -100,8 +109,7 @@ class Mesh:
         for name in ROUTERS:
             self.start_router(name)
             # Administration is for callers on the router's own host: a door for us there.
-            door = f"{self._host(name).address}:{ADMIN_PORT}"
-            self._proxy(name, f"127.0.0.1:{ROUTER_PORT}", door)
+            self._proxy(name, f"127.0.0.1:{ROUTER_PORT}", self.door(name))
         started = list(workers)
         for name in started:
             self.start_worker(name)
@@ -128,6 +136,7 @@ class Mesh:
             "--etcd-ttl", "2s",
             "--local-prefill", "without-prefill-workers",
             "--log-format", "json",
+            *self._router,
         )  # fmt: skip
 
     def start_worker(self, name: str) -> None:
@@ -174,6 +183,10 @@ class Mesh:
         """Where clients reach a router."""
         return f"{self._host(router).address}:{ROUTER_PORT}"
 
+    def door(self, router: str) -> str:
+        """Where we are administrators of a router."""
+        return f"{self._host(router).address}:{ADMIN_PORT}"
+
     def target(self, *routers: str) -> str:
         """A client's target: the first of these that answers."""
         return "ipv4:" + ",".join(self.address(name) for name in routers)
@@ -184,7 +197,7 @@ class Mesh:
 
     def table(self, router: str) -> dict[str, admin_pb2.WorkerStatus]:
         """The workers as a router sees them; empty where it does not answer."""
-        stub = admin_pb2_grpc.AdminStub(self._channel(f"{self._host(router).address}:{ADMIN_PORT}"))
+        stub = admin_pb2_grpc.AdminStub(self._channel(self.door(router)))
         try:
             answer = stub.ListWorkers(admin_pb2.ListWorkersRequest(), timeout=2)
         except grpc.RpcError:
