@@ -354,3 +354,54 @@ def test_what_a_storm_costs_is_read_from_all_that_was_asked(root, tmp_path):
     done = run(root, "-c", dedent(code))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["True 1.2 1.2", "1.2 1.0", "3.0 1.0", "2 3"]
+
+
+def test_what_overload_costs_is_read_from_all_that_was_asked(root):
+    code = """
+        import random
+        from overload import CASES, FULL, SHARES
+        from overload_load import Asked, Phase, arrivals, honesty, recovery_s, row, rss_ratio
+        # Of 10/s that can be served: 0.8, ten times and 0.8 again.
+        for keep in CASES.values():
+            for phase in FULL.phases(10.0, keep):
+                print(*(round(phase.rates[name], 3) for name in SHARES), end="; ")
+            print()
+        found = arrivals([Phase(100.0, {"batch": 1.0}), Phase(10.0, {"batch": 80.0})],
+                         random.Random(1))
+        assert found == sorted(found) and 0 < found[0][0] and found[-1][0] < 110
+        early = sum(at < 100 for at, _ in found)
+        print(60 < early < 140, 600 < len(found) - early < 1_000)
+
+        def answered(sent, ms, **more):
+            return Asked("interactive", sent, sent + ms / 1e3, finished=True, **more)
+        def shed(sent, **more):
+            return Asked("interactive", sent, shed=sent + 0.002, told_s=1.0, **more)
+        asked = [answered(at, 100 * (1 + at)) for at in range(4)]
+        asked += [shed(2.5), shed(3.5, returns=True), answered(3.6, 1, returns=True),
+                  Asked("interactive", 3.7, failed="gone"), Asked("batch", 1.0), answered(4, 1)]
+        one = row(asked, "interactive", 0.0, 4.0)
+        print(one.asked, one.answered, one.shed, one.failed, round(one.ttft_p50_ms),
+              round(one.ttft_p95_ms), round(one.refusal_p95_ms, 3))
+        print(row(asked, "standard", 0.0, 4.0).ttft_p50_ms, honesty(asked, 0.0, 4.0),
+              honesty(asked, 0.0, 3.6))
+        print(rss_ratio([(0.0, 50.0), (1.0, 40.0), (2.0, 60.0), (3.0, 45.0)], 2.0))
+
+        # Slow ones up to 3 s after the overload's end at 10, and one that is shed at 14.
+        after = [answered(10 + at / 4, 900 if at < 12 else 129) for at in range(80)]
+        print(recovery_s(after, 100.0, 10.0, 30.0), recovery_s(after, 99.0, 10.0, 30.0),
+              recovery_s([*after, shed(14.0)], 100.0, 10.0, 30.0),
+              recovery_s([*after, Asked("interactive", 15.5)], 100.0, 10.0, 30.0),
+              recovery_s([*after, shed(29.0)], 100.0, 25.5, 30.5),
+              recovery_s(after[:4], 1e6, 10.0, 30.0))
+    """
+    done = run(root, "-c", dedent(code))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "4.0 2.0 2.0; 50.0 25.0 25.0; 4.0 2.0 2.0; ",
+        "4.0 2.0 2.0; 4.0 48.0 48.0; 4.0 2.0 2.0; ",
+        "True True",
+        "6 4 1 1 300 400 2.0",
+        "None (2, 1) (1, 0)",
+        "1.2",
+        "1.0 None 5.0 6.0 None None",
+    ]
