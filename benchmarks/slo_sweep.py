@@ -82,8 +82,6 @@ class Arrangement:
     name: str
     cluster: Cluster
     policy: Policy
-    whole_prompts: bool = False
-    """Engines know no target between tokens."""
 
 
 def strict(name: str, profile: Profile, prefill: int) -> Arrangement:
@@ -97,14 +95,13 @@ def arrangements(profile: Profile, longest: int) -> list[Arrangement]:
     """All of them. `longest`: prompt of the trace, tokens."""
     half = WORKERS // 2
     # Nothing bounds a step but the longest prompt, and nothing stops it.
-    unbounded = {**profile, "saturating_chunk": longest, "layer_preemption": True}
+    whole = {"saturating_chunk": longest, "chunk_tokens": longest, "layer_preemption": True}
+    unbounded = {**profile, **whole}
     return [
         Arrangement("split", Cluster(profile, 0, half, half), Policy("cost")),
         strict("strict", profile, half),
         Arrangement("unified", Cluster(profile, WORKERS), Policy("cost")),
-        Arrangement(
-            "whole", Cluster(unbounded, WORKERS), Policy("least-loaded", queue=FIFO), True
-        ),
+        Arrangement("whole", Cluster(unbounded, WORKERS), Policy("least-loaded", queue=FIFO)),
     ]  # fmt: skip
 
 
@@ -159,22 +156,23 @@ class Sweep:
     arrivals: Sequence[Arrival]
     profile: Profile
     seeds: Sequence[int]
-    _traces: dict[str, TraceFile] = field(default_factory=dict)
+    _trace: TraceFile | None = None
     _unloaded: dict[int, float] = field(default_factory=dict)
 
-    def trace(self, request_class: str) -> TraceFile:
+    @property
+    def trace(self) -> TraceFile:
         """The arrivals as the simulator takes them."""
-        if request_class not in self._traces:
-            lines = json_lines(replace(one, request_class=request_class) for one in self.arrivals)
+        if self._trace is None:
+            known = self.workload.request_class
+            lines = json_lines(replace(one, request_class=known) for one in self.arrivals)
             source = {"format": "simple", "block_tokens": self.workload.block_tokens}
-            self._traces[request_class] = TraceFile(lines, source)
-        return self._traces[request_class]
+            self._trace = TraceFile(lines, source)
+        return self._trace
 
     def run(self, arrangement: Arrangement, speed: float, seed: int) -> Outcome:
-        """One replay, judged by the class of the workload whatever the engines knew of it."""
-        known = "batch" if arrangement.whole_prompts else self.workload.request_class
+        """One replay, judged by the class of the workload."""
         run = replay(
-            self.trace(known), arrangement.cluster, arrangement.policy,
+            self.trace, arrangement.cluster, arrangement.policy,
             speed=speed, seed=seed, rows=True, warm_up=WARM_UP,
         )  # fmt: skip
         ttft, itl, over = [], [], []

@@ -168,7 +168,7 @@ class Driver:
 
     def place(self, prompt, stage=Stage.WHOLE, *, id=None, output=(), hand_off=None, prefix_from=None,
               alone=False, trace=False, deadline_ms=0.0, request_id="", traceparent="",
-              **continuation) -> Attempt:  # fmt: skip
+              received_at=None, **continuation) -> Attempt:  # fmt: skip
         continuation.setdefault("max_tokens", 16)
         continuation = wire.Continuation(
             model="m", prompt_ids=prompt, output_ids=output,
@@ -179,7 +179,8 @@ class Driver:
         self.engine.submit(
             Placement(
                 id=id, router="router", stage=stage, continuation=continuation,
-                received_at=time.monotonic(), hand_off=hand_off, prefix_from=prefix_from,
+                received_at=time.monotonic() if received_at is None else received_at,
+                hand_off=hand_off, prefix_from=prefix_from,
                 alone=alone, trace=trace, request_id=request_id, traceparent=traceparent,
             )
         )  # fmt: skip

@@ -109,7 +109,7 @@ def test_a_sweep_judges_requests_as_the_simulator_does(root):
         arrivals = [Arrival(30.0 * n, 300 + 97 * (n % 90), 10 + n % 40) for n in range(600)]
         sweep = Sweep(Workload("x", "x", "x", "interactive", 16), arrivals, profile, [1])
         for one in arrangements(profile, 9_000)[:3]:
-            theirs = replay(sweep.trace("interactive"), one.cluster, one.policy, speed=1.5,
+            theirs = replay(sweep.trace, one.cluster, one.policy, speed=1.5,
                             seed=1, warm_up=WARM_UP)["summary"]["goodput_share"]
             print(one.name, theirs, sweep.run(one, 1.5, 1).within)
     """

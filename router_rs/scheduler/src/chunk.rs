@@ -16,26 +16,30 @@ pub struct ChunkBounds {
     /// Strictest ITL target of the streams that decode there, ms; infinite
     /// where none has one.
     pub itl_target_ms: f64,
-    /// Longest chunk of an engine that stops only between chunks, ms; infinite
-    /// where it stops between layers.
-    pub preemption_ms: f64,
+    /// Whether the engine can stop a step of prompts alone between its layers.
+    pub layer_preemption: bool,
     /// KV block size: a chunk ends where a block does, in tokens.
     pub block_tokens: u32,
 }
 
-/// Longest chunk that may hold up a more urgent prompt, ms, where an engine
-/// stops only between chunks.
+/// Most that prompts may add to a step which nothing can stop, ms: a more urgent
+/// prompt waits for it, and a stream that joins. The streams' own part of the step
+/// is not counted in it: they would be waited for without prompts, too.
 pub const PREEMPTION_TARGET_MS: f64 = 100.0;
 
 impl ChunkBounds {
     /// Milliseconds that prompts may take of a step beside `decode_ms` of
-    /// decoding; `decodes` says whether anyone decodes.
+    /// decoding; `decodes` says whether anyone decodes. A step that also carries
+    /// streams is stopped by no engine; infinite where one can be stopped.
     pub fn budget_ms(&self, decodes: bool, decode_ms: f64) -> f64 {
-        if !decodes {
-            return self.preemption_ms;
+        if decodes {
+            let target = self.itl_target_ms.max(OWN_STEP_SHARE * decode_ms);
+            PREEMPTION_TARGET_MS.min(target - decode_ms)
+        } else if self.layer_preemption {
+            f64::INFINITY
+        } else {
+            PREEMPTION_TARGET_MS
         }
-        let target = self.itl_target_ms.max(OWN_STEP_SHARE * decode_ms);
-        self.preemption_ms.min(target - decode_ms)
     }
 }
 

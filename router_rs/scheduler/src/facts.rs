@@ -3,7 +3,7 @@
 //! A choice walks over one row a worker, all of them side by side in memory;
 //! names (models, kinds of KV) are numbers there.
 
-use crate::chunk::{ChunkBounds, OWN_STEP_SHARE, PREEMPTION_TARGET_MS, tokens_within};
+use crate::chunk::{ChunkBounds, OWN_STEP_SHARE, tokens_within};
 use crate::deadline::{ClassTargets, Weights};
 use crate::floor::Floors;
 use crate::request::{Class, PerClass};
@@ -263,17 +263,9 @@ fn chunk_there(
     step_ms: f64,
 ) -> (f64, f64) {
     let most = u64::from(worker.step.saturating_chunk.max(1));
-    let layers = worker.abilities.layer_preemption;
-    if batch == 0 && layers {
-        return (most as f64, f64::INFINITY);
-    }
     let bounds = ChunkBounds {
         itl_target_ms: weights.strictest_itl_ms(|class| decoding[class] > 0),
-        preemption_ms: if layers {
-            f64::INFINITY
-        } else {
-            PREEMPTION_TARGET_MS
-        },
+        layer_preemption: worker.abilities.layer_preemption,
         block_tokens: worker.abilities.block_tokens,
     };
     // At the beginning of a prompt: later ones of the same budget are smaller.

@@ -20,9 +20,13 @@ pub struct Profile {
     pub step: Coefficients,
     /// Smallest chunk at which prefill runs at full rate, tokens.
     pub saturating_chunk: u32,
-    /// Whether a chunk can be stopped between layers. If not, chunks fit the
-    /// preemption target.
+    /// Whether a step of prompts alone can be stopped between layers. If not, its
+    /// chunks fit the preemption target, as those beside streams always do.
     pub layer_preemption: bool,
+    /// Tokens of prompts in a step, whatever they take, as of an engine with the
+    /// setting of this name. 0: as many as fit the targets in milliseconds.
+    #[serde(default)]
+    pub chunk_tokens: u32,
     /// KV of a token, bytes.
     pub kv_bytes_per_token: u64,
     /// KV pool of a worker, tokens.

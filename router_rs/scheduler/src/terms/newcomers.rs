@@ -49,7 +49,7 @@ impl Usual {
         let bounds = ChunkBounds {
             itl_target_ms: weights
                 .strictest_itl_ms(|at| worker.usual.streams(Class::ALL[at]) > 0.0),
-            preemption_ms: f64::INFINITY,
+            layer_preemption: worker.abilities.layer_preemption,
             block_tokens: worker.abilities.block_tokens,
         };
         Self {

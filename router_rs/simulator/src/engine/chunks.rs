@@ -1,7 +1,7 @@
 //! How much of which prompt a step computes (SCHEDULING 4).
 
 use super::{EngineSettings, Sequence};
-use kvmesh_scheduler::StepModel;
+use kvmesh_scheduler::{ChunkBounds, StepModel, tokens_within};
 
 /// Tokens at whose multiples chunks end.
 const ALIGN: u32 = 16;
@@ -17,18 +17,23 @@ pub(super) struct Budget {
 impl Budget {
     /// Beside so many streams, whose step alone takes `decode_ms`.
     pub(super) fn new(settings: &EngineSettings, batch: u32, decode_ms: f64, itl_ms: f64) -> Self {
-        let mut ms = if settings.layer_preemption {
-            f64::INFINITY
-        } else {
-            settings.preemption_target_ms
-        };
-        if batch > 0 {
-            ms = ms.min(itl_ms.max(1.5 * decode_ms) - decode_ms);
+        let (model, fixed) = (settings.truth, settings.chunk_tokens);
+        if fixed > 0 {
+            return Self {
+                model,
+                ms: f64::INFINITY,
+                tokens: fixed,
+            };
         }
+        let bounds = ChunkBounds {
+            itl_target_ms: itl_ms,
+            layer_preemption: settings.layer_preemption,
+            block_tokens: ALIGN,
+        };
         Self {
-            model: settings.truth,
-            ms,
-            tokens: settings.truth.saturating_chunk,
+            model,
+            ms: bounds.budget_ms(batch > 0, decode_ms),
+            tokens: model.saturating_chunk,
         }
     }
 
@@ -41,10 +46,10 @@ impl Budget {
     /// first of a step gets at least a unit, whatever the budget.
     pub(super) fn take(&mut self, sequence: &Sequence, first: bool) -> u32 {
         let left = sequence.left_to_compute();
-        let mut fitting = left.min(self.tokens);
-        if self.ms.is_finite() {
-            fitting = fitting.min(self.within(sequence.computed));
-        }
+        let most = u64::from(left.min(self.tokens));
+        // Never more than `most`, which is of 32 bits.
+        let mut fitting =
+            tokens_within(&self.model, self.ms, u64::from(sequence.computed), most) as u32;
         if fitting < left {
             // What a chunk made can be shared where it ends with a unit.
             let end = (sequence.computed + fitting) / ALIGN * ALIGN;
@@ -63,18 +68,42 @@ impl Budget {
             + self.model.c_ms * (tokens * start + tokens * (tokens + 1.0) / 2.0);
         fitting
     }
+}
 
-    /// Most tokens after `start` whose time fits: the larger root of
-    /// `b n + c (n start + n (n + 1) / 2) = ms`.
-    fn within(&self, start: u32) -> u32 {
-        if self.ms <= 0.0 {
-            return 0;
-        }
-        let linear = self.model.b_ms + self.model.c_ms * (f64::from(start) + 0.5);
-        let root = (linear * linear + 2.0 * self.model.c_ms * self.ms).sqrt();
-        if linear + root <= 0.0 {
-            return u32::MAX;
-        }
-        (2.0 * self.ms / (linear + root)) as u32
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::Stage;
+    use kvmesh_scheduler::Class;
+
+    /// Tokens of the first chunk of a prompt of 5,000 beside a stream without a target.
+    fn beside_a_stream(chunk_tokens: u32) -> u32 {
+        let settings = EngineSettings {
+            truth: StepModel {
+                a_ms: 10.0,
+                b_ms: 0.5,
+                c_ms: 0.0,
+                d_ms: 1.0,
+                e_ms: 0.0,
+                relative_error: 0.0,
+                saturating_chunk: 1_024,
+            },
+            pool_units: 1_000,
+            block_tokens: 16,
+            max_batch: 64,
+            layer_preemption: true,
+            chunk_tokens,
+            itl_ms: [50.0, 100.0, f64::INFINITY],
+            routers: 1,
+        };
+        let prompt = Sequence::new(0, 0, Class::Batch, 0.0, Stage::Whole, 5_000, 1, 0.0);
+        Budget::new(&settings, 1, 11.0, f64::INFINITY).take(&prompt, true)
+    }
+
+    #[test]
+    fn beside_streams_a_chunk_fits_the_preemption_target_unless_its_size_is_set() {
+        // The whole units of the 200 tokens that take 100 ms.
+        assert_eq!(beside_a_stream(0), 192);
+        assert_eq!(beside_a_stream(4_096), 4_096);
     }
 }

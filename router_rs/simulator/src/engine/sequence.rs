@@ -15,8 +15,8 @@ pub(crate) struct EngineSettings {
     pub max_batch: u32,
     /// Whether chunks can be stopped between layers.
     pub layer_preemption: bool,
-    /// Longest chunk where they cannot, ms.
-    pub preemption_target_ms: f64,
+    /// Tokens of prompts in a step, whatever they take; 0: as many as fit the targets.
+    pub chunk_tokens: u32,
     /// ITL target by class (interactive, standard, batch), ms.
     pub itl_ms: [f64; 3],
     /// Routers.

@@ -3,6 +3,7 @@
 
 use crate::profile::Profile;
 use crate::trace::Trace;
+use kvmesh_scheduler::ChunkBounds;
 use serde::Serialize;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashSet};
@@ -17,14 +18,14 @@ pub struct Unloaded {
 impl Unloaded {
     /// For workers of a profile.
     pub fn new(profile: &Profile) -> Self {
-        let chunk_ms = if profile.layer_preemption {
-            f64::INFINITY
-        } else {
-            100.0
+        let bounds = ChunkBounds {
+            itl_target_ms: f64::INFINITY,
+            layer_preemption: profile.layer_preemption,
+            block_tokens: 16,
         };
         Self {
             profile: profile.clone(),
-            chunk_ms,
+            chunk_ms: bounds.budget_ms(false, 0.0),
         }
     }
 

@@ -137,7 +137,7 @@ impl<'a> Simulation<'a> {
                 block_tokens: trace.block_tokens,
                 max_batch: settings.profile.max_batch,
                 layer_preemption: settings.profile.layer_preemption,
-                preemption_target_ms: 100.0,
+                chunk_tokens: settings.profile.chunk_tokens,
                 itl_ms: itl_targets(),
                 routers: settings.routers,
             };

@@ -22,6 +22,7 @@ pub(crate) fn profile() -> Profile {
         },
         saturating_chunk: 1024,
         layer_preemption: false,
+        chunk_tokens: 0,
         kv_bytes_per_token: 131_072,
         pool_tokens: 100_000,
         max_batch: 64,

@@ -190,7 +190,8 @@ class PromptQueue:
             return _Budget(model, float("inf"), fixed, self._pool.block_tokens)
         saturating = max(self._pool.block_tokens, model.saturating_chunk)
         budget_ms = float("inf")
-        if not self._settings.behaviour.layer_preemption:
+        if decode.decode_batch or not self._settings.behaviour.layer_preemption:
+            # Nothing can stop such a step.
             budget_ms = self._settings.preemption_target_ms
         if decode.decode_batch:
             step_ms = predict_ms(model, decode)

@@ -33,7 +33,8 @@ class CoreSettings:
     """Tokens of prompts in a step, whatever they take. 0: as many as fit the
     targets in milliseconds."""
     preemption_target_ms: float = 100.0
-    """Longest chunk of an engine that stops only between chunks, milliseconds."""
+    """Most that prompts may add to a step that nothing can stop, milliseconds: one
+    with decoding streams, and any of an engine that stops only between chunks."""
     alone_tokens: int = ALONE_TOKENS
     """New tokens after which a suspect shares its steps again (DESIGN 5)."""
     huge_pages: bool = True

@@ -2,7 +2,8 @@
 
 A step with prompts and no decoding streams can be held between two layers
 while something more urgent runs to its end: a more urgent prompt, or streams
-whose next token is due. Steps so nest; each counts only its own time.
+whose next token is due. Steps so nest; each counts only its own time. One with
+streams is held by nobody: its prompts fit the preemption target (queue.py).
 """
 
 from __future__ import annotations
@@ -339,15 +340,16 @@ class Steps:
         if not self._settings.behaviour.layer_preemption:
             return True
         begun, ran = self._clock.now(), False
-        while self._is_due(plan):
+        while (due := self._decode_is_due(plan)) or self._is_passed(plan):
             above = plan.priority if not plan.chunks[0].sequence.alone else _URGENT
             inner = self.plan(above)
-            if inner is None:
+            if inner is None or not (inner.chunks or due):
+                # The urgent prompt has no room yet, and no stream's token is due.
                 break
             self.run(inner)
             ran = True
             if not inner.chunks:
-                # The streams had their turn; the urgent prompt has no room yet.
+                # The streams had their turn.
                 break
         # A look that found nothing is part of the step.
         if ran:
@@ -360,13 +362,13 @@ class Steps:
                     )
         return True
 
-    def _is_due(self, plan: Plan) -> bool:
+    def _is_passed(self, plan: Plan) -> bool:
+        """Whether a prompt waits that is more urgent."""
         head = next(
             (s for s in self._loop.queue.waiting if s.key not in self._loop.queue.in_step
              and s.state is not State.FETCHING), None
         )  # fmt: skip
-        more_urgent = head is not None and head.priority < plan.priority and not head.alone
-        return more_urgent or self._decode_is_due(plan)
+        return head is not None and head.priority < plan.priority and not head.alone
 
     def _decode_is_due(self, plan: Plan) -> bool:
         """Whether streams would miss their target if another layer ran first."""
