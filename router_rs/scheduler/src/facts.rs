@@ -80,8 +80,9 @@ pub(crate) struct Facts {
     pub(crate) prefix_pull: bool,
     pub(crate) streamed: bool,
     pub(crate) emits_first: bool,
-    /// A prefill stops between layers for what is more urgent.
-    pub(crate) layers: bool,
+    /// A step of prompts that runs there stops between layers for what is more
+    /// urgent: none that also carries streams does.
+    pub(crate) stops: bool,
     /// Whether prompts wait there.
     pub(crate) waits: bool,
     /// Number of its (digest, pairing): equal ones exchange KV.
@@ -146,7 +147,7 @@ impl Facts {
             prefix_pull: abilities.prefix_pull,
             streamed: abilities.streamed_hand_off,
             emits_first: abilities.prefill_emits_first_token,
-            layers: abilities.layer_preemption,
+            stops: abilities.layer_preemption && batch == 0,
             waits: !worker.prompts.is_empty() || there.waiting_tokens != [0; 3],
             kind: names.kind(&worker.digest, &abilities.pairing),
             host: names.host(&abilities.host),

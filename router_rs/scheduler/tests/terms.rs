@@ -153,6 +153,10 @@ fn a_running_step_is_waited_for_unless_layers_let_a_more_urgent_one_in() {
     let patient = request(&none, 1);
     Arc::make_mut(&mut worker.abilities).layer_preemption = true;
     assert!(whole(&worker, &patient).wait_ms > 2_000.0);
+    // Nor is one stopped that also carries a stream.
+    worker.load.own.decoding = 1;
+    worker.load.own.classes.decoding[Class::Batch.index()] = 1;
+    assert_eq!(whole(&worker, &urgent).wait_ms, 300.0);
 }
 
 #[test]

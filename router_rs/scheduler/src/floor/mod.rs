@@ -127,7 +127,7 @@ impl Row {
             host: f64::from(facts.host),
             pulls: f64::from(facts.prefix_pull),
             step_ends_ms: facts.step_ends_ms,
-            step_most_ms: if facts.layers {
+            step_most_ms: if facts.stops {
                 facts.step_ms
             } else {
                 f64::INFINITY

@@ -6,10 +6,10 @@ use crate::facts::{Chunks, Facts};
 use crate::transfer::TransferRate;
 
 /// Until a new prompt starts: the running step, and the prompts before it. A
-/// step that computes prompts less urgent than all of this one's is stopped at
-/// the next layer, where the engine can: a decode step is left to end.
+/// step that computes prompts alone, less urgent than all of this one's, is stopped
+/// at the next layer, where the engine can: one with streams is left to end.
 pub(crate) fn wait_ms(facts: &Facts, line: &Line, now_ms: f64) -> f64 {
-    let stops = facts.layers && line.ahead_ms == 0.0 && line.behind_ms > 0.0;
+    let stops = facts.stops && line.ahead_ms == 0.0 && line.behind_ms > 0.0;
     let left_ms = (facts.step_ends_ms - now_ms).max(0.0);
     let running = if stops {
         left_ms.min(facts.step_ms)
