@@ -52,7 +52,9 @@ from isolation_clusters import (
     Arrangement,
     Cluster,
     arrangements,
+    flips_of,
     has_planner,
+    roles_of,
     serving,
     unified,
 )
@@ -134,6 +136,7 @@ def core_alone(plan: Plan) -> tuple[Core, bool]:
 def run_phase(cluster: Cluster, plan: Plan, seconds: float, seed: str, documents: int) -> Phase:
     """One phase, run again while others use the machine."""
     turns = arrivals(seconds, seed, plan.alone_s)
+    before = len(flips_of(cluster) or [])
 
     async def once() -> Phase:
         async with AsyncClient(cluster.endpoints[0]) as client:
@@ -149,6 +152,9 @@ def run_phase(cluster: Cluster, plan: Plan, seconds: float, seed: str, documents
         cluster.assert_alive()
         if phase.others_share <= BUSY_LIMIT:
             break
+    flips = flips_of(cluster)
+    phase.flips = None if flips is None else flips[before:]
+    phase.roles = roles_of(cluster)
     return phase
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "e2e")
 from cluster import Cluster
 
 from kvmesh.cli.commands import COMMANDS
+from kvmesh.roles import role_name
 
 MODEL_CONTEXT = 8_192
 """A fixed chunk of this many tokens is no chunk at all."""
@@ -74,6 +76,22 @@ def has_planner() -> bool:
     return "planner" in COMMANDS
 
 
+_PLANNER = "planner"
+_FLIP = re.compile(r"; flips (\S+ from \w+ to \w+)")
+
+
+def flips_of(cluster: Cluster) -> list[str] | None:
+    """What a planner flipped so far, by what it printed: `d from decode to both`."""
+    log = cluster.folder / "logs" / f"{_PLANNER}.log"
+    return _FLIP.findall(log.read_text()) if log.exists() else None
+
+
+def roles_of(cluster: Cluster) -> dict[str, str]:
+    """The roles that workers have now."""
+    table = cluster.table(cluster.endpoints[0])
+    return {name: role_name(worker.load.role) for name, worker in sorted(table.items())}
+
+
 @contextlib.contextmanager
 def serving(arrangement: Arrangement, extra_router: tuple[str, ...] = ()) -> Iterator[Cluster]:
     """A cluster of an arrangement that serves. Router and etcd may use both cores."""
@@ -100,7 +118,7 @@ def serving(arrangement: Arrangement, extra_router: tuple[str, ...] = ()) -> Ite
         cluster.wait_live(endpoint, *names)
         if arrangement.planner:
             cluster.children.spawn(
-                "planner",
+                _PLANNER,
                 [sys.executable, "-m", "kvmesh.cli", "planner", "--apply", "--endpoint", endpoint],
             )
         yield cluster

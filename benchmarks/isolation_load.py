@@ -84,6 +84,10 @@ class Phase:
     """Share of the machine that others used."""
     repeats: int = 0
     """Runs of this phase that were thrown away since others used too much."""
+    roles: dict[str, str] = field(default_factory=dict)
+    """Of the workers, at its end."""
+    flips: list[str] | None = None
+    """What a planner made of it and of the runs thrown away, in order; None: there was none."""
 
     @property
     def answered(self) -> list[Answer]:
@@ -119,7 +123,7 @@ class Phase:
         return {
             **{name: getattr(self, name) for name in (
                 "seconds", "took_s", "documents_in_flight", "extra_conversations",
-                "others_share", "repeats",
+                "others_share", "repeats", "roles", "flips",
             )},
             "turns": [turn.plain() for turn in self.turns],
             "documents": [document.plain() for document in self.documents],

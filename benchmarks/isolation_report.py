@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -36,6 +37,18 @@ class Measured:
     def phases(self) -> list[Phase]:
         """In order of time."""
         return sorted(self.alone + self.storm, key=lambda phase: phase.began_s)
+
+    @property
+    def flips(self) -> int | None:
+        """How many a planner made; None: there was none."""
+        counted = [len(phase.flips) for phase in self.phases if phase.flips is not None]
+        return sum(counted) if counted else None
+
+    @property
+    def roles(self) -> str:
+        """At the ends of phases, by how many ended so."""
+        ends = Counter("+".join(phase.roles.values()) for phase in self.phases)
+        return ", ".join(f"{roles} x{count}" for roles, count in ends.items() if roles)
 
     @property
     def documents(self) -> list[Answer]:
@@ -134,7 +147,7 @@ def _by_company(phases: Sequence[Phase]) -> dict[int, list[float]]:
 
 DOCUMENT_HEAD = (
     "", "arrangement", "documents", "TTFT p50 s", "slowest s", "a minute", "share of R",
-    "tokens/s", "repeated", "others %",
+    "tokens/s", "repeated", "others %", "flips", "roles at the ends of phases",
 )  # fmt: skip
 
 
@@ -148,6 +161,7 @@ def document_row(measured: Measured, rate_alone: float) -> list[object]:
         60 * measured.documents_per_s, measured.documents_per_s / rate_alone,
         measured.tokens_per_s(), sum(phase.repeats for phase in measured.phases),
         100 * max((phase.others_share for phase in measured.phases), default=0.0),
+        measured.flips, measured.roles,
     ]  # fmt: skip
 
 
@@ -201,12 +215,17 @@ def document_s(measured: Measured) -> list[float]:
 
 
 def winners(all_measured: Sequence[Measured]) -> list[list[object]]:
-    """Which arrangement is best by each column, in the storm."""
+    """Which arrangement is best by each column, in the storm; of a p99, of those that have one."""
+
+    def itl_p99(one: Measured) -> float:
+        gaps = itl(one.storm)
+        return quantile(gaps, 0.99) if len(gaps) >= ENOUGH_FOR_P99 else float("nan")
+
     columns: list[tuple[str, Callable[[Measured], float], bool]] = [
         ("chat TTFT p95, ms", lambda one: quantile(ttft(one.storm), 0.95), False),
         ("chat ITL p50, ms", lambda one: quantile(itl(one.storm), 0.5), False),
         ("chat ITL p95, ms", lambda one: quantile(itl(one.storm), 0.95), False),
-        ("chat ITL p99, ms", lambda one: quantile(itl(one.storm), 0.99), False),
+        ("chat ITL p99, ms", itl_p99, False),
         ("second token p95, ms", lambda one: quantile(second(one.storm), 0.95), False),
         ("document TTFT p50, s", lambda one: quantile(document_ttft(one), 0.5), False),
         ("slowest document, s", lambda one: max(document_s(one), default=float("nan")), False),
@@ -252,7 +271,8 @@ def write_png(path: Path, all_measured: Sequence[Measured]) -> bool:
         points, storms = _points(measured)
         for begin, end in storms:
             plot.axvspan(begin, end, color="#d55e00", alpha=0.15, linewidth=0)
-        plot.scatter(*zip(*points, strict=True), s=3, color="#0072b2", linewidths=0)
+        times, gaps = zip(*points, strict=True) if points else ((), ())
+        plot.scatter(times, gaps, s=3, color="#0072b2", linewidths=0)
         plot.set_yscale("log")
         plot.set_ylabel("ms")
         plot.set_title(f"({measured.key}) {measured.title}", fontsize=9, loc="left")
