@@ -347,8 +347,9 @@ impl Door {
                 self.text.tokenize(model, prompt, "prompt").await
             }
             Some(Input::Chat(chat)) => {
+                let bytes = chat.encoded_len();
                 let chat = validate::chat(chat).map_err(|error| (Step::Validate, error))?;
-                self.text.chat(model, chat).await
+                self.text.chat(model, chat, bytes).await
             }
         };
         self.telemetry.tokenized(began.elapsed());

@@ -1,4 +1,8 @@
 //! Text work off the serving threads: bounded, and ended with its client.
+//!
+//! All models and classes share the threads. Long texts never have the last of
+//! several, so a short one waits for other short ones only; with one thread,
+//! for one long text besides.
 
 use std::{
     sync::{
@@ -9,15 +13,26 @@ use std::{
 };
 
 use kvmesh_text::{Chat, EncodeError, ModelText, TemplateError, UnixSeconds};
-use tokio::{sync::Semaphore, task};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    task,
+};
 
 use super::Refused;
 use crate::{error::RequestError, mesh::ServedModel, telemetry::Step};
+
+/// Texts from here on are long: some 30,000 tokens, of which each takes a
+/// thread for milliseconds, and the longest ones for much more.
+const LONG_BYTES: usize = 128 << 10;
 
 /// Where long texts are worked on.
 pub(crate) struct TextPool {
     inline_bytes: usize,
     threads: Arc<Semaphore>,
+    /// What a long text takes first: one of these less than there are threads,
+    /// where there are several. It waits for a thread like all others then, so
+    /// short ones do not keep it out.
+    long: Arc<Semaphore>,
 }
 
 /// Raises the flag when its owner is dropped: work for a client that has gone
@@ -35,6 +50,7 @@ impl TextPool {
         Self {
             inline_bytes,
             threads: Arc::new(Semaphore::new(threads)),
+            long: Arc::new(Semaphore::new(threads.saturating_sub(1).max(1))),
         }
     }
 
@@ -45,18 +61,27 @@ impl TextPool {
         bytes: usize,
         work: impl FnOnce(&AtomicBool) -> Result<T, RequestError> + Send + 'static,
     ) -> Result<T, RequestError> {
-        let flag = Arc::new(AtomicBool::new(false));
         if bytes < self.inline_bytes {
-            return work(&flag);
+            return work(&AtomicBool::new(false));
         }
-        let permit = Arc::clone(&self.threads)
-            .acquire_owned()
-            .await
-            .map_err(|_| RequestError::Cancelled)?;
+        self.on_thread(bytes, work).await
+    }
+
+    async fn on_thread<T: Send + 'static>(
+        &self,
+        bytes: usize,
+        work: impl FnOnce(&AtomicBool) -> Result<T, RequestError> + Send + 'static,
+    ) -> Result<T, RequestError> {
+        let long = match bytes < LONG_BYTES {
+            true => None,
+            false => Some(permit(&self.long).await?),
+        };
+        let permits = (permit(&self.threads).await?, long);
+        let flag = Arc::new(AtomicBool::new(false));
         let interrupt = Interrupt(Arc::clone(&flag));
         let done = task::spawn_blocking(move || {
             let result = work(&flag);
-            drop(permit);
+            drop(permits);
             result
         })
         .await
@@ -86,36 +111,52 @@ impl TextPool {
         .map_err(|error| (Step::Tokenize, error))
     }
 
-    /// Token ids of a conversation. Always on a thread: a template is a
-    /// program, and what it takes is not known before.
+    /// Token ids of a conversation that came in a message of so many bytes.
+    /// Always on a thread: a template is a program, and what it takes is not
+    /// known before. What it makes a long text of is rendered again among the
+    /// long ones: kept meanwhile, such texts would be memory without a bound.
     pub(crate) async fn chat(
         &self,
         model: &Arc<ServedModel>,
         chat: Chat,
+        mut bytes: usize,
     ) -> Result<Vec<u32>, Refused> {
         if !model.text.has_chat_template() {
             return Err((Step::Validate, RequestError::unsupported("chat")));
         }
-        let bytes = chat
-            .messages
-            .iter()
-            .map(|message| message.content.len())
-            .sum();
-        fits(model, bytes, "chat").map_err(|error| (Step::Bound, error))?;
-        let model = Arc::clone(model);
-        let work = move |flag: &AtomicBool| render_and_encode(&model, &chat, flag);
-        let threaded = self.inline_bytes.max(bytes);
-        self.run(threaded, work)
-            .await
-            .map_err(|error| (Step::Tokenize, error))
+        let content = chat.messages.iter().map(|message| message.content.len());
+        fits(model, content.sum(), "chat").map_err(|error| (Step::Bound, error))?;
+        let chat = Arc::new(chat);
+        loop {
+            let (model, chat) = (Arc::clone(model), Arc::clone(&chat));
+            let work = move |flag: &AtomicBool| render_and_encode(&model, &chat, bytes, flag);
+            let done = self.on_thread(bytes, work).await;
+            match done.map_err(|error| (Step::Tokenize, error))? {
+                Rendered::Ids(ids) => return Ok(ids),
+                Rendered::Long(length) => bytes = length,
+            }
+        }
     }
+}
+
+/// What became of a conversation on a text thread.
+enum Rendered {
+    Ids(Vec<u32>),
+    /// Nothing yet: its text has so many bytes, and it had a short one's turn.
+    Long(usize),
+}
+
+async fn permit(of: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, RequestError> {
+    let permit = Arc::clone(of).acquire_owned().await;
+    permit.map_err(|_| RequestError::Cancelled)
 }
 
 fn render_and_encode(
     model: &ServedModel,
     chat: &Chat,
+    taken_for: usize,
     flag: &AtomicBool,
-) -> Result<Vec<u32>, RequestError> {
+) -> Result<Rendered, RequestError> {
     let text: &ModelText = &model.text;
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -126,7 +167,11 @@ fn render_and_encode(
         error => RequestError::Text(error.to_string()),
     })?;
     fits(model, rendered.len(), "chat")?;
-    text.encode_rendered(&rendered, flag).map_err(encode_error)
+    if taken_for < LONG_BYTES && rendered.len() >= LONG_BYTES {
+        return Ok(Rendered::Long(rendered.len()));
+    }
+    let ids = text.encode_rendered(&rendered, flag);
+    ids.map(Rendered::Ids).map_err(encode_error)
 }
 
 /// Refuses by length alone what cannot fit the context, whatever it says.
@@ -150,11 +195,149 @@ fn encode_error(error: EncodeError) -> RequestError {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use std::panic::AssertUnwindSafe;
+    use std::{
+        panic::AssertUnwindSafe,
+        sync::{
+            Barrier, Mutex,
+            atomic::AtomicUsize,
+            mpsc::{Sender, channel},
+        },
+    };
 
-    use futures_util::FutureExt;
+    use futures_util::{FutureExt, future::join_all};
+    use kvmesh_text::{Limits, Message, TextFile};
+    use kvmesh_wire::v1;
 
     use super::*;
+
+    /// Work that takes until the other end is dropped.
+    fn held() -> (
+        Sender<()>,
+        impl FnOnce(&AtomicBool) -> Result<(), RequestError> + Send + 'static,
+    ) {
+        let (hold, gate) = channel();
+        let work = move |_: &AtomicBool| {
+            gate.recv().unwrap_or_default();
+            Ok(())
+        };
+        (hold, work)
+    }
+
+    fn model(template: &str) -> Arc<ServedModel> {
+        let file = |name: &str, bytes: &[u8]| TextFile {
+            name: name.to_owned(),
+            bytes: bytes.to_vec(),
+        };
+        let tokenizer = include_bytes!("../../../text/tests/data/byte_level.json");
+        let files = [
+            file("tokenizer.json", tokenizer),
+            file("chat_template.jinja", template.as_bytes()),
+        ];
+        Arc::new(ServedModel {
+            record: v1::ModelRecord {
+                context_length: 1 << 20,
+                ..v1::ModelRecord::default()
+            },
+            capabilities: v1::Capabilities::default(),
+            text: Arc::new(ModelText::from_files(&files, &Limits::default()).unwrap()),
+            tool_format: None,
+            reasoning_format: None,
+        })
+    }
+
+    #[tokio::test]
+    async fn short_texts_go_on_beside_long_ones_that_do_not_end() {
+        for threads in [2, 3] {
+            let pool = TextPool::new(10, threads);
+            let (hold, work): (Vec<_>, Vec<_>) = (0..5).map(|_| held()).unzip();
+            let long = work.into_iter().map(|work| pool.run(LONG_BYTES, work));
+            let mut long: Vec<_> = long.map(Box::pin).collect();
+            for one in &mut long {
+                assert_eq!(one.as_mut().now_or_never(), None);
+            }
+            assert_eq!(pool.threads.available_permits(), 1);
+            for bytes in [10, LONG_BYTES - 1] {
+                assert_eq!(pool.run(bytes, |_| Ok(())).await, Ok(()));
+            }
+            // The next one's client goes; those behind it get their turn all the same.
+            drop(long.remove(threads - 1));
+            drop(hold);
+            for one in long {
+                assert_eq!(one.await, Ok(()));
+            }
+            assert_eq!(pool.threads.available_permits(), threads);
+        }
+    }
+
+    #[tokio::test]
+    async fn with_one_thread_a_short_text_waits_for_one_long_one_at_most() {
+        let pool = TextPool::new(10, 1);
+        let ended = Arc::new(Mutex::new(Vec::new()));
+        let ends = |name: &'static str| {
+            let ended = Arc::clone(&ended);
+            move |_: &AtomicBool| {
+                ended.lock().unwrap().push(name);
+                Ok(())
+            }
+        };
+        let (hold, work) = held();
+        let mut first = Box::pin(pool.run(LONG_BYTES, work));
+        assert_eq!(first.as_mut().now_or_never(), None);
+        let mut others = [(LONG_BYTES, "long"), (100, "short")]
+            .map(|(bytes, name)| Box::pin(pool.run(bytes, ends(name))));
+        for one in &mut others {
+            assert_eq!(one.as_mut().now_or_never(), None);
+        }
+        drop(hold);
+        first.await.unwrap();
+        for done in join_all(others).await {
+            done.unwrap();
+        }
+        assert_eq!(*ended.lock().unwrap(), ["short", "long"]);
+    }
+
+    #[tokio::test]
+    async fn no_more_texts_are_worked_on_at_once_than_there_are_threads() {
+        let pool = TextPool::new(0, 2);
+        // Each waits for another one, and all count who is there.
+        let (pair, there, most) = (Barrier::new(2), AtomicUsize::new(0), AtomicUsize::new(0));
+        let all = Arc::new((pair, there, most));
+        let work = |_| {
+            let all = Arc::clone(&all);
+            pool.run(1, move |_| {
+                let (pair, there, most) = &*all;
+                most.fetch_max(there.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                pair.wait();
+                there.fetch_sub(1, Ordering::SeqCst);
+                Ok(())
+            })
+        };
+        assert!(
+            join_all((0..40).map(work))
+                .await
+                .into_iter()
+                .all(|done| done.is_ok())
+        );
+        assert_eq!(all.2.load(Ordering::SeqCst), 2);
+    }
+
+    #[tokio::test]
+    async fn a_chat_that_its_template_makes_long_takes_its_turn_among_the_long_ones() {
+        let template = "{% for m in messages %}{% for n in range(m.content | int) %}\
+            a line of many {% endfor %}{% endfor %}";
+        let model = model(template);
+        let chat = |lines: &str| Chat::new(vec![Message::new("user", lines)]);
+        let pool = TextPool::new(10, 2);
+        let long = pool.chat(&model, chat("20000"), 100).await.unwrap();
+        assert!(long.len() > 20_000, "{}", long.len());
+        // Now long ones have no turn at all.
+        pool.long.close();
+        assert!(pool.chat(&model, chat("10"), 100).await.is_ok());
+        for (lines, bytes) in [("20000", 100), ("10", LONG_BYTES)] {
+            let refused = pool.chat(&model, chat(lines), bytes).await;
+            assert_eq!(refused, Err((Step::Tokenize, RequestError::Cancelled)));
+        }
+    }
 
     #[tokio::test]
     async fn a_panic_on_a_text_thread_reaches_the_border_of_its_request_and_frees_the_thread() {

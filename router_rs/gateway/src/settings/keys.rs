@@ -172,7 +172,7 @@ const ROUTER: &[Key] = &[
         "text_threads",
         Kind::Number(1, 256),
         "2",
-        "Threads that tokenise long text, render chats and inflate.",
+        "Threads that tokenise long text, render chats and inflate. Texts of 128 KiB or more never have the last of several: short ones wait for short ones only.",
     ),
     key(
         "default_class",
