@@ -53,7 +53,9 @@ impl PoolWatch {
             came.insert(Arc::from(request.model.as_str()), Demand::default());
         }
         if let Some(demand) = came.get_mut(request.model.as_str()) {
-            demand.add(class_of(request.class), work_ms, f64::from(output));
+            let prompt = u32::try_from(request.prompt_ids.len()).unwrap_or(u32::MAX);
+            let (class, output) = (class_of(request.class), f64::from(output));
+            demand.add(class, work_ms, f64::from(prompt), output);
         }
     }
 }

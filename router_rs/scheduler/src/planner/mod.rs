@@ -26,10 +26,13 @@
 //! left empty. Such a worker is lent: it goes back, or on, as its pools need
 //! it. One that was made `both` by somebody else never changes its role.
 //!
-//! Why it does not swing: a flip is undone only when what *comes* has changed
-//! (prompt work or output tokens a second, neither of which depends on where
-//! workers stand) by [`PlannerSettings::margin`] since.
+//! Why it does not swing: a flip is undone only when what *comes* for each worker
+//! has changed by [`PlannerSettings::margin`] since, and stays so: prompt work,
+//! output tokens, or the contexts that these attend to, a second. None of it
+//! depends on where workers stand; pools change only by flips, which what is
+//! compared has in it, and by others, whose changes count like those of a load.
 
+mod change;
 mod outlook;
 mod pools;
 
@@ -38,6 +41,7 @@ pub use pools::{Demand, PoolWorker, Pools};
 
 use crate::deadline::ClassTargets;
 use crate::worker::Role;
+use change::Change;
 use kvmesh_kv_index::WorkerSlot;
 use outlook::{Expected, Split};
 use pools::Watched;
@@ -168,6 +172,8 @@ struct Advised {
     from: Role,
     to: Role,
     relieves: Role,
+    /// Sizes of the pools once it is done.
+    after: Split,
     /// When at last, ms.
     at_ms: f64,
     /// It was begun since, and nothing came of it.
@@ -180,9 +186,16 @@ struct Flipped {
     worker: WorkerSlot,
     advised: Advised,
     at_ms: f64,
-    /// What came then: prompt work, and output tokens, a ms.
-    prompt_load: f64,
-    token_rate: f64,
+    came: Came,
+}
+
+/// What comes for each worker of pools, a ms: of prompt work, of output tokens, and of
+/// tokens that these attend to.
+#[derive(Debug, Clone, Copy)]
+struct Came {
+    prompts: f64,
+    tokens: f64,
+    attended: f64,
 }
 
 impl Planner {
@@ -253,6 +266,7 @@ impl Model {
                 from: flip.from,
                 to: flip.to,
                 relieves: flip.relieves,
+                after: split.changed(flip.from, flip.to),
                 at_ms: now_ms,
                 tried: false,
             };
@@ -270,8 +284,7 @@ impl Model {
             worker,
             advised,
             at_ms,
-            prompt_load: self.watched.prompt_load(),
-            token_rate: self.watched.token_rate(),
+            came: Came::of(&self.watched, advised.after),
         }
     }
 
@@ -350,7 +363,11 @@ impl Model {
             if now_ms - last.at_ms < settings.dwell_ms {
                 return Err(Hold::Dwelling);
             }
-            if last.advised.relieves != to && last.still_asked(&self.watched, settings.margin) {
+            let came = Came::of(&self.watched, split);
+            if last.advised.relieves != to && last.still_asked(came, settings.margin) {
+                // It is confirmed from when that is over: no worker that is away for a
+                // moment undoes a flip.
+                self.short = Some((to, now_ms));
                 return Err(Hold::StillAsked);
             }
         }
@@ -358,10 +375,7 @@ impl Model {
             return Err(Hold::Confirming);
         }
         let keep = settings.keep.max(1);
-        let change = given_back(pools, &self.lent, to, keep)
-            .or_else(|| spare(pools, to, keep))
-            .or_else(|| lend(pools, to))
-            .ok_or(Hold::NobodyToSpare)?;
+        let change = Change::for_pool(pools, &self.lent, to, keep).ok_or(Hold::NobodyToSpare)?;
         let change = self.said_before(pools, change);
         let after = expected.outlook(split.changed(change.from, change.to));
         if after.worst() > now.worst() * (1.0 - settings.gain) {
@@ -397,86 +411,37 @@ impl Model {
     }
 }
 
-impl Flipped {
-    /// Whether what comes is about what it was.
-    fn still_asked(&self, watched: &Watched, margin: f64) -> bool {
-        let (prompts, tokens) = (watched.prompt_load(), watched.token_rate());
-        let (less, more) = (1.0 - margin, 1.0 + margin);
-        match self.advised.relieves {
-            Role::Prefill => prompts >= less * self.prompt_load && tokens <= more * self.token_rate,
-            _ => tokens >= less * self.token_rate && prompts <= more * self.prompt_load,
+impl Came {
+    fn of(watched: &Watched, split: Split) -> Self {
+        let each = |of: f64, stage| of / split.doing(stage).max(1e-3);
+        Self {
+            prompts: each(watched.prompt_load(), Role::Prefill),
+            tokens: each(watched.token_rate(), Role::Decode),
+            attended: each(watched.attended_rate(), Role::Decode),
         }
     }
 }
 
-/// A worker, and the role it would have.
-#[derive(Debug, Clone, Copy)]
-struct Change {
-    worker: WorkerSlot,
-    from: Role,
-    to: Role,
-}
-
-/// The pool that gives where this one is short.
-fn giver(to: Role) -> Role {
-    match to {
-        Role::Prefill => Role::Decode,
-        _ => Role::Prefill,
+impl Flipped {
+    /// Whether what comes is about what it was.
+    fn still_asked(&self, now: Came, margin: f64) -> bool {
+        let then = self.came;
+        let still = |now: f64, then: f64| now >= (1.0 - margin) * then;
+        let no_more = |now: f64, then: f64| now <= (1.0 + margin) * then;
+        match self.advised.relieves {
+            Role::Prefill => {
+                still(now.prompts, then.prompts)
+                    && no_more(now.tokens, then.tokens)
+                    && no_more(now.attended, then.attended)
+            }
+            _ => {
+                still(now.tokens, then.tokens)
+                    && still(now.attended, then.attended)
+                    && no_more(now.prompts, then.prompts)
+            }
+        }
     }
 }
 
-/// The worker with the least to do of some that serve.
-fn least<'a>(workers: impl Iterator<Item = &'a PoolWorker>) -> Option<&'a PoolWorker> {
-    workers.min_by(|a, b| {
-        let work = a.work().total_cmp(&b.work());
-        work.then_with(|| a.slot.0.cmp(&b.slot.0))
-    })
-}
-
-/// A lent worker that has this role alone from now on, if enough others do what
-/// it stops doing.
-fn given_back(
-    pools: &Pools,
-    lent: &BTreeMap<WorkerSlot, Role>,
-    to: Role,
-    keep: usize,
-) -> Option<Change> {
-    let is_lent =
-        |worker: &&PoolWorker| worker.role == Role::Both && lent.contains_key(&worker.slot);
-    let worker = least(pools.steady().filter(is_lent))?;
-    let others = pools.steady().filter(|other| {
-        other.slot != worker.slot && (other.role == giver(to) || other.role == Role::Both)
-    });
-    (others.count() >= keep).then_some(Change {
-        worker: worker.slot,
-        from: Role::Both,
-        to,
-    })
-}
-
-/// A worker of the other pool, if that keeps enough without it.
-fn spare(pools: &Pools, to: Role, keep: usize) -> Option<Change> {
-    let from = giver(to);
-    let there = || pools.steady().filter(move |worker| worker.role == from);
-    let worker = least(there()).filter(|_| there().count() > keep)?;
-    Some(Change {
-        worker: worker.slot,
-        from,
-        to,
-    })
-}
-
-/// A worker of the other pool that is shared from now on.
-fn lend(pools: &Pools, to: Role) -> Option<Change> {
-    let from = giver(to);
-    let worker = least(pools.steady().filter(|worker| worker.role == from))?;
-    Some(Change {
-        worker: worker.slot,
-        from,
-        to: Role::Both,
-    })
-}
-
 #[cfg(test)]
-#[path = "tests.rs"]
 mod tests;

@@ -91,6 +91,14 @@ impl Split {
         }
     }
 
+    /// Workers that do a stage; one for both does half of either.
+    pub(super) fn doing(self, stage: Role) -> f64 {
+        match stage {
+            Role::Prefill => self.computing(),
+            _ => self.decoding(),
+        }
+    }
+
     fn computing(self) -> f64 {
         self.prefill as f64 + self.both as f64 / 2.0
     }

@@ -55,17 +55,23 @@ pub struct Demand {
     pub prompt_ms: PerClass<f64>,
     /// Output tokens expected of them.
     pub output_tokens: PerClass<f64>,
+    /// Tokens that those output tokens attend to, all in all: of each the prompt,
+    /// also what is cached of it, and half of the output. It is what decoding reads
+    /// and holds of them.
+    pub attended_tokens: PerClass<f64>,
     /// Of those prompts, what waits in routers now, ms: no sum.
     pub queued_ms: PerClass<f64>,
 }
 
 impl Demand {
-    /// A request came.
-    pub fn add(&mut self, class: Class, prompt_ms: f64, output_tokens: f64) {
+    /// A request came: so many ms to compute of a prompt of so many tokens, and what is
+    /// expected of its output.
+    pub fn add(&mut self, class: Class, prompt_ms: f64, prompt_tokens: f64, output_tokens: f64) {
         let class = class.index();
         self.requests[class] += 1.0;
         self.prompt_ms[class] += prompt_ms;
         self.output_tokens[class] += output_tokens;
+        self.attended_tokens[class] += output_tokens * (prompt_tokens + output_tokens / 2.0);
     }
 
     /// What came to two routers.
@@ -76,6 +82,7 @@ impl Demand {
             requests: sum(&self.requests, &other.requests),
             prompt_ms: sum(&self.prompt_ms, &other.prompt_ms),
             output_tokens: sum(&self.output_tokens, &other.output_tokens),
+            attended_tokens: sum(&self.attended_tokens, &other.attended_tokens),
             queued_ms: sum(&self.queued_ms, &other.queued_ms),
         }
     }
@@ -145,10 +152,11 @@ pub(super) struct Watched {
     last: Option<(f64, Demand)>,
     /// Time seen so far, ms.
     seen_ms: f64,
-    /// Requests, ms of prompts, and output tokens, a ms.
+    /// Requests, ms of prompts, output tokens, and what these attend to, a ms.
     pub(super) requests: PerClass<f64>,
     pub(super) prompts: PerClass<f64>,
     tokens: PerClass<f64>,
+    attended: PerClass<f64>,
     /// Ms of prompts that wait, streams, their contexts.
     pub(super) waiting_ms: PerClass<f64>,
     pub(super) streams: PerClass<f64>,
@@ -185,6 +193,7 @@ impl Watched {
         rate(|demand| &demand.requests, &mut self.requests);
         rate(|demand| &demand.prompt_ms, &mut self.prompts);
         rate(|demand| &demand.output_tokens, &mut self.tokens);
+        rate(|demand| &demand.attended_tokens, &mut self.attended);
         self.take_levels(pools, share);
     }
 
@@ -225,5 +234,10 @@ impl Watched {
     /// Output tokens a ms.
     pub(super) fn token_rate(&self) -> f64 {
         self.tokens.iter().sum()
+    }
+
+    /// Tokens a ms that output tokens attend to.
+    pub(super) fn attended_rate(&self) -> f64 {
+        self.attended.iter().sum()
     }
 }

@@ -1,112 +1,10 @@
 #![allow(clippy::unwrap_used)]
 
+mod plant;
+
 use super::*;
-use crate::step_model::StepModel;
+use plant::{CONTEXT, LOOK_MS, Plant};
 use proptest::prelude::*;
-
-const LOOK_MS: f64 = 1_000.0;
-const PROMPT_MS: f64 = 200.0;
-const CONTEXT: f64 = 1_500.0;
-
-/// Workers as a fluid: prompts wait where more come than are computed, and
-/// streams are as many as make the tokens that are asked for.
-struct Plant {
-    roles: Vec<Role>,
-    /// Workers whose role is not to be changed: another's, draining.
-    steady: Vec<bool>,
-    step: StepModel,
-    waiting_ms: f64,
-    demand: Demand,
-    now_ms: f64,
-}
-
-impl Plant {
-    fn new(prefill: usize, decode: usize) -> Self {
-        let mut roles = vec![Role::Prefill; prefill];
-        roles.resize(prefill + decode, Role::Decode);
-        Self {
-            steady: vec![true; roles.len()],
-            roles,
-            step: StepModel {
-                a_ms: 10.0,
-                d_ms: 0.3,
-                e_ms: 1e-4,
-                ..StepModel::default()
-            },
-            waiting_ms: 0.0,
-            demand: Demand::default(),
-            now_ms: 0.0,
-        }
-    }
-
-    fn count(&self, role: Role) -> usize {
-        self.roles.iter().filter(|other| **other == role).count()
-    }
-
-    /// A second passes: prompts keep `load` workers busy, `rate` tokens a ms
-    /// are asked for.
-    fn second(&mut self, load: f64, rate: f64) -> Pools {
-        self.now_ms += LOOK_MS;
-        self.demand.requests[0] += load * LOOK_MS / PROMPT_MS;
-        self.demand.prompt_ms[0] += load * LOOK_MS;
-        self.demand.output_tokens[0] += rate * LOOK_MS;
-        // A worker for both does half of either.
-        let half = self.count(Role::Both) as f64 / 2.0;
-        let computing = self.count(Role::Prefill) as f64 + half;
-        let decoding = self.count(Role::Decode) as f64 + half;
-        self.waiting_ms = (self.waiting_ms + (load - computing) * LOOK_MS).clamp(0.0, 60_000.0);
-        let each = rate / decoding;
-        let rest = 1.0 - each * (self.step.d_ms + self.step.e_ms * CONTEXT);
-        let batch = if rest > 0.0 {
-            (each * self.step.a_ms / rest).min(256.0)
-        } else {
-            256.0
-        };
-        let worker = |(at, role): (usize, &Role)| {
-            let mut worker = PoolWorker {
-                slot: WorkerSlot(at as u32),
-                role: *role,
-                steady: self.steady[at],
-                step: self.step,
-                waiting_ms: [0.0; 3],
-                streams: [0.0; 3],
-                context: 0.0,
-                max_batch: 256.0,
-                room_used: 0.0,
-            };
-            let share = if *role == Role::Both { 0.5 } else { 1.0 };
-            if *role != Role::Decode {
-                worker.waiting_ms[0] = share * self.waiting_ms / computing;
-            }
-            if *role != Role::Prefill {
-                worker.streams[0] = share * batch;
-                worker.context = share * batch * CONTEXT;
-                worker.room_used = share * batch / 512.0;
-            }
-            worker
-        };
-        Pools {
-            model: "m".into(),
-            workers: self.roles.iter().enumerate().map(worker).collect(),
-            demand: self.demand,
-        }
-    }
-
-    /// Workers that take work and do a stage.
-    fn able(&self, stage: Role) -> usize {
-        let roles = self.roles.iter().zip(&self.steady);
-        let does = |role: Role| role == stage || role == Role::Both;
-        roles
-            .filter(|(role, steady)| **steady && does(**role))
-            .count()
-    }
-
-    fn apply(&mut self, flip: &Flip) {
-        let role = &mut self.roles[flip.worker.0 as usize];
-        assert_eq!(*role, flip.from);
-        *role = flip.to;
-    }
-}
 
 /// Seconds of one load; the flips, each done at once.
 fn run(
@@ -320,6 +218,61 @@ fn what_was_short_before_a_long_pause_is_confirmed_anew() {
 }
 
 #[test]
+fn contexts_that_grow_undo_a_flip_though_prompts_and_tokens_come_as_before() {
+    let (mut plant, mut planner) = (Plant::new(4, 4), planner());
+    let roles = |flips: Vec<Flip>| flips.iter().map(|flip| flip.to).collect::<Vec<_>>();
+    let flips = run(&mut plant, &mut planner, 300, 3.9, 4.5);
+    assert_eq!(roles(flips), [Role::Prefill]);
+    // More of each prompt is cached: there is no more to compute.
+    plant.context *= 2.0;
+    let flips = run(&mut plant, &mut planner, 300, 3.9, 4.5);
+    assert_eq!(roles(flips), [Role::Decode]);
+    // Prompts wait as they did before. It does not swing.
+    assert!(run(&mut plant, &mut planner, 3_600, 3.9, 4.5).is_empty());
+    let asked = look(&mut plant, &mut planner, 3.9, 4.5);
+    assert_eq!(asked, Err(Hold::StillAsked));
+    // And back.
+    plant.context = CONTEXT;
+    let flips = run(&mut plant, &mut planner, 300, 3.9, 4.5);
+    assert_eq!(roles(flips), [Role::Prefill]);
+}
+
+#[test]
+fn workers_that_go_undo_a_flip_and_one_that_is_away_for_a_moment_does_not() {
+    let (mut plant, mut planner) = (Plant::new(4, 4), planner());
+    assert_eq!(run(&mut plant, &mut planner, 300, 3.9, 4.5).len(), 1);
+    // Decoding gets short by less than undoes it.
+    let load = (3.9, 5.4);
+    let mut asked = || look(&mut plant, &mut planner, load.0, load.1);
+    let mut looks = 0;
+    while asked() != Err(Hold::StillAsked) {
+        looks += 1;
+        assert!(looks < 200, "decoding is not short");
+    }
+    for _ in 0..300 {
+        assert_eq!(asked(), Err(Hold::StillAsked));
+    }
+    let last = plant.roles.len() - 1;
+    plant.steady[last] = false;
+    let away = look(&mut plant, &mut planner, load.0, load.1);
+    assert_eq!(away, Err(Hold::Confirming));
+    plant.steady[last] = true;
+    for _ in 0..30 {
+        let back = look(&mut plant, &mut planner, load.0, load.1);
+        assert_eq!(back, Err(Hold::StillAsked));
+    }
+    plant.roles.pop();
+    plant.steady.pop();
+    let confirm = PlannerSettings::default().confirm_ms / LOOK_MS;
+    for _ in 1..confirm as usize {
+        let gone = look(&mut plant, &mut planner, load.0, load.1);
+        assert_eq!(gone, Err(Hold::Confirming));
+    }
+    let (_, to) = look(&mut plant, &mut planner, load.0, load.1).unwrap();
+    assert_eq!(to, Role::Decode);
+}
+
+#[test]
 fn a_worker_that_drains_neither_counts_nor_moves() {
     let (mut plant, mut planner) = (Plant::new(1, 2), planner());
     plant.steady[2] = false;
@@ -438,6 +391,25 @@ proptest! {
         rate in 0.0f64..5.0,
     ) {
         let (mut plant, mut planner) = (Plant::new(prefill, decode), planner());
+        let flips = run(&mut plant, &mut planner, 1_800, load, rate);
+        let one_way = flips.windows(2).all(|pair| pair[0].relieves == pair[1].relieves);
+        prop_assert!(one_way, "{:?}", flips);
+        prop_assert!(run(&mut plant, &mut planner, 600, load, rate).len() <= 1);
+    }
+
+    /// Contexts that change once, whatever else comes, turn it round once at most.
+    #[test]
+    fn contexts_that_change_do_not_make_it_swing(
+        prefill in 1usize..9,
+        decode in 1usize..9,
+        load in 0.0f64..10.0,
+        rate in 0.0f64..14.0,
+        grow in 0.25f64..4.0,
+    ) {
+        let (mut plant, mut planner) = (Plant::new(prefill, decode), planner());
+        run(&mut plant, &mut planner, 600, load, rate);
+        plant.context *= grow;
+        run(&mut plant, &mut planner, 300, load, rate);
         let flips = run(&mut plant, &mut planner, 1_800, load, rate);
         let one_way = flips.windows(2).all(|pair| pair[0].relieves == pair[1].relieves);
         prop_assert!(one_way, "{:?}", flips);

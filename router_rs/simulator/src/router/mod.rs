@@ -186,6 +186,7 @@ impl Router {
         let at = (asked, f64::INFINITY);
         let request = request_view(&self.lengths, &self.cached, trace, at, &[]);
         let (class, output) = (request.class, f64::from(request.expected_output));
+        let prompt = f64::from(request.prompt_tokens);
         let admitted = self
             .dispatch
             .admit(&cluster, &request, asked.arrival_ms, None);
@@ -195,7 +196,7 @@ impl Router {
             Err(rejected) => rejected.work_ms(),
         };
         if work_ms > 0.0 {
-            self.demand.add(class, work_ms, output);
+            self.demand.add(class, work_ms, prompt, output);
         }
         let admitted = admitted?;
         let keys = Keys {

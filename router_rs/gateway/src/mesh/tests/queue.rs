@@ -359,7 +359,10 @@ async fn what_is_turned_away_for_want_of_room_came_all_the_same() {
     assert_eq!(demand.requests, [1.0, 1.0, 0.0]);
     for class in 0..2 {
         assert!(demand.prompt_ms[class] > 100.0, "{demand:?}");
-        assert!(demand.output_tokens[class] > 0.0, "{demand:?}");
+        let output = demand.output_tokens[class];
+        let attended = output * (5_120.0 + output / 2.0);
+        assert!(output > 0.0, "{demand:?}");
+        assert_eq!(demand.attended_tokens[class], attended);
     }
 }
 
