@@ -1952,9 +1952,10 @@ type Timings struct {
 	// When the longest gap began, in milliseconds since the request's arrival; 0
 	// where there is none.
 	LongestGapStartMs float64 `protobuf:"fixed64,13,opt,name=longest_gap_start_ms,json=longestGapStartMs,proto3" json:"longest_gap_start_ms,omitempty"`
-	// Why the longest gap was so long, in words: a hand-off between workers, a new
-	// attempt, a client that took nothing, a step of the worker. With
-	// Output.trace what the worker knows of it. Empty where there is no gap.
+	// Why the longest gap was so long, in words: the hand-off to the decode worker,
+	// the hand-over to another worker, a new attempt, a client that took nothing, a
+	// step of the worker. With Output.trace what the worker knows of it. Empty where
+	// there is no gap.
 	LongestGapCause string `protobuf:"bytes,14,opt,name=longest_gap_cause,json=longestGapCause,proto3" json:"longest_gap_cause,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
