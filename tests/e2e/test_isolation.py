@@ -212,6 +212,19 @@ def test_a_trace_tells_the_whole_way_and_explain_shows_it(pair, client, capsys) 
     assert "prefill_chunk" in out
 
 
+def test_explain_has_the_spans_of_a_share_though_nobody_asked_for_a_trace(fresh, capsys) -> None:
+    endpoint = fresh.start_router("--explain-traces", "1")
+    fresh.start_worker("a", "both")
+    fresh.wait_live(endpoint, "a")
+    with kvmesh.Client(endpoint) as client:
+        done = client.complete(prompt="Where did the time go? " * 20, max_tokens=16)
+    assert done.trace == ()
+    assert main(["explain", done.generation_id, "--endpoint", endpoint]) == 0
+    out = capsys.readouterr().out
+    for name in ("decide", "worker_queue", "prefill_chunk", "decode"):
+        assert f" {name} " in out
+
+
 def test_a_stop_string_ends_with_figures_that_are_true(fresh, capsys) -> None:
     endpoint = fresh.start_router()
     fresh.start_worker("a", "both", *PACED)

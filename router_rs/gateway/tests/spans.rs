@@ -285,7 +285,9 @@ async fn no_words_of_clients_or_workers_are_told() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_told_of_what_is_not_sampled() {
     let mut collector = Collector::start().await;
-    let settings = json!({"otlp_endpoint": collector.address(), "otlp_share": 0});
+    let settings = json!({
+        "otlp_endpoint": collector.address(), "otlp_share": 0, "explain_traces": 0
+    });
     let mut mesh = Mesh::start(vec![MockConfig::default()], settings).await;
     let mut client = mesh.client().await;
     for (parent, traced) in [(NOT_SAMPLED, false), (SAMPLED, true), (NOT_SAMPLED, false)] {
@@ -306,7 +308,8 @@ async fn nothing_is_told_of_what_is_not_sampled() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_told_where_no_collector_is_named() {
-    let mesh = Mesh::start(vec![MockConfig::default()], json!({})).await;
+    let settings = json!({"explain_traces": 0});
+    let mesh = Mesh::start(vec![MockConfig::default()], settings).await;
     let mut client = mesh.client().await;
     let stream = client.generate(below(SAMPLED, request(3))).await.unwrap();
     read(stream.into_inner()).await.1.unwrap();

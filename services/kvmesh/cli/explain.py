@@ -18,7 +18,8 @@ and why, the plans that it considered, best first, and what each would have adde
 milliseconds, by term (docs/scheduling.md); then what was predicted of the first token and
 what came of it, and, once it has ended, where its time went and what its longest gap was.
 One that still waits is told as such. The id is in `accepted`. A request that
-asked for a trace (`kvmesh generate --trace`) is told span by span.
+asked for a trace (`kvmesh generate --trace`) is told span by span, and so are those of the
+router's share (`explain_traces`).
 """
 
 

@@ -1,13 +1,19 @@
 //! Why generations went where they went: the last ones, for `explain`.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use kvmesh_scheduler::{Considered, FirstToken, Plan};
 use kvmesh_session::{GenerationId, WorkerIndex};
 use kvmesh_wire::v1;
+
+/// Spans that are kept of a generation, on average: some 150 bytes each. A prompt of
+/// many chunks has some hundred, most have less than ten.
+const SPANS_OF_ONE: usize = 16;
+/// Spans that are kept however few generations are: those of the longest prompt.
+const LEAST_SPANS: usize = 2_048;
 
 /// One choice, as it was made: what people read of it is made when they ask.
 #[derive(Clone)]
@@ -57,11 +63,17 @@ impl Decided {
 struct Known {
     decisions: Vec<Decided>,
     finished: Option<v1::Finished>,
+    /// Its number among those that ended with spans; 0: it has none.
+    traced: u64,
 }
 
-/// A bounded memory of decisions; the oldest generation goes first.
+/// A bounded memory of decisions; the oldest generation goes first. Where there are too
+/// many spans, those go first that have been here for longest.
 pub(super) struct Decisions {
     most: usize,
+    most_spans: usize,
+    /// Share of generations whose spans are wanted here.
+    traces: f64,
     kept: Mutex<Kept>,
 }
 
@@ -69,15 +81,71 @@ pub(super) struct Decisions {
 struct Kept {
     order: VecDeque<GenerationId>,
     by_id: HashMap<GenerationId, Known>,
+    /// Those with spans, by their numbers.
+    traced: BTreeMap<u64, GenerationId>,
+    last_traced: u64,
+    spans: usize,
+}
+
+impl Kept {
+    fn drop_oldest(&mut self) {
+        let oldest = self.order.pop_front();
+        if let Some(mut known) = oldest.and_then(|id| self.by_id.remove(&id)) {
+            self.drop_spans(&mut known);
+        }
+    }
+
+    fn drop_spans(&mut self, known: &mut Known) {
+        self.traced.remove(&std::mem::take(&mut known.traced));
+        if let Some(finished) = &mut known.finished {
+            self.spans -= std::mem::take(&mut finished.trace).len();
+        }
+    }
+
+    /// Notes an end. False: that generation is not kept.
+    fn finish(&mut self, id: GenerationId, finished: &v1::Finished, most_spans: usize) -> bool {
+        let Some(mut known) = self.by_id.remove(&id) else {
+            return false;
+        };
+        self.drop_spans(&mut known);
+        known.finished = Some(finished.clone());
+        if !finished.trace.is_empty() {
+            self.last_traced += 1;
+            known.traced = self.last_traced;
+            self.traced.insert(known.traced, id);
+            self.spans += finished.trace.len();
+        }
+        self.by_id.insert(id, known);
+        while self.spans > most_spans
+            && let Some((_, first)) = self.traced.pop_first()
+        {
+            if let Some(mut known) = self.by_id.remove(&first) {
+                self.drop_spans(&mut known);
+                self.by_id.insert(first, known);
+            }
+        }
+        true
+    }
 }
 
 impl Decisions {
-    /// Keeps decisions of the last `most` generations.
-    pub(super) fn new(most: usize) -> Self {
+    /// Keeps decisions of the last `most` generations, and of a share of all generations
+    /// the spans, too.
+    pub(super) fn new(most: usize, traces: f64) -> Self {
         Self {
             most,
+            most_spans: most.saturating_mul(SPANS_OF_ONE).max(LEAST_SPANS),
+            traces,
             kept: Mutex::default(),
         }
+    }
+
+    /// Whether workers are asked for this one's spans for the sake of `explain`: every
+    /// router says the same of it.
+    pub(super) fn wants_spans(&self, id: GenerationId) -> bool {
+        let [.., a, b, c, d] = id.0;
+        let drawn = f64::from(u32::from_le_bytes([a, b, c, d])) / (f64::from(u32::MAX) + 1.0);
+        self.most > 0 && drawn < self.traces
     }
 
     // Order and map may differ by one entry after a panic; both stay bounded.
@@ -92,10 +160,8 @@ impl Decisions {
         }
         let mut kept = self.lock();
         if !kept.by_id.contains_key(&id) {
-            if kept.order.len() >= self.most
-                && let Some(oldest) = kept.order.pop_front()
-            {
-                kept.by_id.remove(&oldest);
+            if kept.order.len() >= self.most {
+                kept.drop_oldest();
             }
             kept.order.push_back(id);
         }
@@ -112,9 +178,11 @@ impl Decisions {
         measured: Option<(u32, v1::PhaseTimes)>,
     ) -> Option<(WorkerIndex, FirstToken)> {
         let mut kept = self.lock();
-        let known = kept.by_id.get_mut(&id)?;
-        known.finished = Some(finished.clone());
+        if !kept.finish(id, finished, self.most_spans) {
+            return None;
+        }
         let (attempt, actual) = measured?;
+        let known = kept.by_id.get_mut(&id)?;
         let decisions = known.decisions.iter_mut();
         let decision = decisions.into_iter().find(|one| one.attempt == attempt)?;
         decision.actual = Some(actual);
@@ -207,7 +275,7 @@ mod tests {
 
     #[test]
     fn the_oldest_generation_goes_first() {
-        let decisions = Decisions::new(2);
+        let decisions = Decisions::new(2, 0.0);
         let ids: Vec<_> = (0..3).map(|n| GenerationId([n; 16])).collect();
         for id in &ids {
             decisions.decided(*id, decided(1));
@@ -219,8 +287,61 @@ mod tests {
     }
 
     #[test]
+    fn spans_are_bounded_by_their_number_and_those_of_the_last_ends_stay() {
+        let decisions = Decisions::new(4, 0.0);
+        let ids: Vec<_> = (0..6).map(|n| GenerationId([n; 16])).collect();
+        let ended = v1::Finished {
+            trace: vec![v1::TraceSpan::default(); LEAST_SPANS / 2],
+            ..v1::Finished::default()
+        };
+        let spans = |id: &GenerationId| {
+            let known = decisions.explain(*id, |_| String::new())?;
+            known.finished.map(|finished| finished.trace.len())
+        };
+        for id in &ids[..4] {
+            decisions.decided(*id, decided(1));
+        }
+        // The newest ends first, and one of them twice.
+        for at in [3, 2, 2, 0] {
+            decisions.finished(ids[at], &ended, None);
+        }
+        let known: Vec<_> = ids[..4].iter().map(spans).collect();
+        let all = Some(LEAST_SPANS / 2);
+        assert_eq!(known, [all, None, all, Some(0)]);
+        // What goes with its generation makes room.
+        decisions.decided(ids[4], decided(1));
+        decisions.finished(ids[4], &ended, None);
+        assert_eq!(
+            (spans(&ids[0]), spans(&ids[2]), spans(&ids[4])),
+            (None, all, all)
+        );
+        decisions.finished(ids[5], &ended, None);
+        assert_eq!(spans(&ids[5]), None, "nothing was decided of it");
+    }
+
+    #[test]
+    fn a_share_of_generations_is_traced_and_the_same_ones_by_everyone() {
+        let id = |n: u32| {
+            let mut id = [7; 16];
+            id[12..].copy_from_slice(&n.to_le_bytes());
+            GenerationId(id)
+        };
+        let taken = |share| {
+            let decisions = Decisions::new(1, share);
+            let all = (0..1_000).map(|n| (u32::MAX / 1_000 + 1) * n);
+            all.filter(|n| decisions.wants_spans(id(*n))).count()
+        };
+        assert_eq!([0.0, 0.25, 1.0].map(taken), [0, 250, 1_000]);
+        assert!(Decisions::new(1, 1.0).wants_spans(id(u32::MAX)));
+        assert!(
+            !Decisions::new(0, 1.0).wants_spans(id(0)),
+            "nothing is kept"
+        );
+    }
+
+    #[test]
     fn a_first_token_teaches_of_the_worker_that_computed_its_prompt() {
-        let decisions = Decisions::new(1);
+        let decisions = Decisions::new(1, 0.0);
         let id = GenerationId([1; 16]);
         let terms = Terms {
             wait_ms: 3.0,
@@ -264,7 +385,7 @@ mod tests {
 
     #[test]
     fn what_happened_is_told_of_the_attempt_that_it_happened_to() {
-        let decisions = Decisions::new(2);
+        let decisions = Decisions::new(2, 0.0);
         let id = GenerationId([1; 16]);
         decisions.decided(id, decided(1));
         decisions.decided(id, decided(2));

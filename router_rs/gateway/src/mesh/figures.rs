@@ -356,6 +356,11 @@ impl Figures {
         }
     }
 
+    /// Whether its workers told any.
+    pub(super) fn has_spans(&self) -> bool {
+        !self.spans.is_empty()
+    }
+
     /// What the generation waited for: here, and as its workers told.
     pub(super) fn trace(&self, request: &AdmittedRequest) -> Vec<v1::TraceSpan> {
         let timings = self.timings(request);

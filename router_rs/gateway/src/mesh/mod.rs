@@ -243,7 +243,7 @@ impl Mesh {
             dispatcher: Dispatcher::new(&settings),
             timers: Arc::default(),
             counters: Counters::default(),
-            decisions: Decisions::new(settings.decisions_kept),
+            decisions: Decisions::new(settings.decisions_kept, settings.explain_traces),
             pools: PoolWatch::new(&settings.policy.cost.targets),
             asked: Asked::default(),
             changes: registry.map(Registry::changes),

@@ -53,6 +53,8 @@ pub struct MeshSettings {
     pub tokenizer_retry: (Duration, Duration),
     /// Generations whose decisions are kept.
     pub decisions_kept: usize,
+    /// Share of them whose workers are asked for spans, whoever wants a trace.
+    pub explain_traces: f64,
     /// Which policy chooses, and how what waits is served.
     pub policy: PolicySettings,
     /// How streams go on elsewhere.
@@ -110,6 +112,7 @@ impl Default for MeshSettings {
             quarantine_time: Duration::from_secs(300),
             tokenizer_retry: (Duration::from_millis(250), Duration::from_secs(30)),
             decisions_kept: 4_096,
+            explain_traces: 0.1,
             policy: PolicySettings::default(),
             streams: StreamSettings::default(),
         }

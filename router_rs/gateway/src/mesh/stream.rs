@@ -278,7 +278,7 @@ impl GenerationStream {
         {
             stream.finish(&mut text);
         }
-        let finished = v1::Finished {
+        let mut finished = v1::Finished {
             stop_string,
             text,
             ..self.open.finished(reason, stop_token, self.delivered)
@@ -288,6 +288,10 @@ impl GenerationStream {
         let taught = core.decisions.finished(self.open.id, &finished, measured);
         if let Some((worker, seen)) = taught {
             core.dispatcher.placer().first_token(worker, &seen);
+        }
+        if !self.open.request.trace {
+            // They are for `explain`.
+            finished.trace = Vec::new();
         }
         Message::Finished(finished)
     }

@@ -192,6 +192,7 @@ fn nothing_left(mesh: &Mesh, workers: &[&MockWorker]) -> bool {
 }
 
 mod choice;
+mod explain;
 mod failures;
 mod index;
 mod leaving;

@@ -277,6 +277,12 @@ const ROUTER: &[Key] = &[
         "Generations whose decisions are kept for `explain`.",
     ),
     key(
+        "explain_traces",
+        Kind::Real(0.0, 1.0),
+        "0.1",
+        "Share of generations whose workers are asked for spans for the sake of `explain`, whoever asked for a trace. What it costs is in docs/isolation.md. 1: all, as it takes to explain any one.",
+    ),
+    key(
         "plans_kept",
         Kind::Number(0, 1_000),
         "8",

@@ -242,6 +242,7 @@ pub struct Settings {
     pub quarantine_time: Duration,
     pub worker_keep_alive: Duration,
     pub decisions_kept: usize,
+    pub explain_traces: f64,
     pub policy: PolicySettings,
     pub streams: StreamSettings,
     pub drain_delay: Duration,
@@ -330,6 +331,7 @@ impl Settings {
             quarantine_time: layers.duration("quarantine_time"),
             worker_keep_alive: layers.duration("worker_keep_alive"),
             decisions_kept: size("decisions_kept"),
+            explain_traces: layers.real("explain_traces"),
             policy: policy::of(layers),
             streams: StreamSettings::of(layers),
             drain_delay: layers.duration("drain_delay"),
@@ -390,6 +392,7 @@ impl Settings {
             reattach_grace: self.reattach_grace,
             quarantine_time: self.quarantine_time,
             decisions_kept: self.decisions_kept,
+            explain_traces: self.explain_traces,
             policy: self.policy.clone(),
             streams: self.streams,
             ..MeshSettings::default()

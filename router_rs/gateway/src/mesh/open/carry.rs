@@ -286,9 +286,16 @@ impl Open {
             baggage: request.baggage.clone(),
             request_id: request.request_id.clone(),
             predicted_start_ms: chosen.map_or(0.0, |chosen| chosen.predicted_start_ms),
-            trace: request.trace || request.traced,
+            trace: self.wants_spans(),
             alone: state.machine.alone(),
         })
+    }
+
+    /// Whether its workers are asked for spans: for its client, for a collector, or for
+    /// `explain`.
+    fn wants_spans(&self) -> bool {
+        let request = &self.request;
+        request.trace || request.traced || self.core.decisions.wants_spans(self.id)
     }
 
     fn mesh(&self, transfer: TransferId, sender: WorkerIndex) -> HandOff {

@@ -105,8 +105,8 @@ impl Open {
         self.core.unregister(self.id);
     }
 
-    /// The last message of a stream that ended well. `output_tokens` is what
-    /// the client got.
+    /// The last message of a stream that ended well, with the spans that there are: also
+    /// where its client wants none. `output_tokens` is what the client got.
     pub(in crate::mesh) fn finished(
         &self,
         reason: FinishReason,
@@ -127,10 +127,9 @@ impl Open {
             ),
             timings: Some(state.figures.timings(&self.request)),
             stop_token_id: stop_token,
-            trace: if self.request.trace {
-                state.figures.trace(&self.request)
-            } else {
-                Vec::new()
+            trace: match self.request.trace || state.figures.has_spans() {
+                true => state.figures.trace(&self.request),
+                false => Vec::new(),
             },
             ..v1::Finished::default()
         }
