@@ -423,6 +423,10 @@ class Committed:
     def shared_memory(self) -> bool:
         """Whether blocks were copied from the sender's mapping, not by TCP."""
 
+    @property
+    def waited_seconds(self) -> float:
+        """From here to when the engine took this event (`TransferNode.poll`)."""
+
 @final
 class ReceiveFailed:
     """Receiver: over without success, and no write to the blocks can come now.
@@ -443,6 +447,9 @@ class ReceiveFailed:
 
     @property
     def seconds(self) -> float: ...
+    @property
+    def waited_seconds(self) -> float:
+        """From here to when the engine took this event (`TransferNode.poll`)."""
 
 TransferEvent = (
     Pulled

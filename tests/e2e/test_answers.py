@@ -66,6 +66,8 @@ def test_timings_of_what_happened_are_there_and_fit_into_each_other(client) -> N
     assert t.first_token_ms + t.decode_ms <= t.total_ms + rounding
     assert t.longest_gap_ms <= t.decode_ms + rounding
     assert 0 <= t.transfer_tail_ms <= t.transfer_ms + rounding
+    # It is what came after prefill, and ends before decode begins.
+    assert before + t.worker_queue_ms + t.transfer_tail_ms <= t.total_ms + rounding
     # Nothing to choose, nothing to move, nothing after the first token.
     one = client.complete(prompt=prompt, max_tokens=1).timings
     assert (one.transfer_ms, one.transferred_bytes, one.decode_ms) == (0, 0, 0)

@@ -197,7 +197,8 @@ def test_a_trace_tells_the_whole_way_and_explain_shows_it(pair, client, capsys) 
                            ignore_end_of_text=True)  # fmt: skip
     names = [span.name for span in done.trace]
     assert names[0] == "tokenize"
-    for name in ("queue", "decide", "worker_queue", "prefill_chunk", "transfer", "decode", "gap"):
+    for name in ("queue", "decide", "worker_queue", "prefill_chunk", "transfer", "decode_wait",
+                 "decode", "gap"):  # fmt: skip
         assert name in names
     starts = [span.start_ms for span in done.trace]
     assert starts == sorted(starts)

@@ -1,5 +1,7 @@
 //! What a node tells the engine.
 
+use std::time::Instant;
+
 use bytes::Bytes;
 
 use crate::id::{Reason, TransferId};
@@ -105,6 +107,8 @@ pub enum Event {
         tail_seconds: f64,
         /// Whether they were copied from the sender's mapping.
         shared_memory: bool,
+        /// When.
+        at: Instant,
     },
     /// Receiver: over without success; its blocks are free.
     ReceiveFailed {
@@ -118,5 +122,7 @@ pub enum Event {
         verified_blocks: u32,
         /// From the pull to here.
         seconds: f64,
+        /// When.
+        at: Instant,
     },
 }

@@ -650,7 +650,7 @@ class StageFailed(_message.Message):
     def __init__(self, code: _Optional[int] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., retryable: bool = ...) -> None: ...
 
 class StageTimings(_message.Message):
-    __slots__ = ("queue_ms", "prefill_ms", "transfer_ms", "transferred_bytes", "cached_tokens", "pulled_tokens", "computed_tokens", "trace", "urgent_start_ms")
+    __slots__ = ("queue_ms", "prefill_ms", "transfer_ms", "transferred_bytes", "cached_tokens", "pulled_tokens", "computed_tokens", "trace", "urgent_start_ms", "transfer_tail_ms", "decode_wait_ms")
     QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_MS_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_MS_FIELD_NUMBER: _ClassVar[int]
@@ -660,6 +660,8 @@ class StageTimings(_message.Message):
     COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
     URGENT_START_MS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_TAIL_MS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     queue_ms: float
     prefill_ms: float
     transfer_ms: float
@@ -669,7 +671,9 @@ class StageTimings(_message.Message):
     computed_tokens: int
     trace: _containers.RepeatedCompositeFieldContainer[_inference_pb2.TraceSpan]
     urgent_start_ms: float
-    def __init__(self, queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., transfer_ms: _Optional[float] = ..., transferred_bytes: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., pulled_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., trace: _Optional[_Iterable[_Union[_inference_pb2.TraceSpan, _Mapping]]] = ..., urgent_start_ms: _Optional[float] = ...) -> None: ...
+    transfer_tail_ms: float
+    decode_wait_ms: float
+    def __init__(self, queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., transfer_ms: _Optional[float] = ..., transferred_bytes: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., pulled_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., trace: _Optional[_Iterable[_Union[_inference_pb2.TraceSpan, _Mapping]]] = ..., urgent_start_ms: _Optional[float] = ..., transfer_tail_ms: _Optional[float] = ..., decode_wait_ms: _Optional[float] = ...) -> None: ...
 
 class Found(_message.Message):
     __slots__ = ("generation", "known", "owner", "attempt", "next_index", "stage", "output_ids", "resume_state", "refused", "model", "output_digest")

@@ -58,6 +58,8 @@ enum Cause {
     Step,
     /// KV went to the decode worker.
     HandOff,
+    /// KV was at the decode worker, which ran a step without it.
+    DecodeWait,
     /// The attempt before had failed.
     NewAttempt,
     /// The stream went to another worker with its KV.
@@ -71,6 +73,7 @@ impl Cause {
         match self {
             Self::Step => "a step of the worker",
             Self::HandOff => "the hand-off to the decode worker",
+            Self::DecodeWait => "the step that ran when its KV came",
             Self::NewAttempt => "a new attempt",
             Self::HandOver => "the hand-over to another worker",
             Self::Client => "the client took nothing",
@@ -100,6 +103,10 @@ struct Sums {
     worker_queue_ms: f64,
     prefill_ms: f64,
     transfer_ms: f64,
+    /// Of the hand-off from prefill, as the decode worker measured them; `None` where it
+    /// does not tell.
+    tail_ms: Option<f64>,
+    decode_wait_ms: Option<f64>,
     transferred_bytes: u64,
     cached: u32,
     pulled: u32,
@@ -213,11 +220,16 @@ impl Figures {
                 true => Cause::NewAttempt,
                 false => Cause::HandOver,
             }
-        } else if self.first_taken == Some(last) && self.handed_off.is_some() {
+        } else if self.first_taken == Some(last) && self.hands_off_the_first() {
             Cause::HandOff
         } else {
             Cause::Step
         }
+    }
+
+    /// Whether the first token was there when prefill handed off: else it came after.
+    fn hands_off_the_first(&self) -> bool {
+        self.handed_off.is_some() && self.first_arrival <= self.handed_off
     }
 
     /// The machine ended.
@@ -238,6 +250,11 @@ impl Figures {
         sums.transfer_ms += told.transfer_ms;
         sums.transferred_bytes += told.transferred_bytes;
         sums.pulled = sums.pulled.saturating_add(told.pulled_tokens);
+        // A hand-over from one decode worker to another is none from prefill.
+        if stage == Stage::Decode && counted == attempt {
+            sums.tail_ms = told.transfer_tail_ms;
+            sums.decode_wait_ms = told.decode_wait_ms;
+        }
         // Of two parts the one that ran the prompt says how it was run; what
         // decode held already is not computed less by prefill.
         if stage != Stage::Decode {
@@ -286,10 +303,6 @@ impl Figures {
             mark.map_or(0.0, |mark| ms(mark.saturating_duration_since(from)))
         };
         let decide_ms = ms(self.decide);
-        let tail = match (self.handed_off, self.after_hand_off) {
-            (Some(from), to) => since(to, from).min(self.sums.transfer_ms),
-            _ => 0.0,
-        };
         // One that no worker took up waited until its end.
         let waited = since(self.dispatched.or(self.ended), request.arrived);
         let gap = &self.longest_gap;
@@ -300,7 +313,7 @@ impl Figures {
             worker_queue_ms: self.sums.worker_queue_ms,
             prefill_ms: self.sums.prefill_ms,
             transfer_ms: self.sums.transfer_ms,
-            transfer_tail_ms: tail,
+            transfer_tail_ms: self.tail_ms().min(self.sums.transfer_ms),
             first_token_ms: since(self.first_taken, request.arrived),
             decode_ms: match self.first_taken {
                 Some(first) => since(self.last_taken, first),
@@ -320,6 +333,13 @@ impl Figures {
         Some(self.after_hand_off?.saturating_duration_since(from))
     }
 
+    /// What of the hand-off's transfer came after the end of prefill, ms. Where its worker
+    /// does not tell: until the next token, a step and what that waited for included.
+    fn tail_ms(&self) -> f64 {
+        let seen = || self.tail().map_or(0.0, ms);
+        self.sums.tail_ms.unwrap_or_else(seen).max(0.0)
+    }
+
     /// Of the attempt that brought the first token: its number, what was
     /// predicted and what was measured. `None` where its end was not seen.
     pub(super) fn prediction(&self) -> Option<(u32, v1::PhaseTimes, v1::PhaseTimes)> {
@@ -327,7 +347,7 @@ impl Figures {
         let actual = v1::PhaseTimes {
             wait_ms: self.sums.worker_queue_ms,
             prefill_ms: self.sums.prefill_ms,
-            transfer_ms: self.tail().map_or(0.0, ms),
+            transfer_ms: self.tail_ms(),
             ttft_ms: ms(self.first_taken?.saturating_duration_since(predicted.at)),
         };
         Some((predicted.attempt, predicted.times, actual))
@@ -340,19 +360,31 @@ impl Figures {
         let Some(began) = gap.began else {
             return String::new();
         };
+        let length_ms = ms(gap.length);
+        let cause = match gap.cause {
+            // Less than half of it.
+            Cause::HandOff if self.sums.tail_ms.is_some() && self.tail_ms() * 2.0 < length_ms => {
+                match self.sums.decode_wait_ms {
+                    Some(wait_ms) if wait_ms * 2.0 >= length_ms => Cause::DecodeWait,
+                    _ => Cause::Step,
+                }
+            }
+            cause => cause,
+        };
+        if !matches!(cause, Cause::Step | Cause::DecodeWait) {
+            return cause.text().to_owned();
+        }
         let start_ms = ms(began.saturating_duration_since(request.arrived));
-        let end_ms = start_ms + ms(gap.length);
+        let end_ms = start_ms + length_ms;
         let told = self.spans.iter().find(|span| {
             let end = span.start_ms + span.duration_ms;
             let common = end.min(end_ms) - span.start_ms.max(start_ms);
-            span.name == "gap" && common * 2.0 > ms(gap.length)
+            matches!(&*span.name, "gap" | "decode_wait") && common * 2.0 > length_ms
         });
-        match (gap.cause, told) {
-            (Cause::Step, Some(span)) if span.tokens > 0 => {
-                format!("{} ({} tokens)", span.cause, span.tokens)
-            }
-            (Cause::Step, Some(span)) => span.cause.clone(),
-            (cause, _) => cause.text().to_owned(),
+        match told {
+            Some(span) if span.tokens > 0 => format!("{} ({} tokens)", span.cause, span.tokens),
+            Some(span) => span.cause.clone(),
+            None => cause.text().to_owned(),
         }
     }
 
@@ -386,3 +418,7 @@ impl Figures {
 pub(super) fn ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }
+
+#[cfg(test)]
+#[path = "figures_tests.rs"]
+mod tests;

@@ -91,11 +91,18 @@ event_class!(
         seconds: f64,
         tail_seconds: f64,
         shared_memory: bool,
+        waited_seconds: f64,
     }
 );
 event_class!(
     /// Receiver: over without success, and no write to the blocks can come now.
-    ReceiveFailed { reason: &'static str, message: String, verified_blocks: u32, seconds: f64 }
+    ReceiveFailed {
+        reason: &'static str,
+        message: String,
+        verified_blocks: u32,
+        seconds: f64,
+        waited_seconds: f64,
+    }
 );
 
 /// An event as Python gets it.
@@ -214,6 +221,7 @@ pub(super) fn to_python(py: Python<'_>, event: Event) -> PyResult<Py<PyAny>> {
             seconds,
             tail_seconds,
             shared_memory,
+            at,
         } => Py::new(
             py,
             Committed {
@@ -229,6 +237,7 @@ pub(super) fn to_python(py: Python<'_>, event: Event) -> PyResult<Py<PyAny>> {
                 seconds,
                 tail_seconds,
                 shared_memory,
+                waited_seconds: at.elapsed().as_secs_f64(),
             },
         )?
         .into_any(),
@@ -238,6 +247,7 @@ pub(super) fn to_python(py: Python<'_>, event: Event) -> PyResult<Py<PyAny>> {
             message,
             verified_blocks,
             seconds,
+            at,
         } => {
             let (transfer_id, reason) = (name(id), reason.name());
             Py::new(
@@ -248,6 +258,7 @@ pub(super) fn to_python(py: Python<'_>, event: Event) -> PyResult<Py<PyAny>> {
                     message,
                     verified_blocks,
                     seconds,
+                    waited_seconds: at.elapsed().as_secs_f64(),
                 },
             )?
             .into_any()

@@ -218,6 +218,7 @@ impl Shared {
                         .committed
                         .map_or(0.0, |at| at.elapsed().as_secs_f64()),
                     shared_memory: connection.pool.get().is_some(),
+                    at: Instant::now(),
                 };
                 core.figures.receives_committed += 1;
                 core.figures.received_blocks += blocks;
@@ -231,6 +232,7 @@ impl Shared {
                     message: receiving.message.clone(),
                     verified_blocks: verified,
                     seconds: receiving.since.elapsed().as_secs_f64(),
+                    at: Instant::now(),
                 };
                 core.figures.receives_failed += 1;
                 core.figures.mismatches += u64::from(reason == Reason::Mismatch);

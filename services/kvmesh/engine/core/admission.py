@@ -293,6 +293,7 @@ class Admission:
 
     def _prefix_here(self, receiving: Receiving, event: Committed | ReceiveFailed) -> None:
         """A prefix came, or part of it: go on computing behind it."""
+        ended = self._ended_at(event)
         sequence, size = receiving.sequence, self._loop.pool.block_tokens
         if not receiving.wanted:
             self._loop.release(sequence)
@@ -307,20 +308,27 @@ class Admission:
         sequence.computed = max(before, min(verified * size, sequence.length - 1) // size * size)
         sequence.times.pulled_tokens += sequence.computed - before
         sequence.times.transfer_ms += event.seconds * 1000
-        self._trace(sequence, event.seconds, sequence.computed - before, "prefix from a worker")
+        span = (ended - event.seconds, ended)
+        self._trace(sequence, span, sequence.computed - before, "prefix from a worker")
         self._loop.store(sequence)
         sequence.state = State.PREFILLING
         if sequence.hands_off:
             self.announce(sequence)
 
-    def _trace(self, sequence: Sequence, seconds: float, tokens: int, cause: str) -> None:
-        """A transfer that ended now."""
+    def _ended_at(self, event: Committed | ReceiveFailed) -> float:
+        """When a transfer ended: the step that ran then may have run on for long."""
+        return self._loop.clock.now() - event.waited_seconds
+
+    def _trace(
+        self, sequence: Sequence, span: tuple[float, float], tokens: int, cause: str
+    ) -> None:
+        """A transfer, from its begin to its end."""
         if sequence.trace is not None:
-            now = self._loop.clock.now()
-            sequence.trace.add("transfer", now - seconds, now, tokens, cause)
+            sequence.trace.add("transfer", *span, tokens, cause)
 
     def _sequence_here(self, receiving: Receiving, event: Committed | ReceiveFailed) -> None:
         """The KV of a whole sequence came, or it failed."""
+        ended = self._ended_at(event)
         loop, pool, sequence = self._loop, self._loop.pool, receiving.sequence
         pool.change(receiving.held, Hold.PINNED, Hold.RUNNING)
         pool.change(receiving.fresh, Hold.RESERVED, Hold.RUNNING)
@@ -331,9 +339,11 @@ class Admission:
             sequence.computed = min(event.verified_blocks * pool.block_tokens, sequence.length)
         else:
             sequence.times.transferred_bytes = event.bytes
+            sequence.times.kv_came = ended
+            sequence.times.tail_ms = event.tail_seconds * 1000
             sequence.computed = min(event.kv_tokens, sequence.length)
         came = sequence.computed - len(receiving.held) * pool.block_tokens
-        self._trace(sequence, event.seconds, max(0, came), "hand-off")
+        self._trace(sequence, (ended - event.seconds, ended), max(0, came), "hand-off")
         # What was verified stays as prefix, whatever becomes of the attempt.
         loop.store(sequence)
         if not receiving.wanted:

@@ -241,7 +241,7 @@ class EngineLoop:
             if sequence in self.streams.batch.sequences:
                 self.streams.batch.leave((sequence,))
             self.hand_overs.ended(sequence)
-            for group in (self.streams.suspects, self.streams.stalled):
+            for group in (self.streams.suspects, self.streams.stalled, self.streams.came):
                 if sequence in group:
                     group.remove(sequence)
         busy = self.hand_offs is not None and self.hand_offs.abort(sequence, why)

@@ -59,6 +59,12 @@ class Times:
     cached_tokens: int = 0
     pulled_tokens: int = 0
     computed_tokens: int = 0
+    kv_came: float = 0.0
+    """When the KV of the whole sequence had come from another worker; 0: it did not."""
+    tail_ms: float = 0.0
+    """From the word that the prompt is computed to then."""
+    decode_step: float = 0.0
+    """When the first step began that decoded with that KV."""
     urgent: bool = False
     """More urgent than all other prompts here when it came."""
 
@@ -176,6 +182,9 @@ class Sequence:
         received = self.placement.received_at
         queued = times.first_step - received if times.first_step else 0.0
         prefill = times.prefill_end - times.first_step if times.prefill_end else 0.0
+        # The last token may be computed again first.
+        used = times.first_step or times.decode_step
+        waits = bool(times.kv_came and used)
         return wire.StageTimings(
             queue_ms=max(0.0, queued * 1000),
             prefill_ms=max(0.0, prefill * 1000),
@@ -188,6 +197,8 @@ class Sequence:
             urgent_start_ms=max(0.0, queued * 1000)
             if times.urgent and times.first_step and not times.pulled_tokens
             else None,
+            transfer_tail_ms=times.tail_ms if times.kv_came else None,
+            decode_wait_ms=max(0.0, (used - times.kv_came) * 1000) if waits else None,
         )
 
     @property

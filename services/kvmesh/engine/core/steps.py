@@ -124,6 +124,8 @@ class Steps:
         self.running.predicted_ms = self._pace.told_ms(modelled_ms)
         self.running.since = begun
         self._loop.sink.begin_step(self.running.predicted_ms)
+        if plan.decode or plan.alone is not None:
+            self._loop.streams.step_begins(begun, plan.alone)
         keys = {chunk.sequence.key for chunk in plan.chunks}
         self._loop.queue.in_step |= keys
         for chunk in plan.chunks:

@@ -45,6 +45,8 @@ class Streams:
         """Streams that share their steps with nobody (Place.alone)."""
         self.stalled: list[Sequence] = []
         """Streams that wait for a block until transfers end."""
+        self.came: list[Sequence] = []
+        """Streams whose KV came from another worker, before their first step."""
         self.decoded_at = float("-inf")
         """When the last step with these streams ended."""
 
@@ -140,6 +142,8 @@ class Streams:
         sequence.state = State.DECODING
         if sequence.trace is not None and sequence.trace.decoding_since is None:
             sequence.trace.decoding_since = loop.clock.now()
+            if sequence.times.kv_came and not sequence.times.first_step:
+                sequence.trace.kv_came = sequence.times.kv_came
         sequence.computed = sequence.length - 1
         loop.store(sequence)
         if not self._has_room(sequence):
@@ -147,10 +151,27 @@ class Streams:
         if sequence.alone and sequence.made < self._settings.alone_tokens:
             self.suspects.append(sequence)
         else:
+            if sequence.times.kv_came and not sequence.times.decode_step:
+                self.came.append(sequence)
             if not len(self.batch):
                 # Its second token is due at once.
                 self.decoded_at = float("-inf")
             self.batch.join(sequence)
+
+    def step_begins(self, now: float, suspect: Sequence | None = None) -> None:
+        """The first step of those whose KV came, or of a suspect."""
+        first = self.came
+        if suspect is None:
+            self.came = []
+        else:
+            times = suspect.times
+            first = [suspect] if times.kv_came and not times.decode_step else []
+        for sequence in first:
+            times, trace = sequence.times, sequence.trace
+            times.decode_step = now
+            if trace is not None and not times.first_step:
+                tokens, cause = self._loop.steps.log.beside(times.kv_came)
+                trace.add("decode_wait", times.kv_came, now, tokens, cause)
 
     # -- room of running streams -------------------------------------------
 

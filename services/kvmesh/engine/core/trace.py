@@ -29,27 +29,46 @@ class StepLog:
         """A step with decoding streams has ended; with so many tokens of prompts in it."""
         self._steps.append((begun, ended, prompt_tokens))
 
-    def longest_gap(self, since: float, until: float) -> tuple[float, float, int, str] | None:
-        """(begin, end, prompt tokens beside it, cause) of the longest time between the ends of
-        two steps in turn. None: fewer than two are known."""
+    def beside(self, moment: float) -> tuple[int, str]:
+        """(prompt tokens, cause): what a stream waits for whose KV came at that moment."""
+        for begun, ended, tokens in reversed(self._steps):
+            if ended <= moment:
+                break
+            if begun <= moment:
+                what = "prompts in the step" if tokens else "the step"
+                return tokens, f"{what} that ran when its KV came"
+        return 0, "steps without it"
+
+    def longest_gap(
+        self, since: float, until: float, came: float | None = None
+    ) -> tuple[float, float, int, str] | None:
+        """(begin, end, prompt tokens beside it, cause) of the longest time until the end of a
+        step, from the end of the one before; of a stream that decodes `since` then, from there
+        or from when its KV `came`. None: no step is known."""
         # A stream's steps are the newest ones.
         known = 0
         for _, ended, _ in reversed(self._steps):
-            if ended < since:
+            if ended <= since:
                 break
             known += 1
-        last, longest = None, None
+        longest = None
+        # Its first step may be forgotten.
+        last = (since if came is None else came) if known < self.KEPT else None
+        waits = came is not None and last is not None
         for begun, ended, tokens in islice(self._steps, len(self._steps) - known, None):
             if ended > until:
                 break
             if last is not None and (longest is None or ended - last > longest[1] - longest[0]):
-                cause = "a step of its batch"
-                if tokens:
+                waited = begun - last > ended - begun
+                beside, cause = tokens, "a step of its batch"
+                if waits and waited:
+                    beside, cause = self.beside(last)
+                elif tokens:
                     cause = "prompts in the same step"
-                elif begun - last > ended - begun:
+                elif waited:
                     cause = "steps without it"
-                longest = (last, ended, tokens, cause)
-            last = ended
+                longest = (last, ended, beside, cause)
+            last, waits = ended, False
         return longest
 
 
@@ -60,7 +79,9 @@ class Trace:
     A chunk that was held between layers has its pauses within it.
     """
 
-    __slots__ = ("_arrived", "_begun", "_last", "_spans", "cause", "decoding_since", "idle_since")
+    __slots__ = (
+        "_arrived", "_begun", "_last", "_spans", "cause", "decoding_since", "idle_since", "kv_came",
+    )  # fmt: skip
 
     def __init__(self, begun: float, waited_s: float = 0.0) -> None:
         """When the placement came, and how long the request had waited by then."""
@@ -73,6 +94,8 @@ class Trace:
         self.cause = ""
         """Why it waits now, where that is known."""
         self.decoding_since: float | None = None
+        self.kv_came: float | None = None
+        """When the KV came from another worker that its first step of decoding reads."""
 
     def add(self, name: str, begin: float, end: float, tokens: int = 0, cause: str = "") -> None:
         """Something that it did or waited for; names as in `TraceSpan`."""
@@ -109,7 +132,7 @@ class Trace:
         """The stage is over, after so many tokens."""
         if self.decoding_since is not None:
             self.add("decode", self.decoding_since, now, made)
-            gap = steps.longest_gap(self.decoding_since, now)
+            gap = steps.longest_gap(self.decoding_since, now, self.kv_came)
             if gap is not None:
                 self.add("gap", *gap)
 

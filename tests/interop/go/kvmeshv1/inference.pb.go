@@ -1937,7 +1937,9 @@ type Timings struct {
 	// Moving KV: from the receiver's first pull to its commit, ms. 0 if none
 	// moved.
 	TransferMs float64 `protobuf:"fixed64,6,opt,name=transfer_ms,json=transferMs,proto3" json:"transfer_ms,omitempty"`
-	// The part of transfer_ms that came after the end of prefill, ms.
+	// The part of transfer_ms that came after the end of prefill, ms: from when its
+	// sender's word of that came to the receiver. Of a decode worker that does not
+	// tell it, transfer_ms at most: from prefill's end to the next token.
 	TransferTailMs float64 `protobuf:"fixed64,7,opt,name=transfer_tail_ms,json=transferTailMs,proto3" json:"transfer_tail_ms,omitempty"`
 	// From arrival to the first token handed to the client's stream (TTFT), ms.
 	FirstTokenMs float64 `protobuf:"fixed64,8,opt,name=first_token_ms,json=firstTokenMs,proto3" json:"first_token_ms,omitempty"`
@@ -1953,9 +1955,9 @@ type Timings struct {
 	// where there is none.
 	LongestGapStartMs float64 `protobuf:"fixed64,13,opt,name=longest_gap_start_ms,json=longestGapStartMs,proto3" json:"longest_gap_start_ms,omitempty"`
 	// Why the longest gap was so long, in words: the hand-off to the decode worker,
-	// the hand-over to another worker, a new attempt, a client that took nothing, a
-	// step of the worker. With Output.trace what the worker knows of it. Empty where
-	// there is no gap.
+	// the step that ran there when the KV came, the hand-over to another worker, a
+	// new attempt, a client that took nothing, a step of the worker. With
+	// Output.trace what the worker knows of it. Empty where there is no gap.
 	LongestGapCause string `protobuf:"bytes,14,opt,name=longest_gap_cause,json=longestGapCause,proto3" json:"longest_gap_cause,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
@@ -2093,8 +2095,9 @@ func (x *Timings) GetLongestGapCause() string {
 type TraceSpan struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// What: "tokenize", "queue", "decide", "worker_queue", "prefill_chunk",
-	// "pause", "transfer", "decode", "gap" (the longest time between two steps of
-	// a worker that decoded). More names may be added.
+	// "pause", "transfer", "decode_wait" (from the KV's commit at the decode worker
+	// to the first step with it), "decode", "gap" (the longest time for which a
+	// worker that decoded made no token). More names may be added.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// Begin, in milliseconds since the request's arrival.
 	StartMs float64 `protobuf:"fixed64,2,opt,name=start_ms,json=startMs,proto3" json:"start_ms,omitempty"`
