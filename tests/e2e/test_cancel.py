@@ -7,6 +7,8 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from cluster import Cluster
@@ -16,11 +18,16 @@ from held import held, wait_held
 from raw_http2 import RawHttp2, message
 
 import kvmesh
+from kvmesh.engine.sim.settings import PROFILES
 from kvmesh.v1 import inference_pb2, worker_pb2
 
 _numbers = itertools.count()
 
 CALLS_A_CONNECTION = 250
+
+BLOCK = 16
+CHUNK = PROFILES["cpu-135m"].model.saturating_chunk
+"""Most tokens of a prompt in a step of `slow`."""
 
 LEAVE: dict[str, Callable[[RawHttp2, int], None]] = {
     "cancels": lambda raw, stream: raw.reset(stream),
@@ -36,18 +43,33 @@ def leave(request) -> Callable[[RawHttp2, int], None]:
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory) -> Iterator[Cluster]:
-    """A pair in which every state lasts: 0.3 s for 128 tokens of a prompt, and
+    """A pair in which every state lasts: 0.6 s or more for 128 tokens of a prompt, and
     two seconds for a token of the output. Requests go to their workers well
     before these would start them."""
     cluster = Cluster(tmp_path_factory.mktemp("slow"))
     try:
         endpoint = cluster.start_router("--dispatch-ahead", "1m")
-        cluster.start_worker("p", "prefill", "--engine-arguments", "profile=cpu-135m")
+        steps = f"profile=cpu-135m,stuck_while={_stuck(cluster)}"
+        cluster.start_worker("p", "prefill", "--engine-arguments", steps)
         cluster.start_worker("d", "decode", "--engine-arguments", "profile=cpu-135m,speed=0.025")
         cluster.wait_live(endpoint, "p", "d")
         yield cluster
     finally:
         cluster.close()
+
+
+def _stuck(cluster: Cluster) -> Path:
+    return cluster.folder / "stuck"
+
+
+@contextmanager
+def standing(cluster: Cluster) -> Iterator[None]:
+    """Meanwhile the layer that runs on p does not end."""
+    _stuck(cluster).touch()
+    try:
+        yield
+    finally:
+        _stuck(cluster).unlink()
 
 
 def ask(tokens: int, *, output: int = 1_000) -> bytes:
@@ -77,6 +99,11 @@ def wait_load(
             return load
         cluster.children.wait(0.01)
     raise AssertionError(f"{name} never came to it: {load}")
+
+
+def wait_at_rest(cluster: Cluster, name: str) -> worker_pb2.Load:
+    """Looks until nobody holds a block of a worker's pool."""
+    return wait_load(cluster, name, lambda _, kv: not (kv.running or kv.pinned or kv.reserved))
 
 
 def assert_one_left(cluster: Cluster, before: Figures) -> None:
@@ -132,14 +159,27 @@ def test_while_decode_has_reserved_and_prefill_has_not_begun(slow, leave) -> Non
 def test_while_prefill_computes_and_blocks_flow(slow, leave) -> None:
     endpoint = slow.endpoints[0]
     before = figures(endpoint)
-    kept = slow.info("d").load.kv.evictable
+    kept = {name: wait_at_rest(slow, name).kv.evictable for name in slow.workers}
     with RawHttp2(endpoint) as raw:
         stream = raw.call(ask(6_000))
         wait_load(slow, "p", lambda share, _: 0 < share.running_prefill_tokens < 5_600)
-        leave(raw, stream)
+        # It leaves in the middle of a step, which goes on once decode has nothing of it any
+        # more: prefill was told at the same moment, and a step takes it 0.6 s.
+        with standing(slow):
+            leave(raw, stream)
+            wait_figures(slow, endpoint, {"cancelled_total": before["cancelled_total"] + 1})
+            slow.wait_empty("d")
+            then = slow.info("p").load
         assert_one_left(slow, before)
-    # Blocks had come and were checked: they stay as a prefix.
-    assert slow.info("d").load.kv.evictable > kept
+    now = wait_at_rest(slow, "p")
+    # By the worker's own counter no step was begun after the cancel and came to its end, ...
+    assert now.step <= then.step
+    # ... and of the one that ran at most its chunk counts: what is computed stays as a prefix.
+    computed = 6_000 - then.own.running_prefill_tokens
+    made = BLOCK * (now.kv.evictable - kept["p"])
+    assert computed <= made <= computed + CHUNK
+    # Blocks had come to decode and were checked: they stay there, too.
+    assert wait_at_rest(slow, "d").kv.evictable > kept["d"]
 
 
 def test_between_the_hand_off_and_decodes_first_token(slow, leave) -> None:

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 from engine_harness import VOCABULARY, Driver, StepClock, prompt, running, sim
 
+from kvmesh.engine.contract import AttemptId
 from kvmesh.engine.core.step_model import StepLoad, predict_ms
 from kvmesh.engine.sim.content import reference_tokens
 from kvmesh.engine.sim.settings import PROFILES
@@ -186,3 +187,25 @@ async def test_streams_do_not_decode_before_their_time_for_a_prompt_without_room
     # Then the long prompt gave its room up, and was computed last.
     assert urgent.tokens == reference_tokens(prompt(300, 5), 1, VOCABULARY)
     assert long.tokens == reference_tokens(prompt(LONG, 3), 1, VOCABULARY)
+
+
+@pytest.mark.parametrize("like", ["kvmesh", "vllm"])
+async def test_a_cancelled_prompt_has_no_layer_more(like) -> None:
+    clock, stopped, id = StepClock(), [], AttemptId(b"c" * 16, 1, 1)
+    async with running(slow(clock, like)) as driver:
+
+        def cancel() -> None:
+            driver.engine.cancel([id])
+            stopped.append(clock.time)
+
+        # At the end of the tenth layer of thirty.
+        clock.passes += [cancel, *[lambda: None] * 9]
+        begun = clock.time
+        long = driver.place(prompt(LONG, 3), id=id, max_tokens=1)
+        assert await long.ended() == "cancelled"
+        await driver.idle()
+        assert stopped[0] > begun
+        assert [clock.time] == stopped
+        # Nor does the chunk count: none of its tokens was computed to the last layer.
+        assert driver.samples == []
+        assert long.end.timings.computed_tokens == 0
