@@ -6,15 +6,21 @@ import sys
 
 import pytest
 from figures import figures
+from step_watch import step_watch
 
 import kvmesh
 from kvmesh.cli import main
+from kvmesh.engine.core.step_model import StepLoad, gap_target_ms, predict_ms
+from kvmesh.engine.sim.settings import PROFILES
 from kvmesh.v1 import worker_pb2
 
 # Steps of some 10 ms: streams live through every flip.
 PACED = ("--engine-arguments", "profile=h100-8b,speed=0.6")
 OUTPUT = 120
 STREAMS = 24
+
+# The longest gap that streams ask for: some blocks of a prompt fit beside them.
+SLOW, ITL_TARGET_MS, BLOCK = "cpu-135m", 300, 16
 
 
 def flip(endpoint: str, worker: str, role: str) -> None:
@@ -156,17 +162,20 @@ async def test_decode_takes_over_prompts_that_are_too_many_for_prefill_and_gives
 ) -> None:
     endpoint = fresh.start_router("--local-prefill", "by-cost")
     # Two seconds for the prompts below, on a worker that does nothing else.
-    slowly = ("--engine-arguments", "profile=cpu-135m")
+    slowly = ("--engine-arguments", f"profile={SLOW}")
     fresh.start_worker("p", "prefill", *slowly)
     fresh.start_worker("d", "decode", *slowly)
     fresh.wait_live(endpoint, "p", "d")
     rng = random.Random(5)
-    options = {"temperature": 0.0, "ignore_end_of_text": True}
+    options = {"temperature": 0.0, "ignore_end_of_text": True, "itl_target_ms": ITL_TARGET_MS}
 
     def prompt(tokens: int) -> list[int]:
         return rng.choices(range(300, 1_900), k=tokens)
 
-    async with kvmesh.AsyncClient(endpoint) as client:
+    async with (
+        kvmesh.AsyncClient(endpoint) as client,
+        step_watch(fresh.worker_address("d"), "sim", ITL_TARGET_MS) as steps,
+    ):
 
         async def speak(speaks: asyncio.Event) -> None:
             async for event in client.generate(token_ids=prompt(32), max_tokens=4_000, **options):
@@ -190,6 +199,23 @@ async def test_decode_takes_over_prompts_that_are_too_many_for_prefill_and_gives
             task.cancel()
         await asyncio.gather(*speaking, return_exceptions=True)
     fresh.wait_empty("p", "d")
+    assert_within_target(steps)
+
+
+def assert_within_target(steps: list[worker_pb2.StepSample]) -> None:
+    """By what the steps of a worker held: its streams had their tokens within their target,
+    as its own model of its steps has it."""
+    model = PROFILES[SLOW].model
+    # The streams are in each of them: no prompt is computed between their steps.
+    assert all(step.decode_batch for step in steps)
+    mixed = [step for step in steps if step.prefill_tokens]
+    for step in mixed:
+        load = StepLoad(decode_batch=step.decode_batch, decode_context=step.decode_context)
+        target_ms = gap_target_ms(ITL_TARGET_MS, predict_ms(model, load))
+        load.prefill_tokens, load.prefill_context = step.prefill_tokens, step.prefill_context
+        assert predict_ms(model, load) <= target_ms, step
+    # A prompt always gets a block, and without streams as much as its steps are worth.
+    assert BLOCK <= max(step.prefill_tokens for step in mixed) < model.saturating_chunk
 
 
 def test_a_trace_tells_the_whole_way_and_explain_shows_it(pair, client, capsys) -> None:
