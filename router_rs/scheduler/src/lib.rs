@@ -46,8 +46,8 @@ pub use chunk::{ChunkBounds, OWN_STEP_SHARE, PREEMPTION_TARGET_MS, chunk_tokens,
 pub use cost::{CostSettings, KvCost};
 pub use deadline::{ClassTargets, Targets, virtual_deadline_ms};
 pub use dispatch::{
-    Admitted, Dispatch, DispatchSettings, Entry, Hold, Look, Next, Outcome, Pass, Place, Reported,
-    Verdict, may_run,
+    Admitted, Dispatch, DispatchSettings, Entry, Hold, Look, Next, Others, Outcome, Pass, Place,
+    Reported, Verdict, may_run,
 };
 pub use fit::HEADROOM;
 pub use fixed::{FixedPolicy, Rule};

@@ -260,6 +260,20 @@ impl WorkerView {
         own + of(&self.load.others)
     }
 
+    /// How many prompts other routers have there, and how many tokens are left of them, by
+    /// class; what no class shows counts as standard.
+    pub(crate) fn others_by_class(&self) -> PerClass<(u32, u64)> {
+        let others = &self.load.others;
+        let of = &others.classes;
+        let mut all: PerClass<(u32, u64)> =
+            std::array::from_fn(|class| (of.waiting[class], of.waiting_tokens[class]));
+        let shown: u64 = of.waiting_tokens.iter().sum();
+        let tokens = others.queued_prefill_tokens + others.running_prefill_tokens;
+        let standard = &mut all[Class::Standard.index()];
+        standard.1 += tokens.saturating_sub(shown);
+        all
+    }
+
     /// Requests that decode there or will.
     pub fn decode_batch(&self) -> u32 {
         let of = |share: &Share| share.decoding + share.receiving;

@@ -7,7 +7,7 @@ use common::{request, worker};
 use kvmesh_kv_index::{Matches, WorkerSlot};
 use kvmesh_scheduler::{
     Bookings, Class, Cluster, Dispatch, DispatchSettings, Entry, KvCost, Lane, Look, NoPlan,
-    Outcome, Pass, Policy, QueueSettings, Reported, RequestView, Role, Verdict, WorkerView,
+    Others, Outcome, Pass, Policy, QueueSettings, Reported, RequestView, Role, Verdict, WorkerView,
 };
 use std::sync::Arc;
 
@@ -31,6 +31,7 @@ fn report(worker: u32, model: &str) -> Reported {
         computes: true,
         first_sent_ms: None,
         least_ms: 0.0,
+        others: Default::default(),
         step_ms: 10.0,
     }
 }
@@ -379,6 +380,19 @@ fn a_report_wakes_whoever_means_to_go_there() {
     assert_eq!(dispatch.look(&busy(Some(30.0)), 1.0), Look::Now);
     assert_eq!(dispatch.look(&busy(Some(10.0)), 1.0), Look::No);
     assert_eq!(dispatch.look(&busy(None), 1.0), Look::No);
+    // Other routers' prompts are taken to have come just now: before it while they are short.
+    let others = |class: Class, each_ms| {
+        let mut report = busy(None);
+        report.others[class.index()] = Others {
+            each_ms,
+            work_ms: 8_980.0,
+        };
+        report
+    };
+    let look = |class, each_ms| dispatch.look(&others(class, each_ms), 1.0);
+    assert_eq!(look(Class::Interactive, 1.0), Look::No);
+    assert_eq!(look(Class::Interactive, 100.0), Look::Now);
+    assert_eq!(look(Class::Batch, 1.0), Look::Now);
 }
 
 #[test]

@@ -277,8 +277,16 @@ impl<T> Line<T> {
             let first_ms = report.first_sent_ms;
             first_ms.is_some_and(|first_ms| ticket.virtual_deadline_ms() < first_ms)
         };
+        // It goes before what is less urgent there, however much that is.
+        let by_key = |ticket: &Ticket| {
+            let key_ms = ticket.virtual_deadline_ms();
+            let ahead_ms = report.ahead_ms(key_ms, now_ms, &settings.targets);
+            settings.soon(ahead_ms, report.step_ms)
+        };
         let mut held = self.holds.iter();
-        if held.any(|(ticket, hold)| hold.is_on(report.worker) && (soon || first(ticket))) {
+        if held.any(|(ticket, hold)| {
+            hold.is_on(report.worker) && (soon || first(ticket) || by_key(ticket))
+        }) {
             return Look::Now;
         }
         // Who is listed nowhere waits for anybody: room is what workers say it is.

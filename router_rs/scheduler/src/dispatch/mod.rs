@@ -27,7 +27,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 pub use admit::Admitted;
-pub use rules::{Hold, Reported, Verdict, may_run};
+pub use rules::{Hold, Others, Reported, Verdict, may_run};
 
 /// How requests leave a router.
 #[derive(Debug, Clone, Copy, PartialEq)]

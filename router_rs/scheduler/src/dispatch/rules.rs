@@ -2,8 +2,9 @@
 
 use super::DispatchSettings;
 use crate::booking::{Booking, Bookings, Work};
+use crate::deadline::{ClassTargets, virtual_deadline_ms};
 use crate::plan::{Decision, NoPlan};
-use crate::request::RequestView;
+use crate::request::{Class, PerClass, RequestView};
 use crate::survey::{LocalPrefill, placeable};
 use crate::worker::{Cluster, Role, WorkerView};
 use kvmesh_kv_index::WorkerSlot;
@@ -36,6 +37,15 @@ impl Hold {
     }
 }
 
+/// Prompts of other routers on a worker.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Others {
+    /// Computing an average one, ms.
+    pub each_ms: f64,
+    /// Computing all of them, ms.
+    pub work_ms: f64,
+}
+
 /// What a load report says of whether somebody may go.
 #[derive(Debug, Clone)]
 pub struct Reported {
@@ -45,8 +55,10 @@ pub struct Reported {
     pub model: Arc<str>,
     /// Whether a prompt that means to go elsewhere may come to it.
     pub computes: bool,
-    /// Least time until it would start a new prompt, ms.
+    /// Least time until it would start a new prompt that goes before none there, ms.
     pub least_ms: f64,
+    /// What of that is other routers', by class.
+    pub others: PerClass<Others>,
     /// Earliest virtual deadline of the prompts that went there and have not
     /// begun, ms: one before it would be taken first.
     pub first_sent_ms: Option<f64>,
@@ -58,14 +70,35 @@ impl Reported {
     /// Reads it off a worker's view, once its report or what a first token says of
     /// it is in there. `local` says whether decode workers compute prompts, too.
     pub fn of(view: &WorkerView, step_ms: f64, local: LocalPrefill, bookings: &Bookings) -> Self {
+        let least_ms = view.reported_backlog_tokens() as f64 * view.step.b_ms;
+        let others = view.others_by_class().map(|(count, tokens)| {
+            let work_ms = tokens as f64 * view.step.b_ms;
+            Others {
+                each_ms: work_ms / f64::from(count.max(1)),
+                work_ms,
+            }
+        });
         Self {
             worker: view.slot,
             model: Arc::clone(&view.model),
             computes: view.role != Role::Decode || local == LocalPrefill::ByCost,
             first_sent_ms: bookings.first_sent_ms(view.slot),
-            least_ms: view.reported_backlog_tokens() as f64 * view.step.b_ms,
+            least_ms,
+            others,
             step_ms,
         }
+    }
+
+    /// Least time until it would start a prompt with this key, ms: as the cost has it, other
+    /// routers' prompts are taken to have come just now, and go after it where that is later.
+    pub(super) fn ahead_ms(&self, key_ms: f64, now_ms: f64, targets: &ClassTargets) -> f64 {
+        let mut ahead_ms = self.least_ms;
+        for (class, others) in Class::ALL.into_iter().zip(&self.others) {
+            if virtual_deadline_ms(targets, class, now_ms, others.each_ms) > key_ms {
+                ahead_ms -= others.work_ms;
+            }
+        }
+        ahead_ms
     }
 }
 
