@@ -39,7 +39,8 @@ def test_a_first_token_that_comes_late_comes_once(late) -> None:
     endpoint = late.endpoints[0]
     rng = random.Random(5)
     with kvmesh.Client(endpoint) as client:
-        for tokens in (5, 20, 100, 200):
+
+        def ask(tokens: int) -> None:
             prompt = rng.choices(range(300, 2_000), k=100)
             asked = {"token_ids": prompt, "max_tokens": tokens, "ignore_end_of_text": True}
             delivered: list[int] = []
@@ -50,12 +51,21 @@ def test_a_first_token_that_comes_late_comes_once(late) -> None:
             assert len(delivered) == tokens
             # The other way round the same tokens come: decode has nothing to wait for.
             assert delivered == list(client.complete(**asked).token_ids)
-    # Short outputs were over before prefill's word of their first token came.
-    wait_quiet(late, endpoint, "p", "d")
-    wait_figures(late, endpoint, {"open_attempts": 0})
+
+        for tokens in (5, 20, 100, 200):
+            ask(tokens)
+        wait_quiet(late, endpoint, "p", "d")
+        wait_figures(late, endpoint, {"open_attempts": 0})
+        # A short output is over before prefill's word of its first token comes, unless the
+        # machine takes half a second for it: sooner or later one is.
+        for _ in range(100):
+            if figures(endpoint)["stale_frames_total"]:
+                break
+            ask(5)
+            wait_figures(late, endpoint, {"open_attempts": 0})
     now = figures(endpoint)
-    assert now["plans_split_total"] > 0
     assert now["stale_frames_total"] > 0
+    assert now["plans_split_total"] > 0
     assert now["violations_total"] == 0
     assert now["failed_total"] == 0
     late.assert_alive()
