@@ -230,12 +230,20 @@ async fn a_silent_watch_breaks_though_its_connection_stands() {
     );
 
     let mut follower = follower(Arc::new(Client::new(settings).unwrap()));
-    let broken = follower.follow(1).await.err();
     let silence = WatchBreak::Silent(Duration::from_secs(1));
-    assert!(
-        matches!(&broken, Some(RegistryError::WatchBroken(found)) if *found == silence),
-        "{broken:?}"
-    );
+    // A machine that is too busy for the first answer makes it break before the second
+    // question: another watch is opened then.
+    for _ in 0..20 {
+        asked.store(0, Ordering::SeqCst);
+        let broken = follower.follow(1).await.err();
+        assert!(
+            matches!(&broken, Some(RegistryError::WatchBroken(found)) if *found == silence),
+            "{broken:?}"
+        );
+        if asked.load(Ordering::SeqCst) > 1 {
+            break;
+        }
+    }
     assert_eq!(asked.load(Ordering::SeqCst), 2, "the first was answered");
     server.abort();
 }
