@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "e2e"))
 
 import network
 from fault_proxy import testkit
-from faults import KINDS, RouterKilled
+from faults import KINDS, RouterKilled, RouterPaused
 from mesh import LIVE, ROLES, ROUTERS, STEP_MS, STEPS, Mesh, folder_of_run
-from player import Player
+from player import Played, Player
 from schedule import schedule
 from traffic import Shape, Stream, Traffic
 from verdict import Verdict, falsely_lost, figures
@@ -50,6 +50,17 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def leaves(one: Played, began: float) -> bool:
+    """Whether a stream that began then may have been taken over by the other router for it."""
+    match one.fault:
+        case RouterKilled():
+            return one.injected >= began
+        case RouterPaused():
+            # Also one that was asked of a router that stood still already: its client waits.
+            return not one.healed or one.healed >= began
+    return False
+
+
 def play(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     """A whole run; its figures."""
     named = options.kinds.split(",") if options.kinds else [kind.__name__ for kind in KINDS]
@@ -64,9 +75,8 @@ def play(options: argparse.Namespace, folder: Path) -> dict[str, object]:
 
         def ended(stream: Stream) -> None:
             # On the thread of the traffic; it only reads what the player writes.
-            deaths = [p.injected for p in (*player.played, *player.active)
-                      if isinstance(p.fault, RouterKilled)]  # fmt: skip
-            verdict.take(stream, sum(at >= stream.began for at in deaths))
+            played = (*player.played, *player.active)
+            verdict.take(stream, sum(leaves(one, stream.began) for one in played))
 
         shape = Shape(streams=options.streams)
         targets = [mesh.target(*ROUTERS), mesh.target(*reversed(ROUTERS))]

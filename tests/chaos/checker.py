@@ -3,8 +3,9 @@
 The model is a pure function of prefix and position. Where its tokens depend on the attempt as
 well, an output is right if it is one attempt's up to some point, from there another one's that
 follows from what was delivered before it, and so on: attempts go up at one router; where
-another one resumed the stream it is a higher owner, whose attempts go up from there; and they
-begin again where a client went on from what it held. A token of an attempt that was over
+another one resumed the stream it is a higher owner, an even one for what ran already and the
+odd one after it for what that router places, whose attempts go up from there; and they begin
+again where a client went on from what it held. A token of an attempt that was over
 shows at once.
 """
 
@@ -20,6 +21,7 @@ from kvmesh.engine.sim.settings import SimSettings
 _SIM = SimSettings()
 _GAIN = int(Content(_SIM.block_bytes // _SIM.block_tokens // 8).gain)
 _MOST_ATTEMPTS = 32
+_MOST_OWNERS = 8
 
 
 class Model:
@@ -68,12 +70,15 @@ def first_wrong_of_attempts(
         if not go_on:
             new = {
                 (owner, attempt)
-                for owner in range(1, routers_lost + 2)
+                for owner in range(1, 2 * routers_lost + 2)
                 for attempt in range(1, _MOST_ATTEMPTS + 1)
                 if model.next(_tag(owner, attempt)) == token
             }
             reached = {
-                (lost + owner - before[0] if goes_up else lost + owner, (owner, attempt))
+                (
+                    lost + _router(owner) - (_router(before[0]) if goes_up else -1),
+                    (owner, attempt),
+                )
                 for owner, attempt in new
                 for lost, before in believed
                 for goes_up in (True, False)
@@ -85,6 +90,22 @@ def first_wrong_of_attempts(
         believed = go_on
         model.take(token)
     return None
+
+
+def attempts_of(prompt: Sequence[int], output: Sequence[int], index: int) -> list[tuple[int, int]]:
+    """Whose token the one at an index may be, (owner, attempt), were its prefix the one given."""
+    model = Model([*prompt, *output[:index]])
+    return [
+        (owner, attempt)
+        for owner in range(_MOST_OWNERS)
+        for attempt in range(_MOST_ATTEMPTS + 1)
+        if model.next(_tag(owner, attempt)) == output[index]
+    ]
+
+
+def _router(owner: int) -> int:
+    """How many routers had a stream before the one with this number."""
+    return owner // 2
 
 
 def _tag(owner: int, attempt: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from checker import first_wrong, first_wrong_of_attempts
+from checker import attempts_of, first_wrong, first_wrong_of_attempts
 from faults import Fault
 from mesh import PATIENT, STEP_MS
 from player import Played
@@ -43,7 +43,7 @@ class Verdict:
     first_token_s: float = 0.0
 
     def take(self, stream: Stream, routers_lost: int) -> None:
-        """Judges a stream. `routers_lost`: how many routers died while it ran."""
+        """Judges a stream. `routers_lost`: how many routers died, or stood still, while it ran."""
         self.streams += 1
         self.tokens += len(stream.output)
         self.moved += stream.attempts > 1
@@ -93,7 +93,11 @@ def _longest(gaps: Iterable[tuple[float, float]]) -> float | None:
 
 
 def _describe(stream: Stream, problems: Counter[str], wrong: int | None) -> str:
-    where = "" if wrong is None else f", wrong from index {wrong}"
+    where = ""
+    if wrong is not None:
+        around = range(max(0, wrong - 2), min(len(stream.output), wrong + 3))
+        found = {at: attempts_of(stream.prompt, stream.output, at) for at in around}
+        where = f", wrong from index {wrong} (owners and attempts that fit: {found})"
     return (
         f"{', '.join(problems)}: {len(stream.output)} of {stream.asked} tokens{where}, longest "
         f"wait {stream.longest_wait_s:.2f} s, first token {stream.first_token_s:.2f} s, began "
