@@ -65,6 +65,14 @@ def test_another_owner_goes_on_with_higher_attempts_where_a_router_was_lost() ->
     assert first_wrong_of_attempts(PROMPT, late, routers_lost=1) == 60
 
 
+def test_what_a_router_places_of_a_stream_that_it_took_over_has_the_next_owner() -> None:
+    """One router was lost: the second one claims under 2 and places under 3; 5 is a third one's."""
+    for owner, wrong in ((3, None), (5, 30)):
+        moved = output((1, 30))
+        moved += undisturbed(PROMPT + moved, 30, tag=owner * OWNER | 2)
+        assert first_wrong_of_attempts(PROMPT, moved, routers_lost=1) == wrong, owner
+
+
 def test_what_an_attempt_made_of_another_text_is_found() -> None:
     """Right for the attempt, but not after what was delivered."""
     mixed = output((1, 20)) + output((2, 60))[20:]
