@@ -28,6 +28,17 @@ BUSY_LIMIT = 0.10
 MAX_REPEATS = 3
 
 
+def say(text: str) -> None:
+    """Progress, apart from the tables."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def quantile(values: Sequence[float], part: float) -> float:
+    """The value below which a part lies. There has to be one."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
+
+
 @dataclass(frozen=True)
 class Figure:
     """One number that a run stands for."""

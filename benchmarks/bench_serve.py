@@ -37,9 +37,10 @@ from alternating import (
     is_evidence,
     print_figures,
     print_table,
+    say,
     write_json,
 )
-from mixed_trace import BLOCK_TOKENS, OURS, SPEED, TRACES, go_first, roles, say, serving
+from mixed_trace import BLOCK_TOKENS, OURS, SPEED, TRACES, go_first, roles, serving
 from run_all import INPUT_MISSING
 from streams import build
 from trace_files import add_traces, need_traces

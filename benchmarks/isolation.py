@@ -32,8 +32,6 @@ import asyncio
 import contextlib
 import os
 import statistics
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +43,7 @@ from alternating import (
     MachineWatch,
     descendants,
     print_table,
+    say,
     write_json,
 )
 from isolation_clusters import (
@@ -196,11 +195,6 @@ def best_chunk(plan: Plan) -> tuple[int, list[list[object]]]:
              60 * phase.documents_per_s]
         )  # fmt: skip
     return min(rows, key=lambda row: float(str(row[1])))[0], rows  # type: ignore[return-value]
-
-
-def say(text: str) -> None:
-    """Progress, apart from the tables."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def judge(ratios: Ratios, core: Core) -> list[list[object]]:

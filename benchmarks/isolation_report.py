@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import alternating
 from isolation_load import Answer, Phase
 
 ENOUGH_FOR_P99 = 300
@@ -20,8 +21,7 @@ STEPS_OF_COMPANY = 5
 
 def quantile(values: Sequence[float], part: float) -> float:
     """The value below which a part lies; NaN of none."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(part * len(ordered)))] if ordered else float("nan")
+    return alternating.quantile(values, part) if values else float("nan")
 
 
 @dataclass

@@ -39,7 +39,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from alternating import Figure, machine_busy_seconds, print_figures, print_table, write_json
+from alternating import (
+    Figure,
+    machine_busy_seconds,
+    print_figures,
+    print_table,
+    say,
+    write_json,
+)
 from mixed_simulated import simulate, workers_of
 from routing_quality_cells import FIXED
 from streams import build
@@ -253,6 +260,16 @@ def go_first() -> None:
         os.setpriority(os.PRIO_PROCESS, 0, -10)
 
 
+def tried(
+    policy: str, rate: float, arrivals: Sequence[Arrival], plan: Plan,
+    run_at: Callable[[float, Sequence[Arrival]], Run],
+) -> Run:  # fmt: skip
+    """A policy at one rate."""
+    run = run_at(rate, at_rate(arrivals, rate, plan.requests))
+    say(f"{policy} at {rate:g}/s: {run.share('interactive'):.1%} interactive in time")
+    return run
+
+
 def walk(
     policy: str, arrivals: Sequence[Arrival], plan: Plan, first: float,
     run_at: Callable[[float, Sequence[Arrival]], Run],
@@ -260,9 +277,8 @@ def walk(
     """A policy at rising rates, until too few are within their targets."""
     found = Walk(policy)
     for rate in plan.rates_from(first):
-        run = run_at(rate, at_rate(arrivals, rate, plan.requests))
+        run = tried(policy, rate, arrivals, plan, run_at)
         found.runs.append(run)
-        say(f"{policy} at {rate:g}/s: {run.share('interactive'):.1%} interactive in time")
         if not run.void and run.share("interactive") < STOP_BELOW:
             break
     return found
@@ -276,9 +292,8 @@ def bracket(
     runs: dict[float, Run] = {}
     rate, up = first, None
     while LEAST_RATE <= rate <= MOST_RATE:
-        run = runs[rate] = run_at(rate, at_rate(arrivals, rate, plan.requests))
+        run = runs[rate] = tried(policy, rate, arrivals, plan, run_at)
         enough = run.share("interactive") >= SERVED
-        say(f"{policy} at {rate:g}/s: {run.share('interactive'):.1%} interactive in time")
         up = enough if up is None else up
         if enough != up or run.void:
             break
@@ -314,11 +329,6 @@ def simulated(policy: str, workers: Sequence[str], arrivals: Sequence[Arrival], 
         return Run(policy, rate, figures, 0.0, 0)
 
     return walk(policy, arrivals, plan, LEAST_RATE, run_at)
-
-
-def say(text: str) -> None:
-    """Progress, apart from the tables."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 # -- results ---------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ import os
 import random
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +38,7 @@ from alternating import (
     is_evidence,
     print_figures,
     print_table,
+    say,
     write_json,
 )
 from overload_load import (
@@ -189,11 +189,6 @@ def run(name: str, plan: Plan, seed: int) -> Outcome:
             return asyncio.run(measure(cluster, name, plan, seed))
         finally:
             cluster.close()
-
-
-def say(text: str) -> None:
-    """Progress, apart from the tables."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def show(outcome: Outcome, plan: Plan) -> None:

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
+import alternating
+
 from kvmesh import AsyncClient, Finished, MeshError, Tokens
 from kvmesh.client.request import RequestClass
 
@@ -224,8 +226,7 @@ def row(asked: Sequence[Asked], name: RequestClass, begin: float, end: float) ->
 
 def quantile(values: Sequence[float], share: float) -> float | None:
     """The value that this share of them does not exceed; None of none."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None
+    return alternating.quantile(values, share) if values else None
 
 
 def honesty(asked: Sequence[Asked], begin: float, end: float) -> tuple[int, int]:

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import grpc.aio
-from alternating import Figure, print_table, write_json
+from alternating import Figure, print_table, quantile, write_json
 from simulated import replay
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,12 +144,6 @@ class Run:
     @property
     def ttft(self) -> list[float]:
         return [one.ttft for one in self.seen]
-
-
-def quantile(values: Sequence[float], part: float) -> float:
-    """The value below which a part lies."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
 
 
 # -- one run ---------------------------------------------------------------------------------

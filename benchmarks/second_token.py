@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from alternating import Figure, alternate, descendants, print_table
+from alternating import Figure, alternate, descendants, print_table, quantile
 
 from kvmesh import _router
 from kvmesh.client import Client, Finished, Tokens
@@ -248,12 +248,6 @@ def arriving(
         return alone, beside, moved
     finally:
         others.close()
-
-
-def quantile(values: list[float], part: float) -> float:
-    """The value below which a part lies."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
 
 
 def measure(quick: bool) -> tuple[list[Figure], dict[str, int]]:

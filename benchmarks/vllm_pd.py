@@ -32,8 +32,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import isolation
-from alternating import BUSY_LIMIT, Figure, is_evidence, print_figures, print_table, write_json
-from isolation import Plan, run_phase, say, warm_up
+from alternating import (
+    BUSY_LIMIT,
+    Figure,
+    is_evidence,
+    print_figures,
+    print_table,
+    say,
+    write_json,
+)
+from isolation import Plan, run_phase, warm_up
 from isolation_clusters import Cluster, Worker
 from isolation_load import Phase
 from isolation_report import (
