@@ -11,7 +11,7 @@ shows at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from many_streams import VOCABULARY
 
@@ -68,18 +68,14 @@ def first_wrong_of_attempts(
     for index, token in enumerate(output):
         go_on = {one for one in believed if one[1][1] and model.next(_tag(*one[1])) == token}
         if not go_on:
-            new = {
-                (owner, attempt)
-                for owner in range(1, 2 * routers_lost + 2)
-                for attempt in range(1, _MOST_ATTEMPTS + 1)
-                if model.next(_tag(owner, attempt)) == token
-            }
+            new = _makers(model, token, range(1, 2 * routers_lost + 2))
             reached = {
                 (
                     lost + _router(owner) - (_router(before[0]) if goes_up else -1),
                     (owner, attempt),
                 )
                 for owner, attempt in new
+                if attempt
                 for lost, before in believed
                 for goes_up in (True, False)
                 if not goes_up or before < (owner, attempt)
@@ -95,11 +91,15 @@ def first_wrong_of_attempts(
 def attempts_of(prompt: Sequence[int], output: Sequence[int], index: int) -> list[tuple[int, int]]:
     """Whose token the one at an index may be, (owner, attempt), were its prefix the one given."""
     model = Model([*prompt, *output[:index]])
+    return _makers(model, output[index], range(_MOST_OWNERS))
+
+
+def _makers(model: Model, token: int, owners: Iterable[int]) -> list[tuple[int, int]]:
     return [
         (owner, attempt)
-        for owner in range(_MOST_OWNERS)
+        for owner in owners
         for attempt in range(_MOST_ATTEMPTS + 1)
-        if model.next(_tag(owner, attempt)) == output[index]
+        if model.next(_tag(owner, attempt)) == token
     ]
 
 
