@@ -133,22 +133,19 @@ impl Session {
     /// What an end says of its worker. A client's own error says nothing
     /// against it.
     fn judge(&mut self, of: &StageEnd) {
+        let blamed = match &of.end {
+            End::Failed(failure) if failure.retryable => self.core.may_eject(&self.worker),
+            // The other worker may be to blame, or the way between them.
+            End::TransferFailed => false,
+            _ => return self.feed(Event::Answered),
+        };
         let held = self.open.get(&of.generation);
         let placed = held.filter(|held| held.fence == of.fence);
         let number = placed.map_or(0, |held| held.command);
-        match &of.end {
-            End::Failed(failure) if failure.retryable => {
-                let faulted = self.core.may_eject(&self.worker);
-                self.feed(if faulted {
-                    Event::Faulted(number)
-                } else {
-                    Event::Undecided(number)
-                });
-            }
-            // The other worker may be to blame, or the way between them.
-            End::TransferFailed => self.feed(Event::Undecided(number)),
-            _ => self.feed(Event::Answered),
-        }
+        self.feed(match blamed {
+            true => Event::Faulted(number),
+            false => Event::Undecided(number),
+        });
     }
 
     /// The generation that a frame speaks of. With `ends` it is let go of,
