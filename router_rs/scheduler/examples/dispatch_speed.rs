@@ -174,11 +174,11 @@ fn run(workers: u32, reports: usize) {
         while let Some(next) = dispatch.next(&mut pass, now_ms) {
             roster.refresh(&bookings);
             let cluster = roster.cluster(1).at(now_ms);
-            let view = request(next.item, next.key_ms, &cached);
+            let view = request(next.item, next.turn.chosen_by_ms(), &cached);
             let decision = policy.choose(&cluster, &view).unwrap();
             decisions += 1;
             let rules = dispatch.settings();
-            let outcome = match rules.judge(&decision, next.key_ms, 50.0, &bookings) {
+            let outcome = match rules.judge(&decision, next.turn, 50.0, &bookings) {
                 Verdict::Waits(hold) => Outcome::Waits(next.item, Some(hold)),
                 Verdict::Goes(_) => Outcome::Waits(next.item, None),
             };

@@ -161,6 +161,15 @@ impl Estimate {
         sum(|_| true)
     }
 
+    /// Predicted wait, with this much work queued before the request, ms. No
+    /// worker is the policy's answer, not a matter of waiting.
+    pub fn wait_ms(&self, ahead_ms: f64) -> f64 {
+        match self.workers {
+            0 => 0.0,
+            workers => self.least_ms + ahead_ms / workers as f64,
+        }
+    }
+
     /// Decides, with this much work queued before the request; as [`admit`].
     ///
     /// # Errors
@@ -172,13 +181,12 @@ impl Estimate {
         settings: &AdmissionSettings,
     ) -> Result<Admission, Rejected> {
         if self.workers == 0 {
-            // No worker is the policy's answer, not a matter of waiting.
             return Ok(Admission {
                 wait_ms: 0.0,
                 work_ms: 0.0,
             });
         }
-        let wait_ms = self.least_ms + ahead_ms / self.workers as f64;
+        let wait_ms = self.wait_ms(ahead_ms);
         if wait_ms > settings.max_wait_ms {
             return Err(Rejected::WaitTooLong {
                 wait_ms,

@@ -64,6 +64,28 @@ impl ClassTargets {
         }
     }
 
+    /// Whether some class has a head start over another.
+    pub fn by_class(&self) -> bool {
+        let first_ms = self.interactive.allowance_ms;
+        [self.standard, self.batch]
+            .iter()
+            .any(|of| of.allowance_ms > first_ms)
+    }
+
+    /// Longest wait predicted at entry with which a first token is still on time,
+    /// ms: within its class's target, or within twice its own work where that is
+    /// more.
+    pub(crate) fn wait_on_time_ms(&self, class: Class, work_ms: f64) -> f64 {
+        work_ms.max(self.of(class).ttft_ms - work_ms)
+    }
+
+    /// How long a request may wait that was on time when it came, ms: until its
+    /// virtual deadline at least, since others may pass it as long.
+    pub(crate) fn longest_wait_ms(&self, class: Class, work_ms: f64) -> f64 {
+        let by_key_ms = virtual_deadline_ms(self, class, 0.0, work_ms);
+        by_key_ms.max(self.wait_on_time_ms(class, work_ms))
+    }
+
     /// Targets of a class.
     pub fn of(&self, class: Class) -> &Targets {
         match class {

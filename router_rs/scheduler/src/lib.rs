@@ -47,7 +47,7 @@ pub use cost::{CostSettings, KvCost};
 pub use deadline::{ClassTargets, Targets, virtual_deadline_ms};
 pub use dispatch::{
     Admitted, Dispatch, DispatchSettings, Entry, Hold, Look, Next, Others, Outcome, Pass, Place,
-    Reported, Verdict, may_run,
+    Reported, Turn, Verdict, may_run,
 };
 pub use fit::HEADROOM;
 pub use fixed::{FixedPolicy, Rule};

@@ -229,6 +229,18 @@ impl<T> Queue<T> {
     /// The first `most` items in the order of service; those that are taken
     /// are left out.
     pub fn order(&self, most: usize) -> Vec<Ticket> {
+        let last = |class| usize::from(self.settings.batch_strict && class == Class::Batch);
+        self.order_by(most, last)
+    }
+
+    /// The same where a more urgent class goes before all others, whatever the
+    /// keys.
+    pub(crate) fn order_by_class(&self, most: usize) -> Vec<Ticket> {
+        self.order_by(most, Class::index)
+    }
+
+    /// The first `most`: of the lowest rank that waits, the most urgent.
+    fn order_by(&self, most: usize, rank: impl Fn(Class) -> usize) -> Vec<Ticket> {
         let quantum = self.settings.quantum_ms;
         let mut classes: Vec<(Class, Order<'_>)> = Class::ALL
             .into_iter()
@@ -239,10 +251,7 @@ impl<T> Queue<T> {
             let urgent = classes
                 .iter_mut()
                 .enumerate()
-                .filter_map(|(at, (class, of))| {
-                    let last = self.settings.batch_strict && *class == Class::Batch;
-                    Some((last, of.most_urgent()?, at))
-                });
+                .filter_map(|(at, (class, of))| Some((rank(*class), of.most_urgent()?, at)));
             let Some((_, _, at)) = urgent.min() else {
                 break;
             };
@@ -265,6 +274,14 @@ impl<T> Queue<T> {
         self.items
             .iter()
             .filter_map(|(key, entry)| Some((Ticket(*key), entry.item.as_ref()?)))
+    }
+
+    /// The earliest virtual deadline of all that are less urgent by class, ms;
+    /// infinite where none waits.
+    pub(crate) fn earliest_after_ms(&self, class: Class) -> f64 {
+        let less_urgent = |(_, entry): &(&Key, &Entry<T>)| entry.lane.class > class;
+        let first = self.items.iter().find(less_urgent);
+        first.map_or(f64::INFINITY, |(key, _)| key.deadline_ms())
     }
 
     /// Predicted work of all, in ms.

@@ -7,7 +7,8 @@ use common::{request, worker};
 use kvmesh_kv_index::{Matches, WorkerSlot};
 use kvmesh_scheduler::{
     Bookings, Class, Cluster, Dispatch, DispatchSettings, Entry, KvCost, Lane, Look, NoPlan,
-    Others, Outcome, Pass, Policy, QueueSettings, Reported, RequestView, Role, Verdict, WorkerView,
+    Others, Outcome, Pass, Policy, QueueSettings, Reported, RequestView, Role, Turn, Verdict,
+    WorkerView,
 };
 use std::sync::Arc;
 
@@ -97,7 +98,11 @@ fn reports_of_workers_that_nobody_means_to_go_to_lead_to_a_pass_now_and_then() {
     let bookings = Bookings::new();
     let mut pass = dispatch.pass(&"a".into(), 0.0);
     let next = dispatch.next(&mut pass, 0.0).unwrap();
-    let Verdict::Waits(hold) = dispatch.settings().judge(&decision, 0.0, 10.0, &bookings) else {
+    let Verdict::Waits(hold) =
+        dispatch
+            .settings()
+            .judge(&decision, Turn::by_key(0.0), 10.0, &bookings)
+    else {
         panic!("it goes")
     };
     assert_eq!(bookings.booked(WorkerSlot(1)).prefills, 1);
@@ -143,12 +148,13 @@ fn who_would_start_soon_or_before_all_that_were_sent_goes() {
             )
             .unwrap()
     };
-    let Verdict::Goes(sent) = rules.judge(&choose(&view), 20.0, 0.0, &bookings) else {
+    let Verdict::Goes(sent) = rules.judge(&choose(&view), Turn::by_key(20.0), 0.0, &bookings)
+    else {
         panic!("an idle worker starts it")
     };
     view.load.step_ends_ms = 400.0;
     let running = choose(&view);
-    let verdict = rules.judge(&running, 30.0, 10.0, &Bookings::new());
+    let verdict = rules.judge(&running, Turn::by_key(30.0), 10.0, &Bookings::new());
     assert!(
         matches!(verdict, Verdict::Goes(_)),
         "nothing waits before it for the end of that step"
@@ -158,7 +164,7 @@ fn who_would_start_soon_or_before_all_that_were_sent_goes() {
     assert!(busy.queued_ms > 50.0 && busy.queued_ms < 70.0);
     let goes = |key_ms, step_ms| {
         matches!(
-            rules.judge(&busy, key_ms, step_ms, &bookings),
+            rules.judge(&busy, Turn::by_key(key_ms), step_ms, &bookings),
             Verdict::Goes(_)
         )
     };
@@ -218,7 +224,7 @@ fn a_tenant_whose_turn_it_is_goes_as_one_before_those_that_it_passes() {
     let mut pass = dispatch.pass(&"a".into(), 0.0);
     let mut keys = Vec::new();
     while let Some(next) = dispatch.next(&mut pass, 0.0) {
-        keys.push((next.item, next.key_ms));
+        keys.push((next.item, next.turn.key_ms));
         let outcome = Outcome::Waits(next.item, None);
         dispatch.came_of(&mut pass, &next.place, outcome, 0.0);
     }
@@ -297,7 +303,7 @@ fn a_class_is_admitted_by_what_is_as_urgent_waiting_or_sent() {
         prompt_tokens: 64,
         ..request(&none, 1)
     };
-    let admits = |dispatch: &Dispatch<u32>, view: &_, class| {
+    let admits = |dispatch: &mut Dispatch<u32>, view: &_, class| {
         let cluster = Cluster::new(1, std::slice::from_ref(view));
         dispatch.admit(&cluster, &asked(class), 0.0, None).is_ok()
     };
@@ -308,15 +314,15 @@ fn a_class_is_admitted_by_what_is_as_urgent_waiting_or_sent() {
     };
     // All behind it by key: no wait, but the class is full.
     for n in 0..2 {
-        assert!(admits(&dispatch, &view, Class::Standard));
+        assert!(admits(&mut dispatch, &view, Class::Standard));
         let key_ms = 1e6 + f64::from(n);
         dispatch
             .waits(&waiting(Class::Standard, key_ms), 0.0, n)
             .unwrap();
     }
-    assert!(!admits(&dispatch, &view, Class::Standard));
-    assert!(!admits(&dispatch, &view, Class::Batch));
-    assert!(admits(&dispatch, &view, Class::Interactive));
+    assert!(!admits(&mut dispatch, &view, Class::Standard));
+    assert!(!admits(&mut dispatch, &view, Class::Batch));
+    assert!(admits(&mut dispatch, &view, Class::Interactive));
     // What was sent and is not computed counts as well.
     view.load.own.queued_prefill_tokens = 4_000;
     view.load.own.classes.waiting_tokens[0] = 4_000;
@@ -326,7 +332,7 @@ fn a_class_is_admitted_by_what_is_as_urgent_waiting_or_sent() {
         tokens: 4_000,
         context: 8_000_000,
     }];
-    assert!(!admits(&dispatch, &view, Class::Interactive));
+    assert!(!admits(&mut dispatch, &view, Class::Interactive));
     let model: Arc<str> = "m".into();
     assert_eq!(
         dispatch.unlisted_ms(&model, Class::Batch, 2e6),
@@ -346,7 +352,9 @@ fn held(dispatch: &mut Dispatch<u32>, bookings: &Bookings, at: u32, key_ms: f64,
     dispatch.waits(&entry("a", 1, key_ms), 0.0, item).unwrap();
     let mut pass = dispatch.pass(&"a".into(), 0.0);
     while let Some(next) = dispatch.next(&mut pass, 0.0) {
-        let verdict = dispatch.settings().judge(&decision, 1e9, 10.0, bookings);
+        let verdict = dispatch
+            .settings()
+            .judge(&decision, Turn::by_key(1e9), 10.0, bookings);
         let Verdict::Waits(hold) = verdict else {
             panic!("it goes")
         };

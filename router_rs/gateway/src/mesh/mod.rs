@@ -195,12 +195,18 @@ impl Core {
         watch.close().await;
     }
 
-    /// Once a second: clients that do not read, requests that wait too long.
+    /// Once a second: clients that do not read; ten times a second: requests that
+    /// wait too long, since some may for no more than a second.
     async fn sweep(self: Arc<Self>) {
         let mut every = tokio::time::interval(Duration::from_secs(1));
+        let mut queued = tokio::time::interval(Duration::from_millis(100));
         loop {
             tokio::select! {
                 () = self.stop.cancelled() => return,
+                _ = queued.tick() => {
+                    self.expire_queued();
+                    continue;
+                }
                 _ = every.tick() => {}
             }
             let now = Instant::now();
@@ -220,7 +226,6 @@ impl Core {
             for open in &open {
                 open.expire(left);
             }
-            self.expire_queued();
             let now_ms = self.dispatcher.waits.now_ms() as u64;
             self.dispatcher.index.expire(now_ms);
         }

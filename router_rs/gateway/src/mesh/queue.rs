@@ -214,8 +214,18 @@ impl Waits {
         arrival_ms: f64,
         left_ms: Option<f64>,
     ) -> Result<Admitted, Rejected> {
-        let line = self.lock();
+        let mut line = self.lock();
         line.dispatch.admit(cluster, request, arrival_ms, left_ms)
+    }
+
+    /// How long a request may wait that nobody has taken yet, ms
+    /// ([`Dispatch::longest_wait_ms`]).
+    pub(super) fn longest_wait_ms(&self, open: &Open) -> f64 {
+        let request = &open.request;
+        let class = class_of(request.class);
+        let (line, now_ms) = (self.lock(), self.now_ms());
+        let of = &line.dispatch;
+        of.longest_wait_ms(&request.model, class, open.work_ms, now_ms)
     }
 
     /// Predicted work of a model's requests that wait and are seen at no worker,
@@ -353,12 +363,12 @@ impl Core {
             let Next {
                 place,
                 item: waiting,
-                key_ms,
+                turn,
             } = next;
             driven.tried = Some(place.clone());
             let tried = match waiting.open.ended() {
                 true => Tried::Ended,
-                false => self.try_plan(&waiting, key_ms),
+                false => self.try_plan(&waiting, turn),
             };
             let outcome = match tried {
                 Tried::Done => Outcome::Went,
@@ -404,12 +414,12 @@ impl Core {
     /// has one.
     fn waited_in_vain(&self, open: &Open, since_ms: f64) -> bool {
         let waits = &self.dispatcher.waits;
-        let since_ms = match (open.continues(), open.request.deadline) {
+        let (since_ms, longest_ms) = match (open.continues(), open.request.deadline) {
             (true, Some(_)) => return false,
-            (true, None) => since_ms,
-            (false, _) => waits.arrival_ms(&open.request),
+            (true, None) => (since_ms, ms(self.settings.queue_timeout)),
+            (false, _) => (waits.arrival_ms(&open.request), waits.longest_wait_ms(open)),
         };
-        waits.now_ms() - since_ms > ms(self.settings.queue_timeout)
+        waits.now_ms() - since_ms > longest_ms
     }
 
     fn give_up(&self, waiting: &Waiting) {

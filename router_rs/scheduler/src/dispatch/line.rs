@@ -2,13 +2,17 @@
 
 use super::ahead::Ahead;
 use super::rules::{Hold, Reported};
-use super::{DispatchSettings, Entry, Look};
+use super::{DispatchSettings, Entry, Look, Turn};
 use crate::queue::{Lane, Queue, Ticket};
 use crate::request::{Class, PerClass};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// By how much a request that goes before another is before it, ms.
 const BEFORE_MS: f64 = 1e-3;
+/// For so long one request stands for those of its class that may follow, ms: one
+/// that would have been late for an overload, one that was refused for its class
+/// being refused.
+pub(super) const OVERLOAD_MS: f64 = 1_000.0;
 /// How many times as many as are tried are looked through for those that may find
 /// room.
 const LOOKED_THROUGH: usize = 8;
@@ -38,6 +42,13 @@ pub(super) struct Line<T> {
     again: bool,
     /// Came while a pass is being made, and is tried in it.
     joined: VecDeque<Ticket>,
+    /// More urgent classes go first, whatever the keys.
+    overloaded: bool,
+    /// When an interactive request last would have missed its target by its key,
+    /// ms.
+    late_ms: f64,
+    /// When one of each class was last refused for its wait, ms.
+    refused_ms: PerClass<f64>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -63,7 +74,69 @@ impl<T> Line<T> {
             passing: false,
             again: false,
             joined: VecDeque::new(),
+            overloaded: false,
+            late_ms: f64::NEG_INFINITY,
+            refused_ms: [f64::NEG_INFINITY; 3],
         }
+    }
+
+    /// Whether more urgent classes go before all others.
+    pub(super) fn is_overloaded(&self) -> bool {
+        self.overloaded
+    }
+
+    /// An interactive request would miss its target if all went by their keys.
+    pub(super) fn overload(&mut self, now_ms: f64) {
+        (self.overloaded, self.late_ms) = (true, now_ms);
+    }
+
+    /// One was refused, since it would have waited for too long.
+    pub(super) fn refused(&mut self, class: Class, now_ms: f64) {
+        self.refused_ms[class.index()] = now_ms;
+    }
+
+    /// Whether a more urgent class is being refused in an overload: nobody of
+    /// this one would go before those that come next.
+    pub(super) fn is_hopeless(&self, class: Class, now_ms: f64) -> bool {
+        let more_urgent = &self.refused_ms[..class.index()];
+        self.overloaded && more_urgent.iter().any(|at| now_ms - at < OVERLOAD_MS)
+    }
+
+    /// Whether the overload is over by now.
+    pub(super) fn settle(&mut self, now_ms: f64) {
+        self.overloaded &= now_ms - self.late_ms < OVERLOAD_MS;
+    }
+
+    /// In an overload what is less urgent by class is listed nowhere while others
+    /// are tried: their keys may be later, and they go first.
+    pub(super) fn makes_way(&mut self, class: Class) {
+        if self.overloaded {
+            let facts = &self.facts;
+            let less_urgent =
+                |held: &Ticket| facts.get(held).is_some_and(|of| of.lane.class > class);
+            let gone: Vec<Ticket> = self.holds.keys().copied().filter(less_urgent).collect();
+            // Whoever reports next leads to a look at them.
+            self.unplaced |= !gone.is_empty();
+            gone.into_iter().for_each(|ticket| self.let_go(ticket));
+        }
+    }
+
+    /// What goes before a request of a class with this key in an overload: the
+    /// key before those of all that are less urgent, by which the workers' lines
+    /// are read; and the work of those that wait, are as urgent and have the same
+    /// key or an earlier one, ms.
+    pub(super) fn before_in_overload(&self, class: Class, key_ms: f64) -> (f64, f64) {
+        let first_ms = key_ms.min(self.queue.earliest_after_ms(class) - BEFORE_MS);
+        let unlisted = self.unlisted[..=class.index()].iter();
+        let unlisted_ms: f64 = unlisted.map(|of| of.before_ms(key_ms)).sum();
+        // Those that are listed before that key are seen at their workers.
+        let held = self.holds.keys().filter_map(|ticket| {
+            let facts = self.facts.get(ticket)?;
+            let held_ms = ticket.virtual_deadline_ms();
+            let counts = facts.lane.class <= class && first_ms < held_ms && held_ms <= key_ms;
+            counts.then_some(facts.work_ms)
+        });
+        (first_ms, unlisted_ms + held.sum::<f64>())
     }
 
     pub(super) fn join(&mut self, entry: &Entry, now_ms: f64, item: T) -> Result<Ticket, T> {
@@ -96,7 +169,29 @@ impl<T> Line<T> {
 
     /// Whether one that lacks room and is late goes before this one.
     pub(super) fn blocks(&self, ticket: Ticket) -> bool {
-        self.blocker.is_some_and(|blocker| blocker < ticket)
+        self.blocker.is_some_and(|blocker| {
+            blocker < ticket && !(self.overloaded && self.class(ticket) < self.class(blocker))
+        })
+    }
+
+    /// What one goes as that is tried by itself.
+    pub(super) fn turn(&self, ticket: Ticket) -> Turn {
+        let key_ms = ticket.virtual_deadline_ms();
+        let yields = self.yields(ticket);
+        Turn { key_ms, yields }
+    }
+
+    /// Whether more urgent ones wait, which go first.
+    fn yields(&self, ticket: Ticket) -> bool {
+        let facts = self.facts.get(&ticket).filter(|_| self.overloaded);
+        facts.is_some_and(|facts| {
+            let before = &self.lengths[..facts.lane.class.index()];
+            before.iter().any(|length| *length > 0)
+        })
+    }
+
+    fn class(&self, ticket: Ticket) -> Option<Class> {
+        Some(self.facts.get(&ticket)?.lane.class)
     }
 
     pub(super) fn next_pass_ms(&self) -> f64 {
@@ -146,11 +241,15 @@ impl<T> Line<T> {
         &mut self,
         now_ms: f64,
         settings: &DispatchSettings,
-    ) -> Vec<(Ticket, f64)> {
+    ) -> Vec<(Ticket, Turn)> {
         let most = settings.tried_at_once;
+        self.settle(now_ms);
         self.next_pass_ms = now_ms + settings.pass_ms;
         let tickets = self.to_try(most);
         (self.unplaced, self.blocker) = (false, None);
+        if let Some(class) = tickets.first().and_then(|first| self.class(*first)) {
+            self.makes_way(class);
+        }
         if self.holds.len() > most {
             // Those that were overtaken by many will choose again.
             let gone: Vec<Ticket> = {
@@ -159,11 +258,23 @@ impl<T> Line<T> {
             };
             gone.into_iter().for_each(|ticket| self.let_go(ticket));
         }
-        let mut next_ms = f64::INFINITY;
-        let mut tried: Vec<(Ticket, f64)> = Vec::with_capacity(tickets.len());
+        let (mut next_ms, mut next_class) = (f64::INFINITY, None);
+        let mut tried: Vec<(Ticket, Turn)> = Vec::with_capacity(tickets.len());
         for ticket in tickets.into_iter().rev() {
+            let class = self.class(ticket);
+            // Who goes first for the class alone keeps its key: it says when it came.
+            if self.overloaded && class != std::mem::replace(&mut next_class, class) {
+                next_ms = f64::INFINITY;
+            }
             next_ms = ticket.virtual_deadline_ms().min(next_ms - BEFORE_MS);
-            tried.push((ticket, next_ms));
+            let yields = self.yields(ticket);
+            tried.push((
+                ticket,
+                Turn {
+                    key_ms: next_ms,
+                    yields,
+                },
+            ));
         }
         // The next one is at the end.
         tried
@@ -188,7 +299,10 @@ impl<T> Line<T> {
     /// The order of service, with what goes on before new work of its class.
     /// Between classes all stays as it is.
     fn order(&self, most: usize) -> Vec<Ticket> {
-        let order = self.queue.order(most);
+        let order = match self.overloaded {
+            true => self.queue.order_by_class(most),
+            false => self.queue.order(most),
+        };
         if self.going_on.iter().all(BTreeSet::is_empty) {
             return order;
         }

@@ -85,8 +85,8 @@ pub struct Place {
 #[derive(Debug)]
 pub struct Pass {
     model: Arc<str>,
-    /// Each with the key that it goes as; the next one is at the end.
-    tried: Vec<(Ticket, f64)>,
+    /// Each with what it goes as; the next one is at the end.
+    tried: Vec<(Ticket, Turn)>,
     /// Whether it is the one that is being made.
     ours: bool,
     again_ms: Option<f64>,
@@ -102,10 +102,10 @@ impl Pass {
         }
     }
 
-    fn next_of<T>(&mut self, line: &mut Line<T>) -> Option<(Ticket, f64)> {
+    fn next_of<T>(&mut self, line: &mut Line<T>) -> Option<(Ticket, Turn)> {
         self.tried.pop().or_else(|| {
             let ticket = line.next_joined()?;
-            Some((ticket, ticket.virtual_deadline_ms()))
+            Some((ticket, line.turn(ticket)))
         })
     }
 
@@ -121,6 +121,31 @@ impl Pass {
     }
 }
 
+/// What a request goes as that is tried.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Turn {
+    /// Key to book by and to send, ms.
+    pub key_ms: f64,
+    /// In an overload more urgent ones wait, which go first whatever their keys.
+    pub yields: bool,
+}
+
+impl Turn {
+    /// Before and after others by nothing but this key.
+    pub fn by_key(key_ms: f64) -> Self {
+        let yields = false;
+        Self { key_ms, yields }
+    }
+
+    /// Key to choose by, ms: one that yields is behind all that its worker has.
+    pub fn chosen_by_ms(self) -> f64 {
+        match self.yields {
+            true => f64::INFINITY,
+            false => self.key_ms,
+        }
+    }
+}
+
 /// A request that is tried.
 #[derive(Debug)]
 pub struct Next<T> {
@@ -128,8 +153,8 @@ pub struct Next<T> {
     pub place: Place,
     /// The request.
     pub item: T,
-    /// Key to choose by, to book by and to send.
-    pub key_ms: f64,
+    /// What it goes as.
+    pub turn: Turn,
 }
 
 /// What came of trying a request.
@@ -241,7 +266,8 @@ impl<T> Dispatch<T> {
         if entry.goes_on || line.may_try(ticket, self.settings.tried_at_once) {
             if !line.join_pass(ticket) {
                 pass.ours = line.enter();
-                pass.tried.push((ticket, ticket.virtual_deadline_ms()));
+                line.makes_way(entry.lane.class);
+                pass.tried.push((ticket, line.turn(ticket)));
             }
         } else if line.due(now_ms) && line.enter() {
             pass.ours = true;
@@ -290,7 +316,7 @@ impl<T> Dispatch<T> {
     pub fn next(&mut self, pass: &mut Pass, now_ms: f64) -> Option<Next<T>> {
         let line = self.lines.get_mut(&pass.model)?;
         while pass.ours {
-            while let Some((ticket, key_ms)) = pass.next_of(line) {
+            while let Some((ticket, turn)) = pass.next_of(line) {
                 if line.blocks(ticket) {
                     continue;
                 }
@@ -301,7 +327,7 @@ impl<T> Dispatch<T> {
                             ticket,
                         },
                         item,
-                        key_ms,
+                        turn,
                     });
                 }
             }

@@ -1,6 +1,6 @@
 //! When a request that has a plan goes, and what it does otherwise.
 
-use super::DispatchSettings;
+use super::{DispatchSettings, Turn};
 use crate::booking::{Booking, Bookings, Work};
 use crate::deadline::{ClassTargets, virtual_deadline_ms};
 use crate::plan::{Decision, NoPlan};
@@ -113,18 +113,18 @@ impl DispatchSettings {
     /// [`DispatchSettings::dispatch_ahead_ms`] or one step of `step_ms` after
     /// the step that runs: sent at the end of that one, it would come when the next
     /// has begun. It goes too when its key is before those of all prompts that were sent there and
-    /// have not begun, so that it would be taken first.
+    /// have not begun, so that it would be taken first, unless it yields.
     pub fn judge(
         &self,
         decision: &Decision,
-        key_ms: f64,
+        turn: Turn,
         step_ms: f64,
         bookings: &Bookings,
     ) -> Verdict {
-        let plan = decision.plan();
+        let (plan, key_ms) = (decision.plan(), turn.key_ms);
         let soon = self.soon(decision.queued_ms, step_ms);
         let first = || bookings.first_sent_ms(plan.prefill());
-        if soon || first().is_some_and(|first_ms| key_ms < first_ms) {
+        if soon || first().is_some_and(|first_ms| turn.chosen_by_ms() < first_ms) {
             let book = |(slot, work): &(WorkerSlot, Work)| {
                 (*slot, bookings.book_prompt(*slot, *work, key_ms))
             };

@@ -125,6 +125,8 @@ impl Engine {
         one.left -= ran;
         one.chunk -= ran;
         match self.slices.last_mut() {
+            // What was begun and stopped at one and the same time has computed nothing.
+            _ if step.since >= now => {}
             Some(last) if last.at == step.at && last.to >= step.since => last.to = now,
             _ => self.slices.push(Slice {
                 at: step.at,

@@ -60,6 +60,8 @@ struct Case {
 struct Served {
     case: Case,
     engines: Vec<Engine>,
+    /// Some router let more urgent classes go first at some time.
+    overloaded: bool,
 }
 
 /// What passed a request: came later, and was computed earlier.
@@ -94,7 +96,9 @@ impl Served {
             all.filter(|(other, _)| other.arrival > job.arrival)
         };
         let late = passing().map(|(other, _)| other).filter(|other| {
-            other.router == job.router && other.arrival - job.arrival > job.window() + 1e-6
+            let passes = self.overloaded && other.class < job.class;
+            let after = other.arrival - job.arrival > job.window() + 1e-6;
+            other.router == job.router && after && !passes
         });
         let own = before().find(|slice| slice.at == at);
         Passed {
@@ -112,7 +116,12 @@ impl Served {
         let works = case.jobs.iter().map(|job| job.work);
         let most = works.fold(0.0, f64::max);
         let waits = case.max_wait * case.workers as f64;
-        job.window() + 3.0 * case.routers as f64 * (waits + most) + most
+        // In an overload it is passed by more urgent ones for as long as it waits.
+        let overload = match self.overloaded && job.class > Class::Interactive {
+            true => case.max_wait,
+            false => 0.0,
+        };
+        job.window() + overload + 3.0 * case.routers as f64 * (waits + most) + most
     }
 }
 

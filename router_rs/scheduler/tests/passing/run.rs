@@ -6,7 +6,7 @@ use crate::{Case, Job, Served};
 use kvmesh_kv_index::{Matches, WorkerSlot};
 use kvmesh_scheduler::{
     Bookings, Dispatch, DispatchSettings, Entry, KvCost, Lane, LocalPrefill, Look, Outcome, Pass,
-    Policy, Reported, RequestView, Role, Roster, StepModel, Verdict,
+    Policy, Reported, RequestView, Role, Roster, StepModel, Turn, Verdict,
 };
 use std::sync::Arc;
 
@@ -17,6 +17,8 @@ struct Router {
     bookings: Bookings,
     commands: Vec<u64>,
     look_at: f64,
+    /// More urgent classes went first at some time.
+    overloaded: bool,
 }
 
 impl Router {
@@ -49,7 +51,23 @@ impl Router {
             bookings: Bookings::new(),
             commands: vec![0; case.workers],
             look_at: f64::INFINITY,
+            overloaded: false,
         }
+    }
+
+    /// Turns away who has waited for as long as it may; how many that are.
+    fn turn_away(&mut self, jobs: &[Job], now: f64) -> usize {
+        self.overloaded |= self.dispatch.is_overloaded("m");
+        let waiting = self.dispatch.waiting();
+        let over = waiting.filter_map(|(place, _, at)| {
+            let job = &jobs[*at];
+            let of = &self.dispatch;
+            let longest = of.longest_wait_ms("m", job.class, job.work, now);
+            (now - job.arrival > longest).then_some(place)
+        });
+        let over: Vec<_> = over.collect();
+        let gone = over.iter().filter_map(|place| self.dispatch.remove(place));
+        gone.count()
     }
 }
 
@@ -103,7 +121,7 @@ impl Run {
 
     fn try_all(&mut self, number: usize, mut pass: Pass) {
         while let Some(next) = self.routers[number].dispatch.next(&mut pass, self.now) {
-            let outcome = self.try_one(number, next.item, next.key_ms);
+            let outcome = self.try_one(number, next.item, next.turn);
             let router = &mut self.routers[number];
             router
                 .dispatch
@@ -111,17 +129,17 @@ impl Run {
         }
     }
 
-    fn try_one(&mut self, number: usize, at: usize, key_ms: f64) -> Outcome<usize> {
+    fn try_one(&mut self, number: usize, at: usize, turn: Turn) -> Outcome<usize> {
         let router = &mut self.routers[number];
         router.roster.refresh(&router.bookings);
         let cluster = router.roster.cluster(1 + number as u64).at(self.now);
-        let view = Self::view(&self.case.jobs[at], at, key_ms, &self.found);
+        let view = Self::view(&self.case.jobs[at], at, turn.chosen_by_ms(), &self.found);
         let decision = KvCost::default().choose(&cluster, &view).unwrap();
         let slot = decision.plan().prefill();
         let worker = slot.0 as usize;
         let step_ms = self.engines[worker].step_ms();
         let rules = *router.dispatch.settings();
-        match rules.judge(&decision, key_ms, step_ms, &router.bookings) {
+        match rules.judge(&decision, turn, step_ms, &router.bookings) {
             Verdict::Waits(hold) => Outcome::Waits(at, Some(hold)),
             Verdict::Goes(booked) => {
                 let command = &mut router.commands[worker];
@@ -132,7 +150,7 @@ impl Run {
                 router.bookings.echoed(slot, *command);
                 let work = self.case.jobs[at].work;
                 self.engines[worker].sent.push(Sent {
-                    key: key_ms,
+                    key: turn.key_ms,
                     at,
                     begun: false,
                     left: work,
@@ -210,6 +228,9 @@ impl Run {
                 admitted += usize::from(run.arrives(to_come));
                 to_come += 1;
             }
+            for router in &mut run.routers {
+                admitted -= router.turn_away(&run.case.jobs, run.now);
+            }
             for number in 0..run.routers.len() {
                 if run.routers[number].look_at <= run.now {
                     run.look(number);
@@ -236,6 +257,7 @@ impl Run {
         let done = run.engines.iter().map(|engine| engine.done.len());
         assert_eq!(done.sum::<usize>(), admitted);
         Served {
+            overloaded: run.routers.iter().any(|router| router.overloaded),
             case: run.case,
             engines: run.engines,
         }

@@ -18,7 +18,7 @@ use kvmesh_scheduler::{
     Booking, Bookings, Class, ClassTargets, Considered, Decision, Dispatch, DispatchSettings,
     Entry, Hold, Lane, Learner, Load, Look, Next, NoPlan, Outcome, OutputLengths, Pass, Path,
     Phase, Place, Policy, Rejected, Reported, RequestView, Role, Roster, ScoreError, StepModel,
-    StepSample, TransferRates, Verdict,
+    StepSample, TransferRates, Turn, Verdict,
 };
 use refusals::Refusals;
 use std::collections::BTreeMap;
@@ -266,12 +266,12 @@ impl Router {
         self.dispatch.due(&self.model, now_ms)
     }
 
-    /// Chooses as one with this key and books, if a worker would start the
+    /// Chooses as one whose turn it is and books, if a worker would start the
     /// request soon. `choose` picks another plan among those that the policy
     /// weighs.
     pub(crate) fn try_plan(
         &mut self,
-        (asked, key_ms): (Asked, f64),
+        (asked, turn): (Asked, Turn),
         now_ms: f64,
         trace: &Trace,
         index: &KvIndex,
@@ -279,7 +279,7 @@ impl Router {
     ) -> Tried {
         self.look_up(trace, index, asked.request);
         let unwanted = self.refusals.workers(asked.request);
-        let at = (asked, key_ms);
+        let at = (asked, turn.chosen_by_ms());
         let view = request_view(&self.lengths, &self.cached, trace, at, &unwanted);
         let request = match choose {
             // Who picks another plan knows how long the output is.
@@ -315,14 +315,14 @@ impl Router {
         };
         let step_ms = self.step_ms[decision.plan().prefill().0 as usize];
         let rules = self.dispatch.settings();
-        match rules.judge(&decision, key_ms, step_ms, &self.bookings) {
+        match rules.judge(&decision, turn, step_ms, &self.bookings) {
             Verdict::Waits(hold) => Tried::Waits(Some(hold)),
             Verdict::Goes(booked) => {
                 let booked = booked.into_iter().map(|(slot, of)| (slot.0 as usize, of));
                 self.booked.insert(asked.request, booked.collect());
                 self.refusals.placed(asked.request);
                 if let Some(keys) = self.keys.get_mut(&asked.request) {
-                    keys.sent_ms = key_ms;
+                    keys.sent_ms = turn.key_ms;
                 }
                 Tried::Placed(Placed {
                     chosen: decision.chosen,

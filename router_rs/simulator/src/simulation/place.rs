@@ -8,7 +8,7 @@ use crate::router::{Asked, Placed, Router, Tried};
 use crate::seed::mix;
 use crate::settings::PolicySettings;
 use kvmesh_kv_index::WorkerSlot;
-use kvmesh_scheduler::{Considered, Next, Outcome, Pass, Plan};
+use kvmesh_scheduler::{Considered, Next, Outcome, Pass, Plan, Turn};
 
 impl Simulation<'_> {
     pub(super) fn plan_arrival(&mut self) {
@@ -68,9 +68,9 @@ impl Simulation<'_> {
             let Next {
                 place,
                 item: asked,
-                key_ms,
+                turn,
             } = next;
-            let outcome = match self.try_plan(router, (asked, key_ms)) {
+            let outcome = match self.try_plan(router, (asked, turn)) {
                 Tried::Placed(placed) => {
                     self.dispatch(router, asked, &placed);
                     Outcome::Went
@@ -91,16 +91,16 @@ impl Simulation<'_> {
     }
 
     /// Chooses by what the policy may know.
-    fn try_plan(&mut self, router: usize, (asked, key): (Asked, f64)) -> Tried {
+    fn try_plan(&mut self, router: usize, (asked, turn): (Asked, Turn)) -> Tried {
         if self.settings.policy == PolicySettings::Clairvoyant {
-            return self.try_clairvoyant(router, (asked, key));
+            return self.try_clairvoyant(router, (asked, turn));
         }
         let (now_ms, trace) = (self.now_ms, self.trace);
-        self.routers[router].try_plan((asked, key), now_ms, trace, &self.index, None)
+        self.routers[router].try_plan((asked, turn), now_ms, trace, &self.index, None)
     }
 
     /// Chooses with every worker and every length as it is, and nothing late.
-    fn try_clairvoyant(&mut self, router: usize, (asked, key): (Asked, f64)) -> Tried {
+    fn try_clairvoyant(&mut self, router: usize, (asked, turn): (Asked, Turn)) -> Tried {
         let (workers, trace, now_ms) = (&self.workers, self.trace, self.now_ms);
         let step_left_ms = |worker: &Worker| {
             let ends = worker.step.as_ref().map(|(ends_ms, ..)| ends_ms - now_ms);
@@ -118,7 +118,7 @@ impl Simulation<'_> {
                 asked.request,
                 router,
                 row.class,
-                key,
+                turn.key_ms,
                 stage,
                 row.prompt + asked.made,
                 row.output - asked.made,
@@ -131,7 +131,7 @@ impl Simulation<'_> {
         };
         let mut choose =
             |plans: &[Considered]| clairvoyant::choose(plans, sequence, trace, now_ms, engine);
-        let asked = (asked, key);
+        let asked = (asked, turn);
         self.routers[router].try_plan(asked, now_ms, trace, &self.index, Some(&mut choose))
     }
 

@@ -7,7 +7,7 @@ use std::{
 };
 
 use kvmesh_kv_index::{IndexStats, KvIndex, Matches, WorkerSlot, chain_values};
-use kvmesh_scheduler::{Booking as Load, Class, Hold, OutputLengths, PerClass, RequestView};
+use kvmesh_scheduler::{Booking as Load, Class, Hold, OutputLengths, PerClass, RequestView, Turn};
 use kvmesh_session::{
     WorkerIndex,
     generation::{Event, PlanRequest, Stop},
@@ -195,9 +195,9 @@ impl Dispatcher {
 }
 
 impl Core {
-    /// Chooses and books, as one with this virtual deadline; places if a worker
-    /// would start the request soon.
-    pub(super) fn try_plan(self: &Arc<Self>, waiting: &Waiting, key_ms: f64) -> Tried {
+    /// Chooses and books, as one whose turn it is; places if a worker would start
+    /// the request soon.
+    pub(super) fn try_plan(self: &Arc<Self>, waiting: &Waiting, turn: Turn) -> Tried {
         let (open, request) = (&waiting.open, &waiting.request);
         let began = Instant::now();
         let border = open.next_index();
@@ -209,7 +209,7 @@ impl Core {
                 None => return Tried::NotYet(None),
             },
         };
-        let mut placed = match self.choose(open, request, border, key_ms) {
+        let mut placed = match self.choose(open, request, border, turn) {
             Ok(placed) => placed,
             Err(Lacks::Room) => return Tried::NoRoom,
             Err(Lacks::Ready) => return Tried::NotYet(None),
@@ -244,7 +244,7 @@ impl Core {
         open: &Open,
         request: &PlanRequest,
         border: u32,
-        virtual_deadline_ms: f64,
+        turn: Turn,
     ) -> Result<Placed, Lacks> {
         let mut cached = Matches::default();
         let whole = (border > 0).then(|| self.chain_so_far(open)).flatten();
@@ -261,11 +261,11 @@ impl Core {
         };
         let (excluded, lasting) = (slots(true), slots(false));
         let view = RequestView {
-            virtual_deadline_ms,
+            virtual_deadline_ms: turn.chosen_by_ms(),
             affinity: affinity(open.chain(), id),
             ..request_view(&open.request, id, border, expected, &cached, &excluded)
         };
-        placer.choose(&view, &lasting, waits.now_ms(), &waits.rules)
+        placer.choose(&view, turn, &lasting, (waits.now_ms(), &waits.rules))
     }
 
     /// Chain values of prompt and output: what a continuation finds in caches.

@@ -19,7 +19,8 @@ impl Open {
     /// what is lacking to meet that.
     pub(super) fn retry_after(&self) -> Duration {
         let told = self.wait_now_ms().map_or(IN_VAIN, retry_after);
-        match self.request.arrived.elapsed() >= self.core.settings.queue_timeout {
+        let longest_ms = self.core.dispatcher.waits.longest_wait_ms(self);
+        match ms(self.request.arrived.elapsed()) >= longest_ms {
             true => told.max(IN_VAIN),
             false => told,
         }

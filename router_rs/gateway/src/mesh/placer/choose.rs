@@ -4,7 +4,7 @@
 use kvmesh_kv_index::{Matches, WorkerSlot};
 use kvmesh_scheduler::{
     Admitted, Booking, Class, Cluster, Considered, Decision, DispatchSettings, Hold, Needs, NoPlan,
-    Plan, Rejected, RequestView, Verdict, may_run, placeable,
+    Plan, Rejected, RequestView, Turn, Verdict, may_run, placeable,
 };
 use kvmesh_session::WorkerIndex;
 
@@ -94,7 +94,7 @@ impl Placer {
         decide(&cluster).map_err(Turned::Waits)
     }
 
-    /// Chooses and books by the rules of dispatch. `lasting` are those of the
+    /// Chooses and books by the rules of dispatch, as one whose turn it is. `lasting` are those of the
     /// excluded workers that will never run it.
     ///
     /// # Errors
@@ -102,9 +102,9 @@ impl Placer {
     pub(in crate::mesh) fn choose(
         &mut self,
         request: &RequestView<'_>,
+        turn: Turn,
         lasting: &[WorkerSlot],
-        now_ms: f64,
-        rules: &DispatchSettings,
+        (now_ms, rules): (f64, &DispatchSettings),
     ) -> Result<Placed, Lacks> {
         self.roster.refresh(&self.bookings);
         let cluster = self
@@ -119,7 +119,7 @@ impl Placer {
             Err(_) => return Err(Lacks::Ready),
         };
         let tail = self.tail(&decision.plan(), request);
-        let placed = self.place(decision, request.virtual_deadline_ms, rules);
+        let placed = self.place(decision, turn, rules);
         let placed = placed.map_err(Lacks::Worker)?;
         if placed.hold.is_none() {
             for worker in [placed.prefill, placed.decode] {
@@ -149,7 +149,7 @@ impl Placer {
     fn place(
         &self,
         decision: Decision,
-        key_ms: f64,
+        turn: Turn,
         rules: &DispatchSettings,
     ) -> Result<Placed, NoPlan> {
         let plan = decision.plan();
@@ -157,7 +157,7 @@ impl Placer {
         let (prefill, decode) = (at(plan.prefill())?, at(plan.decode())?);
         let known = self.workers.get(&prefill);
         let step_ms = known.map_or(0.0, |known| known.step_ms);
-        let (booked, hold) = match rules.judge(&decision, key_ms, step_ms, &self.bookings) {
+        let (booked, hold) = match rules.judge(&decision, turn, step_ms, &self.bookings) {
             Verdict::Goes(booked) => (booked, None),
             Verdict::Waits(hold) => (Vec::new(), Some(hold)),
         };
@@ -180,7 +180,7 @@ impl Placer {
             engine: self.engine(prefill, decode),
             bookings,
             hold,
-            key_ms,
+            key_ms: turn.key_ms,
             chosen: decision.chosen,
             considered: considered.map(|one| (one, workers(&one.plan))).collect(),
             tail: None,

@@ -64,3 +64,40 @@ async fn who_waited_in_vain_is_told_the_estimate_but_never_to_come_back_at_once(
         assert!(told <= Duration::from_millis(most), "{tokens}: {told:?}");
     }
 }
+
+#[tokio::test]
+async fn while_interactive_requests_are_refused_for_their_target_so_are_less_urgent_ones() {
+    let both = stuck_prompts();
+    let mesh = mesh_of(&[&both]).await;
+    let of = |class, first, tokens| AdmittedRequest {
+        class,
+        ..prompt(first, tokens)
+    };
+    // Each may wait for as long as its own prompt takes: one computes, one waits.
+    let interactive = v1::RequestClass::Interactive;
+    let _first = mesh.generate(of(interactive, 1, 52_000)).unwrap();
+    let _second = mesh.generate(of(interactive, 2, 56_000)).unwrap();
+    let refused = |request| match mesh.generate(request) {
+        Err(RequestError::Overloaded { retry_after, .. }) => retry_after,
+        Err(other) => panic!("{other:?}"),
+        Ok(_) => panic!("it is admitted"),
+    };
+    let told = refused(of(interactive, 3, 60_000));
+    assert!(told >= Duration::from_secs(1), "{told:?}");
+    assert!(told <= Duration::from_secs(3), "{told:?}");
+    let second = Duration::from_secs(1);
+    for class in [v1::RequestClass::Standard, v1::RequestClass::Batch] {
+        assert_eq!(refused(of(class, 4, 512)), second);
+    }
+}
+
+#[tokio::test]
+async fn without_interactive_requests_others_may_wait_beyond_their_targets() {
+    let both = stuck_prompts();
+    let mesh = mesh_of(&[&both]).await;
+    // Four wait, 8 s of work, and the target of their class is 5 s.
+    let streams: Vec<_> = (1..6)
+        .map(|first| mesh.generate(prompt(first, 51_200)).unwrap())
+        .collect();
+    assert_eq!((streams.len(), mesh.queued()), (5, 4));
+}
