@@ -46,11 +46,22 @@ struct Resumable {
     output: Vec<u32>,
     opening: Option<Opening>,
     end: Option<StageEnd>,
+    /// The attempt before it, until it is answered: a refusal leaves all as it was.
+    before: Option<Box<Resumable>>,
 }
 
 impl Resumable {
     fn bytes(&self) -> usize {
-        self.state.len() + self.model.len() + 4 * self.output.len()
+        let before = self.before.as_ref().map_or(0, |before| before.bytes());
+        self.state.len() + self.model.len() + 4 * self.output.len() + before
+    }
+
+    /// This one or the one before it, by its name.
+    fn named(&mut self, owner: u32, attempt: u32) -> Option<&mut Self> {
+        if (self.id.owner, self.id.attempt) == (owner, attempt) {
+            return Some(self);
+        }
+        self.before.as_mut()?.named(owner, attempt)
     }
 
     fn found(&self) -> Found {
@@ -116,7 +127,7 @@ impl Kept {
 
     /// An attempt was placed. What its router leaves for others goes no further.
     pub(crate) fn placed(&mut self, session: &str, id: &AttemptId, place: &mut Place, most: usize) {
-        self.remove(&id.generation);
+        let last = self.remove(&id.generation);
         let state = std::mem::take(&mut place.resume_state);
         if state.is_empty() || state.len() > MOST_STATE {
             return;
@@ -132,9 +143,12 @@ impl Kept {
             output: continuation.map_or_else(Vec::new, |from| from.output_ids.clone()),
             opening: None,
             end: None,
+            before: last.and_then(|last| match last.opening {
+                Some(_) => Some(Box::new(last)),
+                None => last.before,
+            }),
         };
-        self.bytes += resumable.bytes();
-        self.generations.insert(id.generation, resumable);
+        self.insert(resumable);
         self.fit(&id.generation, most);
     }
 
@@ -143,13 +157,22 @@ impl Kept {
         let Some(id) = opening.attempt_id() else {
             return;
         };
-        match &opening.answer {
-            Some(Answer::Refused(_)) => self.forget(&id),
-            _ => {
-                if let Some(held) = self.current(&id) {
-                    held.opening = Some(opening.clone());
-                }
-            }
+        if self
+            .generations
+            .get(&id.generation)
+            .is_none_or(|held| held.id != id)
+        {
+            return;
+        }
+        let Some(mut held) = self.remove(&id.generation) else {
+            return;
+        };
+        let before = held.before.take();
+        if !matches!(opening.answer, Some(Answer::Refused(_))) {
+            held.opening = Some(opening.clone());
+            self.insert(held);
+        } else if let Some(before) = before {
+            self.insert(*before);
         }
     }
 
@@ -165,17 +188,19 @@ impl Kept {
         for (generation, ((owner, attempt), (first, count))) in names.zip(fences.zip(places)) {
             let (own, rest) = ids.split_at((*count as usize).min(ids.len()));
             ids = rest;
-            let Some(held) = self.generations.get_mut(generation) else {
+            let held = self.generations.get_mut(generation);
+            let Some(held) = held.and_then(|held| held.named(*owner, *attempt)) else {
                 continue;
             };
             let counts = emits || held.stage != i32::from(Stage::Prefill);
-            if (held.id.owner, held.id.attempt) != (*owner, *attempt) || !counts {
+            if !counts {
                 continue;
             }
             // A receiver repeats what was committed to it from its border on.
             let known = held.output.len().saturating_sub(*first as usize);
             if *first as usize > held.output.len() {
-                self.remove(generation);
+                let id = held.id.clone();
+                self.forget(&id);
                 continue;
             }
             let new = own.get(known..).unwrap_or_default();
@@ -212,8 +237,12 @@ impl Kept {
 
     /// An attempt is over, or nobody may have it any more.
     pub(crate) fn forget(&mut self, id: &AttemptId) {
-        if self.current(id).is_some() {
-            self.remove(&id.generation);
+        let Some(mut held) = self.remove(&id.generation) else {
+            return;
+        };
+        if held.id != *id {
+            held.before.take_if(|before| before.id == *id);
+            self.insert(held);
         }
     }
 
@@ -266,6 +295,9 @@ impl Kept {
             owner,
             ..held.id.clone()
         };
+        if let Some(before) = held.before.take() {
+            self.bytes -= before.bytes();
+        }
         let before = std::mem::replace(&mut held.id, id.clone());
         let had = std::mem::replace(&mut held.session, session.to_owned());
         if let Some(opening) = &mut held.opening {
@@ -316,13 +348,18 @@ impl Kept {
 
     fn current(&mut self, id: &AttemptId) -> Option<&mut Resumable> {
         let held = self.generations.get_mut(&id.generation);
-        held.filter(|held| held.id == *id)
+        held?.named(id.owner, id.attempt)
     }
 
-    fn remove(&mut self, generation: &Generation) {
-        if let Some(held) = self.generations.remove(generation) {
-            self.bytes -= held.bytes();
-        }
+    fn insert(&mut self, resumable: Resumable) {
+        self.bytes += resumable.bytes();
+        self.generations.insert(resumable.id.generation, resumable);
+    }
+
+    fn remove(&mut self, generation: &Generation) -> Option<Resumable> {
+        let held = self.generations.remove(generation)?;
+        self.bytes -= held.bytes();
+        Some(held)
     }
 
     /// Keeps within the bound, of which `newest` went beyond.

@@ -49,15 +49,27 @@ fn kept() -> Kept {
     kept.placed("a", &id(1, 1), &mut placed, ROOM);
     // Nobody else needs it.
     assert!(placed.resume_state.is_empty());
-    kept.opened(&Opening {
-        generation: GENERATION.to_vec().into(),
-        owner: 1,
-        attempt: 1,
-        answer: Some(Answer::Reserved(Reserved::default())),
-        ..Opening::default()
-    });
+    kept.opened(&reserved(&id(1, 1)));
     kept.made(&rows(&id(1, 1), 2, &[3]), true, ROOM);
     kept
+}
+
+fn opening(id: &AttemptId, answer: Answer) -> Opening {
+    Opening {
+        generation: id.generation.to_vec().into(),
+        owner: id.owner,
+        attempt: id.attempt,
+        answer: Some(answer),
+        ..Opening::default()
+    }
+}
+
+fn reserved(id: &AttemptId) -> Opening {
+    opening(id, Answer::Reserved(Reserved::default()))
+}
+
+fn refused(id: &AttemptId) -> Opening {
+    opening(id, Answer::Refused(kvmesh_wire::v1::Refused::default()))
 }
 
 fn finished(id: &AttemptId) -> StageEnd {
@@ -169,15 +181,55 @@ fn what_was_cancelled_handed_on_or_refused_is_over() {
         assert!(!kept.find(&GENERATION, "t", 0).known);
     }
     kept.placed("a", &id(1, 2), &mut place("t", &[]), ROOM);
-    kept.opened(&Opening {
-        generation: GENERATION.to_vec().into(),
-        owner: 1,
-        attempt: 2,
-        answer: Some(Answer::Refused(kvmesh_wire::v1::Refused::default())),
-        ..Opening::default()
-    });
+    kept.opened(&refused(&id(1, 2)));
     assert!(!kept.find(&GENERATION, "t", 0).known);
     assert_eq!(kept.bytes, 0);
+}
+
+#[test]
+fn a_refusal_leaves_what_was_there_before() {
+    let mut kept = kept();
+    let (bytes, now) = (kept.bytes, Instant::now());
+    let place_next = |kept: &mut Kept, attempt| {
+        kept.placed("a", &id(1, attempt), &mut place("t", &[1]), ROOM);
+        assert_eq!(kept.find(&GENERATION, "t", 0).attempt, attempt);
+    };
+    // It goes on, and ends, while the next ones wait for their answers.
+    place_next(&mut kept, 2);
+    kept.made(&rows(&id(1, 1), 3, &[4]), true, ROOM);
+    place_next(&mut kept, 3);
+    kept.ended(&finished(&id(1, 1)), now);
+    kept.opened(&refused(&id(1, 2)));
+    kept.opened(&refused(&id(1, 3)));
+    let found = kept.find(&GENERATION, "t", 0);
+    assert_eq!((found.attempt, found.next_index), (1, 4));
+    assert!(!kept.runs(&id(1, 1)));
+    assert_eq!(kept.bytes, bytes + 4);
+    // Once it is over there is nothing to come back to.
+    place_next(&mut kept, 4);
+    kept.expire(now + TTL + Duration::from_millis(1), TTL);
+    kept.opened(&refused(&id(1, 4)));
+    assert!(!kept.find(&GENERATION, "t", 0).known);
+    assert_eq!(kept.bytes, 0);
+}
+
+#[test]
+fn an_answer_or_a_claim_settles_what_is_kept() {
+    for claimed in [false, true] {
+        let mut kept = kept();
+        let bytes = kept.bytes;
+        kept.placed("a", &id(1, 2), &mut place("t", &[1, 2, 3]), ROOM);
+        assert_eq!(kept.bytes, 2 * bytes);
+        if claimed {
+            let given = taken(kept.claim((GENERATION, 2), "t", "b", Instant::now()));
+            assert_eq!(given.before.1, id(1, 2));
+        } else {
+            kept.opened(&reserved(&id(1, 2)));
+        }
+        assert_eq!(kept.bytes, bytes);
+        kept.opened(&refused(&id(2, 2)));
+        assert_eq!(kept.find(&GENERATION, "t", 0).known, !claimed);
+    }
 }
 
 #[test]
