@@ -23,12 +23,12 @@ class Rig:
 
 
 @asynccontextmanager
-async def running(**settings):
+async def running(engine=None, **settings):
     loop = asyncio.get_running_loop()
-    engine = FakeEngine()
+    engine = engine or FakeEngine()
     record = wire.WorkerRecord(
         worker_id="w", incarnation=7, role=wire.ROLE_BOTH, model=wire.ModelRecord(name="m"),
-        step_model=engine.step_model(),
+        step_model=engine.step_model(), capabilities=engine.capabilities(),
     )  # fmt: skip
     files = TokenizerFiles.of({"tokenizer.json": b"{}" * 900_000})
     port = WorkerPort("127.0.0.1:0", **settings)

@@ -7,6 +7,10 @@
 //! within one.
 #![allow(clippy::unwrap_used)]
 
+mod histories;
+#[path = "histories/one_router.rs"]
+mod watched;
+
 use std::collections::BTreeSet;
 
 use kvmesh_session::{
@@ -464,6 +468,8 @@ impl Sim {
         worker.session = Session::Greeting(named.map(|(fence, _)| (fence, known)));
         if let Some(job) = dropped {
             self.aborts(&job);
+            // Its engine ends it, and says so.
+            self.say_end(w, &job, End::Cancelled);
         }
     }
 

@@ -7,7 +7,10 @@
 //! and lets waits end, each within a budget of faults.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "../histories/mod.rs"]
+mod histories;
 mod router;
+mod watched;
 mod worker;
 
 use kvmesh_session::{
@@ -19,7 +22,7 @@ use proptest::prelude::*;
 use stateright::{Checker, Model, Property};
 
 use router::{Router, Sends};
-use worker::{Command, Transfers, Worker};
+use worker::{Command, Held, Transfers, Worker};
 
 const OLD: usize = 0;
 const NEW: usize = 1;
@@ -61,8 +64,9 @@ enum Move {
         worker: usize,
         router: usize,
     },
-    Step(usize),
-    FailTransfer(usize),
+    /// The engine of a worker makes a step for one of its parts.
+    Step(usize, usize),
+    FailTransfer(usize, usize),
     /// The client asks the new router.
     Resume,
     KillRouter,
@@ -90,7 +94,7 @@ impl Move {
             Self::Plan(..)
                 | Self::ToWorker { refuse: false, .. }
                 | Self::ToRouter { .. }
-                | Self::Step(_)
+                | Self::Step(..)
         )
     }
 }
@@ -149,11 +153,13 @@ impl Sim {
                     moves.push(Move::Break { worker: w, router });
                 }
             }
-            if worker.can_step(&self.transfers) {
-                moves.push(Move::Step(w));
-            }
-            if worker.waits_in_vain(&self.transfers) {
-                moves.push(Move::FailTransfer(w));
+            for (part, held) in worker.running() {
+                if held.can_step(&self.transfers) {
+                    moves.push(Move::Step(w, part));
+                }
+                if held.waits_in_vain(&self.transfers) {
+                    moves.push(Move::FailTransfer(w, part));
+                }
             }
             if worker.lives && self.faults > 0 {
                 moves.push(Move::KillWorker(w));
@@ -188,12 +194,11 @@ impl Sim {
             let orphaned = (0..2).filter(|w| self.workers[*w].orphaned());
             moves.extend(orphaned.map(Move::Expire));
             // An offer that does not come is not waited for for ever.
-            let waits = |w: &usize| {
-                let worker = &self.workers[*w];
-                let held = worker.held.as_ref().filter(|held| held.runs());
-                held.is_some() && !worker.can_step(&self.transfers)
-            };
-            moves.extend((0..2).filter(waits).map(Move::FailTransfer));
+            for (w, worker) in self.workers.iter().enumerate() {
+                let waits = |(_, held): &(usize, &Held)| !held.can_step(&self.transfers);
+                let waits = worker.running().filter(waits);
+                moves.extend(waits.map(|(part, _)| Move::FailTransfer(w, part)));
+            }
         }
         moves
     }
@@ -219,12 +224,15 @@ impl Sim {
                 let sends = self.routers[router].reads(worker, frame, most);
                 self.send(router, sends);
             }
-            Move::Step(w) => self.workers[w].steps(most as usize, &mut self.transfers),
-            Move::FailTransfer(w) => {
-                if !still && !self.workers[w].waits_in_vain(&self.transfers) {
+            Move::Step(w, part) => {
+                self.workers[w].steps(part, most as usize, &mut self.transfers);
+            }
+            Move::FailTransfer(w, part) => {
+                let held = self.workers[w].part(part);
+                if !still && !held.waits_in_vain(&self.transfers) {
                     spend(&mut self.faults);
                 }
-                self.workers[w].fails(&mut self.transfers);
+                self.workers[w].fails(part, &mut self.transfers);
             }
             Move::Resume => {
                 self.moved = true;
@@ -249,8 +257,7 @@ impl Sim {
             }
             Move::KillWorker(w) => {
                 spend(&mut self.faults);
-                self.workers[w].expires(&mut self.transfers);
-                self.workers[w].lives = false;
+                self.workers[w].dies(&mut self.transfers);
                 for router in [OLD, NEW] {
                     if std::mem::replace(&mut self.workers[w].sessions[router], down()).up {
                         self.lose(router, w, Loss::Died);
@@ -339,8 +346,7 @@ impl Sim {
                 return Err(left);
             }
         }
-        let runs = |worker: &Worker| worker.held.as_ref().is_some_and(worker::Held::runs);
-        if self.workers.iter().any(runs) {
+        if self.workers.iter().any(|w| w.running().next().is_some()) {
             return Err("a worker still runs it");
         }
         Ok(())

@@ -1,5 +1,5 @@
 //! The reference worker: what it keeps of a generation, finds, gives to who claims it, and
-//! refuses. It has one place; its engine makes a token a step.
+//! refuses. Its engine makes a token a step.
 
 use std::collections::BTreeMap;
 
@@ -78,6 +78,20 @@ impl Held {
     pub(crate) fn runs(&self) -> bool {
         self.end.is_none()
     }
+
+    /// Whether the engine can make a step for it.
+    pub(crate) fn can_step(&self, transfers: &Transfers) -> bool {
+        !self.waits() || matches!(transfers.came(self.placed), Some(Some(_)))
+    }
+
+    /// Whether the KV that it waits for does not come.
+    pub(crate) fn waits_in_vain(&self, transfers: &Transfers) -> bool {
+        self.waits() && matches!(transfers.came(self.placed), Some(None))
+    }
+
+    fn waits(&self) -> bool {
+        self.stage == Stage::Decode && self.mesh
+    }
 }
 
 /// Transfers between the workers: what was committed, or that they are off.
@@ -112,7 +126,10 @@ pub(crate) struct Worker {
     pub(crate) lives: bool,
     /// With the two routers, and with the rival, which is gone already.
     pub(crate) sessions: [Session; 3],
+    /// What was placed last: that is what is found and claimed.
     pub(crate) held: Option<Held>,
+    /// What was placed before it and runs yet, until its router ends it.
+    pub(crate) beside: Vec<Held>,
     /// The highest owner that claimed.
     claimed: u32,
 }
@@ -132,6 +149,7 @@ impl Default for Worker {
             lives: true,
             sessions: [session.clone(), session.clone(), down],
             held: None,
+            beside: Vec::new(),
             claimed: 0,
         }
     }
@@ -145,7 +163,8 @@ impl Worker {
         }
     }
 
-    fn owner(&self) -> u32 {
+    /// The owner in force: lower ones are over.
+    pub(crate) fn owner(&self) -> u32 {
         let held = self.held.as_ref().map_or(0, |held| held.fence.owner);
         held.max(self.claimed)
     }
@@ -172,7 +191,7 @@ impl Worker {
                 if over || refuse {
                     transfers.abort(placed);
                 } else {
-                    self.held = Some(Held {
+                    let before = self.held.replace(Held {
                         fence,
                         placed,
                         router,
@@ -182,6 +201,7 @@ impl Worker {
                         opened: true,
                         end: None,
                     });
+                    self.beside.extend(before.filter(Held::runs));
                 }
                 self.say(
                     router,
@@ -195,7 +215,7 @@ impl Worker {
             Command::Cancel { fence } => {
                 let its =
                     |held: &mut Held| held.router == router && held.fence <= fence && held.runs();
-                if let Some(held) = self.held.take_if(its) {
+                for held in self.take(its) {
                     transfers.abort(held.placed);
                     self.say_end(&held, End::Cancelled);
                 }
@@ -262,29 +282,23 @@ impl Worker {
         self.say(held.router, Frame::End { fence, stage, end });
     }
 
-    /// Whether its engine can make a step.
-    pub(crate) fn can_step(&self, transfers: &Transfers) -> bool {
-        let runs = self.held.as_ref().filter(|held| held.runs());
-        runs.is_some_and(|held| {
-            let waits = held.stage == Stage::Decode && held.mesh;
-            !waits || matches!(transfers.came(held.placed), Some(Some(_)))
-        })
+    /// What runs: 0 is what was placed last, the others follow.
+    pub(crate) fn running(&self) -> impl Iterator<Item = (usize, &Held)> {
+        let parts = self.held.iter().map(|held| (0, held));
+        let parts = parts.chain((1..).zip(&self.beside));
+        parts.filter(|(_, held)| held.runs())
     }
 
-    /// Whether the KV that it waits for does not come.
-    pub(crate) fn waits_in_vain(&self, transfers: &Transfers) -> bool {
-        let runs = self.held.as_ref().filter(|held| held.runs());
-        runs.is_some_and(|held| {
-            let waits = held.stage == Stage::Decode && held.mesh;
-            waits && matches!(transfers.came(held.placed), Some(None))
-        })
+    /// Takes all of its parts that are so, in the order in which they were placed.
+    fn take(&mut self, are: impl Fn(&mut Held) -> bool) -> Vec<Held> {
+        let mut taken: Vec<Held> = self.beside.extract_if(.., |held| are(held)).collect();
+        taken.extend(self.held.take_if(are));
+        taken
     }
 
-    /// One step of its engine.
-    pub(crate) fn steps(&mut self, most: usize, transfers: &mut Transfers) {
-        let Some(mut held) = self.held.take() else {
-            return;
-        };
+    /// One step of its engine, for one of its parts.
+    pub(crate) fn steps(&mut self, part: usize, most: usize, transfers: &mut Transfers) {
+        let mut held = self.part(part);
         let first = held.output.len();
         let came = transfers.came(held.placed).cloned().flatten();
         match came.filter(|_| held.stage == Stage::Decode && held.mesh) {
@@ -314,29 +328,40 @@ impl Worker {
         } else {
             None
         };
-        self.ends(held, end);
+        self.goes_on(part, held, end);
     }
 
     /// The KV did not come.
-    pub(crate) fn fails(&mut self, transfers: &mut Transfers) {
-        if let Some(held) = self.held.take() {
-            transfers.abort(held.placed);
-            self.ends(held, Some(End::TransferFailed));
-        }
+    pub(crate) fn fails(&mut self, part: usize, transfers: &mut Transfers) {
+        let held = self.part(part);
+        transfers.abort(held.placed);
+        self.goes_on(part, held, Some(End::TransferFailed));
     }
 
-    fn ends(&mut self, mut held: Held, end: Option<End>) {
+    pub(crate) fn part(&self, part: usize) -> Held {
+        let held = match part.checked_sub(1) {
+            None => self.held.as_ref(),
+            Some(beside) => self.beside.get(beside),
+        };
+        held.unwrap().clone()
+    }
+
+    /// A part as it is now, perhaps with its end.
+    fn goes_on(&mut self, part: usize, held: Held, end: Option<End>) {
         if let Some(end) = &end {
             self.say_end(&held, end.clone());
         }
         // Where it was handed on another one has it.
-        if !matches!(end, Some(End::HandedOff { .. })) {
-            held.end = end;
-            self.held = Some(held);
+        let gone = matches!(end, Some(End::HandedOff { .. }));
+        let held = Held { end, ..held };
+        match part.checked_sub(1) {
+            None => self.held = Some(held).filter(|_| !gone),
+            Some(beside) if held.runs() => self.beside[beside] = held,
+            Some(beside) => drop(self.beside.remove(beside)),
         }
     }
 
-    /// Whether what runs is an owner's below the one that claimed.
+    /// Whether what could be claimed runs for an owner below the one that claimed.
     pub(crate) fn runs_for_one_that_is_over(&self) -> bool {
         let runs = self.held.as_ref().filter(|held| held.runs());
         runs.is_some_and(|held| held.fence.owner < self.claimed)
@@ -344,13 +369,25 @@ impl Worker {
 
     /// Nobody came for what its router left.
     pub(crate) fn orphaned(&self) -> bool {
-        let held = self.held.as_ref();
-        held.is_some_and(|held| !self.sessions[held.router].up)
+        let mut parts = self.held.iter().chain(&self.beside);
+        parts.any(|held| !self.sessions[held.router].up)
     }
 
-    /// Its time is over.
+    /// The time of what its routers left is over.
     pub(crate) fn expires(&mut self, transfers: &mut Transfers) {
-        if let Some(held) = self.held.take() {
+        let up = self.sessions.clone().map(|session| session.up);
+        for held in self.take(|held| !up[held.router]) {
+            transfers.abort(held.placed);
+        }
+        // A claim is remembered for no longer than what it gave.
+        if self.held.is_none() {
+            self.claimed = 0;
+        }
+    }
+
+    pub(crate) fn dies(&mut self, transfers: &mut Transfers) {
+        self.lives = false;
+        for held in self.take(|_| true) {
             transfers.abort(held.placed);
         }
     }
