@@ -13,6 +13,7 @@ What is not compared, since the models leave it free:
 - cancels of what the engine does not run: it ignores them (`contract.Engine.cancel`).
 """
 
+import asyncio
 import json
 from itertools import zip_longest
 from pathlib import Path
@@ -188,12 +189,7 @@ class Routers:
         reattach = []
         if wants:
             name, next_index = wants
-            owner, attempt = map(int, name.split("."))
-            reattach = [
-                wire.Reattach(
-                    generation=GENERATION, owner=owner, attempt=attempt, next_index=next_index
-                )
-            ]
+            reattach.append(wire.Reattach(**named(name), next_index=next_index))
         self._calls[router], hello = await attach(
             self._rig, router, router_incarnation=1, reattach=reattach
         )
@@ -289,7 +285,9 @@ def place(name: str, stage: str, output: list[int]) -> wire.Place:
 @pytest.mark.parametrize(("routers", "steps"), [*histories()])
 async def test_the_worker_does_what_the_reference_does(routers, steps) -> None:
     waits = any("expire" in step for step in steps)
-    async with running(ToldEngine(), **(_SHORT_WAITS if waits else {})) as rig:
+    settings = _SHORT_WAITS if waits else {}
+    # A worker that says too little ends the test, too.
+    async with asyncio.timeout(60), running(ToldEngine(), **settings) as rig:
         attached = Routers(rig)
         for router in routers:
             await attached.attach(router)
