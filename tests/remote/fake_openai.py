@@ -20,7 +20,9 @@ OWNERS = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llamacpp", "other": "
 
 
 class FakeOpenAi:
-    def __init__(self, model: FakeModel, kind="vllm", key="", can_abort=True) -> None:
+    def __init__(
+        self, model: FakeModel, kind="vllm", key="", can_abort=True, deterministic=False
+    ) -> None:
         self.model = model
         self.kind = kind
         self.key = key
@@ -31,6 +33,8 @@ class FakeOpenAi:
         kept back, and the character."""
         self.ends: tuple[int, ...] = (END,)
         """Ids at which llama.cpp ends by itself."""
+        self.deterministic = deterministic
+        """Whether SGLang draws by the seeds of its requests."""
         self.spelling: dict[str, list[int]] = {}
         """What /tokenize says of a text."""
 
@@ -62,6 +66,8 @@ class FakeOpenAi:
         elif path == "/props" and self.kind == "llamacpp":
             settings = {"n_ctx": CONTEXT}
             self._send(writer, 200, {"default_generation_settings": settings, "total_slots": 4})
+        elif path == "/server_info" and self.kind == "sglang":
+            self._send(writer, 200, {"enable_deterministic_inference": self.deterministic})
         elif path == "/tokenize" and self.kind == "llamacpp":
             self._send(writer, 200, {"tokens": self.spelling[json.loads(body)["content"]]})
         elif path == "/metrics" and self.kind != "other":

@@ -227,6 +227,14 @@ async def test_a_request_to_vllm_says_what_was_asked(folder) -> None:
         assert [*attempt.logprobs[0].top_ids] == [10, 11]
 
 
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+async def test_priorities_are_sent_where_the_operator_says_that_they_count(folder, kind) -> None:
+    for switch, sent in (("false", False), ("true", True)):
+        async with served(folder, kind, arguments={"priorities": switch}) as driver:
+            assert await place(driver, prompt(5), max_tokens=1).ended() == "finished"
+            assert ("priority" in driver.model.requests[0]) == sent
+
+
 async def test_a_request_to_sglang_has_its_own_names(folder) -> None:
     async with served(folder, "sglang") as driver:
         await place(
@@ -235,6 +243,28 @@ async def test_a_request_to_sglang_has_its_own_names(folder) -> None:
         (asked,) = driver.model.requests
         assert asked["rid"]
         assert (asked["top_k"], asked["ebnf"]) == (-1, "root")
+
+
+@pytest.mark.parametrize(
+    ("kind", "seeded", "deterministic"),
+    [("sglang", True, True), ("sglang", True, False), ("vllm", True, False), ("vllm", False, True)],
+)
+async def test_a_seed_is_sent_where_the_server_draws_by_it(
+    folder, kind, seeded, deterministic
+) -> None:
+    works = seeded and (deterministic or kind != "sglang")
+    given = {"seeded": str(seeded).lower()}
+    async with served(folder, kind, arguments=given, deterministic=deterministic) as driver:
+        warm = {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0, "seed": 5}
+        drawn = place(driver, prompt(5), max_tokens=1, sampling=wire.ResolvedSampling(**warm))
+        assert await drawn.ended() == "finished"
+        given = wire.ResolvedSampling(**warm, seed_given=True)
+        attempt = place(driver, prompt(5), max_tokens=1, sampling=given)
+        assert await attempt.ended() == ("finished" if works else "refused")
+        seeds = [asked.get("seed") for asked in driver.model.requests]
+        assert seeds == ([5, 5] if works else [None])
+        if not works:
+            assert attempt.opening.refused.field == "sampling.seed"
 
 
 async def test_llama_cpp_is_sent_json_schemas(folder) -> None:

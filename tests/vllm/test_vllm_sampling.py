@@ -59,6 +59,8 @@ def test_every_field_goes_to_vllms_own_of_the_same_meaning() -> None:
 def test_no_field_of_the_wire_is_forgotten() -> None:
     """A field that the wire gets later has to be mapped, or refused."""
     mapped = set(asked(sampling={"temperature": 1.0, "logit_bias": [inference.LogitBias()]}))
+    # It says what becomes of the seed where there is no drawing by one.
+    mapped |= {"seed_given"}
     wired = {field.name for field in wire.ResolvedSampling.DESCRIPTOR.fields}
     assert wired <= mapped
 
@@ -83,6 +85,14 @@ def test_greedy_has_no_seed_and_a_continuation_has_another() -> None:
     assert all(0 <= seed < 1 << 63 for seed in seeds)
     assert asked(sampling={"seed": (1 << 64) - 1, "temperature": 1.0})["seed"] < 1 << 63
     assert "seed" not in asked(sampling=warm, seeded=False)
+
+
+def test_a_seed_that_a_client_gave_is_used_or_refused() -> None:
+    given = {"seed": 5, "seed_given": True, "temperature": 1.0}
+    assert asked(sampling=given)["seed"] == 5
+    assert refused(sampling=given, seeded=False) == "sampling.seed"
+    # Nothing is drawn without a temperature.
+    assert "seed" not in asked(sampling={**given, "temperature": 0.0}, seeded=False)
 
 
 def test_what_vllm_cannot_do_is_refused_by_its_name() -> None:

@@ -534,7 +534,8 @@ async fn what_another_router_needs_of_a_resumable_request_is_left_at_both_worker
         let state: v1::ResumeState = prost::Message::decode(place.resume_state).unwrap();
         let from = state.continuation.unwrap();
         assert_eq!(from.prompt_ids, [5, 6, 7]);
-        assert_eq!(from.sampling.unwrap().seed, 11);
+        let sampling = from.sampling.unwrap();
+        assert_eq!((sampling.seed, sampling.seed_given), (11, true));
         assert_eq!((from.model.as_str(), from.max_tokens), ("mock", 2));
         assert_eq!(state.text.unwrap().stop, ["never said"]);
         assert_eq!(state.request_id, "mine");

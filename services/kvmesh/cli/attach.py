@@ -54,7 +54,8 @@ _OWN = (
             "server with TLS. Empty: the usual ones."),
     Setting("data_parallel_rank", "Rank to use, of a server that has several. Empty: it chooses, "
             "and its cache is not followed."),
-    Setting("seeded", "Requests carry their seeds. Off for vLLM on a CPU, which dies of them.",
+    Setting("seeded", "Requests carry their seeds. Off for vLLM on a CPU, which dies of them: "
+            "a seed that a client gives is refused then.",
             is_switch=True, default="true"),
     Setting("priorities", "Requests carry priorities, by their deadlines. For servers that order "
             "their queue by them (--scheduling-policy priority); others refuse such requests.",

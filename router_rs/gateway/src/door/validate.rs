@@ -377,9 +377,9 @@ pub(super) fn admit(
     let hints = request.hints.unwrap_or_default();
     let field = if chat { "chat" } else { "prompt" };
     let max_tokens = room(&stopping, (ids.len(), field), model)?;
-    let mut sampling = request.sampling.unwrap_or_default();
+    let mut sampling = resolve(request.sampling.unwrap_or_default());
     if let Some(from) = &request.continue_from {
-        sampling.seed = Some(from.seed);
+        sampling.seed = from.seed;
     }
     let had = request.continue_from.unwrap_or_default();
     if had.token_ids.len() > max_tokens as usize {
@@ -415,7 +415,7 @@ pub(super) fn admit(
         model: model.record.name.clone(),
         prompt_ids: Arc::from(ids),
         output_ids: had.token_ids,
-        sampling: resolve(sampling),
+        sampling,
         max_tokens,
         min_tokens: stopping.min_tokens,
         stop_token_ids,
@@ -493,5 +493,6 @@ fn resolve(sampling: v1::Sampling) -> v1::ResolvedSampling {
         presence_penalty: sampling.presence_penalty,
         logit_bias: sampling.logit_bias,
         seed: sampling.seed.unwrap_or_else(rand::random),
+        seed_given: sampling.seed.is_some(),
     }
 }

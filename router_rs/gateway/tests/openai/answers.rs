@@ -298,6 +298,24 @@ async fn urgency_and_the_seed_reach_the_worker() {
         told.request_class(),
         kvmesh_wire::v1::RequestClass::Interactive
     );
+    let drawn = async |body: &Value| {
+        post(&mesh, COMPLETIONS, body).await;
+        let place = mesh.workers[0].last_place().unwrap();
+        let sampling = place.continuation.unwrap().sampling.unwrap();
+        (sampling.seed, sampling.seed_given)
+    };
+    assert_eq!(drawn(&body).await, (77, true));
+    let negative = json!({"prompt": PROMPT, "max_tokens": 1, "seed": -1});
+    assert_eq!(drawn(&negative).await, (u64::MAX, true));
+    // Each choice has one of its own, and the last that came is one of these.
+    let several = json!({"prompt": PROMPT, "max_tokens": 1, "seed": 5, "n": 3});
+    let (seed, given) = drawn(&several).await;
+    assert!(given && (5..8).contains(&seed), "{seed}");
+    // What nobody asked for is the router's own, and another one each time.
+    let none = json!({"prompt": PROMPT, "max_tokens": 1});
+    let (first, second) = (drawn(&none).await, drawn(&none).await);
+    assert!(!first.1 && !second.1);
+    assert_ne!(first.0, second.0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -37,8 +37,8 @@ class Dialect:
     skips_cache: bool = False
     """As Description.skips_cache."""
 
-    def body(self, request: Request, model: str) -> dict[str, Any]:
-        """Of a request to /v1/completions."""
+    def body(self, request: Request, model: str, *, priorities: bool) -> dict[str, Any]:
+        """Of a request to /v1/completions. `priorities`: its queue goes by them."""
         given = request.sampling_params
         body: dict[str, Any] = {
             "model": model,
@@ -71,7 +71,7 @@ class Dialect:
             }
             if request.cache_salt:
                 body["cache_salt"] = request.cache_salt
-            if "priority" not in self.lacks and request.priority:
+            if priorities and request.priority:
                 body["priority"] = request.priority
         return body | self._own(request)
 

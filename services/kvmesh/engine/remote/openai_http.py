@@ -97,13 +97,22 @@ class OpenAiServer:
             # Its slots.
             max_batch=int(props.get("total_slots") or 0),
             max_logprobs=dialect.max_logprobs,
-            lacks=dialect.lacks
-            | (frozenset() if self._access.priorities else frozenset({"priority"})),
+            lacks=dialect.lacks | await self._lacks(),
             skips_cache=dialect.skips_cache,
         )
         size, pool = metrics.pool(await self._metrics())
         await self._try()
         return replace(found, block_tokens=size, pool_tokens=pool)
+
+    async def _lacks(self) -> frozenset[str]:
+        """What this one lacks beside its kind. Raises UnreachableError, UnusableError."""
+        lacks = set() if self._access.priorities else {"priority"}
+        if self._dialect is dialects.SGLANG:
+            # It takes seeds in any case, and draws by them in this mode alone.
+            info = await self._json("/server_info")
+            if not info.get("enable_deterministic_inference"):
+                lacks.add("seed")
+        return frozenset(lacks)
 
     async def _chosen(self) -> Mapping[str, Any]:
         listed = await self._json("/v1/models")
@@ -173,7 +182,8 @@ class OpenAiServer:
 
     async def generate(self, request: Request) -> AsyncGenerator[Part, None]:
         """Raises ServerError."""
-        dialect, body = self._dialect, self._dialect.body(request, str(self._model["id"]))
+        dialect, model = self._dialect, str(self._model["id"])
+        body = dialect.body(request, model, priorities=self._access.priorities)
         reader = dialects.Reader(dialect, request)
         try:
             async with self._http.stream("POST", "/v1/completions", json=body) as answer:

@@ -156,7 +156,7 @@ def _built(
         adapters=Adapters(said.adapters, {name: name for name in said.adapters}),
         max_logprobs=said.max_logprobs,
         lease_ms=lease_ms,
-        seeded=arguments.seeded,
+        seeded=arguments.seeded and "seed" not in said.lacks,
     )
     loop.attach(state, cache, placements)
     record = wire.ModelRecord(

@@ -27,6 +27,7 @@ FIELDS = {
     "frequency_penalty": "sampling.frequency_penalty",
     "presence_penalty": "sampling.presence_penalty",
     "logit_bias": "sampling.logit_bias",
+    "seed": "sampling.seed",
     "logprobs": "output.logprobs",
     "max_tokens": "stopping.max_tokens",
     "min_tokens": "stopping.min_tokens",
@@ -52,11 +53,16 @@ def sampling_arguments(
 
     `room`: tokens that the context leaves. Output so far is prompt to vLLM, so what
     counts from the border on is reduced by it. `seeded`: whether vLLM can draw by a seed of the
-    request's own. Raises UnsupportedError.
+    request's own; else one that a client gave is refused. Raises UnsupportedError.
     """
     border = len(continuation.output_ids)
     given = continuation.sampling
     _check(continuation, border)
+    if given.temperature > 0 and given.seed_given and not seeded:
+        raise UnsupportedError(
+            FIELDS["seed"],
+            "this engine cannot draw by a seed; leave it out, or set temperature to 0",
+        )
     left = min(continuation.max_tokens - border, room)
     if left < 1:
         raise UnsupportedError("stopping.max_tokens", "no token is left to be made")
@@ -83,7 +89,13 @@ def sampling_arguments(
     if given.logit_bias:
         arguments["logit_bias"] = {bias.token_id: bias.bias for bias in given.logit_bias}
     if continuation.HasField("logprobs"):
-        arguments["logprobs"] = min(continuation.logprobs, max_logprobs)
+        if not max_logprobs or continuation.logprobs > max_logprobs:
+            raise UnsupportedError(
+                FIELDS["logprobs"],
+                f"logprobs is {continuation.logprobs}; this engine tells of "
+                f"{f'up to {max_logprobs} alternatives' if max_logprobs else 'none'}",
+            )
+        arguments["logprobs"] = continuation.logprobs
     if continuation.HasField("grammar"):
         arguments["grammar"] = _grammar(continuation.grammar)
     return arguments
