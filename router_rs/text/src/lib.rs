@@ -23,6 +23,7 @@ mod stop;
 mod stream;
 mod template;
 mod time;
+mod weight;
 
 pub use chat::{Chat, Message};
 pub use detokenize::Detokenizer;
@@ -32,3 +33,4 @@ pub use model_text::{Limits, ModelText};
 pub use stop::{MAX_STOP_BYTES, MAX_STOPS, StopMatcher};
 pub use stream::{StopHit, TextSettings, TextStream};
 pub use time::UnixSeconds;
+pub use weight::tree_bytes;

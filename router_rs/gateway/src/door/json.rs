@@ -7,7 +7,7 @@ use http_body_util::BodyExt;
 use hyper::body::{Body as _, Incoming};
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::{Admitted, Door, PERMIT_BYTES, Permit, Refused};
+use super::{Admitted, Door, Permit, Refused, budget::PERMIT_BYTES};
 use crate::{error::RequestError, serve::grpc, telemetry::Step};
 
 /// JSON is read in the time that a byte of text takes to be tokenised: some 1 ns

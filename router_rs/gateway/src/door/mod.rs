@@ -3,12 +3,14 @@
 //! The order is that of PROTOCOLS 5: permit for bytes, body, bound on tokens,
 //! tokenise, validate, admission. Whose a call is has been asked before.
 
+mod budget;
 mod json;
 mod metadata;
 mod named;
 mod text;
 mod validate;
 
+pub(crate) use budget::Budget;
 pub(crate) use metadata::CallMetadata;
 pub(crate) use named::named;
 pub(crate) use text::TextPool;
@@ -23,7 +25,7 @@ use http::HeaderMap;
 use hyper::body::Incoming;
 use kvmesh_wire::v1::{self, generate_request::Input};
 use prost::Message;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::OwnedSemaphorePermit;
 
 use crate::{
     access::Caller,
@@ -35,8 +37,6 @@ use crate::{
     telemetry::{ClassEnd, Step, Telemetry},
 };
 
-/// Bytes that one permit stands for.
-const PERMIT_BYTES: u64 = 1_024;
 /// Token ids that are hashed in the time that a byte of text takes to be
 /// tokenised: some 0.4 ns against 25. So long prompts are hashed where long
 /// texts are tokenised.
@@ -44,9 +44,6 @@ const HASHED_PER_TEXT_BYTE: usize = 64;
 /// Longest message of a call that takes no permit and no pool, in bytes: such
 /// messages hold a name or two.
 const SMALL_BYTES: u64 = 4_096;
-/// When to try again where bytes or connections were the limit: bodies are
-/// read and admitted in well under this.
-const RETRY_AFTER: Duration = Duration::from_millis(500);
 
 /// All that a request passes before the mesh has it.
 pub(crate) struct Door {
@@ -54,7 +51,7 @@ pub(crate) struct Door {
     telemetry: Arc<Telemetry>,
     max_request_bytes: u64,
     read_timeout: Duration,
-    budget: Arc<Semaphore>,
+    budget: Budget,
     text: TextPool,
     classes: DefaultClass,
 }
@@ -90,12 +87,9 @@ pub(crate) type Refused = (Step, RequestError);
 
 impl Door {
     pub(crate) fn new(settings: &Settings, mesh: Arc<Mesh>, telemetry: Arc<Telemetry>) -> Self {
-        let permits = settings.request_bytes_budget / PERMIT_BYTES;
-        let permits = usize::try_from(permits)
-            .unwrap_or(usize::MAX)
-            .min(Semaphore::MAX_PERMITS);
-        let budget = Arc::new(Semaphore::new(permits));
-        telemetry.watch_permits(&budget, permits);
+        let budget = Budget::new(settings.request_bytes_budget);
+        let (free, all) = budget.permits();
+        telemetry.watch_permits(free, all);
         Self {
             mesh,
             telemetry,
@@ -167,13 +161,17 @@ impl Door {
     }
 
     fn permit(&self, bytes: u64) -> Result<OwnedSemaphorePermit, RequestError> {
-        let permits = u32::try_from(bytes / PERMIT_BYTES + 1).unwrap_or(u32::MAX);
-        Arc::clone(&self.budget)
-            .try_acquire_many_owned(permits)
-            .map_err(|_| RequestError::Overloaded {
-                reason: "the budget for bytes of requests is spent",
-                retry_after: RETRY_AFTER,
-            })
+        self.budget.take(bytes)
+    }
+
+    /// The permit for what is made of a message before it is admitted.
+    pub(crate) fn permit_for(
+        &self,
+        bytes: usize,
+        field: &str,
+    ) -> Result<Option<OwnedSemaphorePermit>, Refused> {
+        let permit = self.budget.take_for(bytes, field);
+        permit.map_err(|error| (text::step_of(&error), error))
     }
 
     /// All that follows the body, up to an open generation.
@@ -347,9 +345,13 @@ impl Door {
                 self.text.tokenize(model, prompt, "prompt").await
             }
             Some(Input::Chat(chat)) => {
+                // A message of two bytes becomes one of hundreds.
+                let each = size_of::<v1::ChatMessage>() + size_of::<kvmesh_text::Message>();
+                let messages = chat.messages.len() * each;
                 let bytes = chat.encoded_len();
-                let chat = validate::chat(chat).map_err(|error| (Step::Validate, error))?;
-                self.text.chat(model, chat, bytes).await
+                let more = messages.saturating_sub(bytes);
+                let _held = self.permit_for(more, "chat.messages")?;
+                self.text.chat(model, chat, bytes, &self.budget).await
             }
         };
         self.telemetry.tokenized(began.elapsed());
@@ -359,5 +361,5 @@ impl Door {
 
 /// Bytes that permits stand for.
 pub(crate) fn permit_bytes(permits: usize) -> u64 {
-    permits as u64 * PERMIT_BYTES
+    permits as u64 * budget::PERMIT_BYTES
 }

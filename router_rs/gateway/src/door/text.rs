@@ -12,13 +12,14 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use kvmesh_text::{Chat, EncodeError, ModelText, TemplateError, UnixSeconds};
+use kvmesh_text::{Chat, EncodeError, ModelText, TemplateError, UnixSeconds, tree_bytes};
+use kvmesh_wire::v1;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     task,
 };
 
-use super::Refused;
+use super::{Budget, Refused, validate};
 use crate::{error::RequestError, mesh::ServedModel, telemetry::Step};
 
 /// Texts from here on are long: some 30,000 tokens, of which each takes a
@@ -115,27 +116,88 @@ impl TextPool {
     /// Always on a thread: a template is a program, and what it takes is not
     /// known before. What it makes a long text of is rendered again among the
     /// long ones: kept meanwhile, such texts would be memory without a bound.
+    ///
+    /// JSON of it is text until a thread is there. As trees it takes many times its bytes, of
+    /// `budget`.
     pub(crate) async fn chat(
         &self,
         model: &Arc<ServedModel>,
-        chat: Chat,
+        chat: v1::Chat,
         mut bytes: usize,
+        budget: &Budget,
     ) -> Result<Vec<u32>, Refused> {
         if !model.text.has_chat_template() {
             return Err((Step::Validate, RequestError::unsupported("chat")));
         }
         let content = chat.messages.iter().map(|message| message.content.len());
         fits(model, content.sum(), "chat").map_err(|error| (Step::Bound, error))?;
-        let chat = Arc::new(chat);
+        let mut given = Conversation::Sent(chat);
         loop {
-            let (model, chat) = (Arc::clone(model), Arc::clone(&chat));
-            let work = move |flag: &AtomicBool| render_and_encode(&model, &chat, bytes, flag);
+            let (model, budget) = (Arc::clone(model), budget.clone());
+            let work = move |flag: &AtomicBool| {
+                let read = match given {
+                    Conversation::Sent(chat) => Read::of(chat, &budget)?,
+                    Conversation::Read(read) => read,
+                };
+                render_and_encode(&model, read, bytes, flag)
+            };
             let done = self.on_thread(bytes, work).await;
-            match done.map_err(|error| (Step::Tokenize, error))? {
+            match done.map_err(|error| (step_of(&error), error))? {
                 Rendered::Ids(ids) => return Ok(ids),
-                Rendered::Long(length) => bytes = length,
+                Rendered::Long(length, read) => {
+                    (bytes, given) = (length, Conversation::Read(read));
+                }
             }
         }
+    }
+}
+
+/// A conversation on its way to its text.
+enum Conversation {
+    Sent(v1::Chat),
+    Read(Read),
+}
+
+/// A conversation with its JSON as trees.
+struct Read {
+    chat: Chat,
+    /// For the trees: they take more than their text did.
+    _permit: Option<OwnedSemaphorePermit>,
+}
+
+impl Read {
+    fn of(chat: v1::Chat, budget: &Budget) -> Result<Self, RequestError> {
+        let plain = |text: &String| tree_bytes(text, false);
+        let calls = chat.messages.iter().flat_map(|one| &one.tool_calls_json);
+        let kinds = [
+            (chat.tools_json.iter().map(plain).sum(), "chat.tools_json"),
+            (
+                calls.map(|text| tree_bytes(text, true)).sum(),
+                "chat.messages",
+            ),
+            (
+                plain(&chat.template_arguments_json),
+                "chat.template_arguments_json",
+            ),
+        ];
+        let trees = kinds.iter().map(|(bytes, _)| bytes).sum();
+        let largest = kinds
+            .into_iter()
+            .max_by_key(|(bytes, _): &(usize, _)| *bytes);
+        let field = largest.map_or("chat", |(_, field)| field);
+        Ok(Self {
+            _permit: budget.take_for(trees, field)?,
+            chat: validate::chat(chat)?,
+        })
+    }
+}
+
+/// Where a conversation was refused.
+pub(super) fn step_of(error: &RequestError) -> Step {
+    match error {
+        RequestError::Invalid(_) => Step::Validate,
+        RequestError::Overloaded { .. } => Step::Permit,
+        _ => Step::Tokenize,
     }
 }
 
@@ -143,7 +205,7 @@ impl TextPool {
 enum Rendered {
     Ids(Vec<u32>),
     /// Nothing yet: its text has so many bytes, and it had a short one's turn.
-    Long(usize),
+    Long(usize, Read),
 }
 
 async fn permit(of: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, RequestError> {
@@ -153,7 +215,7 @@ async fn permit(of: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, RequestErro
 
 fn render_and_encode(
     model: &ServedModel,
-    chat: &Chat,
+    read: Read,
     taken_for: usize,
     flag: &AtomicBool,
 ) -> Result<Rendered, RequestError> {
@@ -162,14 +224,17 @@ fn render_and_encode(
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
     let now = UnixSeconds(i64::try_from(now.as_secs()).unwrap_or(i64::MAX));
-    let rendered = text.render_chat(chat, now).map_err(|error| match error {
-        TemplateError::None => RequestError::unsupported("chat"),
-        error => RequestError::Text(error.to_string()),
-    })?;
+    let rendered = text
+        .render_chat(&read.chat, now)
+        .map_err(|error| match error {
+            TemplateError::None => RequestError::unsupported("chat"),
+            error => RequestError::Text(error.to_string()),
+        })?;
     fits(model, rendered.len(), "chat")?;
     if taken_for < LONG_BYTES && rendered.len() >= LONG_BYTES {
-        return Ok(Rendered::Long(rendered.len()));
+        return Ok(Rendered::Long(rendered.len(), read));
     }
+    drop(read);
     let ids = text.encode_rendered(&rendered, flag);
     ids.map(Rendered::Ids).map_err(encode_error)
 }
@@ -205,8 +270,7 @@ mod tests {
     };
 
     use futures_util::{FutureExt, future::join_all};
-    use kvmesh_text::{Limits, Message, TextFile};
-    use kvmesh_wire::v1;
+    use kvmesh_text::{Limits, TextFile};
 
     use super::*;
 
@@ -326,17 +390,86 @@ mod tests {
         let template = "{% for m in messages %}{% for n in range(m.content | int) %}\
             a line of many {% endfor %}{% endfor %}";
         let model = model(template);
-        let chat = |lines: &str| Chat::new(vec![Message::new("user", lines)]);
         let pool = TextPool::new(10, 2);
-        let long = pool.chat(&model, chat("20000"), 100).await.unwrap();
+        let budget = Budget::new(1 << 20);
+        let long = pool
+            .chat(&model, said("20000"), 100, &budget)
+            .await
+            .unwrap();
         assert!(long.len() > 20_000, "{}", long.len());
         // Now long ones have no turn at all.
         pool.long.close();
-        assert!(pool.chat(&model, chat("10"), 100).await.is_ok());
+        assert!(pool.chat(&model, said("10"), 100, &budget).await.is_ok());
         for (lines, bytes) in [("20000", 100), ("10", LONG_BYTES)] {
-            let refused = pool.chat(&model, chat(lines), bytes).await;
+            let refused = pool.chat(&model, said(lines), bytes, &budget).await;
             assert_eq!(refused, Err((Step::Tokenize, RequestError::Cancelled)));
         }
+        assert_eq!(free(&budget), 1 << 10);
+    }
+
+    /// A body of many small values: some kilobytes of it are megabytes as a tree.
+    #[tokio::test]
+    async fn json_takes_of_the_budget_what_it_takes_of_memory() {
+        let model = model("{{ messages[0].content }}{{ a | length }}");
+        let pool = TextPool::new(10, 2);
+        let budget = Budget::new(4 << 20);
+        let values = |count: usize| format!("{{\"a\": [{}]}}", vec!["[0]"; count].join(","));
+        let with_arguments = |count| v1::Chat {
+            template_arguments_json: values(count),
+            ..said("x")
+        };
+        let with_tool = |count| v1::Chat {
+            tools_json: vec![values(count)],
+            ..said("x")
+        };
+        let with_call = |count: usize| {
+            let arguments = serde_json::Value::from(values(count));
+            let mut chat = said("x");
+            chat.messages[0].tool_calls_json =
+                vec![format!("{{\"function\": {{\"arguments\": {arguments}}}}}")];
+            chat
+        };
+        let kinds: [(&dyn Fn(usize) -> v1::Chat, _); 3] = [
+            (&with_arguments, "chat.template_arguments_json"),
+            (&with_tool, "chat.tools_json"),
+            (&with_call, "chat.messages"),
+        ];
+        for (kind, field) in kinds {
+            assert!(pool.chat(&model, kind(100), 100, &budget).await.is_ok());
+            assert_eq!(free(&budget), 4 << 10);
+            // In text it is 40 kB.
+            let refused = pool.chat(&model, kind(10_000), 100, &budget).await;
+            let (step, error) = refused.unwrap_err();
+            assert_eq!(step, Step::Validate);
+            assert!(error.to_string().contains(field), "{error}");
+            assert!(error.to_string().contains("of memory"), "{error}");
+            // What others hold is theirs.
+            let others = budget.take_for((4 << 20) - (64 << 10), "x").unwrap();
+            let (step, error) = pool
+                .chat(&model, kind(1_000), 100, &budget)
+                .await
+                .unwrap_err();
+            assert_eq!(step, Step::Permit);
+            assert!(error.retry_after().is_some(), "{error}");
+            assert!(pool.chat(&model, kind(1), 100, &budget).await.is_ok());
+            drop(others);
+            assert!(pool.chat(&model, kind(1_000), 100, &budget).await.is_ok());
+        }
+    }
+
+    fn said(content: &str) -> v1::Chat {
+        v1::Chat {
+            messages: vec![v1::ChatMessage {
+                role: "user".to_owned(),
+                content: content.to_owned(),
+                ..v1::ChatMessage::default()
+            }],
+            ..v1::Chat::default()
+        }
+    }
+
+    fn free(budget: &Budget) -> usize {
+        budget.permits().0.available_permits()
     }
 
     #[tokio::test]

@@ -207,7 +207,7 @@ fn words(error: &RequestError) -> (String, Option<String>) {
 /// A field of the proto by its name here.
 fn param(field: &str) -> String {
     const PREFIXES: [&str; 5] = ["sampling.", "stopping.", "output.", "hints.", "chat."];
-    const NAMES: [(&str, &str); 8] = [
+    const NAMES: [(&str, &str); 9] = [
         ("token_ids.ids", "prompt"),
         ("input", "prompt"),
         ("chat", "messages"),
@@ -216,6 +216,7 @@ fn param(field: &str) -> String {
         ("include_stop", "include_stop_str_in_output"),
         ("template_arguments", "chat_template_kwargs"),
         ("adapter", "model"),
+        ("conversation_id", "session_id"),
     ];
     let name = PREFIXES
         .iter()
@@ -242,6 +243,7 @@ mod tests {
             ("stopping.max_tokens", "max_tokens"),
             ("output.logprobs", "logprobs"),
             ("hints.request_class", "priority"),
+            ("hints.conversation_id", "session_id"),
             ("token_ids.ids[7]", "prompt[7]"),
             ("token_ids.ids", "prompt"),
             ("prompt", "prompt"),

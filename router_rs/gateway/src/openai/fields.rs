@@ -12,7 +12,7 @@ use serde::{
         value::SeqAccessDeserializer,
     },
 };
-use serde_json::{Map, Value};
+use serde_json::value::RawValue;
 
 use super::{
     message::Message,
@@ -21,7 +21,8 @@ use super::{
 };
 use crate::{door::MAX_TOOLS, error::RequestError};
 
-/// A body. What is absent and what is `null` are the same.
+/// A body. What is absent and what is `null` are the same. JSON that is passed on stays text: as
+/// values it would take many times its bytes.
 #[derive(Debug, Default)]
 pub(super) struct Fields {
     pub(super) model: Option<String>,
@@ -53,15 +54,16 @@ pub(super) struct Fields {
     pub(super) priority: Option<i64>,
     pub(super) service_tier: Option<String>,
     pub(super) cache_salt: Option<String>,
+    pub(super) session_id: Option<String>,
     pub(super) response_format: Option<ResponseFormat>,
     pub(super) tools: Option<Offered>,
-    pub(super) tool_choice: Option<Value>,
+    pub(super) tool_choice: Option<Box<RawValue>>,
     pub(super) parallel_tool_calls: Option<bool>,
     pub(super) modalities: Option<Vec<String>>,
     pub(super) reasoning_effort: Option<String>,
     pub(super) add_generation_prompt: Option<bool>,
     pub(super) add_special_tokens: Option<bool>,
-    pub(super) chat_template_kwargs: Option<Map<String, Value>>,
+    pub(super) chat_template_kwargs: Option<Box<RawValue>>,
     pub(super) return_token_strs: Option<bool>,
     pub(super) return_token_ids: Option<bool>,
     pub(super) return_tokens_as_token_ids: Option<bool>,
@@ -110,6 +112,7 @@ pub(super) enum Logprobs {
 pub(super) struct StreamOptions {
     pub(super) include_usage: Option<bool>,
     pub(super) continuous_usage_stats: Option<bool>,
+    pub(super) include_obfuscation: Option<bool>,
 }
 
 /// The language of the answer.
@@ -121,7 +124,7 @@ pub(super) struct ResponseFormat {
 
 #[derive(Debug, Deserialize)]
 pub(super) struct JsonSchema {
-    pub(super) schema: Option<Value>,
+    pub(super) schema: Option<Box<RawValue>>,
 }
 
 /// What is wrong with a body, without what it says: that may be a prompt, and errors are
@@ -184,6 +187,7 @@ impl Fields {
             "priority" => self.priority = map.next_value()?,
             "service_tier" => self.service_tier = map.next_value()?,
             "cache_salt" => self.cache_salt = map.next_value()?,
+            "session_id" => self.session_id = map.next_value()?,
             "response_format" => self.response_format = map.next_value()?,
             "tools" => self.tools = map.next_value()?,
             "tool_choice" => self.tool_choice = map.next_value()?,
@@ -197,7 +201,7 @@ impl Fields {
             "return_tokens_as_token_ids" => self.return_tokens_as_token_ids = map.next_value()?,
             "return_token_ids" => self.return_token_ids = map.next_value()?,
             "tokens" => self.tokens = map.next_value()?,
-            // Of these two the default is not what is empty.
+            // Of these the default is not what is empty.
             "include_reasoning" => {
                 let included: Option<bool> = map.next_value()?;
                 self.refuse(field, included == Some(false));
@@ -205,6 +209,18 @@ impl Fields {
             "thinking_token_budget" => {
                 let most: Option<i64> = map.next_value()?;
                 self.refuse(field, most.is_some_and(|most| most >= 0));
+            }
+            "prompt_logprobs" | "routed_experts_prompt_start" => {
+                let given: Option<i64> = map.next_value()?;
+                self.refuse(field, given.is_some());
+            }
+            "stream_interval" => {
+                let tokens: Option<i64> = map.next_value()?;
+                self.refuse(field, tokens.is_some_and(|tokens| tokens != 1));
+            }
+            "verbosity" => {
+                let how: Option<String> = map.next_value()?;
+                self.refuse(field, how.is_some_and(|how| how != "medium"));
             }
             field if refused(field).is_some() => {
                 let Asks(asked) = map.next_value()?;
@@ -228,7 +244,18 @@ impl Fields {
 /// Tools as they were written. One more is kept than may be offered: the call is refused for
 /// that, whatever is behind it.
 #[derive(Debug)]
-pub(super) struct Offered(pub(super) Vec<Value>);
+pub(super) struct Offered(pub(super) Vec<Box<RawValue>>);
+
+impl Offered {
+    /// Bytes that their schemas take as trees: as they were sent, as what a grammar holds to, and
+    /// as a part of the whole grammar.
+    pub(super) fn tree_bytes(&self) -> usize {
+        let tools = self.0.iter().map(|tool| tool.get());
+        3 * tools
+            .map(|tool| kvmesh_text::tree_bytes(tool, false))
+            .sum::<usize>()
+    }
+}
 
 impl<'de> Deserialize<'de> for Offered {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {

@@ -12,7 +12,7 @@ use super::{
     ask::{self, Shape},
     chunk::StreamChunks,
     events::Events,
-    fields::Fields,
+    fields::{Fields, Offered},
     json,
     logprobs::Scribe,
     parsed::{Ids, Parsed, Parsing},
@@ -117,6 +117,9 @@ async fn open(
     (caller, visit): (Caller, Visit),
 ) -> Result<Opened, Refused> {
     let invalid = |error| (Step::Validate, error);
+    // Schemas of tools are trees while grammars and parsers are made of them.
+    let trees = fields.tools.as_ref().map_or(0, Offered::tree_bytes);
+    let trees = shared.door.permit_for(trees, "tools")?;
     let mut asked = ask::ask(face, fields).map_err(invalid)?;
     let asked_for = asked.request.model.clone();
     let named = door::named(&shared.mesh, &asked_for).map_err(invalid)?;
@@ -125,6 +128,7 @@ async fn open(
         Face::Chat => expected(shared, &model, &mut asked).map_err(invalid)?,
         Face::Completion => None,
     };
+    drop(trees);
     // Each answer is one of its tenant's; the call's own is the first.
     let answers = u32::try_from(asked.inputs.len()).unwrap_or(u32::MAX);
     let answers = answers.saturating_mul(asked.n);

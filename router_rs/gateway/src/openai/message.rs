@@ -5,9 +5,9 @@ use std::fmt;
 use kvmesh_wire::v1;
 use serde::{
     Deserialize,
-    de::{Deserializer, Error, SeqAccess, Visitor, value::SeqAccessDeserializer},
+    de::{Deserializer, Error, IgnoredAny, SeqAccess, Visitor, value::SeqAccessDeserializer},
 };
-use serde_json::{Map, Value};
+use serde_json::value::RawValue;
 
 use crate::error::RequestError;
 
@@ -19,11 +19,15 @@ pub(super) struct Message {
     /// What was said instead of it.
     refusal: Option<String>,
     name: Option<String>,
-    tool_calls: Option<Vec<Map<String, Value>>>,
+    tool_calls: Option<Vec<Box<RawValue>>>,
     tool_call_id: Option<String>,
     /// By the two names that answers have it under; the first wins.
     reasoning_content: Option<String>,
     reasoning: Option<String>,
+    /// Older clients' word for a tool call.
+    function_call: Option<IgnoredAny>,
+    /// What was said aloud.
+    audio: Option<IgnoredAny>,
 }
 
 /// What was said: text, or parts of which each is one.
@@ -72,7 +76,31 @@ struct Part {
 impl Message {
     /// The message as gRPC has it; `at` is its place in the conversation.
     fn into_wire(self, at: usize) -> Result<v1::ChatMessage, RequestError> {
-        let calls = self.tool_calls.unwrap_or_default();
+        for (said, name, words) in [
+            (
+                &self.function_call,
+                "function_call",
+                "tool_calls have its place",
+            ),
+            (&self.audio, "audio", "messages are text"),
+        ] {
+            if said.is_some() {
+                return Err(RequestError::Unsupported {
+                    field: format!("messages[{at}].{name}"),
+                    words: words.to_owned(),
+                });
+            }
+        }
+        let calls = self.tool_calls.unwrap_or_default().into_iter();
+        let calls = calls
+            .enumerate()
+            .map(|(call, json)| match is_object(&json) {
+                true => Ok(String::from(Box::<str>::from(json))),
+                false => {
+                    let field = format!("messages[{at}].tool_calls[{call}]");
+                    Err(RequestError::invalid(field, "a JSON object"))
+                }
+            });
         let content = match self.content {
             None => self.refusal.unwrap_or_default(),
             Some(Content::Text(text)) => text,
@@ -82,10 +110,7 @@ impl Message {
             role: self.role,
             content,
             name: self.name.unwrap_or_default(),
-            tool_calls_json: calls
-                .into_iter()
-                .map(|call| Value::Object(call).to_string())
-                .collect(),
+            tool_calls_json: calls.collect::<Result<_, _>>()?,
             tool_call_id: self.tool_call_id.unwrap_or_default(),
             reasoning_content: self
                 .reasoning_content
@@ -93,6 +118,11 @@ impl Message {
                 .unwrap_or_default(),
         })
     }
+}
+
+/// Whether a JSON text is one of an object.
+pub(super) fn is_object(json: &RawValue) -> bool {
+    json.get().starts_with('{')
 }
 
 /// Parts as one text, a line break between two: templates take text. What an assistant refused

@@ -31,22 +31,35 @@ const REFUSED: &[Refused] = &[
     ("kv_transfer_params", MOVES),
     ("logits_processors", ""),
     ("logprob_token_ids", ""),
+    ("media_io_kwargs", NO_MEDIA),
+    ("mm_payload", NO_MEDIA),
+    ("mm_processor_kwargs", NO_MEDIA),
+    ("moderation", ""),
     ("prompt_embeds", ""),
     ("prompt_logprobs", ""),
     ("repetition_detection", ""),
+    ("return_mm_kwargs", NO_MEDIA),
     ("return_prompt_text", "/detokenize tells it"),
     ("return_token_offsets", ""),
+    ("routed_experts_prompt_start", ""),
+    ("store", "nothing of an answer is kept"),
+    ("stream_interval", "a chunk has what came"),
     ("structured_outputs", CONSTRAIN),
     ("suffix", ""),
     ("thinking_token_budget", ""),
     ("truncate_prompt_tokens", ""),
     ("use_beam_search", ""),
+    (
+        "verbosity",
+        "how much a model says is asked of it in its prompt",
+    ),
     ("vllm_xargs", ""),
     ("watermarking", ""),
     ("web_search_options", ""),
 ];
 const CONSTRAIN: &str = "response_format is how JSON is asked for, where the engine can";
 const MOVES: &str = "the router says which worker takes what from which";
+const NO_MEDIA: &str = "prompts are text";
 
 /// A field, and why it is refused.
 pub(super) type Refused = (&'static str, &'static str);

@@ -134,7 +134,7 @@ pub(super) fn grammar(format: Option<ResponseFormat>) -> Result<Option<v1::Gramm
             let schema = format.json_schema.and_then(|given| given.schema);
             let field = "response_format.json_schema.schema";
             let schema = schema.ok_or_else(|| RequestError::invalid(field, "required"))?;
-            Kind::JsonSchema(schema.to_string())
+            Kind::JsonSchema(schema.get().to_owned())
         }
         _ => {
             let allowed = "text, json_object or json_schema";

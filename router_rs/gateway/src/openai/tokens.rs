@@ -38,6 +38,7 @@ pub(super) async fn tokenize(shared: &Arc<Shared>, call: Call) -> Result<Tokeniz
         .read_json(&call.headers, call.body, Fields::read)
         .await?;
     let (mut fields, permit) = read.split();
+    ask::known(&fields).map_err(invalid)?;
     let name = fields.model.take().unwrap_or_default();
     // Adapters have their model's tokeniser.
     let model = door::named(&shared.mesh, &name).map_err(invalid)?.model;
@@ -48,6 +49,7 @@ pub(super) async fn tokenize(shared: &Arc<Shared>, call: Call) -> Result<Tokeniz
             Input::Chat(ask::chat(&mut fields, tools.as_ref()).map_err(invalid)?)
         }
         (Some(Prompt::Text(text)), false) => {
+            ask::no_chat(&fields).map_err(invalid)?;
             ask::added_tokens(&fields, true).map_err(invalid)?;
             Input::Prompt(text)
         }
@@ -89,6 +91,7 @@ pub(super) async fn detokenize(shared: &Arc<Shared>, call: Call) -> Result<Detok
         .read_json(&call.headers, call.body, Fields::read)
         .await?;
     let (fields, permit) = read.split();
+    ask::known(&fields).map_err(invalid)?;
     let name = fields.model.unwrap_or_default();
     let model = door::named(&shared.mesh, &name).map_err(invalid)?.model;
     let ids = fields

@@ -2,9 +2,13 @@
 
 use kvmesh_output_parser::Calls;
 use kvmesh_wire::v1::{self, grammar::Kind};
-use serde_json::{Value, json};
+use serde::{
+    Deserialize,
+    de::{DeserializeSeed, Deserializer, MapAccess, Visitor},
+};
+use serde_json::{Value, json, value::RawValue};
 
-use super::{error::CANNOT_CONSTRAIN, fields::Fields, schema};
+use super::{error::CANNOT_CONSTRAIN, fields::Fields, message::is_object, schema};
 use crate::{error::RequestError, mesh::ServedModel};
 
 /// Longest name of a tool, bytes.
@@ -22,10 +26,37 @@ pub(super) struct Tools {
 #[derive(Debug)]
 struct Tool {
     name: String,
+    /// As the client wrote it, in JSON.
+    whole: String,
+}
+
+/// A tool's JSON, of which nothing is made yet.
+#[derive(Default, Deserialize)]
+struct Given<'a> {
+    #[serde(borrow)]
+    r#type: Option<&'a RawValue>,
+    #[serde(borrow)]
+    function: Option<&'a RawValue>,
+}
+
+#[derive(Default, Deserialize)]
+struct Function<'a> {
+    #[serde(borrow)]
+    name: Option<&'a RawValue>,
     /// JSON Schema of its arguments.
-    parameters: Value,
-    /// As the client wrote it.
-    whole: Value,
+    #[serde(borrow)]
+    parameters: Option<&'a RawValue>,
+}
+
+impl<'a> Function<'a> {
+    /// Of a tool. What is no JSON object has nothing.
+    fn of(tool: &'a str) -> Result<Self, serde_json::Error> {
+        let given: Given<'a> = serde_json::from_str(tool)?;
+        match given.function {
+            Some(function) if is_object(function) => serde_json::from_str(function.get()),
+            _ => Ok(Self::default()),
+        }
+    }
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -48,7 +79,8 @@ fn unsupported<T>(field: &str, words: &str) -> Result<T, RequestError> {
 impl Tools {
     /// What a body says of them. `None`: nothing is offered, or nothing may be called.
     pub(super) fn take(fields: &mut Fields) -> Result<Option<Self>, RequestError> {
-        let choice = fields.tool_choice.take().map(choice).transpose()?;
+        let choice = fields.tool_choice.take();
+        let choice = choice.as_deref().map(choice_of).transpose()?;
         let offered = fields.tools.take().map_or_else(Vec::new, |tools| tools.0);
         if matches!(choice, Some(None)) {
             return Ok(None);
@@ -85,10 +117,7 @@ impl Tools {
 
     /// As the template is told of them.
     pub(super) fn offered(&self) -> Vec<String> {
-        self.tools
-            .iter()
-            .map(|tool| tool.whole.to_string())
-            .collect()
+        self.tools.iter().map(|tool| tool.whole.clone()).collect()
     }
 
     /// What holds the output to a call, where one is forced.
@@ -96,13 +125,17 @@ impl Tools {
         let schema = match &self.choice {
             Choice::Auto => return Ok(None),
             Choice::Named(name) => {
-                let named = self.tools.iter().find(|tool| tool.name == *name);
-                schema::arguments(named.map_or(&json!({}), |tool| &tool.parameters))
+                let mut tools = self.tools.iter().enumerate();
+                let named = tools.find(|(_, tool)| tool.name == *name);
+                let parameters = named.map(parameters).transpose()?;
+                schema::arguments(&parameters.unwrap_or_else(|| json!({})))
             }
             Choice::Required => {
-                let tools = self.tools.iter();
+                let tools = self.tools.iter().enumerate();
+                let parameters: Vec<Value> = tools.map(parameters).collect::<Result<_, _>>()?;
+                let tools = self.tools.iter().zip(&parameters);
                 let tools: Vec<(&str, &Value)> = tools
-                    .map(|tool| (tool.name.as_str(), &tool.parameters))
+                    .map(|(tool, parameters)| (tool.name.as_str(), parameters))
                     .collect();
                 schema::any_call(&tools, self.parallel)?
             }
@@ -132,88 +165,154 @@ impl Tools {
                         the router's setting tool_parser says it";
                     return unsupported("tools", words);
                 };
-                let tools = self.tools.iter();
-                let known = |tool: &Tool| {
-                    kvmesh_output_parser::Tool::new(tool.name.clone(), &tool.parameters)
+                let tools = self.tools.iter().enumerate();
+                // Of each schema little is kept, and one is there at a time.
+                let known = |(at, tool): (usize, &Tool)| {
+                    let parameters = parameters((at, tool))?;
+                    let name = tool.name.clone();
+                    Ok(kvmesh_output_parser::Tool::new(name, &parameters))
                 };
                 Calls::Native {
                     format,
-                    tools: tools.map(known).collect(),
+                    tools: tools.map(known).collect::<Result<_, RequestError>>()?,
                 }
             }
         })
     }
 }
 
-fn tool((at, mut whole): (usize, Value)) -> Result<Tool, RequestError> {
+fn tool((at, given): (usize, Box<RawValue>)) -> Result<Tool, RequestError> {
     let field = |name: &str| format!("tools[{at}]{name}");
-    match whole.get("type") {
-        Some(Value::String(kind)) if kind == "function" => {}
-        Some(Value::String(_)) => return unsupported(&field(".type"), "only \"function\""),
-        Some(Value::Null) | None => whole = function(whole),
-        Some(_) => return Err(RequestError::invalid(field(".type"), "\"function\"")),
-    }
-    let function = whole.get("function").and_then(Value::as_object);
-    let name = function.and_then(|function| function.get("name"));
-    let name = name.and_then(Value::as_str).unwrap_or_default();
+    let twice = |_| RequestError::invalid(field(""), "a JSON object with each of its names once");
+    let whole = String::from(Box::<str>::from(given));
+    let object = whole.starts_with('{');
+    let given: Given<'_> = match object {
+        true => serde_json::from_str(&whole).map_err(twice)?,
+        false => Given::default(),
+    };
+    let kind = given
+        .r#type
+        .map(|kind| serde_json::from_str::<String>(kind.get()));
+    let typed = match kind {
+        Some(Ok(kind)) if kind == "function" => true,
+        Some(Ok(_)) => return unsupported(&field(".type"), "only \"function\""),
+        Some(Err(_)) => return Err(RequestError::invalid(field(".type"), "\"function\"")),
+        None => false,
+    };
+    let function = match object {
+        true => Function::of(&whole).map_err(twice)?,
+        false => Function::default(),
+    };
+    let name = function
+        .name
+        .map(|name| serde_json::from_str::<String>(name.get()));
+    let name = name.and_then(Result::ok).unwrap_or_default();
     if !(1..=MAX_NAME).contains(&name.len()) {
         let allowed = format!("a text of 1 to {MAX_NAME} bytes");
         return Err(RequestError::invalid(field(".function.name"), allowed));
     }
-    let parameters = match function.and_then(|function| function.get("parameters")) {
-        None | Some(Value::Null) => json!({"type": "object", "properties": {}}),
-        Some(schema @ Value::Object(_)) => schema.clone(),
-        Some(_) => {
-            let field = field(".function.parameters");
-            return Err(RequestError::invalid(field, "a JSON Schema"));
-        }
+    if function.parameters.is_some_and(|schema| !is_object(schema)) {
+        let field = field(".function.parameters");
+        return Err(RequestError::invalid(field, "a JSON Schema"));
+    }
+    let whole = match typed {
+        true => whole,
+        false => as_function(&whole).map_err(twice)?,
     };
-    Ok(Tool {
-        name: name.to_owned(),
-        parameters,
-        whole,
-    })
+    Ok(Tool { name, whole })
 }
 
-/// A tool that names no type is a function. Templates are told so.
-fn function(tool: Value) -> Value {
-    match tool {
-        Value::Object(tool) => {
-            let kind = ("type".to_owned(), Value::from("function"));
-            let rest = tool.into_iter().filter(|(key, _)| key != "type");
-            Value::Object(std::iter::once(kind).chain(rest).collect())
-        }
-        other => other,
+/// The JSON Schema of a tool's arguments.
+fn parameters((at, tool): (usize, &Tool)) -> Result<Value, RequestError> {
+    let invalid = |error: serde_json::Error| {
+        RequestError::invalid(
+            format!("tools[{at}].function.parameters"),
+            error.to_string(),
+        )
+    };
+    match Function::of(&tool.whole).map_err(invalid)?.parameters {
+        None => Ok(json!({"type": "object", "properties": {}})),
+        Some(schema) => serde_json::from_str(schema.get()).map_err(invalid),
     }
 }
 
+/// A tool that names no type is a function. Templates are told so.
+fn as_function(tool: &str) -> Result<String, serde_json::Error> {
+    let mut whole = String::with_capacity(tool.len() + 24);
+    whole.push_str("{\"type\":\"function\"");
+    let mut json = serde_json::Deserializer::from_str(tool);
+    Untyped(&mut whole).deserialize(&mut json)?;
+    whole.push('}');
+    Ok(whole)
+}
+
+/// Writes the members of an object, without its type.
+struct Untyped<'a>(&'a mut String);
+
+impl<'de> DeserializeSeed<'de> for Untyped<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<(), D::Error> {
+        from.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Untyped<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a JSON object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some((name, value)) = map.next_entry::<String, &RawValue>()? {
+            if name != "type" {
+                let name = Value::String(name);
+                self.0.push_str(&format!(",{name}:{value}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[derive(Deserialize)]
+struct Named {
+    r#type: Option<String>,
+    function: Option<NamedFunction>,
+}
+
+#[derive(Deserialize)]
+struct NamedFunction {
+    name: Option<String>,
+}
+
 /// `Some`: one may be called.
-fn choice(given: Value) -> Result<Option<Choice>, RequestError> {
+fn choice_of(given: &RawValue) -> Result<Option<Choice>, RequestError> {
     let invalid = || {
         let allowed = "none, auto, required, or a function: \
             {\"type\": \"function\", \"function\": {\"name\": …}}";
         Err(RequestError::invalid("tool_choice", allowed))
     };
-    match given {
-        Value::String(word) => match word.as_str() {
+    if let Ok(word) = serde_json::from_str::<String>(given.get()) {
+        return match word.as_str() {
             "none" => Ok(None),
             "auto" => Ok(Some(Choice::Auto)),
             "required" => Ok(Some(Choice::Required)),
             _ => invalid(),
-        },
-        Value::Object(object) => {
-            let named = object.get("function").and_then(|named| named.get("name"));
-            match (object.get("type").and_then(Value::as_str), named) {
-                (Some("function"), Some(Value::String(name))) => {
-                    Ok(Some(Choice::Named(name.clone())))
-                }
-                (Some("allowed_tools" | "custom"), _) => unsupported(
-                    "tool_choice",
-                    "only functions; offer those that are allowed",
-                ),
-                _ => invalid(),
-            }
-        }
+        };
+    }
+    if !is_object(given) {
+        return invalid();
+    }
+    let Ok(Named { r#type, function }) = serde_json::from_str(given.get()) else {
+        return invalid();
+    };
+    match (r#type.as_deref(), function.and_then(|named| named.name)) {
+        (Some("function"), Some(name)) => Ok(Some(Choice::Named(name))),
+        (Some("allowed_tools" | "custom"), _) => unsupported(
+            "tool_choice",
+            "only functions; offer those that are allowed",
+        ),
         _ => invalid(),
     }
 }

@@ -362,6 +362,7 @@ mod tests {
         let _client = TcpStream::connect(listener.local_addr()?).await?;
         let (stream, _) = listener.accept().await?;
         prepare(&stream, &limits)?;
+        assert!(stream.nodelay()?);
         let socket = SockRef::from(&stream);
         assert!(socket.keepalive()?);
         assert_eq!(socket.tcp_keepalive_time()?, Duration::from_secs(30));

@@ -112,7 +112,7 @@ const ROUTER: &[Key] = &[
         "request_bytes_budget",
         Kind::Bytes(1_024, 64 * GIB),
         "256MiB",
-        "Bytes of all messages between their length prefix and admission.",
+        "Bytes of all messages between their length prefix and admission, and what their JSON takes as a tree.",
     ),
     key(
         "request_read_timeout",

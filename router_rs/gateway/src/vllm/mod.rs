@@ -14,6 +14,8 @@ mod control;
 mod engine;
 mod engine_answer;
 mod engine_ask;
+#[cfg(test)]
+mod every_field_tests;
 mod field;
 mod inference_answer;
 mod inference_ask;

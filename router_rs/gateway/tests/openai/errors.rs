@@ -197,6 +197,75 @@ async fn a_body_is_refused_by_its_length_before_it_is_sent_and_while_it_grows() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_would_be_other_tokens_is_not_told_as_these() {
+    let mesh = Mesh::start(vec![MockConfig::default()], json!({})).await;
+    let messages = json!([{"role": "assistant", "content": "hi"}]);
+    for (path, body, field) in [
+        (
+            "/tokenize",
+            json!({"messages": messages, "continue_final_message": true}),
+            "continue_final_message",
+        ),
+        (
+            "/tokenize",
+            json!({"messages": messages, "chat_template": "x"}),
+            "chat_template",
+        ),
+        (
+            "/tokenize",
+            json!({"prompt": "x", "chat_template_kwargs": {"a": 1}}),
+            "chat_template_kwargs",
+        ),
+        (
+            "/detokenize",
+            json!({"tokens": [5], "mm_payload": {"a": 1}}),
+            "mm_payload",
+        ),
+    ] {
+        let wanted = (400, "unsupported_parameter".to_owned(), named(field));
+        assert_eq!(post(&mesh, path, &body).await.error(), wanted);
+    }
+}
+
+/// 32 kB of it are megabytes as a tree.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn json_of_many_small_values_counts_by_what_it_becomes() {
+    let settings = json!({"max_request_bytes": "64KiB", "request_bytes_budget": "1MiB"});
+    let mesh = Mesh::start(vec![MockConfig::default()], settings).await;
+    let values = |count: usize| Value::from(vec![json!([0]); count]);
+    let asked = |field: &str, value: Value| {
+        let mut body = json!({"max_tokens": 1, "messages": [{"role": "user", "content": "hi"}]});
+        body[field] = value;
+        body
+    };
+    let call = json!({"id": "c", "type": "function",
+        "function": {"name": "f", "arguments": values(8_000).to_string()}});
+    let calls = json!([{"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "", "tool_calls": [call]}]);
+    let tool = json!([{"type": "function",
+        "function": {"name": "f", "parameters": {"enum": values(8_000)}}}]);
+    for (field, value) in [
+        ("chat_template_kwargs", json!({"a": values(8_000)})),
+        ("messages", calls),
+        ("tools", tool),
+    ] {
+        let refused = post(&mesh, CHAT, &asked(field, value)).await;
+        let wanted = (400, "invalid_field".to_owned(), named(field));
+        assert_eq!(refused.error(), wanted);
+        mesh.wait_figure("kvmesh_request_bytes_held", 0).await;
+    }
+    let few = asked("chat_template_kwargs", json!({"a": values(100)}));
+    assert_eq!(post(&mesh, CHAT, &few).await.head.status, 200);
+    // A schema goes to the engine as it was written: nothing is made of it here.
+    let schema = json!({"type": "json_schema", "json_schema": {"schema": {"enum": values(8_000)}}});
+    let (status, code, _) = post(&mesh, CHAT, &asked("response_format", schema))
+        .await
+        .error();
+    assert_eq!((status, code.as_str()), (400, "unsupported_parameter"));
+    mesh.wait_figure("kvmesh_request_bytes_held", 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_key_is_asked_for_first_and_limits_count_each_answer() {
     let keys = KeyFile::new(&tenant("shop", "concurrency = 2"));
     let slow = MockConfig {
