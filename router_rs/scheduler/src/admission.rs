@@ -166,7 +166,7 @@ impl Estimate {
     pub fn wait_ms(&self, ahead_ms: f64) -> f64 {
         match self.workers {
             0 => 0.0,
-            workers => self.least_ms + ahead_ms / workers as f64,
+            workers => (self.least_ms + ahead_ms / workers as f64).max(0.0),
         }
     }
 

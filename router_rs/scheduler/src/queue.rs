@@ -276,14 +276,6 @@ impl<T> Queue<T> {
             .filter_map(|(key, entry)| Some((Ticket(*key), entry.item.as_ref()?)))
     }
 
-    /// The earliest virtual deadline of all that are less urgent by class, ms;
-    /// infinite where none waits.
-    pub(crate) fn earliest_after_ms(&self, class: Class) -> f64 {
-        let less_urgent = |(_, entry): &(&Key, &Entry<T>)| entry.lane.class > class;
-        let first = self.items.iter().find(less_urgent);
-        first.map_or(f64::INFINITY, |(key, _)| key.deadline_ms())
-    }
-
     /// Predicted work of all, in ms.
     pub fn work_ms(&self) -> f64 {
         self.work_ms.iter().sum()

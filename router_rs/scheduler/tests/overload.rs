@@ -63,7 +63,7 @@ fn overloaded() -> Dispatch<u32> {
     let admitted = ask(&mut dispatch, Class::Interactive, 100.0).unwrap();
     // Those before it by key are not waited for.
     assert_eq!(admitted.wait_ms, 0.0);
-    assert!(dispatch.is_overloaded("m"));
+    assert!(dispatch.is_overloaded("m", 100.0));
     let came = entry(Class::Interactive, admitted.key_ms);
     dispatch.waits(&came, 100.0, 9).unwrap();
     dispatch
@@ -103,11 +103,11 @@ fn nobody_yields_where_nobody_more_urgent_waits_and_an_overload_lasts_for_a_seco
     for (now_ms, overloaded) in [(1_099.0, true), (1_100.0, false)] {
         let tried = turns(&mut dispatch, now_ms);
         assert!(tried.iter().all(|(_, turn)| !turn.yields));
-        assert_eq!(dispatch.is_overloaded("m"), overloaded);
+        assert_eq!(dispatch.is_overloaded("m", now_ms), overloaded);
     }
     // The next one that would be late begins another.
     ask(&mut dispatch, Class::Interactive, 1_100.0).unwrap();
-    assert!(dispatch.is_overloaded("m"));
+    assert!(dispatch.is_overloaded("m", 1_100.0));
 }
 
 #[test]
@@ -157,17 +157,91 @@ fn standard_requests_may_wait_for_long_unless_interactive_ones_are_late() {
     let longest = |class| dispatch.longest_wait_ms("m", class, 10.0, 200.0);
     assert_eq!(longest(Class::Interactive), 990.0);
     assert_eq!(longest(Class::Standard), 60_000.0);
-    assert_eq!(longest(Class::Batch), 59_990.0);
 }
 
 #[test]
-fn who_waits_waits_no_longer_than_its_target_while_a_more_urgent_class_is_refused() {
+fn who_waits_is_turned_away_once_more_urgent_ones_have_been_refused_for_as_long() {
     let mut dispatch = Dispatch::new(DispatchSettings::default());
     waiting(&mut dispatch, Class::Interactive, 3, 10.0);
-    assert!(ask(&mut dispatch, Class::Interactive, 100.0).is_err());
-    let longest = |now_ms| dispatch.longest_wait_ms("m", Class::Standard, 10.0, now_ms);
-    assert_eq!(longest(1_099.0), 4_990.0);
-    assert_eq!(longest(1_100.0), 60_000.0);
+    waiting(&mut dispatch, Class::Standard, 1, 20.0);
+    let longest = |dispatch: &Dispatch<u32>, now_ms| {
+        dispatch.longest_wait_ms("m", Class::Standard, 10.0, now_ms)
+    };
+    for n in 0..6 {
+        let now_ms = f64::from(n).mul_add(900.0, 100.0);
+        assert!(ask(&mut dispatch, Class::Interactive, now_ms).is_err());
+        assert_eq!(longest(&dispatch, now_ms), 60_000.0);
+    }
+    // The target of its class is 5 s.
+    assert_eq!(longest(&dispatch, 5_090.0), 4_990.0);
+    assert_eq!(longest(&dispatch, 5_600.0), 60_000.0);
+    // After a break it begins anew.
+    assert!(ask(&mut dispatch, Class::Interactive, 5_700.0).is_err());
+    assert_eq!(longest(&dispatch, 5_700.0), 60_000.0);
+}
+
+#[test]
+fn huge_interactive_prompts_that_none_could_have_in_time_keep_nobody_out() {
+    let none = Matches::default();
+    let mut dispatch = Dispatch::new(DispatchSettings::default());
+    let workers = [worker(0, Role::Both)];
+    let huge = RequestView {
+        class: Class::Interactive,
+        prompt_tokens: 8_000,
+        ..request(&none, 1)
+    };
+    for n in 0..3 {
+        let huge = Entry {
+            work_ms: 4_000.0,
+            ..entry(Class::Interactive, 20_000.0 + f64::from(n))
+        };
+        dispatch.waits(&huge, 0.0, n).unwrap();
+    }
+    let cluster = Cluster::new(1, &workers).at(100.0);
+    let refused = dispatch.admit(&cluster, &huge, 100.0, None);
+    assert!(matches!(refused, Err(Rejected::WaitTooLong { .. })));
+    assert!(!dispatch.is_overloaded("m", 100.0));
+    assert_eq!(
+        ask(&mut dispatch, Class::Standard, 100.0).unwrap().wait_ms,
+        0.0
+    );
+}
+
+#[test]
+fn an_overload_lasts_while_somebody_waits_who_was_admitted_to_go_first() {
+    let mut dispatch = overloaded();
+    let tried = turns(&mut dispatch, 5_000.0);
+    assert_eq!(tried[0].0, 9);
+    assert!(tried[1..].iter().all(|(_, turn)| turn.yields));
+}
+
+#[test]
+fn an_interactive_request_that_waited_in_vain_for_whatever_begins_an_overload() {
+    let mut dispatch = Dispatch::new(DispatchSettings::default());
+    for class in [Class::Standard, Class::Interactive] {
+        let place = dispatch.waits(&entry(class, 10.0), 0.0, 1).unwrap();
+        assert_eq!(dispatch.turn_away(&place, 2_000.0), Some(1));
+        let urgent = class == Class::Interactive;
+        assert_eq!(dispatch.is_overloaded("m", 2_000.0), urgent);
+    }
+}
+
+#[test]
+fn who_only_wants_to_know_changes_nothing() {
+    let none = Matches::default();
+    let mut dispatch = Dispatch::new(DispatchSettings::default());
+    waiting(&mut dispatch, Class::Interactive, 3, 10.0);
+    let workers = [worker(0, Role::Both)];
+    let cluster = Cluster::new(1, &workers).at(100.0);
+    let short = RequestView {
+        class: Class::Interactive,
+        prompt_tokens: 64,
+        ..request(&none, 1)
+    };
+    assert!(dispatch.would_admit(&cluster, &short, 100.0, None).is_err());
+    assert!(!dispatch.is_overloaded("m", 100.0));
+    assert!(dispatch.admit(&cluster, &short, 100.0, None).is_err());
+    assert!(dispatch.is_overloaded("m", 100.0));
 }
 
 #[test]
@@ -180,7 +254,7 @@ fn classes_without_head_starts_are_not_told_apart() {
     waiting(&mut dispatch, Class::Standard, 20, 10.0);
     let admitted = ask(&mut dispatch, Class::Interactive, 100.0).unwrap();
     assert_eq!(admitted.wait_ms, 20.0 * WORK_MS);
-    assert!(!dispatch.is_overloaded("m"));
+    assert!(!dispatch.is_overloaded("m", 100.0));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use kvmesh_kv_index::Matches;
-use kvmesh_scheduler::Admitted;
+use kvmesh_scheduler::{Admitted, Cluster, Rejected, RequestView};
 
 use super::{Core, dispatch::request_view, figures::ms, placer::Turned, turned::turned};
 use crate::{
@@ -43,7 +43,9 @@ impl Core {
         let arrival_ms = waits.arrival_ms(request);
         let had = u32::try_from(request.output_ids.len()).unwrap_or(u32::MAX);
         let expected = self.dispatcher.expected_output(request, had);
-        let admitted = self.would_admit(request, chain, (had, expected), arrival_ms, left_ms);
+        let admitted = self.asked(request, chain, (had, expected), |cluster, view| {
+            waits.admit(cluster, view, arrival_ms, left_ms)
+        });
         // What is turned away came all the same.
         match &admitted {
             Ok(admitted) => self.pools.came(request, admitted.work_ms, expected),
@@ -74,17 +76,28 @@ impl Core {
         &self,
         request: &AdmittedRequest,
         chain: &[u64],
-        (had, expected): (u32, u32),
+        of: (u32, u32),
         arrival_ms: f64,
         left_ms: Option<f64>,
     ) -> Result<Admitted, Turned> {
+        let waits = &self.dispatcher.waits;
+        self.asked(request, chain, of, |cluster, view| {
+            waits.would_admit(cluster, view, arrival_ms, left_ms)
+        })
+    }
+
+    fn asked(
+        &self,
+        request: &AdmittedRequest,
+        chain: &[u64],
+        (had, expected): (u32, u32),
+        may_wait: impl FnOnce(&Cluster<'_>, &RequestView<'_>) -> Result<Admitted, Rejected>,
+    ) -> Result<Admitted, Turned> {
         let mut cached = Matches::default();
         self.dispatcher.index.lookup_into(chain, &mut cached);
-        let waits = &self.dispatcher.waits;
         let view = request_view(request, 0, had, expected, &cached, &[]);
+        let now_ms = self.dispatcher.waits.now_ms();
         let mut placer = self.dispatcher.placer();
-        placer.admit(&view, waits.now_ms(), |cluster| {
-            waits.admit(cluster, &view, arrival_ms, left_ms)
-        })
+        placer.admit(&view, now_ms, |cluster| may_wait(cluster, &view))
     }
 }

@@ -218,6 +218,19 @@ impl Waits {
         line.dispatch.admit(cluster, request, arrival_ms, left_ms)
     }
 
+    /// The same for one that only wants to know.
+    pub(super) fn would_admit(
+        &self,
+        cluster: &Cluster<'_>,
+        request: &RequestView<'_>,
+        arrival_ms: f64,
+        left_ms: Option<f64>,
+    ) -> Result<Admitted, Rejected> {
+        let line = self.lock();
+        let dispatch = &line.dispatch;
+        dispatch.would_admit(cluster, request, arrival_ms, left_ms)
+    }
+
     /// How long a request may wait that nobody has taken yet, ms
     /// ([`Dispatch::longest_wait_ms`]).
     pub(super) fn longest_wait_ms(&self, open: &Open) -> f64 {
@@ -398,11 +411,16 @@ impl Core {
                 .collect()
         };
         for (place, since_ms, open) in waiting {
-            if !(self.waited_in_vain(&open, since_ms) || open.ended()) {
+            let (ended, now_ms) = (open.ended(), waits.now_ms());
+            if !(ended || self.waited_in_vain(&open, since_ms)) {
                 continue;
             }
             // One that is being tried meanwhile stays for the next time.
-            if let Some(waiting) = waits.with(|dispatch| dispatch.remove(&place)) {
+            let gone = waits.with(|dispatch| match ended {
+                true => dispatch.remove(&place),
+                false => dispatch.turn_away(&place, now_ms),
+            });
+            if let Some(waiting) = gone {
                 self.give_up(&waiting);
             }
         }

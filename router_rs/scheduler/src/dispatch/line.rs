@@ -1,18 +1,16 @@
 //! Those that wait for workers of one model.
 
 use super::ahead::Ahead;
+use super::overload::Overload;
 use super::rules::{Hold, Reported};
 use super::{DispatchSettings, Entry, Look, Turn};
 use crate::queue::{Lane, Queue, Ticket};
 use crate::request::{Class, PerClass};
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// By how much a request that goes before another is before it, ms.
 const BEFORE_MS: f64 = 1e-3;
-/// For so long one request stands for those of its class that may follow, ms: one
-/// that would have been late for an overload, one that was refused for its class
-/// being refused.
-pub(super) const OVERLOAD_MS: f64 = 1_000.0;
 /// How many times as many as are tried are looked through for those that may find
 /// room.
 const LOOKED_THROUGH: usize = 8;
@@ -42,13 +40,8 @@ pub(super) struct Line<T> {
     again: bool,
     /// Came while a pass is being made, and is tried in it.
     joined: VecDeque<Ticket>,
-    /// More urgent classes go first, whatever the keys.
-    overloaded: bool,
-    /// When an interactive request last would have missed its target by its key,
-    /// ms.
-    late_ms: f64,
-    /// When one of each class was last refused for its wait, ms.
-    refused_ms: PerClass<f64>,
+    /// Whether more urgent classes go first, whatever the keys.
+    pub(super) overload: Overload,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -74,43 +67,25 @@ impl<T> Line<T> {
             passing: false,
             again: false,
             joined: VecDeque::new(),
-            overloaded: false,
-            late_ms: f64::NEG_INFINITY,
-            refused_ms: [f64::NEG_INFINITY; 3],
+            overload: Overload::none(),
         }
     }
 
-    /// Whether more urgent classes go before all others.
-    pub(super) fn is_overloaded(&self) -> bool {
-        self.overloaded
+    /// Whether more urgent classes go before all others, at this time.
+    pub(super) fn is_overloaded(&self, now_ms: f64) -> bool {
+        self.overload.is_on_at(now_ms, self.lengths[0])
     }
 
-    /// An interactive request would miss its target if all went by their keys.
-    pub(super) fn overload(&mut self, now_ms: f64) {
-        (self.overloaded, self.late_ms) = (true, now_ms);
-    }
-
-    /// One was refused, since it would have waited for too long.
-    pub(super) fn refused(&mut self, class: Class, now_ms: f64) {
-        self.refused_ms[class.index()] = now_ms;
-    }
-
-    /// Whether a more urgent class is being refused in an overload: nobody of
-    /// this one would go before those that come next.
-    pub(super) fn is_hopeless(&self, class: Class, now_ms: f64) -> bool {
-        let more_urgent = &self.refused_ms[..class.index()];
-        self.overloaded && more_urgent.iter().any(|at| now_ms - at < OVERLOAD_MS)
-    }
-
-    /// Whether the overload is over by now.
-    pub(super) fn settle(&mut self, now_ms: f64) {
-        self.overloaded &= now_ms - self.late_ms < OVERLOAD_MS;
+    /// An interactive request would be late if all went by their keys.
+    pub(super) fn late(&mut self, now_ms: f64) {
+        self.overload.late(now_ms);
+        self.makes_way(Class::Interactive);
     }
 
     /// In an overload what is less urgent by class is listed nowhere while others
     /// are tried: their keys may be later, and they go first.
     pub(super) fn makes_way(&mut self, class: Class) {
-        if self.overloaded {
+        if self.overload.is_on() {
             let facts = &self.facts;
             let less_urgent =
                 |held: &Ticket| facts.get(held).is_some_and(|of| of.lane.class > class);
@@ -121,22 +96,24 @@ impl<T> Line<T> {
         }
     }
 
-    /// What goes before a request of a class with this key in an overload: the
-    /// key before those of all that are less urgent, by which the workers' lines
-    /// are read; and the work of those that wait, are as urgent and have the same
-    /// key or an earlier one, ms.
-    pub(super) fn before_in_overload(&self, class: Class, key_ms: f64) -> (f64, f64) {
-        let first_ms = key_ms.min(self.queue.earliest_after_ms(class) - BEFORE_MS);
-        let unlisted = self.unlisted[..=class.index()].iter();
-        let unlisted_ms: f64 = unlisted.map(|of| of.before_ms(key_ms)).sum();
-        // Those that are listed before that key are seen at their workers.
-        let held = self.holds.keys().filter_map(|ticket| {
+    /// By how much less or more goes before a request of a class with this key in
+    /// an overload than its worker and its key tell, ms. Of those that are listed
+    /// nowhere all that are more urgent, and its own class by key; of those that
+    /// are listed the more urgent ones with later keys too, and no less urgent
+    /// ones.
+    pub(super) fn before_in_overload_ms(&self, class: Class, key_ms: f64) -> f64 {
+        let more_urgent = self.unlisted[..class.index()].iter().map(Ahead::work_ms);
+        let own_ms = self.unlisted[class.index()].before_ms(key_ms);
+        let listed = self.holds.keys().filter_map(|ticket| {
             let facts = self.facts.get(ticket)?;
-            let held_ms = ticket.virtual_deadline_ms();
-            let counts = facts.lane.class <= class && first_ms < held_ms && held_ms <= key_ms;
-            counts.then_some(facts.work_ms)
+            let seen = ticket.virtual_deadline_ms() <= key_ms;
+            match facts.lane.class.cmp(&class) {
+                Ordering::Less if !seen => Some(facts.work_ms),
+                Ordering::Greater if seen => Some(-facts.work_ms),
+                _ => None,
+            }
         });
-        (first_ms, unlisted_ms + held.sum::<f64>())
+        more_urgent.sum::<f64>() + own_ms + listed.sum::<f64>()
     }
 
     pub(super) fn join(&mut self, entry: &Entry, now_ms: f64, item: T) -> Result<Ticket, T> {
@@ -169,9 +146,16 @@ impl<T> Line<T> {
 
     /// Whether one that lacks room and is late goes before this one.
     pub(super) fn blocks(&self, ticket: Ticket) -> bool {
-        self.blocker.is_some_and(|blocker| {
-            blocker < ticket && !(self.overloaded && self.class(ticket) < self.class(blocker))
-        })
+        self.blocker
+            .is_some_and(|blocker| self.goes_before(blocker, ticket))
+    }
+
+    /// By key; in an overload by class first.
+    fn goes_before(&self, one: Ticket, other: Ticket) -> bool {
+        match self.overload.is_on() {
+            true => (self.class(one), one) < (self.class(other), other),
+            false => one < other,
+        }
     }
 
     /// What one goes as that is tried by itself.
@@ -181,16 +165,18 @@ impl<T> Line<T> {
         Turn { key_ms, yields }
     }
 
-    /// Whether more urgent ones wait, which go first.
-    fn yields(&self, ticket: Ticket) -> bool {
-        let facts = self.facts.get(&ticket).filter(|_| self.overloaded);
+    /// Whether more urgent ones wait, which go first. What goes on does not: its
+    /// client waits in the middle of an answer.
+    pub(super) fn yields(&self, ticket: Ticket) -> bool {
+        let facts = self.facts.get(&ticket).filter(|_| self.overload.is_on());
         facts.is_some_and(|facts| {
-            let before = &self.lengths[..facts.lane.class.index()];
-            before.iter().any(|length| *length > 0)
+            let class = facts.lane.class.index();
+            let before = &self.lengths[..class];
+            before.iter().any(|length| *length > 0) && !self.going_on[class].contains(&ticket)
         })
     }
 
-    fn class(&self, ticket: Ticket) -> Option<Class> {
+    pub(super) fn class(&self, ticket: Ticket) -> Option<Class> {
         Some(self.facts.get(&ticket)?.lane.class)
     }
 
@@ -214,8 +200,17 @@ impl<T> Line<T> {
         self.passing
     }
 
-    /// One that came while the pass was being made.
-    pub(super) fn next_joined(&mut self) -> Option<Ticket> {
+    /// One that came while the pass was being made, and in an overload goes before
+    /// this one.
+    pub(super) fn next_joined(&mut self, before: Option<Ticket>) -> Option<Ticket> {
+        let joined = *self.joined.front()?;
+        let first = |ticket| self.overload.is_on() && self.class(joined) < self.class(ticket);
+        if !before.is_none_or(first) {
+            return None;
+        }
+        if let Some(class) = self.class(joined) {
+            self.makes_way(class);
+        }
         self.joined.pop_front()
     }
 
@@ -243,7 +238,7 @@ impl<T> Line<T> {
         settings: &DispatchSettings,
     ) -> Vec<(Ticket, Turn)> {
         let most = settings.tried_at_once;
-        self.settle(now_ms);
+        self.overload.settle(now_ms, self.lengths[0]);
         self.next_pass_ms = now_ms + settings.pass_ms;
         let tickets = self.to_try(most);
         (self.unplaced, self.blocker) = (false, None);
@@ -263,7 +258,7 @@ impl<T> Line<T> {
         for ticket in tickets.into_iter().rev() {
             let class = self.class(ticket);
             // Who goes first for the class alone keeps its key: it says when it came.
-            if self.overloaded && class != std::mem::replace(&mut next_class, class) {
+            if self.overload.is_on() && class != std::mem::replace(&mut next_class, class) {
                 next_ms = f64::INFINITY;
             }
             next_ms = ticket.virtual_deadline_ms().min(next_ms - BEFORE_MS);
@@ -299,7 +294,7 @@ impl<T> Line<T> {
     /// The order of service, with what goes on before new work of its class.
     /// Between classes all stays as it is.
     fn order(&self, most: usize) -> Vec<Ticket> {
-        let order = match self.overloaded {
+        let order = match self.overload.is_on() {
             true => self.queue.order_by_class(most),
             false => self.queue.order(most),
         };
@@ -337,6 +332,8 @@ impl<T> Line<T> {
     pub(super) fn put_back(&mut self, ticket: Ticket, item: T, hold: Option<Hold>) {
         self.queue.put_back(ticket, item);
         self.roomless.remove(&ticket);
+        // One that yields is listed nowhere: it would be seen before those that go first.
+        let hold = hold.filter(|_| !self.yields(ticket));
         self.unplaced |= hold.is_none();
         if let (Some(hold), Some(facts)) = (hold, self.facts.get(&ticket)) {
             self.unlisted[facts.lane.class.index()].remove(ticket.key());
@@ -347,7 +344,8 @@ impl<T> Line<T> {
     /// One that was put back found no room; once it `blocks`, nobody passes it.
     pub(super) fn found_no_room(&mut self, ticket: Ticket, blocks: bool) {
         self.roomless.insert(ticket);
-        if blocks && self.blocker.is_none_or(|blocker| ticket < blocker) {
+        let first = |blocker| self.goes_before(ticket, blocker);
+        if blocks && self.blocker.is_none_or(first) {
             self.blocker = Some(ticket);
         }
     }

@@ -17,6 +17,7 @@
 mod admit;
 mod ahead;
 mod line;
+mod overload;
 mod rules;
 
 use crate::deadline::ClassTargets;
@@ -78,6 +79,7 @@ pub enum Look {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
     model: Arc<str>,
+    class: Class,
     ticket: Ticket,
 }
 
@@ -103,10 +105,14 @@ impl Pass {
     }
 
     fn next_of<T>(&mut self, line: &mut Line<T>) -> Option<(Ticket, Turn)> {
-        self.tried.pop().or_else(|| {
-            let ticket = line.next_joined()?;
-            Some((ticket, line.turn(ticket)))
-        })
+        let tried = self.tried.last().map(|(ticket, _)| *ticket);
+        if let Some(joined) = line.next_joined(tried) {
+            return Some((joined, line.turn(joined)));
+        }
+        let (ticket, turn) = self.tried.pop()?;
+        // More urgent ones may have come since the pass began.
+        let yields = line.yields(ticket);
+        Some((ticket, Turn { yields, ..turn }))
     }
 
     /// The model.
@@ -243,6 +249,7 @@ impl<T> Dispatch<T> {
         self.length += 1;
         Ok(Place {
             model: Arc::clone(&entry.model),
+            class: entry.lane.class,
             ticket,
         })
     }
@@ -258,7 +265,7 @@ impl<T> Dispatch<T> {
     /// # Errors
     /// The request, where its model's queue is full.
     pub fn arrives(&mut self, entry: &Entry, now_ms: f64, item: T) -> Result<Pass, T> {
-        let Place { model, ticket } = self.waits(entry, now_ms, item)?;
+        let Place { model, ticket, .. } = self.waits(entry, now_ms, item)?;
         let mut pass = Pass::not_ours(model);
         let Some(line) = self.lines.get_mut(&pass.model) else {
             return Ok(pass);
@@ -324,6 +331,7 @@ impl<T> Dispatch<T> {
                     return Some(Next {
                         place: Place {
                             model: Arc::clone(&pass.model),
+                            class: line.class(ticket).unwrap_or_default(),
                             ticket,
                         },
                         item,
@@ -381,6 +389,20 @@ impl<T> Dispatch<T> {
         Some(item)
     }
 
+    /// One that waits is turned away, since it has waited for as long as it may;
+    /// as [`Dispatch::remove`]. An interactive one that has waited in vain begins an
+    /// overload, whatever it waited for: room, too, goes to more urgent ones first.
+    pub fn turn_away(&mut self, place: &Place, now_ms: f64) -> Option<T> {
+        let item = self.remove(place)?;
+        let keeps = self.settings.keeps_targets();
+        if let Some(line) = self.lines.get_mut(&place.model).filter(|_| keeps)
+            && place.class == Class::Interactive
+        {
+            line.late(now_ms);
+        }
+        Some(item)
+    }
+
     /// A line stays when it is empty: it knows whose turn it is.
     fn leave(&mut self, place: &Place, served: bool) {
         if let Some(line) = self.lines.get_mut(&place.model)
@@ -394,8 +416,12 @@ impl<T> Dispatch<T> {
     pub fn waiting(&self) -> impl Iterator<Item = (Place, f64, &T)> {
         self.lines.iter().flat_map(|(model, line)| {
             line.waiting().map(|(ticket, since_ms, item)| {
-                let model = Arc::clone(model);
-                (Place { model, ticket }, since_ms, item)
+                let place = Place {
+                    model: Arc::clone(model),
+                    class: line.class(ticket).unwrap_or_default(),
+                    ticket,
+                };
+                (place, since_ms, item)
             })
         })
     }

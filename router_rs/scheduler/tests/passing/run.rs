@@ -57,7 +57,7 @@ impl Router {
 
     /// Turns away who has waited for as long as it may; how many that are.
     fn turn_away(&mut self, jobs: &[Job], now: f64) -> usize {
-        self.overloaded |= self.dispatch.is_overloaded("m");
+        self.overloaded |= self.dispatch.is_overloaded("m", now);
         let waiting = self.dispatch.waiting();
         let over = waiting.filter_map(|(place, _, at)| {
             let job = &jobs[*at];
@@ -66,7 +66,9 @@ impl Router {
             (now - job.arrival > longest).then_some(place)
         });
         let over: Vec<_> = over.collect();
-        let gone = over.iter().filter_map(|place| self.dispatch.remove(place));
+        let gone = over
+            .iter()
+            .filter_map(|place| self.dispatch.turn_away(place, now));
         gone.count()
     }
 }
