@@ -128,6 +128,10 @@ class RawHttp2:
         """Cancels a call."""
         self._send(RST_STREAM, 0, stream, struct.pack(">I", CANCEL))
 
+    def ping(self, payload: bytes) -> None:
+        """Sends a ping of eight bytes; its answer is a frame to be read."""
+        self._send(PING, 0, 0, payload)
+
     def vanish(self) -> None:
         """Ends the connection without a word of HTTP/2: the peer gets a TCP reset."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -184,13 +188,17 @@ class RawHttp2:
         return ended
 
     def events(self, stream: int) -> Iterator[inference_pb2.GenerateResponse]:
+        """Messages of a generation as they come, until it ends."""
+        return map(inference_pb2.GenerateResponse.FromString, self.messages(stream))
+
+    def messages(self, stream: int) -> Iterator[bytes]:
         """Messages of a call as they come, until it ends."""
         data = b""
         while not (frame := self.frame()).ends_stream or frame.stream != stream:
             if frame.kind == DATA and frame.stream == stream:
                 data += frame.payload
             while len(data) >= 5 and len(data) >= 5 + (length := int.from_bytes(data[1:5], "big")):
-                yield inference_pb2.GenerateResponse.FromString(data[5 : 5 + length])
+                yield data[5 : 5 + length]
                 data = data[5 + length :]
 
     def _read(self, length: int) -> bytes:

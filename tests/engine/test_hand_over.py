@@ -113,15 +113,12 @@ async def test_streams_beside_it_decode_on_and_all_go_at_last() -> None:
         await t.idle()
 
 
-@pytest.mark.parametrize("length", [5, 16, 130])
-async def test_a_real_model_goes_on_with_its_tokens_and_their_log_probabilities(
-    folder, length
-) -> None:
-    source = engine_of(folder, transfer=True, worker_id="s", incarnation=11)
-    target = engine_of(folder, transfer=True, worker_id="t", incarnation=22)
-    asked = {"max_tokens": 200, "logprobs": 2, **SAMPLING}
+async def handed_over(folder, ids, asked, **model):
+    """A stream that passes on in the middle: its whole output, and the one of the same request
+    at one engine alone."""
+    source = engine_of(folder, transfer=True, worker_id="s", incarnation=11, **model)
+    target = engine_of(folder, transfer=True, worker_id="t", incarnation=22, **model)
     async with running(source) as s, running(target) as t:
-        ids = prompt(length)
         alone = t.place(ids, cache_salt="alone", **asked)
         assert await alone.ended() == "finished"
         stream = await begin(s, ids, **asked)
@@ -132,7 +129,6 @@ async def test_a_real_model_goes_on_with_its_tokens_and_their_log_probabilities(
         s.go_on()
         assert await stream.ended() == "handed_off"
         assert await receiver.ended() == "finished"
-        assert whole(stream, receiver) == alone.tokens
         assert receiver.end.timings.computed_tokens == 0
         # Of what both say the target says what the source said.
         both = len(stream.tokens) - border
@@ -141,6 +137,38 @@ async def test_a_real_model_goes_on_with_its_tokens_and_their_log_probabilities(
         assert len(receiver.logprobs) == len(receiver.tokens)
         await s.idle()
         await t.idle()
+        return whole(stream, receiver), alone.tokens
+
+
+@pytest.mark.parametrize("length", [5, 16, 130])
+async def test_a_real_model_goes_on_with_its_tokens_and_their_log_probabilities(
+    folder, length
+) -> None:
+    asked = {"max_tokens": 200, "logprobs": 2, **SAMPLING}
+    output, alone = await handed_over(folder, prompt(length), asked)
+    assert output == alone
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+async def test_a_sampled_stream_of_a_real_model_goes_on_with_the_draws_of_its_seed(
+    folder, seed
+) -> None:
+    """The noise of a draw hangs on seed, position and token, not on who draws."""
+
+    def drawn(seed: int) -> dict:
+        return {
+            "max_tokens": 200,
+            "logprobs": 2,
+            "sampling": wire.ResolvedSampling(
+                repetition_penalty=1, top_p=0.95, temperature=1.2, seed=seed
+            ),
+        }
+
+    output, alone = await handed_over(folder, prompt(100), drawn(seed))
+    assert output == alone
+    # It was drawn, and by that seed.
+    other, _ = await handed_over(folder, prompt(100), drawn(seed + 100))
+    assert other[:20] != output[:20]
 
 
 async def test_a_transfer_that_fails_before_the_commit_changes_nothing() -> None:

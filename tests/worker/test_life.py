@@ -18,7 +18,7 @@ from kvmesh.v1 import worker_pb2 as wire
 from kvmesh.v1 import worker_pb2_grpc as rpc
 from kvmesh.worker import serve as serving
 from kvmesh.worker.service import WorkerService
-from kvmesh.worker.settings import WorkerSettings
+from kvmesh.worker.settings import SettingError, WorkerSettings
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -158,6 +158,48 @@ async def test_a_worker_answers_health_before_its_model_is_there(monkeypatch) ->
         assert info.record.step_model.a_ms > 0
         await stub.Drain(wire.DrainRequest(stop=True))
         assert await life == 0
+
+
+async def test_a_worker_answers_health_while_the_fetch_of_its_model_hangs(
+    monkeypatch, tmp_path
+) -> None:
+    """A hub that takes the connection, reads, and never answers."""
+    loop, lines = asyncio.get_running_loop(), asyncio.Queue()
+    asked, hang_up = asyncio.Event(), asyncio.Event()
+
+    async def hub(reader, writer) -> None:
+        assert b"owner/model" in await reader.readuntil(b"\r\n\r\n")
+        asked.set()
+        await hang_up.wait()
+        writer.close()
+
+    # However long these looks take, the fetch does not end before them.
+    monkeypatch.setattr("kvmesh.models.hub._CONNECT_TIMEOUT_S", 600.0)
+    monkeypatch.setenv("KVMESH_CACHE", str(tmp_path))
+    server = await asyncio.start_server(hub, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+    settings = WorkerSettings(engine="torch", model="owner/model", worker_id="w")
+    life = asyncio.create_task(
+        serving.serve(settings, lambda line: loop.call_soon_threadsafe(lines.put_nowait, line))
+    )
+    while "answering health on " not in (line := await lines.get()):
+        pass
+    await asked.wait()
+    address = line.partition("answering health on ")[2].strip()
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = rpc.WorkerStub(channel)
+        for _ in range(50):
+            assert await health(channel) == NOT_SERVING
+            assert await phase(stub) == wire.WORKER_PHASE_LOADING
+        with pytest.raises(grpc.aio.AioRpcError, match="loads its model"):
+            await attached(stub)
+        assert not life.done()
+        # That was the fetch: its end is the worker's.
+        hang_up.set()
+        with pytest.raises(SettingError, match="owner/model"):
+            await life
+    server.close()
 
 
 class Relay:

@@ -3,11 +3,17 @@
 
 mod common;
 
-use std::time::Duration;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use common::{Mesh, get, narrow, read, request, spend_budget};
 use kvmesh_rpc::v1::admin_client::AdminClient;
-use kvmesh_testkit::mock::MockConfig;
+use kvmesh_testkit::{
+    mock::{MockConfig, MockWorker},
+    vocabulary::Vocabulary,
+};
 use kvmesh_wire::v1;
 use serde_json::json;
 use tonic::{Code, codec::CompressionEncoding};
@@ -50,6 +56,125 @@ async fn health_needs_no_worker_and_knows_what_it_does_not_know() {
             .contains(env!("CARGO_PKG_VERSION"))
     );
     assert!(get(&mesh, "/nothing").await.starts_with("HTTP/1.1 404"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn health_and_other_models_wait_for_no_tokeniser_whose_fetch_hangs() {
+    let marks = "<|another|>";
+    let late = MockWorker::start(MockConfig {
+        model: "late".to_owned(),
+        vocabulary: Arc::new(Vocabulary::built_in_for("", &[marks])),
+        ..MockConfig::default()
+    })
+    .unwrap();
+    for others in [0, 1] {
+        late.faults().set(|plan| plan.hold_tokenizer = true);
+        let others: Vec<_> = (0..others)
+            .map(|_| MockWorker::start(MockConfig::default()).unwrap())
+            .collect();
+        let all = others.iter().chain([&late]);
+        let workers: Vec<_> = all.map(|worker| worker.addr().to_string()).collect();
+        let mesh = Mesh::start(vec![], json!({"workers": workers})).await;
+        let live = "kvmesh_sessions{state=\"live\"}";
+        mesh.wait_figure(live, workers.len() as u64).await;
+        let fetches = "kvmesh_tokenizer_fetches_total";
+        mesh.wait_figure(fetches, workers.len() as u64).await;
+
+        let mut health = HealthClient::new(mesh.channel().await);
+        for service in ["", "kvmesh.v1.Inference", "kvmesh.v1.Admin"] {
+            let answer = health.check(ask(service)).await.unwrap().into_inner();
+            assert_eq!(answer.status(), ServingStatus::Serving);
+        }
+        assert!(get(&mesh, "/health").await.starts_with("HTTP/1.1 200"));
+        let mut client = mesh.client().await;
+        if others.is_empty() {
+            assert!(get(&mesh, "/ready").await.starts_with("HTTP/1.1 503"));
+        } else {
+            mesh.wait_ready("").await;
+            assert!(get(&mesh, "/ready").await.starts_with("HTTP/1.1 200"));
+            let stream = client.generate(request(4)).await.unwrap().into_inner();
+            assert_eq!(read(stream).await.0.len(), 4);
+        }
+        let asked = v1::GenerateRequest {
+            model: "late".to_owned(),
+            ..request(4)
+        };
+        let told = client.generate(asked.clone()).await.map(|_| ());
+        assert_eq!(told.unwrap_err().code(), Code::Unavailable);
+
+        // It was waited for all the same.
+        assert_eq!(mesh.figure("kvmesh_tokenizer_failures_total").await, 0);
+        late.faults().set(|plan| plan.hold_tokenizer = false);
+        let until = Instant::now() + Duration::from_secs(60);
+        let stream = loop {
+            match client.generate(asked.clone()).await {
+                Ok(stream) => break stream.into_inner(),
+                Err(status) => assert!(Instant::now() < until, "{status}"),
+            }
+        };
+        assert_eq!(read(stream).await.0.len(), 4);
+        assert_eq!(mesh.figure(fetches).await, workers.len() as u64);
+    }
+}
+
+/// A run of blocks that no other one begins like.
+fn stored(number: u64, blocks: u64) -> v1::CacheEvents {
+    let chain = (number * blocks..).take(blocks as usize);
+    let run = v1::BlocksStored {
+        chain: chain
+            .map(|at| (at + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15))
+            .collect(),
+        ..Default::default()
+    };
+    let kind = Some(v1::cache_event::Kind::Stored(run));
+    v1::CacheEvents {
+        first_event: number + 1,
+        events: vec![v1::CacheEvent { kind }],
+        snapshot: None,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_memory_of_the_index_is_told_and_stays_below_its_bound() {
+    const BOUND: u64 = 1 << 20;
+    const RUN: u64 = 1_000;
+    let tells = MockConfig {
+        cache_events: true,
+        ..MockConfig::default()
+    };
+    let mesh = Mesh::start(vec![tells], json!({"index_bytes": "1MiB"})).await;
+    let [bytes, blocks, gone] =
+        ["bytes ", "blocks ", "evicted_blocks_total "].map(|name| format!("kvmesh_index_{name}"));
+    let (empty, mut before) = (mesh.figure(&bytes).await, 0);
+    for number in 0..100 {
+        mesh.workers[0].send_cache(stored(number, RUN));
+        let told = (number + 1) * RUN;
+        let until = Instant::now() + Duration::from_secs(60);
+        // What is known and what went is all that was told.
+        loop {
+            let text = get(&mesh, "/metrics").await;
+            let [held, known, went] = [&bytes, &blocks, &gone].map(|name| {
+                let line = text.lines().find(|line| line.starts_with(name.as_str()));
+                line.unwrap()
+                    .rsplit(' ')
+                    .next()
+                    .unwrap()
+                    .parse::<u64>()
+                    .unwrap()
+            });
+            assert!(held <= BOUND, "{held} bytes after {number} runs");
+            if known + went == told {
+                if went == 0 {
+                    // Eight bytes a value at the least.
+                    assert!(held >= empty + 8 * told, "{held} bytes for {told} blocks");
+                }
+                before = went;
+                break;
+            }
+            assert!(Instant::now() < until, "{known} and {went} of {told}");
+        }
+    }
+    assert!(before > 50 * RUN, "{before} went");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -12,10 +12,10 @@ use common::{Mesh, read, request};
 use kvmesh_rpc::v1::admin_client::AdminClient;
 use kvmesh_testkit::mock::MockConfig;
 use kvmesh_wire::v1::{
-    self, RefusalReason, Role, generate_request::Input, generate_response::Event,
+    self, RefusalReason, Role, generate_request::Input, generate_response::Event, grammar::Kind,
 };
 use serde_json::json;
-use tonic::{Code, Status};
+use tonic::{Code, Status, Streaming};
 use tonic_types::StatusExt;
 
 /// Metadata of a status that is as it must be.
@@ -151,6 +151,114 @@ async fn a_stream_that_no_other_engine_can_go_on_with_is_lost_with_its_next_inde
     let metadata = told(&status, Code::Unavailable, "WORKER_LOST");
     assert!(next > 0);
     assert_eq!(metadata["next_index"], next.to_string());
+}
+
+/// A worker that follows grammars, and tells whether it goes on within one.
+fn within_grammars(over_continuation: bool) -> MockConfig {
+    MockConfig {
+        step: Duration::from_millis(1),
+        grammars: true,
+        grammars_over_continuation: over_continuation,
+        ..MockConfig::default()
+    }
+}
+
+fn grammar() -> v1::Grammar {
+    v1::Grammar {
+        kind: Some(Kind::JsonSchema("{\"type\": \"object\"}".to_owned())),
+        ..Default::default()
+    }
+}
+
+/// Asks under a grammar, and reads until a worker holds the stream after five tokens.
+async fn held_under_a_grammar(mesh: &Mesh) -> (Streaming<v1::GenerateResponse>, String) {
+    let asked = v1::GenerateRequest {
+        grammar: Some(grammar()),
+        ..request(2_000)
+    };
+    let mut client = mesh.client().await;
+    let mut stream = client.generate(asked).await.unwrap().into_inner();
+    let (mut text, mut next) = (String::new(), 0);
+    while next < 5 {
+        if let Some(Event::Tokens(tokens)) = stream.message().await.unwrap().unwrap().event {
+            assert_eq!(tokens.first_index, next);
+            next += u32::try_from(tokens.ids.len()).unwrap();
+            text += &tokens.text;
+        }
+    }
+    assert_eq!(next, 5);
+    (stream, text)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_under_a_grammar_that_no_engine_goes_on_within_ends_by_name() {
+    let config = within_grammars(false);
+    let mut mesh = Mesh::start(vec![config.clone(), config], json!({})).await;
+    mesh.wait_figure("kvmesh_sessions{state=\"live\"}", 2).await;
+    for worker in &mesh.workers {
+        worker.faults().set(|plan| plan.hold_at = Some(5));
+    }
+    let (mut stream, _) = held_under_a_grammar(&mesh).await;
+    let (had, others): (Vec<_>, Vec<_>) = mesh
+        .workers
+        .iter_mut()
+        .partition(|worker| worker.counters().placed == 1);
+    for worker in had {
+        worker.kill();
+    }
+    let status = loop {
+        match stream.message().await {
+            Ok(message) => assert!(!matches!(message.unwrap().event, Some(Event::Tokens(_)))),
+            Err(status) => break status,
+        }
+    };
+    let metadata = told(&status, Code::Unavailable, "WORKER_LOST");
+    assert_eq!(metadata["next_index"], "5");
+    assert!(status.message().contains("within the grammar"), "{status}");
+    assert_eq!(others.len(), 1);
+    let counters = others[0].counters();
+    assert_eq!((counters.placed, counters.refused), (0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_under_a_grammar_goes_on_at_an_engine_that_goes_on_within_it() {
+    let [able, not] = [true, false].map(within_grammars);
+    let mut mesh = Mesh::start(vec![able.clone(), not, able], json!({})).await;
+    mesh.wait_figure("kvmesh_sessions{state=\"live\"}", 3).await;
+    let says = "{\"city\": \"Paris\", \"why\": \"it rains there\"}";
+    for worker in &mesh.workers {
+        worker.say(Some(says));
+    }
+    mesh.workers[0].faults().set(|plan| plan.hold_at = Some(5));
+    mesh.workers[1].set_draining(true);
+    mesh.workers[2].set_draining(true);
+    let (mut stream, mut text) = held_under_a_grammar(&mesh).await;
+    assert_eq!(mesh.workers[0].counters().placed, 1);
+    // One that could not go on within it is there for as long as nobody else is.
+    mesh.workers[1].set_draining(false);
+    let mut plain = mesh.client().await;
+    loop {
+        let answer = plain.generate(request(2)).await.unwrap();
+        read(answer.into_inner()).await.1.unwrap();
+        if mesh.workers[1].counters().placed > 0 {
+            break;
+        }
+    }
+    let placed = mesh.workers[1].counters().placed;
+    mesh.workers[0].kill();
+    mesh.wait_figure("kvmesh_queued_requests", 1).await;
+    mesh.workers[2].set_draining(false);
+    let reason = loop {
+        match stream.message().await.unwrap().unwrap().event {
+            Some(Event::Tokens(tokens)) => text += &tokens.text,
+            Some(Event::Finished(end)) => break end.reason(),
+            _ => {}
+        }
+    };
+    assert_eq!((text.as_str(), reason), (says, v1::FinishReason::Stop));
+    assert_eq!(mesh.workers[1].counters().placed, placed);
+    let placed = mesh.workers[2].last_place().unwrap().continuation.unwrap();
+    assert_eq!(placed.grammar, Some(grammar()));
 }
 
 /// A worker whose prompts compute for longer than any test, and by its step

@@ -199,6 +199,14 @@ pub(crate) fn fits_else(worker: &WorkerView, request: &RequestView<'_>) -> bool 
         && lacks(worker, request, Duty::Whole).is_none()
 }
 
+impl WorkerView {
+    /// Whether it has the model and its engine can do what is asked, as far as a request
+    /// has come, whatever it is doing now.
+    pub fn suits(&self, request: &RequestView<'_>) -> bool {
+        *self.model == *request.model && fits_else(self, request)
+    }
+}
+
 /// What the client is told of a miss.
 pub(crate) fn reason(miss: Miss, duty: Duty, request: &RequestView<'_>) -> NoPlan {
     let tokens = tokens_held(request);

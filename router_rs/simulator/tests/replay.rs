@@ -5,7 +5,7 @@ mod common;
 
 use common::{cost, settings, traffic};
 use kvmesh_simulator::{
-    Failure, LocalPrefill, Noise, Order, PlannerNumbers, PolicySettings, QueueSettings, Run,
+    Failure, LocalPrefill, Noise, Order, PlannerNumbers, PolicySettings, QueueSettings, Row, Run,
     Settings, SimulationError, replay_json, simulate,
 };
 
@@ -297,6 +297,77 @@ fn several_routers_share_the_workers() {
     };
     // They see each other's work in reports only.
     assert!(ttft(3) < 2.0 * ttft(1));
+}
+
+#[test]
+fn a_system_prompt_that_all_share_sends_them_to_everybody() {
+    // 3,000 tokens that all begin with, and 320 of their own: cached, a prompt takes a
+    // tenth of its time.
+    let mut trace = traffic(2_000, 30.0);
+    trace.ids.clear();
+    let unit = trace.block_tokens;
+    let (shared, own) = (u64::from(3_000 / unit), u64::from(320 / unit));
+    assert!(shared > 1 && own > 0, "units of {unit}");
+    for (at, request) in trace.requests.iter_mut().enumerate() {
+        request.prompt = (shared + own) as u32 * unit;
+        let start = trace.ids.len();
+        trace.ids.extend(0..shared);
+        let first = shared + at as u64 * own;
+        trace.ids.extend(first..first + own);
+        request.blocks = start..trace.ids.len();
+    }
+    let shares = |policy: PolicySettings, (prefill, decode, both): (usize, usize, usize)| {
+        let settings = Settings {
+            policy,
+            local_prefill: Some(LocalPrefill::WithoutPrefillWorkers),
+            ..settings(prefill, decode, both)
+        };
+        let run = simulate(&settings, &trace).unwrap();
+        assert_eq!(run.summary.unfinished + run.summary.rejected, 0);
+        let cached = run
+            .rows
+            .iter()
+            .filter(|row| u64::from(row.cached) >= shared * u64::from(unit));
+        assert!(
+            cached.count() > run.rows.len() * 9 / 10,
+            "the prompt is cached"
+        );
+        let share = |of: fn(&Row) -> u32, workers: std::ops::Range<usize>| -> Vec<f64> {
+            let fair = run.rows.len() as f64 / workers.len() as f64;
+            let count = |worker| {
+                run.rows
+                    .iter()
+                    .filter(|row| of(row) == worker as u32)
+                    .count()
+            };
+            workers.map(|worker| count(worker) as f64 / fair).collect()
+        };
+        match both {
+            0 => {
+                let decode = prefill..prefill + decode;
+                (
+                    share(|row| row.prefill, 0..prefill),
+                    share(|row| row.decode, decode),
+                )
+            }
+            _ => (
+                share(|row| row.prefill, 0..both),
+                share(|row| row.decode, 0..both),
+            ),
+        }
+    };
+    let even = |share: &f64| (0.5..1.5).contains(share);
+    for pool in [(0, 0, 6), (3, 4, 0)] {
+        let (prefill, decode) = shares(cost(), pool);
+        let all = prefill.iter().chain(&decode);
+        assert!(
+            all.into_iter().all(even),
+            "{pool:?}: {prefill:?} {decode:?}"
+        );
+        // What it is where the longest prefix decides.
+        let (prefill, _) = shares(PolicySettings::PrefixGreedy, pool);
+        assert!(!prefill.iter().all(even), "{pool:?}: {prefill:?}");
+    }
 }
 
 #[test]

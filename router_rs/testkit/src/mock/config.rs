@@ -48,6 +48,9 @@ pub struct MockConfig {
     /// Whether it tells that grammars are followed. It follows none: what it says is
     /// set with [`super::MockWorker::say`].
     pub grammars: bool,
+    /// Whether it tells that an output can go on under a grammar that it began under
+    /// elsewhere.
+    pub grammars_over_continuation: bool,
     /// Whether the direct case is served over HTTP/1.1, too, at a port of its own.
     pub http: bool,
     /// Output index at which an end-of-text token comes. `None`: never.
@@ -87,6 +90,7 @@ impl Default for MockConfig {
             max_logprobs: 0,
             no_cache_salt: false,
             grammars: false,
+            grammars_over_continuation: false,
             http: false,
             end_of_text_at: None,
             cache_events: false,

@@ -21,6 +21,8 @@ pub struct FaultPlan {
     pub refuse_calls_next: u32,
     /// So many downloads of the tokeniser from now on fail.
     pub fail_tokenizer_next: u32,
+    /// Downloads of the tokeniser are not answered until this is unset, while all else goes on.
+    pub hold_tokenizer: bool,
     /// So many placements from now on get neither `reserved` nor `refused`;
     /// they run all the same.
     pub skip_openings: u32,
@@ -76,6 +78,7 @@ impl Default for FaultPlan {
             refuse_field: String::new(),
             refuse_calls_next: 0,
             fail_tokenizer_next: 0,
+            hold_tokenizer: false,
             skip_openings: 0,
             delay_first_token: Duration::ZERO,
             die_after_tokens: None,

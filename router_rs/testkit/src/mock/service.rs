@@ -1,6 +1,6 @@
 //! The gRPC face of the mock worker.
 
-use std::{pin::Pin, sync::Arc};
+use std::{pin::Pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use kvmesh_rpc::v1::worker_server::Worker;
@@ -19,6 +19,8 @@ use super::{session, state::State};
 const FRAMES_AHEAD: usize = 64;
 /// Bytes of a tokeniser file in one message.
 const PART_BYTES: usize = 1 << 20;
+/// How often a held download looks whether it may go on.
+const HELD: Duration = Duration::from_millis(1);
 
 pub(super) type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -57,6 +59,10 @@ impl Worker for WorkerService {
         &self,
         request: Request<GetTokenizerRequest>,
     ) -> Result<Response<Self::GetTokenizerStream>, Status> {
+        // A router that leaves ends this call with it.
+        while self.0.faults.plan().hold_tokenizer {
+            tokio::time::sleep(HELD).await;
+        }
         {
             let mut plan = self.0.faults.plan();
             if plan.fail_tokenizer_next > 0 {

@@ -397,6 +397,7 @@ fn record(config: &MockConfig, address: String, transfer_address: String) -> Wor
             max_logprobs: config.max_logprobs,
             no_cache_salt: config.no_cache_salt,
             grammars: config.grammars,
+            grammars_over_continuation: config.grammars_over_continuation,
             block_tokens: config.block_tokens,
             pool_blocks: config.pool_blocks,
             block_bytes: 1024,

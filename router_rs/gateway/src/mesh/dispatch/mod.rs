@@ -37,7 +37,7 @@ mod told;
 
 pub(super) use away::Stays;
 pub(crate) use request::class_of;
-use request::{affinity, plan_of, root_of, unsupported};
+use request::{affinity, lacks, plan_of, root_of, unsupported};
 pub(super) use request::{chain_of, request_view};
 
 /// The placer, the index it asks, and the requests that wait.
@@ -213,6 +213,12 @@ impl Core {
             Ok(placed) => placed,
             Err(Lacks::Room) => return Tried::NoRoom,
             Err(Lacks::Ready) => return Tried::NotYet(None),
+            Err(Lacks::Engine(feature)) => {
+                tracing::info!(generation = %open.id, %feature, "no engine can run it");
+                open.engine_lacks(&lacks(feature));
+                open.apply(Event::NoPlan);
+                return Tried::Ended;
+            }
             // A worker that is lost may be replaced; one that cannot run it is not
             // waited for.
             Err(Lacks::Worker(_)) if open.continues() && !unsupported(request) => {

@@ -1,11 +1,11 @@
 //! A request in the terms of scheduler, index and session.
 
 use kvmesh_kv_index::{Matches, WorkerSlot, chain_values, namespace_root};
-use kvmesh_scheduler::{Class, Needs, RequestView};
+use kvmesh_scheduler::{Class, Feature, Needs, RequestView};
 use kvmesh_session::{
     TransferId, WorkerIndex,
     generation::{Plan, PlanRequest},
-    parse::Refusal,
+    parse::{Lacks, Refusal},
 };
 use kvmesh_wire::v1;
 
@@ -25,6 +25,22 @@ pub(super) fn affinity(chain: &[u64], id: u128) -> u64 {
 pub(super) fn unsupported(request: &PlanRequest) -> bool {
     let mut why = request.excluded.iter().map(|(_, why)| *why);
     why.any(|why| why == Refusal::Unsupported)
+}
+
+/// What no engine here can do, as a worker would say it.
+pub(super) fn lacks(feature: Feature) -> Lacks {
+    let (field, message) = match feature {
+        Feature::GrammarContinuation => (
+            "grammar".to_owned(),
+            "no engine goes on within the grammar".to_owned(),
+        ),
+        Feature::PenaltiesOverContinuation => (
+            "sampling".to_owned(),
+            "no engine penalises what another one said".to_owned(),
+        ),
+        other => (other.to_string(), format!("no engine has {other}")),
+    };
+    Lacks { field, message }
 }
 
 /// A class in the scheduler's terms.

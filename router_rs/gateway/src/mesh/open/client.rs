@@ -16,6 +16,11 @@ use kvmesh_wire::v1;
 use super::{super::recover::quarantined, Batch, Open};
 use crate::{error::RequestError, telemetry::HeldTo};
 
+/// What a client is told whose stream nobody took up.
+const NO_ROOM: &str = "the worker was lost, and no other had room in time";
+/// The same where no engine can.
+const NO_OTHER: &str = "the worker was lost, and no other can go on from here";
+
 impl Open {
     /// Puts what the client has not got yet into `batch`, which is empty;
     /// registers the waker where there is nothing. Gives the time.
@@ -201,6 +206,17 @@ impl Open {
         RequestError::Unsupported { field, words }
     }
 
+    /// Why nobody takes up what a lost worker had: what engines lack, if that is known.
+    fn nobody_goes_on(&self, else_told: &str) -> String {
+        let state = self.lock();
+        let Some(Lacks { field, message }) = state.lacks.as_deref() else {
+            return else_told.to_owned();
+        };
+        let words = [NO_OTHER, field, message];
+        let words: Vec<&str> = words.into_iter().filter(|said| !said.is_empty()).collect();
+        words.join(": ")
+    }
+
     /// What the client is told of an end that is no success.
     pub(in crate::mesh) fn error(&self, outcome: &Outcome, next_index: u32) -> RequestError {
         match outcome {
@@ -209,12 +225,16 @@ impl Open {
             }
             Outcome::Stopped(Stop::SlowClient) => RequestError::SlowClient { next_index },
             Outcome::Stopped(Stop::Shutdown) => RequestError::ShuttingDown { next_index },
-            Outcome::Stopped(Stop::Overloaded) | Outcome::NoPlan if self.continues() => {
-                let reason = "the worker was lost, and no other had room in time".to_owned();
+            Outcome::NoPlan if self.continues() => {
+                let reason = self.nobody_goes_on(NO_ROOM);
                 RequestError::WorkerLost { reason, next_index }
             }
             Outcome::Unsupported if self.continues() => {
-                let reason = "the worker was lost, and no other can go on from here".to_owned();
+                let reason = self.nobody_goes_on(NO_OTHER);
+                RequestError::WorkerLost { reason, next_index }
+            }
+            Outcome::Stopped(Stop::Overloaded) if self.continues() => {
+                let reason = NO_ROOM.to_owned();
                 RequestError::WorkerLost { reason, next_index }
             }
             Outcome::Stopped(Stop::Overloaded) => RequestError::Overloaded {

@@ -3,8 +3,8 @@
 
 use kvmesh_kv_index::{Matches, WorkerSlot};
 use kvmesh_scheduler::{
-    Admitted, Booking, Class, Cluster, Considered, Decision, DispatchSettings, Hold, Needs, NoPlan,
-    Plan, Rejected, RequestView, Turn, Verdict, may_run, placeable,
+    Admitted, Booking, Class, Cluster, Considered, Decision, DispatchSettings, Feature, Hold,
+    Needs, NoPlan, Plan, Rejected, RequestView, Turn, Verdict, may_run, placeable,
 };
 use kvmesh_session::WorkerIndex;
 
@@ -44,6 +44,9 @@ pub(in crate::mesh) enum Lacks {
     Ready,
     /// Nobody will ever run it.
     Worker(NoPlan),
+    /// The same, since no engine can: neither one that is here, nor one of a worker that
+    /// was lost and may come back.
+    Engine(Feature),
 }
 
 /// The end of a streamed hand-off.
@@ -114,6 +117,9 @@ impl Placer {
             .with_transfers(&self.transfers);
         let decision = match self.policy.choose(&cluster, request) {
             Ok(decision) => decision,
+            Err(NoPlan::Unsupported(feature)) if !self.may_come_back(request) => {
+                return Err(Lacks::Engine(feature));
+            }
             Err(why) if !why.waits(&cluster, request, lasting) => return Err(Lacks::Worker(why)),
             Err(NoPlan::NoRoom { .. }) => return Err(Lacks::Room),
             Err(_) => return Err(Lacks::Ready),
@@ -127,6 +133,12 @@ impl Placer {
             }
         }
         Ok(Placed { tail, ..placed })
+    }
+
+    /// Whether a worker that is not there now could run a request.
+    fn may_come_back(&self, request: &RequestView<'_>) -> bool {
+        let mut known = self.workers.values().filter(|known| known.fits);
+        known.any(|known| known.aside.as_ref().is_some_and(|view| view.suits(request)))
     }
 
     fn tail(&self, plan: &Plan, request: &RequestView<'_>) -> Option<Tail> {
