@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 from engine_harness import VOCABULARY, Driver, prompt, running, sim
+from tiny_torch import SAMPLING, engine_of, tokens_alone
 
 from kvmesh.engine.sim.content import reference_tokens
 from kvmesh.engine.sim.runner import SimRunner
@@ -80,3 +81,49 @@ async def test_an_engine_thread_that_fails_says_so(monkeypatch) -> None:
         await driver.over.wait()
     assert driver.samples == driver.batches == []
     await engine.close()
+
+
+@pytest.mark.parametrize("asks", ["python", "torch"])
+async def test_streams_whose_step_found_no_memory_have_failed_and_go_on_with_their_tokens(
+    folder, monkeypatch, asks
+) -> None:
+    """Memory that no machine has, asked for in the middle of a step of a real model."""
+    import torch
+
+    from kvmesh.engine.torch.runner import TorchRunner
+
+    ask = {"python": bytearray, "torch": torch.empty}[asks]
+    starved = False
+
+    def layer(runner, index, hidden, kv) -> None:
+        whole(runner, index, hidden, kv)
+        if starved and index == 1:
+            ask(1 << 60)
+
+    ids = [prompt(50, seed) for seed in range(2)]
+    expected = await tokens_alone(folder, ids, max_tokens=100)
+    whole = TorchRunner._layer
+    monkeypatch.setattr(TorchRunner, "_layer", layer)
+    async with running(engine_of(folder)) as driver:
+        asked = {"max_tokens": 100, **SAMPLING}
+        driver.halt_when(lambda: all(len(stream.tokens) >= 20 for stream in streams))
+        streams = [driver.place(one, **asked) for one in ids]
+        await driver.halted()
+        starved = True
+        beside = driver.place(prompt(100, 9), **asked)
+        driver.go_on()
+        for attempt in (*streams, beside):
+            assert await attempt.ended() == "failed"
+            assert attempt.end.failed.reason == "ENGINE_STEP_FAILED"
+            assert attempt.end.failed.retryable
+            assert (
+                attempt.end.failed.message
+                == {"python": "MemoryError", "torch": "RuntimeError"}[asks]
+            )
+        starved = False
+        for one, stream, tokens in zip(ids, streams, expected, strict=True):
+            assert 20 <= len(stream.tokens) < 100
+            rest = driver.place(one, output=stream.tokens, **asked)
+            assert await rest.ended() == "finished"
+            assert stream.tokens + rest.tokens == tokens
+        await driver.idle()

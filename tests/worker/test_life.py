@@ -189,11 +189,12 @@ async def test_a_worker_answers_health_while_the_fetch_of_its_model_hangs(
     address = line.partition("answering health on ")[2].strip()
     async with grpc.aio.insecure_channel(address) as channel:
         stub = rpc.WorkerStub(channel)
-        for _ in range(50):
-            assert await health(channel) == NOT_SERVING
-            assert await phase(stub) == wire.WORKER_PHASE_LOADING
-        with pytest.raises(grpc.aio.AioRpcError, match="loads its model"):
-            await attached(stub)
+        async with asyncio.timeout(60):
+            for _ in range(50):
+                assert await health(channel) == NOT_SERVING
+                assert await phase(stub) == wire.WORKER_PHASE_LOADING
+            with pytest.raises(grpc.aio.AioRpcError, match="loads its model"):
+                await attached(stub)
         assert not life.done()
         # That was the fetch: its end is the worker's.
         hang_up.set()

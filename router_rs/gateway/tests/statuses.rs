@@ -203,6 +203,9 @@ async fn a_stream_under_a_grammar_that_no_engine_goes_on_within_ends_by_name() {
         .workers
         .iter_mut()
         .partition(|worker| worker.counters().placed == 1);
+    for worker in &others {
+        worker.faults().set(|plan| plan.hold_at = None);
+    }
     for worker in had {
         worker.kill();
     }
