@@ -1,20 +1,25 @@
 """A worker that gets no memory fails its steps, not its streams: they go on elsewhere.
 
-One that the kernel ends for want of memory is killed (-9): test_migration.py.
+So they do where the kernel kills it for its memory.
 """
 
 from __future__ import annotations
 
 import itertools
+import signal
 from pathlib import Path
 
 from cluster import Cluster
 from figures import figures, wait_quiet
-from many_streams import Streams, prompts
+from many_streams import VOCABULARY, Streams, prompts
+from memory_bound import MemoryBound
 
+from kvmesh.engine.sim.content import reference_tokens
 from kvmesh.v1 import admin_pb2
 
 COUNT = 12
+LARGE = 256 << 10
+"""Bytes of a block of 16 tokens."""
 
 
 def start(cluster: Cluster, short: Path, *workers: str) -> str:
@@ -79,3 +84,32 @@ def test_prompts_of_a_prefill_worker_without_memory_are_computed_elsewhere(fresh
     short.touch()
     fresh.speed_up()
     assert_moved(fresh, endpoint, streams)
+
+
+def test_a_worker_that_the_kernel_kills_for_its_memory_ends_no_stream(fresh) -> None:
+    endpoint = fresh.start_router()
+    # The memory of a block is taken as it comes into use.
+    large = fresh.steps(f"block_bytes={LARGE}")
+    for name, role in (("p", "prefill"), ("d1", "decode"), ("d2", "decode")):
+        fresh.start_worker(name, role, "--kv-pool-tokens", "8192", *large)
+    fresh.wait_live(endpoint, "p", "d1", "d2")
+    fresh.slow_down()
+    streams = Streams(endpoint, prompts(COUNT), 300)
+    streams.wait(10)
+    assert fresh.table(endpoint)["d1"].load.own.decoding > 0
+    with MemoryBound(4 << 20) as bound:
+        victim = fresh.workers["d1"].process
+        bound.hold(victim.pid)
+        # Its streams take a block each every 16 steps.
+        assert victim.wait(120) == -signal.SIGKILL
+        assert bound.kills() == 1
+    assert streams.running
+    fresh.forget("d1")
+    fresh.speed_up()
+    for prompt, output in zip(streams.asked, streams.join(), strict=True):
+        assert output == reference_tokens(prompt, streams.tokens, VOCABULARY, LARGE // 16 // 8, 0)
+    assert max(streams.attempts()) > 1
+    now = figures(endpoint)
+    assert now["failed_total"] == now["violations_total"] == 0
+    wait_quiet(fresh, endpoint, *fresh.workers)
+    fresh.assert_alive()

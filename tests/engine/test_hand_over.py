@@ -11,6 +11,7 @@ from tiny_torch import SAMPLING, engine_of
 from kvmesh.engine.contract import AttemptId, Stage
 from kvmesh.engine.sim.content import reference_tokens
 from kvmesh.v1 import worker_pb2 as wire
+from kvmesh.worker.settings import WorkerSettings
 
 STEPS = {"profile": "step-10ms", "speed": 5}
 
@@ -113,11 +114,16 @@ async def test_streams_beside_it_decode_on_and_all_go_at_last() -> None:
         await t.idle()
 
 
-async def handed_over(folder, ids, asked, **model):
+def real_pair(folder):
+    return (
+        engine_of(folder, transfer=True, worker_id="s", incarnation=11),
+        engine_of(folder, transfer=True, worker_id="t", incarnation=22),
+    )
+
+
+async def handed_over(source, target, ids, asked):
     """A stream that passes on in the middle: its whole output, and the one of the same request
     at one engine alone."""
-    source = engine_of(folder, transfer=True, worker_id="s", incarnation=11, **model)
-    target = engine_of(folder, transfer=True, worker_id="t", incarnation=22, **model)
     async with running(source) as s, running(target) as t:
         alone = t.place(ids, cache_salt="alone", **asked)
         assert await alone.ended() == "finished"
@@ -145,7 +151,7 @@ async def test_a_real_model_goes_on_with_its_tokens_and_their_log_probabilities(
     folder, length
 ) -> None:
     asked = {"max_tokens": 200, "logprobs": 2, **SAMPLING}
-    output, alone = await handed_over(folder, prompt(length), asked)
+    output, alone = await handed_over(*real_pair(folder), prompt(length), asked)
     assert output == alone
 
 
@@ -164,11 +170,51 @@ async def test_a_sampled_stream_of_a_real_model_goes_on_with_the_draws_of_its_se
             ),
         }
 
-    output, alone = await handed_over(folder, prompt(100), drawn(seed))
+    output, alone = await handed_over(*real_pair(folder), prompt(100), drawn(seed))
     assert output == alone
     # It was drawn, and by that seed.
-    other, _ = await handed_over(folder, prompt(100), drawn(seed + 100))
+    other, _ = await handed_over(*real_pair(folder), prompt(100), drawn(seed + 100))
     assert other[:20] != output[:20]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reproducible"), [("float32", True), ("bfloat16", False), ("float16", False)]
+)
+async def test_a_stream_goes_on_validly_in_each_precision_and_only_the_exact_one_promises_more(
+    folder, dtype, reproducible
+) -> None:
+    """As a worker serves it. Each token is one of the best after those before it."""
+    import torch
+    import transformers
+
+    from kvmesh.engine.torch import served
+
+    def engine(name, incarnation):
+        settings = WorkerSettings(
+            engine="torch", model=folder, dtype=dtype, threads=1, kv_pool_tokens=4096
+        )
+        return served.build(settings, name, incarnation, lambda _: None).engine
+
+    source, target = engine("s", 11), engine("t", 22)
+    assert source.capabilities().reproducible is reproducible
+    ids = prompt(100)
+    asked = {"max_tokens": 150, "logprobs": 2, **SAMPLING}
+    output, alone = await handed_over(source, target, ids, asked)
+    assert len(output) == 150
+    if reproducible:
+        assert output == alone
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
+
+    def worst(output) -> float:
+        """How far behind the best a choice was at most, as a share of all that logits span."""
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids + output[:-1]])).logits[0, len(ids) - 1 :]
+        chosen = logits[torch.arange(len(output)), torch.tensor(output)]
+        return float(((logits.amax(1) - chosen) / (logits.amax(1) - logits.amin(1))).max())
+
+    assert worst(output) < (1e-4 if reproducible else 0.15)
+    # One that was lost would show.
+    assert worst(output[:75] + output[76:]) > 0.3
 
 
 async def test_a_transfer_that_fails_before_the_commit_changes_nothing() -> None:
