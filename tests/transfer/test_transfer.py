@@ -1,7 +1,10 @@
 """A transfer between two nodes: what is moved, refused, discarded and kept."""
 
 import contextlib
+import ctypes
 import os
+import select
+import signal
 import socket
 import threading
 
@@ -346,6 +349,25 @@ def test_garbage_on_the_port_changes_nothing(nodes):
     with socket.create_connection((host, int(port))) as stream:
         assert stream.recv(1) == b""
     assert hand_off(a, b, [0], [0], tokens=16).kv_tokens == 16
+
+
+def test_a_silent_peer_is_cut_off_however_often_signals_come(nodes):
+    a = nodes("a", connect_timeout_s=1.0)
+    host, port = a.address.rsplit(":", 1)
+    tgkill = ctypes.CDLL(None, use_errno=True).tgkill
+    # Stays: one that came late would find no handler.
+    signal.signal(signal.SIGURG, lambda *_: None)
+    with socket.create_connection((host, int(port))) as stream:
+        # Each thread of the node is woken many times a second.
+        for _ in range(1_000):
+            if select.select([stream], [], [], 0.02)[0]:
+                break
+            for thread in map(int, os.listdir("/proc/self/task")):
+                if thread != os.getpid():
+                    tgkill(os.getpid(), thread, signal.SIGURG)
+        else:
+            raise AssertionError("it is waited for still")
+        assert stream.recv(1) == b""
 
 
 def test_wait_ends_by_wake_from_another_thread(nodes):

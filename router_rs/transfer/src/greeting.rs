@@ -29,15 +29,15 @@ const LAST_WORDS: usize = 64 * 1024;
 
 impl Shared {
     /// A peer that came: TLS where there is some, then its hello.
-    pub(crate) fn admit(&self, connection: &Connection, mut socket: &Socket) -> io::Result<()> {
+    pub(crate) fn admit(&self, connection: &Connection, socket: &Socket) -> io::Result<()> {
         let mut first = [0; 4];
-        socket.read_exact(&mut first)?;
+        socket.until(self.patience()).read_exact(&mut first)?;
         match (&self.settings.tls, frame::begins_tls(first)) {
-            (None, false) => self.meet(connection, socket, first.as_slice().chain(socket)),
+            (None, false) => self.meet(connection, socket, &first),
             (Some(tls), true) => {
                 let tls = ServerConnection::new(tls.accepting()).map_err(io::Error::other)?;
                 socket.secure(tls.into(), &first, self.settings.connect_timeout)?;
-                self.meet(connection, socket, socket)
+                self.meet(connection, socket, &[])
             }
             (None, true) => Err(Untrusted::Secured.into()),
             (Some(_), false) => Err(Untrusted::Plain.into()),
@@ -60,7 +60,7 @@ impl Shared {
         }
         socket.shutdown(Shutdown::Write);
         // A close while bytes wait to be read is a reset, which may overtake the refusal.
-        let until = Instant::now() + self.settings.connect_timeout;
+        let until = self.patience();
         let mut left = LAST_WORDS;
         let mut bytes = [0; 4096];
         while let Ok(n @ 1..) = socket.read_plain(&mut bytes, until) {
@@ -107,14 +107,20 @@ impl Shared {
         })
     }
 
-    /// Reads the peer's hello; the socket has a time limit meanwhile.
+    /// Until when a part of a greeting that begins now is waited for.
+    fn patience(&self) -> Instant {
+        Instant::now() + self.settings.connect_timeout
+    }
+
+    /// Reads the peer's hello, of which `first` came already.
     pub(crate) fn meet(
         &self,
         connection: &Connection,
         socket: &Socket,
-        from: impl Read,
+        first: &[u8],
     ) -> io::Result<()> {
         let certified = self.certified(socket)?;
+        let from = first.chain(socket.until(self.patience()));
         let hello = match frame::read(from).map_err(Untrusted::while_greeting)? {
             Some(Frame::Hello(hello)) => hello,
             Some(Frame::Abort(abort)) if abort.reason == AbortReason::Untrusted as i32 => {
@@ -176,7 +182,6 @@ impl Shared {
         // Whole seconds for the kernel, and not 0.
         let silence = self.settings.lease.max(Duration::from_secs(1));
         socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(silence))?;
-        socket.set_tcp_user_timeout(Some(silence))?;
-        stream.set_read_timeout(Some(self.settings.connect_timeout))
+        socket.set_tcp_user_timeout(Some(silence))
     }
 }

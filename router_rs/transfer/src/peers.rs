@@ -226,7 +226,7 @@ impl Shared {
         // Ahead of whatever is queued.
         socket.write_all(&frame::encode(self.hello()))?;
         self.start_writer(connection)?;
-        socket.limit_reads(None)?;
+        socket.unlimited()?;
         loop {
             if let Some(frame) = frame::read(socket)? {
                 self.receiver_frame(connection, frame)?;
@@ -266,12 +266,12 @@ impl Shared {
         self.secure(socket)?;
         socket.write_all(&frame::encode(self.hello()))?;
         // What is queued waits until the peer has said who it is: an abort may be there.
-        self.meet(connection, socket, socket)?;
+        self.meet(connection, socket, &[])?;
         self.start_writer(connection)?;
         if let Some(hello) = connection.hello.get() {
             self.map_peer(connection, hello);
         }
-        socket.limit_reads(None)?;
+        socket.unlimited()?;
         let mut core = self.lock();
         if let Some(outbound) = core.outbound.get_mut(address) {
             outbound.open = true;

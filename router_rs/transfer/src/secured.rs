@@ -17,7 +17,7 @@ use socket2::SockRef;
 
 use crate::{
     error::Untrusted,
-    socket::{retry, wait_for},
+    socket::{Until, retry, wait_for},
 };
 
 /// Bytes encrypted at a time: four records, which lie in the cache meanwhile.
@@ -56,12 +56,7 @@ impl Secured {
                 break;
             }
             if came.is_empty() {
-                let left = until.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    return Err(io::ErrorKind::TimedOut.into());
-                }
-                stream.set_read_timeout(Some(left))?;
-                came.fill(stream)?;
+                came.fill(Until { stream, until })?;
             }
             if let Err(error) = came.feed(&mut tls) {
                 // The peer is told; where it is gone, there is nobody to tell.
@@ -69,7 +64,6 @@ impl Secured {
                 return Err(Untrusted::while_greeting(error));
             }
         }
-        stream.set_read_timeout(Some(limit))?;
         Ok(Self {
             tls: Mutex::new(tls),
             came: Mutex::new(came),
@@ -90,7 +84,7 @@ impl Secured {
         Some(tls.peer_certificates()?.first()?.clone().into_owned())
     }
 
-    pub(crate) fn read(&self, stream: &TcpStream, bytes: &mut [u8]) -> io::Result<usize> {
+    pub(crate) fn read(&self, mut stream: impl Read, bytes: &mut [u8]) -> io::Result<usize> {
         let mut came = self.came();
         loop {
             let mut tls = self.tls();
@@ -104,7 +98,7 @@ impl Secured {
                 }
             }
             drop(tls);
-            came.fill(stream)?;
+            came.fill(&mut stream)?;
         }
     }
 

@@ -55,19 +55,23 @@ impl Socket {
         self.secured.get()?.certificate()
     }
 
-    /// Longest wait for bytes. `None`: any.
-    pub(crate) fn limit_reads(&self, limit: Option<Duration>) -> io::Result<()> {
-        self.stream.set_read_timeout(limit)
+    /// What comes until then, under TLS where there is some.
+    pub(crate) fn until(&self, until: Instant) -> impl Read {
+        Greeting {
+            socket: self,
+            until,
+        }
+    }
+
+    /// From now on a read waits for as long as it takes.
+    pub(crate) fn unlimited(&self) -> io::Result<()> {
+        self.stream.set_read_timeout(None)
     }
 
     /// Reads what comes beside any TLS, for as long as that.
     pub(crate) fn read_plain(&self, bytes: &mut [u8], until: Instant) -> io::Result<usize> {
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        self.stream.set_read_timeout(Some(left))?;
-        (&self.stream).read(bytes)
+        let stream = &self.stream;
+        Until { stream, until }.read(bytes)
     }
 
     pub(crate) fn shutdown(&self, how: Shutdown) {
@@ -192,6 +196,42 @@ impl Socket {
             return Err(io::Error::last_os_error());
         }
         Ok(())
+    }
+}
+
+/// A stream until a moment. The kernel's limit alone is one of each wait: it would begin
+/// anew with each byte that comes, and with each signal.
+pub(crate) struct Until<'a> {
+    pub(crate) stream: &'a TcpStream,
+    pub(crate) until: Instant,
+}
+
+impl Read for Until<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.stream.set_read_timeout(Some(left))?;
+        let mut stream = self.stream;
+        stream.read(bytes)
+    }
+}
+
+/// A socket until a moment.
+struct Greeting<'a> {
+    socket: &'a Socket,
+    until: Instant,
+}
+
+impl Read for Greeting<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let (stream, until) = (&self.socket.stream, self.until);
+        let mut stream = Until { stream, until };
+        match self.socket.secured.get() {
+            None => stream.read(bytes),
+            Some(secured) => secured.read(stream, bytes),
+        }
     }
 }
 

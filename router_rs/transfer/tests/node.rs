@@ -263,3 +263,33 @@ fn a_close_in_the_middle_ends_all_threads() {
     a.close();
     a.close();
 }
+
+#[test]
+fn who_says_its_greeting_byte_by_byte_is_cut_off_before_its_end() {
+    const HELLO: u32 = 4_000;
+    let pool = Arc::new(KvPool::new(BLOCKS, BLOCK_BYTES as u64, false).unwrap());
+    let settings = Settings {
+        worker_id: "a".into(),
+        incarnation: 1,
+        connect_timeout: Duration::from_millis(500),
+        ..Settings::default()
+    };
+    let node = TransferNode::start(pool, settings).unwrap();
+    let mut peer = TcpStream::connect(node.address()).unwrap();
+    // No wait for the next byte is a long one.
+    peer.set_read_timeout(Some(Duration::from_millis(5)))
+        .unwrap();
+    let hello = HELLO.to_le_bytes().into_iter();
+    let said = hello
+        .chain(std::iter::repeat_n(0, HELLO as usize - 1))
+        .take_while(|byte| {
+            let waits = match peer.read(&mut [0]) {
+                Ok(n) => n > 0,
+                Err(error) => error.kind() == std::io::ErrorKind::WouldBlock,
+            };
+            waits && peer.write_all(&[*byte]).is_ok()
+        })
+        .count();
+    assert!(said < HELLO as usize + 3, "it was heard to its end");
+    node.close();
+}
