@@ -58,6 +58,9 @@ and so long a stream stands still whose KV is on a path that drops it."""
 LIVE = frozenset({admin_pb2.SESSION_STATE_LIVE})
 PROBED = LIVE | {admin_pb2.SESSION_STATE_HALF_OPEN}
 """States of sessions that work. Half open: back from a loss, and one request decides."""
+SUSPECT_MS = 1_000.0
+"""A worker that is silent for longer is no more in order. Its state says so, but for one that is
+half open: that stays so until it is lost again."""
 
 
 @contextmanager
@@ -71,6 +74,11 @@ def folder_of_run(given: Path | None = None) -> Iterator[Path]:
         raise
     if given is None:
         shutil.rmtree(folder)
+
+
+def works(worker: admin_pb2.WorkerStatus, states: Collection[int] = PROBED) -> bool:
+    """Whether a session is in one of these states, and its worker was heard of lately."""
+    return worker.state in states and worker.silent_ms < SUSPECT_MS
 
 
 class Mesh:
@@ -212,7 +220,7 @@ class Mesh:
     ) -> bool:
         """Whether a router has sessions that work with all of these."""
         table = self.table(router)
-        return all(name in table and table[name].state in states for name in workers)
+        return all(name in table and works(table[name], states) for name in workers)
 
     def _etcd_answers(self) -> bool:
         try:

@@ -7,9 +7,11 @@ from datetime import UTC, datetime
 
 import pytest
 from faults import Drained, Fault, Frozen, Killed, RouterKilled, SessionSlow
-from mesh import PATIENT, STEP_MS
+from mesh import LIVE, PATIENT, STEP_MS, SUSPECT_MS, works
 from player import Played
 from verdict import AFTER_S, Verdict, falsely_lost, figures
+
+from kvmesh.v1 import admin_pb2
 
 BEGAN = 1_000.0
 
@@ -123,3 +125,20 @@ def test_drains_with_time_to_hand_over_are_told_from_those_without() -> None:
     assert run["drain_gap_steps"] == pytest.approx(100 / STEP_MS)
     assert run["give_back_gap_steps"] == pytest.approx(400 / STEP_MS)
     assert run["by_kind"]["Drained"]["longest_gap_s"] == pytest.approx(0.4)
+
+
+# -- when a fault is over --------------------------------------------------
+
+
+def test_a_session_on_probation_is_in_order_only_while_its_worker_is_heard_of() -> None:
+    """Else a fault that begins then is over at once, and the loss that it causes is false."""
+
+    def status(state: admin_pb2.SessionState, silent_ms: float) -> admin_pb2.WorkerStatus:
+        return admin_pb2.WorkerStatus(state=state, silent_ms=silent_ms)
+
+    half_open, live = admin_pb2.SESSION_STATE_HALF_OPEN, admin_pb2.SESSION_STATE_LIVE
+    assert works(status(live, 0.0))
+    assert works(status(half_open, SUSPECT_MS - 1.0))
+    assert not works(status(half_open, SUSPECT_MS))
+    assert not works(status(half_open, 0.0), LIVE)
+    assert not works(status(admin_pb2.SESSION_STATE_SUSPECT, 0.0))

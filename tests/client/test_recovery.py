@@ -62,27 +62,62 @@ def test_one_that_is_resumable_is_resumed_first() -> None:
     assert (recovery.resume.generation_id, recovery.resume.next_index) == ("11" * 16, 3)
 
 
-@pytest.mark.parametrize("timeout", [None, 4.0], ids=["its own time", "a deadline"])
-def test_who_cannot_say_is_asked_for_half_of_the_time_and_the_rest_is_for_the_other_way(
-    monkeypatch, timeout
-) -> None:
-    now = 100.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
-    recovery = Recovery(build_request({"prompt": "a", "resumable": True}), timeout, 10.0)
+UNSAID = MeshUnavailableError(
+    grpc.StatusCode.UNAVAILABLE, "not yet", "NOT_YET", retry_after_s=0.1
+)
+
+
+def lost_at(
+    monkeypatch: pytest.MonkeyPatch, now: list[float], timeout: float | None, recover_s: float
+) -> Recovery:
+    """One that is to be resumed from now on, by a clock that is set."""
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    recovery = Recovery(build_request({"prompt": "a", "resumable": True}), timeout, recover_s)
     recovery.take(ACCEPTED)
     recovery.take(Tokens(0, (5, 6), "x"))
     recovery.pause(GONE)
-    half = 5.0 if timeout is None else 2.0
-    unsaid = MeshUnavailableError(
-        grpc.StatusCode.UNAVAILABLE, "not yet", "NOT_YET", retry_after_s=0.1
-    )
-    now += half - 0.1
-    assert recovery.pause(unsaid) > 0.1
+    return recovery
+
+
+@pytest.mark.parametrize(
+    ("timeout", "half", "answer"),
+    [(None, 5.0, GONE), (4.0, 2.0, GONE), (4.0, 2.0, UNSAID)],
+    ids=["its own time", "a deadline", "a deadline where nobody can say"],
+)
+def test_who_does_not_say_is_asked_for_half_of_the_time_and_the_rest_is_for_the_other_way(
+    monkeypatch: pytest.MonkeyPatch, timeout: float | None, half: float, answer: MeshError
+) -> None:
+    now = [100.0]
+    recovery = lost_at(monkeypatch, now, timeout, 10.0)
+    now[0] += half - 0.1
+    assert recovery.pause(answer) > (answer.retry_after_s or 0.0)
     assert recovery.resume is not None
-    now += 0.1
-    recovery.pause(unsaid)
+    now[0] += 0.1
+    recovery.pause(answer)
     assert recovery.resume is None
     assert list(recovery.request.continue_from.token_ids) == [5, 6]
+
+
+def test_routers_that_cannot_say_are_asked_as_long_as_one_silent_worker_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [100.0]
+    recovery = lost_at(monkeypatch, now, None, 60.0)
+    # No router answers for a while: that says nothing of the generation.
+    now[0] += 8.0
+    asked = now[0] + recovery.pause(GONE)
+    now[0] = asked + 1.0  # The call has waited for a worker.
+    while now[0] < asked + 3.0:
+        assert recovery.resume is not None
+        pause = recovery.pause(UNSAID)
+        assert 0.1 < pause <= 0.1 + 0.5, "a router that answers is soon asked again"
+        now[0] += pause
+    # Another worker may have fallen silent meanwhile: it is not waited for as well.
+    assert recovery.pause(UNSAID) == 0.0
+    assert recovery.resume is None
+    assert list(recovery.request.continue_from.token_ids) == [5, 6]
+    # What was in vain does not put that call off.
+    assert recovery.pause(GONE) <= 0.05
 
 
 def test_what_another_call_took_over_is_over() -> None:

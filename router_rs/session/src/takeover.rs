@@ -12,11 +12,12 @@
 //! that this router can go on with, wins, decode before prefill; the others are cancelled.
 //! Where there is none nothing is claimed, and whoever has the generation keeps it. The
 //! claim goes to every session: who holds nothing then refuses what the old owner still
-//! places. The winner's word decides at once, for its tokens follow it. Where the winner is
-//! lost before it says anything the next one that was claimed is gone on from, by a new
+//! places. Prefill alone, and decode that has made no token, are gone on from by a new
+//! attempt. The winner's word decides at once, for its tokens follow it. Where the winner
+//! is lost before it says anything the next one that was claimed is gone on from, by a new
 //! attempt. What was claimed in vain is left where it runs, for another try. Where a claim
-//! is refused the next one goes to everybody under a higher number: who gave it already gives
-//! it anew, and where none comes of that it is left as well.
+//! is refused the next one goes to everybody under a higher number: who gave it already
+//! gives it anew, and where none comes of that it is left as well.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -434,7 +435,7 @@ impl Takeover {
         // Who gave it to an earlier claim answers this one, too.
         self.earlier.clear();
         let held = holder.held;
-        let goes_on = heard && held.stage != Stage::Prefill;
+        let goes_on = heard && !needs_prefill(&held);
         let cancel = |(to, held): (WorkerIndex, Held)| Action::Cancel {
             to,
             fence: held.fence,
@@ -469,6 +470,17 @@ impl Takeover {
         actions.push(Action::Disarm);
         actions.push(Action::End(why));
         self.state = State::Ended;
+    }
+}
+
+/// Whether an attempt comes to nothing without the part beside it, which is cancelled, or that
+/// its router never placed. Of decode that has made no token nobody knows whether it has its
+/// KV: without it, it would wait for as long as a transfer may.
+fn needs_prefill(held: &Held) -> bool {
+    match held.stage {
+        Stage::Prefill => true,
+        Stage::Decode => held.next_index == 0,
+        Stage::Whole => false,
     }
 }
 

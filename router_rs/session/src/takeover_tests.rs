@@ -141,6 +141,31 @@ fn a_prompt_alone_is_gone_on_from_by_a_new_attempt() {
 }
 
 #[test]
+fn decode_that_has_made_nothing_waits_for_no_prefill() {
+    // Prefill's part is cancelled, or was never placed: the KV that is awaited never comes.
+    for beside in [true, false] {
+        let decode = held(fence(1, 1), 0, Stage::Decode);
+        let (mut takeover, _) = Takeover::start(0, [A, B]);
+        let of_a = match beside {
+            true => this(held(fence(1, 1), 0, Stage::Prefill)),
+            false => Holds::Nothing,
+        };
+        says(&mut takeover, A, of_a);
+        let actions = says(&mut takeover, B, this(decode));
+        assert_eq!(claims(&actions), [(A, 2), (B, 2)]);
+        let mut cancelled = vec![(B, fence(2, 1))];
+        if beside {
+            gives(&mut takeover, A, held(fence(2, 1), 0, Stage::Prefill));
+            cancelled.insert(0, (A, fence(2, 1)));
+        }
+        let actions = gives(&mut takeover, B, held(fence(2, 1), 0, Stage::Decode));
+        assert_eq!(cancels(&actions), cancelled);
+        let take = taken(&actions).expect("it is taken");
+        assert_eq!((take.runs, take.owner, take.last_attempt), (None, 3, 1));
+    }
+}
+
+#[test]
 fn nobody_is_disturbed_for_what_cannot_be_had() {
     let (mut takeover, _) = Takeover::start(9, [A, B]);
     says(&mut takeover, A, Holds::Nothing);

@@ -19,7 +19,7 @@ mod outside;
 mod tls;
 mod token;
 
-pub use dial::{Connection, Dialer, Dialled, Shown};
+pub use dial::{Connection, Dialer, Dialled, Shown, UNACKNOWLEDGED};
 pub use followed::{FileError, Followed, Wrong};
 pub use identity::{Identity, IdentityError, Role};
 pub use outside::{ServerTls, ServerTlsError};

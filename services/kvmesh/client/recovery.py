@@ -23,6 +23,11 @@ _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
 _RESUME_SHARE = 0.5
 """Of the time that a stream may stand still: so long one that is resumable is asked for."""
+_UNSAID_S = 3.0
+"""So long at most where routers do answer and cannot say who has it: each gives up a worker that is
+silent after this time. Without the bound the next worker that falls silent is waited for as well."""
+_UNSAID_PAUSE_S = 0.5
+"""Longest pause then. A router that answers is there, and may know more at any moment."""
 
 _ANOTHER_TIME = frozenset(
     {
@@ -58,6 +63,7 @@ class Recovery:
         self._resumes = False
         self._failures = 0
         self._moved = now
+        self._asks = now
         self._resume_until = now
         self._loss: MeshError | None = None
 
@@ -110,10 +116,15 @@ class Recovery:
         the next index, where nothing came for too long."""
         now = time.monotonic()
         if self._resumes and error.code not in _ANOTHER_TIME:
-            self._resumes = False
-            return 0.0
+            return self._goes_on_by_itself()
+        unsaid = self._resumes and error.reason == "NOT_YET"
+        if unsaid:
+            # From when it was asked: it may have waited for an answer meanwhile.
+            self._resume_until = min(self._resume_until, self._asks + _UNSAID_S)
         if error.code is grpc.StatusCode.UNAVAILABLE and now >= self._resume_until:
             # Nobody could say in all that time; there has to be some for the other way.
+            if unsaid:
+                return self._goes_on_by_itself()
             self._resumes = False
         # Where many streams of a lost router go on at once, one may have to wait for
         # room or for its tenant's limits, as any other request.
@@ -132,7 +143,17 @@ class Recovery:
         late = self._deadline is not None and later >= self._deadline
         if late or later - self._moved >= self._recover_s:
             raise self._loss
-        bound = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**self._failures)
+        longest = _UNSAID_PAUSE_S if unsaid else _LONGEST_PAUSE_S
+        bound = min(longest, _FIRST_PAUSE_S * 2**self._failures)
         self._failures = min(self._failures + 1, 16)
         # Clients that lost the same router come back apart.
-        return (told_s or 0.0) + random.uniform(bound / 4, bound)
+        pause = (told_s or 0.0) + random.uniform(bound / 4, bound)
+        self._asks = now + pause
+        return pause
+
+    def _goes_on_by_itself(self) -> float:
+        """Nobody resumes it: what the client holds is gone on from, at once. What was in vain
+        says nothing of that call."""
+        self._resumes = False
+        self._failures = 0
+        return 0.0

@@ -14,10 +14,11 @@
 //!                                    dials again)      ◀─────────────┘ silent
 //! ```
 //!
-//! Silence: no frame for 1 s makes a worker suspect (no new placements), for
-//! max(3 s, 8 x the predicted step) lost (its streams end or move). The same
-//! bounds hold for the age of a step that its loads tell of, so that a stuck
-//! engine under a beating event loop is found (DESIGN 5).
+//! Silence: no frame for 1 s makes a worker suspect (no new placements), or lost
+//! again where it is half open and nothing probes it; for max(3 s, 8 x the
+//! predicted step) lost (its streams end or move). The same bounds hold for the age
+//! of a step that its loads tell of, so that a stuck engine under a beating event
+//! loop is found (DESIGN 5).
 //!
 //! A worker whose answers fail, with a code that blames nobody's request, several
 //! times in a row is ejected for a while that doubles each time; then it is half
@@ -359,11 +360,14 @@ impl Link {
                     self.broken(true, &mut actions);
                 }
             }
-            Event::Fired(Timer::Suspect) => {
-                if self.state == State::Live {
+            Event::Fired(Timer::Suspect) => match self.state {
+                State::Live => {
                     self.become_state(State::Suspect(Suspicion::Silent), &mut actions);
                 }
-            }
+                // The frame that brought it back was its last one: no probe is sent after it.
+                State::HalfOpen { probe: None } => self.lose(Suspicion::Silent, &mut actions),
+                _ => {}
+            },
             Event::Fired(Timer::Lost) => self.lose(Suspicion::Silent, &mut actions),
         }
         Ok(actions)

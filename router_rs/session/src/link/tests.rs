@@ -164,6 +164,25 @@ fn only_the_probe_itself_decides_against_a_worker_on_probation() {
 }
 
 #[test]
+fn no_probe_goes_to_a_worker_that_is_silent_again() {
+    let mut link = live();
+    link.apply(Event::Fired(Timer::Lost)).unwrap();
+    let actions = link.apply(Event::Frame(None)).unwrap();
+    assert!(actions.contains(&Action::Arm(Timer::Suspect, SUSPECT_MS)));
+    let mut probed = link.clone();
+    link.apply(Event::Fired(Timer::Suspect)).unwrap();
+    assert_eq!(*link.state(), State::Lost(Suspicion::Silent));
+    link.apply(Event::Frame(None)).unwrap();
+    assert!(link.placeable());
+    // A probe that is under way has as long as any other request.
+    probed.apply(Event::Placed(1)).unwrap();
+    probed.apply(Event::Fired(Timer::Suspect)).unwrap();
+    assert_eq!(*probed.state(), State::HalfOpen { probe: Some(1) });
+    let actions = probed.apply(Event::Fired(Timer::Lost)).unwrap();
+    assert!(lost(&actions, Loss::Silent));
+}
+
+#[test]
 fn a_frame_in_time_ends_the_suspicion() {
     let mut link = live();
     link.apply(Event::Fired(Timer::Suspect)).unwrap();

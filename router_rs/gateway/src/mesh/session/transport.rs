@@ -17,6 +17,9 @@ use tonic::{Streaming, transport::Endpoint};
 use super::{OUTBOUND_QUEUE, REDIAL, Session, at};
 use crate::mesh::{settings::MeshSettings, table::WorkerEntry};
 
+// A worker that hears nothing is given up as soon as one that says nothing.
+const _: () = assert!(kvmesh_trust::UNACKNOWLEDGED.as_millis() == link::LOST_MS as u128);
+
 /// Why a session's transport ended.
 pub(super) enum Ended {
     /// The router is shutting down or the worker was taken off the table.
@@ -175,14 +178,13 @@ pub(super) async fn next_frame(
     }
 }
 
-/// Opens a connection to a worker, and to no other where TLS tells. Nagle's algorithm is off: a frame that
-/// waits for an acknowledgement costs 40 ms.
+/// Opens a connection to a worker, and to no other where TLS tells. What it does not acknowledge
+/// in [`kvmesh_trust::UNACKNOWLEDGED`] ends it.
 pub(in crate::mesh) async fn connect(
     settings: &MeshSettings,
     worker: &WorkerEntry,
 ) -> Result<Connection, tonic::transport::Error> {
     let endpoint = Endpoint::from_shared(format!("http://{}", worker.address()))?
-        .tcp_nodelay(true)
         .connect_timeout(Duration::from_millis(link::GREETING_MS))
         .http2_keep_alive_interval(settings.keep_alive)
         .keep_alive_while_idle(true)
