@@ -62,9 +62,7 @@ def test_one_that_is_resumable_is_resumed_first() -> None:
     assert (recovery.resume.generation_id, recovery.resume.next_index) == ("11" * 16, 3)
 
 
-UNSAID = MeshUnavailableError(
-    grpc.StatusCode.UNAVAILABLE, "not yet", "NOT_YET", retry_after_s=0.1
-)
+UNSAID = MeshUnavailableError(grpc.StatusCode.UNAVAILABLE, "not yet", "NOT_YET", retry_after_s=0.1)
 
 
 def lost_at(

@@ -24,8 +24,8 @@ _LONGEST_PAUSE_S = 2.0
 _RESUME_SHARE = 0.5
 """Of the time that a stream may stand still: so long one that is resumable is asked for."""
 _UNSAID_S = 3.0
-"""So long at most where routers do answer and cannot say who has it: each gives up a worker that is
-silent after this time. Without the bound the next worker that falls silent is waited for as well."""
+"""So long at most where routers do answer and cannot say who has it: each gives up a worker that
+is silent after this time. Without the bound the next one that falls silent is waited for, too."""
 _UNSAID_PAUSE_S = 0.5
 """Longest pause then. A router that answers is there, and may know more at any moment."""
 
