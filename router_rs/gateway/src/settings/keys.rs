@@ -220,7 +220,7 @@ const ROUTER: &[Key] = &[
         "queue_timeout",
         Kind::Time(100, 24 * HOUR),
         "60s",
-        "Longest wait for room.",
+        "Longest wait for room. Less where the target of a class for first tokens asks for it: for interactive requests always, for others in an overload.",
     ),
     key(
         "dispatch_ahead",
