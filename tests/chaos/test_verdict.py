@@ -125,6 +125,7 @@ def test_drains_with_time_to_hand_over_are_told_from_those_without() -> None:
     assert run["drain_gap_steps"] == pytest.approx(100 / STEP_MS)
     assert run["give_back_gap_steps"] == pytest.approx(400 / STEP_MS)
     assert run["by_kind"]["Drained"]["longest_gap_s"] == pytest.approx(0.4)
+    assert run["by_kind"]["Drained"]["longest_gap_began"] == BEGAN + 5.0
 
 
 # -- when a fault is over --------------------------------------------------

@@ -18,8 +18,10 @@ STALLED_S = 5.0
 """A stream that waits for longer than this is stalled."""
 AFTER_S = 0.5
 """A router may still tell of a loss so long after its view was whole again."""
-KEPT = 20
+KEPT = 200
 """Bad streams of which more than the count is kept."""
+Gap = tuple[float, float]
+"""From when to when a stream stood still, by time.monotonic."""
 FROZEN = frozenset({"Frozen", "Stuck", "Unreachable", "Mute", "Deaf", "HalfOpen", "Vanished"})
 """Faults that only silence tells of, and that stop a worker altogether."""
 
@@ -38,7 +40,7 @@ class Verdict:
     """Streams of more than one attempt at their last router."""
     recomputed_tokens: int = 0
     details: list[str] = field(default_factory=list)
-    gaps: list[tuple[float, float]] = field(default_factory=list)
+    gaps: list[Gap] = field(default_factory=list)
     """Long gaps of all streams."""
     first_token_s: float = 0.0
 
@@ -66,9 +68,9 @@ class Verdict:
             if len(self.details) < KEPT:
                 self.details.append(_describe(stream, problems, wrong))
 
-    def longest_gap_s(
+    def longest_gap(
         self, played: Sequence[Played], explains: Callable[[Fault], bool]
-    ) -> float | None:
+    ) -> Gap | None:
         """The longest gap between two tokens that such faults explain, and no others.
 
         A fault explains a gap where it was there for half of it. None: there is no such gap.
@@ -77,19 +79,28 @@ class Verdict:
             gap for gap in self.gaps if (near := _near(gap, played)) and all(map(explains, near))
         )
 
-    def longest_unexplained_gap_s(self, played: Sequence[Played]) -> float | None:
+    def longest_unexplained_gap(self, played: Sequence[Played]) -> Gap | None:
         """The longest gap that no fault explains. None: there is no such gap."""
         return _longest(gap for gap in self.gaps if not _near(gap, played))
 
 
-def _near(gap: tuple[float, float], played: Sequence[Played]) -> list[Fault]:
+def _near(gap: Gap, played: Sequence[Played]) -> list[Fault]:
     """The faults that were there for half of a gap."""
     begin, end = gap
     return [one.fault for one in played if one.overlap_s(begin, end) >= (end - begin) / 2]
 
 
-def _longest(gaps: Iterable[tuple[float, float]]) -> float | None:
-    return max((end - begin for begin, end in gaps), default=None)
+def _longest(gaps: Iterable[Gap]) -> Gap | None:
+    return max(gaps, key=_length_s, default=None)
+
+
+def _length_s(gap: Gap) -> float:
+    begin, end = gap
+    return end - begin
+
+
+def _seconds(gap: Gap | None) -> float | None:
+    return None if gap is None else _length_s(gap)
 
 
 def _describe(stream: Stream, problems: Counter[str], wrong: int | None) -> str:
@@ -148,7 +159,11 @@ def figures(verdict: Verdict, played: Sequence[Played], false: Sequence[str]) ->
     """
 
     def longest(explains: Callable[[Fault], bool]) -> float | None:
-        return verdict.longest_gap_s(played, explains)
+        return _seconds(verdict.longest_gap(played, explains))
+
+    def began(explains: Callable[[Fault], bool]) -> float | None:
+        gap = verdict.longest_gap(played, explains)
+        return None if gap is None else gap[0]
 
     def drain_gap_steps(*, handed_over: bool) -> float | None:
         gap_s = longest(
@@ -160,8 +175,8 @@ def figures(verdict: Verdict, played: Sequence[Played], false: Sequence[str]) ->
         "bad_streams": verdict.bad_streams,
         "faults": len(played),
         "streams": verdict.streams,
-        "longest_gap_s": _longest(verdict.gaps),
-        "longest_unexplained_gap_s": verdict.longest_unexplained_gap_s(played),
+        "longest_gap_s": _seconds(_longest(verdict.gaps)),
+        "longest_unexplained_gap_s": _seconds(verdict.longest_unexplained_gap(played)),
         "longest_gap_kill_s": longest(lambda fault: fault.kind == "Killed"),
         "longest_gap_freeze_s": longest(lambda fault: fault.kind in FROZEN),
         "drain_gap_steps": drain_gap_steps(handed_over=True),
@@ -183,6 +198,8 @@ def figures(verdict: Verdict, played: Sequence[Played], false: Sequence[str]) ->
                 "faults": sum(one.fault.kind == kind for one in played),
                 "dropped": sum(one.dropped for one in played if one.fault.kind == kind),
                 "longest_gap_s": longest(lambda fault, kind=kind: fault.kind == kind),
+                # Of time.monotonic: what the logs tell of it is found by that.
+                "longest_gap_began": began(lambda fault, kind=kind: fault.kind == kind),
                 "longest_until_whole_s": max(
                     one.whole - one.healed for one in played if one.fault.kind == kind
                 ),
