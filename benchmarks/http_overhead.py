@@ -19,7 +19,7 @@ import argparse
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from alternating import Blocks, Figure, print_table, write_json
@@ -55,31 +55,13 @@ def find_program(name: str, named: Path | None) -> Path | None:
     return named or (beside if beside.exists() else Path(on_path) if on_path else None)
 
 
-def start_smg(bench: Bench, smg: Path, upstream: int) -> Target:
-    """Starts SMG in front of an HTTP worker."""
+def start_gateway(bench: Bench, command: Sequence[str | Path], upstream: int) -> Target:
+    """Starts SMG, or vLLM's router, which takes the same options, in front of an HTTP worker."""
     port = free_port()
     process = bench.start(
         [
-            *(smg, "launch", "--host", "127.0.0.1", "--port", str(port)),
+            *(*command, "--host", "127.0.0.1", "--port", str(port)),
             *("--worker-urls", f"http://127.0.0.1:{upstream}", "--policy", "round_robin"),
-            *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())),
-            *("--log-level", "error", "--max-concurrent-requests", "10000"),
-        ],
-        bench.router_core,
-    )
-    target = Target(port, process.pid)
-    bench.wait_ready(target, process)
-    return target
-
-
-def start_vllm_router(bench: Bench, program: Path, upstream: int) -> Target:
-    """Starts vLLM's router in front of an HTTP worker."""
-    port = free_port()
-    process = bench.start(
-        [
-            *(program, "--host", "127.0.0.1", "--port", str(port)),
-            *("--worker-urls", f"http://127.0.0.1:{upstream}", "--policy", "round_robin"),
-            *("--worker-startup-check-interval", "1"),
             *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())),
             *("--log-level", "error", "--max-concurrent-requests", "10000"),
         ],
@@ -116,9 +98,10 @@ def start_targets(
         if envoy is not None:
             targets["envoy", step] = start_envoy(bench, envoy, mock.direct, folder)
         if smg is not None:
-            targets["smg", step] = start_smg(bench, smg, mock.direct)
+            targets["smg", step] = start_gateway(bench, (smg, "launch"), mock.direct)
         if vllm_router is not None:
-            targets["vllm_router", step] = start_vllm_router(bench, vllm_router, mock.direct)
+            often = (vllm_router, "--worker-startup-check-interval", "1")
+            targets["vllm_router", step] = start_gateway(bench, often, mock.direct)
     return targets
 
 

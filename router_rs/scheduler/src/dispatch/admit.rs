@@ -31,7 +31,8 @@ impl DispatchSettings {
 struct Found {
     /// Or why it may not.
     admitted: Result<Admitted, Rejected>,
-    /// It could be on time, and would not be if all went by their keys.
+    /// It is interactive, could be on time, and would not be if all went by their
+    /// keys.
     late: bool,
     /// It is refused for its own wait, though it could be on time.
     refused: bool,
@@ -66,7 +67,7 @@ impl<T> Dispatch<T> {
     ) -> Result<Admitted, Rejected> {
         let found = self.find_out(cluster, request, arrival_ms, left_ms);
         if let Some(line) = self.lines.get_mut(request.model) {
-            if found.late && request.class == Class::Interactive {
+            if found.late {
                 line.late(cluster.now_ms);
             }
             if found.refused {
@@ -116,10 +117,10 @@ impl<T> Dispatch<T> {
         // Who takes as long as all of its target is no sign of anything.
         let could_be =
             settings.keeps_targets() && 2.0 * work_ms <= settings.targets.of(class).ttft_ms;
-        let late = could_be && by_key.wait_ms(before_ms) > on_time_ms;
+        let late =
+            class == Class::Interactive && could_be && by_key.wait_ms(before_ms) > on_time_ms;
         let (line, now_ms) = (self.lines.get(request.model), cluster.now_ms);
-        let begins = late && class == Class::Interactive;
-        let overloaded = line.filter(|line| begins || line.is_overloaded(now_ms));
+        let overloaded = line.filter(|line| late || line.is_overloaded(now_ms));
         if let Some(line) = overloaded {
             before_ms = line.before_in_overload_ms(class, key_ms);
         }

@@ -158,16 +158,16 @@ impl<T> Line<T> {
         }
     }
 
-    /// What one goes as that is tried by itself.
-    pub(super) fn turn(&self, ticket: Ticket) -> Turn {
-        let key_ms = ticket.virtual_deadline_ms();
+    /// What one goes as with this key. More urgent ones may have come since its
+    /// pass began.
+    pub(super) fn turn(&self, ticket: Ticket, key_ms: f64) -> Turn {
         let yields = self.yields(ticket);
         Turn { key_ms, yields }
     }
 
     /// Whether more urgent ones wait, which go first. What goes on does not: its
     /// client waits in the middle of an answer.
-    pub(super) fn yields(&self, ticket: Ticket) -> bool {
+    fn yields(&self, ticket: Ticket) -> bool {
         let facts = self.facts.get(&ticket).filter(|_| self.overload.is_on());
         facts.is_some_and(|facts| {
             let class = facts.lane.class.index();
@@ -236,7 +236,7 @@ impl<T> Line<T> {
         &mut self,
         now_ms: f64,
         settings: &DispatchSettings,
-    ) -> Vec<(Ticket, Turn)> {
+    ) -> Vec<(Ticket, f64)> {
         let most = settings.tried_at_once;
         self.overload.settle(now_ms, self.lengths[0]);
         self.next_pass_ms = now_ms + settings.pass_ms;
@@ -254,7 +254,7 @@ impl<T> Line<T> {
             gone.into_iter().for_each(|ticket| self.let_go(ticket));
         }
         let (mut next_ms, mut next_class) = (f64::INFINITY, None);
-        let mut tried: Vec<(Ticket, Turn)> = Vec::with_capacity(tickets.len());
+        let mut tried: Vec<(Ticket, f64)> = Vec::with_capacity(tickets.len());
         for ticket in tickets.into_iter().rev() {
             let class = self.class(ticket);
             // Who goes first for the class alone keeps its key: it says when it came.
@@ -262,14 +262,7 @@ impl<T> Line<T> {
                 next_ms = f64::INFINITY;
             }
             next_ms = ticket.virtual_deadline_ms().min(next_ms - BEFORE_MS);
-            let yields = self.yields(ticket);
-            tried.push((
-                ticket,
-                Turn {
-                    key_ms: next_ms,
-                    yields,
-                },
-            ));
+            tried.push((ticket, next_ms));
         }
         // The next one is at the end.
         tried

@@ -79,7 +79,6 @@ pub enum Look {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
     model: Arc<str>,
-    class: Class,
     ticket: Ticket,
 }
 
@@ -87,8 +86,8 @@ pub struct Place {
 #[derive(Debug)]
 pub struct Pass {
     model: Arc<str>,
-    /// Each with what it goes as; the next one is at the end.
-    tried: Vec<(Ticket, Turn)>,
+    /// Each with the key that it goes as; the next one is at the end.
+    tried: Vec<(Ticket, f64)>,
     /// Whether it is the one that is being made.
     ours: bool,
     again_ms: Option<f64>,
@@ -107,12 +106,10 @@ impl Pass {
     fn next_of<T>(&mut self, line: &mut Line<T>) -> Option<(Ticket, Turn)> {
         let tried = self.tried.last().map(|(ticket, _)| *ticket);
         if let Some(joined) = line.next_joined(tried) {
-            return Some((joined, line.turn(joined)));
+            return Some((joined, line.turn(joined, joined.virtual_deadline_ms())));
         }
-        let (ticket, turn) = self.tried.pop()?;
-        // More urgent ones may have come since the pass began.
-        let yields = line.yields(ticket);
-        Some((ticket, Turn { yields, ..turn }))
+        let (ticket, key_ms) = self.tried.pop()?;
+        Some((ticket, line.turn(ticket, key_ms)))
     }
 
     /// The model.
@@ -249,7 +246,6 @@ impl<T> Dispatch<T> {
         self.length += 1;
         Ok(Place {
             model: Arc::clone(&entry.model),
-            class: entry.lane.class,
             ticket,
         })
     }
@@ -265,7 +261,7 @@ impl<T> Dispatch<T> {
     /// # Errors
     /// The request, where its model's queue is full.
     pub fn arrives(&mut self, entry: &Entry, now_ms: f64, item: T) -> Result<Pass, T> {
-        let Place { model, ticket, .. } = self.waits(entry, now_ms, item)?;
+        let Place { model, ticket } = self.waits(entry, now_ms, item)?;
         let mut pass = Pass::not_ours(model);
         let Some(line) = self.lines.get_mut(&pass.model) else {
             return Ok(pass);
@@ -274,7 +270,7 @@ impl<T> Dispatch<T> {
             if !line.join_pass(ticket) {
                 pass.ours = line.enter();
                 line.makes_way(entry.lane.class);
-                pass.tried.push((ticket, line.turn(ticket)));
+                pass.tried.push((ticket, ticket.virtual_deadline_ms()));
             }
         } else if line.due(now_ms) && line.enter() {
             pass.ours = true;
@@ -331,7 +327,6 @@ impl<T> Dispatch<T> {
                     return Some(Next {
                         place: Place {
                             model: Arc::clone(&pass.model),
-                            class: line.class(ticket).unwrap_or_default(),
                             ticket,
                         },
                         item,
@@ -393,10 +388,11 @@ impl<T> Dispatch<T> {
     /// as [`Dispatch::remove`]. An interactive one that has waited in vain begins an
     /// overload, whatever it waited for: room, too, goes to more urgent ones first.
     pub fn turn_away(&mut self, place: &Place, now_ms: f64) -> Option<T> {
+        let class = self.lines.get(&place.model)?.class(place.ticket);
         let item = self.remove(place)?;
-        let keeps = self.settings.keeps_targets();
-        if let Some(line) = self.lines.get_mut(&place.model).filter(|_| keeps)
-            && place.class == Class::Interactive
+        if class == Some(Class::Interactive)
+            && self.settings.keeps_targets()
+            && let Some(line) = self.lines.get_mut(&place.model)
         {
             line.late(now_ms);
         }
@@ -416,12 +412,8 @@ impl<T> Dispatch<T> {
     pub fn waiting(&self) -> impl Iterator<Item = (Place, f64, &T)> {
         self.lines.iter().flat_map(|(model, line)| {
             line.waiting().map(|(ticket, since_ms, item)| {
-                let place = Place {
-                    model: Arc::clone(model),
-                    class: line.class(ticket).unwrap_or_default(),
-                    ticket,
-                };
-                (place, since_ms, item)
+                let model = Arc::clone(model);
+                (Place { model, ticket }, since_ms, item)
             })
         })
     }
