@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    Move, NEW, OLD, Sim, World,
+    NEW, OLD,
     histories::{self, Histories, Seen, Step, Watched},
+    sim::{Move, Sim, World},
     worker::{Command, Frame, RIVAL, Worker},
 };
 

@@ -2,9 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use kvmesh_session::generation::Loss;
+
 use crate::{
-    Command, Faults, Frame, Loss, Move, Session, Sim, WORKERS, World,
+    WORKERS,
     histories::{self, Histories, Seen, Step, Watched},
+    sim::{Faults, Move, Sim, World},
+    worker::{Command, Frame, Session},
 };
 
 const ROUTER: &str = "router";
@@ -217,7 +221,6 @@ fn the_histories_are_those_that_the_worker_is_held_to() {
                 blips: 3,
                 stops: 1,
                 timeouts: 1,
-                any: 0,
             },
             hand_overs: 2,
             survive_loss: true,
