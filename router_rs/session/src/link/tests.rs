@@ -3,7 +3,7 @@
 use kvmesh_wire::v1;
 
 use super::*;
-use crate::HASH_SCHEME;
+use crate::{HASH_SCHEME, parse::Unread};
 
 fn hello(version: (u32, u32), id: &str, incarnation: u64, scheme: u32) -> Hello {
     Hello {
