@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,30 +69,35 @@ class Verdict:
             if len(self.details) < KEPT:
                 self.details.append(_describe(stream, problems, wrong))
 
-    def longest_gap(
-        self, played: Sequence[Played], explains: Callable[[Fault], bool]
-    ) -> Gap | None:
-        """The longest gap between two tokens that such faults explain, and no others.
 
-        A fault explains a gap where it was there for half of it. None: there is no such gap.
-        """
-        return _longest(
-            gap for gap in self.gaps if (near := _near(gap, played)) and all(map(explains, near))
-        )
+class Explained:
+    """Gaps, each with the faults that were there for half of it."""
 
-    def longest_unexplained_gap(self, played: Sequence[Played]) -> Gap | None:
-        """The longest gap that no fault explains. None: there is no such gap."""
-        return _longest(gap for gap in self.gaps if not _near(gap, played))
+    def __init__(self, gaps: Iterable[Gap], played: Iterable[Played]) -> None:
+        by_time = sorted(played, key=lambda one: one.injected)
+        injected = [one.injected for one in by_time]
+        longest_s = max((one.whole - one.injected for one in by_time), default=0.0)
 
+        def near(gap: Gap) -> list[Fault]:
+            begin, end = gap
+            some = by_time[bisect_left(injected, begin - longest_s) : bisect_right(injected, end)]
+            return [one.fault for one in some if one.overlap_s(begin, end) >= (end - begin) / 2]
 
-def _near(gap: Gap, played: Sequence[Played]) -> list[Fault]:
-    """The faults that were there for half of a gap."""
-    begin, end = gap
-    return [one.fault for one in played if one.overlap_s(begin, end) >= (end - begin) / 2]
+        # An hour of a busy machine has a hundred thousand: each is looked at once.
+        longest_first = sorted(gaps, key=_length_s, reverse=True)
+        self._gaps = [(gap, near(gap)) for gap in longest_first]
 
+    def longest(self, explains: Callable[[Fault], bool]) -> Gap | None:
+        """The longest that such faults explain, and no others. None: there is no such gap."""
+        return next((gap for gap, near in self._gaps if near and all(map(explains, near))), None)
 
-def _longest(gaps: Iterable[Gap]) -> Gap | None:
-    return max(gaps, key=_length_s, default=None)
+    def longest_unexplained(self) -> Gap | None:
+        """The longest that no fault explains. None: there is no such gap."""
+        return next((gap for gap, near in self._gaps if not near), None)
+
+    def longest_of_all(self) -> Gap | None:
+        """The longest. None: there is none."""
+        return next((gap for gap, _ in self._gaps), None)
 
 
 def _length_s(gap: Gap) -> float:
@@ -158,11 +164,13 @@ def figures(verdict: Verdict, played: Sequence[Played], false: Sequence[str]) ->
     None where no gap was seen of which a figure would tell.
     """
 
+    explained = Explained(verdict.gaps, played)
+
     def longest(explains: Callable[[Fault], bool]) -> float | None:
-        return _seconds(verdict.longest_gap(played, explains))
+        return _seconds(explained.longest(explains))
 
     def began(explains: Callable[[Fault], bool]) -> float | None:
-        gap = verdict.longest_gap(played, explains)
+        gap = explained.longest(explains)
         return None if gap is None else gap[0]
 
     def drain_gap_steps(*, handed_over: bool) -> float | None:
@@ -175,8 +183,8 @@ def figures(verdict: Verdict, played: Sequence[Played], false: Sequence[str]) ->
         "bad_streams": verdict.bad_streams,
         "faults": len(played),
         "streams": verdict.streams,
-        "longest_gap_s": _seconds(_longest(verdict.gaps)),
-        "longest_unexplained_gap_s": _seconds(verdict.longest_unexplained_gap(played)),
+        "longest_gap_s": _seconds(explained.longest_of_all()),
+        "longest_unexplained_gap_s": _seconds(explained.longest_unexplained()),
         "longest_gap_kill_s": longest(lambda fault: fault.kind == "Killed"),
         "longest_gap_freeze_s": longest(lambda fault: fault.kind in FROZEN),
         "drain_gap_steps": drain_gap_steps(handed_over=True),
