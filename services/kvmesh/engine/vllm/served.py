@@ -6,8 +6,8 @@ import hashlib
 import ipaddress
 import socket
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,11 +85,12 @@ def build(
         border.check_version(version, own.allow_untested)
         served = find(settings.model, progress)
         progress(f"vllm: {version}, importing")
-        border.set_environment(_environment(settings))
-        vllm = border.load()
-        # A folder that only this user can enter.
-        folder = Path(tempfile.mkdtemp(prefix="kvmesh-vllm-"))
-        with ExitStack() as stack:
+        host = settings.advertise_host or split_address("listen", settings.listen)[0]
+        with reserved_port(host) as port, ExitStack() as stack:
+            border.set_environment(_environment(settings, host, port))
+            vllm = border.load()
+            # A folder that only this user can enter.
+            folder = Path(tempfile.mkdtemp(prefix="kvmesh-vllm-"))
             guard = Guard(folder)
             stack.callback(guard.close)
             endpoints = _endpoints(folder)
@@ -111,10 +112,8 @@ def build(
         raise SettingError(str(error)) from error
 
 
-def _environment(settings: WorkerSettings) -> dict[str, str]:
+def _environment(settings: WorkerSettings, host: str, nixl_port: int) -> dict[str, str]:
     """What vLLM and its connectors read from the environment."""
-    host, _ = split_address("listen", settings.listen)
-    host = settings.advertise_host or host
     return {
         # Threads run here: a forked child could lock up.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
@@ -129,19 +128,27 @@ def _environment(settings: WorkerSettings) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         # NIXL's first contact, and the host that it tells peers. Ports are told with each hand-off.
         "VLLM_NIXL_SIDE_CHANNEL_HOST": host,
-        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(_free_port(host)),
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(nixl_port),
     }
 
 
-def _free_port(host: str) -> int:
+@contextmanager
+def reserved_port(host: str) -> Iterator[int]:
+    """A port that nobody else is given while this is open.
+
+    vLLM listens there a minute later, and waits for ever where somebody else has it by then. A
+    second socket may bind it that says SO_REUSEADDR, as vLLM's does, since this one does not
+    listen; one that asks for any port, or goes out, does not get it.
+    """
     try:
         version = ipaddress.ip_address(host).version
     except ValueError:
         version = 4
     family = socket.AF_INET6 if version == 6 else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    with socket.socket(family) as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("", 0))
+        yield int(held.getsockname()[1])
 
 
 def _endpoints(folder: Path) -> Endpoints:
