@@ -118,6 +118,41 @@ def test_routers_that_cannot_say_are_asked_as_long_as_one_silent_worker_is_waite
     assert recovery.pause(GONE) <= 0.05
 
 
+@pytest.mark.parametrize(("silent", "asked_for"), [(0.0, 3.0), (1.5, 1.5), (8.0, 1.0)])
+def test_a_worker_that_was_silent_before_its_router_was_lost_is_not_waited_for_anew(
+    monkeypatch: pytest.MonkeyPatch, silent: float, asked_for: float
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("random.uniform", lambda least, _: 0.0)
+    recovery = Recovery(build_request({"prompt": "a", "resumable": True}), None, 60.0)
+    recovery.take(ACCEPTED)
+    recovery.take(Tokens(0, (5, 6), "x"))
+    now[0] += silent
+    recovery.pause(GONE)
+    now[0] += asked_for - 0.01
+    assert recovery.pause(UNSAID) > 0.0
+    assert recovery.resume is not None
+    now[0] += 0.02
+    assert recovery.pause(UNSAID) == 0.0
+    assert recovery.resume is None
+
+
+def test_a_long_prompt_is_waited_for_from_when_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("random.uniform", lambda least, _: 0.0)
+    recovery = Recovery(build_request({"prompt": "a", "resumable": True}), None, 60.0)
+    recovery.take(ACCEPTED)
+    now[0] += 20.0
+    recovery.pause(GONE)
+    now[0] += 2.9
+    assert recovery.pause(UNSAID) > 0.0
+    assert recovery.resume is not None
+
+
 def test_what_another_call_took_over_is_over() -> None:
     recovery = Recovery(build_request({"prompt": "a", "resumable": True}), None, 30.0)
     recovery.take(ACCEPTED)

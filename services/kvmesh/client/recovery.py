@@ -24,8 +24,11 @@ _LONGEST_PAUSE_S = 2.0
 _RESUME_SHARE = 0.5
 """Of the time that a stream may stand still: so long one that is resumable is asked for."""
 _UNSAID_S = 3.0
-"""So long at most where routers do answer and cannot say who has it: each gives up a worker that
-is silent after this time. Without the bound the next one that falls silent is waited for, too."""
+"""So long at most where routers do answer and cannot say who has it: each gives up a worker that is
+silent after this time. Without the bound the next one that falls silent is waited for, too. For as
+long as the stream stood still before its router was lost, one was waited for already."""
+_UNSAID_LEAST_S = 1.0
+"""So long in any case: a router whose session just broke asks again."""
 _UNSAID_PAUSE_S = 0.5
 """Longest pause then. A router that answers is there, and may know more at any moment."""
 
@@ -63,6 +66,7 @@ class Recovery:
         self._resumes = False
         self._failures = 0
         self._moved = now
+        self._heard: float | None = None
         self._asks = now
         self._resume_until = now
         self._loss: MeshError | None = None
@@ -102,6 +106,7 @@ class Recovery:
             self._request.continue_from.token_ids.extend(event.ids)
             self._failures = 0
             self._loss = None
+            self._heard = time.monotonic()
         return True
 
     def _go_on_from(self, seed: int) -> None:
@@ -119,8 +124,11 @@ class Recovery:
             return self._goes_on_by_itself()
         unsaid = self._resumes and error.reason == "NOT_YET"
         if unsaid:
+            # What never had a token may be a long prompt that is computed: it stood not still.
+            stood_s = 0.0 if self._heard is None else self._moved - self._heard
+            asked_for_s = max(_UNSAID_LEAST_S, _UNSAID_S - stood_s)
             # From when it was asked: it may have waited for an answer meanwhile.
-            self._resume_until = min(self._resume_until, self._asks + _UNSAID_S)
+            self._resume_until = min(self._resume_until, self._asks + asked_for_s)
         if error.code is grpc.StatusCode.UNAVAILABLE and now >= self._resume_until:
             # Nobody could say in all that time; there has to be some for the other way.
             if unsaid:

@@ -271,7 +271,26 @@ impl Core {
             affinity: affinity(open.chain(), id),
             ..request_view(&open.request, id, border, expected, &cached, &excluded)
         };
-        placer.choose(&view, turn, &lasting, (waits.now_ms(), &waits.rules))
+        let (now_ms, rules) = (waits.now_ms(), &waits.rules);
+        // Its client has waited for one worker that failed: where another can run it at once, it
+        // is not the one that tries whether a third works again.
+        if request.failures > 0 {
+            let mut unproved = placer.on_probation();
+            if !unproved.is_empty() {
+                unproved.extend_from_slice(&excluded);
+                let sound = RequestView {
+                    excluded: &unproved,
+                    ..view
+                };
+                let placed = placer.choose(&sound, turn, &lasting, (now_ms, rules));
+                if let Ok(placed) = placed
+                    && placed.hold.is_none()
+                {
+                    return Ok(placed);
+                }
+            }
+        }
+        placer.choose(&view, turn, &lasting, (now_ms, rules))
     }
 
     /// Chain values of prompt and output: what a continuation finds in caches.

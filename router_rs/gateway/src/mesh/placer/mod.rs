@@ -412,6 +412,13 @@ impl Placer {
             .sum()
     }
 
+    /// Those that were lost or left out, of which the next request decides.
+    pub(super) fn on_probation(&self) -> SmallVec<[WorkerSlot; 4]> {
+        let known = self.workers.values();
+        let tried = known.filter(|known| known.standing == Standing::Probation);
+        tried.map(|known| known.slot).collect()
+    }
+
     /// The slots of workers, for a request's list of the excluded.
     pub(super) fn slot(&self, worker: WorkerIndex) -> Option<WorkerSlot> {
         self.workers.get(&worker).map(|known| known.slot)

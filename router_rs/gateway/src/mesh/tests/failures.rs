@@ -69,7 +69,7 @@ async fn what_is_returned_goes_on_where_it_was() {
 }
 
 /// A worker of which streams can be lost in the middle: a step takes 5 ms.
-fn slow() -> MockWorker {
+pub(super) fn slow() -> MockWorker {
     slow_as(Role::Both)
 }
 

@@ -1,7 +1,7 @@
 //! Workers that were lost or left out, and what lets them in again.
 
 use super::{
-    failures::{failing, survives},
+    failures::{failing, slow, survives},
     *,
 };
 
@@ -163,6 +163,35 @@ async fn of_many_requests_that_wait_one_goes_to_a_worker_on_probation() {
         assert_eq!((answer.error, answer.ids.len()), (None, 3));
     }
     assert_eq!(mesh.sessions().live, 2);
+}
+
+#[tokio::test]
+async fn a_stream_that_lost_its_worker_does_not_try_one_on_probation() {
+    let mut workers = [slow(), slow(), worker(Role::Both)];
+    let mesh = mesh_of(&workers.each_ref()).await;
+    let [_, _, back] = &workers;
+    back.freeze();
+    assert!(until(|| mesh.sessions().lost == 1).await);
+    // One stream each: whoever gets a second one is not the idlest.
+    hold(&[&workers[0], &workers[1]], Some(5));
+    let mut streams = Vec::new();
+    for n in 0..2 {
+        let mut stream = mesh.generate(request(&[n], 40)).unwrap();
+        let answer = first_tokens(&mut stream).await;
+        streams.push((answer, stream));
+    }
+    assert_eq!([0, 1].map(|n: usize| workers[n].counters().running), [1, 1]);
+    workers[2].thaw();
+    assert!(until(|| mesh.sessions().half_open == 1).await);
+    workers[0].kill();
+    hold(&[&workers[1]], None);
+    for (mut answer, stream) in streams {
+        answer.rest(stream).await;
+        assert_eq!((answer.error, answer.ids.len()), (None, 40));
+    }
+    assert_eq!(mesh.counters().migrations.died.get(), 1);
+    assert_eq!(workers[2].counters().placed, 0);
+    assert_eq!(mesh.sessions().half_open, 1, "{:?}", mesh.sessions());
 }
 
 #[tokio::test]
