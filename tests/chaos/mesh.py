@@ -76,9 +76,13 @@ def folder_of_run(given: Path | None = None) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def works(worker: admin_pb2.WorkerStatus, states: Collection[int] = PROBED) -> bool:
-    """Whether a session is in one of these states, and its worker was heard of lately."""
-    return worker.state in states and worker.silent_ms < SUSPECT_MS
+def works(
+    worker: admin_pb2.WorkerStatus,
+    states: Collection[int] = PROBED,
+    within_ms: float = SUSPECT_MS,
+) -> bool:
+    """Whether a session is in one of these states, and its worker was heard of within a time."""
+    return worker.state in states and worker.silent_ms < min(SUSPECT_MS, within_ms)
 
 
 class Mesh:
@@ -217,10 +221,15 @@ class Mesh:
         router: str,
         workers: Iterable[str],
         states: Collection[int] = PROBED,
+        since: float | None = None,
     ) -> bool:
-        """Whether a router has sessions that work with all of these."""
+        """Whether a router has sessions that work with all of these.
+
+        `since`: and has heard of each after this time (of time.monotonic).
+        """
+        within_ms = SUSPECT_MS if since is None else (time.monotonic() - since) * 1000
         table = self.table(router)
-        return all(name in table and works(table[name], states) for name in workers)
+        return all(name in table and works(table[name], states, within_ms) for name in workers)
 
     def _etcd_answers(self) -> bool:
         try:

@@ -98,7 +98,9 @@ class Player:
         others = frozenset[str]().union(*(a.fault.hosts for a in self.active if a is not one))
         workers = [name for name in ROLES if name not in others]
         routers = [name for name in ROUTERS if name not in others]
-        return all(self._mesh.is_live(router, workers) for router in routers)
+        # A router does not know at once that a machine died without a word: until it hears of the
+        # one that came in its place its view is not whole, however live it looks.
+        return all(self._mesh.is_live(router, workers, since=one.healed) for router in routers)
 
     def _states(self) -> list[str]:
         return [

@@ -21,6 +21,7 @@ use kvmesh_session::{
     parse::{LoadReport, reads_cache},
 };
 use kvmesh_wire::v1;
+use smallvec::SmallVec;
 
 use super::{
     figures::ms,
