@@ -33,17 +33,26 @@ def held(cluster: Cluster) -> Held:
     return now
 
 
-def wait_held(cluster: Cluster, before: Mapping[str, float], seconds: float = 120) -> None:
-    """Looks until nobody holds more of anything than before. Threads and connections that are
-    kept for a while go by themselves."""
+def left_over(cluster: Cluster, before: Mapping[str, float], seconds: float = 120) -> Held:
+    """Looks until nobody holds more of anything than before, or for so long; how much more is
+    held then. Threads and connections that are kept for a while go by themselves."""
     deadline = time.monotonic() + seconds
-    while more := {
-        what: f"{now:.0f}, {before[what]:.0f} before"
-        for what, now in held(cluster).items()
-        if now > before[what]
-    }:
-        assert time.monotonic() < deadline, more
+    while True:
+        more = {
+            what: now - before[what] for what, now in held(cluster).items() if now > before[what]
+        }
+        if not more or time.monotonic() >= deadline:
+            return more
         cluster.children.wait(0.05)
+
+
+def wait_held(cluster: Cluster, before: Mapping[str, float], seconds: float = 120) -> None:
+    """Waits until nobody holds more of anything than before."""
+    more = left_over(cluster, before, seconds)
+    assert not more, {
+        what: f"{before[what] + count:.0f}, {before[what]:.0f} before"
+        for what, count in more.items()
+    }
 
 
 def _of(child: Child, told: Mapping[str, float]) -> Held:

@@ -177,6 +177,10 @@ class RawHttp2:
             pass
         return self._statuses.get(stream) if frame.kind != RST_STREAM else None
 
+    def ended_with(self, stream: int) -> int | None:
+        """The grpc-status of a call whose end was read; None if it was reset."""
+        return self._statuses.get(stream)
+
     def statuses(self, streams: set[int]) -> dict[int, int | None]:
         """As `status`, of several calls."""
         ended: dict[int, int | None] = {}

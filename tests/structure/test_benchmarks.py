@@ -405,3 +405,40 @@ def test_what_overload_costs_is_read_from_all_that_was_asked(root):
         "1.2",
         "1.0 None 5.0 6.0 None None",
     ]
+
+
+def test_growth_is_read_after_the_warm_up_and_little_of_it_is_flat(root):
+    code = """
+        from collections import Counter
+        from churn import Memory, Outcome, figures_of, growth
+        from churn_load import Tally
+        def of(name, role, resident):
+            samples = [(100.0 + at, resident(at / 3_600)) for at in range(-50, 3_700)]
+            return growth(Memory(name, role, samples), 100.0, 3_700.0)
+        # Until the warm-up's end memory grows fast, and what comes before and after is not looked at.
+        def filled(grown_h, base=40.0):
+            return lambda h: (900.0 if h < 0 or h > 1 else
+                              base - 60 * max(0.0, 1 / 6 - h) + grown_h * h)
+        growths = [of("r0", "router", filled(0.9)), of("r1", "router", filled(1.1)),
+                   of("p", "prefill", filled(1.1, 80.0)), of("d", "decode", filled(-5.0))]
+        for one in growths:
+            print(one.name, *(round(x, 2) for x in (one.warm, one.end, one.peak, one.grown_h,
+                                                     one.allowed_h)), one.is_flat)
+        tally = Tally(ends=Counter({"finished": 5, "given up": 2})) + Tally(ends=Counter(bad=1))
+        left = {"p: blocks in use": 3.0, "router-0: fd": 1.0}
+        told = {one.name: one.value
+                for one in figures_of(Outcome(tally, 3_600.0, growths, left, 9, 9, {}))}
+        print(*(round(told[name], 2) for name in
+                ("router_rss_warm_mib", "router_rss_growth_mib_h", "prefill_rss_growth_mib_h",
+                 "processes_not_flat", "left_over", "requests", "given_up_requests",
+                 "bad_requests", "failed_requests")))
+    """
+    done = run(root, "-c", dedent(code))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "r0 40.18 40.87 40.9 0.9 1.0 True",
+        "r1 40.22 41.06 41.1 1.1 1.0 False",
+        "p 80.22 81.06 81.1 1.1 1.6 True",
+        "d 38.99 35.17 39.17 -5.0 1.0 True",
+        "40.22 1.1 1.1 1 4.0 8 2 1 0",
+    ]
