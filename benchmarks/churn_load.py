@@ -258,7 +258,10 @@ class Client(threading.Thread):
 
     def _ask_wrongly(self, endpoint: str) -> None:
         client = self._grpc.take(self._rng, endpoint)
-        options = {"token_ids": self._rng.choices(VOCABULARY, k=50), "max_tokens": 4}
+        options: dict[str, Any] = {
+            "token_ids": self._rng.choices(VOCABULARY, k=50),
+            "max_tokens": 4,
+        }
         options |= self._rng.choice(
             (
                 {"token_ids": self._rng.choices(VOCABULARY, k=CONTEXT_TOKENS + 1)},
@@ -348,7 +351,7 @@ class Client(threading.Thread):
             if self._stopped.wait(ASK_AGAIN_S):
                 self.tally.end("cancelled")
                 return
-        # Kept by a worker that was drained and is gone, most likely.
+        # Nobody has it: it was not placed yet, or its worker has been replaced.
         if status == UNKNOWN:
             self.tally.continued += 1
             request = asked.request()
