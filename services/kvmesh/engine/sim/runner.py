@@ -21,10 +21,9 @@ from kvmesh.engine.sim.settings import PROFILES, SimSettings
 from kvmesh.engine.sim.vocabulary import end_of_text_ids
 from kvmesh.v1 import worker_pb2 as wire
 
-_REMEMBERED = 4096
-"""Sequences whose running sums are kept; others are read from their blocks."""
-
-
+_REMEMBERED = 4
+"""Batches of sequences whose running sums are kept; others are read from their blocks. Nobody says
+when a sequence is over, so that all of these are there once so many came."""
 _LOOK_S = 0.01
 """How often a stuck engine looks whether it still is."""
 
@@ -236,7 +235,7 @@ class SimRunner:
         known = self._known
         known.pop(key, None)
         known[key] = (position, state, reading)
-        if len(known) > _REMEMBERED:
+        if len(known) > _REMEMBERED * self._settings.max_batch:
             del known[next(iter(known))]
 
     def _compute(self, piece: Slice) -> Sampled | None:
