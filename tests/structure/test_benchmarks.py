@@ -42,6 +42,8 @@ def test_figures_are_printed_by_their_names(root):
         pytest.param("session.py", ["itl_p99_ratio_snapshot", "itl_p99_ratio_prompts",
                                     "itl_p99_ratio_tokenizer"], marks=pytest.mark.slow),
         ("kv_transfer.py", ["shm_over_memcpy", "tcp_over_socket", "tls_over_tcp"]),
+        pytest.param("churn.py", ["router_rss_growth_mib_h", "processes_not_flat", "left_over",
+                                  "bad_requests"], marks=pytest.mark.slow),
         pytest.param("engine.py", ["prefill_over_transformers", "decode8_over_transformers",
                                    "kvmesh tok/s"], marks=pytest.mark.slow),
     ],
