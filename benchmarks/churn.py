@@ -40,7 +40,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from alternating import Figure, print_figures, print_table, say, write_json
-from churn_load import CONTEXT_TOKENS, ENDS, KINDS, POINTS, Load, Tally
+from churn_calls import POINTS
+from churn_load import CONTEXT_TOKENS, ENDS, KINDS, Load, Tally
 from overload_load import rss_mib
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "e2e"))

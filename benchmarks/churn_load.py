@@ -15,24 +15,31 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_args
+from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "e2e"))
 
 import grpc
+from churn_calls import (
+    POINTS,
+    Asked,
+    Kept,
+    UnexpectedError,
+    events_of,
+    ids_of,
+    read_rest,
+    read_until,
+)
 from many_streams import VOCABULARY, undisturbed
 from raw_http2 import ConnectionEndedError, RawHttp2, message, prefixed
 
 import kvmesh
-from kvmesh.client.request import RequestClass, build_request
+from kvmesh.client.request import RequestClass
 from kvmesh.v1 import inference_pb2 as wire
 
-T = TypeVar("T")
-
-MODEL = "sim"
 CONTEXT_TOKENS = 8_192
 """What the workers' model takes; a request for more is refused."""
 HEADS, HEAD_TOKENS = 12, 256
@@ -47,9 +54,6 @@ ENDLESS = 2_000
 """What those ask for who leave before."""
 PAUSE_S = 0.5
 """Mean time that a client does nothing between two requests."""
-CALLS_A_CONNECTION = 8
-ANEW = 0.3
-"""Of the requests that get a connection of their own."""
 SLOW_WINDOW = 256
 """Bytes that may be on their way to a client that reads slowly."""
 RESUME_PATH = "/kvmesh.v1.Inference/Resume"
@@ -62,8 +66,6 @@ NOT_YET, UNKNOWN, SHED = (
     )
 )
 ASK_AGAIN_S = 0.1
-IDLE_S = 20.0
-"""A connection that was idle for longer is not used again: the router may be about to close it."""
 JOIN_S = 600.0
 """A client that has not ended after this never does."""
 _OWN_CONNECTIONS = [("grpc.use_local_subchannel_pool", 1)]
@@ -74,16 +76,9 @@ KINDS: Mapping[str, int] = {
     "left": 22, "http left": 8, "late": 8, "refused": 5, "http refused": 5,
 }  # fmt: skip
 """What a client does with a request, and how often."""
-POINTS = ("unanswered", "placing", "accepted", "moving", "first token", "more tokens")
-"""Where one leaves: at once, some milliseconds after it asked, when it was accepted, some
-milliseconds after that (its prompt is computed and its KV moves), at its tokens."""
 ENDS = ("finished", "cancelled", "overdue", "refused", "shed", "given up", "failed", "bad")
 """What becomes of one. Given up: a client that reads nothing, by the router. Shed: told to come
 back. Failed: any end that was not asked for. Bad: finished with other tokens than the model's."""
-
-
-class UnexpectedError(Exception):
-    """An answer that a client should not get."""
 
 
 @dataclass
@@ -164,10 +159,10 @@ class Client(threading.Thread):
         self.broke: BaseException | None = None
         self._endpoints, self._heads, self._seed, self._stopped = endpoints, heads, seed, stopped
         self._rng = random.Random(seed)
-        self._grpc = _Kept(
+        self._grpc = Kept(
             lambda at: kvmesh.Client(at, options=_OWN_CONNECTIONS), kvmesh.Client.close
         )
-        self._http = _Kept(http.client.HTTPConnection, http.client.HTTPConnection.close)
+        self._http = Kept(http.client.HTTPConnection, http.client.HTTPConnection.close)
         self._ways: Mapping[str, Callable[[str], None]] = {
             "read": self._read, "http": self._read_http, "slow": self._read_slowly,
             "stalled": self._read_nothing, "resumed": self._resume_elsewhere,
@@ -212,7 +207,7 @@ class Client(threading.Thread):
     def _failed(self, why: str) -> None:
         self.tally.end("failed", f"{self.doing}: {why}")
 
-    def _finished(self, asked: _Asked, output: Sequence[int]) -> None:
+    def _finished(self, asked: Asked, output: Sequence[int]) -> None:
         expected = undisturbed(asked.prompt, asked.tokens)
         if list(output) == expected:
             self.tally.end("finished")
@@ -221,7 +216,7 @@ class Client(threading.Thread):
 
     # -- what is asked for -----------------------------------------------------
 
-    def _asked(self, tokens: int | None = None) -> _Asked:
+    def _asked(self, tokens: int | None = None) -> Asked:
         rng = self._rng
         head = rng.choice(self._heads) if rng.random() < SHARED else ()
         own = LONG_TOKENS if rng.randrange(50) == 0 else rng.choice(OWN_TOKENS)
@@ -231,7 +226,7 @@ class Client(threading.Thread):
             hints["conversation_id"] = f"{rng.getrandbits(64):x}"
         if rng.randrange(8) == 0:
             hints["cache_salt"] = f"{rng.getrandbits(64):x}"
-        return _Asked(
+        return Asked(
             [*head, *rng.choices(VOCABULARY, k=own)], tokens or rng.randint(*OUTPUT_TOKENS), hints
         )
 
@@ -240,7 +235,7 @@ class Client(threading.Thread):
     def _read(self, endpoint: str) -> None:
         asked = self._asked()
         client = self._grpc.take(self._rng, endpoint)
-        self._finished(asked, _ids(client.generate(**asked.options())))
+        self._finished(asked, ids_of(client.generate(**asked.options())))
 
     def _be_late(self, endpoint: str) -> None:
         asked = self._asked()
@@ -248,7 +243,7 @@ class Client(threading.Thread):
         # From before it is placed to long after its first tokens.
         timeout = self._rng.choice((0.002, 0.02, 0.1, 0.4)) * self._rng.uniform(0.5, 1.5)
         try:
-            output = _ids(client.generate(timeout=timeout, **asked.options()))
+            output = ids_of(client.generate(timeout=timeout, **asked.options()))
         except kvmesh.MeshError as error:
             if error.code is not grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise
@@ -285,7 +280,7 @@ class Client(threading.Thread):
                 # One that is resumable and whose client vanishes is kept for a while, in vain.
                 resumable = self._rng.randrange(4) == 0
                 stream = raw.call(message(asked.request(resumable=resumable)))
-                if not _read_until(raw, stream, point, self._rng):
+                if not read_until(raw, stream, point, self._rng):
                     self._ended(raw, stream)
                     continue
                 self.tally.left_at[point] += 1
@@ -300,7 +295,7 @@ class Client(threading.Thread):
         with RawHttp2(endpoint, window=SLOW_WINDOW) as raw:
             stream = raw.call(message(asked.request()))
             output: list[int] = []
-            if _rest(raw, stream, output, lambda: time.sleep(self._rng.uniform(0.0, 0.05))):
+            if read_rest(raw, stream, output, lambda: time.sleep(self._rng.uniform(0.0, 0.05))):
                 self._finished(asked, output)
             else:
                 self._ended(raw, stream)
@@ -335,7 +330,7 @@ class Client(threading.Thread):
                 self._take_up(other, asked, accepted, output)
 
     def _take_up(
-        self, raw: RawHttp2, asked: _Asked, accepted: wire.Accepted, output: list[int]
+        self, raw: RawHttp2, asked: Asked, accepted: wire.Accepted, output: list[int]
     ) -> None:
         """The rest of a stream, as our own client asks for it where its router is gone."""
         while True:
@@ -343,7 +338,7 @@ class Client(threading.Thread):
                 generation_id=accepted.generation_id, next_index=len(output), token_ids=output
             )
             stream = raw.call(prefixed(resume.SerializeToString()), path=RESUME_PATH)
-            if _rest(raw, stream, output):
+            if read_rest(raw, stream, output):
                 self._finished(asked, output)
                 return
             if (status := raw.ended_with(stream)) != NOT_YET:
@@ -358,7 +353,7 @@ class Client(threading.Thread):
             request.continue_from.token_ids.extend(output)
             request.continue_from.seed = accepted.seed
             stream = raw.call(message(request))
-            if _rest(raw, stream, output):
+            if read_rest(raw, stream, output):
                 self._finished(asked, output)
                 return
         self._ended(raw, stream)
@@ -383,7 +378,7 @@ class Client(threading.Thread):
         if answer.status != http.client.OK:
             self._turned_away(answer)
         elif streams:
-            self._finished(asked, [token for part in _events(answer) for token in part])
+            self._finished(asked, [token for part in events_of(answer) for token in part])
         else:
             self._finished(asked, json.loads(answer.read())["choices"][0]["token_ids"])
 
@@ -394,7 +389,7 @@ class Client(threading.Thread):
             self._turned_away(answer)
             return
         events = self._rng.choice((0, 1, 1, 2, self._rng.randrange(40)))
-        for _, _ in zip(range(events), _events(answer), strict=False):
+        for _, _ in zip(range(events), events_of(answer), strict=False):
             pass
         answer.close()
         self._http.drop()
@@ -428,117 +423,3 @@ class Client(threading.Thread):
             self._stopped.wait(float(answer.headers.get("retry-after", "0")))
         else:
             raise UnexpectedError(f"status {answer.status}: {text[:300]}")
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A request, and so its output."""
-
-    prompt: list[int]
-    tokens: int
-    hints: Mapping[str, Any]
-
-    def options(self) -> dict[str, Any]:
-        """For our own client."""
-        return {
-            "token_ids": self.prompt,
-            "max_tokens": self.tokens,
-            "ignore_end_of_text": True,
-            **self.hints,
-        }
-
-    def request(self, *, resumable: bool = False) -> wire.GenerateRequest:
-        """As gRPC has it."""
-        return build_request({**self.options(), "resumable": resumable})  # type: ignore[typeddict-item]
-
-    def body(self) -> dict[str, Any]:
-        """As OpenAI's HTTP has it."""
-        salt = {key: self.hints[key] for key in ("cache_salt",) if key in self.hints}
-        return {
-            "model": MODEL,
-            "prompt": self.prompt,
-            "max_tokens": self.tokens,
-            "ignore_eos": True,
-            "return_token_ids": True,
-            **salt,
-        }
-
-
-class _Kept(Generic[T]):
-    """A connection that is used for some requests, and then another one."""
-
-    def __init__(self, connect: Callable[[str], T], close: Callable[[T], None]) -> None:
-        self._connect, self._close = connect, close
-        self._open: T | None = None
-        self._calls = 0
-        self._used = 0.0
-
-    def take(self, rng: random.Random, endpoint: str) -> T:
-        """One for the next request. Who is connected stays with the router that it found."""
-        now = time.monotonic()
-        # Drawn in any case: what is drawn after it hangs on no time.
-        anew = rng.random() < ANEW
-        if anew or self._calls >= CALLS_A_CONNECTION or now - self._used > IDLE_S:
-            self.drop()
-        if self._open is None:
-            self._open, self._calls = self._connect(endpoint), 0
-        self._calls += 1
-        self._used = now
-        return self._open
-
-    def drop(self) -> None:
-        """Closes it."""
-        if self._open is not None:
-            self._close(self._open)
-            self._open = None
-
-
-def _ids(events: Iterator[kvmesh.Event]) -> list[int]:
-    """A whole output."""
-    return [token for event in events if isinstance(event, kvmesh.Tokens) for token in event.ids]
-
-
-def _rest(
-    raw: RawHttp2, stream: int, output: list[int], pause: Callable[[], None] = lambda: None
-) -> bool:
-    """Reads a call to its end, with a pause after each message. Whether it ended well."""
-    finished = False
-    for event in raw.events(stream):
-        output += event.tokens.ids
-        finished |= event.HasField("finished")
-        pause()
-    return finished
-
-
-def _read_until(raw: RawHttp2, stream: int, point: str, rng: random.Random) -> bool:
-    """Reads a call to where it is left. False: it ended before."""
-    if point == "unanswered":
-        return True
-    if point == "placing":
-        time.sleep(rng.uniform(0.0, 0.02))
-        return True
-    wanted = {"first token": 1, "more tokens": rng.randint(2, 60)}.get(point, 0)
-    tokens = 0
-    for event in raw.events(stream):
-        tokens += len(event.tokens.ids)
-        if tokens >= wanted:
-            if point == "moving":
-                time.sleep(rng.uniform(0.0, 0.06))
-            return True
-    return False
-
-
-def _events(answer: http.client.HTTPResponse) -> Iterator[list[int]]:
-    """Token ids of each event of a streamed answer, to its good end."""
-    for line in answer:
-        if not line.startswith(b"data: "):
-            continue
-        text = line.removeprefix(b"data: ").strip()
-        if text == b"[DONE]":
-            answer.read()
-            return
-        event = json.loads(text)
-        if "error" in event:
-            raise UnexpectedError(str(event["error"]))
-        yield [token for choice in event["choices"] for token in choice.get("token_ids") or ()]
-    raise UnexpectedError("a stream without an end")
