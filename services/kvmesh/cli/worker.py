@@ -20,7 +20,7 @@ examples:
   kvmesh worker --role prefill --engine sim --etcd 127.0.0.1:2379
   kvmesh worker --config kvmesh.toml      # section [worker]
 
-SIGTERM drains: no new work, what runs has --grace to finish.
+SIGTERM drains: no new work, what runs has --grace to finish. Before it serves it ends at once.
 """
 
 

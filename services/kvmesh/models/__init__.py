@@ -1,5 +1,6 @@
 """Models: where they come from and where they are kept."""
 
+from kvmesh.models.cancellation import Cancellation, LoadCancelledError
 from kvmesh.models.config import SUPPORTED_ARCHITECTURES, ModelConfig, RopeConfig, load_config
 from kvmesh.models.digest import model_digest, tokenizer_digest, tokenizer_files
 from kvmesh.models.errors import (
@@ -23,7 +24,9 @@ from kvmesh.models.store import (
 __all__ = [
     "SUPPORTED_ARCHITECTURES",
     "CachedModel",
+    "Cancellation",
     "ChecksumError",
+    "LoadCancelledError",
     "ModelConfig",
     "ModelError",
     "ModelNotFoundError",

@@ -10,14 +10,19 @@ import hashlib
 import http.client
 import json
 import os
+import socket
 import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kvmesh.models.cancellation import Cancellation
 from kvmesh.models.config import parse_config
 from kvmesh.models.errors import ChecksumError, ModelNotFoundError, SourceUnreachableError
 from kvmesh.models.progress import Progress
@@ -44,13 +49,15 @@ class _Remote:
     blob_id: str | None
 
 
-def fetch(repository: str, target: Path, progress: Progress) -> str:
+def fetch(repository: str, target: Path, progress: Progress, cancellation: Cancellation) -> str:
     """Downloads config, tokeniser and safetensors of `repository` into `target`.
 
     Returns the commit that was taken. The architecture is checked before the
     weights are fetched. Honours HF_ENDPOINT and HF_TOKEN.
     """
-    listing = _get_json(f"api/models/{repository}/revision/main?blobs=true", repository)
+    listing = _get_json(
+        f"api/models/{repository}/revision/main?blobs=true", repository, cancellation
+    )
     commit = str(listing["sha"])
     remotes = [_remote(entry) for entry in listing.get("siblings", [])]
     small = [remote for remote in remotes if remote.name in _SMALL_FILES]
@@ -59,13 +66,13 @@ def fetch(repository: str, target: Path, progress: Progress) -> str:
         if needed not in names:
             raise ModelNotFoundError(f"{repository} has no {needed}")
     for remote in small:
-        _download(repository, commit, remote, target, progress)
+        _download(repository, commit, remote, target, progress, cancellation)
     parse_config(json.loads((target / "config.json").read_text(encoding="utf-8")))
     weights = _weights(target, remotes)
     if not weights:
         raise ModelNotFoundError(f"{repository} has no safetensors")
     for remote in weights:
-        _download(repository, commit, remote, target, progress)
+        _download(repository, commit, remote, target, progress, cancellation)
     return commit
 
 
@@ -88,30 +95,34 @@ def _remote(entry: dict[str, Any]) -> _Remote:
     )
 
 
-def _open(path: str, repository: str) -> http.client.HTTPResponse:
+@contextmanager
+def _open(
+    path: str, repository: str, cancellation: Cancellation
+) -> Iterator[http.client.HTTPResponse]:
     endpoint = os.environ.get("HF_ENDPOINT", _DEFAULT_ENDPOINT).rstrip("/")
     request = urllib.request.Request(f"{endpoint}/{path}")
     token = os.environ.get("HF_TOKEN")
     if token:
         # Not sent on to the host that a redirect names.
         request.add_unredirected_header("Authorization", f"Bearer {token}")
-    try:
-        response: http.client.HTTPResponse = urllib.request.urlopen(
-            request, timeout=_CONNECT_TIMEOUT_S
-        )
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403, 404):
-            raise ModelNotFoundError(
-                f"{repository} is not on the hub, or needs HF_TOKEN (HTTP {error.code})"
-            ) from error
-        raise SourceUnreachableError(f"the hub answers HTTP {error.code}") from error
-    except OSError as error:
-        raise SourceUnreachableError(f"the hub cannot be reached: {error}") from error
-    return response
+    with ExitStack() as held:
+        watched = _Watched(cancellation, held)
+        opener = urllib.request.build_opener(_Plain(watched), _Secure(watched))
+        try:
+            response = held.enter_context(opener.open(request, timeout=_CONNECT_TIMEOUT_S))
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403, 404):
+                raise ModelNotFoundError(
+                    f"{repository} is not on the hub, or needs HF_TOKEN (HTTP {error.code})"
+                ) from error
+            raise SourceUnreachableError(f"the hub answers HTTP {error.code}") from error
+        except OSError as error:
+            raise SourceUnreachableError(f"the hub cannot be reached: {error}") from error
+        yield response
 
 
-def _get_json(path: str, repository: str) -> dict[str, Any]:
-    with _open(path, repository) as response:
+def _get_json(path: str, repository: str, cancellation: Cancellation) -> dict[str, Any]:
+    with _open(path, repository, cancellation) as response:
         try:
             content = json.load(response)
         except (ValueError, OSError, http.client.HTTPException) as error:
@@ -122,7 +133,12 @@ def _get_json(path: str, repository: str) -> dict[str, Any]:
 
 
 def _download(
-    repository: str, commit: str, remote: _Remote, target: Path, progress: Progress
+    repository: str,
+    commit: str,
+    remote: _Remote,
+    target: Path,
+    progress: Progress,
+    cancellation: Cancellation,
 ) -> None:
     path = f"{repository}/resolve/{commit}/{urllib.parse.quote(remote.name)}"
     sha256 = hashlib.sha256()
@@ -130,7 +146,10 @@ def _download(
     done = 0
     step = f"download {remote.name}"
     progress(step, 0, remote.size)
-    with _open(path, repository) as response, (target / remote.name).open("wb") as file:
+    with (
+        _open(path, repository, cancellation) as response,
+        (target / remote.name).open("wb") as file,
+    ):
         try:
             while piece := response.read(_CHUNK):
                 file.write(piece)
@@ -144,3 +163,62 @@ def _download(
     found = sha256.hexdigest() if remote.sha256 else blob.hexdigest()
     if expected is not None and found != expected:
         raise ChecksumError(f"{remote.name} of {repository}: expected {expected}, found {found}")
+
+
+class _Watched:
+    """Has sockets end when their fetch is given up: a thread may wait there for the next byte."""
+
+    def __init__(self, cancellation: Cancellation, held: ExitStack) -> None:
+        self._cancellation = cancellation
+        self._held = held
+
+    def watch(self, of: socket.socket) -> None:
+        """From its connect on, before TLS: that wraps it, and the copy stays what it is."""
+        copy = self._held.enter_context(socket.socket(fileno=os.dup(of.fileno())))
+        self._held.enter_context(self._cancellation.breaks(partial(_end, copy)))
+
+
+def _end(connection: socket.socket) -> None:
+    # The other side may have been faster.
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+class _Connection(http.client.HTTPConnection):
+    watched: _Watched
+
+    def connect(self) -> None:
+        super().connect()
+        self.watched.watch(self.sock)
+
+
+class _SecureConnection(http.client.HTTPSConnection, _Connection):
+    """TLS begins where the connection above has done its part."""
+
+
+class _Plain(urllib.request.HTTPHandler):
+    def __init__(self, watched: _Watched) -> None:
+        super().__init__()
+        self._watched = watched
+
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        def connection(host: str, **options: Any) -> http.client.HTTPConnection:
+            made = _Connection(host, **options)
+            made.watched = self._watched
+            return made
+
+        return self.do_open(connection, request)
+
+
+class _Secure(urllib.request.HTTPSHandler):
+    def __init__(self, watched: _Watched) -> None:
+        super().__init__()
+        self._watched = watched
+
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        def connection(host: str, **options: Any) -> http.client.HTTPConnection:
+            made = _SecureConnection(host, **options)
+            made.watched = self._watched
+            return made
+
+        return self.do_open(connection, request)

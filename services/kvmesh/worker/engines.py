@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from kvmesh.engine.contract import Engine
+from kvmesh.models import Cancellation
 from kvmesh.v1 import worker_pb2 as wire
 from kvmesh.worker.settings import SettingError, WorkerSettings
 from kvmesh.worker.tokenizer_files import TokenizerFiles
@@ -24,9 +26,14 @@ class BuiltEngine:
 
 
 def build_engine(
-    settings: WorkerSettings, worker_id: str, incarnation: int, progress: Callable[[str], None]
+    settings: WorkerSettings,
+    worker_id: str,
+    incarnation: int,
+    progress: Callable[[str], None],
+    cancellation: Cancellation,
 ) -> BuiltEngine:
-    """Loads a model and builds its engine. Takes seconds to minutes.
+    """Loads a model and builds its engine. Takes seconds to minutes. Where it is given up and
+    can be it raises `LoadCancelledError`.
 
     Imports an engine's packages only when it is asked for: they are extras.
     """
@@ -34,11 +41,15 @@ def build_engine(
         if settings.engine == "sim":
             from kvmesh.engine.sim.build import build
         elif settings.engine == "vllm":
-            from kvmesh.engine.vllm.served import build
+            from kvmesh.engine.vllm import served as vllm
+
+            build = partial(vllm.build, cancellation=cancellation)
         elif settings.engine == "remote":
             from kvmesh.engine.remote.served import build
         else:
-            from kvmesh.engine.torch.served import build
+            from kvmesh.engine.torch import served as torch
+
+            build = partial(torch.build, cancellation=cancellation)
     except ModuleNotFoundError as error:
         raise SettingError(
             f"engine is {settings.engine!r}, which needs the package {error.name}: "

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 
 import kvmesh
 from kvmesh._router import PeerTls, WorkerPort, WorkerRegistration
@@ -17,6 +18,7 @@ from kvmesh.engine.contract import Engine
 from kvmesh.roles import role_number
 from kvmesh.v1 import worker_pb2 as wire
 from kvmesh.worker.engines import BuiltEngine, build_engine
+from kvmesh.worker.loading import Loading, StoppedError
 from kvmesh.worker.registration import etcd_access, register, tell_changes
 from kvmesh.worker.service import WorkerService
 from kvmesh.worker.settings import WorkerSettings, split_address
@@ -38,16 +40,22 @@ class EngineEndedError(RuntimeError):
 def main(settings: WorkerSettings, announce: Callable[[str], None] = print) -> int:
     """Runs a worker until it is told to stop. Returns the exit status."""
     sys.setswitchinterval(settings.switch_interval)
-    return asyncio.run(serve(settings, announce))
+    loading = Loading()
+    status = asyncio.run(serve(settings, announce, loading))
+    loading.leave(status)
+    return status
 
 
-async def serve(settings: WorkerSettings, announce: Callable[[str], None]) -> int:
-    """As `main`, inside a running loop. `announce` gets a line a milestone.
+async def serve(
+    settings: WorkerSettings, announce: Callable[[str], None], loading: Loading | None = None
+) -> int:
+    """As `main`, inside a running loop. `announce` gets a line a milestone. Where it is told
+    to stop before it serves, `loading` tells whether it left a thread at work.
 
     The loop waits for signals and the end; gRPC is served by the native port,
     and the engine runs on its own thread.
     """
-    told = _Told(settings.grace)
+    told, loading = _Told(settings.grace), loading or Loading()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.stop)
@@ -66,14 +74,17 @@ async def serve(settings: WorkerSettings, announce: Callable[[str], None]) -> in
         # Health answers from the first moment on; nothing of it waits for the model.
         port.load(record.SerializeToString())
         announce(f"worker {worker_id}: answering health on {record.address}")
-        built = await asyncio.to_thread(build_engine, settings, worker_id, incarnation, announce)
+        built = await loading.run(
+            told.stopped,
+            partial(build_engine, settings, worker_id, incarnation, announce, loading.cancellation),
+        )
         engine = built.engine
         _complete(record, settings, built)
         tokenizer = list(built.tokenizer.files.items()), built.tokenizer.digest
         port.warm_up(record.SerializeToString(), *tokenizer)
         announce(f"worker {worker_id}: warming up")
         warming = time.monotonic()
-        await asyncio.to_thread(engine.start, port)
+        await loading.run(told.stopped, partial(engine.start, port))
         announce(f"worker {worker_id}: warmed up in {time.monotonic() - warming:.1f} s")
         record.step_model.CopyFrom(engine.step_model())
         record.capabilities.CopyFrom(engine.capabilities())
@@ -100,9 +111,12 @@ async def serve(settings: WorkerSettings, announce: Callable[[str], None]) -> in
                 port.give_back(told.grace_s)
             await asyncio.to_thread(_wait_moved, engine, settings.transfer_lease)
         await telling
+    except StoppedError:
+        announce(f"worker {worker_id}: told to stop before it served")
     finally:
         await asyncio.to_thread(port.close, _LINGER_S)
-        if engine is not None:
+        # What still starts cannot be closed: it ends with the process.
+        if engine is not None and not loading.left:
             await engine.close()
         if service is not None:
             await asyncio.to_thread(service.join)

@@ -25,9 +25,15 @@ _ARGUMENTS = ("block_tokens", "max_batch", "chunk_tokens")
 
 
 def build(
-    settings: WorkerSettings, worker_id: str, incarnation: int, progress: Callable[[str], None]
+    settings: WorkerSettings,
+    worker_id: str,
+    incarnation: int,
+    progress: Callable[[str], None],
+    cancellation: models.Cancellation | None = None,
 ) -> BuiltEngine:
-    """Loads the model and builds its engine. Raises SettingError."""
+    """Loads the model and builds its engine. Raises SettingError; where it is given up
+    `models.LoadCancelledError`, between two pieces of whatever it reads."""
+    cancellation = cancellation or models.Cancellation()
     arguments = settings.engine_arguments
     unknown = set(arguments) - set(_ARGUMENTS)
     if unknown:
@@ -39,8 +45,8 @@ def build(
         block_tokens = int(arguments.get("block_tokens", 16))
         max_batch = int(arguments.get("max_batch", 256))
         chunk_tokens = _chunk_tokens(arguments, block_tokens)
-        steps = _Steps(progress)
-        models.pull(settings.model, steps)
+        steps = cancellation.checked(_Steps(progress))
+        models.pull(settings.model, steps, cancellation)
         built = build_runner(
             TorchSettings(
                 model=settings.model,
@@ -87,7 +93,7 @@ def build(
         ),
     )
     if settings.populate_kv_pool:
-        taking = _Steps(progress, what="KV pool")
+        taking = cancellation.checked(_Steps(progress, what="KV pool"))
         try:
             engine.take_memory(lambda done, total: taking("taking its memory,", done, total))
         except OSError as error:

@@ -27,8 +27,12 @@ class ServedModel:
     end_of_text_ids: tuple[int, ...]
 
 
-def find(name: str, progress: Callable[[str], None]) -> ServedModel:
-    """A name of the catalogue, a folder, or an id of the hub. Raises ModelError."""
+def find(
+    name: str, progress: Callable[[str], None], cancellation: models.Cancellation | None = None
+) -> ServedModel:
+    """A name of the catalogue, a folder, or an id of the hub. Raises ModelError; where it is
+    given up `models.LoadCancelledError`."""
+    cancellation = cancellation or models.Cancellation()
     path = Path(name).expanduser()
     if (path / "config.json").is_file():
         folder, short = path.resolve(), path.resolve().name
@@ -36,12 +40,12 @@ def find(name: str, progress: Callable[[str], None]) -> ServedModel:
         raise ModelNotFoundError(f"there is no model in {name}: it has no config.json")
     else:
         progress(f"model: looking for {name}")
-        folder, short = models.pull(name), name
+        folder, short = models.pull(name, cancellation=cancellation), name
     try:
-        digest = models.model_digest(folder, models.cache_folder())
+        digest = models.model_digest(folder, models.cache_folder(), lambda *_: cancellation.check())
     except UnsupportedModelError:
         progress("model: taking its digest")
-        digest = plain_digest(folder, models.cache_folder())
+        digest = plain_digest(folder, models.cache_folder(), cancellation)
     return ServedModel(folder, short, digest, end_of_text_ids(folder))
 
 
@@ -60,7 +64,7 @@ def end_of_text_ids(folder: Path) -> tuple[int, ...]:
     return tuple(int(id) for id in ids) if isinstance(ids, list) else (int(ids),)
 
 
-def plain_digest(folder: Path, cache: Path) -> str:
+def plain_digest(folder: Path, cache: Path, cancellation: models.Cancellation | None = None) -> str:
     """SHA-256 over config.json and the weights' files, of models that kvmesh's own engine does
     not know. Kept in `cache`, by the files' sizes and times: it takes a minute for 60 GB."""
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
@@ -70,6 +74,7 @@ def plain_digest(folder: Path, cache: Path) -> str:
     stamp = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
     record = cache / "digests" / f"{key}.plain.json"
+    cancellation = cancellation or models.Cancellation()
     if record.is_file():
         known = json.loads(record.read_text(encoding="utf-8"))
         if known["stamp"] == stamp:
@@ -80,6 +85,7 @@ def plain_digest(folder: Path, cache: Path) -> str:
         with file.open("rb") as content:
             while chunk := content.read(8 << 20):
                 digest.update(chunk)
+                cancellation.check()
     record.parent.mkdir(parents=True, exist_ok=True)
     part = record.with_suffix(".part")
     part.write_text(json.dumps({"digest": digest.hexdigest(), "stamp": stamp}), encoding="utf-8")

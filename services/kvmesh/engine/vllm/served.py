@@ -21,7 +21,7 @@ from kvmesh.engine.vllm.loop import CoreLoop, Endpoints
 from kvmesh.engine.vllm.model import ServedModel, find
 from kvmesh.engine.vllm.placements import Adapters, Placements
 from kvmesh.engine.vllm.state import Geometry, State
-from kvmesh.models import ModelError
+from kvmesh.models import Cancellation, ModelError
 from kvmesh.setting_values import ValueNotAllowedError, boolean
 from kvmesh.v1 import worker_pb2 as wire
 from kvmesh.worker.engines import BuiltEngine
@@ -76,14 +76,20 @@ class OwnArguments:
 
 
 def build(
-    settings: WorkerSettings, worker_id: str, incarnation: int, progress: Callable[[str], None]
+    settings: WorkerSettings,
+    worker_id: str,
+    incarnation: int,
+    progress: Callable[[str], None],
+    cancellation: Cancellation | None = None,
 ) -> BuiltEngine:
-    """Starts vLLM's engine core, which loads the model. Raises SettingError."""
+    """Starts vLLM's engine core, which loads the model. Raises SettingError; where it is given
+    up before the core starts `LoadCancelledError`."""
+    cancellation = cancellation or Cancellation()
     own = OwnArguments.of(settings.engine_arguments)
     try:
         version = border.installed_version()
         border.check_version(version, own.allow_untested)
-        served = find(settings.model, progress)
+        served = find(settings.model, progress, cancellation)
         progress(f"vllm: {version}, importing")
         host = settings.advertise_host or split_address("listen", settings.listen)[0]
         with reserved_port(host) as port, ExitStack() as stack:
@@ -100,6 +106,7 @@ def build(
                 _size_pool(config, settings.kv_pool_tokens)
             progress(f"vllm: {_described(arguments)}")
             caches = bool(config.cache_config.enable_prefix_caching)
+            cancellation.check()
             loop = CoreLoop(vllm, config, endpoints if caches else None)
             stack.callback(loop.stop)
             tasks = loop.start_core().tasks
