@@ -214,7 +214,8 @@ impl Core {
             Err(Lacks::Room) => return Tried::NoRoom,
             Err(Lacks::Ready) => return Tried::NotYet(None),
             Err(Lacks::Engine(feature)) => {
-                tracing::info!(generation = %open.id, %feature, "no engine can run it");
+                let attempt = open.attempts();
+                tracing::info!(generation = %open.id, attempt, %feature, "no engine can run it");
                 open.engine_lacks(&lacks(feature));
                 open.apply(Event::NoPlan);
                 return Tried::Ended;
@@ -225,7 +226,8 @@ impl Core {
                 return Tried::NotYet(None);
             }
             Err(Lacks::Worker(why)) => {
-                tracing::info!(generation = %open.id, %why, "no plan");
+                let attempt = open.attempts();
+                tracing::info!(generation = %open.id, attempt, %why, "no plan");
                 open.apply(Event::NoPlan);
                 return Tried::Ended;
             }

@@ -68,7 +68,7 @@ async fn the_last_worker_is_probed_again_after_a_probe_that_fails() {
 async fn a_worker_whose_answers_fail_is_left_out_until_a_probe_succeeds() {
     let (bad, good) = (failing(0, u32::MAX), worker(Role::Both));
     let mesh = mesh_of(&[&bad, &good]).await;
-    // It is so for a second, and again each time that its probe fails.
+    // It is told until the worker is let in again, on probation too, and whoever tries it fails.
     let left_out = |row: &v1::WorkerStatus| row.state_detail == "its answers fail";
     ask_until(&mesh, || mesh.workers().iter().any(left_out)).await;
     // It is well again: with the next probe it is back.
