@@ -116,6 +116,12 @@ fn reports_of_workers_that_nobody_means_to_go_to_lead_to_a_pass_now_and_then() {
     // A new one does not pass it: they are tried in their order, or it waits.
     let pass = dispatch.arrives(&entry("a", 1, 7.0), 4.0, 7).unwrap();
     assert_eq!(pass.again_ms(), Some(5.0));
+    let place = pass.place().unwrap();
+    assert_eq!(tries(&mut dispatch, pass, 4.0), []);
+    // It may leave, once, and come again.
+    assert_eq!(dispatch.remove(&place), Some(7));
+    assert_eq!(dispatch.remove(&place), None);
+    let pass = dispatch.arrives(&entry("a", 1, 7.0), 4.0, 7).unwrap();
     assert_eq!(tries(&mut dispatch, pass, 4.0), []);
     // One with an earlier key is tried by itself.
     let pass = dispatch.arrives(&entry("a", 1, -7.0), 4.0, 3).unwrap();

@@ -287,18 +287,25 @@ impl Core {
         }
         let came = waits.with(|dispatch| {
             if request.wait_for_room {
-                return dispatch.waits(&entry, now_ms, waiting).map(|_| None);
+                let waits = dispatch.waits(&entry, now_ms, waiting);
+                return waits.map(|place| (Some(place), None));
             }
-            dispatch.arrives(&entry, now_ms, waiting).map(Some)
+            let arrives = dispatch.arrives(&entry, now_ms, waiting);
+            arrives.map(|pass| (pass.place(), Some(pass)))
         });
+        if let Ok((Some(place), _)) = &came
+            && !open.stands_at(place)
+        {
+            self.leaves(place);
+        }
         match came {
-            Ok(Some(pass)) => {
+            Ok((_, Some(pass))) => {
                 if let Some(at_ms) = pass.again_ms() {
                     self.look_later(pass.model(), at_ms);
                 }
                 self.try_all(pass);
             }
-            Ok(None) => {}
+            Ok((_, None)) => {}
             Err(waiting) => waiting.open.apply(Event::Stop(Stop::Overloaded)),
         }
     }
@@ -379,6 +386,7 @@ impl Core {
                 turn,
             } = next;
             driven.tried = Some(place.clone());
+            let open = Arc::clone(&waiting.open);
             let tried = match waiting.open.ended() {
                 true => Tried::Ended,
                 false => self.try_plan(&waiting, turn),
@@ -391,14 +399,28 @@ impl Core {
                 Tried::NotYet(hold) => Outcome::Waits(waiting.stays(NOT_SOON), hold),
             };
             driven.tried = None;
+            let stays = matches!(outcome, Outcome::NoRoom(_) | Outcome::Waits(..));
             waits.came_of(&mut driven.pass, &place, outcome);
+            // Where it ended while it was tried, its end found it taken.
+            if stays && open.ended() {
+                self.leaves(&place);
+            }
         }
         let model = Arc::clone(driven.pass.model());
         drop(driven);
         self.look_later(&model, waits.now_ms());
     }
 
-    /// Ends what waited for too long, and forgets what ended while it waited.
+    /// One that waits has ended: it is in nobody's way from now on, and nobody's wait is
+    /// predicted by it.
+    pub(super) fn leaves(&self, place: &Place) {
+        self.dispatcher
+            .waits
+            .with(|dispatch| dispatch.remove(place));
+    }
+
+    /// Ends what waited for too long, and forgets what ended while it waited without a
+    /// word of its machine.
     pub(super) fn expire_queued(&self) {
         let waits = &self.dispatcher.waits;
         if waits.len() == 0 {

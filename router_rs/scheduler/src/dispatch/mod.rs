@@ -91,6 +91,8 @@ pub struct Pass {
     /// Whether it is the one that is being made.
     ours: bool,
     again_ms: Option<f64>,
+    /// The request for which it was begun.
+    came: Option<Ticket>,
 }
 
 impl Pass {
@@ -100,6 +102,7 @@ impl Pass {
             tried: Vec::new(),
             ours: false,
             again_ms: None,
+            came: None,
         }
     }
 
@@ -121,6 +124,12 @@ impl Pass {
     /// [`Look::At`].
     pub fn again_ms(&self) -> Option<f64> {
         self.again_ms
+    }
+
+    /// Where the request stands that came with it ([`Dispatch::arrives`]).
+    pub fn place(&self) -> Option<Place> {
+        let (model, ticket) = (Arc::clone(&self.model), self.came?);
+        Some(Place { model, ticket })
     }
 }
 
@@ -263,6 +272,7 @@ impl<T> Dispatch<T> {
     pub fn arrives(&mut self, entry: &Entry, now_ms: f64, item: T) -> Result<Pass, T> {
         let Place { model, ticket } = self.waits(entry, now_ms, item)?;
         let mut pass = Pass::not_ours(model);
+        pass.came = Some(ticket);
         let Some(line) = self.lines.get_mut(&pass.model) else {
             return Ok(pass);
         };

@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Instant};
 
+use kvmesh_scheduler::Place;
 use kvmesh_session::{
     generation::{Cause, Event, Outcome, Plan, Stop},
     parse::Refusal,
@@ -11,6 +12,16 @@ use kvmesh_wire::v1;
 use super::{Chosen, Open, State, Tried};
 
 impl Open {
+    /// It waits there for a plan. False: it does not, since it has ended.
+    pub(in crate::mesh) fn stands_at(&self, place: &Place) -> bool {
+        let mut state = self.lock();
+        let ended = state.machine.ended();
+        if !ended {
+            state.stands = Some(place.clone());
+        }
+        !ended
+    }
+
     /// Carries a plan out.
     pub(in crate::mesh) fn planned(self: &Arc<Self>, chosen: Chosen) {
         let plan = {
@@ -41,7 +52,7 @@ impl Open {
             self.core.counters.attempts.add(1);
             state.chosen = Some(Box::new(chosen));
             // It is on its way from another worker than before, and waits no more.
-            (state.tried, state.put_off) = (Tried::default(), None);
+            (state.tried, state.put_off, state.stands) = (Tried::default(), None, None);
             let waker = state.placed.is_some().then(|| state.waker.take()).flatten();
             let plan = match state.machine.apply(event) {
                 Ok(actions) => self.perform(&mut state, actions),

@@ -29,6 +29,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use kvmesh_scheduler::Place;
 use kvmesh_session::{
     Generation, GenerationId, Taken, Violation, WorkerIndex,
     generation::{Actions, Event, Outcome, Plan, Policy, Timer, TransferState},
@@ -128,6 +129,8 @@ struct State {
     tried: Tried,
     /// Its next attempt is put off, until it has its plan.
     put_off: Option<PutOff>,
+    /// Where it waits for a plan, until it has one.
+    stands: Option<Place>,
     placed: Option<Box<v1::Placed>>,
     armed: SmallVec<[(Timer, TimerKey); 3]>,
     /// When the client last took something, or had nothing to take.
@@ -220,6 +223,7 @@ impl Open {
             moving: None,
             tried: Tried::default(),
             put_off: None,
+            stands: None,
             placed: None,
             armed: SmallVec::new(),
             progress: now,
@@ -273,7 +277,7 @@ impl Open {
             Event::SessionLost { worker, .. } => Some(worker),
             _ => None,
         };
-        let (plan, waker) = {
+        let (plan, waker, left) = {
             let mut state = self.lock();
             let actions = state.machine.apply(event)?;
             let plan = self.perform(&mut state, actions);
@@ -287,8 +291,15 @@ impl Open {
                 } else {
                     None
                 },
+                match state.machine.ended() {
+                    true => state.stands.take(),
+                    false => None,
+                },
             )
         };
+        if let Some(place) = left {
+            self.core.leaves(&place);
+        }
         self.ask(plan);
         if let Some(waker) = waker {
             waker.wake();

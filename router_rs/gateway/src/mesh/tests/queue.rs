@@ -325,6 +325,26 @@ async fn a_full_queue_refuses_new_work() {
 }
 
 #[tokio::test]
+async fn who_leaves_while_waiting_takes_nobodys_place_from_then_on() {
+    let both = slow_prompts();
+    let bound = MeshSettings {
+        queue_length: 1,
+        ..settings(&[&both])
+    };
+    let mesh = mesh_with(bound).await;
+    let running = mesh.generate(long(1, 3)).unwrap();
+    // Nothing is awaited meanwhile, so that no sweep can have made room.
+    for client in 2..5 {
+        let waiting = mesh.generate(long(client, 3)).unwrap();
+        assert_eq!(mesh.queued(), 1);
+        drop(waiting);
+        assert_eq!(mesh.queued(), 0);
+    }
+    assert_eq!(collect(running).await.error, None);
+    assert!(until(|| nothing_left(&mesh, &[&both])).await);
+}
+
+#[tokio::test]
 async fn what_is_turned_away_for_want_of_room_came_all_the_same() {
     // Ten steps of a prompt take longer there than any deadline. None comes so far.
     let both = MockWorker::start(MockConfig {
