@@ -1,6 +1,8 @@
 //! Bodies of plain HTTP: the same limits as a gRPC message has, whose length is
 //! told before it where one is known.
 
+use std::pin::pin;
+
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, header};
 use http_body_util::BodyExt;
@@ -30,7 +32,7 @@ impl Door {
             let (bytes, permit) = self.gather(body, limit).await?;
             Ok((gzip, bytes, permit))
         };
-        let (gzip, mut bytes, mut permit) = self.in_time(receive).await?;
+        let (gzip, mut bytes, mut permit) = self.in_time(pin!(receive)).await?;
         if gzip {
             let packed = bytes.len();
             let inflate = move |_: &_| grpc::inflate(&bytes, limit);

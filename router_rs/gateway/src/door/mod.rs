@@ -17,6 +17,7 @@ pub(crate) use text::TextPool;
 pub(crate) use validate::{DefaultClass, MAX_TOOLS};
 
 use std::{
+    pin::{Pin, pin},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -109,7 +110,7 @@ impl Door {
     ) -> Result<Admitted<M>, Refused> {
         let limit = self.max_request_bytes;
         let receive = grpc::receive(headers, body, limit, |length| self.permit(length));
-        let (received, mut permit) = self.in_time(receive).await?;
+        let (received, mut permit) = self.in_time(pin!(receive)).await?;
         let mut bytes = received.bytes;
         if received.gzip {
             let packed = bytes.len();
@@ -137,7 +138,7 @@ impl Door {
         body: Incoming,
     ) -> Result<M, Refused> {
         let receive = grpc::receive(headers, body, SMALL_BYTES, |_| Ok(()));
-        let (received, ()) = self.in_time(receive).await?;
+        let (received, ()) = self.in_time(pin!(receive)).await?;
         let bytes = match received.gzip {
             true => grpc::inflate(&received.bytes, SMALL_BYTES),
             false => Ok(received.bytes),
@@ -149,7 +150,7 @@ impl Door {
     /// Ends a reading that takes too long.
     async fn in_time<T>(
         &self,
-        receive: impl Future<Output = Result<T, RequestError>>,
+        receive: Pin<&mut impl Future<Output = Result<T, RequestError>>>,
     ) -> Result<T, Refused> {
         tokio::time::timeout(self.read_timeout, receive)
             .await
@@ -247,11 +248,12 @@ impl Door {
         let class = admitted.class;
         let mesh = Arc::clone(&self.mesh);
         let like_text = admitted.prompt_ids.len() / HASHED_PER_TEXT_BYTE;
-        let hashed = self.text.run(like_text, move |_| {
+        let hash = move |_: &_| {
             let chain = mesh.chain(&admitted)?;
             Ok((admitted, chain))
-        });
-        hashed.await.map_err(|error| self.turned(class, error))
+        };
+        let hashed = self.text.run(like_text, hash).await;
+        hashed.map_err(|error| self.turned(class, error))
     }
 
     fn open(
@@ -351,7 +353,8 @@ impl Door {
                 let bytes = chat.encoded_len();
                 let more = messages.saturating_sub(bytes);
                 let _held = self.permit_for(more, "chat.messages")?;
-                self.text.chat(model, chat, bytes, &self.budget).await
+                // Apart: a prompt that is given needs no room for this.
+                Box::pin(self.text.chat(model, chat, bytes, &self.budget)).await
             }
         };
         self.telemetry.tokenized(began.elapsed());

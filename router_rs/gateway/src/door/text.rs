@@ -65,7 +65,8 @@ impl TextPool {
         if bytes < self.inline_bytes {
             return work(&AtomicBool::new(false));
         }
-        self.on_thread(bytes, work).await
+        // Apart: what is done here needs no room for what is done there.
+        Box::pin(self.on_thread(bytes, work)).await
     }
 
     async fn on_thread<T: Send + 'static>(

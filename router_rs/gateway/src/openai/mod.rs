@@ -115,7 +115,8 @@ pub(crate) async fn answer(
 ) -> Response<ResponseBody> {
     let name = endpoint.name();
     match endpoint {
-        Endpoint::Generate(face) => generate::answer(shared, call, (face, name)).await,
+        // Apart, as the services of gRPC are: it takes far more room than all else here.
+        Endpoint::Generate(face) => Box::pin(generate::answer(shared, call, (face, name))).await,
         Endpoint::Embeddings => {
             let back = call.metadata.headers();
             let refused = shared.caller(&call).err();

@@ -7,7 +7,11 @@ use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures_util::stream;
 use http_body_util::{BodyExt, Full, StreamBody};
-use hyper::{body::Frame, server::conn::http2, service::service_fn};
+use hyper::{
+    body::{Frame, Incoming},
+    server::conn::http2,
+    service::service_fn,
+};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use kvmesh_rpc::v1::{admin_client::AdminClient, inference_client::InferenceClient};
 use kvmesh_testkit::mock::{MockConfig, MockWorker};
@@ -19,7 +23,7 @@ use tonic_types::StatusExt;
 use tower::ServiceExt;
 use tracing::Level;
 
-use super::{Port, Shared, calls::CallEnd};
+use super::{Call, Port, Shared, calls::CallEnd, inference};
 use crate::{
     run::Parts,
     settings::{Layers, Settings},
@@ -245,4 +249,19 @@ async fn admin_answers_this_machine_only_and_tells_others_nothing() {
         let mut client = InferenceClient::new(served.channel.clone());
         client.list_models(v1::ListModelsRequest {}).await.unwrap();
     }
+}
+
+/// Each function that has room for a future twice doubles what a call allocates and copies
+/// before it does anything.
+#[test]
+fn a_call_takes_little_room() {
+    type Came = (SocketAddr, Port);
+    fn border<F>(_: impl Fn(Arc<Shared>, http::Request<Incoming>, Came, CallEnd) -> F) -> usize {
+        size_of::<F>()
+    }
+    fn service<'a, F>(_: impl Fn(&'a Arc<Shared>, &'a str, Call) -> F) -> usize {
+        size_of::<F>()
+    }
+    let rooms = (border(Shared::answer), service(inference::call));
+    assert!(rooms.0.max(rooms.1) <= 8_192, "{rooms:?}");
 }

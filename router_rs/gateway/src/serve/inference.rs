@@ -155,8 +155,8 @@ async fn streamed(
             end: &end,
         };
         open(reading, caller).await
-    };
-    let opened = opened.await;
+    }
+    .await;
     match opened {
         Ok((stream, visit)) => {
             if let Some(of) = stream.goes_on_with()

@@ -1,6 +1,6 @@
 //! Plain HTTP, HTTP/1.1 or HTTP/2: what operators look at, and the OpenAI face.
 
-use std::{net::SocketAddr, sync::Arc, time::Instant};
+use std::{net::SocketAddr, pin::pin, sync::Arc, time::Instant};
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
@@ -106,7 +106,7 @@ pub(super) async fn answer(
                 super::border_tests::panic_where_asked(&call.metadata.request_id, None);
                 openai::answer(shared, endpoint, call).await
             };
-            let answered = shared.bordered(&request_id, None, answer).await;
+            let answered = shared.bordered(&request_id, None, pin!(answer)).await;
             answered.unwrap_or_else(|error| Failure::Request(error).response(&back))
         }
     }

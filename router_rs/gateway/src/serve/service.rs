@@ -2,6 +2,7 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
+    pin::{Pin, pin},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -192,11 +193,14 @@ impl Shared {
 
     /// Runs a call to its answer. The request's border: a bug of ours ends one
     /// call, with an id.
+    ///
+    /// Such futures are large, and each function that takes one by value has room for it twice
+    /// and copies it: so it is told where it lies.
     pub(super) async fn bordered<R>(
         &self,
         request_id: &str,
         deadline: Option<Instant>,
-        answer: impl Future<Output = R>,
+        answer: Pin<&mut impl Future<Output = R>>,
     ) -> Result<R, RequestError> {
         let answer = std::panic::AssertUnwindSafe(answer).catch_unwind();
         let answer = match deadline {
@@ -229,19 +233,21 @@ impl Shared {
         let answer = async {
             #[cfg(test)]
             super::border_tests::panic_where_asked(&call.metadata.request_id, None);
+            // Each is apart: a call has the room that its own service takes, and not what the
+            // largest of them does.
             match service {
-                "kvmesh.v1.Admin" => admin::call(&self, method, call).await,
-                "grpc.health.v1.Health" => inference::health(&self, method, call).await,
+                "kvmesh.v1.Admin" => Box::pin(admin::call(&self, method, call)).await,
+                "grpc.health.v1.Health" => Box::pin(inference::health(&self, method, call)).await,
                 // The operators' port answers no client.
                 _ if call.port != Port::Clients => None,
-                "kvmesh.v1.Inference" => inference::call(&self, method, call).await,
-                vllm::ENGINE => vllm::engine(&self, method, call).await,
-                vllm::INFERENCE => vllm::inference(&self, method, call).await,
-                vllm::CONTROL => vllm::control(&self, method, call).await,
+                "kvmesh.v1.Inference" => Box::pin(inference::call(&self, method, call)).await,
+                vllm::ENGINE => Box::pin(vllm::engine(&self, method, call)).await,
+                vllm::INFERENCE => Box::pin(vllm::inference(&self, method, call)).await,
+                vllm::CONTROL => Box::pin(vllm::control(&self, method, call)).await,
                 _ => None,
             }
         };
-        match self.bordered(&request_id, deadline, answer).await {
+        match self.bordered(&request_id, deadline, pin!(answer)).await {
             Ok(Some(response)) => response,
             Ok(None) => unknown(path, &metadata),
             Err(error) => grpc::refusal(&error.to_status(), &metadata),
