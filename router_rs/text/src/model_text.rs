@@ -13,7 +13,9 @@ use serde_json::Map;
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use tokenizers::tokenizer::{Model, OffsetType, PreTokenizer, Tokenizer};
+use tokenizers::tokenizer::{
+    Model, OffsetReferential, OffsetType, PostProcessorWrapper, PreTokenizer, Tokenizer,
+};
 
 const TOKENIZER: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
@@ -253,6 +255,13 @@ impl ModelText {
                 model.tokenize(piece.get())
             })
             .map_err(failed)?;
+        // One that looks at offsets alone leaves ids as they are: then no encoding is made, which
+        // has a text, offsets and masks for each token.
+        if let None | Some(PostProcessorWrapper::ByteLevel(_)) = tokenizer.get_post_processor() {
+            let splits = pieces.get_splits(OffsetReferential::Normalized, OffsetType::None);
+            let tokens = splits.iter().filter_map(|(_, _, tokens)| tokens.as_ref());
+            return Ok(tokens.flatten().map(|token| token.id).collect());
+        }
         let encoding = pieces
             .into_encoding(None, 0, OffsetType::None)
             .map_err(failed)?;

@@ -3,7 +3,7 @@
 
 use kvmesh_text::{Limits, ModelText, StopMatcher, TextFile, TextSettings};
 use proptest::prelude::*;
-use std::sync::LazyLock;
+use std::sync::{LazyLock, atomic::AtomicBool};
 use tokenizers::Tokenizer;
 
 struct Case {
@@ -40,6 +40,52 @@ fn whole(ours: &ModelText, ids: &[u32], special: bool) -> String {
     }
     detokenizer.finish(&mut text);
     text
+}
+
+/// The same tokenisers with each end of the work that there is: none, one that only looks at
+/// offsets, one that adds tokens.
+static ENDS: LazyLock<Vec<(ModelText, Tokenizer)>> = LazyLock::new(|| {
+    let offsets = serde_json::json!({"type": "ByteLevel", "add_prefix_space": true,
+        "trim_offsets": true, "use_regex": true});
+    let mut ends = Vec::new();
+    for name in ["byte_level", "byte_fallback", "metaspace"] {
+        let path = format!("{}/tests/data/{name}.json", env!("CARGO_MANIFEST_DIR"));
+        let read: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let adds = read["post_processor"].clone();
+        for end in [serde_json::Value::Null, offsets.clone(), adds] {
+            let mut json = read.clone();
+            json["post_processor"] = end;
+            let bytes = json.to_string().into_bytes();
+            let theirs = Tokenizer::from_bytes(&bytes).unwrap();
+            let name = "tokenizer.json".to_owned();
+            let ours = ModelText::from_files(&[TextFile { name, bytes }], &Limits::default());
+            ends.push((ours.unwrap(), theirs));
+        }
+    }
+    ends
+});
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(500))]
+
+    /// Special tokens among it, and those that are added.
+    #[test]
+    fn ids_of_a_text_are_the_tokenisers_own(
+        parts in prop::collection::vec("\\PC{0,12}|<s>|<\\|im_end\\|>|<tool_call>", 0..6),
+        special in any::<bool>(),
+    ) {
+        let text = parts.concat();
+        for (ours, theirs) in ENDS.iter() {
+            let never = AtomicBool::new(false);
+            let ids = match special {
+                true => ours.encode(&text, &never),
+                false => ours.encode_rendered(&text, &never),
+            };
+            let theirs = theirs.encode(text.as_str(), special).unwrap();
+            prop_assert_eq!(ids.unwrap(), theirs.get_ids());
+        }
+    }
 }
 
 proptest! {
