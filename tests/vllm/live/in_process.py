@@ -1,7 +1,9 @@
 """An engine with vLLM in the tests' own process."""
 
 import asyncio
+import os
 from contextlib import asynccontextmanager
+from unittest.mock import patch
 
 from engine_harness import Driver
 from workers import ARGUMENTS, MODEL, POOL_TOKENS
@@ -23,6 +25,9 @@ class Engine:
             vllm_arg=ARGUMENTS,
             **more,
         )
+        # What is set for one engine would hold for each that is started after it, ports included.
+        self._environment = patch.dict(os.environ)
+        self._environment.start()
         self.lines = []
         self.built = build(settings, "w", 1, self.lines.append)
         self.engine = self.built.engine
@@ -45,6 +50,7 @@ class Engine:
 
     def close(self) -> None:
         asyncio.run(self.engine.close())
+        self._environment.stop()
 
 
 class _Nobody:
