@@ -228,7 +228,7 @@ class FakeVllmEngine(VllmEngine):
         self._loop.post(lambda core: core.serve(sink))
 
 
-def engine(connector="", context_length=4096, lease_ms=0.0, **core_settings):
+def engine(connector="", context_length=4096, lease_ms=0.0, clock=time.monotonic, **core_settings):
     """An engine that has started its core."""
     core = FakeCore(**core_settings)
     geometry = Geometry(core.blocks, BLOCK, core.step_tokens, context_length, 2000)
@@ -241,6 +241,7 @@ def engine(connector="", context_length=4096, lease_ms=0.0, **core_settings):
     placements = Placements(
         geometry, make_request, cache, chain,
         connector=connector, adapters=Adapters(), max_logprobs=20, lease_ms=lease_ms,
+        clock=clock,
     )  # fmt: skip
     loop.attach(state, cache, placements)
     capabilities = wire.Capabilities(engine="vllm", pool_blocks=core.blocks, block_tokens=BLOCK)

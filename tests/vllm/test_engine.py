@@ -207,6 +207,55 @@ async def test_an_expired_hand_off_is_computed_by_decode() -> None:
         assert late.end.timings.computed_tokens == 100
 
 
+class Clock:
+    """Time that can be put forward."""
+
+    ahead_s = 0.0
+
+    def __call__(self):
+        return time.monotonic() + self.ahead_s
+
+
+@pytest.mark.parametrize("ahead_s", [0.0, 31.0])
+async def test_a_hand_off_that_expires_before_it_is_let_in_is_computed_by_decode(ahead_s) -> None:
+    clock = Clock()
+    async with (
+        running(engine(CONNECTOR, lease_ms=60_000.0)) as prefill,
+        running(engine(CONNECTOR, clock=clock, step_s=0.001)) as decode,
+    ):
+        hand_offs = [await handed_off(prefill, prompt(100, seed)) for seed in range(2)]
+        running_one = place(decode, prompt(30), max_tokens=10_000)
+        await running_one.until(lambda a: a.tokens)
+        # Behind a suspect an ordinary one waits as long.
+        held = [
+            place(decode, prompt(100, seed), Stage.DECODE, hand_off=hand_off, alone=not seed)
+            for seed, hand_off in enumerate(hand_offs)
+        ]
+        for attempt in held:
+            await attempt.opened()
+        clock.ahead_s = ahead_s
+        decode.engine.cancel([running_one.id])
+        for seed, attempt in enumerate(held):
+            assert await attempt.ended() == "finished"
+            assert attempt.tokens == tokens_after(prompt(100, seed), 16)
+        taken = [] if ahead_s else [*prefill.engine.core.kept]
+        assert decode.engine.core.released == taken, "what is another's by now is not touched"
+
+
+async def test_a_hand_off_expires_while_its_placement_waits_to_be_looked_at() -> None:
+    async with (
+        running(engine(CONNECTOR, lease_ms=60_000.0)) as prefill,
+        running(engine(CONNECTOR)) as decode,
+    ):
+        hand_off = await handed_off(prefill, prompt(100))
+        late = place(
+            decode, prompt(100), Stage.DECODE, hand_off=hand_off,
+            received_at=time.monotonic() - 31.0,
+        )  # fmt: skip
+        assert await late.ended() == "finished"
+        assert decode.engine.core.released == []
+
+
 async def test_a_cancel_right_after_the_place_is_told_after_the_request() -> None:
     """Never before: else nobody would tell the sender that its blocks can go."""
     async with (

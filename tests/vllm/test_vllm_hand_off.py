@@ -1,11 +1,14 @@
 """The bytes that a router carries from prefill to decode."""
 
 import json
+import math
 import zlib
+from types import SimpleNamespace
 
 import pytest
 
 from kvmesh.engine.vllm.hand_off import MOST_BYTES, HandOff, HandOffError, pack, unpack
+from kvmesh.engine.vllm.served import lease_ms
 
 PARAMS = {
     "do_remote_prefill": True,
@@ -41,10 +44,40 @@ def test_the_blocks_of_a_very_long_prompt_fit() -> None:
 
 def test_blocks_are_taken_within_half_of_their_lease() -> None:
     said = unpack(pack(HandOff(PARAMS, age_ms=5_000.0, lease_ms=30_000.0)))
-    assert not said.expired(5_010.0)
-    assert not said.expired(20_000.0)
-    assert said.expired(20_001.0)
-    assert not unpack(pack(HandOff(PARAMS, age_ms=5_000.0))).expired(1e9), "no lease is known"
+    assert said.left_ms(5_010.0) == 14_990.0
+    assert said.left_ms(20_000.0) == 0.0
+    assert said.left_ms(20_001.0) == -1.0
+    no_lease = unpack(pack(HandOff(PARAMS, age_ms=5_000.0)))
+    assert no_lease.left_ms(1e9) == math.inf, "no lease is known"
+
+
+@pytest.mark.parametrize(
+    ("connector", "extra", "lease"),
+    [
+        ("NixlConnector", None, 30_000.0),
+        ("NixlPushConnector", {"kv_lease_duration": 12}, 12_000.0),
+        ("ExampleConnector", {"shared_storage_path": "/shared"}, 0.0),
+        ("MultiConnector", {"connectors": [{"kv_connector": "ExampleConnector"}]}, 0.0),
+        (
+            "MultiConnector",
+            {
+                "connectors": [
+                    {"kv_connector": "ExampleConnector"},
+                    {
+                        "kv_connector": "NixlConnector",
+                        "kv_connector_extra_config": {"kv_lease_duration": 20},
+                    },
+                    {"kv_connector": "NixlConnector"},
+                ]
+            },
+            20_000.0,
+        ),
+    ],
+)
+def test_a_lease_is_the_shortest_of_a_connector_and_what_is_in_it(connector, extra, lease) -> None:
+    config = SimpleNamespace(kv_connector=connector, kv_connector_extra_config=extra)
+    assert lease_ms(config, connector) == lease
+    assert lease_ms(None, "") == 0.0
 
 
 def test_what_does_not_fit_is_no_hand_off() -> None:

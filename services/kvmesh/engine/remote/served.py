@@ -38,6 +38,8 @@ _BLOCK_TOKENS = 16
 """Where a server does not say: what its index counts in."""
 _NIXL_LEASE_S = 30.0
 """NixlConnector's own default; a server does not tell another."""
+_LEASING = ("Nixl", "Multi")
+"""How connectors are called that have it; of a MultiConnector nobody tells what is in it."""
 
 
 def build(
@@ -146,7 +148,7 @@ def _built(
     cache = VllmCache(chain.root, geometry.pool_blocks)
     step_model = wire.StepModel()
     state = RemoteState(geometry, step_model)
-    lease_ms = _NIXL_LEASE_S * 1000 if said.connector.startswith("Nixl") else 0.0
+    lease_ms = _NIXL_LEASE_S * 1000 if said.connector.startswith(_LEASING) else 0.0
     placements = Placements(
         geometry,
         cast("border.RequestMaker", RequestMaker(said.lacks, facts.end_of_text_ids, facts.salts)),

@@ -8,6 +8,7 @@ first byte tells (JSON of an object begins with "{", zlib's header never does).
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -44,13 +45,13 @@ class HandOff:
     lease_ms: float = 0.0
     """How long the sender keeps the blocks for a receiver that it does not hear. 0: unknown."""
 
-    def expired(self, age_ms: float) -> bool:
-        """Whether the blocks may be gone, or somebody else's, when decode takes them at this
-        age of the request. Ages are by the router's clock: no two machines' are compared.
+    def left_ms(self, age_ms: float) -> float:
+        """How long decode may still take the blocks at this age of the request; later they may
+        be gone, or somebody else's. Ages are by the router's clock: no two machines' are compared.
 
         Half of the lease is left to vLLM, which renews it once it has the request.
         """
-        return bool(self.lease_ms) and age_ms - self.age_ms > self.lease_ms / 2
+        return self.age_ms + self.lease_ms / 2 - age_ms if self.lease_ms else math.inf
 
 
 def pack(hand_off: HandOff) -> bytes:

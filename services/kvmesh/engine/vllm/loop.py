@@ -323,7 +323,7 @@ class CoreLoop:
         """Gives vLLM what may go to it now."""
         state = self._state
         while (attempt := self._gate.next()) is not None:
-            prepared = self._waiting.pop(attempt.id)
+            prepared = self._placements.take(attempt.id)
             if prepared.request is None:
                 raise AssertionError("an attempt was let in without its request")
             attempt.phase = Phase.RECEIVING if prepared.receives else Phase.WAITING

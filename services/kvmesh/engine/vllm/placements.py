@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from array import array
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +45,8 @@ class Prepared:
     request: CoreRequest | None = None
     receives: bool = False
     """KV comes from another worker."""
+    expires_at: float = math.inf
+    """Until when that may be asked of vLLM; seconds, monotonic."""
     reserved_tokens: int = 0
     problem: str = ""
     path: str = ""
@@ -67,10 +70,11 @@ class Placements:
         max_logprobs: int,
         lease_ms: float = 0.0,
         seeded: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`roots`: of the model and its adapters. `connector`: its name; empty:
         there is none. `lease_ms`: how long it keeps a prompt's blocks; 0: not known.
-        `seeded`: whether requests can have seeds."""
+        `seeded`: whether requests can have seeds. `clock`: what received_at is by."""
         self._geometry = geometry
         self._make = make
         self._cache = cache
@@ -78,6 +82,7 @@ class Placements:
         self.connector = connector
         self.lease_ms = lease_ms
         self._seeded = seeded
+        self._clock = clock
         self._adapters = adapters
         self._max_logprobs = max_logprobs
         self.waiting: dict[AttemptId, Prepared] = {}
@@ -89,11 +94,7 @@ class Placements:
         opening = placement.id.opening(placement.stage)
         try:
             self._check(placement, prompt, running)
-            params, expired = self._transfer_params(placement)
-            if expired:
-                # Nobody keeps the blocks for us any more: the prompt is computed here.
-                _log.info("hand-off expired generation=%s", placement.id.generation.hex())
-                params = None
+            params, expires_at = self._transfer_params(placement)
             request, attempt = self._request(placement, prompt, params)
         except UnsupportedError as error:
             refused = Prepared(opening, problem=str(error), path=error.field)
@@ -106,8 +107,20 @@ class Placements:
             attempt,
             request,
             receives=placement.stage is Stage.DECODE and params is not None,
+            expires_at=expires_at,
             reserved_tokens=min(room, self._geometry.context_length),
         )
+
+    def take(self, id: AttemptId) -> Prepared:
+        """A waiting one, which goes to vLLM now: without its hand-off where that is too late.
+        Nobody has renewed the lease while it waited, for however long it did."""
+        prepared = self.waiting.pop(id)
+        if prepared.receives and self._clock() > prepared.expires_at and prepared.request:
+            # Nobody keeps the blocks for us any more: the prompt is computed here.
+            _log.info("hand-off expired generation=%s", id.generation.hex())
+            prepared.request.sampling_params.extra_args = None
+            prepared.receives = False
+        return prepared
 
     def _check(
         self, placement: Placement, prompt: list[int], running: Container[AttemptId]
@@ -128,17 +141,17 @@ class Placements:
         if adapter and adapter not in self._adapters.requests:
             raise UnsupportedError("model", f"this worker has no adapter {adapter!r}")
 
-    def _transfer_params(self, placement: Placement) -> tuple[dict[str, Any] | None, bool]:
-        """What the connector is told with a request, if anything, and whether it is too late."""
+    def _transfer_params(self, placement: Placement) -> tuple[dict[str, Any] | None, float]:
+        """What the connector is told with a request, if anything, and until when."""
         if placement.stage is Stage.WHOLE:
-            return None, False
+            return None, math.inf
         kind = placement.hand_off.WhichOneof("kind") if placement.hand_off else None
         if not self.connector:
             raise UnsupportedError("", "this worker has no KV connector (kv_transfer_config)")
         if kind == "mesh":
             raise UnsupportedError("", "hand-offs here are known on finish only")
         if placement.stage is Stage.PREFILL:
-            return dict(hand_off.PREFILL), False
+            return dict(hand_off.PREFILL), math.inf
         if placement.hand_off is None or kind is None:
             raise UnsupportedError("", "the hand-off is not set")
         engine = placement.hand_off.engine
@@ -150,8 +163,8 @@ class Placements:
             found = hand_off.unpack(engine.payload)
         except hand_off.HandOffError as error:
             raise UnsupportedError("", str(error)) from error
-        age_ms = placement.continuation.waited_ms
-        return found.params, found.expired(age_ms)
+        left_ms = found.left_ms(placement.continuation.waited_ms)
+        return found.params, placement.received_at + left_ms / 1000
 
     def _request(
         self, placement: Placement, prompt: list[int], params: dict[str, Any] | None
@@ -201,8 +214,8 @@ class Placements:
         """A request that is aborted once it is accepted: so the connector tells the sender
         that nobody takes its blocks."""
         try:
-            params, expired = self._transfer_params(placement)
-            if params is None or expired:
+            params, expires_at = self._transfer_params(placement)
+            if params is None or self._clock() > expires_at:
                 return None
             request = self._make(
                 "refused-" + placement.id.generation.hex() + f"-{placement.id.attempt}",

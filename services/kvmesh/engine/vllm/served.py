@@ -305,19 +305,27 @@ def _placements(parts: _Parts, geometry: Geometry, cache: VllmCache, chain: Chai
         connector=parts.connector,
         adapters=parts.adapters,
         max_logprobs=MAX_LOGPROBS,
-        lease_ms=_lease_ms(parts.config.kv_transfer_config, parts.connector),
+        lease_ms=lease_ms(parts.config.kv_transfer_config, parts.connector),
         # vLLM's CPU build dies of a seeded prompt that it computes in more than one chunk
         # (0.32: a generator of the CPU cannot be set back).
         seeded=not parts.vllm.on_cpu,
     )
 
 
-def _lease_ms(config: Any, connector: str) -> float:
+def lease_ms(config: Any, connector: str) -> float:
     """How long a connector keeps a prompt's blocks for decode. 0: not known."""
-    if not connector.startswith("Nixl"):
-        return 0.0
-    extra = config.kv_connector_extra_config or {}
-    return float(extra.get("kv_lease_duration", _NIXL_LEASE_S)) * 1000
+    extra = getattr(config, "kv_connector_extra_config", None) or {}
+    return 1000 * min(_leases_s(connector, extra), default=0.0)
+
+
+def _leases_s(connector: str, extra: Mapping[str, Any]) -> Iterator[float]:
+    if connector.startswith("Nixl"):
+        yield float(extra.get("kv_lease_duration", _NIXL_LEASE_S))
+    # MultiConnector's, each configured as it would be by itself.
+    for part in extra.get("connectors", ()):
+        yield from _leases_s(
+            str(part.get("kv_connector")), part.get("kv_connector_extra_config") or {}
+        )
 
 
 def _capabilities(
