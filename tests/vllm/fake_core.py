@@ -74,6 +74,8 @@ class FakeCore:
         self.batches = []
         """Names of the requests of each step."""
         self.released = []
+        self.bad_adapters = {}
+        """What is said of them, by name; None: it dies of it."""
         self.broken = None
         self.stopped = False
         self.wake = asyncio.Event()
@@ -87,6 +89,18 @@ class FakeCore:
     async def get_supported_tasks_async(self):
         await asyncio.sleep(0)
         return ("generate",)
+
+    async def add_lora_async(self, adapter):
+        await asyncio.sleep(0)
+        self.seen.append(("adapter", adapter))
+        problem = self.bad_adapters.get(adapter, "")
+        if problem is None:
+            self.broken = RuntimeError("EngineCore encountered an issue")
+            self.wake.set()
+            await asyncio.Event().wait()
+        if problem:
+            raise Exception(f"Call to add_lora method failed: {problem}")
+        return True
 
     async def reset_prefix_cache_async(self):
         await asyncio.sleep(0)

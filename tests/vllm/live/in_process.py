@@ -29,7 +29,11 @@ class Engine:
         self._environment = patch.dict(os.environ)
         self._environment.start()
         self.lines = []
-        self.built = build(settings, "w", 1, self.lines.append)
+        try:
+            self.built = build(settings, "w", 1, self.lines.append)
+        except BaseException:
+            self._environment.stop()
+            raise
         self.engine = self.built.engine
         self.engine.start(_Nobody())
 

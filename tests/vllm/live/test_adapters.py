@@ -1,6 +1,7 @@
 """LoRA adapters by name: their own output, their own cached prefixes."""
 
 import json
+import shutil
 
 import pytest
 from engine_harness import until
@@ -8,11 +9,15 @@ from in_process import Engine, ended, place
 
 from kvmesh._router import chain_root
 from kvmesh.engine.contract import STORED
+from kvmesh.worker.settings import SettingError
+
+RANK = 32
 
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """Random ones for queries and values: an answer that nobody else gives."""
+    """Random ones for queries and values: an answer that nobody else gives. Their rank is more
+    than vLLM has room for by itself."""
     import torch
     from safetensors.torch import save_file
 
@@ -22,13 +27,13 @@ def adapter(tmp_path_factory):
     for layer in range(30):
         for name, rows in (("q_proj", 576), ("v_proj", 192)):
             base = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            tensors[f"{base}.lora_A.weight"] = torch.randn(8, 576, generator=generator) / 8
-            tensors[f"{base}.lora_B.weight"] = torch.randn(rows, 8, generator=generator) / 8
+            tensors[f"{base}.lora_A.weight"] = torch.randn(RANK, 576, generator=generator) / 8
+            tensors[f"{base}.lora_B.weight"] = torch.randn(rows, RANK, generator=generator) / 8
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "r": 8,
+        "r": RANK,
         "lora_alpha": 16,
         "target_modules": ["q_proj", "v_proj"],
         "bias": "none",
@@ -36,6 +41,17 @@ def adapter(tmp_path_factory):
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
+
+
+# The first one: until here no engine has been started.
+def test_an_adapter_that_vllm_cannot_load_is_told_before_anything_is_served(
+    adapter, tmp_path
+) -> None:
+    folder = shutil.copytree(adapter, tmp_path / "poet")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    with pytest.raises(SettingError, match=r"adapter 'poet'.*DoRA.*lora\.poet"):
+        Engine(engine_arguments={"lora.poet": str(folder)})
 
 
 @pytest.fixture(scope="module")

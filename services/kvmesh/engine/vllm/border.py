@@ -13,7 +13,7 @@ import importlib.metadata
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, get_args
 
 TESTED = ("0.32.0",)
 """Versions that the tests ran with (make test-vllm)."""
@@ -128,6 +128,9 @@ class CoreClient(Protocol):
     async def get_supported_tasks_async(self) -> Sequence[str]:
         """What the model can do. Answered after all that was sent before."""
 
+    async def add_lora_async(self, lora_request: Any) -> bool:
+        """Loads an adapter. Raises Exception: it cannot be loaded, and the core goes on."""
+
     async def reset_prefix_cache_async(self) -> bool:
         """Forgets all cached blocks. False: some are in use."""
 
@@ -238,7 +241,7 @@ class Vllm:
             made = _module("vllm.engine.arg_utils").AsyncEngineArgs(**arguments)
             return cast("CoreConfig", made.create_engine_config())
         except (_own_error(), TypeError, ValueError, OSError, RuntimeError) as error:
-            raise VllmError(f"vLLM refuses its arguments: {_short(error)}") from error
+            raise VllmError(f"vLLM refuses its arguments: {short(error)}") from error
 
     def start_core(self, config: CoreConfig) -> CoreClient:
         """Starts the engine core, which loads the model: minutes. To be called in the
@@ -252,7 +255,7 @@ class Vllm:
             )
         except (RuntimeError, ValueError, OSError, TimeoutError) as error:
             raise VllmError(
-                f"vLLM's engine core did not start: {_short(error)}; its own lines above say why"
+                f"vLLM's engine core did not start: {short(error)}; its own lines above say why"
             ) from error
 
     def request_maker(self, config: CoreConfig, tasks: Sequence[str]) -> RequestMaker:
@@ -291,7 +294,7 @@ class Vllm:
                 )
             except (own_error, ValueError) as error:
                 parameter = str(getattr(error, "parameter", None) or "")
-                raise RefusedError(_short(error), parameter) from error
+                raise RefusedError(short(error), parameter) from error
             return cast("CoreRequest", request)
 
         return make
@@ -308,7 +311,7 @@ def load() -> Vllm:
         platform = _module("vllm.platforms").current_platform
         version = str(_module("vllm").__version__)
     except (ImportError, RuntimeError, OSError) as error:
-        raise VllmError(f"vLLM cannot be imported: {_short(error)} (docs/vllm.md)") from error
+        raise VllmError(f"vLLM cannot be imported: {short(error)} (docs/vllm.md)") from error
     names = frozenset(field.name for field in dataclasses.fields(arguments))
     return Vllm(version, bool(platform.is_cpu()), names)
 
@@ -317,6 +320,11 @@ def set_environment(values: Mapping[str, str]) -> None:
     """What vLLM reads from the environment, where the operator has not set it. Before `load`."""
     for name, value in values.items():
         os.environ.setdefault(name, value)
+
+
+def lora_ranks() -> tuple[int, ...]:
+    """Values that max_lora_rank may have."""
+    return get_args(_module("vllm.config.lora").MaxLoRARanks)
 
 
 def event_decoder() -> Callable[[bytes], Any]:
@@ -351,7 +359,7 @@ def _own_error() -> type[Exception]:
     return cast("type[Exception]", _module("vllm.exceptions").VLLMError)
 
 
-def _short(error: Exception) -> str:
+def short(error: BaseException) -> str:
     """The first lines of an error: pydantic's have a link each."""
     lines: Iterable[str] = (line.strip() for line in str(error).splitlines())
     kept = [line for line in lines if line and not line.startswith("For further information")]

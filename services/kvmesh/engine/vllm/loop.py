@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -85,9 +85,16 @@ class CoreLoop:
     core_name = "vLLM's engine core"
     """For people."""
 
-    def __init__(self, vllm: Starter, config: CoreConfig, endpoints: Endpoints | None) -> None:
-        """`endpoints` None: the core has no cache events."""
+    def __init__(
+        self,
+        vllm: Starter,
+        config: CoreConfig,
+        endpoints: Endpoints | None,
+        adapters: Mapping[str, object] | None = None,
+    ) -> None:
+        """`endpoints` None: the core has no cache events. `adapters`: vLLM's own, by name."""
         self._vllm = vllm
+        self._adapters = adapters or {}
         self._config = config
         self._endpoints = endpoints
         self.sink: OutputSink = Nobody()
@@ -176,6 +183,8 @@ class CoreLoop:
         self._client = self._vllm.start_core(self._config)
         try:
             tasks = tuple(await self._client.get_supported_tasks_async())
+            for name, adapter in self._adapters.items():
+                await self._load(name, adapter)
             self._loop = asyncio.get_running_loop()
             self._outcome = Started(self._config, tasks)
             self._up.set()
@@ -184,6 +193,27 @@ class CoreLoop:
             self._loop = None
             # Waits for the process: no other thread needs this one meanwhile.
             self._client.shutdown(timeout=_SHUTDOWN_S)
+
+    async def _load(self, name: str, adapter: object) -> None:
+        """Has the core load an adapter before the first request. One that it would load for a
+        request, within a step, and cannot, would end it. Raises VllmError."""
+        loading = asyncio.ensure_future(self._client.add_lora_async(adapter))
+        # A core that has gone says so here alone.
+        ended = asyncio.ensure_future(self._client.get_output_async())
+        try:
+            await asyncio.wait((loading, ended), return_when=asyncio.FIRST_COMPLETED)
+            first = loading if loading.done() else ended
+            error = first.exception()
+            if first is ended or error is not None or not loading.result():
+                raise border.VllmError(
+                    f"{self.core_name} cannot load the LoRA adapter {name!r}: "
+                    + ("it says no more" if error is None else border.short(error))
+                    + f"; engine_arguments lora.{name} has its folder"
+                ) from error
+        finally:
+            for task in (loading, ended):
+                task.cancel()
+            await asyncio.gather(loading, ended, return_exceptions=True)
 
     async def _serve(self) -> None:
         """Until it is closed, or the core has ended."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
 import socket
 import tempfile
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmesh.engine.core.chain import Chain
-from kvmesh.engine.vllm import border
+from kvmesh.engine.vllm import adapters, border
 from kvmesh.engine.vllm.arguments import ArgumentError, kv_transfer, parse
 from kvmesh.engine.vllm.cache import VllmCache
 from kvmesh.engine.vllm.engine import Guard, VllmEngine
@@ -52,7 +51,7 @@ class OwnArguments:
     @classmethod
     def of(cls, given: Mapping[str, str]) -> OwnArguments:
         """From text. Raises SettingError."""
-        allow, adapters = False, {}
+        allow, folders = False, {}
         for key, text in given.items():
             if key == "allow_untested":
                 try:
@@ -61,18 +60,18 @@ class OwnArguments:
                     raise SettingError(f"engine_arguments: {error}") from error
             elif key.startswith(_LORA) and len(key) > len(_LORA):
                 folder = Path(text).expanduser()
-                if not (folder / "adapter_config.json").is_file():
+                if not (folder / adapters.CONFIG).is_file():
                     raise SettingError(
                         f"engine_arguments: {key} is {text!r}; allowed is the folder of a LoRA "
-                        "adapter, with adapter_config.json"
+                        f"adapter, with {adapters.CONFIG}"
                     )
-                adapters[key.removeprefix(_LORA)] = folder.resolve()
+                folders[key.removeprefix(_LORA)] = folder.resolve()
             else:
                 raise SettingError(
                     f"engine_arguments: {key} is no argument of kvmesh's vllm engine; allowed are "
                     "allow_untested, lora.NAME. vLLM's own go by vllm_arg"
                 )
-        return cls(allow, adapters)
+        return cls(allow, folders)
 
 
 def build(
@@ -106,11 +105,12 @@ def build(
                 _size_pool(config, settings.kv_pool_tokens)
             progress(f"vllm: {_described(arguments)}")
             caches = bool(config.cache_config.enable_prefix_caching)
+            loras = _adapters(vllm, own)
             cancellation.check()
-            loop = CoreLoop(vllm, config, endpoints if caches else None)
+            loop = CoreLoop(vllm, config, endpoints if caches else None, loras.requests)
             stack.callback(loop.stop)
             tasks = loop.start_core().tasks
-            parts = _Parts(vllm, config, served, _adapters(vllm, own), tasks)
+            parts = _Parts(vllm, config, served, loras, tasks)
             built = _built(parts, settings.served_name, loop, guard, progress)
             # It is the engine's to close them from here on.
             stack.pop_all()
@@ -185,7 +185,7 @@ def _arguments(
         # The setting's default is right for CPUs only; here the model's own type is.
         arguments["dtype"] = settings.dtype
     if own.adapters:
-        arguments |= {"enable_lora": True, "max_loras": len(own.adapters)}
+        arguments |= adapters.arguments(own.adapters, given, border.lora_ranks())
     arguments |= given
     transfer = kv_transfer(
         arguments.get("kv_transfer_config"),
@@ -291,7 +291,7 @@ def _geometry(config: border.CoreConfig) -> Geometry:
 def _adapters(vllm: border.Vllm, own: OwnArguments) -> Adapters:
     numbered = enumerate(sorted(own.adapters.items()), start=1)
     return Adapters(
-        {name: _folder_digest(folder) for name, folder in own.adapters.items()},
+        {name: adapters.digest(folder) for name, folder in own.adapters.items()},
         {name: vllm.adapter(name, number, str(folder)) for number, (name, folder) in numbered},
     )
 
@@ -347,15 +347,3 @@ def _capabilities(
         kv=wire.KvCompatibility(model_digest=digest, dtype=dtype),
         max_batch=int(config.scheduler_config.max_num_seqs),
     )
-
-
-def _folder_digest(folder: Path) -> str:
-    """SHA-256 over an adapter's files."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".safetensors", ".bin") and file.is_file():
-            digest.update(file.name.encode() + b"\0" + file.stat().st_size.to_bytes(8, "little"))
-            with file.open("rb") as content:
-                while chunk := content.read(8 << 20):
-                    digest.update(chunk)
-    return digest.hexdigest()
