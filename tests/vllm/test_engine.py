@@ -8,8 +8,12 @@ from engine_harness import running, until
 from fake_core import CONNECTOR, engine, tokens_after
 
 from kvmesh.engine.contract import AttemptId, Stage
+from kvmesh.engine.vllm import warm_up
+from kvmesh.engine.vllm.engine import VllmEngine
+from kvmesh.engine.vllm.loop import Nobody
 from kvmesh.v1 import inference_pb2 as inference
 from kvmesh.v1 import worker_pb2 as wire
+from kvmesh.worker.settings import SettingError
 
 SAMPLING = {"sampling": wire.ResolvedSampling(top_p=1.0, repetition_penalty=1.0)}
 
@@ -363,6 +367,18 @@ async def test_a_core_that_dies_ends_the_engine() -> None:
         assert driver.engine.core.stopped
         # What comes later is nobody's.
         driver.engine.cancel([attempt.id])
+
+
+async def test_a_core_that_has_ended_before_its_start_is_told_at_once(monkeypatch) -> None:
+    # What waits for a first request gives up at once, and says so.
+    monkeypatch.setattr(warm_up, "_TIMEOUT_S", 0.0)
+    built = engine()
+    built.core.broken = RuntimeError("the core is dead")
+    built._loop.post(lambda _: built.core.wake.set())
+    await until(lambda: built._loop.over)
+    with pytest.raises(SettingError, match="has ended"):
+        VllmEngine.start(built, Nobody())
+    await built.close()
 
 
 async def test_closing_twice_is_closing_once() -> None:

@@ -79,6 +79,9 @@ class VllmEngine:
         """Times a few steps, then begins to work. Takes seconds. Raises SettingError."""
         warm_up = WarmUp(self._state.geometry)
         self._loop.sink = warm_up
+        if self._loop.over:
+            # Whoever heard of it then, it was not this sink.
+            raise SettingError("vLLM's engine core has ended since it started")
         try:
             self._model.CopyFrom(warm_up.measure(self._loop))
         except WarmUpError as error:
