@@ -362,6 +362,26 @@ async def test_a_feed_that_ends_is_taken_up_anew_and_what_was_known_forgotten() 
         await until(lambda: len(chains_of(driver.engine.snapshot())) == 4)
 
 
+async def test_a_feed_that_cannot_be_read_is_taken_up_anew(monkeypatch, caplog) -> None:
+    async with served() as driver:
+        await until(lambda: driver.model.feeds)
+        (feed,) = driver.model.feeds
+        await place(driver, prompt(70), max_tokens=1).ended()
+        await until(lambda: chains_of(driver.engine.snapshot()))
+
+        def unreadable(event):
+            monkeypatch.undo()
+            raise ValueError("no such event")
+
+        monkeypatch.setattr(smg, "cache_event", unreadable)
+        await place(driver, prompt(70, 1), max_tokens=1).ended()
+        await until(lambda: not chains_of(driver.engine.snapshot()))
+        await until(lambda: driver.model.feeds and driver.model.feeds != [feed])
+        await place(driver, prompt(70, 2), max_tokens=1).ended()
+        await until(lambda: len(chains_of(driver.engine.snapshot())) == 4)
+    assert "no such event" in caplog.text
+
+
 @pytest.mark.parametrize(
     "event",
     [

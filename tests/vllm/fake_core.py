@@ -242,11 +242,14 @@ class FakeVllmEngine(VllmEngine):
         self._loop.post(lambda core: core.serve(sink))
 
 
-def engine(connector="", context_length=4096, lease_ms=0.0, clock=time.monotonic, **core_settings):
+def engine(
+    connector="", context_length=4096, lease_ms=0.0, clock=time.monotonic, endpoints=None,
+    **core_settings,
+):  # fmt: skip
     """An engine that has started its core."""
     core = FakeCore(**core_settings)
     geometry = Geometry(core.blocks, BLOCK, core.step_tokens, context_length, 2000)
-    loop = CoreLoop(core, None, None)
+    loop = CoreLoop(core, None, endpoints)
     loop.start_core()
     chain = Chain("ab" * 32, {})
     cache = VllmCache(chain.root, core.blocks)

@@ -19,10 +19,6 @@ from kvmesh.v1 import worker_pb2 as wire
 
 _log = logging.getLogger(__name__)
 
-_AGAIN_S = 0.5
-"""Before a server that ended its feed of cache events is asked for it again."""
-
-
 _making = threading.Lock()
 
 
@@ -110,21 +106,15 @@ class RemoteLoop(loop.CoreLoop):
         self._core.pool_tokens = geometry.pool_blocks * geometry.block_tokens
         self._core.watch()
         if self.description.cache_events:
-            self._keep(asyncio.create_task(self._read_cache(), name="cache events"))
-
-    async def _read_cache(self) -> None:
-        """Follows the server's cache until it is cancelled. Whenever the feed begins anew,
-        what was known is forgotten: events may have been missed."""
-        while True:
-            self._cache.clear()
-            self._tell_changes()
-            try:
-                await self._read_feed()
-            except ServerError as error:
-                _log.info("cache events broke off: %s", error)
-            await asyncio.sleep(_AGAIN_S)
+            self._tasks.add(asyncio.create_task(self._read_cache(), name="cache events"))
 
     async def _read_feed(self) -> None:
+        try:
+            await self._read_batches()
+        except ServerError as error:
+            _log.info("cache events broke off: %s", error)
+
+    async def _read_batches(self) -> None:
         begun = False
         async for batch in self._core.server.cache_batches():
             if batch.load is not None:

@@ -35,6 +35,9 @@ _log = logging.getLogger(__name__)
 _SHUTDOWN_S = 5.0
 """Time that the core has to end."""
 
+AGAIN_S = 0.5
+"""Before cache events that broke off are asked for again."""
+
 _TURN_S = 0.1
 """Turns of the core without a step are looked at this often."""
 
@@ -247,23 +250,28 @@ class CoreLoop:
 
     def _follow(self) -> None:
         """Begins to read cache events."""
-        if self._endpoints is None:
-            return
-        feed = EventFeed(
-            self._endpoints.events, self._endpoints.replay, self._cache, self._tell_changes
-        )
-        self._keep(asyncio.create_task(feed.run(), name="cache events"))
+        if self._endpoints is not None:
+            self._tasks.add(asyncio.create_task(self._read_cache(), name="cache events"))
 
-    def _keep(self, feed: asyncio.Task[None]) -> None:
-        """Owns a task that reads cache events."""
-        feed.add_done_callback(self._events_ended)
-        self._tasks.add(feed)
-
-    def _events_ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and task.exception() is not None:
-            _log.error("cache events cannot be read any more", exc_info=task.exception())
+    async def _read_cache(self) -> None:
+        """Follows the core's cache until it is cancelled. Whenever the feed begins anew, what was
+        known is forgotten: events may have been missed."""
+        while True:
+            try:
+                await self._read_feed()
+            except Exception:
+                # Whatever it was, routers go on to take the index for exact.
+                _log.exception("cache events broke off")
             self._cache.clear()
             self._tell_changes()
+            await asyncio.sleep(AGAIN_S)
+
+    async def _read_feed(self) -> None:
+        """Applies cache events for as long as they come."""
+        if self._endpoints is None:
+            raise AssertionError("the core has no cache events")
+        events, replay = self._endpoints.events, self._endpoints.replay
+        await EventFeed(events, replay, self._cache, self._tell_changes).run()
 
     # -- the core's outputs ------------------------------------------------
 
