@@ -1,11 +1,16 @@
-"""A worker that loads says how far it is."""
+"""A worker that loads a model: how far it is, and what ends its texts."""
 
+import json
+
+import pytest
 import torch
-from tiny_torch import engine_of
+from tiny_torch import engine_of, write_model
 
 from kvmesh import models
+from kvmesh.engine.torch import TorchSettings, build, served
 from kvmesh.engine.torch.served import _Steps
 from kvmesh.engine.torch.weights import load_weights
+from kvmesh.worker.settings import SettingError, WorkerSettings
 
 
 def test_loading_weights_tells_bytes_up_to_the_whole():
@@ -55,3 +60,27 @@ def test_a_pool_takes_all_of_its_memory_before_it_is_used(folder):
     assert done == sorted(done)
     assert (done[0], set(totals)) == (0, {pool.nbytes})
     assert len(done) > 3, "a part at a time, so that signals are seen"
+
+
+def test_texts_end_by_configurations_and_tokeniser_or_nothing_starts(tmp_path, monkeypatch) -> None:
+    write_model(tmp_path)
+    monkeypatch.setenv("KVMESH_CACHE", str(tmp_path / "cache"))
+
+    def edited(name, **fields) -> None:
+        content = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps(content | fields))
+
+    def ends() -> list[int]:
+        settings = TorchSettings(str(tmp_path), device="cpu", dtype="float32", threads=1)
+        return [*build(settings).record.end_of_text_ids]
+
+    edited("config.json", eos_token_id=1)
+    edited("generation_config.json", eos_token_id=None)
+    assert ends() == [1, 2]
+    edited("config.json", eos_token_id=None)
+    assert ends() == [2]
+    edited("tokenizer_config.json", eos_token=None)
+    assert ends() == []
+    given = WorkerSettings(engine="torch", model=str(tmp_path))
+    with pytest.raises(SettingError, match="add eos_token_id to generation_config"):
+        served.build(given, "w", 1, lambda line: None)

@@ -125,7 +125,7 @@ def test_a_converted_file_has_the_weights_that_went_in(tiny, gguf_file, tmp_path
     config = models.load_config(tmp_path)
     assert (config.heads, config.kv_heads, config.head_size) == (HEADS, KV_HEADS, HEAD_SIZE)
     assert config.tied_head
-    assert config.end_of_text_ids == (2,)
+    assert models.end_of_text_ids_of(tmp_path) == (2,)
     assert config.norm_epsilon == 1e-5
 
 

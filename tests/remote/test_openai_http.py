@@ -437,6 +437,22 @@ async def test_what_cannot_be_attached_says_why(folder, tmp_path) -> None:
                   lambda port: settings(port, "", tokenizer=""))  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", KINDS)
+async def test_what_ends_a_text_is_known_or_the_server_ends_it(folder, kind) -> None:
+    (folder / "generation_config.json").unlink()
+    # The tokeniser's own eos_token.
+    async with served(folder, kind) as driver:
+        assert [*driver.built.model.end_of_text_ids] == [END]
+    (folder / "tokenizer_config.json").write_text("{}")
+    if kind == "llamacpp":
+        async with served(folder, kind) as driver:
+            assert [*driver.built.model.end_of_text_ids] == []
+        return
+    with pytest.raises(SettingError, match=r"tokenizer: .*add eos_token_id to generation_config"):
+        async with served(folder, kind):
+            pass
+
+
 async def test_a_key_is_sent(folder) -> None:
     async with served(folder, key="secret", arguments={"server_key": "secret"}) as driver:
         assert await place(driver, prompt(5), max_tokens=1).ended() == "finished"

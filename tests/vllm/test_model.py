@@ -4,8 +4,11 @@ import json
 
 import pytest
 
-from kvmesh.engine.vllm.model import end_of_text_ids, find
+from kvmesh.engine.vllm import border
+from kvmesh.engine.vllm.model import find
+from kvmesh.engine.vllm.served import build
 from kvmesh.models import ModelError
+from kvmesh.worker.settings import SettingError, WorkerSettings
 
 
 @pytest.fixture
@@ -46,10 +49,25 @@ def test_its_digest_is_of_its_content_and_is_kept(folder) -> None:
 
 def test_generation_config_comes_first(folder) -> None:
     (folder / "generation_config.json").write_text('{"eos_token_id": [9, 11]}')
-    assert end_of_text_ids(folder) == (9, 11)
+    assert found(folder)[0].end_of_text_ids == (9, 11)
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(ModelError, match="is not JSON"):
-        end_of_text_ids(folder)
+        found(folder)
+
+
+def test_the_tokenisers_own_end_is_one_of_them(folder) -> None:
+    token = {"id": 32_000, "content": "<|im_end|>"}
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [token]}))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
+    assert found(folder)[0].end_of_text_ids == (7, 32_000)
+
+
+def test_a_model_without_an_end_is_refused_at_start(folder, monkeypatch) -> None:
+    monkeypatch.setattr(border, "installed_version", lambda: "0.32.0")
+    (folder / "config.json").write_text('{"architectures": ["GptOssForCausalLM"]}')
+    given = WorkerSettings(engine="vllm", model=str(folder))
+    with pytest.raises(SettingError, match="add eos_token_id to generation_config"):
+        build(given, "w", 1, lambda line: None)
 
 
 def test_a_folder_without_a_model_says_so(tmp_path) -> None:

@@ -3,6 +3,7 @@
 from kvmesh.models.cancellation import Cancellation, LoadCancelledError
 from kvmesh.models.config import SUPPORTED_ARCHITECTURES, ModelConfig, RopeConfig, load_config
 from kvmesh.models.digest import model_digest, tokenizer_digest, tokenizer_files
+from kvmesh.models.ends import END_FILES, NO_END, end_of_text_ids, end_of_text_ids_of
 from kvmesh.models.errors import (
     ChecksumError,
     ModelError,
@@ -22,6 +23,8 @@ from kvmesh.models.store import (
 )
 
 __all__ = [
+    "END_FILES",
+    "NO_END",
     "SUPPORTED_ARCHITECTURES",
     "CachedModel",
     "Cancellation",
@@ -36,6 +39,8 @@ __all__ = [
     "UnsupportedModelError",
     "cache_folder",
     "check",
+    "end_of_text_ids",
+    "end_of_text_ids_of",
     "list_cached",
     "load_config",
     "model_digest",

@@ -60,11 +60,10 @@ class ModelConfig:
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
-    end_of_text_ids: tuple[int, ...]
 
 
 def load_config(folder: Path) -> ModelConfig:
-    """Reads `folder`/config.json (and generation_config.json for ends of text).
+    """Reads `folder`/config.json.
 
     Raises `UnsupportedModelError` for what cannot be computed exactly, by name.
     """
@@ -74,33 +73,24 @@ def load_config(folder: Path) -> ModelConfig:
         raise UnsupportedModelError(f"{folder} has no config.json") from error
     except ValueError as error:
         raise UnsupportedModelError(f"{folder}/config.json is not JSON: {error}") from error
-    generation: dict[str, Any] = {}
-    generation_file = folder / "generation_config.json"
-    if generation_file.exists():
-        generation = json.loads(generation_file.read_text(encoding="utf-8"))
-    return parse_config(raw, generation)
+    return parse_config(raw)
 
 
-def parse_config(
-    raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None
-) -> ModelConfig:
+def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     """Turns a config.json into a `ModelConfig`; raises `UnsupportedModelError`."""
     architecture = _architecture(raw)
     _refuse_variants(raw, architecture)
     try:
-        return _build(raw, generation or {}, architecture)
+        return _build(raw, architecture)
     except KeyError as error:
         raise UnsupportedModelError(f"config.json lacks {error.args[0]!r}") from error
 
 
-def _build(raw: Mapping[str, Any], generation: Mapping[str, Any], architecture: str) -> ModelConfig:
+def _build(raw: Mapping[str, Any], architecture: str) -> ModelConfig:
     heads = int(raw["num_attention_heads"])
     hidden = int(raw["hidden_size"])
     context = int(raw["max_position_embeddings"])
     bias = bool(raw.get("attention_bias", False))
-    ends = generation.get("eos_token_id", raw.get("eos_token_id"))
-    if ends is None:
-        ends = []
     return ModelConfig(
         architecture=architecture,
         vocabulary_size=int(raw["vocab_size"]),
@@ -118,7 +108,6 @@ def _build(raw: Mapping[str, Any], generation: Mapping[str, Any], architecture: 
         qkv_bias=bias or architecture == "Qwen2ForCausalLM",
         output_bias=bias and architecture == "LlamaForCausalLM",
         mlp_bias=bool(raw.get("mlp_bias", False)) and architecture == "LlamaForCausalLM",
-        end_of_text_ids=tuple(ends) if isinstance(ends, list) else (int(ends),),
     )
 
 

@@ -77,8 +77,6 @@ def _record_path(folder: Path, cache: Path) -> Path:
 
 def _take(folder: Path, advance: Advance | None) -> str:
     config = dataclasses.asdict(load_config(folder))
-    # Where a text ends does not change KV.
-    del config["end_of_text_ids"]
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode() + b"\0")
     entries = [entry for file in weight_files(folder) for entry in read_entries(file)]
     entries.sort(key=lambda entry: entry.name)

@@ -29,6 +29,7 @@ from kvmesh.engine.vllm import border
 from kvmesh.engine.vllm.cache import VllmCache
 from kvmesh.engine.vllm.placements import Adapters, Placements
 from kvmesh.engine.vllm.state import Geometry
+from kvmesh.models import NO_END, ModelError, end_of_text_ids
 from kvmesh.v1 import worker_pb2 as wire
 from kvmesh.worker.engines import BuiltEngine
 from kvmesh.worker.settings import SettingError, WorkerSettings
@@ -104,7 +105,7 @@ def _facts(said: Description, arguments: Arguments, settings: WorkerSettings) ->
     context_length = arguments.context_length or said.context_length
     if not context_length:
         raise SettingError("the server does not tell its context length; give context_length")
-    ids = tokenizer.end_of_text_ids(files) or said.end_of_text_ids
+    ids = _end_of_text_ids(said, files)
     found = TokenizerFiles.of(files)
     # Another than a multiple of 16 tells nothing that an index could use.
     size = said.block_tokens
@@ -121,6 +122,17 @@ def _facts(said: Description, arguments: Arguments, settings: WorkerSettings) ->
     )
     digest = arguments.model_digest or _digest(said, found.digest, vocabulary)
     return _Facts(said, files, found, geometry, ids, digest, salts)
+
+
+def _end_of_text_ids(said: Description, files: Mapping[str, bytes]) -> tuple[int, ...]:
+    """Raises SettingError where nothing would end a text."""
+    try:
+        ids = end_of_text_ids(files, said.end_of_text_ids)
+    except ModelError as error:
+        raise SettingError(f"tokenizer: {error}") from error
+    if not ids and "ignore_eos" not in said.lacks:
+        raise SettingError(f"tokenizer: {NO_END}")
+    return ids
 
 
 def _salts(said: Description, arguments: Arguments) -> SaltedPrompts | None:

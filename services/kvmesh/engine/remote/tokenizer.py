@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from kvmesh.engine.remote.server import UnusableError
+from kvmesh.models import END_FILES
 from kvmesh.worker.tokenizer_files import NAMES
 
-_WANTED = (*NAMES, "config.json", "generation_config.json")
+_WANTED = tuple(dict.fromkeys((*NAMES, *END_FILES)))
 MOST_BYTES = 256 * 1024 * 1024
 """Most that is taken and unpacked: the archive comes from another machine."""
 
@@ -52,15 +53,6 @@ def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     except ValueError as error:
         raise UnusableError(f"{name} is not JSON: {error}") from error
     return found if isinstance(found, dict) else {}
-
-
-def end_of_text_ids(files: Mapping[str, bytes]) -> tuple[int, ...]:
-    """Ids that end a text, as the model's files say. Empty: they do not say."""
-    for name in ("generation_config.json", "config.json"):
-        ids = _object(files, name).get("eos_token_id")
-        if ids is not None:
-            return tuple(int(id) for id in ids) if isinstance(ids, list) else (int(ids),)
-    return ()
 
 
 def vocabulary_size(files: Mapping[str, bytes]) -> int:

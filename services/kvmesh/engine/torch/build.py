@@ -71,7 +71,7 @@ def build(settings: TorchSettings, progress: models.Progress = models.silent) ->
         tokenizer_digest=models.tokenizer_digest(folder),
         context_length=config.context_length,
         vocabulary_size=config.vocabulary_size,
-        end_of_text_ids=config.end_of_text_ids,
+        end_of_text_ids=models.end_of_text_ids_of(folder),
     )
     return Built(runner, record, folder)
 

@@ -46,7 +46,9 @@ def build(
         max_batch = int(arguments.get("max_batch", 256))
         chunk_tokens = _chunk_tokens(arguments, block_tokens)
         steps = cancellation.checked(_Steps(progress))
-        models.pull(settings.model, steps, cancellation)
+        folder = models.pull(settings.model, steps, cancellation)
+        if not models.end_of_text_ids_of(folder):
+            raise models.UnsupportedModelError(models.NO_END)
         built = build_runner(
             TorchSettings(
                 model=settings.model,

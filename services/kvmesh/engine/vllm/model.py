@@ -11,10 +11,9 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kvmesh import models
-from kvmesh.models import ModelError, ModelNotFoundError, UnsupportedModelError
+from kvmesh.models import ModelNotFoundError, UnsupportedModelError
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +45,7 @@ def find(
     except UnsupportedModelError:
         progress("model: taking its digest")
         digest = plain_digest(folder, models.cache_folder(), cancellation)
-    return ServedModel(folder, short, digest, end_of_text_ids(folder))
-
-
-def end_of_text_ids(folder: Path) -> tuple[int, ...]:
-    """Ids that end a text, as the model's files say. Raises ModelError."""
-    ids: Any = None
-    for file in ("generation_config.json", "config.json"):
-        path = folder / file
-        if ids is None and path.is_file():
-            try:
-                ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            except ValueError as error:
-                raise ModelError(f"{path} is not JSON: {error}") from error
-    if ids is None:
-        return ()
-    return tuple(int(id) for id in ids) if isinstance(ids, list) else (int(ids),)
+    return ServedModel(folder, short, digest, models.end_of_text_ids_of(folder))
 
 
 def plain_digest(folder: Path, cache: Path, cancellation: models.Cancellation | None = None) -> str:

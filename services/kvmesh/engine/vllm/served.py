@@ -20,7 +20,7 @@ from kvmesh.engine.vllm.loop import CoreLoop, Endpoints
 from kvmesh.engine.vllm.model import ServedModel, find
 from kvmesh.engine.vllm.placements import Adapters, Placements
 from kvmesh.engine.vllm.state import Geometry, State
-from kvmesh.models import Cancellation, ModelError
+from kvmesh.models import NO_END, Cancellation, ModelError
 from kvmesh.setting_values import ValueNotAllowedError, boolean
 from kvmesh.v1 import worker_pb2 as wire
 from kvmesh.worker.engines import BuiltEngine
@@ -89,6 +89,8 @@ def build(
         version = border.installed_version()
         border.check_version(version, own.allow_untested)
         served = find(settings.model, progress, cancellation)
+        if not served.end_of_text_ids:
+            raise SettingError(f"model {served.folder}: {NO_END}")
         progress(f"vllm: {version}, importing")
         host = settings.advertise_host or split_address("listen", settings.listen)[0]
         with reserved_port(host) as port, ExitStack() as stack:
