@@ -37,12 +37,23 @@ class FakeOpenAi:
         """Whether SGLang draws by the seeds of its requests."""
         self.spelling: dict[str, list[int]] = {}
         """What /tokenize says of a text."""
+        self.lingers = False
+        """Whether an answer's body stays open behind its last event."""
+        self.connections = 0
+        self.closed = 0
+        """Of them, those that a client has closed within an answer that was over."""
+        self.completed_on: list[int] = []
+        """Which connection each request for a completion came on."""
 
     async def connected(self, reader, writer) -> None:
+        self.connections += 1
+        number = self.connections
         try:
             while True:
-                head = await reader.readuntil(b"\r\n\r\n")
-                await self._answer(head.decode(), reader, writer)
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                if head.split()[1] == "/v1/completions":
+                    self.completed_on.append(number)
+                await self._answer(head, reader, writer)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
@@ -145,6 +156,10 @@ class FakeOpenAi:
                 if told.finish is not None:
                     break
             self._event(writer, None)
+            if self.lingers:
+                await gone
+                self.closed += 1
+                raise ConnectionError("the client has gone")
             writer.write(b"0\r\n\r\n")
         finally:
             gone.cancel()

@@ -11,7 +11,7 @@ from fake_model import BLOCK, BLOCKS, CONTEXT, END, MODEL, FakeModel
 from fake_openai import FakeOpenAi, serve
 
 from kvmesh.engine.contract import Stage
-from kvmesh.engine.remote import metrics
+from kvmesh.engine.remote import metrics, openai_http
 from kvmesh.engine.remote.served import build
 from kvmesh.engine.remote.server import Load
 from kvmesh.v1 import inference_pb2 as inference
@@ -370,6 +370,29 @@ async def test_without_an_abort_call_the_dropped_stream_does(folder) -> None:
         await until(lambda: driver.model.running == {})
         # It is asked for once, and not again.
         assert driver.service.paths.count("/inference/v1/abort_requests") == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_connection_serves_one_request_after_the_other(folder, kind) -> None:
+    async with served(folder, kind) as driver:
+        driver.service.completed_on.clear()
+        for at in range(10):
+            assert await place(driver, prompt(20, at), max_tokens=3).ended() == "finished"
+            await driver.idle()
+        # One may be in use still, to ask how the server is or to read an end.
+        assert len(driver.service.completed_on) == 10
+        assert len(set(driver.service.completed_on)) <= 5
+
+
+async def test_an_answer_that_does_not_end_costs_its_connection_alone(folder, monkeypatch) -> None:
+    monkeypatch.setattr(openai_http, "_REST_S", 0.05)
+    async with served(folder) as driver:
+        driver.service.lingers = True
+        attempt = place(driver, prompt(20), max_tokens=3)
+        assert await attempt.ended() == "finished"
+        assert attempt.tokens == tokens_after(prompt(20), 3)
+        await driver.idle()
+        await until(lambda: driver.service.closed == 1)
 
 
 @pytest.mark.parametrize(

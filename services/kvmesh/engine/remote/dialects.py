@@ -167,6 +167,8 @@ class Reader:
     spelt: str = ""
     """Text of the part that was taken last, where ids before its own were kept back: llama.cpp
     tells of a character that is several tokens the last one alone."""
+    ended_there: bool = field(default=False)
+    """The server has said that its answer is over; else only we take no more of it."""
     _over: bool = field(default=False)
     _made: int = 0
     """Tokens that the server says it has made."""
@@ -181,6 +183,7 @@ class Reader:
         if self._last is not None and (event.get("usage") or choices):
             if event.get("usage"):
                 self._last.cached_tokens = _cached(event)
+                self.ended_there = True
             # Else it goes on behind a token that ends the output for us alone.
             return self.rest()
         if not choices or self._over:
@@ -197,7 +200,7 @@ class Reader:
                 raise FailedError(f"the server ended the request: {finish}")
             stop = choice.get("stop_reason", choice.get("matched_stop"))
             part.stop_token_id = stop if isinstance(stop, int) else None
-        said = part.finish_reason is not None
+        said = self.ended_there = part.finish_reason is not None
         if not self.dialect.stops:
             self._stop(part, given.stop_token_ids or [])
         self._over = part.finish_reason is not None

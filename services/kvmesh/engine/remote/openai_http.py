@@ -7,6 +7,7 @@ its log-probabilities.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import ssl
@@ -38,6 +39,11 @@ _CALL_S = 3.0
 _CONNECT_S = 3.0
 _FIRST_S = 600.0
 """A stream may be silent for as long as its prompt takes; the router has deadlines of its own."""
+_KEPT_S = 2.0
+"""How long an idle connection is kept. Servers close theirs after 5 s, and a request that crosses
+that is lost."""
+_REST_S = 1.0
+"""Most that the end of an answer may take to come behind its last event."""
 _MOST_LINE_BYTES = 1 << 20
 _MOST_TEXT = 300
 _REFUSED = range(400, 500)
@@ -73,7 +79,9 @@ class OpenAiServer:
             base_url=access.url,
             headers=headers,
             timeout=httpx.Timeout(_FIRST_S, connect=_CONNECT_S, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
+            limits=httpx.Limits(
+                max_connections=None, max_keepalive_connections=256, keepalive_expiry=_KEPT_S
+            ),
             verify=ssl.create_default_context(cadata=access.ca.decode()) if access.ca else True,
             # A proxy of the environment is for other things.
             trust_env=False,
@@ -81,6 +89,8 @@ class OpenAiServer:
         self._model: Mapping[str, Any] = {}
         self._dialect = dialects.PLAIN
         self._can_abort = True
+        self._rests: set[asyncio.Task[None]] = set()
+        """Read the ends of answers that nobody waits for any more."""
 
     # -- who it is -----------------------------------------------------------
 
@@ -186,10 +196,13 @@ class OpenAiServer:
         body = dialect.body(request, model, priorities=self._access.priorities)
         reader = dialects.Reader(dialect, request)
         try:
-            async with self._http.stream("POST", "/v1/completions", json=body) as answer:
+            post = self._http.build_request("POST", "/v1/completions", json=body)
+            answer = await self._http.send(post, stream=True)
+            lines = _lines(answer.aiter_bytes())
+            try:
                 if answer.status_code != 200:
                     raise _refusal(answer.status_code, await answer.aread())
-                async for line in _lines(answer.aiter_bytes()):
+                async for line in lines:
                     if not line.startswith("data:"):
                         continue
                     data = line.removeprefix("data:").strip()
@@ -203,6 +216,14 @@ class OpenAiServer:
                     yield part
                 if (part := reader.rest()) is not None:
                     yield part
+            finally:
+                if reader.ended_there:
+                    # Whoever reads the parts goes with the last one: the end comes behind it.
+                    rest = asyncio.create_task(_read_out(answer, lines), name="rest")
+                    self._rests.add(rest)
+                    rest.add_done_callback(self._rests.discard)
+                else:
+                    await answer.aclose()
         except httpx.HTTPError as error:
             # An answer that has ended is whole, though its usage never came.
             if (part := reader.rest()) is None:
@@ -253,6 +274,10 @@ class OpenAiServer:
 
     async def close(self) -> None:
         """Drops the connections."""
+        rests = [*self._rests]
+        for rest in rests:
+            rest.cancel()
+        await asyncio.gather(*rests, return_exceptions=True)
         await self._http.aclose()
 
 
@@ -274,6 +299,20 @@ async def _lines(parts: AsyncIterable[bytes]) -> AsyncGenerator[str, None]:
             yield line.decode(errors="replace")
     if rest:
         yield rest.decode(errors="replace")
+
+
+async def _read_out(answer: httpx.Response, lines: AsyncIterable[str]) -> None:
+    """Reads what comes behind the last event of an answer: a connection that is left within a
+    body serves no other request."""
+    try:
+        async with asyncio.timeout(_REST_S):
+            async for _ in lines:
+                pass
+    except (TimeoutError, httpx.HTTPError, FailedError) as error:
+        # The answer is whole; what is lost is a connection.
+        _log.debug("the end of an answer did not come: %s", type(error).__name__)
+    finally:
+        await answer.aclose()
 
 
 def _unreachable(error: httpx.HTTPError) -> UnreachableError:
