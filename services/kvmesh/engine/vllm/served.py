@@ -252,7 +252,8 @@ def _built(
 ) -> BuiltEngine:
     geometry, served = _geometry(parts.config), parts.served
     chain = Chain(served.digest, parts.adapters.digests)
-    cache = VllmCache(chain.root, geometry.pool_blocks)
+    # What is cached are blocks of one group: as many as there are at all.
+    cache = VllmCache(chain.root, int(parts.config.cache_config.num_gpu_blocks))
     step_model = wire.StepModel()
     state = State(geometry, step_model)
     loop.attach(state, cache, _placements(parts, geometry, cache, chain))
@@ -276,8 +277,7 @@ def _built(
 def _geometry(config: border.CoreConfig) -> Geometry:
     model, cache = config.model_config, config.cache_config
     geometry = Geometry(
-        # One block is vLLM's own.
-        pool_blocks=max(1, int(cache.num_gpu_blocks) - 1),
+        pool_blocks=_pool_blocks(cache, int(model.max_model_len)),
         block_tokens=int(cache.block_size),
         step_tokens=int(config.scheduler_config.max_num_batched_tokens),
         context_length=int(model.max_model_len),
@@ -288,6 +288,22 @@ def _geometry(config: border.CoreConfig) -> Geometry:
             f"vllm_arg block_size is {geometry.block_tokens}; allowed are multiples of 16"
         )
     return geometry
+
+
+def _pool_blocks(cache: Any, context_length: int) -> int:
+    """Blocks of tokens that the pool holds.
+
+    A model with several groups of layers (full attention beside sliding windows or states) has
+    one pool for all of them, and a token takes a block in more than one. vLLM itself says how
+    many requests of the whole context fit.
+    """
+    blocks = int(cache.num_gpu_blocks)
+    fit = getattr(cache, "kv_cache_max_concurrency", None)
+    if fit:
+        # Never more: blocks that windows spare are not counted on.
+        blocks = min(blocks, round(fit * -(-context_length // int(cache.block_size))))
+    # One block is vLLM's own.
+    return max(1, blocks - 1)
 
 
 def _adapters(vllm: border.Vllm, own: OwnArguments) -> Adapters:
