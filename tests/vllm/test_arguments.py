@@ -4,6 +4,7 @@ import pytest
 
 from kvmesh.engine.vllm import border
 from kvmesh.engine.vllm.arguments import ArgumentError, kv_transfer, parse
+from kvmesh.models.cancellation import Cancellation
 from kvmesh.worker.settings import SettingError, WorkerSettings
 
 KNOWN = ("max_model_len", "kv_transfer_config", "enforce_eager", "quantization", "model",
@@ -122,4 +123,4 @@ def test_a_worker_without_vllm_says_what_to_install(monkeypatch) -> None:
 
     monkeypatch.setattr(border, "DISTRIBUTIONS", ("no-such-distribution",))
     with pytest.raises(SettingError, match=r"pip install 'kvmesh\[vllm\]'"):
-        build_engine(settings(), "w", 1, lambda line: None)
+        build_engine(settings(), "w", 1, lambda line: None, Cancellation())

@@ -14,6 +14,7 @@ from port_rig import GENERATION, attach, end, place, read, reserved, running
 
 from kvmesh._router import WorkerPort
 from kvmesh.engine.contract import AttemptId
+from kvmesh.models.cancellation import Cancellation
 from kvmesh.v1 import worker_pb2 as wire
 from kvmesh.v1 import worker_pb2_grpc as rpc
 from kvmesh.worker import serve as serving
@@ -333,6 +334,6 @@ def test_the_bounds_of_transfers_are_settings(monkeypatch) -> None:
 
     monkeypatch.setattr(sim_build, "TransferSettings", remember)
     settings = {"engine": "sim", "model": "sim", "transfer_lease": "3500ms", "offer_timeout": "7s"}
-    serving.build_engine(WorkerSettings.from_mapping(settings), "w", 7, print)
+    serving.build_engine(WorkerSettings.from_mapping(settings), "w", 7, print, Cancellation())
     (bounds,) = made
     assert (bounds.lease_s, bounds.offer_timeout_s) == (3.5, 7.0)
