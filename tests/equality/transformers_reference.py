@@ -34,12 +34,12 @@ class Reference:
         self._model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa"
         ).eval()
-        self._known: dict[tuple[int, int, int], tuple[Expected, Expected]] = {}
+        self._known: dict[tuple[int, tuple[int, ...], int], tuple[Expected, Expected]] = {}
 
     @torch.inference_mode()
     def expected(self, prompt: Prompt, tokens: int) -> tuple[Expected, Expected]:
         """Greedy and sampled output; computed once."""
-        key = (prompt.number, len(prompt.ids), tokens)
+        key = (prompt.number, tuple(prompt.ids), tokens)
         if key not in self._known:
             begun = self._model(torch.tensor([prompt.ids]), logits_to_keep=1, use_cache=True)
             first, cache = begun.logits[0, -1], begun.past_key_values
