@@ -38,10 +38,13 @@ def main() -> None:
             while not (events := node.poll()):
                 node.wait(10.0)
             answer: object = [type(event).__name__ for event in events]
-            ends = [event for event in events if isinstance(event, _router.ReceiveFailed)]
-            verified = ends[-1].verified_blocks if ends else verified
+            for event in events:
+                if isinstance(event, _router.Verified):
+                    verified = event.upto_block
+                elif isinstance(event, _router.ReceiveFailed):
+                    verified = event.verified_blocks
         elif name == "verified":
-            # Of the last receive that failed.
+            # Blocks of the last receive, as far as events told.
             answer = verified
         elif name == "fill":
             filled(pool, arguments[0])
