@@ -15,7 +15,7 @@ import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -196,18 +196,24 @@ class _SecureConnection(http.client.HTTPSConnection, _Connection):
     """TLS begins where the connection above has done its part."""
 
 
+def _watching(kind: type[_Connection], watched: _Watched) -> Callable[..., _Connection]:
+    """Makes connections of a kind, as urllib asks for them."""
+
+    def connection(host: str, **options: Any) -> _Connection:
+        made = kind(host, **options)
+        made.watched = watched
+        return made
+
+    return connection
+
+
 class _Plain(urllib.request.HTTPHandler):
     def __init__(self, watched: _Watched) -> None:
         super().__init__()
         self._watched = watched
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        def connection(host: str, **options: Any) -> http.client.HTTPConnection:
-            made = _Connection(host, **options)
-            made.watched = self._watched
-            return made
-
-        return self.do_open(connection, request)
+        return self.do_open(_watching(_Connection, self._watched), request)
 
 
 class _Secure(urllib.request.HTTPSHandler):
@@ -216,9 +222,4 @@ class _Secure(urllib.request.HTTPSHandler):
         self._watched = watched
 
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        def connection(host: str, **options: Any) -> http.client.HTTPConnection:
-            made = _SecureConnection(host, **options)
-            made.watched = self._watched
-            return made
-
-        return self.do_open(connection, request)
+        return self.do_open(_watching(_SecureConnection, self._watched), request)

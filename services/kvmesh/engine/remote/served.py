@@ -25,7 +25,7 @@ from kvmesh.engine.remote.server import (
     UnreachableError,
 )
 from kvmesh.engine.remote.state import RemoteState
-from kvmesh.engine.vllm import border
+from kvmesh.engine.vllm import border, hand_off
 from kvmesh.engine.vllm.cache import VllmCache
 from kvmesh.engine.vllm.placements import Adapters, Placements
 from kvmesh.engine.vllm.state import Geometry
@@ -37,10 +37,8 @@ from kvmesh.worker.tokenizer_files import NAMES, TokenizerFiles
 
 _BLOCK_TOKENS = 16
 """Where a server does not say: what its index counts in."""
-_NIXL_LEASE_S = 30.0
-"""NixlConnector's own default; a server does not tell another."""
 _LEASING = ("Nixl", "Multi")
-"""How connectors are called that have it; of a MultiConnector nobody tells what is in it."""
+"""How connectors are called that have a lease; of a MultiConnector nobody tells what is in it."""
 
 
 def build(
@@ -160,7 +158,7 @@ def _built(
     cache = VllmCache(chain.root, geometry.pool_blocks)
     step_model = wire.StepModel()
     state = RemoteState(geometry, step_model)
-    lease_ms = _NIXL_LEASE_S * 1000 if said.connector.startswith(_LEASING) else 0.0
+    lease_ms = hand_off.NIXL_LEASE_S * 1000 if said.connector.startswith(_LEASING) else 0.0
     placements = Placements(
         geometry,
         cast("border.RequestMaker", RequestMaker(said.lacks, facts.end_of_text_ids, facts.salts)),

@@ -15,6 +15,8 @@ from typing import Any
 
 MOST_BYTES = 64 * 1024
 """worker.proto, EngineHandOff.payload."""
+NIXL_LEASE_S = 30.0
+"""NixlConnector's own default of kv_lease_duration; a server does not tell another."""
 _PLAIN_BYTES = 16 * 1024
 _MOST_JSON_BYTES = 4 * 1024 * 1024
 """Most that is unpacked: a payload comes from another machine."""

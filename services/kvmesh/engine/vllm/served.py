@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmesh.engine.core.chain import Chain
-from kvmesh.engine.vllm import adapters, border
+from kvmesh.engine.vllm import adapters, border, hand_off
 from kvmesh.engine.vllm.arguments import ArgumentError, kv_transfer, parse
 from kvmesh.engine.vllm.cache import VllmCache
 from kvmesh.engine.vllm.engine import Guard, VllmEngine
@@ -32,9 +32,6 @@ MAX_LOGPROBS = 20
 
 _CPU_BLOCK_TOKENS = 32
 """What vLLM's CPU attention wants a multiple of; its own default of 128 caches coarsely."""
-
-_NIXL_LEASE_S = 30.0
-"""NixlConnector's own default of kv_lease_duration."""
 
 _MEMORY = ("kv_cache_memory_bytes", "num_gpu_blocks_override", "gpu_memory_utilization")
 _LORA = "lora."
@@ -338,7 +335,7 @@ def lease_ms(config: Any, connector: str) -> float:
 
 def _leases_s(connector: str, extra: Mapping[str, Any]) -> Iterator[float]:
     if connector.startswith("Nixl"):
-        yield float(extra.get("kv_lease_duration", _NIXL_LEASE_S))
+        yield float(extra.get("kv_lease_duration", hand_off.NIXL_LEASE_S))
     # MultiConnector's, each configured as it would be by itself.
     for part in extra.get("connectors", ()):
         yield from _leases_s(
