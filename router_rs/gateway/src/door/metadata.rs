@@ -34,7 +34,7 @@ impl CallMetadata {
         let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
         let request_id = text("x-request-id")
             .filter(|id| !id.is_empty() && id.len() <= MAX_REQUEST_ID)
-            .map_or_else(|| hex(&rand::random::<[u8; 16]>()), str::to_owned);
+            .map_or_else(|| format!("{:032x}", rand::random::<u128>()), str::to_owned);
         let given = text("traceparent").filter(|value| is_traceparent(value));
         let tracestate = text("tracestate").filter(|state| state.len() <= MAX_TRACESTATE);
         let baggage = text("baggage").filter(|baggage| baggage.len() <= MAX_BAGGAGE);
@@ -73,18 +73,9 @@ impl CallMetadata {
     }
 }
 
-fn hex(bytes: &[u8]) -> String {
-    let mut text = String::with_capacity(bytes.len() * 2);
-    for nibble in bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]) {
-        text.extend(char::from_digit(u32::from(nibble), 16));
-    }
-    text
-}
-
 fn new_traceparent() -> String {
-    let trace: [u8; 16] = rand::random();
-    let span: [u8; 8] = rand::random();
-    format!("00-{}-{}-00", hex(&trace), hex(&span))
+    let (trace, span): (u128, u64) = rand::random();
+    format!("00-{trace:032x}-{span:016x}-00")
 }
 
 /// W3C Trace Context: version, trace id, parent id, flags, in lower-case hex.
